@@ -1,0 +1,1 @@
+"""Configuration groups, shipped as package data (`orchestrator.conf`)."""

@@ -1,0 +1,64 @@
+"""The checkpoints of a run directory: which there are, which is the newest that can be trusted, which may go."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.errors import CheckpointError
+
+
+def committed(parent: Path) -> list[Path]:
+    """Directories with a manifest, newest first."""
+    found = []
+    for path in parent.iterdir() if parent.is_dir() else ():
+        match = DIRECTORY.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append((int(match[1]), int(match[2] or 1), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def newest_valid(parent: Path, verify: bool, report: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint that passes its checks; `report` is told of each one that does not."""
+    for path in committed(parent):
+        try:
+            checkpoint = Checkpoint(path)
+            if verify:
+                checkpoint.verify()
+        except CheckpointError as error:
+            report(f"skipping {path}: {error}")
+            continue
+        return path
+    return None
+
+
+def prune(parent: Path, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+    """Remove all but the `keep_last` newest checkpoints and those at multiples of `keep_every_steps`.
+
+    Returns:
+        The directories that were removed.
+    """
+    removed = []
+    for path in committed(parent)[max(1, keep_last) :]:
+        match = DIRECTORY.fullmatch(path.name)
+        assert match
+        if keep_every_steps and int(match[1]) % keep_every_steps == 0:
+            continue
+        # Without its manifest it is no checkpoint: an interrupted removal leaves nothing half valid.
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
+def remove_uncommitted(parent: Path) -> list[Path]:
+    """Remove what saves left that never committed. Only whoever holds the run directory may call it."""
+    removed = []
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if DIRECTORY.fullmatch(path.name) and not (path / MANIFEST).exists():
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed

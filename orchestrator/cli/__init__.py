@@ -1,0 +1,69 @@
+"""The command line: one module per verb, imported only when its verb is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from orchestrator import __version__
+from orchestrator.errors import ConfigError, UserError
+
+# verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
+VERBS = {
+    "train": "train a model: a new run, or one that goes on",
+    "data": "make a token store from text, JSONL or Parquet; look into one",
+    "generate": "continue a prompt with a trained checkpoint",
+    "doctor": "what hardware and software is here, what is missing, what to do",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 2 for mistakes of the user, whose message goes to stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _complete()
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; the interpreter must not complain when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if words else ConfigError.exit_code
+    if words[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        fix = f"did you mean '{close[0]}'?" if close else "see python -m orchestrator --help"
+        raise ConfigError("there is no such verb", got=verb, allowed=", ".join(VERBS), fix=fix)
+    code: int = importlib.import_module(f"orchestrator.cli.{verb}").main(words[1:])
+    return code
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return (
+        f"usage: python -m orchestrator VERB [key=value ...]\n\n{verbs}\n\n"
+        "Each verb explains itself: python -m orchestrator VERB --help"
+    )
+
+
+def _complete() -> None:
+    """Hydra completes the words of `COMP_LINE` itself, if the verb is not among them."""
+    line = os.environ.get("COMP_LINE")
+    if line and " train " in line:
+        os.environ["COMP_LINE"] = line.replace(" train ", " ", 1)

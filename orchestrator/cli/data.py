@@ -1,0 +1,175 @@
+"""`python -m orchestrator data`: prepare token stores, and look into them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.config.options import describe_options, option, parse_options
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orchestrator.config.schema import TokenizerConfig
+    from orchestrator.data.store import TokenStore
+
+SUMMARY = "turn text into a token store that every run can read, or look into one"
+_PROGRAM = "python -m orchestrator data"
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Options of `data prepare`."""
+
+    input: tuple[str, ...] = option(help="files, globs or directories, comma-separated; or builtin")
+    output: str = option(help="directory of the new store")
+    tokenizer: str = option("bpe", help="bpe (trained on the input), bytes, or the path of a tokenizer.json")
+    vocab_size: int = option(4096, help="tokens of a trained BPE")
+    text_field: str = option("text", help="field of JSON Lines and Parquet rows")
+    validation_fraction: float = option(0.02, help="of the documents, held out")
+    workers: int | Literal["auto"] = option("auto", help="threads that tokenise")
+    progress: bool = option(True, help="show a progress bar")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Options of `data inspect`."""
+
+    path: str = option(help="directory of the store")
+    split: Literal["train", "validation"] = option("train", help="where the sample is from")
+    document: int = option(0, help="number of the sample document")
+    tokens: int = option(200, help="tokens of it that are shown")
+    verify: bool = option(False, help="read and hash every file")
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; `argv` is what follows `data`. Returns the exit status.
+
+    Raises:
+        UserError: wrong options, or data that cannot be read.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in _SUBVERBS:
+        close = difflib.get_close_matches(name, _SUBVERBS, n=1)
+        raise ConfigError(
+            f"there is no '{name}' under 'data'",
+            got=name,
+            allowed=", ".join(_SUBVERBS),
+            fix=f"did you mean '{close[0]}'?" if close else f"see {_PROGRAM} --help",
+        )
+    subverb = _SUBVERBS[name]
+    if any(word in ("-h", "--help") for word in rest):
+        example = f"Example: {_PROGRAM} {name} {subverb.example}"
+        print(f"usage: {_PROGRAM} {name} key=value ...\n\n{subverb.summary}\n")
+        print(f"{describe_options(subverb.options)}\n\n{example}")
+        return 0
+    return subverb.run(parse_options(subverb.options, rest))
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {name:<8}  {subverb.summary}" for name, subverb in _SUBVERBS.items())
+    return f"usage: {_PROGRAM} SUBVERB key=value ...\n\n{SUMMARY}\n\n{rows}\n\nOptions: {_PROGRAM} SUBVERB --help"
+
+
+def _prepare(options: PrepareOptions) -> int:
+    from orchestrator.data.prepare import build_store
+
+    store = build_store(
+        options.input,
+        options.output,
+        _tokenizer_config(options),
+        text_field=options.text_field,
+        validation_fraction=options.validation_fraction,
+        workers=options.workers,
+        progress=options.progress,
+    )
+    _print_facts(store)
+    print("\nTrain on it:")
+    print(f"  python -m orchestrator train data=store data.sources='[{{path: {_yaml(options.output)}, weight: 1}}]'")
+    return 0
+
+
+def _inspect(options: InspectOptions) -> int:
+    from pathlib import Path
+
+    from orchestrator.data.store import TokenStore
+
+    store = TokenStore.open(Path(options.path).expanduser(), verify=options.verify)
+    _print_facts(store)
+    if options.verify:
+        print("every file has the content that the index lists")
+    split = store.split(options.split)
+    if not 0 <= options.document < split.documents:
+        raise ConfigError(
+            f"the {options.split} split has no such document",
+            got=f"document={options.document}",
+            allowed=f"0 to {split.documents - 1}" if split.documents else "none: the split is empty",
+        )
+    tokens = split.document(options.document)
+    print(f"\n{options.split} document {options.document}, {min(options.tokens, tokens.size)} of {tokens.size} tokens:")
+    print(store.tokenizer.decode(tokens[: max(0, options.tokens)]))
+    return 0
+
+
+def _tokenizer_config(options: PrepareOptions) -> TokenizerConfig:
+    from orchestrator.config.schema import TokenizerConfig
+
+    if options.tokenizer == "bpe":
+        return TokenizerConfig(kind="bpe", vocab_size=options.vocab_size)
+    if options.tokenizer == "bytes":
+        return TokenizerConfig(kind="bytes")
+    return TokenizerConfig(kind="file", path=options.tokenizer)
+
+
+def _print_facts(store: TokenStore) -> None:
+    index = store.index
+    splits = list(index.splits.values())
+    text_bytes, tokens = sum(split.text_bytes for split in splits), sum(split.tokens for split in splits)
+    rows: list[tuple[str, str]] = [("store", str(store.path))]
+    for name, split in index.splits.items():
+        rows.append(
+            (name, f"{split.tokens:,} tokens in {split.documents:,} documents, {split.text_bytes:,} bytes of text")
+        )
+    rows += [
+        ("bytes per token", f"{text_bytes / max(1, tokens):.2f}"),
+        ("vocabulary", f"{index.vocab_size:,} tokens, end of text is {index.eos_id}"),
+        ("unigram entropy", f"{index.unigram_entropy_nats:.3f} nats (a model has to reach a lower loss)"),
+        ("shards", f"{len(index.shards)}, {sum(shard.bytes for shard in index.shards):,} bytes, {index.dtype}"),
+        ("source", ", ".join(map(str, index.source.get("inputs", ()))) or "unknown"),
+        ("fingerprint", index.fingerprint[:16]),
+    ]
+    if index.skipped_files:
+        rows.append(("left out", f"{index.skipped_files} files that are not text"))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+
+
+def _yaml(path: str) -> str:
+    """A path as Hydra's grammar for lists takes it."""
+    plain = all(character.isalnum() or character in "/._-" for character in path)
+    return path if plain else '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@dataclass(frozen=True)
+class _Subverb:
+    summary: str
+    options: type[Any]
+    run: Callable[[Any], int]
+    example: str
+
+
+_SUBVERBS = {
+    "prepare": _Subverb(
+        "tokenise files into a new store",
+        PrepareOptions,
+        _prepare,
+        "input='docs/*.jsonl' output=data/docs tokenizer=bpe",
+    ),
+    "inspect": _Subverb("show what a store holds", InspectOptions, _inspect, "path=data/docs"),
+}
+
+__all__: Sequence[str] = ("SUMMARY", "main")

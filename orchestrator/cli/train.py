@@ -1,0 +1,43 @@
+"""`train`: compose the configuration and start the run."""
+
+from __future__ import annotations
+
+from orchestrator.config.compose import conf_dir, group_options, run_composed
+
+_HELP = """usage: python -m orchestrator train [group=option ...] [key=value ...] [flags]
+
+Train a model. Without arguments: a small one on the built-in corpus, on the best hardware found.
+
+Examples
+  train hardware=cpu hardware.devices=4 layout.fsdp=2 layout.tensor=2 model=llama_20m
+  train experiment=tiny_gpt optim.lr=1e-3 train.max_steps=200
+  train resume=latest                     go on where the last run stopped (or: resume=DIRECTORY)
+  train -m optim.lr=1e-3,3e-4             one run per value
+
+Groups
+{groups}
+
+Flags
+  --cfg job            print the whole configuration, with every key, and stop
+  --config-dir DIR     options of your own: DIR/model/mine.yaml is then model=mine
+  -m, --multirun       run every combination of comma-separated values
+  --hydra-help         the flags of Hydra, which composes the configuration"""
+
+
+def main(argv: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in argv):
+        print(_help())
+        return 0
+    from orchestrator.train.start import start
+
+    return run_composed(argv, "orchestrator train", start)
+
+
+def _help() -> str:
+    groups = group_options([conf_dir()])
+    width = max(map(len, groups))
+    lines = [
+        f"  {group:<{width}}  {', '.join(option for option in options if option != 'base')}"
+        for group, options in groups.items()
+    ]
+    return _HELP.format(groups="\n".join(lines))

@@ -1,0 +1,266 @@
+"""Command line and YAML files to a `RunConfig`: the only file that imports Hydra or OmegaConf.
+
+Hydra reports the first wrong override and stops, and lets `+newkey=1` through. So the overrides are first
+checked against the schema here; with anything wrong, the rest is still composed and converted, and all
+problems are reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.convert import from_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.config.validate import validate
+from orchestrator.errors import ConfigError, ConfigErrors, UserError
+
+CONFIG_NAME = "train"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed configuration and how the command line came to it."""
+
+    config: RunConfig
+    data: dict[str, Any]  # the same, as plain data
+    choices: dict[str, str | None]  # option of each config group
+    overrides: dict[str, bool]  # dotted keys given on the command line -> whether it is a group
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    beside = package.parent / "conf"
+    return beside if (beside / f"{CONFIG_NAME}.yaml").is_file() else package / "conf"
+
+
+def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]) -> int:
+    """Compose from `argv` (overrides and Hydra's flags) and call `task`, once per job of a multirun.
+
+    Returns:
+        The largest exit code of the jobs.
+
+    Raises:
+        ConfigErrors: all problems of the overrides and of the values.
+    """
+    import hydra
+    from omegaconf import DictConfig
+
+    _check_overrides(argv)
+    codes = [0]
+    failure: list[UserError] = []
+
+    def job(cfg: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        settings = HydraConfig.get()
+        try:
+            codes.append(task(_convert(cfg, settings)))
+        except UserError as error:
+            # Raised again below: Hydra would print a traceback for it.
+            failure.append(error)
+            if settings.mode is not None and settings.mode.name == "MULTIRUN":
+                print(f"error: {error}", file=sys.stderr)
+
+    saved, sys.argv = sys.argv, [prog, *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
+    except SystemExit as stop:
+        # Hydra has printed what is wrong; its code for that is 1, ours for the user's mistakes is 2.
+        if stop.code not in (0, None):
+            return ConfigError.exit_code
+    finally:
+        sys.argv = saved
+    if failure:
+        raise failure[-1]
+    return max(codes)
+
+
+def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Composed:
+    """Compose in code, as tests and tools do.
+
+    Raises:
+        ConfigErrors: as `run_composed`.
+    """
+    argv = [*overrides, *(["--config-dir", config_dir] if config_dir else [])]
+    _check_overrides(argv)
+    return _compose_api(list(overrides), config_dir)
+
+
+def read_config(path: Path) -> RunConfig:
+    """The resolved configuration that a run directory carries, without Hydra.
+
+    Raises:
+        ConfigError: the file is missing or not a mapping.
+        ConfigErrors: it does not fit this version's schema.
+    """
+    return from_dict(RunConfig, read_plain(path))
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A YAML mapping as plain data.
+
+    Raises:
+        ConfigError: the file is missing, unreadable as YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError("there is no configuration file", got=path) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {error}", got=path) from None
+    if not isinstance(data, dict):
+        raise ConfigError("the configuration is not a mapping", got=path)
+    return data
+
+
+def group_options(directories: Sequence[Path]) -> dict[str, list[str]]:
+    """Options of each config group found in the folders."""
+    groups: dict[str, set[str]] = {}
+    for directory in directories:
+        for file in sorted(directory.glob("*/*.yaml")):
+            groups.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(options) for group, options in groups.items()}
+
+
+def _convert(cfg: Any, settings: Any) -> Composed:
+    from omegaconf import OmegaConf
+
+    data: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    choices = {group: option for group, option in settings.runtime.choices.items() if not group.startswith("hydra")}
+    data["experiment"] = choices.get("experiment")
+    given = _parse(settings.overrides.task)[0]
+    overrides = {override.key_or_group: override.key_or_group in choices for override in given}
+    config = from_dict(RunConfig, data)
+    if problems := validate(config):
+        raise ConfigErrors(problems)
+    return Composed(config, data, choices, overrides)
+
+
+def _compose_api(overrides: list[str], config_dir: str | None) -> Composed:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+
+    if config_dir:
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = hydra_compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        settings = HydraConfig.get()
+        plain = {key: value for key, value in cfg.items() if key != "hydra"}
+    from omegaconf import OmegaConf
+
+    return _convert(OmegaConf.create(plain), settings)
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    words, config_dir = _split_flags(argv)
+    groups = group_options([conf_dir(), *([Path(config_dir)] if config_dir else [])])
+    overrides, problems = _parse(words)
+    good = []
+    for word, override in zip([w for w in words if w not in {p.got for p in problems}], overrides, strict=True):
+        problem = _check(override, groups)
+        if problem is None:
+            good.append((word, override))
+        else:
+            problems.append(problem)
+    if not problems:
+        return
+    try:
+        # A sweep's first value stands for it, so that the other values are checked too.
+        _compose_api([w for w, o in good if not o.is_sweep_override()], config_dir)
+    except ConfigErrors as errors:
+        problems.extend(typing.cast(list[ConfigError], errors.problems))
+    except Exception as error:
+        problems.append(ConfigError(str(error)))
+    raise ConfigErrors(problems)
+
+
+def _split_flags(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Overrides among the words, and the value of --config-dir."""
+    words, config_dir, skip = [], None, False
+    for index, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if skip:
+            skip = False
+        elif flag in ("--config-dir", "-cd"):
+            config_dir = value or (argv[index + 1] if index + 1 < len(argv) else None)
+            skip = not value
+        elif flag in ("--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c", "--info", "-i"):
+            skip = not value and not (flag in ("--info", "-i") and "=" in "".join(argv[index + 1 : index + 2]))
+        elif not word.startswith("-"):
+            words.append(word)
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError("--config-dir is not a folder", got=config_dir, fix="give a folder that holds group folders")
+    return words, config_dir
+
+
+def _parse(words: Sequence[str]) -> tuple[list[Any], list[ConfigError]]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for word in words:
+        try:
+            parsed.append(parser.parse_override(word))
+        except HydraException as error:
+            fix = "quote special characters: 'key=\"value\"'" if "=" in word else "write key=value"
+            problems.append(ConfigError(f"not an override: {str(error).splitlines()[0]}", got=word, fix=fix))
+    return parsed, problems
+
+
+def _check(override: Any, groups: dict[str, list[str]]) -> ConfigError | None:
+    key, written = override.key_or_group, override.input_line
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return None
+    if key in groups and override.package is None:
+        if override.is_delete():
+            return None
+        value = override.value()
+        choices = [str(item) for item in getattr(value, "list", [value])]
+        for choice in choices:
+            if choice not in groups[key] and choice not in ("None", "null"):
+                return ConfigError(
+                    f"there is no {key} '{choice}'",
+                    got=written,
+                    allowed=", ".join(groups[key]),
+                    fix=_hint(choice, groups[key]),
+                )
+        return None
+    known = _schema_keys(RunConfig)
+    if key in known or any(key.startswith(f"{parent}.") for parent, free in known.items() if free):
+        if override.is_delete():
+            return ConfigError(
+                "a key of the configuration cannot be removed", got=written, fix=f"give it a value: {key}=..."
+            )
+        return None
+    return ConfigError(f"there is no key '{key}'", got=written, fix=_hint(key, [*known, *groups]))
+
+
+def _schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
+    """Dotted keys of the schema -> whether any key may follow below (a free mapping)."""
+    keys: dict[str, bool] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        keys[prefix + name] = typing.get_origin(hint) is dict
+        if dataclasses.is_dataclass(hint):
+            keys |= _schema_keys(typing.cast(type, hint), f"{prefix}{name}.")
+    return keys
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not close:
+        # The right name in the wrong place is the other common mistake.
+        close = [key for key in known if key.split(".")[-1] == word.split(".")[-1]][:1]
+    return f"did you mean '{close[0]}'?" if close else "see python -m orchestrator train --cfg job"

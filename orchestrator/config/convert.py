@@ -1,0 +1,169 @@
+"""Plain data to frozen dataclasses and back, strictly: every problem is collected, none is coerced away."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from orchestrator.errors import ConfigError, ConfigErrors
+
+T = TypeVar("T")
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+class _Mismatch(Exception):
+    """A value that its type does not admit."""
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Build the dataclass `cls` from nested mappings.
+
+    Raises:
+        ConfigErrors: all unknown keys and values of a wrong type, each with its dotted path.
+    """
+    problems: list[ConfigError] = []
+    result = _build(cls, data, "", problems)
+    if problems:
+        raise ConfigErrors(problems)
+    return typing.cast(T, result)
+
+
+def to_dict(value: Any) -> Any:
+    """The dataclass as plain dicts, lists and scalars, ready for YAML or JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_dict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def convert_text(cls: type[Any], key: str, text: str) -> Any:
+    """Convert one word of a command line to the type of the field `key` of `cls`."""
+    hint = typing.get_type_hints(cls)[key]
+    problems: list[ConfigError] = []
+    value = _convert(hint, _parse(hint, text), key, problems)
+    if problems:
+        raise ConfigErrors(problems)
+    return value
+
+
+def describe_type(hint: Any) -> str:
+    """What a field admits, in words for a message."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return ", ".join(repr(arg) if isinstance(arg, bool) else str(arg) for arg in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(arg) for arg in args)
+    if hint is type(None):
+        return "null"
+    if origin is tuple:
+        if len(args) == 2 and args[1] is Ellipsis:
+            return f"a list of {describe_type(args[0])}"
+        return f"a list of {len(args)}: " + ", ".join(describe_type(arg) for arg in args)
+    if origin is dict:
+        return f"a mapping to {describe_type(args[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping with " + ", ".join(field.name for field in dataclasses.fields(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def _build(cls: type[Any], data: Any, path: str, problems: list[ConfigError]) -> Any:
+    if not isinstance(data, Mapping):
+        problems.append(ConfigError(f"'{path}' is not a mapping", got=data, allowed=describe_type(cls)))
+        return None
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in data:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            problems.append(
+                ConfigError(
+                    f"there is no key '{_join(path, key)}'",
+                    got=f"{_join(path, key)}={data[key]}",
+                    allowed=", ".join(names),
+                    fix=f"did you mean '{_join(path, close[0])}'?" if close else "remove it",
+                )
+            )
+    values = {name: _convert(hints[name], data[name], _join(path, name), problems) for name in names if name in data}
+    return None if problems else cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str, problems: list[ConfigError]) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, path, problems)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+        if len(args) == len(value):
+            pairs = zip(args, value, strict=True)
+            return tuple(_convert(arg, item, f"{path}[{i}]", problems) for i, (arg, item) in enumerate(pairs))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _convert(args[1], item, _join(path, key), problems) for key, item in value.items()}
+    try:
+        return _scalar(hint, value)
+    except _Mismatch:
+        shown = "null" if value is None else value
+        problems.append(ConfigError(f"'{path}' has the wrong type or value", got=shown, allowed=describe_type(hint)))
+        return None
+
+
+def _scalar(hint: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        # YAML reads a bare off/no as False; the quoted word was meant.
+        if any(value == arg and type(value) is type(arg) for arg in args):
+            return value
+        raise _Mismatch
+    if origin in (typing.Union, types.UnionType):
+        for arg in args:
+            try:
+                return _scalar(arg, value)
+            except _Mismatch:
+                continue
+        raise _Mismatch
+    if hint is type(None) and value is None:
+        return None
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 (no dot) as text.
+        try:
+            return float(value)
+        except ValueError:
+            raise _Mismatch from None
+    if hint is str and isinstance(value, str):
+        return value
+    raise _Mismatch
+
+
+def _parse(hint: Any, text: str) -> Any:
+    """The plain value that a word stands for, given what the field wants."""
+    args = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if type(None) in args and text.lower() in ("null", "none", ""):
+        return None
+    if bool in args and text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    for number in (int, float):
+        if number in args:
+            try:
+                return number(text.replace("_", ""))
+            except ValueError:
+                continue
+    if any(typing.get_origin(arg) is tuple for arg in args):
+        return [part for part in text.split(",") if part]
+    return text
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)

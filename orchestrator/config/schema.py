@@ -1,0 +1,211 @@
+"""The configuration of a run as frozen dataclasses: the one description that every package reads.
+
+Values come from the YAML files in `conf/`, whose comments explain each key to the user; this file is
+what they are checked against. "auto" is filled in by whoever knows: the target fills precision and
+device counts, `sharding.layout` the degrees, the tokenizer the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What the run executes on."""
+
+    target: Literal["auto", "cpu", "cuda", "rocm", "tpu", "trainium"] = "auto"
+    devices: int | Auto = "auto"  # devices on this host; one process each on torch-native targets
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; master weights are fp32
+    chip: str = "auto"  # key of the chip catalogue, for peak rates
+    threads: int | Auto = "auto"  # CPU threads per process
+    compile: bool = False  # torch.compile of every block
+    timeout_seconds: int = 600  # of a collective, before the run is called hung
+    environment: dict[str, str] = field(default_factory=dict)  # set in every worker before torch loads
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """RoPE scaling for long contexts; the parameters carry the names of Hugging Face configurations."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder language model. Sizes count elements; `vocab_size: auto` takes the tokenizer's."""
+
+    name: str = "tiny"
+    vocab_size: int | Auto = "auto"
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int | Auto = "auto"  # auto: dim / heads
+    mlp_dim: int = 384
+    max_seq_len: int = 2048
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    qk_norm: bool = False
+    attention_bias: bool = False  # on the query, key and value projections
+    output_bias: bool = False  # on the attention's output projection
+    mlp_bias: bool = False
+    tied_embeddings: bool = False
+    sliding_window: int | None = None  # tokens that a position sees, itself included
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens when the source is not a prepared store."""
+
+    kind: Literal["bpe", "file", "bytes"] = "bpe"
+    vocab_size: int = 4096  # of a trained BPE, special tokens included
+    path: str | None = None  # tokenizer.json for kind=file
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One ingredient of the training mixture."""
+
+    path: str = "builtin"  # "builtin", a prepared store, or text/JSONL/Parquet files (glob)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model learns from."""
+
+    name: str = "builtin"
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    validation_fraction: float = 0.02  # of the documents, held out
+    document_mask: bool = True  # attention does not cross documents packed into one sequence
+    text_field: str = "text"  # field of JSONL and Parquet rows
+    cache_dir: str | Auto = "auto"
+    workers: int | Auto = "auto"  # threads that tokenise
+    prefetch: int = 2  # steps read ahead by the training process
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the steps. `wsd` is warm-up, stable, decay."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 20
+    min_lr_ratio: float = 0.1
+    decay_fraction: float = 0.2  # of max_steps, for wsd
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with decoupled weight decay; none on norms and biases."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0  # global L2 norm
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Degrees of the mesh axes; the first `auto` one of fsdp, replicate, context, tensor takes what is left."""
+
+    name: str = "auto"
+    replicate: int | Auto = 1
+    fsdp: int | Auto = "auto"
+    context: int | Auto = 1
+    tensor: int | Auto = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    dir: str | Auto = "auto"  # auto: <run directory>/checkpoints
+    every_steps: int | None = 100
+    keep_last: int = 2
+    keep_every_steps: int | None = None  # checkpoints at multiples of this are kept for good
+    at_end: bool = True
+    verify_on_load: bool = True
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    enabled: bool = False
+    project: str = "orchestrator"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where the metrics go beside metrics.jsonl, which is always written."""
+
+    name: str = "default"
+    every_steps: int = 10  # how often buffered metrics are fetched from the device and written
+    progress: bool = True
+    tensorboard: bool = True
+    wandb: WandbConfig = WandbConfig()
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text generated at the end of the run, and on the way."""
+
+    prompt: str = "def "
+    tokens: int = 64
+    temperature: float = 0.8
+    every_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The job: how long, in what batches, how often it is looked at."""
+
+    max_steps: int = 300
+    seq_len: int = 256
+    global_batch_tokens: int = 4096  # per optimizer step, over all devices
+    micro_batch_size: int | Auto = "auto"  # sequences per device and backward pass; auto: all of a step's
+    remat: Literal["none", "selective", "full"] = "none"
+    eval_every: int | None = 100  # steps
+    eval_tokens: int = 65536
+    loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
+    deterministic: bool = False
+    sample: SampleConfig = SampleConfig()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, complete."""
+
+    name: str = "run"
+    seed: int = 0
+    runs_dir: str = "runs"
+    resume: str | None = None  # "latest", a run directory or a checkpoint directory
+    experiment: str | None = None  # the option that was chosen, for the record
+    hardware: HardwareConfig = HardwareConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    layout: LayoutConfig = LayoutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logger: LoggerConfig = LoggerConfig()
+    train: TrainConfig = TrainConfig()

@@ -1,0 +1,133 @@
+"""The user's cache of what preparing data costs time: built once, by one process, and never half visible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from orchestrator.data.read import InputFile
+from orchestrator.data.store import hash_file
+from orchestrator.errors import DataError
+
+T = TypeVar("T")
+_MEMO_FROM_BYTES = 64 << 20  # below that, hashing again is as fast as it is safe
+_RACY_SECONDS = 2.0  # a file may change again within the resolution of its time stamp
+
+
+def cache_root(cache_dir: str) -> Path:
+    """The cache directory: the configured one, else $ORCHESTRATOR_CACHE, $XDG_CACHE_HOME or ~/.cache."""
+    if cache_dir != "auto":
+        return Path(cache_dir).expanduser()
+    if own := os.environ.get("ORCHESTRATOR_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "orchestrator"
+
+
+def key_of(**facts: object) -> str:
+    """A short key that changes when any of the facts does."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def content_digest(files: Sequence[InputFile], root: Path) -> str:
+    """sha256 over the names and contents of the files, in order.
+
+    Large inputs are not read again while paths, sizes and times of modification are those of the last time.
+    """
+    stats = [file.path.stat() for file in files]
+    large = sum(stat.st_size for stat in stats) >= _MEMO_FROM_BYTES
+    settled = all(abs(time.time() - stat.st_mtime) > _RACY_SECONDS for stat in stats)
+    facts = [
+        [str(f.path.resolve()), f.name, f.kind, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)
+    ]
+    memo = root / "digests" / key_of(files=facts)
+    if large and memo.is_file() and len(text := memo.read_text(encoding="ascii", errors="replace")) == 64:
+        return text
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.kind}\0{hash_file(file.path)}\n".encode("utf-8", "surrogateescape"))
+    if large and settled:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        aside = memo.with_suffix(f".{os.getpid()}")
+        aside.write_text(digest.hexdigest(), encoding="ascii")
+        os.replace(aside, memo)
+    return digest.hexdigest()
+
+
+def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Callable[[Path], object], say: bool) -> T:
+    """Load the directory `root/kind/key`, or build it first.
+
+    Of several processes one builds and the others wait for it. It builds aside and renames, so a crash leaves
+    nothing that looks complete; what a crash left is removed by the next build of the same key.
+
+    Args:
+        load: reads the directory; a DataError means that it has to be built again.
+        build: fills an empty directory.
+        say: tell on standard error when another process is waited for.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    target = root / kind / key
+    if (found := _try_load(target, load)) is not None:
+        return found
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.with_name(f"{key}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            note(f"waiting for another process that prepares the same data ({target})", say)
+            lock.acquire()
+        try:
+            if (found := _try_load(target, load)) is not None:
+                return found
+            _build_aside(target, build)
+            return load(target)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise DataError(
+            "the cache of prepared data cannot be written",
+            got=f"{target}: {error.strerror or error}",
+            allowed="a directory with room that this user may write",
+            fix="choose another: data.cache_dir=<directory>, or set ORCHESTRATOR_CACHE",
+        ) from error
+
+
+def note(text: str, say: bool) -> None:
+    """One line for the user on standard error."""
+    if say:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _try_load(target: Path, load: Callable[[Path], T]) -> T | None:
+    if not target.is_dir():
+        return None
+    try:
+        return load(target)
+    except DataError:
+        return None  # damaged: it is built again
+
+
+def _build_aside(target: Path, build: Callable[[Path], object]) -> None:
+    for left in target.parent.glob(f"{target.name}.building-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = target.with_name(f"{target.name}.building-{os.getpid()}")
+    aside.mkdir()
+    try:
+        build(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,327 @@
+"""From the configuration of the data to token stores that are ready to be read.
+
+A source is `builtin`, input files, or a store that exists already. The first two are tokenised into the user's cache,
+under a key of everything that their tokens depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig
+from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
+from orchestrator.data.read import BUILTIN, InputFile, UnreadableFile, find_inputs, read_documents
+from orchestrator.data.store import FORMAT_VERSION, TokenStore, is_store
+from orchestrator.data.tokenize import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from orchestrator.data.write import write_store
+from orchestrator.errors import ConfigError, DataError
+
+BPE_SAMPLE_CHARACTERS = 20_000_000
+_MIN_FILE_SAMPLE = 1 << 18
+_MAX_AUTO_WORKERS = 32
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run learns from: stores with one tokenizer and the weight of each in the mixture (they sum to 1)."""
+
+    stores: tuple[TokenStore, ...]
+    weights: tuple[float, ...]
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def unigram_entropy_nats(self) -> float:
+        """The loss of a model that knows only how often each token occurs, weighted like the mixture."""
+        pairs = zip(self.stores, self.weights, strict=True)
+        return sum(weight * store.unigram_entropy_nats for store, weight in pairs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the stores and the weights: equal fingerprints mean equal data."""
+        facts = [[store.fingerprint for store in self.stores], list(self.weights)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able facts for reports."""
+        pairs = zip(self.stores, self.weights, strict=True)
+        return {
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "unigram_entropy_nats": self.unigram_entropy_nats,
+            "stores": [{"weight": weight, **store.describe()} for store, weight in pairs],
+        }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source of the mixture: either a store, or files, their sizes and times, and the digest of their content."""
+
+    config: SourceConfig
+    store: TokenStore | None = None
+    files: tuple[InputFile, ...] = ()
+    stamps: tuple[tuple[int, int], ...] = ()
+    digest: str = ""
+
+
+def prepare(config: DataConfig, *, progress: bool = True) -> PreparedData:
+    """Make the sources of `config` ready. The second call with the same inputs finds everything in the cache.
+
+    Several processes may call this together: one builds, the others wait.
+
+    Args:
+        progress: show bars and messages on standard error.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        DataError: an input is missing, unreadable, damaged, or has another tokenizer than the others.
+    """
+    _check_fraction(config.validation_fraction)
+    _check_weights(config.sources)
+    root = cache_root(config.cache_dir)
+    sources = [_resolve(source, root) for source in config.sources if source.weight > 0]
+    tokenizer = _shared_tokenizer(sources, config, root, progress)
+    stores = tuple(source.store or _cached_store(source, tokenizer, config, root, progress) for source in sources)
+    total = sum(source.config.weight for source in sources)
+    return PreparedData(stores, tuple(source.config.weight / total for source in sources), tokenizer)
+
+
+def build_store(
+    inputs: Sequence[str],
+    output: str | os.PathLike[str],
+    tokenizer_config: TokenizerConfig,
+    text_field: str = "text",
+    validation_fraction: float = 0.02,
+    workers: int | Auto = "auto",
+    progress: bool = True,
+) -> TokenStore:
+    """Tokenise inputs into a store that stays, in the directory `output`, which may not hold anything yet.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        DataError: an input is missing or unreadable, or `output` is in use.
+    """
+    _check_fraction(validation_fraction)
+    target = Path(output).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "is a token store already" if is_store(target) else "exists and is not an empty directory"
+        raise DataError(
+            f"the output {what}; nothing is overwritten",
+            got=target,
+            allowed="a path that does not exist yet",
+            fix="choose another output, or move this one away",
+        )
+    files = find_inputs(inputs)
+    tokenizer = _make_tokenizer(tokenizer_config, [files], text_field, progress)
+    aside = target.with_name(f"{target.name}.building-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        write_store(
+            aside,
+            files,
+            tokenizer,
+            text_field=text_field,
+            validation_fraction=validation_fraction,
+            workers=_workers(workers),
+            source=_provenance(inputs, files),
+            progress=progress,
+        )
+        os.rename(aside, target)
+    except OSError as error:
+        raise DataError("the store cannot be written", got=f"{target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return TokenStore.open(target)
+
+
+def _resolve(config: SourceConfig, root: Path) -> _Source:
+    if config.path != BUILTIN and is_store(config.path):
+        return _Source(config, store=TokenStore.open(Path(config.path).expanduser()))
+    files = tuple(find_inputs([config.path]))
+    stamps = _stamps(files)
+    return _Source(config, files=files, stamps=stamps, digest=content_digest(files, root))
+
+
+def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path, progress: bool) -> Tokenizer:
+    """The one tokenizer of the mixture: that of the prepared stores in it, else the configured one."""
+    stores = [source.store for source in sources if source.store]
+    for other in stores[1:]:
+        if other.tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
+            raise _mismatch(f"{stores[0].path} and {other.path}", "prepare them again with one tokenizer.json")
+    raw = [source for source in sources if not source.store]
+    if stores and (not raw or config.tokenizer.kind == "bpe"):
+        # A vocabulary trained here could not agree with that of the store.
+        return stores[0].tokenizer
+    if config.tokenizer.kind == "bpe":
+        return _cached_bpe(raw, config, root, progress)
+    tokenizer = _make_tokenizer(config.tokenizer, [], config.text_field, progress)
+    if stores and tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
+        raise _mismatch(
+            f"{stores[0].path} and data.tokenizer ({config.tokenizer.kind})",
+            f"use the store's: data.tokenizer.kind=file data.tokenizer.path={stores[0].path}",
+        )
+    return tokenizer
+
+
+def _mismatch(got: str, fix: str) -> DataError:
+    return DataError(
+        "the sources of a mixture have different tokenizers", got=got, allowed="one tokenizer for all sources", fix=fix
+    )
+
+
+def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress: bool) -> Tokenizer:
+    key = key_of(
+        kind="bpe",
+        version=FORMAT_VERSION,
+        vocab_size=config.tokenizer.vocab_size,
+        sample=BPE_SAMPLE_CHARACTERS,
+        text_field=config.text_field,
+        inputs=[source.digest for source in raw],
+    )
+    groups = [source.files for source in raw]
+    make = lambda folder: _make_tokenizer(config.tokenizer, groups, config.text_field, progress).save(folder)  # noqa: E731
+    return cached(root, "tokenizers", key, load_tokenizer, make, progress)
+
+
+def _cached_store(source: _Source, tokenizer: Tokenizer, config: DataConfig, root: Path, progress: bool) -> TokenStore:
+    key = key_of(
+        version=FORMAT_VERSION,
+        inputs=source.digest,
+        tokenizer=tokenizer.fingerprint,
+        text_field=config.text_field,
+        validation_fraction=config.validation_fraction,
+    )
+
+    def build(folder: Path) -> None:
+        write_store(
+            folder,
+            source.files,
+            tokenizer,
+            text_field=config.text_field,
+            validation_fraction=config.validation_fraction,
+            workers=_workers(config.workers),
+            source=_provenance([source.config.path], source.files),
+            progress=progress,
+        )
+        if _stamps(source.files) != source.stamps:
+            raise DataError(
+                "an input was changed while it was read",
+                got=source.config.path,
+                allowed="files that stay as they are",
+                fix="wait until they are complete, and start again",
+            )
+
+    return cached(root, "stores", key, TokenStore.open, build, progress)
+
+
+def _make_tokenizer(
+    config: TokenizerConfig, groups: Sequence[Sequence[InputFile]], text_field: str, progress: bool
+) -> Tokenizer:
+    if config.kind == "bytes":
+        return byte_tokenizer()
+    if config.kind == "file":
+        if not config.path:
+            raise ConfigError(
+                "data.tokenizer.kind=file needs the file",
+                got="data.tokenizer.path=null",
+                allowed="a tokenizer.json or the directory that holds one",
+                fix="add data.tokenizer.path=<file>",
+            )
+        return load_tokenizer(config.path)
+    note(f"training a vocabulary of {config.vocab_size} tokens", progress)
+    tokenizer = train_bpe(_sample(groups, text_field), config.vocab_size)
+    if tokenizer.vocab_size < config.vocab_size:
+        note(f"the text gives only {tokenizer.vocab_size} of the {config.vocab_size} tokens", progress)
+    return tokenizer
+
+
+def _sample(groups: Sequence[Sequence[InputFile]], text_field: str) -> Iterator[str]:
+    """Texts to train a vocabulary on: everything, or of large inputs the beginnings of files in a fixed random order.
+
+    Every group has an equal part of the sample.
+    """
+    for files in groups:
+        budget = BPE_SAMPLE_CHARACTERS // len(groups)
+        size = sum(file.path.stat().st_size for file in files)
+        small = size <= budget and not any(file.compression or file.kind == "parquet" for file in files)
+        ordered = files if small else sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+        share = budget if small else max(_MIN_FILE_SAMPLE, budget // max(1, len(files)))
+        for file in ordered:
+            taken = 0
+            for text in _texts(file, text_field):
+                text = text[: min(share - taken, budget)]
+                taken += len(text)
+                budget -= len(text)
+                if text:
+                    yield text
+                if taken >= share or budget <= 0:
+                    break
+            if budget <= 0:
+                break
+
+
+def _texts(file: InputFile, text_field: str) -> Iterator[str]:
+    try:
+        for document in read_documents(file, text_field):
+            yield document.text
+    except UnreadableFile:
+        return
+
+
+def _provenance(inputs: Sequence[str], files: Sequence[InputFile]) -> dict[str, Any]:
+    source: dict[str, Any] = {
+        "inputs": list(inputs),
+        "files": len(files),
+        "bytes": sum(file.path.stat().st_size for file in files),
+    }
+    if BUILTIN in inputs:
+        source["python"] = platform.python_version()
+    return source
+
+
+def _stamps(files: Sequence[InputFile]) -> tuple[tuple[int, int], ...]:
+    stats = [file.path.stat() for file in files]
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def _workers(workers: int | Auto) -> int:
+    if workers == "auto":
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(usable, _MAX_AUTO_WORKERS))
+    if workers < 1:
+        raise ConfigError(
+            "there must be a worker to tokenise", got=f"data.workers={workers}", allowed="auto, or 1 and more"
+        )
+    return workers
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigError(
+            "the held-out fraction must leave something to train on",
+            got=f"data.validation_fraction={fraction}",
+            allowed="from 0 to below 1",
+        )
+
+
+def _check_weights(sources: Sequence[SourceConfig]) -> None:
+    allowed = "sources with weights of 0 or more, one of them above 0"
+    if not any(source.weight > 0 for source in sources):
+        raise ConfigError("no source has a weight", got=f"{len(sources)} sources", allowed=allowed)
+    for source in sources:
+        if not (math.isfinite(source.weight) and source.weight >= 0):
+            raise ConfigError(f"the weight of '{source.path}' is no weight", got=source.weight, allowed=allowed)

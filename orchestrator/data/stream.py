@@ -1,0 +1,311 @@
+"""The order of the training data: a pure function of the stores, the seed and the index of a sequence.
+
+No process holds a position. Step `s` trains on the sequences `s * global_batch` to `(s + 1) * global_batch - 1`, and
+whichever rank wants one computes it; so the order does not depend on how many ranks there are, and resuming is
+starting at another step. `grain` supplies the shuffles, the epochs and the mixing, all by random access.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from orchestrator.data.store import TokenStore
+from orchestrator.errors import DataError
+
+STREAM_VERSION = 1  # of the order; a change makes old data positions meaningless
+IGNORE = -100  # target of a position whose loss does not count
+Batch = dict[str, np.ndarray]
+
+
+class TokenStream:
+    """Training sequences by index.
+
+    A store is cut into windows of `seq_len + 1` tokens, one token shared between neighbours, so that every token is
+    a target once per epoch. Each epoch of each store has an order of its own; the mixture takes from the stores in a
+    fixed interleaving in the proportion of the weights, whichever epoch each of them is in.
+
+    Args:
+        stores: with one tokenizer.
+        weights: of the stores in the mixture, positive.
+        split: `train` or `validation`.
+        seq_len: tokens per sequence.
+        document_mask: number the documents of a sequence; otherwise all of it counts as one.
+        repeat: start new epochs for ever; otherwise the stream ends before any store would repeat.
+
+    Raises:
+        DataError: a store has less than one window in this split.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        weights: Sequence[float],
+        split: str,
+        seq_len: int,
+        seed: int,
+        document_mask: bool = True,
+        repeat: bool = True,
+    ):
+        self.seq_len, self.split, self.document_mask = seq_len, split, document_mask
+        self._splits = [store.split(split) for store in stores]
+        self._eos_ids = [store.eos_id for store in stores]
+        self.windows = tuple(max(0, (part.tokens - 1) // seq_len) for part in self._splits)
+        for store, part, windows in zip(stores, self._splits, self.windows, strict=True):
+            if not windows:
+                raise _too_short(store, split, part.tokens, seq_len)
+        self._order = _order(self.windows, weights, seed, repeat)
+        self._length: int = len(self._order)
+        self._facts = {
+            "version": STREAM_VERSION,
+            "stores": [store.fingerprint for store in stores],
+            "weights": [float(weight) for weight in weights],
+            "split": split,
+            "seq_len": seq_len,
+            "seed": seed,
+            "document_mask": document_mask,
+            "repeat": repeat,
+        }
+
+    def __len__(self) -> int:
+        """Sequences before the end; practically endless with `repeat`."""
+        return self._length
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of everything that the order depends on: equal fingerprints mean equal sequences."""
+        return hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of the store, and of the window in its split, of the sequence `index`."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"sequence {index} of a stream of {self._length}")
+        store, window = self._order[index]
+        return int(store), int(window)
+
+    def sequence(self, index: int) -> Batch:
+        """One sequence: int64 arrays of shape [seq_len].
+
+        `tokens`; `targets`, the next token, or -100 where that belongs to another document; `documents`, counted
+        from 0 in the sequence; `positions` in the document, counted from where it starts in the sequence.
+        """
+        return {name: array[0] for name, array in self.batch([index]).items()}
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Several sequences: the arrays of `sequence`, of shape [len(indices), seq_len]."""
+        windows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
+        eos = np.empty((len(indices), 1), dtype=np.int64)
+        for row, index in enumerate(indices):
+            store, window = self.locate(index)
+            start = window * self.seq_len
+            windows[row] = self._splits[store].read(start, start + self.seq_len + 1)
+            eos[row] = self._eos_ids[store]
+        return _fields(windows, eos, self.document_mask)
+
+
+class StepLoader:
+    """The share of one data rank of every optimizer step, read ahead by a thread.
+
+    Step `s` gives `[global_batch / data_world, seq_len]` arrays: the sequences
+    `s * global_batch + data_rank + k * data_world`. Iterating again starts at `start_step` again.
+
+    Args:
+        global_batch: sequences per step over all ranks.
+        steps: how many it yields.
+        prefetch: steps that are read ahead; 0 reads when asked.
+
+    Raises:
+        DataError: the ranks cannot share the batch equally.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        global_batch: int,
+        data_rank: int,
+        data_world: int,
+        start_step: int,
+        steps: int,
+        prefetch: int = 2,
+    ):
+        if global_batch < 1 or global_batch % data_world:
+            raise DataError(
+                "the global batch does not divide over the data ranks",
+                got=f"{global_batch} sequences (train.global_batch_tokens / seq_len) over {data_world} data ranks",
+                allowed=f"a multiple of {data_world} sequences, that is of {data_world * stream.seq_len} tokens",
+                fix=f"set train.global_batch_tokens={_round_up(global_batch, data_world) * stream.seq_len}",
+            )
+        if not 0 <= data_rank < data_world:
+            raise ValueError(f"data rank {data_rank} of {data_world}")
+        self.stream, self.global_batch = stream, global_batch
+        self.data_rank, self.data_world = data_rank, data_world
+        self.start_step, self.steps, self.prefetch = start_step, max(0, steps), prefetch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = range(self.start_step, self.start_step + self.steps)
+        source = (self.step(step) for step in steps)
+        return _read_ahead(source, self.prefetch) if self.prefetch > 0 else source
+
+    def step(self, step: int) -> Batch:
+        """This rank's share of one step."""
+        first = step * self.global_batch
+        return self.stream.batch(range(first + self.data_rank, first + self.global_batch, self.data_world))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """JSON-able position after `step` optimizer steps: the first sequence that has not been trained on."""
+        return {"next_sequence": step * self.global_batch, "fingerprint": self.stream.fingerprint}
+
+
+class ValidationBatches:
+    """A fixed set of sequences, the same number of batches on every rank. Sized and iterable; see the function."""
+
+    def __init__(self, stream: TokenStream, sequences: int, batch: int, rank: int, world: int):
+        self.stream, self.batch, self.rank, self.world = stream, batch, rank, world
+        self.sequences = min(sequences, len(stream))
+
+    def __len__(self) -> int:
+        return -(-self.sequences // (self.batch * self.world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.batch * self.world
+        for first in range(0, self.sequences, step):
+            indices = range(first + self.rank, first + step, self.world)
+            real = [index for index in indices if index < self.sequences]
+            # The first sequence stands in for those that are missing; its targets do not count.
+            batch = self.stream.batch(real + [0] * (self.batch - len(real)))
+            batch["targets"][len(real) :] = IGNORE
+            yield batch
+
+
+def validation_batches(
+    stream_val: TokenStream, sequences: int, batch: int, rank: int = 0, world: int = 1
+) -> ValidationBatches:
+    """The first `sequences` of a validation stream (made with `repeat=False`; fewer if it is shorter) in batches.
+
+    Every rank gets the same number of batches of shape [batch, seq_len], so that all of them call the collectives
+    together; where the set does not divide, rows without targets fill up. The set does not depend on `world`.
+    """
+    return ValidationBatches(stream_val, sequences, batch, rank, world)
+
+
+def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:
+    """A grain dataset: index of the sequence to (store, window)."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # grain warns on import that JAX, which it does not need, is absent
+    try:
+        import grain
+    finally:
+        logger.setLevel(level)
+    parts = []
+    for number, count in enumerate(windows):
+        part = grain.MapDataset.source(_Windows(number, count)).seed(_derive(seed, number)).shuffle()
+        parts.append(part.repeat() if repeat else part)
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(weights))
+
+
+class _Windows:
+    """The windows of one store as a grain source; the data is read where it is used, many windows at a time."""
+
+    def __init__(self, store: int, count: int):
+        self._store, self._count = store, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._store, index
+
+
+def _derive(seed: int, store: int) -> int:
+    """A seed per store: two copies of one store in a mixture do not march in step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{store}".encode()).digest()[:4], "little")
+
+
+def _fields(windows: np.ndarray, eos: np.ndarray, document_mask: bool) -> Batch:
+    """Windows [rows, seq_len + 1] to the arrays of a batch [rows, seq_len]."""
+    tokens, targets = windows[:, :-1], windows[:, 1:].copy()
+    ends = tokens == eos
+    targets[ends] = IGNORE
+    index = np.arange(tokens.shape[1], dtype=np.int64)
+    if not document_mask:
+        documents, positions = np.zeros_like(tokens), np.broadcast_to(index, tokens.shape).copy()
+        return {"tokens": tokens.copy(), "targets": targets, "documents": documents, "positions": positions}
+    starts = np.zeros_like(tokens)
+    starts[:, 1:] = np.where(ends[:, :-1], index[1:], 0)
+    documents = np.zeros_like(tokens)
+    np.cumsum(ends[:, :-1], axis=1, out=documents[:, 1:])
+    positions = index - np.maximum.accumulate(starts, axis=1)
+    return {"tokens": tokens.copy(), "targets": targets, "documents": documents, "positions": positions}
+
+
+def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """Run an iterator in a thread, at most `depth` items ahead; its error is raised here."""
+    items: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in source:
+                put(item)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    # An iterator that is never finished must not keep the interpreter from exiting, hence a daemon; and a daemon that
+    # is killed inside of compiled code may take the process down, hence the end at exit.
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+
+    def end() -> None:
+        stop.set()
+        if threading.current_thread() is not thread:  # garbage may be collected in any thread
+            thread.join(timeout=10)
+
+    atexit.register(end)
+    thread.start()
+    try:
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _too_short(store: TokenStore, split: str, tokens: int, seq_len: int) -> DataError:
+    if split == "validation":
+        fix = "raise data.validation_fraction, lower train.seq_len, or bring more data"
+    else:
+        fix = "lower train.seq_len, or bring more data"
+    return DataError(
+        f"the {split} split is shorter than one sequence: {store.path}",
+        got=f"{tokens} tokens",
+        allowed=f"at least {seq_len + 1} (train.seq_len={seq_len} and the target of the last position)",
+        fix=fix,
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return max(1, -(-value // multiple)) * multiple

@@ -1,0 +1,320 @@
+"""Documents to a token store: tokenised in parallel, shuffled, divided into splits and shards.
+
+Two passes keep memory bounded. The first tokenises in the order of the input into one spool file; the second gathers
+the documents in their final order, one shard at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from orchestrator.data.read import Document, InputFile, UnreadableFile, read_documents
+from orchestrator.data.store import (
+    INDEX_FILE,
+    SPLITS,
+    ShardInfo,
+    SplitInfo,
+    StoreIndex,
+    TokenStore,
+    hash_file,
+    store_fingerprint,
+)
+from orchestrator.data.tokenize import Tokenizer, library_threads
+from orchestrator.errors import DataError
+
+SHARD_TOKENS = 1 << 26
+_CHUNK_CHARACTERS = 1 << 19
+_ORDER_SEED = 0x5EED
+_SPOOL_FILE = "spool.tmp"
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokenised documents: `tokens` back to back, and per document its length, content hash and bytes of text."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+    text_bytes: np.ndarray
+    consumed: int
+
+
+@dataclass(frozen=True)
+class _Extents:
+    """Where documents lie in the spool, each field of shape [documents]."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+    text_bytes: np.ndarray
+
+    def take(self, which: np.ndarray) -> _Extents:
+        return _Extents(self.starts[which], self.lengths[which], self.hashes[which], self.text_bytes[which])
+
+
+def write_store(
+    folder: Path,
+    files: Sequence[InputFile],
+    tokenizer: Tokenizer,
+    *,
+    text_field: str,
+    validation_fraction: float,
+    workers: int,
+    source: dict[str, Any],
+    progress: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> TokenStore:
+    """Tokenise the files into a store in `folder`, which exists and is empty. The index is written last.
+
+    Args:
+        validation_fraction: of the documents, held out by the hash of their content, so that copies stay together.
+        workers: threads that tokenise (the library works outside of the interpreter's lock).
+        source: where the documents come from, for the index.
+
+    Raises:
+        DataError: an input cannot be read, or there is no document in any.
+    """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    skipped: list[Path] = []
+    extents = _spool(
+        folder / _SPOOL_FILE, _documents(files, text_field, skipped), files, tokenizer, dtype, workers, progress
+    )
+    if not extents.lengths.size:
+        raise DataError(
+            "the inputs have no text",
+            got=f"{len(files)} files, {len(skipped)} of them not text",
+            allowed="at least one document that is not empty",
+        )
+    tokenizer.save(folder)
+    shards, splits, entropy = _write_splits(folder, extents, tokenizer, dtype, validation_fraction, shard_tokens)
+    (folder / _SPOOL_FILE).unlink()
+    index = StoreIndex(
+        dtype=dtype.str,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        shards=tuple(shards),
+        splits=splits,
+        unigram_entropy_nats=entropy,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        fingerprint=store_fingerprint(shards, splits, tokenizer.fingerprint),
+        source=source,
+        skipped_files=len(skipped),
+    )
+    write_atomically(folder / INDEX_FILE, index.to_json().encode())
+    return TokenStore.open(folder)
+
+
+def entropy_nats(counts: np.ndarray) -> float:
+    """Entropy of the distribution that the counts describe."""
+    total = int(counts.sum())
+    if total == 0:
+        return 0.0
+    share = counts[counts > 0] / total
+    return float(-(share * np.log(share)).sum())
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that it is seen whole or not at all."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, file)
+
+
+def _documents(files: Sequence[InputFile], text_field: str, skipped: list[Path]) -> Iterator[Document]:
+    for file in files:
+        try:
+            yield from read_documents(file, text_field)
+        except UnreadableFile:
+            skipped.append(file.path)
+
+
+def _spool(
+    path: Path,
+    documents: Iterable[Document],
+    files: Sequence[InputFile],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    workers: int,
+    progress: bool,
+) -> _Extents:
+    """Tokenise into one file in the order of the input."""
+    lengths: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []
+    text_bytes: list[np.ndarray] = []
+    total = sum(file.path.stat().st_size for file in files)
+    bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=not progress)
+    with bar, open(path, "wb") as spool:
+        for chunk in _encode_all(documents, tokenizer, dtype, workers):
+            spool.write(chunk.tokens.tobytes())
+            lengths.append(chunk.lengths)
+            hashes.append(chunk.hashes)
+            text_bytes.append(chunk.text_bytes)
+            bar.update(chunk.consumed)
+        bar.update(max(0, total - bar.n))
+    if not lengths:
+        return _Extents(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
+    joined = np.concatenate(lengths)
+    return _Extents(np.cumsum(joined) - joined, joined, np.concatenate(hashes), np.concatenate(text_bytes))
+
+
+def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[_Chunk]:
+    """Tokenise chunks of documents on `workers` threads; the results come in order and only a few are alive."""
+    pending: deque[Future[_Chunk]] = deque()
+    with library_threads(False), ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
+        try:
+            for chunk in _chunks(documents):
+                pending.append(pool.submit(_encode_chunk, chunk, tokenizer, dtype))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode_chunk(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> _Chunk:
+    encoded = tokenizer.encode_batch([document.text for document in documents])
+    # A foreign tokenizer may still produce its end-of-text token from text; only ours may end a document.
+    encoded = [ids[ids != tokenizer.eos_id] for ids in encoded]
+    raw = [document.text.encode("utf-8", "replace") for document in documents]
+    digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in raw)
+    return _Chunk(
+        tokens=np.concatenate(encoded).astype(dtype),
+        lengths=np.array([ids.size for ids in encoded], dtype=np.int64),
+        hashes=np.frombuffer(digests, dtype="<u8"),
+        text_bytes=np.array([len(text) for text in raw], dtype=np.int64),
+        consumed=sum(document.consumed for document in documents),
+    )
+
+
+def _write_splits(
+    folder: Path, extents: _Extents, tokenizer: Tokenizer, dtype: np.dtype, fraction: float, shard_tokens: int
+) -> tuple[list[ShardInfo], dict[str, SplitInfo], float]:
+    """The second pass: the spool into shards in their final order. Also returns the unigram entropy in nats."""
+    spool = np.memmap(folder / _SPOOL_FILE, dtype=dtype, mode="r")
+    shards: list[ShardInfo] = []
+    splits: dict[str, SplitInfo] = {}
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for name, part in zip(SPLITS, _hold_out(extents, fraction), strict=True):
+        first = len(shards)
+        for shard in _shard_plan(_shuffled(part), shard_tokens):
+            tokens = _gather(spool, shard, tokenizer.eos_id)
+            shards.append(_write_shard(folder, len(shards), tokens, shard))
+            if name == "train":
+                counts += np.bincount(tokens, minlength=counts.size)
+        numbers = tuple(range(first, len(shards)))
+        total = sum(shards[i].tokens for i in numbers)
+        splits[name] = SplitInfo(numbers, total, int(part.lengths.size), int(part.text_bytes.sum()))
+    return shards, splits, entropy_nats(counts)
+
+
+def _hold_out(extents: _Extents, fraction: float) -> tuple[_Extents, _Extents]:
+    """The documents to train on, and those held out.
+
+    Of very few documents the choice by hash may take none, or most of the text. Then the tail of the longest one
+    is held out instead: a single text file has a validation split too.
+    """
+    chosen = extents.hashes < np.uint64(min(math.ceil(fraction * 2.0**64), 2**64 - 1))
+    tokens = int(extents.lengths.sum())
+    held = int(extents.lengths[chosen].sum())
+    if fraction <= 0.0:
+        chosen[:] = False
+    elif held == 0 or held > 0.5 * max(tokens, 1) > fraction * tokens:
+        return _hold_out_tail(extents, max(1, round(fraction * tokens)))
+    return extents.take(~chosen), extents.take(chosen)
+
+
+def _hold_out_tail(extents: _Extents, wanted: int) -> tuple[_Extents, _Extents]:
+    longest = int(np.argmax(extents.lengths))
+    length = int(extents.lengths[longest])
+    tail = min(wanted, length - 1)
+    if tail < 1:
+        return extents, extents.take(np.zeros(0, dtype=np.int64))
+    text_bytes = int(extents.text_bytes[longest]) * tail // length
+    held = _Extents(
+        extents.starts[[longest]] + length - tail,
+        np.array([tail]),
+        extents.hashes[[longest]],
+        np.array([text_bytes]),
+    )
+    lengths, sizes = extents.lengths.copy(), extents.text_bytes.copy()
+    lengths[longest] -= tail
+    sizes[longest] -= text_bytes
+    return _Extents(extents.starts, lengths, extents.hashes, sizes), held
+
+
+def _shuffled(extents: _Extents) -> _Extents:
+    """A fixed pseudo-random order (splitmix64 of the position), the same for every version of NumPy."""
+    with np.errstate(over="ignore"):
+        key = (np.arange(extents.lengths.size, dtype=np.uint64) + np.uint64(_ORDER_SEED)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return extents.take(np.argsort(key ^ (key >> np.uint64(31)), kind="stable"))
+
+
+def _shard_plan(extents: _Extents, shard_tokens: int) -> Iterator[_Extents]:
+    """Whole documents into shards of about `shard_tokens`."""
+    if not extents.lengths.size:
+        return
+    ends = np.cumsum(extents.lengths + 1)
+    number = (ends - 1) // shard_tokens
+    for which in np.split(np.arange(number.size), np.flatnonzero(np.diff(number)) + 1):
+        yield extents.take(which)
+
+
+def _gather(spool: np.ndarray, extents: _Extents, eos_id: int) -> np.ndarray:
+    """The documents back to back, each followed by eos."""
+    eos = np.array([eos_id], dtype=spool.dtype)
+    parts: list[np.ndarray] = []
+    for start, length in zip(extents.starts.tolist(), extents.lengths.tolist(), strict=True):
+        parts += [spool[start : start + length], eos]
+    return np.concatenate(parts)
+
+
+def _write_shard(folder: Path, number: int, tokens: np.ndarray, extents: _Extents) -> ShardInfo:
+    file, offsets_file = f"tokens-{number:05d}.bin", f"offsets-{number:05d}.bin"
+    ends = np.cumsum(extents.lengths + 1)
+    for name, array in ((file, tokens), (offsets_file, (ends - extents.lengths - 1).astype("<i8"))):
+        with open(folder / name, "wb") as stream:
+            stream.write(array.tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+    return ShardInfo(
+        file=file,
+        offsets_file=offsets_file,
+        tokens=int(tokens.size),
+        documents=int(extents.lengths.size),
+        bytes=int(tokens.nbytes),
+        sha256=hash_file(folder / file),
+        offsets_sha256=hash_file(folder / offsets_file),
+    )

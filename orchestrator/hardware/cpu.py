@@ -1,0 +1,66 @@
+"""Training on the processor, with gloo between processes: the target that is always there."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from orchestrator.hardware import host
+from orchestrator.hardware.base import Probe, Target, missing_torch
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CpuTarget(Target):
+    """Each process is one device; its threads share the host's cores with the other processes'."""
+
+    name = "cpu"
+    device_type = "cpu"
+    collective_backend = "gloo"
+    accelerator = "cpu"
+    strategy = "dtensor"
+    state = "run on x86-64 Linux, in one and in several processes of one machine"
+
+    def _look(self) -> Probe:
+        model = host.cpu_model()
+        build = host.torch_build()
+        if build is None:
+            return Probe(self.name, False, 1, (model,), problems=(missing_torch(),))
+        return Probe(
+            self.name,
+            True,
+            1,
+            (model,),
+            # The rate of a CPU depends on its vector units and memory: it is measured, not looked up.
+            chip=None,
+            runtime={"torch": build.version, "cores": str(host.physical_cores())},
+            device_memory_bytes=host.ram_bytes(),
+        )
+
+    def default_precision(self, probe: Probe) -> str:
+        # Most CPUs have no bf16 units, and there bf16 is several times slower than fp32.
+        return "fp32"
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def memory_bytes(self, device: torch.device) -> int | None:
+        """Resident memory of this process."""
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+    def peak_memory_bytes(self, device: torch.device) -> int | None:
+        """The most resident memory that this process has had."""
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+    def synchronize(self, device: torch.device) -> None:
+        """Nothing to wait for: operations return when they are done."""

@@ -1,0 +1,124 @@
+"""Which process of a job this is, as the engine that started it says.
+
+Three engines are recognised by their environment: the product's own launcher, torchrun, and Slurm's srun.
+Each is one function in `_DETECTORS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from orchestrator.errors import HardwareError
+
+OWN_PREFIX = "ORCHESTRATOR_"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the job.
+
+    Attributes:
+        store: where the processes meet: `file:<path>`, `tcp:<host>:<port>`, or empty for a single process.
+        attempt: restarts so far; keeps a restarted job from meeting the ghosts of the last one.
+        engine: who started the processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    store: str = ""
+    attempt: int = 0
+    engine: str = "none"
+
+    @property
+    def hosts(self) -> int:
+        return max(1, self.size // self.local_size)
+
+    def environment(self) -> dict[str, str]:
+        """What the product's own launcher sets so that `detect` finds the same."""
+        fields = ("rank", "size", "local_rank", "local_size", "store", "attempt")
+        return {OWN_PREFIX + field.upper(): str(getattr(self, field)) for field in fields}
+
+
+def detect(environ: Mapping[str, str]) -> World | None:
+    """The world that the environment describes; None where nobody has started several processes.
+
+    Raises:
+        HardwareError: an engine is there and its variables are incomplete or no numbers.
+    """
+    for detector in _DETECTORS:
+        try:
+            world = detector(environ)
+        except (KeyError, ValueError) as error:
+            raise HardwareError(
+                f"the environment of {detector.__name__.removeprefix('_')} is incomplete",
+                got=repr(error),
+                fix="start the job through torchrun or srun, or unset their variables",
+            ) from error
+        if world is not None:
+            return world
+    return None
+
+
+def _orchestrator(env: Mapping[str, str]) -> World | None:
+    if OWN_PREFIX + "RANK" not in env:
+        return None
+    numbers = {
+        field: int(env[OWN_PREFIX + field.upper()]) for field in ("rank", "size", "local_rank", "local_size", "attempt")
+    }
+    return World(**numbers, store=env[OWN_PREFIX + "STORE"], engine="orchestrator")
+
+
+def _torchrun(env: Mapping[str, str]) -> World | None:
+    if "TORCHELASTIC_RUN_ID" not in env and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(env):
+        return None
+    return World(
+        rank=int(env["RANK"]),
+        size=int(env["WORLD_SIZE"]),
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        store=f"tcp:{env['MASTER_ADDR']}:{env['MASTER_PORT']}",
+        attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        engine="torchrun",
+    )
+
+
+def _slurm(env: Mapping[str, str]) -> World | None:
+    # A batch script or an interactive shell has a job and no step: there the product starts its own processes.
+    if "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2 or env.get("SLURM_STEP_NODELIST") is None:
+        return None
+    port = 20000 + int(env["SLURM_JOB_ID"]) % 20000
+    return World(
+        rank=int(env["SLURM_PROCID"]),
+        size=int(env["SLURM_NTASKS"]),
+        local_rank=int(env["SLURM_LOCALID"]),
+        local_size=_tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"])),
+        store=f"tcp:{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
+        attempt=int(env.get("SLURM_RESTART_COUNT", "0")),
+        engine="slurm",
+    )
+
+
+_DETECTORS: tuple[Callable[[Mapping[str, str]], World | None], ...] = (_orchestrator, _torchrun, _slurm)
+
+
+def first_host(nodelist: str) -> str:
+    """First name of a Slurm host list: `gpu[03-07,9],x1` -> `gpu03`."""
+    head = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist)
+    if head is None:
+        raise ValueError(nodelist)
+    return head[1] + (head[2] or "") + (head[3] or "")
+
+
+def _tasks_on_node(text: str, node: int) -> int:
+    """Entry `node` of Slurm's `4(x2),3`."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ValueError(text)
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[node]

@@ -1,0 +1,74 @@
+"""Keys and values of earlier positions, kept while text is generated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """One layer's keys and values, preallocated.
+
+    Args:
+        shape: (B, kv_heads, capacity, head_dim).
+        dtype: of the keys and values.
+        device: where they lie.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, kv_heads, T, head_dim]; returns all positions so far, [B, kv_heads, length, head_dim].
+
+        Raises:
+            ValueError: more positions than the cache was made for.
+        """
+        stop = self.length + k.shape[2]
+        if stop > self.keys.shape[2]:
+            raise ValueError(f"the cache holds {self.keys.shape[2]} positions, {stop} are needed")
+        self.keys[:, :, self.length : stop] = k
+        self.values[:, :, self.length : stop] = v
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class KVCache:
+    """The caches of all layers.
+
+    Args:
+        layers: number of layers.
+        batch: sequences.
+        kv_heads: key heads per layer.
+        capacity: positions that fit.
+        head_dim: width of one head.
+        dtype: of the keys and values.
+        device: where they lie.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.capacity = capacity
+        shape = (batch, kv_heads, capacity, head_dim)
+        self.layers = [LayerCache(shape, dtype, torch.device(device)) for _ in range(layers)]
+
+    @property
+    def length(self) -> int:
+        """Positions that are in the cache."""
+        return self.layers[0].length
+
+    def clear(self) -> None:
+        """Forget all positions; the memory stays."""
+        for layer in self.layers:
+            layer.length = 0

@@ -1,0 +1,203 @@
+"""The decoder language model: embedding, blocks, norm, head.
+
+Single-device code. Its parameters carry logical axis names, from which `sharding.rules` derives what each
+rank holds; there are no buffers, so it can be built on the meta device and filled shard by shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.config.schema import ModelConfig
+from orchestrator.errors import ConfigError
+from orchestrator.models.cache import KVCache
+from orchestrator.models.init import Init
+from orchestrator.models.layers import Block, make_norm, resolved_head_dim
+from orchestrator.models.loss import HeadOps, default_head_ops
+from orchestrator.models.mask import attention_mask
+from orchestrator.models.rope import Rope, rope_tables
+from orchestrator.sharding.axes import ParameterAxes
+
+__all__ = ["Decoder", "LMHead", "resolved_head_dim"]
+
+_NORMS = ("attn_norm", "mlp_norm", "norm")
+
+# Module name -> logical axes of its weight. A bias has the first of them.
+_AXES: dict[str, tuple[str, ...]] = {
+    "embed": ("vocab", "embed"),
+    "positions": ("positions", "embed"),
+    "head": ("vocab", "embed"),
+    "q": ("heads", "embed"),
+    "k": ("kv_heads", "embed"),
+    "v": ("kv_heads", "embed"),
+    "o": ("embed", "heads"),
+    "gate": ("mlp", "embed"),
+    "up": ("mlp", "embed"),
+    "down": ("embed", "mlp"),
+    "q_norm": ("head_dim",),
+    "k_norm": ("head_dim",),
+    **dict.fromkeys(_NORMS, ("norm",)),
+}
+
+
+class LMHead(nn.Module):
+    """From the last hidden states to logits or to the loss.
+
+    Attributes:
+        weight: [V, D].
+        ops: the mathematics; a strategy that shards the vocabulary replaces it.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, ops: HeadOps):
+        super().__init__()
+        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
+        self.ops = ops
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
+        """Loss with targets, logits without.
+
+        Args:
+            hidden: [B, T, D].
+            targets: [B, T] with -100 where there is none, or None.
+            last_only: logits of the last position only.
+
+        Returns:
+            fp32 scalar, the sum over the targets; or [B, T, V], with `last_only` [B, 1, V].
+        """
+        if targets is not None:
+            return self.ops.loss(hidden, self.weight, targets)
+        return self.ops.logits(hidden[:, -1:] if last_only else hidden, self.weight)
+
+
+class Decoder(nn.Module):
+    """A decoder language model.
+
+    Args:
+        config: its description, with `vocab_size` a number.
+        loss_chunk_tokens: tokens whose logits exist at one time when the loss is computed.
+
+    Attributes:
+        make_mask: builds the attention mask of a forward pass, as `models.mask.attention_mask`; a strategy
+            that splits sequences replaces it.
+
+    Raises:
+        ConfigError: `vocab_size` or `head_dim` cannot be resolved.
+    """
+
+    positions: nn.Embedding | None
+    make_mask: Callable[..., Tensor | None]
+
+    def __init__(self, config: ModelConfig, loss_chunk_tokens: int = 2048):
+        super().__init__()
+        if config.vocab_size == "auto":
+            raise ConfigError("model.vocab_size is not known", got="auto", fix="give the number of tokens")
+        self.config = config
+        self.head_dim = resolved_head_dim(config)
+        self.make_mask = attention_mask
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = make_norm(config, config.dim)
+        self.head = LMHead(config.vocab_size, config.dim, default_head_ops(loss_chunk_tokens))
+        self.tie_weights()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, with their type."""
+        return cast(list[Block], list(self.layers))
+
+    def tie_weights(self) -> None:
+        """Let the head use the embedding's weight, where the configuration says so.
+
+        To be called again after parameters were replaced: sharding and moving break the tie.
+        """
+        if self.config.tied_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Loss with targets, logits without.
+
+        Args:
+            tokens: [B, T] int64.
+            positions: [B, T], position of each token in its document; None: counted from the cache's length.
+            documents: [B, T], an integer per document; attention does not leave it. None: one document.
+            targets: [B, T], the token to be predicted at each position, -100 for none.
+            cache: keys and values of earlier positions; those of this call are added.
+            last_only: logits of the last position only.
+
+        Returns:
+            fp32 scalar, the SUM of the cross-entropies over the targets; or logits [B, T, V], with
+            `last_only` [B, 1, V].
+
+        Raises:
+            ValueError: `documents` together with `cache`.
+        """
+        if cache is not None and documents is not None:
+            raise ValueError("documents cannot be told apart when a cache is used")
+        past = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).unsqueeze(0)
+        mask = self.make_mask(
+            queries=tokens.shape[1],
+            past=past,
+            documents=documents,
+            window=self.config.sliding_window,
+            device=tokens.device,
+        )
+        x, rope = self._embed(tokens, positions)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache.layers[index] if cache is not None else None)
+        return self.head(self.norm(x), targets, last_only)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rope | None]:
+        x = self.embed(tokens)
+        rope = None
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        else:
+            rope = rope_tables(positions, self.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        if self.config.dropout > 0.0:
+            x = F.dropout(x, self.config.dropout, self.training)
+        return x, rope
+
+    def logical_axes(self) -> ParameterAxes:
+        """The logical axis of each dim of each parameter; a tied weight is listed as `embed.weight`."""
+        return {name: _AXES[_module_of(name)][: parameter.ndim] for name, parameter in self.named_parameters()}
+
+    def initializers(self) -> dict[str, Init]:
+        """How each parameter starts: normal with `init_std`, norms at one, biases at zero.
+
+        The projections that write to the residual stream have `init_std / sqrt(2 * layers)`, so that the
+        stream's variance does not grow with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
+        """
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.layers)
+        return {name: self._init_of(name, residual_std) for name, _ in self.named_parameters()}
+
+    def _init_of(self, name: str, residual_std: float) -> Init:
+        module = _module_of(name)
+        if name.endswith(".bias"):
+            return Init("zeros", 0.0)
+        if module.endswith("norm"):
+            return Init("ones", 0.0)
+        return Init("normal", residual_std if module in ("o", "down") else self.config.init_std)
+
+
+def _module_of(name: str) -> str:
+    """`layers.3.attn.q.weight` -> `q`."""
+    return name.split(".")[-2]

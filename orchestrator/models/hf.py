@@ -1,0 +1,180 @@
+"""Names and layouts of weights in Hugging Face state dicts, and ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from orchestrator.config.schema import ModelConfig
+from orchestrator.errors import CheckpointError
+from orchestrator.models.decoder import Decoder
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a parameter lies in a foreign state dict.
+
+    Attributes:
+        name: foreign name, with `{i}` for the layer.
+        transposed: stored as [in, out].
+        part: which third of dim 0 (after transposing) it is, of a fused query-key-value projection.
+    """
+
+    name: str
+    transposed: bool = False
+    part: int | None = None
+
+
+# Our module -> theirs. The parameter's own name (weight, bias) is the same on both sides.
+_LLAMA = {
+    "embed": _Source("model.embed_tokens"),
+    "norm": _Source("model.norm"),
+    "head": _Source("lm_head"),
+    "layers.{i}.attn_norm": _Source("model.layers.{i}.input_layernorm"),
+    "layers.{i}.attn.q": _Source("model.layers.{i}.self_attn.q_proj"),
+    "layers.{i}.attn.k": _Source("model.layers.{i}.self_attn.k_proj"),
+    "layers.{i}.attn.v": _Source("model.layers.{i}.self_attn.v_proj"),
+    "layers.{i}.attn.o": _Source("model.layers.{i}.self_attn.o_proj"),
+    "layers.{i}.mlp_norm": _Source("model.layers.{i}.post_attention_layernorm"),
+    "layers.{i}.mlp.gate": _Source("model.layers.{i}.mlp.gate_proj"),
+    "layers.{i}.mlp.up": _Source("model.layers.{i}.mlp.up_proj"),
+    "layers.{i}.mlp.down": _Source("model.layers.{i}.mlp.down_proj"),
+}
+_QK_NORM = {
+    "layers.{i}.attn.q_norm": _Source("model.layers.{i}.self_attn.q_norm"),
+    "layers.{i}.attn.k_norm": _Source("model.layers.{i}.self_attn.k_norm"),
+}
+# GPT-2's projections are Conv1D modules, which hold the transpose of what nn.Linear holds.
+_GPT2 = {
+    "embed": _Source("transformer.wte"),
+    "positions": _Source("transformer.wpe"),
+    "norm": _Source("transformer.ln_f"),
+    "head": _Source("lm_head"),
+    "layers.{i}.attn_norm": _Source("transformer.h.{i}.ln_1"),
+    "layers.{i}.attn.q": _Source("transformer.h.{i}.attn.c_attn", transposed=True, part=0),
+    "layers.{i}.attn.k": _Source("transformer.h.{i}.attn.c_attn", transposed=True, part=1),
+    "layers.{i}.attn.v": _Source("transformer.h.{i}.attn.c_attn", transposed=True, part=2),
+    "layers.{i}.attn.o": _Source("transformer.h.{i}.attn.c_proj", transposed=True),
+    "layers.{i}.mlp_norm": _Source("transformer.h.{i}.ln_2"),
+    "layers.{i}.mlp.up": _Source("transformer.h.{i}.mlp.c_fc", transposed=True),
+    "layers.{i}.mlp.down": _Source("transformer.h.{i}.mlp.c_proj", transposed=True),
+}
+_TABLES: dict[str, dict[str, _Source]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA | _QK_NORM,
+    "gpt2": _GPT2,
+}
+# Tables that old checkpoints carry although they follow from the configuration.
+_DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
+
+
+def from_hf(state_dict: Mapping[str, Tensor], family: Family, config: ModelConfig) -> dict[str, Tensor]:
+    """Our parameters from a Hugging Face state dict.
+
+    Args:
+        state_dict: tensors by name; views of them are returned where nothing has to be rearranged.
+        family: whose names they carry.
+        config: the model that they are for.
+
+    Returns:
+        Every parameter of `Decoder(config)` by name; a tied weight once, as `embed.weight`.
+
+    Raises:
+        CheckpointError: a family that is not known; tensors that are missing, left over, or of another shape.
+    """
+    given = {_with_prefix(name, family): tensor for name, tensor in state_dict.items() if not _DERIVED.search(name)}
+    if config.tied_embeddings:
+        given.pop("lm_head.weight", None)
+    shapes = _our_shapes(config)
+    sources = {name: _source(name, family) for name in shapes}
+    _refuse_other_names({source.name for source in sources.values()}, set(given), family)
+    ours = {name: _take(given[source.name], source) for name, source in sources.items()}
+    wrong = [
+        f"  {name}: {tuple(ours[name].shape)}, wanted {shape}"
+        for name, shape in shapes.items()
+        if ours[name].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError("tensors do not have the shapes of the configured model:\n" + "\n".join(wrong))
+    return ours
+
+
+def to_hf(parameters: Mapping[str, Tensor], family: Family, config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `from_hf`: a tied head is left out, as in Hugging Face's own files.
+
+    Args:
+        parameters: every parameter of `Decoder(config)` by name.
+        family: whose names to give.
+        config: the model that they are of.
+
+    Raises:
+        CheckpointError: a family that is not known; parameters that are missing or left over.
+    """
+    given = {name for name in parameters if not (config.tied_embeddings and name == "head.weight")}
+    names = list(_our_shapes(config))
+    _refuse_other_names(set(names), given, family)
+    parts: dict[str, list[Tensor]] = {}
+    transposed: set[str] = set()
+    for name in names:  # query, key, value come in this order
+        source = _source(name, family)
+        parts.setdefault(source.name, []).append(parameters[name])
+        if source.transposed and parameters[name].ndim == 2:
+            transposed.add(source.name)
+    joined = {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
+    return {name: tensor.T.contiguous() if name in transposed else tensor for name, tensor in joined.items()}
+
+
+def _our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
+
+
+def _source(name: str, family: str) -> _Source:
+    """Where our parameter `name` lies; its source's name is complete."""
+    if family not in _TABLES:
+        raise CheckpointError("this model family has no name table", got=family, allowed=", ".join(get_args(Family)))
+    module, _, leaf = name.rpartition(".")
+    layer = re.search(r"\d+", module)
+    pattern = re.sub(r"\d+", "{i}", module)
+    if pattern not in _TABLES[family]:
+        raise CheckpointError(
+            f"a {family} checkpoint has no counterpart of '{name}'", fix="choose the preset that fits the checkpoint"
+        )
+    source = _TABLES[family][pattern]
+    foreign = source.name.replace("{i}", layer.group()) if layer else source.name
+    return _Source(f"{foreign}.{leaf}", source.transposed, source.part)
+
+
+def _with_prefix(name: str, family: str) -> str:
+    """GPT-2 files on the hub were saved from the inner model, without its prefix."""
+    if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+        return f"transformer.{name}"
+    return name
+
+
+def _take(tensor: Tensor, source: _Source) -> Tensor:
+    if source.transposed and tensor.ndim == 2:
+        tensor = tensor.T
+    if source.part is not None:
+        tensor = tensor.chunk(3)[source.part]
+    return tensor.contiguous()
+
+
+def _refuse_other_names(wanted: set[str], given: set[str], family: str) -> None:
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    if missing or extra:
+        lines = [f"  missing:   {name}" for name in missing] + [f"  left over: {name}" for name in extra]
+        shown = lines[:12] + ([f"  … and {len(lines) - 12} more"] if len(lines) > 12 else [])
+        raise CheckpointError(
+            f"the tensors are not those of the configured {family} model:\n" + "\n".join(shown),
+            fix="check model=… (layers, tied_embeddings, qk_norm, biases) against the checkpoint's config.json",
+        )

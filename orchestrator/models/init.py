@@ -1,0 +1,91 @@
+"""Initial weights that are the same on every backend and layout.
+
+Each parameter is cut into chunks of whole rows, and each chunk is drawn on the host from its own generator,
+keyed by seed, parameter name and chunk index. So a rank draws the chunks that overlap its shard and no
+others, and what it gets does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a parameter starts.
+
+    Attributes:
+        kind: `normal` has mean 0 and standard deviation `std`.
+        std: of `normal`.
+    """
+
+    kind: Literal["normal", "zeros", "ones"]
+    std: float = 0.0
+
+
+def draw_slice(init: Init, name: str, seed: int, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
+    """The part `slices` of a parameter's initial value.
+
+    Args:
+        init: how the parameter starts.
+        name: its fully qualified name.
+        seed: of the run.
+        shape: its global shape.
+        slices: one per dim, with step 1.
+
+    Returns:
+        fp32 on the host, of the slices' shape.
+
+    Raises:
+        ValueError: not one slice per dim, or a step other than 1.
+    """
+    if len(slices) != len(shape):
+        raise ValueError(f"'{name}' has {len(shape)} dims, got {len(slices)} slices")
+    bounds = [part.indices(size) for part, size in zip(slices, shape, strict=True)]
+    if any(step != 1 for _, _, step in bounds):
+        raise ValueError(f"slices of '{name}' must have step 1, got {slices}")
+    out = np.empty([max(stop - start, 0) for start, stop, _ in bounds], dtype=np.float32)
+    if init.kind != "normal":
+        out.fill(1.0 if init.kind == "ones" else 0.0)
+    elif out.size:
+        _fill_normal(out, init.std, name, seed, shape, bounds)
+    return torch.from_numpy(out)
+
+
+def rows_per_chunk(shape: tuple[int, ...]) -> int:
+    """Rows on dim 0 that share a generator: about 64 Ki elements, at least one row."""
+    return max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
+
+
+def _fill_normal(
+    out: np.ndarray, std: float, name: str, seed: int, shape: tuple[int, ...], bounds: list[tuple[int, int, int]]
+) -> None:
+    start, stop, _ = bounds[0]
+    columns = tuple(slice(low, high) for low, high, _ in bounds[1:])
+    for chunk, first, last in _chunks(shape, start, stop):
+        values = _generator(seed, name, chunk).standard_normal((last - first, *shape[1:]), dtype=np.float32)
+        low, high = max(first, start), min(last, stop)
+        part = values[(slice(low - first, high - first), *columns)]
+        np.multiply(part, np.float32(std), out=out[low - start : high - start])
+
+
+def _chunks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Index, first and one-past-last row of the chunks that overlap rows [start, stop)."""
+    rows = rows_per_chunk(shape)
+    for chunk in range(start // rows, -(-stop // rows)):
+        yield chunk, chunk * rows, min((chunk + 1) * rows, shape[0])
+
+
+def _generator(seed: int, name: str, chunk: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}\0{name}\0{chunk}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

@@ -1,0 +1,190 @@
+"""Attention, feed-forward and the residual block.
+
+Nothing here knows how many devices there are. A rank that holds some of the heads, or some of the
+feed-forward's columns, runs the same code: counts of heads follow from the width of the local projections,
+and the residual stream may hold fewer positions than attention sees, when a strategy gathers attention's
+input and scatters its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.config.schema import ModelConfig
+from orchestrator.errors import ConfigError
+from orchestrator.models.cache import LayerCache
+from orchestrator.models.rope import Rope, apply_rope
+
+
+def resolved_head_dim(config: ModelConfig) -> int:
+    """Width of one head: as configured, or `dim / heads`.
+
+    Raises:
+        ConfigError: `head_dim: auto` with a `dim` that the heads do not divide.
+    """
+    if config.head_dim != "auto":
+        return config.head_dim
+    if config.dim % config.heads:
+        raise ConfigError(
+            "model.dim cannot be divided among the heads",
+            got=f"model.dim={config.dim}, model.heads={config.heads}",
+            allowed="a multiple of model.heads",
+            fix="set model.head_dim, or change one of the two",
+        )
+    return config.dim // config.heads
+
+
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square over the last dim, times a weight. Source: Zhang and Sennrich 2019."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., width]; the statistics are fp32, the result has the dtype of `x`."""
+        # Under autocast the weight is fp32 where x is not, and torch has fused kernels for equal dtypes only.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """The configured normalisation over the last dim."""
+    return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(width, eps=config.norm_eps)
+
+
+class AttentionCore(nn.Module):
+    """Softmax attention of given queries, keys and values: what a context-parallel strategy wraps.
+
+    Args:
+        dropout: probability for the attention weights, in training.
+    """
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            q: [B, H, T, head_dim].
+            k: [B, H / n, S, head_dim]; each key head serves n query heads in a row.
+            v: as `k`.
+            mask: bool, broadcastable to [B, H, T, S], True where attention may look. None: causal, and for
+                T = 1 everything.
+
+        Returns:
+            [B, H, T, head_dim]
+        """
+        grouped = k.shape[1] != q.shape[1]
+        if grouped and mask is not None and q.is_cuda:
+            # The CUDA kernels that take a mask do not take fewer key heads: torch would fall back to the one
+            # that writes out all scores. On a CPU, and without a mask, not copying is the faster way.
+            repeats = q.shape[1] // k.shape[1]
+            k, v, grouped = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), False
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=grouped,
+        )
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions and optional QK-norm."""
+
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = resolved_head_dim(config)
+        width, kv_width = config.heads * self.head_dim, config.kv_heads * self.head_dim
+        self.q = nn.Linear(config.dim, width, bias=config.attention_bias)
+        self.k = nn.Linear(config.dim, kv_width, bias=config.attention_bias)
+        self.v = nn.Linear(config.dim, kv_width, bias=config.attention_bias)
+        self.o = nn.Linear(width, config.dim, bias=config.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.core = AttentionCore(config.dropout)
+
+    def forward(
+        self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Map `x` [B, T, D] to [B, T, D]; `cache` holds earlier positions and takes these ones."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.o(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward. Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.dim, config.mlp_dim, bias=config.mlp_bias)
+        self.up = nn.Linear(config.dim, config.mlp_dim, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_dim, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [B, T, D] to [B, T, D]."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class GELU(nn.Module):
+    """Feed-forward with the tanh approximation of GELU, as GPT-2's."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.dim, config.mlp_dim, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_dim, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [B, T, D] to [B, T, D]."""
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def run_directly(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """No rematerialisation: keep every activation."""
+    return function(*args)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention and feed-forward, each added to the residual stream.
+
+    Attributes:
+        remat: how the layer is run, `remat(function, *args)`; see `models.remat`.
+    """
+
+    remat: Callable[..., Tensor]
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = make_norm(config, config.dim)
+        self.attn = Attention(config)
+        self.mlp_norm = make_norm(config, config.dim)
+        self.mlp: nn.Module = (SwiGLU if config.activation == "swiglu" else GELU)(config)
+        self.dropout = config.dropout
+        self.remat = run_directly
+
+    def forward(
+        self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Map the residual stream [B, T or a rank's part of T, D] to its successor."""
+        return self.remat(self._forward, x, rope, mask, cache)
+
+    def _forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        x = x + self._drop(self.attn(self.attn_norm(x), rope, mask, cache))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout > 0.0 else x

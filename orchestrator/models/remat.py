@@ -1,0 +1,79 @@
+"""Rematerialisation: which activations of a block are kept for backward, and which are computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor
+
+from orchestrator.errors import ConfigError
+from orchestrator.models.layers import Block, run_directly
+
+if TYPE_CHECKING:
+    from orchestrator.models.decoder import Decoder
+
+RematPolicy = Literal["none", "selective", "full"]
+
+# Matrix products and attention: nearly all of a block's time, about half of its activations' bytes.
+_COSTLY = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_scaled_mm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+
+
+def remat_function(
+    policy: RematPolicy, checkpoint: Callable[..., Any] = torch_checkpoint.checkpoint
+) -> Callable[..., Tensor]:
+    """How a block is to run itself under `policy`: a callable `(function, *args) -> Tensor`.
+
+    Args:
+        policy: `none` keeps everything; `full` keeps a block's input; `selective` keeps the results of the
+            matrix products and of attention, and computes the cheap operations again.
+        checkpoint: the backend's checkpoint function; one that is not torch's is called as
+            `checkpoint(function, *args)`.
+
+    Raises:
+        ConfigError: `selective` with a checkpoint function that is not torch's.
+    """
+    if policy == "none":
+        return run_directly
+    if checkpoint is not torch_checkpoint.checkpoint:
+        if policy == "selective":
+            raise ConfigError(
+                "this backend cannot choose which activations to keep",
+                got="train.remat=selective",
+                allowed="none, full",
+                fix="set train.remat=full",
+            )
+        return checkpoint
+    if policy == "full":
+        return partial(checkpoint, use_reentrant=False)
+    contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, _costly_operations())
+    return partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+def apply_remat(
+    model: Decoder, policy: RematPolicy, checkpoint: Callable[..., Any] = torch_checkpoint.checkpoint
+) -> None:
+    """Give every block of the model the policy; see `remat_function`."""
+    function = remat_function(policy, checkpoint)
+    for block in model.layers:
+        assert isinstance(block, Block)
+        block.remat = function
+
+
+def _costly_operations() -> list[Any]:
+    packets = (getattr(torch.ops.aten, name, None) for name in _COSTLY)
+    return [packet.default for packet in packets if packet is not None]

@@ -1,0 +1,63 @@
+"""The rate of matrix products that a device reaches: the yardstick of MFU where no published peak applies."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_MIN_REPEATS = 3
+# (rows, inner, columns): a square, and the up-projection of an MLP over a micro-batch of tokens.
+_CPU_SHAPES = ((1024, 1024, 1024), (2048, 512, 1536))
+_ACCELERATOR_SHAPES = ((8192, 8192, 8192), (16384, 4096, 14336))
+
+
+def measure_gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of dense matrix products on one device.
+
+    Per shape the median over repetitions is taken, so that a disturbance does not count; of the shapes the best,
+    since it stands for a peak. On a CPU it uses the threads of this process while whatever else runs goes on, so
+    processes that measure at the same time see what each of them can have.
+
+    Args:
+        device: where the products run.
+        dtype: of both factors.
+        seconds: about how long to measure, all shapes together.
+    """
+    shapes = _CPU_SHAPES if device.type == "cpu" else _ACCELERATOR_SHAPES
+    return max(_median_flops(device, dtype, shape, seconds / len(shapes)) for shape in shapes)
+
+
+def _median_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
+    import torch
+
+    rows, inner, columns = shape
+    # A generator of its own: the run's random state must not depend on whether the device was measured.
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator).to(device, dtype)
+    right = torch.randn(inner, columns, generator=generator).to(device, dtype)
+    result = torch.empty(rows, columns, device=device, dtype=dtype)
+
+    def once() -> float:
+        started = time.perf_counter()
+        torch.mm(left, right, out=result)
+        _wait(device)
+        return time.perf_counter() - started
+
+    with torch.no_grad():
+        once()  # loads the kernels and wakes the threads
+        times: list[float] = []
+        deadline = time.perf_counter() + seconds
+        while len(times) < _MIN_REPEATS or time.perf_counter() < deadline:
+            times.append(once())
+    return 2.0 * rows * inner * columns / statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        import torch
+
+        torch.accelerator.synchronize(device)

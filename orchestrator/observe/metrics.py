@@ -1,0 +1,195 @@
+"""Metrics of the steps: kept on the device, fetched and written every so many steps.
+
+A `self.log` per step and key costs Lightning more than the rest of its loop, and every fetch waits for the
+device. So a step only appends tensors to a buffer; a flush stacks them, reduces them over the ranks in one
+go, and writes `metrics.jsonl`, TensorBoard and W&B.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor
+
+from orchestrator.config.schema import LoggerConfig
+from orchestrator.errors import MissingExtraError
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics(lightning.Callback):
+    """Collects what each step records and hands it to the sinks.
+
+    Args:
+        run_dir: where `metrics.jsonl` is; rows are only ever added.
+        config: what else is written, and how often.
+        reduce: sums a tensor over the ranks that hold different tokens.
+        tokens_per_step: of the global batch.
+        mfu: tokens per second to model FLOPs utilisation; None where a figure is unknown.
+        memory: bytes in use on this rank's device; None where unknown.
+        main: whether this rank writes. All ranks flush together.
+        leg: which start of the run this is, from 0.
+        start_step: steps completed before this leg.
+        run_config: the configuration, for W&B.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggerConfig,
+        *,
+        reduce: Callable[[Tensor], Tensor],
+        tokens_per_step: int,
+        mfu: Callable[[float], float | None],
+        memory: Callable[[], int | None],
+        main: bool,
+        leg: int,
+        start_step: int,
+        run_config: dict[str, Any],
+    ):
+        self.every = config.every_steps
+        self.latest: dict[str, Any] = {}
+        self._reduce, self._mfu, self._memory = reduce, mfu, memory
+        self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
+        self._steps: list[dict[str, Any]] = []
+        self._sinks: list[Any] = []
+        if main:
+            self._sinks.append(_JsonLines(run_dir / METRICS))
+            if config.tensorboard:
+                self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
+            if config.wandb.enabled:
+                self._sinks.append(_Wandb(run_dir, config, run_config))
+        self._since = time.perf_counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.record = self.record
+        self._since = time.perf_counter()
+
+    def record(self, **values: Any) -> None:
+        """One step: `step`, `loss_part` (this rank's share of the mean), `grad_norm`, `lr`."""
+        self._steps.append({**values, "time": time.time()})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        if pl_module.step % self.every == 0:
+            self.flush()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Fetch and write what has gathered. All ranks call it at the same step."""
+        if not self._steps:
+            return
+        losses = self._reduce(torch.stack([step["loss_part"] for step in self._steps])).tolist()
+        norms = torch.stack([step["grad_norm"] for step in self._steps]).tolist()
+        seconds = (time.perf_counter() - self._since) / len(self._steps)
+        rate = self._tokens_per_step / seconds
+        shared = {
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "mfu": self._mfu(rate),
+            "memory_bytes": self._memory(),
+        }
+        rows = []
+        for step, loss, norm in zip(self._steps, losses, norms, strict=True):
+            tokens = step["step"] * self._tokens_per_step
+            row = {"step": step["step"], "loss": loss, "grad_norm": norm, "lr": step["lr"], "tokens": tokens}
+            rows.append({**row, **shared, "time": step["time"], "leg": self._leg})
+        self._steps.clear()
+        self.latest = rows[-1]
+        self._write(rows)
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Start the clock again: what was done since the last flush is not training."""
+        self._since = time.perf_counter()
+
+    def write_evaluation(self, step: int, **values: float) -> None:
+        """A row of held-out metrics."""
+        self._write([{"step": step, **values, "time": time.time(), "leg": self._leg}])
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        for sink in self._sinks:
+            sink.write(rows)
+
+
+class _JsonLines:
+    def __init__(self, path: Path):
+        self._file = open(path, "a+b")  # noqa: SIM115
+        # A crash may have cut the last line; the next row must not be glued to it.
+        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
+            self._file.write(b"\n")
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+_SCALARS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_second",
+    "step_seconds",
+    "mfu",
+    "memory_bytes",
+    "val_loss",
+    "val_perplexity",
+)
+
+
+class _TensorBoard:
+    def __init__(self, path: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events of a leg that went beyond the step that the run resumed from are hidden.
+        self._writer = SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            for key in _SCALARS:
+                if row.get(key) is not None:
+                    self._writer.add_scalar(key, row[key], row["step"], row["time"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, config: LoggerConfig, run_config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise MissingExtraError("wandb", "wandb", "logger.wandb.enabled=true") from None
+        settings = config.wandb
+        # One W&B run per run directory, whatever number of legs it takes.
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
+            dir=str(run_dir),
+            id=run_dir.name,
+            name=f"{run_dir.parent.name}/{run_dir.name}",
+            resume="allow",
+            config=run_config,
+        )
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._run.log({key: row[key] for key in _SCALARS if row.get(key) is not None}, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()

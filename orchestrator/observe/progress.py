@@ -1,0 +1,86 @@
+"""What a person sees while the run goes on: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as lightning
+from tqdm import tqdm
+
+from orchestrator.observe.metrics import Metrics
+
+_LINE_SECONDS = 10.0
+
+
+class Progress(lightning.Callback):
+    """Loss, tokens per second and time left. Reads what `metrics` has flushed, so it costs the device nothing.
+
+    Args:
+        metrics: where the latest numbers are.
+        step: steps completed.
+        max_steps: steps of the run.
+    """
+
+    def __init__(self, metrics: Metrics, step: int, max_steps: int):
+        self._metrics, self._max_steps = metrics, max_steps
+        self._terminal = sys.stderr.isatty()
+        self._next_line = 0.0
+        self._first, self._started = step, time.monotonic()
+        self._bar = (
+            tqdm(
+                total=max_steps,
+                initial=step,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.2,
+                smoothing=0.05,
+                leave=True,
+            )
+            if self._terminal
+            else None
+        )
+        self._shown: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.unpause()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        latest = self._metrics.latest
+        if self._bar is not None:
+            if latest and latest is not self._shown:
+                self._bar.set_postfix_str(_numbers(latest), refresh=False)
+                self._shown = latest
+            self._bar.update(1)
+        elif latest and latest is not self._shown and time.monotonic() >= self._next_line:
+            self._shown, self._next_line = latest, time.monotonic() + _LINE_SECONDS
+            left = _clock(self._remaining(pl_module.step))
+            self.say(f"step {latest['step']}/{self._max_steps}  {_numbers(latest)}  ETA {left}")
+
+    def _remaining(self, step: int) -> float:
+        return (time.monotonic() - self._started) / max(1, step - self._first) * (self._max_steps - step)
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+    return text + (f"  MFU {row['mfu']:.0%}" if row["mfu"] is not None else "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,26 @@
+"""Names of axes: logical ones on parameters, mesh ones on devices.
+
+A model names the dims of its parameters by *logical* axes and knows nothing of devices. A layout gives
+*mesh* axes their degrees. `sharding.rules` maps the first to the second.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Outermost first: neighbours in the last axis are neighbours on the fastest links.
+MESH_AXES: Final = ("replicate", "fsdp", "context", "tensor")
+
+LOGICAL_AXES: Final = {
+    "vocab": "rows of the embedding and of the output head",
+    "embed": "the residual stream's width",
+    "heads": "query heads x head_dim",
+    "kv_heads": "key/value heads x head_dim",
+    "head_dim": "one head's width (QK-norm)",
+    "mlp": "the feed-forward's inner width",
+    "positions": "rows of a learned position table",
+    "norm": "a normalisation's scale or shift",
+}
+
+# For each parameter: the logical axis of each dim, in the order of its shape.
+ParameterAxes = dict[str, tuple[str, ...]]

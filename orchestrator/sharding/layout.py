@@ -1,0 +1,130 @@
+"""A layout: how many ways each mesh axis splits the job, and which part a rank holds.
+
+Ranks are numbered row-major over (replicate, fsdp, context, tensor), so that the ranks of one tensor
+group are neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from orchestrator.config.schema import LayoutConfig, ModelConfig
+from orchestrator.errors import LayoutError
+from orchestrator.sharding.axes import MESH_AXES
+
+# Who takes the devices that the fixed degrees leave over, in this order.
+_AUTO_PREFERENCE = ("fsdp", "replicate", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of the mesh axes; their product is the number of devices."""
+
+    replicate: int = 1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.replicate * self.fsdp * self.context * self.tensor
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of devices that read different sequences."""
+        return self.replicate * self.fsdp
+
+    @property
+    def shards(self) -> int:
+        """Parts into which the fsdp rule cuts a parameter: ranks of one sequence share in it."""
+        return self.fsdp * self.context
+
+    def degree(self, axis: str) -> int:
+        return int(getattr(self, axis))
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position of `rank` on each mesh axis."""
+        result = {}
+        for axis in reversed(MESH_AXES):
+            rank, result[axis] = divmod(rank, self.degree(axis))
+        return result
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the `data_parallel` shares of a batch `rank` reads."""
+        at = self.coordinates(rank)
+        return at["replicate"] * self.fsdp + at["fsdp"]
+
+    def as_dict(self) -> dict[str, int]:
+        return {axis: self.degree(axis) for axis in MESH_AXES}
+
+    def __str__(self) -> str:
+        parts = [f"{axis}={self.degree(axis)}" for axis in MESH_AXES if self.degree(axis) > 1]
+        return " x ".join(parts) or "single device"
+
+
+def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
+    """Fill the `auto` degrees so that the product is `devices`.
+
+    Raises:
+        LayoutError: a degree below 1, or degrees whose product cannot be the number of devices.
+    """
+    fixed = {axis: value for axis in MESH_AXES if (value := getattr(config, axis)) != "auto"}
+    for axis, value in fixed.items():
+        if value < 1:
+            raise LayoutError(f"layout.{axis} is not a degree", got=value, allowed="1 or more, or auto")
+    product = math.prod(fixed.values())
+    shown = " x ".join(f"{axis} {value}" for axis, value in fixed.items() if value > 1) or "1"
+    automatic = [axis for axis in _AUTO_PREFERENCE if axis not in fixed]
+    if devices % product or (not automatic and product != devices):
+        raise LayoutError(
+            "the layout does not fit the devices",
+            got=f"{shown} = {product} on {devices} device{'s' if devices != 1 else ''}",
+            allowed=f"degrees whose product {'divides' if automatic else 'is'} {devices}",
+            fix=f"set hardware.devices={product}" + ("" if automatic else ", or leave one degree auto"),
+        )
+    degrees = {**fixed, **dict.fromkeys(automatic, 1)}
+    if automatic:
+        degrees[automatic[0]] = devices // product
+    return Layout(**degrees)
+
+
+def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_tokens: int) -> list[LayoutError]:
+    """What the model and the batch do not allow of this layout, each with its arithmetic."""
+    problems = []
+    for field in ("heads", "kv_heads", "mlp_dim", "vocab_size"):
+        size = getattr(model, field)
+        if isinstance(size, int) and size % layout.tensor:
+            fix = f"lower layout.tensor to a divisor of {size}"
+            if field == "vocab_size":
+                fix += f", or pad: model.vocab_size={-(-size // layout.tensor) * layout.tensor}"
+            problems.append(_indivisible(f"model.{field}", size, "layout.tensor", layout.tensor, fix))
+    split = layout.tensor * layout.context
+    if seq_len % split:
+        fix = f"set train.seq_len to a multiple of {split}"
+        problems.append(_indivisible("train.seq_len", seq_len, "layout.tensor x layout.context", split, fix))
+    if model.positions == "learned" and model.max_seq_len % layout.tensor:
+        fix = "lower layout.tensor, or set model.max_seq_len to a multiple of it"
+        problems.append(_indivisible("model.max_seq_len", model.max_seq_len, "layout.tensor", layout.tensor, fix))
+    sequences = global_batch_tokens // seq_len
+    fitting = -(-sequences // layout.data_parallel) * layout.data_parallel
+    if sequences % layout.data_parallel:
+        problems.append(
+            LayoutError(
+                "the global batch does not divide over the data-parallel groups",
+                got=f"{global_batch_tokens} tokens / {seq_len} = {sequences} sequences over "
+                f"replicate {layout.replicate} x fsdp {layout.fsdp} = {layout.data_parallel} groups",
+                allowed=f"a multiple of {layout.data_parallel} sequences",
+                fix=f"set train.global_batch_tokens={fitting * seq_len}",
+            )
+        )
+    return problems
+
+
+def _indivisible(name: str, size: int, by: str, degree: int, fix: str) -> LayoutError:
+    return LayoutError(
+        f"{name} does not divide by {by}",
+        got=f"{size} / {degree} = {size / degree:g}",
+        allowed="a whole number",
+        fix=fix,
+    )

@@ -1,0 +1,162 @@
+"""The one interface through which everything that touches more than one device goes.
+
+`ParallelStrategy` is a Lightning strategy. Lightning sees one process that trains one model: it is told a
+world of one, because its own multi-process steps (a broadcast per batch, a sampler, whole-model
+checkpoints) are ours to do. The model, the optimizer, the data, the checkpoint and the LightningModule
+call the methods below and never ask which strategy runs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+
+from orchestrator.hardware.base import Target
+from orchestrator.hardware.world import World
+from orchestrator.models.decoder import Decoder
+from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.rules import Placement
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.accelerator import TargetAccelerator
+
+Batch = dict[str, Tensor]
+
+
+class ParallelStrategy(Strategy):
+    """Shards one job over the devices of a layout.
+
+    Life: `join` → `shard` → `initialize` or `load` into `state_shards` → per step `prepare_batch`,
+    `backward_context`, `sum_over_data`, `reduce_and_clip` → `leave`.
+
+    Args:
+        target: the hardware of this process.
+        world: this process among the job's.
+        layout: degrees of the mesh axes; their product is the job's number of devices.
+        precision: `fp32` or `bf16` for the matrix products. Master weights, reductions and the loss are fp32.
+    """
+
+    def __init__(self, target: Target, world: World, layout: Layout, precision: str):
+        super().__init__(accelerator=TargetAccelerator(target))
+        self.target, self.world, self.layout, self.precision = target, world, layout, precision
+
+    # --- set-up ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def join(self) -> None:
+        """Meet the other processes and build the device mesh."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Leave the job's process group."""
+
+    @abstractmethod
+    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+        """Split `model`, which is on the meta device, in place and allocate this process's part, unfilled."""
+
+    @abstractmethod
+    def initialize(self, model: Decoder, seed: int) -> None:
+        """Fill the local parts with the initial weights of `seed`: the same global weights on any layout."""
+
+    @abstractmethod
+    def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+        """The local parts of all weights and optimizer state, as views that a restore may write into."""
+
+    # --- the step -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
+        """Bring this rank's sequences ([B, T] arrays) onto the device, cut along T where `context` says so."""
+
+    @abstractmethod
+    def backward_context(self, model: Decoder, last: bool) -> AbstractContextManager[None]:
+        """Around the backward pass of a micro-batch: gradients are reduced only in the `last` of a step."""
+
+    @abstractmethod
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that hold different tokens, counting each token once."""
+
+    @abstractmethod
+    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
+        """Global L2 norm of the gradients; scale them so that it is at most `max_norm`. Returns the norm before."""
+
+    # --- decisions that all ranks must take alike --------------------------------------------------
+
+    @abstractmethod
+    def start_vote(self, flag: bool) -> Vote:
+        """Ask all ranks whether any raised `flag`, without waiting for the answer."""
+
+    @abstractmethod
+    def agree(self, text: str) -> str:
+        """Rank 0's `text`, on every rank."""
+
+    def any_raised(self, flag: bool) -> bool:
+        """Whether any rank calls with `flag` set; waits for all of them."""
+        return self.start_vote(flag).result()
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    # --- what Lightning asks of a strategy ------------------------------------------------------------
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.target.device(self.world.local_rank)
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.world.rank == 0
+
+    @property
+    def global_rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.world.local_rank
+
+    def setup(self, trainer: Any) -> None:
+        # The model is placed and the optimizer built before the trainer exists: see train/build.py.
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.setup_optimizers(trainer)
+
+    def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+        return self.prepare_batch(batch)
+
+    def model_to_device(self) -> None:
+        """`shard` has put every parameter where it belongs."""
+
+    def teardown(self) -> None:
+        """Lightning would gather the model on the host here."""
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor
+
+    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+
+class Vote:
+    """The answer to `start_vote`, already known."""
+
+    def __init__(self, flag: bool):
+        self._flag = flag
+
+    def result(self) -> bool:
+        """Whether any rank raised its flag. Waits for the ranks that have not voted."""
+        return self._flag
+
+
+def local_parameters(model: Decoder) -> Iterable[tuple[str, nn.Parameter]]:
+    """Names and parameters in a fixed order, a tied one once."""
+    return model.named_parameters(remove_duplicate=True)

@@ -1,0 +1,57 @@
+"""Context parallelism: each rank of a context group holds a part of every sequence.
+
+Queries stay where they are, keys and values are gathered over the group (the all-gather variant of context
+parallelism; its backward pass reduce-scatters their gradients). The mask is built from the whole sequence's
+documents and cut to the rank's rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+
+from orchestrator.models.decoder import Decoder
+from orchestrator.models.mask import attention_mask
+
+_SEQUENCE_DIM = 2  # of keys and values [B, H, T, head_dim]
+
+
+def parallelize_context(model: Decoder, group: dist.ProcessGroup) -> None:
+    """Let `model`, which will get its part of each sequence, attend over the whole of it."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+
+    def make_mask(
+        *, queries: int, past: int, documents: Tensor | None, window: int | None, device: torch.device
+    ) -> Tensor:
+        whole = _gather(documents, group, dim=1) if documents is not None else None
+        mask = attention_mask(queries=queries * size, past=past, documents=whole, window=window, device=device)
+        if mask is None:
+            mask = torch.ones(queries * size, queries * size, dtype=torch.bool, device=device).tril()[None, None]
+        return mask[:, :, rank * queries : (rank + 1) * queries]
+
+    model.make_mask = make_mask
+    for block in model.blocks:
+        block.attn.core.register_forward_pre_hook(_gather_keys(group))
+    ops = model.head.ops
+    logits = ops.logits
+    model.head.ops = replace(ops, logits=lambda hidden, weight: _gather(logits(hidden, weight), group, dim=1))
+
+
+def _gather_keys(group: dist.ProcessGroup) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        q, k, v, mask = args
+        # One collective for both: each is a latency, not a bandwidth.
+        both = _gather(torch.stack((k, v)), group, _SEQUENCE_DIM + 1)
+        return (q, both[0], both[1], mask)
+
+    return hook
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """Concatenate over the group along `dim`; backward sums the gradients over the group and keeps the rank's part."""
+    return funcol.wait_tensor(funcol.all_gather_single_autograd(tensor.contiguous(), dim, group))

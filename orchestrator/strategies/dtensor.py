@@ -1,0 +1,245 @@
+"""The torch-native strategy: FSDP2, HSDP, tensor and context parallelism, on any backend that torch has.
+
+One path for every layout, one process included: `fully_shard` over the (replicate, shard) mesh, where
+`shard` joins fsdp and context, after DTensor's tensor parallelism has cut what the rules give to `tensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from orchestrator.hardware.base import Target
+from orchestrator.hardware.world import World
+from orchestrator.models.decoder import Decoder
+from orchestrator.models.init import draw_slice
+from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.rules import Placement
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.base import Batch, ParallelStrategy, Vote, local_parameters
+from orchestrator.strategies.context import parallelize_context
+from orchestrator.strategies.tensor import parallelize_tensor
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class DTensorStrategy(ParallelStrategy):
+    """See `ParallelStrategy`. `timeout_seconds` bounds a collective; `compile` compiles every block."""
+
+    def __init__(
+        self,
+        target: Target,
+        world: World,
+        layout: Layout,
+        precision: str,
+        *,
+        timeout_seconds: int = 600,
+        compile: bool = False,
+    ):
+        super().__init__(target, world, layout, precision)
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self.compile = compile
+        self.mesh: DeviceMesh | None = None
+        self._placements: dict[str, Placement] = {}
+        self._votes: dist.ProcessGroup | None = None
+        self._agreements = 0
+
+    # --- set-up ---------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        device = self.root_device
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+        self._store = dist.PrefixStore(f"attempt{self.world.attempt}", _open_store(self.world, self.timeout))
+        backend = self.target.collective_backend
+        if device.type != "cpu":
+            backend = f"cpu:gloo,{device.type}:{backend}"
+        dist.init_process_group(
+            backend, store=self._store, rank=self.world.rank, world_size=self.world.size, timeout=self.timeout
+        )
+        names, degrees = (
+            ("replicate", "shard", "tensor"),
+            (self.layout.replicate, self.layout.shards, self.layout.tensor),
+        )
+        ranks = torch.arange(self.world.size).reshape(degrees)
+        self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=names)
+        self._context_group = self._make_context_group()
+        # Votes overlap with the step's collectives, so they need a group of their own.
+        self._votes = dist.new_group(backend="gloo", timeout=self.timeout) if self.world.size > 1 else None
+
+    def _make_context_group(self) -> dist.ProcessGroup | None:
+        if self.layout.context == 1:
+            return None
+        shape = tuple(self.layout.as_dict().values())
+        rows = np.arange(self.world.size).reshape(shape).swapaxes(2, 3).reshape(-1, self.layout.context)
+        group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=self.timeout)
+        return group
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+        assert self.mesh is not None, "join() comes first"
+        self._placements = dict(placements)
+        if self.layout.tensor > 1:
+            parallelize_tensor(model, placements, self.mesh["tensor"])
+        if self._context_group is not None:
+            parallelize_context(model, self._context_group)
+        if self.compile:
+            for block in model.blocks:
+                block.compile()
+        policy = MixedPrecisionPolicy(
+            param_dtype=_DTYPES[self.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        mesh = self.mesh["replicate", "shard"] if self.layout.replicate > 1 else self.mesh["shard"]
+        # The head is used last forward and first backward, so it stays gathered in between. An untied embedding
+        # need not stay with it.
+        units: list[tuple[nn.Module, bool]] = [(block, True) for block in model.blocks]
+        if not model.config.tied_embeddings:
+            units += [(model.embed, True), (model.head, False)]
+        for module, reshard in units:
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # The loss is divided by the global number of target tokens, so gradients add up. Without the
+                # second line a factor asks for a reduction that only NCCL has.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        model.to_empty(device=self.root_device)
+        model.tie_weights()
+        self._check(model)
+
+    def _check(self, model: Decoder) -> None:
+        """Our arithmetic of who holds what is the library's, for every parameter."""
+        for name, parameter in local_parameters(model):
+            ours = tuple(part.stop - part.start for part in self._slices(name))
+            theirs = tuple(_local(parameter).shape)
+            assert ours == theirs, f"{name}: the rules give {ours}, torch holds {theirs}"
+
+    def _slices(self, name: str) -> tuple[slice, ...]:
+        return self._placements[name].slices(self.layout, self.world.rank)
+
+    @torch.no_grad()
+    def initialize(self, model: Decoder, seed: int) -> None:
+        for name, init in model.initializers().items():
+            local = _local(model.get_parameter(name))
+            if local.numel():
+                local.copy_(draw_slice(init, name, seed, self._placements[name].shape, self._slices(name)))
+
+    def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+        shards = []
+        for name, parameter in local_parameters(model):
+            placement, slices = self._placements[name], self._slices(name)
+            owned = placement.is_owner(self.layout, self.world.rank)
+            shards.append(Shard(f"model.{name}", placement.shape, slices, _local(parameter), owned))
+            for key, value in (optimizer.state[parameter] if optimizer else {}).items():
+                full = f"optimizer.{key}.{name}"
+                if value.dim() == 0:
+                    shards.append(Shard(full, (), (), value, self.world.rank == 0))
+                else:
+                    shards.append(Shard(full, placement.shape, slices, _local(value), owned))
+        return shards
+
+    # --- the step -------------------------------------------------------------------------------
+
+    def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
+        at = self.layout.coordinates(self.world.rank)["context"]
+        result = {}
+        for name, value in batch.items():
+            tensor = torch.as_tensor(value)
+            if self.layout.context > 1:
+                tensor = tensor.chunk(self.layout.context, dim=1)[at]
+            if self.root_device.type != "cpu":
+                tensor = tensor.contiguous().pin_memory().to(self.root_device, non_blocking=True)
+            result[name] = tensor
+        return result
+
+    @contextmanager
+    def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(last)
+        yield
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        if self.world.size > 1:
+            # The ranks of a tensor group hold the same tokens: one of them speaks.
+            values = values * int(self.layout.coordinates(self.world.rank)["tensor"] == 0)
+            dist.all_reduce(values)
+        return values
+
+    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
+        grads, owned = [], []
+        for name, parameter in local_parameters(model):
+            if parameter.grad is not None:
+                grads.append(_local(parameter.grad))
+                owned.append(self._placements[name].is_owner(self.layout, self.world.rank))
+        counted = [grad for grad, mine in zip(grads, owned, strict=True) if mine]
+        squares = torch.zeros((), device=self.root_device)
+        if counted:
+            squares = torch.stack(torch._foreach_norm(counted)).square().sum()
+        if self.world.size > 1:
+            dist.all_reduce(squares)
+        norm = squares.sqrt()
+        if max_norm is not None:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    # --- decisions ------------------------------------------------------------------------------
+
+    def start_vote(self, flag: bool) -> Vote:
+        if self._votes is None:
+            return Vote(flag)
+        return _GroupVote(flag, self._votes)
+
+    def agree(self, text: str) -> str:
+        if self.world.size == 1:
+            return text
+        self._agreements += 1
+        key = f"agree{self._agreements}"
+        if self.is_global_zero:
+            self._store.set(key, text)
+        return self._store.get(key).decode()
+
+    def barrier(self, name: str | None = None) -> None:
+        if self._votes is not None:
+            dist.barrier(group=self._votes)
+
+
+class _GroupVote(Vote):
+    def __init__(self, flag: bool, group: dist.ProcessGroup):
+        self._votes = torch.tensor([int(flag)])
+        self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def result(self) -> bool:
+        self._work.wait()
+        return bool(self._votes.item())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter, gradient or optimizer state, sharing its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _open_store(world: World, timeout: timedelta) -> dist.Store:
+    kind, _, rest = world.store.partition(":")
+    if kind == "file":
+        return dist.FileStore(rest, world.size)
+    if kind == "tcp":
+        host, _, port = rest.rpartition(":")
+        # torchrun's agent holds the store at this address already; elsewhere rank 0 opens it.
+        master = world.rank == 0 and world.engine != "torchrun"
+        return dist.TCPStore(host, int(port), world.size, is_master=master, timeout=timeout, wait_for_workers=False)
+    return dist.HashStore()

@@ -1,0 +1,119 @@
+"""Tensor parallelism with sequence parallelism, by DTensor.
+
+Between the matrices of a block the residual stream is cut along the sequence over the tensor group; where
+a block's attention or feed-forward begins it is gathered, and where it ends the partial sums are
+reduce-scattered. Which matrix is cut which way follows from the placements that the rules gave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from orchestrator.models.decoder import Decoder, LMHead
+from orchestrator.models.loss import VocabShard, chunked_cross_entropy
+from orchestrator.sharding.rules import Placement
+
+_SEQUENCE_DIM = 1  # of the residual stream [B, T, D]
+_HEAD_DIM = 2  # of queries and keys [B, T, H, head_dim] where QK-norm sees them
+
+
+def parallelize_tensor(model: Decoder, placements: Mapping[str, Placement], mesh: DeviceMesh) -> None:
+    """Cut the parameters of `model` over `mesh` (one axis) and hook the collectives in."""
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        if name == "head":
+            continue
+        weight = placements.get(f"{name}.weight")
+        if weight is not None:
+            plan[name] = _style(name, module, weight)
+    parallelize_module(model, mesh, plan)
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(_gather_sequence(mesh))
+        block.mlp.register_forward_pre_hook(_gather_sequence(mesh))
+    _parallelize_head(model, mesh)
+
+
+def _style(name: str, module: nn.Module, weight: Placement) -> ParallelStyle:
+    if isinstance(module, nn.Embedding):
+        # Each rank looks up the rows that it has; the sum comes back cut along the sequence.
+        return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(_SEQUENCE_DIM))
+    if isinstance(module, nn.Linear):
+        if weight.tensor_dim == 0:
+            return ColwiseParallel()
+        return RowwiseParallel(output_layouts=Shard(_SEQUENCE_DIM))
+    dim = _HEAD_DIM if name.endswith(("q_norm", "k_norm")) else _SEQUENCE_DIM
+    return SequenceParallel(sequence_dim=dim, use_local_output=True)
+
+
+def _gather_sequence(mesh: DeviceMesh) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Stays a DTensor: the gradients that come back from several matrices are partial sums, and it knows.
+        whole = DTensor.from_local(args[0], mesh, [Shard(_SEQUENCE_DIM)], run_check=False).redistribute(
+            mesh, [Replicate()]
+        )
+        return (whole, *args[1:])
+
+    return hook
+
+
+def _parallelize_head(model: Decoder, mesh: DeviceMesh) -> None:
+    head = model.head
+    if model.config.tied_embeddings:
+        model.tie_weights()
+    else:
+        distribute_module(head, mesh, _shard_vocabulary)
+    group = mesh.get_group()
+    ops = head.ops
+    rows = head.weight.shape[0] // mesh.size()
+    vocab = VocabShard(
+        rows * mesh.get_local_rank(), _all_reduce(group, dist.ReduceOp.MAX), _all_reduce(group, dist.ReduceOp.SUM)
+    )
+
+    def gather(hidden: Tensor) -> Tensor:
+        whole = DTensor.from_local(hidden, mesh, [Shard(_SEQUENCE_DIM)], run_check=False).redistribute(
+            mesh, [Replicate()]
+        )
+        # Every rank's gradient is that of its part of the vocabulary.
+        return whole.to_local(grad_placements=[Partial()])
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return chunked_cross_entropy(
+            gather(hidden).flatten(0, 1), _to_local(weight), targets.flatten(), ops.chunk_tokens, vocab
+        )
+
+    def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+        part = DTensor.from_local(gather(hidden) @ _to_local(weight).T, mesh, [Shard(-1)], run_check=False)
+        return part.full_tensor()
+
+    head.ops = replace(ops, loss=loss, logits=logits)
+
+
+def _shard_vocabulary(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    assert isinstance(module, LMHead)
+    module.register_parameter("weight", nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)])))
+
+
+def _all_reduce(group: dist.ProcessGroup, op: Any) -> Callable[[Tensor], Tensor]:
+    def reduce(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, op, group=group)
+        return tensor
+
+    return reduce
+
+
+def _to_local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight

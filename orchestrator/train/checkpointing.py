@@ -1,0 +1,138 @@
+"""When the run is saved, and what travels along with the tensors."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+
+from orchestrator import __version__
+from orchestrator.checkpoint.catalogue import prune
+from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.writer import save
+from orchestrator.config.convert import to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import StepLoader, TokenStream
+from orchestrator.data.tokenize import Tokenizer
+from orchestrator.errors import CheckpointError
+from orchestrator.models.decoder import Decoder
+from orchestrator.strategies.base import ParallelStrategy
+
+
+def software() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    names = ("torch", "lightning", "numpy", "grain", "tokenizers", "safetensors")
+    return {
+        "orchestrator": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+    }
+
+
+def restore(
+    checkpoint: Checkpoint,
+    parallel: ParallelStrategy,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    stream: TokenStream,
+) -> dict[str, Any]:
+    """Fill model and optimizer from `checkpoint`, on whatever layout.
+
+    Returns:
+        The state that travelled along.
+
+    Raises:
+        CheckpointError: it is of another model, or of other data, where going on would not be the same run.
+    """
+    state = checkpoint.state()
+    if state["data"]["fingerprint"] != stream.fingerprint:
+        raise CheckpointError(
+            "the data is not what the checkpoint was trained on, so its position in it means nothing",
+            got=f"fingerprint {stream.fingerprint[:12]}",
+            allowed=f"fingerprint {state['data']['fingerprint'][:12]}",
+            fix="give the same data sources, tokenizer, train.seq_len and seed as the saved run",
+        )
+    read_into(checkpoint, parallel.state_shards(model, optimizer))
+    return state
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer travels with the model: without it the weights cannot be used elsewhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+class Checkpoints(lightning.Callback):
+    """Saves every so many steps and, by `save_now`, at the end.
+
+    Args:
+        directory: of the run's checkpoints.
+        provenance: what the state says of where it was written.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: RunConfig,
+        parallel: ParallelStrategy,
+        loader: StepLoader,
+        tokenizer: Tokenizer,
+        provenance: Mapping[str, Any],
+        pause: Callable[[], None],
+        say: Callable[[str], None],
+    ):
+        self._directory, self._config, self._parallel = directory, config, parallel
+        self._loader, self._provenance, self._pause, self._say = loader, provenance, pause, say
+        self._extra = _tokenizer_files(tokenizer)
+        self.at_end = config.checkpoint.at_end
+        self.saved: tuple[int, Path] | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        every = self._config.checkpoint.every_steps
+        if every and pl_module.step % every == 0:
+            try:
+                self.save_now(pl_module)
+            except CheckpointError as error:
+                # Training is worth more than this one checkpoint; the end of the run insists.
+                if self._parallel.rank == 0:
+                    self._say(f"warning: {error}")
+            self._pause()
+
+    def save_now(self, pl_module: Any) -> Path:
+        """Save the state after `pl_module.step` steps, unless that has been done.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        step = pl_module.step
+        if self.saved and self.saved[0] == step:
+            return self.saved[1]
+        shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
+        state, config = self._state(step), to_dict(self._config)
+        path = save(self._directory, step, shards, self._parallel, state=state, config=config, extra=self._extra)
+        self.saved = (step, path)
+        if self._parallel.rank == 0:
+            prune(self._directory, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every_steps)
+        return path
+
+    def _state(self, step: int) -> dict[str, Any]:
+        config = self._config
+        return {
+            "step": step,
+            "data": {**self._loader.state(step), "global_batch_sequences": self._loader.global_batch},
+            # Masks are drawn from (seed, step, micro-step, rank): there is no generator state to carry.
+            "rng": {"scheme": "counter", "seed": config.seed},
+            "schedule": {"kind": config.optim.schedule.kind, "step": step, "max_steps": config.train.max_steps},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self._provenance,
+        }

@@ -1,0 +1,58 @@
+"""Text from a checkpoint, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config.convert import from_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.tokenize import load_tokenizer
+from orchestrator.hardware.base import Target
+from orchestrator.models.decoder import Decoder
+from orchestrator.models.generate import generate_tokens
+from orchestrator.sharding.shard import Shard
+from orchestrator.train.check import resolve_model
+
+
+def generate(
+    path: Path, target: Target, prompt: str, count: int, temperature: float, top_k: int | None, seed: int
+) -> Iterator[str]:
+    """Continue `prompt` with the model of the checkpoint at `path`; yields pieces of text.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
+    config = from_dict(RunConfig, checkpoint.config())
+    tokenizer = load_tokenizer(path)
+    stored = checkpoint.manifest.tensors["model.embed.weight"].shape[0]
+    model = _load(checkpoint, resolve_model(config.model, stored), target.device(0))
+    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    shown, drawn = "", []
+    for token in generate_tokens(model, ids, count, temperature, seed, tokenizer.eos_id, top_k):
+        drawn.append(token)
+        text = tokenizer.decode(drawn)
+        # A character may take several tokens: hold back what is not whole yet.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(drawn)[len(shown) :]
+
+
+def _load(checkpoint: Checkpoint, config: object, device: torch.device) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(config)  # type: ignore[arg-type]
+    model.to_empty(device=device)
+    model.tie_weights()
+    shards = [
+        Shard(f"model.{name}", tuple(p.shape), tuple(slice(0, size) for size in p.shape), p.data)
+        for name, p in model.named_parameters()
+    ]
+    read_into(checkpoint, shards, ignore=["optimizer."])
+    return model.eval()

@@ -1,0 +1,160 @@
+"""A run from start to report: what the launcher does, and what each process does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.config.schema import RunConfig
+from orchestrator.errors import UserError
+from orchestrator.hardware.registry import resolve
+from orchestrator.hardware.world import OWN_PREFIX, World, detect
+from orchestrator.train import rundir
+
+if TYPE_CHECKING:
+    from orchestrator.strategies.base import ParallelStrategy
+    from orchestrator.train.build import Job
+
+INTERRUPTED = 130  # exit code of a run that a signal ended, after it was saved
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run is kept, as all its processes have agreed."""
+
+    run_dir: Path
+    checkpoints: Path
+    resume_from: Path | None
+
+
+def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], Place]) -> int:
+    """Train as one process of the job.
+
+    Args:
+        settle: called when the processes have met, to say where the run is kept.
+
+    Returns:
+        0, or `INTERRUPTED` when a signal ended the run early; it can be resumed.
+    """
+    from orchestrator.data.prepare import prepare
+    from orchestrator.train.build import build, make_strategy
+
+    _quiet(world.rank)
+    parallel = make_strategy(config, resolve(config.hardware), world)
+    parallel.join()
+    try:
+        place = settle(parallel)
+        data = prepare(config.data, progress=False)
+        facts = rundir.read_run(place.run_dir)
+        job = build(config, parallel, data, place, leg=len(facts["legs"]))
+        # Every rank has read the number of legs before rank 0 adds this one.
+        parallel.barrier()
+        return _drive(job, place.run_dir, facts)
+    finally:
+        parallel.leave()
+
+
+def _drive(job: Job, run_dir: Path, facts: dict[str, Any]) -> int:
+    main = job.parallel.rank == 0
+    leg = {**job.leg, "started": time.time()}
+    legs = [*facts["legs"], leg]
+    if main:
+        rundir.write_run(run_dir, {**facts, **job.facts, "status": "running", "legs": legs})
+        _introduce(job, run_dir)
+    job.stop.install()
+    status = "failed"
+    try:
+        job.trainer.fit(job.module, job.loader)
+        status = "interrupted" if job.stop.stopped else "finished"
+        _close(job, status)
+    finally:
+        job.stop.uninstall()
+        job.metrics.close()
+        if job.progress:
+            job.progress.close()
+        if main:
+            leg.update(ended=time.time(), end_step=job.module.step)
+            rundir.write_run(run_dir, {**facts, **job.facts, "status": status, "legs": legs})
+            _report(run_dir)
+    if main:
+        _conclude(job, run_dir, status)
+    return INTERRUPTED if status == "interrupted" else 0
+
+
+def _close(job: Job, status: str) -> None:
+    """The last evaluation, checkpoint and sample. An interrupted run is only saved: its time is short."""
+    if status == "interrupted" or job.checkpoints.at_end:
+        path = job.checkpoints.save_now(job.module)
+        job.say(f"saved {path}")
+    if status == "finished":
+        job.evaluation.run(job.module)
+        job.say(f"sample: {job.samples.run(job.module)!r}")
+
+
+def _introduce(job: Job, run_dir: Path) -> None:
+    facts, leg = job.facts, job.leg
+    devices = f"{leg['devices']} x {', '.join(leg['device_names'][:1]) or leg['target']}"
+    job.say(f"model      {facts['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}")
+    job.say(f"hardware   {leg['target']}: {devices}, {leg['precision']}, layout {job.parallel.layout}")
+    entropy = facts["unigram_entropy_nats"]
+    job.say(f"baseline   unigram entropy {entropy:.3f} nats per token: a model that learns gets below it")
+    job.say(f"run        {run_dir}" + (f", resumed at step {leg['start_step']}" if leg["resumed_from"] else ""))
+
+
+def _conclude(job: Job, run_dir: Path, status: str) -> None:
+    latest = job.metrics.latest
+    if latest:
+        rate = f"{latest['tokens_per_second']:,.0f} tokens/s"
+        print(f"\n{status} at step {job.module.step}: loss {latest['loss']:.4f}, {rate}")
+    print(f"report     {run_dir / 'report.html'}")
+    print(f"run        {run_dir}")
+    if status == "interrupted":
+        print(f"continue   python -m orchestrator train resume={run_dir}")
+
+
+def _report(run_dir: Path) -> None:
+    try:
+        from orchestrator.observe.report import write_report
+
+        write_report(run_dir)
+    except Exception as error:
+        # The run is done and saved; a report that cannot be drawn must not turn it into a failure.
+        print(f"warning: the report could not be written: {error!r}", file=sys.stderr)
+
+
+def _quiet(rank: int) -> None:
+    """Lightning announces devices and tips; the run says what matters itself."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r".*(num_workers|does not have many workers|logging interval|srun).*")
+    warnings.filterwarnings("ignore", message=r".*`?isinstance\(treespec.*")
+    if rank:
+        warnings.filterwarnings("ignore")
+
+
+def worker_main() -> int:
+    """Entry point of a process that the product's own launcher started."""
+    from orchestrator.config.compose import read_config
+
+    run_dir, checkpoints, resume = (os.environ[OWN_PREFIX + name] for name in ("RUN_DIR", "CHECKPOINTS_DIR", "RESUME"))
+    world = detect(os.environ) or World()
+    place = Place(Path(run_dir), Path(checkpoints), Path(resume) if resume else None)
+    try:
+        return work(read_config(place.run_dir / rundir.CONFIG), world, lambda parallel: place)
+    except UserError as error:
+        # All ranks meet the same problem; one says so.
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(worker_main())

@@ -1,0 +1,105 @@
+"""The directory of a run: `<runs_dir>/<name>/<time>/`.
+
+config.yaml      the resolved configuration
+run.json         facts of the run and its legs (one leg per start)
+metrics.jsonl    one row per step, and one per evaluation
+samples.jsonl    generated text
+checkpoints/     step-*/
+tensorboard/     events
+report.html      all of it, to look at
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from orchestrator.config.convert import to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.errors import CheckpointError, ConfigError
+
+CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.jsonl"
+
+
+def create(config: RunConfig) -> Path:
+    """A new run directory, named by the time; never one that is there already.
+
+    Raises:
+        ConfigError: `runs_dir` cannot be written.
+    """
+    parent = Path(config.runs_dir) / config.name
+    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        path = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory cannot be made: {error.strerror}",
+                got=path,
+                fix="set runs_dir to a folder that you may write",
+            ) from error
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write the configuration; that of an earlier leg is kept beside it."""
+    path = run_dir / CONFIG
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    if path.exists() and path.read_text() != text:
+        number = len(list(run_dir.glob("config.leg*.yaml")))
+        path.rename(run_dir / f"config.leg{number}.yaml")
+    _replace(path, text)
+
+
+def lock(run_dir: Path) -> FileLock:
+    """Hold the run directory for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: another process trains in it.
+    """
+    held = FileLock(run_dir / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            "another process is training in this run directory",
+            got=run_dir,
+            fix="wait for it, stop it, or start a new run",
+        ) from None
+    return held
+
+
+def checkpoints_dir(run_dir: Path, config: RunConfig) -> Path:
+    """Where the run keeps its checkpoints: below a directory of the user's, which runs share, under its own name."""
+    if config.checkpoint.dir == "auto":
+        return run_dir / "checkpoints"
+    return Path(config.checkpoint.dir) / run_dir.parent.name / run_dir.name
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """Facts and legs so far; empty for a new run or where the file was cut."""
+    try:
+        return dict(json.loads((run_dir / RUN).read_text()))
+    except (FileNotFoundError, ValueError):
+        return {"legs": []}
+
+
+def write_run(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    _replace(run_dir / RUN, json.dumps(facts, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(text)
+    os.replace(aside, path)

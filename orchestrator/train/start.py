@@ -1,0 +1,116 @@
+"""Starting a run: everything is settled and checked once, then the processes are started. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from orchestrator.checkpoint.catalogue import remove_uncommitted
+from orchestrator.config.compose import Composed
+from orchestrator.config.schema import RunConfig
+from orchestrator.config.validate import validate
+from orchestrator.data.prepare import prepare
+from orchestrator.errors import ConfigErrors
+from orchestrator.hardware.registry import device_count, resolve
+from orchestrator.hardware.world import OWN_PREFIX, World, detect
+from orchestrator.launch.local import run_local
+from orchestrator.train import resume, rundir
+from orchestrator.train.check import check_run
+from orchestrator.train.run import Place
+
+if TYPE_CHECKING:
+    from orchestrator.strategies.base import ParallelStrategy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all processes must agree on."""
+
+    config: RunConfig
+    resume_from: Path | None
+    run_dir: Path | None  # None: a new one
+
+
+def start(composed: Composed) -> int:
+    """Train as the command line says. Returns the exit code.
+
+    Raises:
+        UserError: what is wrong, before anything was started or written.
+    """
+    world = detect(os.environ)
+    if world is None:
+        return _start_local(_settle(composed, verify=True))
+    return _join_external(_settle(composed, verify=world.rank == 0), world)
+
+
+def _settle(composed: Composed, verify: bool) -> Plan:
+    config = composed.config
+    if config.resume is None:
+        return Plan(config, None, None)
+    check = verify and config.checkpoint.verify_on_load
+    point = resume.find(config.resume, config.runs_dir, check, lambda text: print(f"warning: {text}", file=sys.stderr))
+    merged = resume.merge(point.saved, composed)
+    if problems := validate(merged):
+        raise ConfigErrors(problems)
+    return Plan(merged, point.checkpoint, point.run_dir)
+
+
+def _start_local(plan: Plan) -> int:
+    """Start one process per device of this machine."""
+    config = plan.config
+    target = resolve(config.hardware)
+    devices = device_count(config.hardware, target, target.probe())
+    check_run(config, devices)
+    check_run(config, devices, prepare(config.data, progress=True).vocab_size)
+    place, lock = _open_run(plan)
+    with lock:
+        common = _variables(place)
+        environments = [{**target.environment(config.hardware, rank, devices), **common} for rank in range(devices)]
+        return run_local([sys.executable, "-m", "orchestrator.train.run"], environments)
+
+
+def _join_external(plan: Plan, world: World) -> int:
+    """Be one of the processes that torchrun or Slurm has started."""
+    target = resolve(plan.config.hardware)
+    check_run(plan.config, world.size)
+    # Before torch is imported, where most of these are read. What the engine set stays.
+    for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
+        os.environ.setdefault(key, value)
+    check_run(plan.config, world.size, prepare(plan.config.data, progress=world.local_rank == 0).vocab_size)
+
+    from orchestrator.train.run import work
+
+    with contextlib.ExitStack() as held:
+        return work(plan.config, world, lambda parallel: _agree(plan, parallel, held))
+
+
+def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:
+    """Rank 0 opens the run directory and tells the others."""
+    text = ""
+    if parallel.rank == 0:
+        place, lock = _open_run(plan)
+        held.enter_context(lock)
+        text = json.dumps([str(place.run_dir), str(place.checkpoints), str(place.resume_from or "")])
+    run_dir, checkpoints, resume_from = json.loads(parallel.agree(text))
+    return Place(Path(run_dir), Path(checkpoints), Path(resume_from) if resume_from else None)
+
+
+def _open_run(plan: Plan) -> tuple[Place, FileLock]:
+    run_dir = plan.run_dir or rundir.create(plan.config)
+    lock = rundir.lock(run_dir)
+    rundir.write_config(run_dir, plan.config)
+    checkpoints = rundir.checkpoints_dir(run_dir, plan.config)
+    remove_uncommitted(checkpoints)
+    return Place(run_dir, checkpoints, plan.resume_from), lock
+
+
+def _variables(place: Place) -> dict[str, str]:
+    paths = {"RUN_DIR": place.run_dir, "CHECKPOINTS_DIR": place.checkpoints, "RESUME": place.resume_from or ""}
+    return {OWN_PREFIX + name: str(path) for name, path in paths.items()}

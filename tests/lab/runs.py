@@ -1,0 +1,93 @@
+"""Small real runs: the real configuration, shrunk, through the real `work` on forked ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.compose import compose
+from orchestrator.config.convert import to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.hardware.world import World
+from tests.lab.ranks import run_ranks
+
+STEPS = 20
+# A model of every feature would hide which one breaks; these are small and plain, tests add what they need.
+SMALL = (
+    "model.dim=64",
+    "model.layers=2",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.mlp_dim=96",
+    "data.tokenizer.kind=bytes",
+    f"train.max_steps={STEPS}",
+    "train.seq_len=64",
+    "train.global_batch_tokens=512",
+    "train.eval_every=null",
+    "train.eval_tokens=1024",
+    "train.sample.tokens=4",
+    "optim.schedule.warmup_steps=5",
+    "checkpoint.every_steps=10",
+    "logger.every_steps=1",
+    "logger.progress=false",
+    "logger.tensorboard=false",
+    "hardware=cpu",
+    "hardware.threads=1",
+)
+
+
+def write_corpus(folder: Path) -> str:
+    """Documents of different lengths, always the same; returns the glob of its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(40):
+        lines = [
+            f"def f{number}_{line}(x):\n    return x * {line * number % 97} + {line}\n"
+            for line in range(number % 9 + 2)
+        ]
+        (folder / f"{number:02d}.txt").write_text("\n".join(lines))
+    return str(folder / "*.txt")
+
+
+def small_overrides(tmp: Path, *overrides: str) -> list[str]:
+    """Overrides of a run that takes seconds and touches nothing outside `tmp`."""
+    corpus = write_corpus(tmp / "corpus")
+    places = [
+        f"runs_dir={tmp / 'runs'}",
+        f"data.cache_dir={tmp / 'cache'}",
+        f"data.sources=[{{path:'{corpus}',weight:1}}]",
+    ]
+    return [*SMALL, *places, *overrides]
+
+
+def small_config(tmp: Path, *overrides: str) -> RunConfig:
+    return compose(small_overrides(tmp, *overrides)).config
+
+
+def train(config: RunConfig, size: int, run_dir: Path, resume_from: Path | None = None) -> list[dict[str, Any]]:
+    """Train on `size` forked ranks; returns the rows of metrics.jsonl."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run_ranks(size, _work, to_dict(config), run_dir, resume_from)
+    return read_rows(run_dir)
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(rows: Iterable[dict[str, Any]]) -> list[float]:
+    """Training losses by step; where legs overlap the later one counts."""
+    return [loss for _, loss in sorted({row["step"]: row["loss"] for row in rows if "loss" in row}.items())]
+
+
+def checkpoint(run_dir: Path, step: int = STEPS) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def _work(world: World, data: dict[str, Any], run_dir: Path, resume_from: Path | None) -> int:
+    from orchestrator.config.convert import from_dict
+    from orchestrator.train.run import Place, work
+
+    place = Place(run_dir, run_dir / "checkpoints", resume_from)
+    return work(from_dict(RunConfig, data), world, lambda parallel: place)

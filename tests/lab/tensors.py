@@ -1,0 +1,25 @@
+"""A second, independent way to read a checkpoint: plain safetensors and JSON, no product code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def read_all(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, whole."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    files = {name: load_file(directory / name) for name in manifest["files"] if name.endswith(".safetensors")}
+    dtypes = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "I64": torch.int64}
+    result = {}
+    for name, entry in manifest["tensors"].items():
+        whole = torch.full(entry["shape"], float("nan"), dtype=dtypes[entry["dtype"]])
+        for shard in entry["shards"]:
+            box = tuple(slice(a, b) for a, b in zip(shard["start"], shard["stop"], strict=True))
+            whole[box] = files[shard["file"]][shard["key"]]
+        assert not whole.isnan().any(), f"{name} is not covered"
+        result[name] = whole
+    return result

@@ -1,0 +1,82 @@
+"""Generation with the cache gives what the full forward pass gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from orchestrator.models.cache import KVCache
+from orchestrator.models.decoder import Decoder
+from orchestrator.models.generate import choose, generate_tokens
+
+Make = Callable[..., Decoder]
+KINDS: dict[str, dict] = {
+    "llama": {},
+    "qwen3": {"qk_norm": True},
+    "learned": {"positions": "learned", "norm": "layer", "activation": "gelu"},
+    "window": {"sliding_window": 5},
+}
+
+
+def greedy_without_cache(model: Decoder, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_full_forward(make_model: Make, kind: str) -> None:
+    model = make_model(**KINDS[kind])
+    prompt = [3, 14, 15, 92, 65, 35, 89]
+    with torch.no_grad():
+        expected = greedy_without_cache(model, prompt, 20)
+    assert list(generate_tokens(model, prompt, 20, 0.0, 0, None)) == expected
+    assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_filled_piece_by_piece_gives_the_same_logits(make_model: Make, tokens: torch.Tensor, kind: str) -> None:
+    model = make_model(**KINDS[kind])
+    cache = KVCache(layers=2, batch=2, kv_heads=2, capacity=24, head_dim=12)
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache) for piece in tokens.split([9, 1, 1, 6, 7], 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=1e-5, rtol=0)
+        with pytest.raises(ValueError, match="cache holds 24"):
+            model(tokens[:, :1], cache=cache)
+        with pytest.raises(ValueError, match="documents"):
+            model(tokens, cache=cache, documents=tokens)
+
+
+def test_a_seed_gives_one_text(make_model: Make) -> None:
+    model = make_model()
+    first, again, other = (list(generate_tokens(model, [1], 30, 1.0, seed, None)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_text_longer_than_the_window_goes_on(make_model: Make) -> None:
+    model = make_model(max_seq_len=16, positions="learned")
+    tokens = list(generate_tokens(model, [1, 2, 3], 60, 0.0, 0, None))
+    assert len(tokens) == 60
+    assert tokens[:13] == greedy_without_cache(model, [1, 2, 3], 13)
+    assert len(list(generate_tokens(model, list(range(40)), 20, 0.0, 0, None))) == 20
+
+
+def test_end_of_text_stops_and_training_mode_is_kept(make_model: Make) -> None:
+    model = make_model(dropout=0.1).train()
+    tokens = list(generate_tokens(model, [1, 2, 3], 20, 1.0, 0, None))
+    cut = list(generate_tokens(model, [1, 2, 3], 20, 1.0, 0, eos_id=tokens[4]))
+    assert cut == tokens[: tokens.index(tokens[4])]
+    assert model.training
+    with pytest.raises(ValueError, match="prompt"):
+        next(generate_tokens(model, [], 1, 0.0, 0, None))
+
+
+def test_choose() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits, 0.0, generator) == 1
+    assert {choose(logits, 1.0, generator, top_k=2) for _ in range(200)} == {1, 2}
+    assert {choose(logits, 5.0, generator) for _ in range(200)} == {0, 1, 2, 3}

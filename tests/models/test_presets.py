@@ -1,0 +1,90 @@
+"""The model presets: complete, readable by the schema, and of the published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from orchestrator.config.convert import from_dict
+from orchestrator.config.schema import ModelConfig, RopeScalingConfig
+from orchestrator.models.decoder import Decoder
+from orchestrator.planner.flops import parameter_count
+
+FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama3_405b": 405_853_388_800,
+    "mistral_7b": 7_241_732_096,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_1_7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+}
+OWN = {
+    "tiny": 1_279_104,
+    "tiny_qwen3": 1_312_256,
+    "tiny_gpt2": 1_448_704,
+    "llama_20m": 20_453_760,
+    "llama_125m": 124_668_672,
+}
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+
+
+def preset(name: str, vocab_size: int = 4096) -> ModelConfig:
+    """The preset as Hydra composes it; `vocab_size` where it leaves that to the tokenizer."""
+    base, own = read("base"), read(name)
+    own.pop("defaults", None)
+    data = {**base, **own, "rope_scaling": {**base["rope_scaling"], **own.get("rope_scaling", {})}}
+    if data["vocab_size"] == "auto":
+        data["vocab_size"] = vocab_size
+    return from_dict(ModelConfig, data)
+
+
+def test_base_documents_every_key() -> None:
+    text, base = (FOLDER / "base.yaml").read_text(), read("base")
+    assert list(base) == [field.name for field in fields(ModelConfig)]
+    assert list(base["rope_scaling"]) == [field.name for field in fields(RopeScalingConfig)]
+    assert all("#" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "base"])
+def test_preset_starts_from_base_and_names_its_source(name: str) -> None:
+    text, own = (FOLDER / f"{name}.yaml").read_text(), read(name)
+    assert text.startswith("# ")
+    assert own["defaults"] == ["base", "_self_"]
+    assert own["name"] == name
+    assert name in OWN or "Source: " in text
+    count = parameter_count(preset(name)).total
+    assert f"{count:,}" in text or f"{count / 1e6:.1f}M" in text
+
+
+def test_every_preset_has_an_expected_size() -> None:
+    assert set(NAMES) - {"base"} == set(PUBLISHED) | set(OWN)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_count_agrees_with_the_model_and_with_the_publication(name: str) -> None:
+    config = preset(name)
+    count = parameter_count(config)
+    assert count.total == {**PUBLISHED, **OWN}.get(name, count.total)
+    with torch.device("meta"):
+        model = Decoder(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count.total
+    assert sum(p.numel() for n, p in model.named_parameters() if ".attn." in n) == count.attention
+    assert sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n) == count.mlp
+    assert sum(p.numel() for n, p in model.named_parameters() if "_norm" in n and ".attn." not in n) == (
+        count.norms - sum(p.numel() for p in model.norm.parameters())
+    )

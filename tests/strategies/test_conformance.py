@@ -1,0 +1,238 @@
+"""The suite that every strategy and layout passes: one configuration, one result.
+
+A new strategy or backend is added to `CASES`; the reference is one process of the torch-native strategy, whose
+steps `test_reference_is_a_plain_loop` compares with a hand-written loop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config.convert import to_dict
+from tests.lab.ranks import run_ranks
+from tests.lab.runs import checkpoint, losses, small_config, train
+from tests.lab.tensors import read_all
+
+RELATIVE = 1e-5  # of the losses, in fp32, over 20 steps (contract 2)
+
+# Sequences of a step are divided among data-parallel ranks, so the global batch of 8 is cut in every way.
+CASES = {
+    "fsdp2": ["layout.fsdp=2"],
+    "fsdp4": ["layout.fsdp=4"],
+    "fsdp3": ["layout.fsdp=3", "train.global_batch_tokens=384"],  # 3 divides no size: uneven and empty shards
+    "tensor2": ["layout.tensor=2"],
+    "context2": ["layout.context=2"],
+    "replicate2": ["layout.replicate=2", "layout.fsdp=1"],
+    "fsdp2_tensor2": ["layout.fsdp=2", "layout.tensor=2"],
+    "replicate2_fsdp2": ["layout.replicate=2", "layout.fsdp=2"],
+    "context2_tensor2": ["layout.context=2", "layout.tensor=2"],
+    "fsdp2_context2": ["layout.fsdp=2", "layout.context=2"],
+    "replicate2_fsdp2_tensor2": ["layout.replicate=2", "layout.fsdp=2", "layout.tensor=2"],
+}
+SIZES = {
+    name: int(np.prod([int(word.split("=")[1]) for word in words if "layout." in word]))
+    for name, words in CASES.items()
+}
+
+FEATURES = {
+    "gpt2": [
+        "model=tiny_gpt2",
+        "model.vocab_size=auto",
+        "model.dim=64",
+        "model.layers=2",
+        "model.heads=4",
+        "model.kv_heads=4",
+    ],
+    "qwen3": [
+        "model=tiny_qwen3",
+        "model.vocab_size=auto",
+        "model.dim=64",
+        "model.layers=2",
+        "model.heads=4",
+        "model.kv_heads=2",
+    ],
+    "accumulation": ["train.micro_batch_size=1"],
+    "remat": ["train.remat=full"],
+    "window": ["model.sliding_window=24"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Trains a configuration once per module, however many tests look at it."""
+    tmp: Path = tmp_path_factory.mktemp("runs")
+    done: dict[tuple, Path] = {}
+
+    def run(*overrides: str, size: int = 1) -> Path:
+        key = (overrides, size)
+        if key not in done:
+            run_dir = tmp / f"run{len(done)}"
+            train(small_config(tmp, *overrides), size, run_dir)
+            done[key] = run_dir
+        return done[key]
+
+    run.tmp = tmp
+    return run
+
+
+def _reference(case: list[str]) -> list[str]:
+    return [word for word in case if not word.startswith("layout.")]
+
+
+def _rows(run_dir: Path) -> list[dict]:
+    from tests.lab.runs import read_rows
+
+    return read_rows(run_dir)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_losses_norms_and_evaluation(runs, name):
+    ours = _rows(runs(*CASES[name], size=SIZES[name]))
+    theirs = _rows(runs(*_reference(CASES[name])))
+    assert len(losses(ours)) == 20
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
+    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    evaluations = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (ours, theirs)]
+    assert len(evaluations[0]) == 1
+    np.testing.assert_allclose(*evaluations, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_tensor2", "context2"])
+def test_features_agree_too(runs, name, feature):
+    ours = _rows(runs(*FEATURES[feature], *CASES[name], size=SIZES[name]))
+    theirs = _rows(runs(*[word for word in FEATURES[feature] if "micro_batch" not in word and "remat" not in word]))
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
+
+
+def _initial(world, data, layout_words):
+    import hashlib
+
+    from orchestrator.config.convert import from_dict
+    from orchestrator.config.schema import RunConfig
+    from orchestrator.hardware.registry import get_target
+    from orchestrator.models.decoder import Decoder
+    from orchestrator.sharding import rules
+    from orchestrator.train.build import make_strategy
+    from orchestrator.train.check import resolve_model
+
+    config = from_dict(RunConfig, data)
+    parallel = make_strategy(config, get_target("cpu"), world)
+    parallel.join()
+    with torch.device("meta"):
+        model = Decoder(resolve_model(config.model, 257))
+    parallel.shard(model, rules.place(model.logical_axes(), {n: tuple(p.shape) for n, p in model.named_parameters()}))
+    parallel.initialize(model, config.seed)
+    shards = parallel.state_shards(model, None)
+    parallel.leave()
+    return [
+        (s.name, s.shape, s.slices, hashlib.sha256(s.data.numpy().tobytes()).hexdigest(), s.data.numpy().copy())
+        for s in shards
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_initial_weights_are_bitwise_those_of_one_process(runs, name):
+    config = to_dict(small_config(runs.tmp, *CASES[name]))
+    single = to_dict(small_config(runs.tmp, *_reference(CASES[name])))
+    whole = {name: array for name, _, _, _, array in run_ranks(1, _initial, single, [])[0]}
+    for shards in run_ranks(SIZES[name], _initial, config, CASES[name]):
+        assert {shard[0] for shard in shards} == set(whole)
+        for tensor, _, slices, _, array in shards:
+            np.testing.assert_array_equal(array, whole[tensor][slices])
+
+
+@pytest.mark.parametrize("name", ["fsdp4", "fsdp2_tensor2", "replicate2_fsdp2", "context2"])
+def test_a_checkpoint_moves_to_any_layout_bitwise(runs, name):
+    """Saved on one layout, loaded on another and saved again without a step between: the same bits."""
+    source = checkpoint(runs(*CASES["fsdp2_tensor2"], size=4), 10)
+    target = runs.tmp / f"moved-{name}"
+    words = [*CASES[name], "train.max_steps=11", "checkpoint.every_steps=11"]
+    moved = run_ranks(SIZES[name], _load_and_save, to_dict(small_config(runs.tmp, *words)), source, target)
+    before, after = read_all(source), read_all(Path(moved[0]["path"]))
+    assert before.keys() == after.keys()
+    assert any(key.startswith("optimizer.exp_avg_sq.") for key in before)
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+    tokens = np.concatenate([part["tokens"] for part in {result["data_rank"]: result for result in moved}.values()])
+    expected = run_ranks(1, _load_and_save, to_dict(small_config(runs.tmp)), source, runs.tmp / f"single-{name}")[0][
+        "tokens"
+    ]
+    assert sorted(map(bytes, tokens)) == sorted(map(bytes, expected)), "the next batch has other tokens"
+
+
+def _load_and_save(world, data, source, target):
+    from orchestrator.checkpoint.writer import save
+    from orchestrator.config.convert import from_dict
+    from orchestrator.config.schema import RunConfig
+    from orchestrator.data.prepare import prepare
+    from orchestrator.hardware.registry import get_target
+    from orchestrator.train.build import build, make_strategy
+    from orchestrator.train.run import Place
+
+    config = from_dict(RunConfig, data)
+    parallel = make_strategy(config, get_target("cpu"), world)
+    parallel.join()
+    target.mkdir(exist_ok=True)
+    job = build(config, parallel, prepare(config.data, progress=False), Place(target, target, source), leg=0)
+    shards = parallel.state_shards(job.module.model, job.module._optimizer)
+    path = save(target, 10, shards, parallel, state={}, config={}, extra={})
+    data_rank = parallel.layout.data_rank(world.rank)
+    batch = next(iter(job.loader))
+    job.metrics.close()
+    parallel.leave()
+    return {"path": str(path), "data_rank": data_rank, "tokens": batch["tokens"]}
+
+
+def test_reference_is_a_plain_loop(runs):
+    """One process gives, bit for bit, what a loop of a few lines on plain tensors gives."""
+    from orchestrator.data.prepare import prepare
+    from orchestrator.data.stream import StepLoader, TokenStream
+    from orchestrator.models.decoder import Decoder
+    from orchestrator.models.init import draw_slice
+    from orchestrator.train.check import resolve_model
+    from orchestrator.train.optim import learning_rate
+
+    config = small_config(runs.tmp)
+    data = prepare(config.data, progress=False)
+    model = Decoder(resolve_model(config.model, data.vocab_size))
+    for name, init in model.initializers().items():
+        parameter = model.get_parameter(name)
+        whole = tuple(slice(0, size) for size in parameter.shape)
+        parameter.data.copy_(draw_slice(init, name, config.seed, tuple(parameter.shape), whole))
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    stream = TokenStream(data.stores, data.weights, "train", 64, config.seed)
+    expected = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for step, batch in enumerate(StepLoader(stream, 8, 0, 1, 0, 20)):
+        tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 20, config.optim.lr, config.optim.schedule)
+        loss = model(**tensors) / (tensors["targets"] != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    torch.set_num_threads(threads)
+    np.testing.assert_allclose(losses(_rows(runs())), expected, rtol=1e-6)
+
+
+def test_the_checkpoint_says_where_it_comes_from(runs):
+    found = Checkpoint(checkpoint(runs(*CASES["fsdp2_tensor2"], size=4)))
+    state = found.state()
+    assert (state["step"], found.step) == (20, 20)
+    assert state["layout"] == {"replicate": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert state["data"]["next_sequence"] == 20 * 8
+    assert state["software"]["torch"] == torch.__version__
+    assert found.config()["layout"]["fsdp"] == 2
