@@ -48,7 +48,10 @@ def prune(parent: Path, keep_last: int, keep_every_steps: int | None) -> list[Pa
         if keep_every_steps and int(match[1]) % keep_every_steps == 0:
             continue
         # Without its manifest it is no checkpoint: an interrupted removal leaves nothing half valid.
-        (path / MANIFEST).unlink()
+        try:
+            (path / MANIFEST).unlink()
+        except OSError:
+            continue  # what cannot be removed stays whole, and training goes on
         shutil.rmtree(path, ignore_errors=True)
         removed.append(path)
     return removed

@@ -96,8 +96,10 @@ class Manifest:
             if path.stat().st_size > _MAX_MANIFEST_BYTES:
                 raise CheckpointError("the manifest is too large to be one", got=path)
             return _parse(json.loads(path.read_bytes()), directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError("not a checkpoint: it has no manifest.json", got=directory) from None
+        except OSError as error:
+            raise CheckpointError(f"the manifest cannot be read: {error.strerror}", got=path) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the manifest is damaged: {error!r}", got=path) from None
 
@@ -192,6 +194,6 @@ def _counts(values: Iterable[Any]) -> tuple[int, ...]:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise CheckpointError("a number in the manifest is not a count", got=value)
     return value

@@ -39,7 +39,7 @@ def read_into(checkpoint: Checkpoint, shards: Sequence[Shard], ignore: Iterable[
         try:
             for shard in shards:
                 _fill(shard, tensors[shard.name], source)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"a file of the checkpoint is damaged: {error}", got=checkpoint.directory) from error
 
 

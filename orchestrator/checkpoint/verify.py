@@ -45,11 +45,21 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """What travelled along: step, data position, provenance."""
-        return dict(json.loads((self.directory / STATE).read_bytes()))
+        return self._mapping(STATE, json.loads)
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run that wrote it, as plain data."""
-        return dict(yaml.safe_load((self.directory / CONFIG).read_text()))
+        return self._mapping(CONFIG, yaml.safe_load)
+
+    def _mapping(self, name: str, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+        path = self.directory / name
+        try:
+            data = parse(path.read_bytes())
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise CheckpointError(f"file '{name}' of the checkpoint is damaged: {error!r}", got=path) from None
+        if not isinstance(data, dict):
+            raise CheckpointError(f"file '{name}' of the checkpoint is damaged: not a mapping", got=path)
+        return data
 
     def verify(self, progress: Callable[[int], object] = lambda done: None) -> None:
         """Hash every file, in parallel.
@@ -63,16 +73,19 @@ class Checkpoint:
 
         def check(name: str) -> str | None:
             digest = hashlib.sha256()
-            with open(self.directory / name, "rb") as file:
-                while piece := file.read(_READ_BYTES):
-                    digest.update(piece)
-                    progress(len(piece))
+            try:
+                with open(self.directory / name, "rb") as file:
+                    while piece := file.read(_READ_BYTES):
+                        digest.update(piece)
+                        progress(len(piece))
+            except OSError:
+                return name
             return None if digest.hexdigest() == self.manifest.files[name].sha256 else name
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             damaged = [name for name in pool.map(check, self.manifest.files) if name]
         if damaged:
             raise CheckpointError(
-                "the checkpoint is damaged: content does not match its hash",
+                "the checkpoint is damaged: a file cannot be read or does not match its hash",
                 got=f"{', '.join(damaged)} in {self.directory}",
             )

@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import yaml
@@ -31,6 +31,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
+T = TypeVar("T")
 
 
 class Peers(Protocol):
@@ -66,29 +67,36 @@ def save(
     Raises:
         CheckpointError: a rank could not write; nothing was committed and the partial files are gone.
     """
-    directory = Path(peers.agree(str(_free_directory(parent, step)) if peers.rank == 0 else ""))
-    error: OSError | None = None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_rank(directory, peers.rank, shards)
-    except OSError as caught:
-        error = caught
+    # Whatever is raised waits until the others know of it: they would hang at the next collective.
+    directory, error = parent / f"step-{step:08d}", None
+    if peers.rank == 0:
+        directory, error = _attempt(lambda: _free_directory(parent, step), directory)
+    chosen = peers.agree("" if error else str(directory))
+    if chosen:
+        directory = Path(chosen)
+        _, error = _attempt(lambda: _write_rank(directory, peers.rank, shards), None)
     failed = peers.any_raised(error is not None)
     if peers.rank == 0 and not failed:
-        try:
-            _commit(directory, step, state, config, extra)
-        except OSError as caught:
-            error = caught
+        _, error = _attempt(lambda: _commit(directory, step, state, config, extra), None)
     if failed or peers.any_raised(error is not None):
-        if peers.rank == 0:
+        if peers.rank == 0 and chosen:
             shutil.rmtree(directory, ignore_errors=True)
-        reason = f"{error.strerror or error}" if error else "another rank failed"
+        reason = (
+            "another rank failed" if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
+        )
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written: {reason}",
             got=directory,
             fix="free space or permissions there, or set checkpoint.dir; earlier checkpoints are untouched",
-        )
+        ) from error
     return directory
+
+
+def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return otherwise, error
 
 
 def _free_directory(parent: Path, step: int) -> Path:
@@ -103,7 +111,10 @@ def _free_directory(parent: Path, step: int) -> Path:
 
 
 def _write_rank(directory: Path, rank: int, shards: Sequence[Shard]) -> None:
-    owned = [shard for shard in shards if shard.owned and (shard.data.numel() or not shard.shape)]
+    directory.mkdir(parents=True, exist_ok=True)
+    # A part without elements is not written; a tensor without any still has its place in the manifest.
+    owned = [shard for shard in shards if shard.owned and shard.data.numel()]
+    empty = [shard for shard in shards if shard.owned and 0 in shard.shape]
     file = f"rank-{rank:05d}.safetensors"
     keys = [f"{shard.name}#{number}" for number, shard in enumerate(owned)]
     stored = write_safetensors(directory / file, keys, [shard.data for shard in owned]) if owned else None
@@ -123,6 +134,9 @@ def _write_rank(directory: Path, rank: int, shards: Sequence[Shard]) -> None:
         "bytes": stored.bytes if stored else 0,
         "sha256": stored.sha256 if stored else "",
         "shards": entries,
+        "empty": [
+            {"name": shard.name, "dtype": DTYPE_NAMES[shard.data.dtype], "shape": list(shard.shape)} for shard in empty
+        ],
     }
     _write_durably(directory / f"rank-{rank:05d}.json", json.dumps(listing).encode())
 
@@ -142,12 +156,13 @@ def _commit(
         listing = json.loads(path.read_bytes())
         if listing["shards"]:
             files[listing["file"]] = StoredFile(listing["bytes"], listing["sha256"])
-        for entry in listing["shards"]:
+        for entry in [*listing["shards"], *listing["empty"]]:
             described = (entry["dtype"], tuple(entry["shape"]))
             _, _, shards = tensors.setdefault(entry["name"], (*described, []))
             if tensors[entry["name"]][:2] != described:
                 raise CheckpointError(f"ranks disagree on tensor '{entry['name']}'", got=described)
-            shards.append(StoredShard(listing["file"], entry["key"], tuple(entry["start"]), tuple(entry["stop"])))
+            if "key" in entry:
+                shards.append(StoredShard(listing["file"], entry["key"], tuple(entry["start"]), tuple(entry["stop"])))
     stored = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
     manifest = Manifest(step, stored, files)
     for path in listings:

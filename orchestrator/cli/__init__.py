@@ -44,6 +44,9 @@ def _run(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(__version__)
         return 0
+    if words[0] in ("-sc", "--shell-completion"):
+        # The script that Hydra installs asks the program without a verb; its keys are those of `train`.
+        words = ["train", *words]
     verb = words[0]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.convert import from_dict
+from orchestrator.config.convert import from_dict, from_dict_partly
 from orchestrator.config.schema import RunConfig
-from orchestrator.config.validate import validate
+from orchestrator.config.validate import check_ranges, validate
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
 
 CONFIG_NAME = "train"
@@ -48,7 +48,7 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]
         The largest exit code of the jobs.
 
     Raises:
-        ConfigErrors: all problems of the overrides and of the values.
+        ConfigErrors: all problems of the overrides and of the values. A job of a multirun prints its own.
     """
     import hydra
     from omegaconf import DictConfig
@@ -61,15 +61,22 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]
         from hydra.core.hydra_config import HydraConfig
 
         settings = HydraConfig.get()
+        if settings.mode is not None and settings.mode.name == "MULTIRUN":
+            print(f"--- job {settings.job.num}: {settings.job.override_dirname}", flush=True)
         try:
             codes.append(task(_convert(cfg, settings)))
         except UserError as error:
-            # Raised again below: Hydra would print a traceback for it.
-            failure.append(error)
             if settings.mode is not None and settings.mode.name == "MULTIRUN":
+                # The other jobs of the sweep go on.
                 print(f"error: {error}", file=sys.stderr)
+                codes.append(error.exit_code)
+            else:
+                # Raised again below: Hydra would print a traceback for it.
+                failure.append(error)
 
-    saved, sys.argv = sys.argv, [prog, *argv]
+    # Hydra's parser wants its flags in front; `train key=value -m` is as good as `train -m key=value`.
+    words, _ = _split_flags(argv)
+    saved, sys.argv = sys.argv, [prog, *(word for word in argv if word not in words), *words]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
     except SystemExit as stop:
@@ -140,8 +147,10 @@ def _convert(cfg: Any, settings: Any) -> Composed:
     data["experiment"] = choices.get("experiment")
     given = _parse(settings.overrides.task)[0]
     overrides = {override.key_or_group: override.key_or_group in choices for override in given}
-    config = from_dict(RunConfig, data)
-    if problems := validate(config):
+    config, problems = from_dict_partly(RunConfig, data)
+    # Keys are held against each other only where each is right by itself.
+    problems += check_ranges(config) if problems else validate(config)
+    if problems:
         raise ConfigErrors(problems)
     return Composed(config, data, choices, overrides)
 
@@ -150,20 +159,27 @@ def _compose_api(overrides: list[str], config_dir: str | None) -> Composed:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if config_dir:
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = hydra_compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = hydra_compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         settings = HydraConfig.get()
-        plain = {key: value for key, value in cfg.items() if key != "hydra"}
-    from omegaconf import OmegaConf
-
-    return _convert(OmegaConf.create(plain), settings)
+        plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        return _convert(plain, settings)
+    except (HydraException, OmegaConfBaseException) as error:
+        fix = "see python -m orchestrator train --help"
+        raise ConfigErrors([ConfigError(str(error), got=" ".join(overrides), fix=fix)]) from error
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
+    if {"-sc", "--shell-completion"} & set(argv):
+        return  # what follows is for the shell
     words, config_dir = _split_flags(argv)
     groups = group_options([conf_dir(), *([Path(config_dir)] if config_dir else [])])
     overrides, problems = _parse(words)
@@ -221,16 +237,21 @@ def _parse(words: Sequence[str]) -> tuple[list[Any], list[ConfigError]]:
 
 
 def _check(override: Any, groups: dict[str, list[str]]) -> ConfigError | None:
+    from hydra.core.override_parser.types import Glob
+
     key, written = override.key_or_group, override.input_line
     if key.split(".")[0].split("/")[0] == "hydra":
         return None
     if key in groups and override.package is None:
         if override.is_delete():
-            return None
+            fix = f"choose another option: {key}=..."
+            return ConfigError("a group of the configuration cannot be removed", got=written, fix=fix)
         value = override.value()
-        choices = [str(item) for item in getattr(value, "list", [value])]
-        for choice in choices:
-            if choice not in groups[key] and choice not in ("None", "null"):
+        if isinstance(value, Glob):
+            return None
+        for choice in [str(item) for item in getattr(value, "list", [value])]:
+            # Only this group may be left empty.
+            if choice not in groups[key] and not (key == "experiment" and choice in ("None", "null")):
                 return ConfigError(
                     f"there is no {key} '{choice}'",
                     got=written,
@@ -245,7 +266,10 @@ def _check(override: Any, groups: dict[str, list[str]]) -> ConfigError | None:
                 "a key of the configuration cannot be removed", got=written, fix=f"give it a value: {key}=..."
             )
         return None
-    return ConfigError(f"there is no key '{key}'", got=written, fix=_hint(key, [*known, *groups]))
+    parent = key.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == (parent if parent in known else "")]
+    what, allowed = f"there is no key '{key}'", ", ".join(beside)
+    return ConfigError(what, got=written, allowed=allowed, fix=_hint(key, [*known, *groups]))
 
 
 def _schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
@@ -259,8 +283,7 @@ def _schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close:
-        # The right name in the wrong place is the other common mistake.
-        close = [key for key in known if key.split(".")[-1] == word.split(".")[-1]][:1]
+    # The right name in the wrong place, else a wrong name.
+    close = [key for key in known if "." in key and key.split(".")[-1] == word.split(".")[-1]][:1]
+    close = close or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else "see python -m orchestrator train --cfg job"

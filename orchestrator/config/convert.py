@@ -20,16 +20,22 @@ class _Mismatch(Exception):
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-    """Build the dataclass `cls` from nested mappings.
+    """Build the dataclass `cls`, whose fields all have defaults, from nested mappings.
 
     Raises:
         ConfigErrors: all unknown keys and values of a wrong type, each with its dotted path.
     """
-    problems: list[ConfigError] = []
-    result = _build(cls, data, "", problems)
+    result, problems = from_dict_partly(cls, data)
     if problems:
         raise ConfigErrors(problems)
-    return typing.cast(T, result)
+    return result
+
+
+def from_dict_partly(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[ConfigError]]:
+    """As `from_dict`, with the defaults in place of what is wrong: so the rest can be checked further."""
+    problems: list[ConfigError] = []
+    result = _build(cls, data, "", problems)
+    return typing.cast(T, cls() if result is None else result), problems
 
 
 def to_dict(value: Any) -> Any:
@@ -75,7 +81,9 @@ def describe_type(hint: Any) -> str:
 
 def _build(cls: type[Any], data: Any, path: str, problems: list[ConfigError]) -> Any:
     if not isinstance(data, Mapping):
-        problems.append(ConfigError(f"'{path}' is not a mapping", got=data, allowed=describe_type(cls)))
+        shown = "null" if data is None else data
+        fix = f"set its keys: {path}.KEY=..." if path else None
+        problems.append(ConfigError(f"'{path}' is not a mapping", got=shown, allowed=describe_type(cls), fix=fix))
         return None
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -90,8 +98,14 @@ def _build(cls: type[Any], data: Any, path: str, problems: list[ConfigError]) ->
                     fix=f"did you mean '{_join(path, close[0])}'?" if close else "remove it",
                 )
             )
-    values = {name: _convert(hints[name], data[name], _join(path, name), problems) for name in names if name in data}
-    return None if problems else cls(**values)
+    values = {}
+    for name in names:
+        if name in data:
+            before = len(problems)
+            value = _convert(hints[name], data[name], _join(path, name), problems)
+            if len(problems) == before or dataclasses.is_dataclass(value):
+                values[name] = value
+    return cls(**values)
 
 
 def _convert(hint: Any, value: Any, path: str, problems: list[ConfigError]) -> Any:
@@ -110,7 +124,9 @@ def _convert(hint: Any, value: Any, path: str, problems: list[ConfigError]) -> A
         return _scalar(hint, value)
     except _Mismatch:
         shown = "null" if value is None else value
-        problems.append(ConfigError(f"'{path}' has the wrong type or value", got=shown, allowed=describe_type(hint)))
+        fix = _fix(hint, path, value)
+        what = f"'{path}' has the wrong type or value"
+        problems.append(ConfigError(what, got=shown, allowed=describe_type(hint), fix=fix))
         return None
 
 
@@ -135,7 +151,10 @@ def _scalar(hint: Any, value: Any) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _Mismatch from None
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 (no dot) as text.
         try:
@@ -145,6 +164,16 @@ def _scalar(hint: Any, value: Any) -> Any:
     if hint is str and isinstance(value, str):
         return value
     raise _Mismatch
+
+
+def _fix(hint: Any, path: str, value: Any) -> str:
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    words = [str(word) for arg in members if typing.get_origin(arg) is Literal for word in typing.get_args(arg)]
+    if isinstance(value, str) and (close := difflib.get_close_matches(value, words, n=1)):
+        return f"did you mean '{close[0]}'?"
+    if str in members and isinstance(value, (bool, int, float)):
+        return f"write '\"{value}\"': quoted for the shell, and for YAML"
+    return f"set {path}=..."
 
 
 def _parse(hint: Any, text: str) -> Any:

@@ -30,10 +30,11 @@ def parse_options(cls: type[Options], argv: Sequence[str]) -> Options:
     for word in argv:
         key, separator, text = word.partition("=")
         if not separator:
-            problems.append(ConfigError("an option is written key=value", got=word, allowed=_names(fields)))
+            what, fix = "an option is written key=value", "see --help of the verb"
+            problems.append(ConfigError(what, got=word, allowed=_names(fields), fix=fix))
         elif key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            fix = f"did you mean '{close[0]}'?" if close else None
+            fix = f"did you mean '{close[0]}'?" if close else "see --help of the verb"
             problems.append(ConfigError(f"there is no option '{key}'", got=word, allowed=_names(fields), fix=fix))
         else:
             try:

@@ -170,7 +170,7 @@ class LoggerConfig:
 class SampleConfig:
     """Text generated at the end of the run, and on the way."""
 
-    prompt: str = "def "
+    prompt: str = "def __init__(self"
     tokens: int = 64
     temperature: float = 0.8
     every_steps: int | None = None

@@ -2,84 +2,110 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Any
+
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
+
+_POSITIVE = (
+    "hardware.devices",
+    "hardware.threads",
+    "hardware.timeout_seconds",
+    "model.vocab_size",
+    "model.dim",
+    "model.layers",
+    "model.heads",
+    "model.kv_heads",
+    "model.head_dim",
+    "model.mlp_dim",
+    "model.max_seq_len",
+    "model.sliding_window",
+    "model.rope_scaling.original_max_seq_len",
+    "data.tokenizer.vocab_size",
+    "layout.replicate",
+    "layout.fsdp",
+    "layout.context",
+    "layout.tensor",
+    "data.workers",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every_steps",
+    "logger.every_steps",
+    "train.max_steps",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.loss_chunk_tokens",
+    "train.micro_batch_size",
+    "train.sample.tokens",
+    "train.sample.every_steps",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "model.init_std",
+    "data.prefetch",
+    "optim.weight_decay",
+    "optim.schedule.warmup_steps",
+    "train.sample.temperature",
+)
+_ABOVE_ZERO = (
+    "model.norm_eps",
+    "model.rope_theta",
+    "model.rope_scaling.factor",
+    "model.rope_scaling.low_freq_factor",
+    "model.rope_scaling.high_freq_factor",
+    "model.rope_scaling.beta_fast",
+    "model.rope_scaling.beta_slow",
+    "optim.lr",
+    "optim.eps",
+    "optim.grad_clip",
+)
 
 
 def validate(config: RunConfig) -> list[ConfigError]:
     """Everything that is wrong with `config` by itself, before hardware or data are looked at."""
-    return [*_ranges(config), *_model(config.model), *_batch(config)]
+    return [*check_ranges(config), *_model(config.model), *_batch(config)]
 
 
-def _ranges(config: RunConfig) -> list[ConfigError]:
-    train, optim, schedule, checkpoint = config.train, config.optim, config.optim.schedule, config.checkpoint
-    positive = {
-        "train.max_steps": train.max_steps,
-        "train.eval_every": train.eval_every,
-        "train.eval_tokens": train.eval_tokens,
-        "train.loss_chunk_tokens": train.loss_chunk_tokens,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.sample.tokens": train.sample.tokens,
-        "train.sample.every_steps": train.sample.every_steps,
-        "logger.every_steps": config.logger.every_steps,
-        "checkpoint.every_steps": checkpoint.every_steps,
-        "checkpoint.keep_last": checkpoint.keep_last,
-        "checkpoint.keep_every_steps": checkpoint.keep_every_steps,
-        "hardware.devices": config.hardware.devices,
-        "hardware.threads": config.hardware.threads,
-        "hardware.timeout_seconds": config.hardware.timeout_seconds,
-        "data.tokenizer.vocab_size": config.data.tokenizer.vocab_size,
-        "data.workers": config.data.workers,
-    }
+def check_ranges(config: RunConfig) -> list[ConfigError]:
+    """Values that are wrong by themselves, each key looked at alone."""
     problems = [
-        _out(key, value, "1 or more") for key, value in positive.items() if isinstance(value, int) and value < 1
+        _out(key, value, f"{least} or more")
+        for least, keys in ((1, _POSITIVE), (2, ("train.seq_len",)), (0, _NOT_NEGATIVE))
+        for key in keys
+        if isinstance(value := _get(config, key), (int, float)) and not least <= value < math.inf
     ]
-    above_zero = {"optim.lr": optim.lr, "optim.eps": optim.eps, "optim.grad_clip": optim.grad_clip}
+    above_zero = {key: _get(config, key) for key in _ABOVE_ZERO}
     above_zero |= {f"data.sources[{i}].weight": source.weight for i, source in enumerate(config.data.sources)}
     problems += [
-        _out(key, value, "more than 0") for key, value in above_zero.items() if value is not None and not value > 0
+        _out(key, value, "more than 0, and finite")
+        for key, value in above_zero.items()
+        if value is not None and not 0 < value < math.inf
     ]
-    at_least_zero = {
-        "optim.weight_decay": optim.weight_decay,
-        "optim.schedule.warmup_steps": schedule.warmup_steps,
-        "train.sample.temperature": train.sample.temperature,
-        "data.prefetch": config.data.prefetch,
-        "seed": config.seed,
-    }
-    problems += [_out(key, value, "0 or more") for key, value in at_least_zero.items() if not value >= 0]
-    below_one = {
-        "optim.betas[0]": optim.betas[0],
-        "optim.betas[1]": optim.betas[1],
-        "model.dropout": config.model.dropout,
-        "data.validation_fraction": config.data.validation_fraction,
-    }
+    below_one = {f"optim.betas[{i}]": beta for i, beta in enumerate(config.optim.betas)}
+    below_one |= {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction")}
     problems += [
         _out(key, value, "0 or more and less than 1") for key, value in below_one.items() if not 0 <= value < 1
     ]
-    ratios = {
-        "optim.schedule.min_lr_ratio": schedule.min_lr_ratio,
-        "optim.schedule.decay_fraction": schedule.decay_fraction,
-    }
+    ratios = {key: _get(config, key) for key in ("optim.schedule.min_lr_ratio", "optim.schedule.decay_fraction")}
     problems += [_out(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
     if not config.data.sources:
         problems.append(_out("data.sources", "an empty list", "one source or more"))
-    names = {"name": config.name}
-    problems += [
-        _out(key, value, "a folder name")
-        for key, value in names.items()
-        if not value or "/" in value or value in (".", "..")
-    ]
+    if not config.name or "/" in config.name or "\0" in config.name or config.name in (".", ".."):
+        problems.append(_out("name", repr(config.name), "a folder name"))
     return problems
 
 
+def _get(config: RunConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
 def _model(model: ModelConfig) -> list[ConfigError]:
-    sizes = {key: getattr(model, key) for key in ("dim", "layers", "heads", "kv_heads", "mlp_dim", "max_seq_len")}
-    sizes |= {"vocab_size": model.vocab_size, "head_dim": model.head_dim, "sliding_window": model.sliding_window}
-    problems = [
-        _out(f"model.{key}", value, "1 or more") for key, value in sizes.items() if isinstance(value, int) and value < 1
-    ]
-    if problems:
-        return problems
+    sizes = (model.dim, model.heads, model.kv_heads, 1 if model.head_dim == "auto" else model.head_dim)
+    if min(sizes) < 1:
+        return []  # said by check_ranges
+    problems = []
     if model.head_dim == "auto" and model.dim % model.heads:
         what = "model.dim does not divide by model.heads"
         problems.append(
@@ -106,7 +132,7 @@ def _model(model: ModelConfig) -> list[ConfigError]:
 def _batch(config: RunConfig) -> list[ConfigError]:
     train, problems = config.train, []
     if train.seq_len < 2:
-        return [_out("train.seq_len", train.seq_len, "2 or more")]
+        return []  # said by check_ranges
     if train.seq_len > config.model.max_seq_len:
         problems.append(
             ConfigError(

@@ -47,20 +47,27 @@ def detect(environ: Mapping[str, str]) -> World | None:
     """The world that the environment describes; None where nobody has started several processes.
 
     Raises:
-        HardwareError: an engine is there and its variables are incomplete or no numbers.
+        HardwareError: an engine is there and its variables are incomplete, no numbers, or contradict each other.
     """
     for detector in _DETECTORS:
         try:
             world = detector(environ)
-        except (KeyError, ValueError) as error:
+            if world is not None:
+                _check(world)
+        except (LookupError, ValueError) as error:
             raise HardwareError(
-                f"the environment of {detector.__name__.removeprefix('_')} is incomplete",
+                f"the environment of {detector.__name__.removeprefix('_')} is incomplete or contradicts itself",
                 got=repr(error),
                 fix="start the job through torchrun or srun, or unset their variables",
             ) from error
         if world is not None:
             return world
     return None
+
+
+def _check(world: World) -> None:
+    if not (0 <= world.rank < world.size and 0 <= world.local_rank < world.local_size <= world.size):
+        raise ValueError(f"rank {world.rank} of {world.size}, on this host {world.local_rank} of {world.local_size}")
 
 
 def _orchestrator(env: Mapping[str, str]) -> World | None:
@@ -88,12 +95,14 @@ def _torchrun(env: Mapping[str, str]) -> World | None:
 
 def _slurm(env: Mapping[str, str]) -> World | None:
     # A batch script or an interactive shell has a job and no step: there the product starts its own processes.
-    if "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2 or env.get("SLURM_STEP_NODELIST") is None:
+    # In an interactive step (salloc) SLURM_NTASKS is the job's, and only SLURM_STEP_NUM_TASKS says that it is one.
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    if "SLURM_STEP_ID" not in env or tasks < 2 or env.get("SLURM_STEP_NODELIST") is None:
         return None
     port = 20000 + int(env["SLURM_JOB_ID"]) % 20000
     return World(
         rank=int(env["SLURM_PROCID"]),
-        size=int(env["SLURM_NTASKS"]),
+        size=tasks,
         local_rank=int(env["SLURM_LOCALID"]),
         local_size=_tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"])),
         store=f"tcp:{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
@@ -107,10 +116,10 @@ _DETECTORS: tuple[Callable[[Mapping[str, str]], World | None], ...] = (_orchestr
 
 def first_host(nodelist: str) -> str:
     """First name of a Slurm host list: `gpu[03-07,9],x1` -> `gpu03`."""
-    head = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist)
+    head = re.match(r"(?:[^,\[\]]|\[[^\],-][^\]]*\])+(?=,|$)", nodelist)
     if head is None:
         raise ValueError(nodelist)
-    return head[1] + (head[2] or "") + (head[3] or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head[0])
 
 
 def _tasks_on_node(text: str, node: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -12,6 +13,8 @@ from tqdm import tqdm
 from orchestrator.observe.metrics import Metrics
 
 _LINE_SECONDS = 10.0
+_BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps{postfix}  {elapsed}, ETA {remaining}"
+_FALLBACK_COLUMNS = 100
 
 
 class Progress(lightning.Callback):
@@ -29,15 +32,7 @@ class Progress(lightning.Callback):
         self._next_line = 0.0
         self._first, self._started = step, time.monotonic()
         self._bar = (
-            tqdm(
-                total=max_steps,
-                initial=step,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.2,
-                smoothing=0.05,
-                leave=True,
-            )
+            tqdm(total=max_steps, initial=step, mininterval=0.2, smoothing=0.05, bar_format=_BAR, **_width())
             if self._terminal
             else None
         )
@@ -73,6 +68,12 @@ class Progress(lightning.Callback):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _width() -> dict[str, Any]:
+    """The terminal's width, followed as it changes; some terminals say 0, and then a bar would not show at all."""
+    known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return {"dynamic_ncols": True} if known else {"ncols": _FALLBACK_COLUMNS}
 
 
 def _numbers(row: dict[str, Any]) -> str:

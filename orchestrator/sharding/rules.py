@@ -56,12 +56,16 @@ class Placement:
 
     def is_owner(self, layout: Layout, rank: int) -> bool:
         """Whether `rank` is the one that writes its part: the first of those that hold the same."""
+        if not self.shape:
+            return rank == 0
         at = layout.coordinates(rank)
         copies = at["replicate"] + (at["tensor"] if self.tensor_dim is None else 0)
         return copies == 0
 
     def copies(self, layout: Layout) -> int:
         """How many ranks hold the same part."""
+        if not self.shape:
+            return layout.devices
         return layout.replicate * (layout.tensor if self.tensor_dim is None else 1)
 
 
@@ -89,6 +93,11 @@ def place(
     ]
     unknown = sorted(set(rules) - set(LOGICAL_AXES))
     problems += [_problem(f"a rule names '{axis}', which no model can have", axis, LOGICAL_AXES) for axis in unknown]
+    problems += [
+        _problem(f"the rule of '{axis}' names a mesh axis '{mesh}' that rules cannot give", str(mesh), {"tensor": None})
+        for axis, mesh in rules.items()
+        if mesh not in (None, "tensor")
+    ]
     if problems:
         raise LayoutError("the sharding rules do not match the model:\n" + "\n".join(problems))
     return {name: _place_one(name, axes[name], tuple(shape), rules) for name, shape in shapes.items()}

@@ -26,7 +26,7 @@ from orchestrator.observe.throughput import mfu, peak_flops
 from orchestrator.planner.flops import flops_per_token, parameter_count
 from orchestrator.resilience.preemption import StopOnSignal
 from orchestrator.sharding import rules
-from orchestrator.sharding.layout import Layout, resolve_layout
+from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.check import resolve_model
 from orchestrator.train.checkpointing import Checkpoints, restore, software
@@ -58,85 +58,93 @@ class Job:
 def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, place: Place, leg: int) -> Job:
     """Build the job of this process on a strategy that has joined the others.
 
+    Args:
+        leg: which start of the run this is, from 0.
+
     Raises:
         UserError: whatever of the configuration does not fit the data, the devices or the checkpoint.
     """
-    train, target = config.train, parallel.target
-    layout = parallel.layout
     model_config = resolve_model(config.model, data.vocab_size)
-
-    with torch.device("meta"):
-        model = Decoder(model_config, train.loss_chunk_tokens)
-    apply_remat(model, train.remat)
-    placements = rules.place(model.logical_axes(), {name: tuple(p.shape) for name, p in model.named_parameters()})
-    parallel.shard(model, placements)
+    model = _place_model(config, model_config, parallel)
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
-
-    stream = TokenStream(data.stores, data.weights, "train", train.seq_len, config.seed, config.data.document_mask)
-    step = 0
+    stream = _stream(config, data, "train")
     if place.resume_from is None:
         parallel.initialize(model, config.seed)
+        step = 0
     else:
         step = _restore(Checkpoint(place.resume_from), config, parallel, model, optimizer, stream)
-
-    sequences = train.global_batch_tokens // train.seq_len
-    share = sequences // layout.data_parallel
-    loader = StepLoader(
-        stream,
-        sequences,
-        layout.data_rank(parallel.rank),
-        layout.data_parallel,
-        step,
-        train.max_steps - step,
-        config.data.prefetch,
-    )
-    micro_batch = share if train.micro_batch_size == "auto" else train.micro_batch_size
+    loader, micro_batch = _loader(config, stream, parallel, step)
     module = LanguageModule(model, optimizer, parallel, config, micro_batch, step)
+    return _assemble(config, parallel, data, place, leg, module, loader)
 
-    facts, utilisation = _facts(config, model_config, data, target, layout, parallel)
+
+def _place_model(config: RunConfig, model_config: ModelConfig, parallel: ParallelStrategy) -> Decoder:
+    """The model, described on the meta device, then each process's part of it allocated."""
+    with torch.device("meta"):
+        model = Decoder(model_config, config.train.loss_chunk_tokens)
+    apply_remat(model, config.train.remat)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parallel.shard(model, rules.place(model.logical_axes(), shapes))
+    return model
+
+
+def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:
+    seq_len, mask = config.train.seq_len, config.data.document_mask
+    # The held-out sequences are the same ones whatever the seed, so that runs can be compared.
+    seed = config.seed if split == "train" else 0
+    return TokenStream(data.stores, data.weights, split, seq_len, seed, mask, repeat=split == "train")
+
+
+def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, step: int) -> tuple[StepLoader, int]:
+    """This rank's share of the steps from `step` on, and how many sequences of it one backward pass takes."""
+    train, layout = config.train, parallel.layout
+    sequences = train.global_batch_tokens // train.seq_len
+    rank, steps = layout.data_rank(parallel.rank), train.max_steps - step
+    loader = StepLoader(stream, sequences, rank, layout.data_parallel, step, steps, config.data.prefetch)
+    share = sequences // layout.data_parallel
+    return loader, share if train.micro_batch_size == "auto" else min(share, train.micro_batch_size)
+
+
+def _assemble(
+    config: RunConfig,
+    parallel: ParallelStrategy,
+    data: PreparedData,
+    place: Place,
+    leg: int,
+    module: LanguageModule,
+    loader: StepLoader,
+) -> Job:
+    """What looks at the run and keeps it, around the module that trains."""
+    train, step, main = config.train, module.step, parallel.rank == 0
+    facts, utilisation = _facts(config, module.model.config, data, parallel)
+    provenance = _provenance(parallel)
     metrics = Metrics(
         place.run_dir,
         config.logger,
         reduce=parallel.sum_over_data,
         tokens_per_step=train.global_batch_tokens,
         mfu=utilisation,
-        memory=lambda: target.memory_bytes(parallel.root_device),
-        main=parallel.rank == 0,
+        memory=lambda: parallel.target.memory_bytes(parallel.root_device),
+        main=main,
         leg=leg,
         start_step=step,
         run_config=to_dict(config),
     )
-    progress = Progress(metrics, step, train.max_steps) if parallel.rank == 0 and config.logger.progress else None
-    say = progress.say if progress else _print_on_main(parallel)
+    progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
+    say = progress.say if progress else _print_on_main(main)
     stop = StopOnSignal(parallel)
-    provenance = _provenance(config, target, parallel)
-    checkpoints = Checkpoints(
-        place.checkpoints, config, parallel, loader, data.tokenizer, provenance, metrics.pause, say
-    )
+    keep = (data.tokenizer, provenance, metrics.pause, say)
+    checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
     evaluation = Evaluation(
-        parallel, metrics, train.eval_every, _validation(config, data, layout, parallel.rank, micro_batch), say
+        parallel, metrics, train.eval_every, _validation(config, data, parallel, module.micro_batch), say
     )
     samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics)
     callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
+    trainer = _trainer(parallel, callbacks, train.deterministic)
+    resumed_from = str(place.resume_from) if place.resume_from else None
+    about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **provenance}
     return Job(
-        trainer=_trainer(parallel, callbacks, train.deterministic),
-        module=module,
-        loader=loader,
-        parallel=parallel,
-        stop=stop,
-        metrics=metrics,
-        progress=progress,
-        checkpoints=checkpoints,
-        evaluation=evaluation,
-        samples=samples,
-        facts=facts,
-        leg={
-            "leg": leg,
-            "start_step": step,
-            "resumed_from": str(place.resume_from) if place.resume_from else None,
-            **provenance,
-        },
-        say=say,
+        trainer, module, loader, parallel, stop, metrics, progress, checkpoints, evaluation, samples, facts, about, say
     )
 
 
@@ -190,30 +198,19 @@ def _restore(
 
 
 def _validation(
-    config: RunConfig, data: PreparedData, layout: Layout, rank: int, micro_batch: int
+    config: RunConfig, data: PreparedData, parallel: ParallelStrategy, micro_batch: int
 ) -> Callable[[], Iterable[dict[str, Any]]]:
-    stream = TokenStream(
-        data.stores,
-        data.weights,
-        "validation",
-        config.train.seq_len,
-        config.seed,
-        config.data.document_mask,
-        repeat=False,
-    )
+    stream, layout = _stream(config, data, "validation"), parallel.layout
     sequences = max(1, min(config.train.eval_tokens // config.train.seq_len, len(stream)))
     batch = min(micro_batch, -(-sequences // layout.data_parallel))
-    return lambda: validation_batches(stream, sequences, batch, layout.data_rank(rank), layout.data_parallel)
+    return lambda: validation_batches(stream, sequences, batch, layout.data_rank(parallel.rank), layout.data_parallel)
 
 
 def _facts(
-    config: RunConfig,
-    model: ModelConfig,
-    data: PreparedData,
-    target: Target,
-    layout: Layout,
-    parallel: ParallelStrategy,
+    config: RunConfig, model: ModelConfig, data: PreparedData, parallel: ParallelStrategy
 ) -> tuple[dict[str, Any], Callable[[float], float | None]]:
+    """What is known of the run before its first step, and MFU as a function of tokens per second."""
+    target, devices = parallel.target, parallel.layout.devices
     flops = flops_per_token(model, config.train.seq_len)
     chip = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
     figure = load_chips().get(chip).device_peak_flops(parallel.precision) if chip else None
@@ -229,13 +226,13 @@ def _facts(
         "unigram_entropy_nats": data.unigram_entropy_nats,
         "data": data.describe(),
     }
-    return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, layout.devices)
+    return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)
 
 
-def _provenance(config: RunConfig, target: Target, parallel: ParallelStrategy) -> dict[str, Any]:
-    probe = target.probe()
+def _provenance(parallel: ParallelStrategy) -> dict[str, Any]:
+    probe = parallel.target.probe()
     return {
-        "target": target.name,
+        "target": parallel.target.name,
         "device_names": list(probe.device_names),
         "devices": parallel.layout.devices,
         "hosts": parallel.world.hosts,
@@ -263,5 +260,5 @@ def _trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic: bo
     )
 
 
-def _print_on_main(parallel: ParallelStrategy) -> Callable[[str], None]:
-    return (lambda text: print(text, flush=True)) if parallel.rank == 0 else (lambda text: None)
+def _print_on_main(main: bool) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if main else (lambda text: None)

@@ -14,7 +14,7 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed, read_plain
 from orchestrator.config.convert import from_dict
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.errors import CheckpointError, ConfigError, UserError
 from orchestrator.train import rundir
 
 
@@ -44,10 +44,10 @@ def find(resume: str, runs_dir: str, verify: bool, report: Callable[[str], objec
         checkpoint = Checkpoint(path)
         if verify:
             checkpoint.verify()
-        run_dir = path.resolve().parent.parent
+        saved = checkpoint.config()
         newest = committed(path.resolve().parent)
-        goes_on = (run_dir / rundir.CONFIG).exists() and newest and newest[0].resolve() == path.resolve()
-        return ResumePoint(path, run_dir if goes_on else None, checkpoint.config())
+        goes_on = bool(newest) and newest[0].resolve() == path.resolve()
+        return ResumePoint(path, _run_of(path.resolve(), saved) if goes_on else None, saved)
     if (path / rundir.CONFIG).exists():
         return _in_runs([path], resume, verify, report)
     raise CheckpointError(
@@ -55,6 +55,13 @@ def find(resume: str, runs_dir: str, verify: bool, report: Callable[[str], objec
         got=resume,
         allowed="latest, a run directory, or a checkpoint directory (step-...)",
     )
+
+
+def _run_of(checkpoint: Path, saved: Mapping[str, Any]) -> Path | None:
+    """The run directory that a checkpoint belongs to: around it, or, with a `checkpoint.dir`, of the same name."""
+    around = checkpoint.parent.parent
+    named = Path(str(saved.get("runs_dir", ""))) / checkpoint.parent.parent.name / checkpoint.parent.name
+    return next((path for path in (around, named) if (path / rundir.CONFIG).exists()), None)
 
 
 def latest_runs(runs_dir: Path) -> list[Path]:
@@ -69,10 +76,15 @@ def latest_runs(runs_dir: Path) -> list[Path]:
 
 def _in_runs(runs: list[Path], where: str, verify: bool, report: Callable[[str], object]) -> ResumePoint:
     for run_dir in runs:
-        config = from_dict(RunConfig, read_plain(run_dir / rundir.CONFIG))
+        try:
+            config = from_dict(RunConfig, read_plain(run_dir / rundir.CONFIG))
+        except UserError as error:
+            report(f"skipping {run_dir}: {error}")
+            continue
         found = newest_valid(rundir.checkpoints_dir(run_dir, config), verify, report)
         if found is not None:
             return ResumePoint(found, run_dir, Checkpoint(found).config())
+        report(f"skipping {run_dir}: it has no valid checkpoint")
     raise CheckpointError("no valid checkpoint was found", got=where, fix="start a new run: leave out resume")
 
 

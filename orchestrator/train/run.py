@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def _close(job: Job, status: str) -> None:
         job.say(f"saved {path}")
     if status == "finished":
         job.evaluation.run(job.module)
-        job.say(f"sample: {job.samples.run(job.module)!r}")
+        sample = textwrap.indent(job.samples.run(job.module), "  | ", lambda line: True)
+        job.say(f"\nsample of generated text\n{sample}\n")
 
 
 def _introduce(job: Job, run_dir: Path) -> None:

@@ -11,6 +11,8 @@ report.html      all of it, to look at
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import time
@@ -35,21 +37,21 @@ def create(config: RunConfig) -> Path:
         ConfigError: `runs_dir` cannot be written.
     """
     parent = Path(config.runs_dir) / config.name
-    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
-    while True:
-        path = parent / (stamp if number == 1 else f"{stamp}-{number}")
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-            return path
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise ConfigError(
-                f"the run directory cannot be made: {error.strerror}",
-                got=path,
-                fix="set runs_dir to a folder that you may write",
-            ) from error
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = parent / (stamp if number == 1 else f"{stamp}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise ConfigError(
+            f"the run directory cannot be made: {error.strerror}",
+            got=parent,
+            fix="set runs_dir to a folder that you may write",
+        ) from error
+    raise AssertionError("unreachable")
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:

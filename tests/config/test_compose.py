@@ -1,0 +1,257 @@
+"""From the command line to the configuration: everything in conf/ is strict, every mistake is named at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.config.compose import compose, conf_dir, group_options, read_config, read_plain
+from orchestrator.config.convert import to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.errors import ConfigError, ConfigErrors
+
+OPTIONS = [(group, option) for group, options in group_options([conf_dir()]).items() for option in options]
+EXPERIMENT = "# @package _global_\ndefaults:\n  - override /model: tiny_gpt2\n  - _self_\noptim: {lr: 5e-4}\n"
+
+RUN = """
+import sys
+from orchestrator.config.compose import run_composed
+from orchestrator.errors import UserError
+def task(composed):
+    print("task", composed.config.name, composed.config.optim.lr, composed.overrides)
+    return 3 if composed.config.optim.lr < 5e-4 else 0
+try:
+    sys.exit(run_composed(sys.argv[1:], "orchestrator train", task))
+except UserError as error:
+    print("raised", error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    """Hydra's entry point keeps global state, so it gets a process of its own; `run.cwd` is its directory."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    environment = {**os.environ, "PYTHONPATH": str(conf_dir().parent)}
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", RUN, *argv]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=cwd, env=environment)
+
+    call.cwd = cwd
+    return call
+
+
+def _problems(*overrides: str, config_dir: Path | None = None) -> list[ConfigError]:
+    with pytest.raises(ConfigErrors) as caught:
+        compose(overrides, config_dir and str(config_dir))
+    for problem in caught.value.problems:
+        assert str(problem) in str(caught.value)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option):
+    # A sequence that the smallest window holds; base files stand for themselves too.
+    composed = compose([f"{group}={option}", "train.seq_len=64"])
+    assert composed.choices[group] == option
+    wanted = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
+    if group != "experiment":
+        for key in set(wanted) - {"defaults"}:
+            assert key in composed.data[group]
+    assert to_dict(composed.config).keys() == composed.data.keys()
+
+
+def test_the_yaml_files_name_every_key_of_the_schema():
+    """Nothing can be set that `--cfg job` does not show."""
+
+    def keys(value, prefix=""):
+        for key, item in value.items():
+            yield prefix + key
+            if isinstance(item, dict):
+                yield from keys(item, f"{prefix}{key}.")
+
+    missing = set(keys(to_dict(RunConfig()))) - set(keys(compose().data))
+    assert missing <= {"hardware.name"}
+
+
+def test_a_key_and_a_group_are_told_apart():
+    composed = compose(["model=tiny_gpt2", "optim.lr=1e-3", "++seed=3"])
+    assert composed.overrides == {"model": True, "optim.lr": False, "seed": False}
+    assert (composed.config.model.name, composed.config.optim.lr, composed.config.seed) == ("tiny_gpt2", 1e-3, 3)
+
+
+def test_a_run_is_named_by_its_model_unless_it_has_a_name():
+    assert compose(["model=tiny_qwen3"]).config.name == "tiny_qwen3"
+    assert compose(["model=tiny_qwen3", "name=mine"]).config.name == "mine"
+
+
+def test_variables_of_workers_are_a_free_mapping():
+    assert compose(["+hardware.environment.FOO=bar"]).config.hardware.environment == {"FOO": "bar"}
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "allowed", "fix"),
+    [
+        ("train.max_step=3", "no key 'train.max_step'", "max_steps", "did you mean 'train.max_steps'?"),
+        ("lr=1e-3", "no key 'lr'", "optim", "did you mean 'optim.lr'?"),
+        ("model.max_steps=3", "no key 'model.max_steps'", "max_seq_len", "did you mean 'train.max_steps'?"),
+        ("+newkey=1", "no key 'newkey'", "train", "--cfg job"),
+        ("++train.newkey=1", "no key 'train.newkey'", "max_steps", None),
+        ("optim.lr.x=1", "no key 'optim.lr.x'", None, "optim.lr"),
+        ("model=tinyy", "no model 'tinyy'", "tiny_gpt2", "did you mean 'tiny'?"),
+        ("modle=tiny", "no key 'modle'", "model", "did you mean 'model'?"),
+        ("model=null", "no model 'None'", "tiny_gpt2", None),
+        ("~model", "cannot be removed", None, "model="),
+        ("~optim.lr", "cannot be removed", None, "optim.lr="),
+        ("optim.lr=abc", "'optim.lr' has the wrong type", "a number", "optim.lr"),
+        ("train.max_steps=1.5", "'train.max_steps' has the wrong type", "a whole number", "train.max_steps"),
+        ("train.remat=half", "'train.remat' has the wrong type or value", "selective", "train.remat"),
+        ("train=5", "'train' is not a mapping", "max_steps", "train."),
+        ("train.max_steps=0", "'train.max_steps' is out of range", "1 or more", "train.max_steps"),
+        ("optim.lr=nan", "'optim.lr' is out of range", "more than 0", "optim.lr"),
+        ("seed=???", "seed", None, None),
+        ("optim.lr=${nope}", "nope", None, None),
+        ("optim.lr=1e-3,3e-4", "--multirun", None, None),
+        ("model@foo=tiny", "model@foo", None, None),
+        ("experiment=nothing_like_it", "nothing_like_it", None, None),
+        ("just words", "not an override", None, "key=value"),
+        ("optim.lr=[1,", "not an override", None, "quote"),
+    ],
+)
+def test_one_mistake_is_one_clear_error(override, what, allowed, fix):
+    (problem,) = _problems(override)
+    assert what in problem.what
+    assert str(problem.got) in override
+    assert allowed is None or allowed in problem.allowed
+    assert problem.fix
+    assert fix is None or fix in problem.fix
+
+
+def test_several_mistakes_are_one_report():
+    wrong = ["train.max_step=5", "modl=tiny", "+newkey=1", "optim.lr=abc", "optim.eps=-1", "oh dear", "model=tinyy"]
+    got = {str(problem.got) for problem in _problems(*wrong, "train.seq_len=1", "seed=3")}
+    assert got == {"train.max_step=5", "modl=tiny", "+newkey=1", "abc", "-1.0", "oh dear", "model=tinyy", "1"}
+
+
+def test_a_wrong_type_brings_no_made_up_problems():
+    """The default in place of `heads` does not divide the given `kv_heads`; that is nobody's mistake."""
+    assert [problem.what for problem in _problems("model.heads=many", "model.kv_heads=8", "model.dim=256")] == [
+        "'model.heads' has the wrong type or value"
+    ]
+
+
+def test_options_of_the_users_own(tmp_path):
+    for group, name, text in (
+        ("model", "mine", "defaults: [base, _self_]\nname: mine\ndim: 64\n"),
+        ("experiment", "theirs", EXPERIMENT),
+        ("optim", "wrong", "defaults: [adamw, _self_]\nlr: fast\nmomentum: 0.9\n"),
+    ):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text(text)
+    assert compose(["model=mine"], str(tmp_path)).config.model.dim == 64
+    composed = compose(["experiment=theirs"], str(tmp_path))
+    assert (composed.config.experiment, composed.config.name) == ("theirs", "tiny_gpt2")
+    assert (composed.config.model.positions, composed.config.optim.lr) == ("learned", 5e-4)
+    # The command line has the last word.
+    assert compose(["experiment=theirs", "optim.lr=1e-4"], str(tmp_path)).config.optim.lr == 1e-4
+    assert compose(["experiment=theirs", "model=tiny"], str(tmp_path)).config.model.name == "tiny"
+    assert {problem.what.split("'")[1] for problem in _problems("optim=wrong", config_dir=tmp_path)} == {
+        "optim.lr",
+        "optim.momentum",
+    }
+    assert "mine" in _problems("model=min", config_dir=tmp_path)[0].allowed
+
+
+def test_a_config_dir_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="--config-dir is not a folder"):
+        compose([], str(tmp_path / "none"))
+
+
+def test_composing_leaves_nothing_behind():
+    before = compose(["model=tiny_gpt2"]).config
+    _problems("model=tinyy")
+    assert compose(["model=tiny_gpt2"]).config == before
+    assert compose().config.model.name == "tiny"
+
+
+def test_one_run(run):
+    done = run("optim.lr=1e-3", "model=tiny_gpt2")
+    assert done.stdout == "task tiny_gpt2 0.001 {'optim.lr': False, 'model': True}\n"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(run.cwd.iterdir()), "Hydra writes nothing"
+
+
+def test_multirun_runs_every_combination_and_tells_the_worst(run):
+    done = run("-m", "optim.lr=1e-3,3e-4", "model=tiny,tiny_gpt2")
+    assert [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("task")] == [
+        ["tiny", "0.001"],
+        ["tiny_gpt2", "0.001"],
+        ["tiny", "0.0003"],
+        ["tiny_gpt2", "0.0003"],
+    ]
+    assert done.returncode == 3
+    assert [str(path.relative_to(run.cwd)) for path in run.cwd.rglob("*")] == ["runs", "runs/multirun.yaml"]
+
+
+def test_a_wrong_job_of_a_multirun_is_said_once_and_the_others_run(run):
+    done = run("-m", "optim.lr=1e-3,-1,2e-3")
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("task")] == ["0.001", "0.002"]
+    assert done.stderr.count("'optim.lr' is out of range") == 1
+    assert done.returncode == 2
+
+
+def test_cfg_job_prints_the_configuration_and_runs_nothing(run):
+    done = run("--cfg", "job", "model=tiny_gpt2", "optim.lr=1e-3")
+    shown = yaml.safe_load(done.stdout)
+    assert done.returncode == 0
+    assert (float(shown["optim"]["lr"]), shown["model"]["name"]) == (1e-3, "tiny_gpt2")
+    assert "task" not in done.stdout
+    assert shown.keys() <= to_dict(RunConfig()).keys()
+
+
+def test_a_config_dir_on_the_command_line(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [base, _self_]\nname: mine\n")
+    for flags in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        assert run(*flags, "model=mine").stdout.startswith("task mine")
+
+
+def test_mistakes_on_the_command_line_are_the_users(run):
+    done = run("train.max_step=5", "model=tinyy", "optim.lr=abc")
+    assert done.returncode == 2
+    assert "3 problems in the configuration" in done.stderr
+    assert "Traceback" not in done.stderr
+    for word in ("optim.lr=1e-3,3e-4", "--nonsense"):
+        assert (run(word).returncode, "Traceback" in run(word).stderr) == (2, False)
+
+
+def test_a_saved_configuration_is_read_without_hydra(tmp_path):
+    config = compose(["model=tiny_gpt2", "seed=5"]).config
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    assert read_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [(None, "no configuration file"), ("a: [1", "not YAML"), ("- 1", "not a mapping"), ("", "not a mapping")],
+)
+def test_a_saved_configuration_that_is_none(tmp_path, text, what):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=what):
+        read_plain(path)
+
+
+def test_a_saved_configuration_is_never_code(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['touch pwned']\n")
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_plain(path)

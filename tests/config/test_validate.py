@@ -1,0 +1,156 @@
+"""What the types cannot say. Every rule has an example that breaks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.config import validate as rules
+from orchestrator.config.compose import compose
+from orchestrator.config.convert import from_dict, to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.config.validate import check_ranges, validate
+
+PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+
+
+def _with(**changes: Any) -> RunConfig:
+    """The defaults with dotted keys (`__` for the dot) changed."""
+    data = to_dict(RunConfig())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = data
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return from_dict(RunConfig, data)
+
+
+def _said(config: RunConfig) -> list[str]:
+    return [problem.what for problem in validate(config)]
+
+
+def _change(key: str, value: Any) -> RunConfig:
+    return _with(**{key.replace(".", "__"): value})
+
+
+def test_the_defaults_pass():
+    assert validate(RunConfig()) == []
+    assert validate(compose().config) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_model_passes(preset):
+    data = yaml.safe_load((Path(__file__).parents[2] / "conf" / "model" / f"{preset}.yaml").read_text())
+    data.pop("defaults", None)
+    assert validate(_with(model={**to_dict(RunConfig())["model"], **data})) == []
+
+
+@pytest.mark.parametrize("key", rules._POSITIVE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_start_at_one(key, value):
+    said = [problem for problem in check_ranges(_change(key, value)) if f"'{key}'" in problem.what]
+    assert len(said) == 1
+    assert (said[0].got, said[0].allowed) == (value, "1 or more")
+    assert f"set {key}=" in said[0].fix
+
+
+@pytest.mark.parametrize("key", rules._NOT_NEGATIVE)
+def test_some_may_be_zero_and_not_less(key):
+    integral = isinstance(rules._get(RunConfig(), key), int)
+    assert not check_ranges(_change(key, 0))
+    for value in [-1] if integral else [-1e-9, math.nan, math.inf]:
+        assert _said(_change(key, value)) == [f"'{key}' is out of range"]
+
+
+@pytest.mark.parametrize("key", rules._ABOVE_ZERO)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_some_are_above_zero_and_finite(key, value):
+    assert _said(_change(key, value)) == [f"'{key}' is out of range"]
+
+
+@pytest.mark.parametrize("key", ["model.dropout", "data.validation_fraction"])
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_fractions_are_below_one(key, value):
+    assert not validate(_change(key, 0.0))
+    assert _said(_change(key, value)) == [f"'{key}' is out of range"]
+
+
+@pytest.mark.parametrize("key", ["min_lr_ratio", "decay_fraction"])
+def test_ratios_are_zero_to_one(key):
+    for value in (0.0, 1.0):
+        assert not validate(_change(f"optim.schedule.{key}", value))
+    for value in (-0.01, 1.01, math.nan):
+        assert _said(_change(f"optim.schedule.{key}", value)) == [f"'optim.schedule.{key}' is out of range"]
+
+
+def test_betas_are_named_one_by_one():
+    assert _said(_with(optim__betas=[1.0, -0.5])) == [f"'optim.betas[{i}]' is out of range" for i in (0, 1)]
+
+
+def test_sources_are_some_and_weigh_something():
+    assert _said(_with(data__sources=[])) == ["'data.sources' is out of range"]
+    sources = [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 0.0}]
+    assert _said(_with(data__sources=sources)) == ["'data.sources[1].weight' is out of range"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".", "..", "/", "a\0b"])
+def test_a_run_is_named_like_one_folder(name):
+    assert _said(_with(name=name)) == ["'name' is out of range"]
+
+
+def test_widths_that_do_not_divide_show_the_numbers():
+    (problem,) = validate(_with(model__dim=130))
+    assert (problem.what, problem.got) == ("model.dim does not divide by model.heads", "130 / 4")
+    assert validate(_with(model__dim=130, model__head_dim=32)) == []
+    (problem,) = validate(_with(model__kv_heads=3))
+    assert (problem.what, problem.got) == ("model.heads does not divide by model.kv_heads", "4 / 3")
+
+
+def test_rope_wants_an_even_head():
+    (problem,) = validate(_with(model__head_dim=33))
+    assert problem.got == "head_dim 33"
+    assert validate(_with(model__head_dim=33, model__positions="learned")) == []
+
+
+def test_a_sequence_fits_the_model():
+    assert _said(_with(train__seq_len=1)) == ["'train.seq_len' is out of range"]
+    assert validate(_with(train__seq_len=2048)) == []
+    (problem,) = validate(_with(train__seq_len=4096))
+    assert (problem.got, problem.allowed) == ("train.seq_len=4096", "at most model.max_seq_len=2048")
+
+
+@pytest.mark.parametrize(("tokens", "near"), [(4097, 4096), (255, 256), (100, 256), (0, 256), (-512, 256), (640, 512)])
+def test_a_batch_is_whole_sequences(tokens, near):
+    (problem,) = validate(_with(train__global_batch_tokens=tokens))
+    assert f"{tokens} / train.seq_len=256" in problem.got
+    assert problem.fix == f"set train.global_batch_tokens={near}"
+    assert validate(_with(train__global_batch_tokens=near)) == []
+
+
+def test_all_at_once():
+    config = _with(optim__lr=-1.0, model__kv_heads=3, train__global_batch_tokens=100, name="")
+    assert len(validate(config)) == 4
+
+
+def test_every_numeric_key_has_a_rule():
+    """A new number of the schema is either given a rule or named here."""
+    without = {"train.global_batch_tokens", "train.seq_len"} | {
+        f"optim.schedule.{key}" for key in ("min_lr_ratio", "decay_fraction")
+    }
+    ruled = {*rules._POSITIVE, *rules._NOT_NEGATIVE, *rules._ABOVE_ZERO, "model.dropout", "data.validation_fraction"}
+
+    def numbers(value: Any, prefix: str = ""):
+        for field in dataclasses.fields(value):
+            item, key = getattr(value, field.name), prefix + field.name
+            if dataclasses.is_dataclass(item):
+                yield from numbers(item, f"{key}.")
+            elif any(word in str(field.type) for word in ("int", "float")) and "tuple" not in str(field.type):
+                yield key
+
+    assert set(numbers(RunConfig())) == ruled | without

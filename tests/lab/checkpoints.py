@@ -1,0 +1,110 @@
+"""Checkpoints without processes: several ranks as threads, tensors of any shape, and a manifest to tamper with."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.checkpoint.format import MANIFEST, _digest
+from orchestrator.checkpoint.writer import save
+from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.rules import Placement
+from orchestrator.sharding.shard import Shard
+
+TIMEOUT_SECONDS = 10
+
+
+class ThreadPeers:
+    """What a strategy offers to `save`, among threads. A rank that leaves the others waiting breaks the barrier."""
+
+    def __init__(self, size: int):
+        self._barrier = threading.Barrier(size, timeout=TIMEOUT_SECONDS)
+        self._flags: dict[int, bool] = {}
+        self._text = ""
+        self._local = threading.local()
+
+    def enter(self, rank: int) -> None:
+        self._local.rank = rank
+
+    @property
+    def rank(self) -> int:
+        return self._local.rank
+
+    def agree(self, text: str) -> str:
+        if self.rank == 0:
+            self._text = text
+        self._barrier.wait()
+        agreed = self._text
+        self._barrier.wait()
+        return agreed
+
+    def any_raised(self, flag: bool) -> bool:
+        self._flags[self.rank] = flag
+        self._barrier.wait()
+        raised = any(self._flags.values())
+        self._barrier.wait()
+        return raised
+
+
+def shards_of(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, rank: int, tensor_dims: Mapping[str, int | None] | None = None
+) -> list[Shard]:
+    """The parts that `rank` holds of whole tensors; copies, so that they can be written to."""
+    result = []
+    for name, whole in tensors.items():
+        placement = Placement(tuple(whole.shape), (tensor_dims or {}).get(name))
+        part = placement.slices(layout, rank)
+        result.append(Shard(name, tuple(whole.shape), part, whole[part].clone(), placement.is_owner(layout, rank)))
+    return result
+
+
+def write(
+    parent: Path,
+    shards: Callable[[int], list[Shard]],
+    size: int = 1,
+    step: int = 1,
+    extra: Mapping[str, bytes] | None = None,
+    state: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> list[Path | Exception]:
+    """Save on `size` ranks; what each returned or raised."""
+    peers = ThreadPeers(size)
+
+    def rank(number: int) -> Path | Exception:
+        peers.enter(number)
+        try:
+            facts = {"step": step} if state is None else state
+            about = {"name": "test", "seed": 1} if config is None else config
+            return save(parent, step, shards(number), peers, state=facts, config=about, extra=extra or {})
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank, range(size)))
+
+
+def write_whole(parent: Path, tensors: Mapping[str, torch.Tensor], step: int = 1, **options: Any) -> Path:
+    """Save on one rank."""
+    (path,) = write(parent, lambda rank: shards_of(tensors, Layout(), rank), step=step, **options)
+    assert isinstance(path, Path), path
+    return path
+
+
+def tamper(directory: Path, change: Callable[[dict[str, Any]], object], sign: bool = True) -> None:
+    """Edit the manifest, with a digest that fits unless `sign` is false."""
+    path = directory / MANIFEST
+    data = json.loads(path.read_text())
+    change(data)
+    if sign:
+        data["digest"] = _digest({key: value for key, value in data.items() if key != "digest"})
+    path.write_text(json.dumps(data))
+
+
+def files_of(directory: Path) -> Iterable[str]:
+    return json.loads((directory / MANIFEST).read_text())["files"]

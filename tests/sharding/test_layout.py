@@ -1,0 +1,163 @@
+"""Degrees of the mesh axes: what `auto` becomes, what is refused, and which rank is where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.config.schema import LayoutConfig, ModelConfig
+from orchestrator.errors import LayoutError
+from orchestrator.sharding.axes import MESH_AXES
+from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
+
+layouts = st.builds(Layout, **{axis: st.integers(1, 4) for axis in MESH_AXES})
+MODEL = ModelConfig(vocab_size=512, dim=64, heads=4, kv_heads=2, mlp_dim=96)
+
+
+def _config(**degrees) -> LayoutConfig:
+    return LayoutConfig(**degrees)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "devices", "expected"),
+    [
+        ({}, 1, Layout()),
+        ({}, 8, Layout(fsdp=8)),
+        ({"tensor": 2}, 8, Layout(fsdp=4, tensor=2)),
+        ({"tensor": 8}, 8, Layout(fsdp=1, tensor=8)),
+        ({"replicate": "auto"}, 8, Layout(fsdp=8)),
+        ({"replicate": "auto", "fsdp": 2}, 8, Layout(replicate=4, fsdp=2)),
+        ({"fsdp": 2, "context": "auto", "tensor": "auto"}, 8, Layout(fsdp=2, context=4)),
+        ({"fsdp": 1, "tensor": "auto"}, 6, Layout(tensor=6)),
+        ({"replicate": 2, "fsdp": 2, "context": 2, "tensor": 2}, 16, Layout(2, 2, 2, 2)),
+    ],
+)
+def test_auto_takes_what_remains(degrees, devices, expected):
+    assert resolve_layout(_config(**degrees), devices) == expected
+
+
+@given(st.fixed_dictionaries({axis: st.one_of(st.just("auto"), st.integers(1, 6)) for axis in MESH_AXES}), st.data())
+def test_the_product_is_the_devices_or_it_is_refused(degrees, data):
+    devices = data.draw(st.integers(1, 48))
+    fixed = {axis: degree for axis, degree in degrees.items() if degree != "auto"}
+    try:
+        layout = resolve_layout(_config(**degrees), devices)
+    except LayoutError:
+        product = Layout(**fixed).devices
+        assert devices % product or (len(fixed) == 4 and product != devices)
+    else:
+        assert layout.devices == devices
+        assert fixed.items() <= layout.as_dict().items()
+        assert sum(layout.degree(axis) > 1 for axis in degrees if axis not in fixed) <= 1
+
+
+@pytest.mark.parametrize(
+    ("degrees", "devices", "got", "allowed", "fix"),
+    [
+        ({"fsdp": 3}, 4, "fsdp 3 = 3 on 4 devices", "whose product is 4", "hardware.devices=3"),
+        ({"fsdp": 2, "tensor": 2}, 1, "fsdp 2 x tensor 2 = 4 on 1 device", "product is 1", "hardware.devices=4"),
+        ({"tensor": 3}, 8, "tensor 3 = 3 on 8 devices", "whose product divides 8", "hardware.devices=3"),
+        ({"fsdp": 1}, 2, "1 = 1 on 2 devices", "whose product is 2", "leave one degree auto"),
+    ],
+)
+def test_a_refusal_shows_its_arithmetic(degrees, devices, got, allowed, fix):
+    with pytest.raises(LayoutError) as caught:
+        resolve_layout(_config(**degrees), devices)
+    assert caught.value.got == got
+    assert allowed in caught.value.allowed
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+@pytest.mark.parametrize("degree", [0, -2])
+def test_a_degree_is_one_or_more(axis, degree):
+    with pytest.raises(LayoutError, match=rf"layout\.{axis} is not a degree\n  got:     {degree}"):
+        resolve_layout(_config(**{axis: degree}), 4)
+
+
+@given(layouts)
+def test_coordinates_number_the_ranks_one_to_one(layout):
+    seen = [tuple(layout.coordinates(rank)[axis] for axis in MESH_AXES) for rank in range(layout.devices)]
+    assert seen == sorted(set(seen)), "row-major, none twice"
+    assert all(0 <= at < layout.degree(axis) for place in seen for axis, at in zip(MESH_AXES, place, strict=True))
+
+
+@given(layouts)
+def test_data_ranks_are_shared_by_the_ranks_of_a_sequence_and_no_others(layout):
+    groups: dict[int, set[tuple[int, int]]] = {}
+    for rank in range(layout.devices):
+        at = layout.coordinates(rank)
+        groups.setdefault(layout.data_rank(rank), set()).add((at["replicate"], at["fsdp"]))
+    assert sorted(groups) == list(range(layout.data_parallel))
+    assert all(len(places) == 1 for places in groups.values())
+    assert len(set(map(frozenset, groups.values()))) == layout.data_parallel
+
+
+def test_neighbours_are_of_one_tensor_group():
+    layout = Layout(replicate=2, fsdp=2, context=2, tensor=2)
+    assert [layout.coordinates(rank)["tensor"] for rank in range(4)] == [0, 1, 0, 1]
+    assert layout.coordinates(15) == {"replicate": 1, "fsdp": 1, "context": 1, "tensor": 1}
+    assert (layout.devices, layout.data_parallel, layout.shards) == (16, 4, 4)
+
+
+def test_a_layout_names_what_it_splits():
+    assert str(Layout()) == "single device"
+    assert str(Layout(fsdp=4, tensor=2)) == "fsdp=4 x tensor=2"
+
+
+def test_a_layout_that_fits_has_no_problems():
+    assert check_layout(Layout(replicate=2, fsdp=2, tensor=2), MODEL, 64, 512) == []
+    assert check_layout(Layout(), replace(MODEL, vocab_size="auto"), 63, 63) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "seq_len", "batch", "what", "got", "fix"),
+    [
+        (Layout(tensor=3), {}, 96, 960, "model.heads does not divide by layout.tensor", "4 / 3 = 1.33333", "tensor"),
+        (Layout(tensor=4), {}, 64, 512, "model.kv_heads does not divide", "2 / 4 = 0.5", "divisor of 2"),
+        (Layout(tensor=2), {"mlp_dim": 97}, 64, 512, "model.mlp_dim does not", "97 / 2 = 48.5", "divisor of 97"),
+        (Layout(tensor=2), {"vocab_size": 511}, 64, 512, "model.vocab_size", "511 / 2", "model.vocab_size=512"),
+        (Layout(context=3), {}, 64, 512, "train.seq_len does not divide", "64 / 3", "multiple of 3"),
+        (Layout(context=2, tensor=2), {}, 66, 660, "train.seq_len does not", "66 / 4 = 16.5", "multiple of 4"),
+        (
+            Layout(tensor=2),
+            {"positions": "learned", "max_seq_len": 65},
+            64,
+            512,
+            "model.max_seq_len does not",
+            "65 / 2",
+            "max_seq_len",
+        ),
+        (
+            Layout(replicate=2, fsdp=3),
+            {},
+            64,
+            512,
+            "the global batch does not divide",
+            "512 tokens / 64 = 8 sequences over replicate 2 x fsdp 3 = 6 groups",
+            "train.global_batch_tokens=768",
+        ),
+    ],
+)
+def test_a_misfit_shows_its_arithmetic(layout, model, seq_len, batch, what, got, fix):
+    problem = next(p for p in check_layout(layout, replace(MODEL, **model), seq_len, batch) if p.what.startswith(what))
+    assert got in problem.got
+    assert fix in problem.fix
+    assert problem.allowed
+
+
+def test_all_misfits_at_once():
+    assert len(check_layout(Layout(fsdp=5, tensor=7), replace(MODEL, positions="learned"), 64, 512)) == 7
+
+
+@given(layouts, st.integers(1, 16), st.integers(1, 16))
+def test_the_suggested_batch_fits(layout, units, sequences):
+    seq_len = units * layout.tensor * layout.context
+    for problem in check_layout(layout, ModelConfig(heads=12, kv_heads=12, mlp_dim=12), seq_len, sequences * seq_len):
+        if "global batch" in problem.what:
+            batch = int(problem.fix.rpartition("=")[2])
+            assert not check_layout(replace(layout, tensor=1), MODEL, seq_len, batch)
+            assert 0 < batch - sequences * seq_len < layout.data_parallel * seq_len

@@ -1,0 +1,177 @@
+"""The arrows of the design, read from the syntax trees: who imports whom, and what is imported nowhere."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.hardware.registry import TARGETS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "orchestrator"
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+MAX_LINES, MAX_FUNCTION_LINES = 450, 60
+# The front door: the order of a run, one statement after the other.
+LONGER: dict[tuple[str, str], int] = {}
+
+# package -> packages of the product that it may import, beside itself, `errors` and, for all, `config.schema`.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "chips": set(),
+    "sharding": set(),
+    "hardware": {"chips"},
+    "models": {"sharding"},
+    "data": set(),
+    "checkpoint": {"sharding"},
+    "planner": {"sharding", "chips"},
+    "strategies": {"hardware", "sharding", "models"},
+    "observe": {"chips", "hardware"},
+    "resilience": {"strategies"},
+    "launch": {"hardware"},
+    "train": {
+        "chips",
+        "config",
+        "hardware",
+        "sharding",
+        "strategies",
+        "observe",
+        "resilience",
+        "launch",
+        "data",
+        "models",
+        "checkpoint",
+        "planner",
+    },
+    "cli": {"config", "data", "hardware", "chips", "checkpoint", "train", "launch", "observe", "planner"},
+}
+# Of `config`, every package may have the schema; these read options or YAML by themselves.
+CONFIG_EVERYWHERE = {"schema"}
+XLA_FILES = {"hardware/tpu.py", "hardware/trainium.py", "hardware/xla.py", "strategies/xla.py"}
+# third-party module -> where it may be imported; a name ending in / is a folder.
+ONLY_IN: dict[str, set[str]] = {
+    "torch_xla": XLA_FILES,
+    "torch_neuronx": XLA_FILES,
+    "neuronx_distributed": XLA_FILES,
+    "libneuronxla": XLA_FILES,
+    "lightning": {"strategies/", "train/", "observe/", "resilience/"},
+    "hydra": {"config/compose.py"},
+    "omegaconf": {"config/compose.py"},
+    "torch.distributed": {"strategies/"},
+}
+NOT_IN: dict[str, set[str]] = {
+    "torch": {"planner/", "chips/", "config/", "launch/", "cli/", "checkpoint/format.py", "checkpoint/verify.py"},
+    "safetensors": {"models/", "planner/", "strategies/"},
+}
+NOWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}
+FORBIDDEN_CALLS |= {"yaml.full_load", "np.load", "numpy.load", "os.system", "os.popen"}
+
+
+@functools.cache
+def _tree(name: str) -> ast.Module:
+    return ast.parse((PACKAGE / name).read_text())
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted modules that are imported anywhere, also within functions and for types only."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def _within(name: str, places: set[str]) -> bool:
+    return any(name.startswith(place) if place.endswith("/") else name == place for place in places)
+
+
+def _is(module: str, wanted: str) -> bool:
+    return module == wanted or module.startswith(f"{wanted}.")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_arrows_point_down(name):
+    package = name.partition("/")[0]
+    if package in ("__init__.py", "__main__.py", "errors.py"):
+        allowed = {"cli"} if package == "__main__.py" else set()
+    else:
+        assert package in ALLOWED, f"say in ALLOWED what {package} may import"
+        allowed = ALLOWED[package] | {package}
+    for module in _imports(_tree(name)):
+        first, *rest = module.split(".")
+        if first != "orchestrator" or rest[0] in ("errors", "__version__"):
+            continue
+        if rest[0] == "config" and "config" not in allowed:
+            assert rest[1] in CONFIG_EVERYWHERE, f"{name} imports {module}"
+        else:
+            assert rest[0] in allowed, f"{name} imports {module}"
+
+
+def test_the_arrows_have_no_circle():
+    order: list[str] = []
+    while len(order) < len(ALLOWED):
+        free = [package for package in ALLOWED if package not in order and ALLOWED[package] <= set(order)]
+        assert free, f"a circle among {set(ALLOWED) - set(order)}"
+        order += free
+
+
+def test_the_table_names_the_packages_that_there_are():
+    assert set(ALLOWED) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_vendors_and_frameworks_stay_where_they_belong(name):
+    for module in _imports(_tree(name)):
+        for wanted, places in ONLY_IN.items():
+            assert not _is(module, wanted) or _within(name, places), f"{name} imports {module}"
+        for wanted, places in NOT_IN.items():
+            assert not _is(module, wanted) or not _within(name, places), f"{name} imports {module}"
+        assert module.split(".")[0] not in NOWHERE, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_that_is_loaded_is_executed(name):
+    for node in ast.walk(_tree(name)):
+        if isinstance(node, ast.Call):
+            called = _dotted(node.func)
+            assert called not in FORBIDDEN_CALLS, f"{name}:{node.lineno} calls {called}"
+            shell = [keyword for keyword in node.keywords if keyword.arg in ("shell", "allow_pickle")]
+            assert not shell, f"{name}:{node.lineno} passes {shell[0].arg}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_stay_short(name):
+    assert len((PACKAGE / name).read_text().splitlines()) <= MAX_LINES
+    for node in ast.walk(_tree(name)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGER.get((name, node.name), MAX_FUNCTION_LINES), (
+                f"{name}: {node.name} has {length} lines"
+            )
+
+
+def test_adding_a_hardware_target_is_a_module_a_line_and_a_yaml():
+    """Each target is that, and no module outside the package imports it: nothing else has to change."""
+    conf = ROOT / "conf" / "hardware"
+    assert {path.stem for path in conf.glob("*.yaml")} == {*TARGETS, "auto", "base"}
+    for target, place in TARGETS.items():
+        module, _, attribute = place.partition(":")
+        assert module == f"orchestrator.hardware.{target}"
+        names = {node.name for node in _tree(f"hardware/{target}.py").body if isinstance(node, ast.ClassDef)}
+        assert attribute in names
+        assert yaml.safe_load((conf / f"{target}.yaml").read_text())["target"] == target
+        others = [name for name in FILES if not name.startswith("hardware/")]
+        importers = [name for name in others if any(_is(m, module) for m in _imports(_tree(name)))]
+        assert importers == [], f"only the table names {module}"

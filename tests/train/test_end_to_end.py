@@ -1,0 +1,197 @@
+"""Whole runs through the command line: killed, interrupted, resumed, moved, refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+
+import pytest
+import torch
+
+from tests.lab.cli import kill_all, only_run, run, start, wait_until
+from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.tensors import read_all
+
+
+def _bits(directory):
+    return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in read_all(directory).items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs, by layout."""
+    done = {}
+
+    def get(*layout):
+        if layout not in done:
+            tmp = tmp_path_factory.mktemp("whole")
+            result = run("train", *small_overrides(tmp, *layout))
+            assert result.returncode == 0, result.stderr
+            done[layout] = (only_run(tmp / "runs"), result)
+        return done[layout]
+
+    return get
+
+
+LAYOUTS = [("model.dropout=0.1",), ("hardware.devices=4", "layout.fsdp=2", "layout.tensor=2", "model.dropout=0.1")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["1 process", "4 processes"])
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, layout):
+    reference, _ = whole(*layout)
+    # Twenty steps are over in a second: with many more there is time to hit it in the middle.
+    words = small_overrides(tmp_path, *layout)
+    process = start("train", *words)
+    runs = tmp_path / "runs"
+    wait_until(lambda: any(runs.glob("*/*/checkpoints/step-00000010/manifest.json")), process)
+    kill_all(process)
+    run_dir = only_run(runs)
+    if checkpoint(run_dir, 20).exists():
+        # It was faster than the signal: take the last checkpoint away, as if the kill had come before it.
+        (checkpoint(run_dir, 20) / "manifest.json").unlink(missing_ok=True)
+    result = run("train", f"runs_dir={runs}", "resume=latest")
+    assert result.returncode == 0, result.stderr
+    assert only_run(runs) == run_dir
+    assert "resumed at step 10" in result.stdout
+    assert losses(read_rows(run_dir)) == losses(read_rows(reference))
+    assert _bits(checkpoint(run_dir)) == _bits(checkpoint(reference))
+
+
+def test_a_signal_saves_at_a_step_boundary_and_the_run_goes_on(whole, tmp_path):
+    layout = ("hardware.devices=2", "train.max_steps=4000", "checkpoint.every_steps=null", "logger.every_steps=1")
+    process = start("train", *small_overrides(tmp_path, *layout))
+    runs = tmp_path / "runs"
+    wait_until(lambda: any(path.stat().st_size > 1000 for path in runs.glob("*/*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    run_dir = only_run(runs)
+    saved = sorted((run_dir / "checkpoints").iterdir())
+    assert len(saved) == 1
+    step = json.loads((saved[0] / "manifest.json").read_text())["step"]
+    assert step == max(row["step"] for row in read_rows(run_dir)) > 0
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
+    assert f"resume={run_dir}" in output
+
+    result = run("train", f"runs_dir={runs}", f"resume={run_dir}", f"train.max_steps={step + 3}", "hardware.devices=1")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert [leg["devices"] for leg in facts["legs"]] == [2, 1]
+    assert (facts["status"], facts["legs"][1]["start_step"]) == ("finished", step)
+
+
+def test_the_run_directory_is_complete(whole):
+    run_dir, result = whole(*LAYOUTS[0])
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "report.html"} <= names
+    report = (run_dir / "report.html").read_text()
+    assert "<svg" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert str(run_dir) in result.stdout
+    assert "sample of generated text" in result.stdout
+    row = next(row for row in read_rows(run_dir) if "loss" in row)
+    assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu"} <= row.keys()
+
+
+def test_generate_continues_a_prompt_from_a_checkpoint(whole):
+    run_dir, _ = whole(*LAYOUTS[0])
+    words = [f"checkpoint={run_dir}", "prompt=def f(x):", "tokens=12", "seed=3"]
+    first, second = run("generate", *words), run("generate", *words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def f(x):")
+    assert len(first.stdout) > len("def f(x):\n")
+    assert first.stdout == second.stdout
+
+
+def test_resume_falls_back_to_the_newest_valid_checkpoint_and_says_so(whole, tmp_path):
+    words = small_overrides(tmp_path)
+    assert run("train", *words).returncode == 0
+    run_dir = only_run(tmp_path / "runs")
+    damaged = checkpoint(run_dir, 20) / "rank-00000.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 4
+    damaged.write_bytes(content)
+    result = run("train", f"runs_dir={tmp_path / 'runs'}", "resume=latest", "checkpoint.keep_last=5")
+    assert result.returncode == 0, result.stderr
+    assert "skipping" in result.stderr
+    assert "rank-00000.safetensors" in result.stderr
+    assert "resumed at step 10" in result.stdout
+    assert damaged.read_bytes() == content, "the damaged checkpoint was written over"
+    assert (
+        torch.equal(
+            read_all(run_dir / "checkpoints" / "step-00000020.2")["model.norm.weight"],
+            read_all(run_dir / "checkpoints" / "step-00000010")["model.norm.weight"],
+        )
+        is False
+    )
+
+
+MISTAKES = {
+    "unknown key": (["optim.lrr=1"], "optim.lr"),
+    "unknown option": (["model=tinny"], "tiny"),
+    "new key": (["+newkey=1"], "newkey"),
+    "wrong type": (["train.max_steps=soon"], "whole number"),
+    "impossible layout": (["hardware.devices=4", "layout.tensor=3"], "tensor 3"),
+    "layout against model": (["hardware.devices=8", "layout.tensor=8"], "model.kv_heads"),
+    "batch against layout": (["hardware.devices=3"], "8 sequences"),
+    "missing data": (["data.sources=[{path: /nowhere/*.txt, weight: 1}]"], "/nowhere"),
+    "no such checkpoint": (["resume=/nowhere"], "/nowhere"),
+    "nothing to resume": (["resume=latest"], "no valid checkpoint"),
+    "absent hardware": (["hardware=tpu"], "tpu"),
+    "absent gpu": (["hardware=cuda"], "cuda"),
+    "too many devices": (["hardware.devices=5000"], "5000"),
+    "vocabulary": (["model.vocab_size=100"], "tokenizer 257"),
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_one_clear_message_and_changes_nothing(tmp_path, words):
+    overrides, expected = words
+    result = run("train", *small_overrides(tmp_path), *overrides)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert expected in result.stderr
+    assert any(line.strip().startswith(("do:", "allowed:")) for line in result.stderr.splitlines())
+    assert not list((tmp_path / "runs").glob("*/*")), "a run directory was made"
+
+
+def test_several_mistakes_are_reported_together(tmp_path):
+    result = run("train", *small_overrides(tmp_path), "optim.lrr=1", "model=tinny", "train.max_steps=soon", "seed=-1")
+    assert result.returncode == 2
+    for part in ("optim.lrr", "tinny", "train.max_steps"):
+        assert part in result.stderr
+
+
+def test_resuming_with_another_model_is_refused_before_anything_is_lost(whole, tmp_path):
+    words = small_overrides(tmp_path)
+    assert run("train", *words).returncode == 0
+    run_dir = only_run(tmp_path / "runs")
+    before = {path: path.stat().st_size for path in (run_dir / "checkpoints").rglob("*")}
+    result = run("train", f"runs_dir={tmp_path / 'runs'}", "resume=latest", "model.layers=3", "train.max_steps=30")
+    assert result.returncode == 2
+    assert "another model" in result.stderr
+    assert {path: path.stat().st_size for path in (run_dir / "checkpoints").rglob("*")} == before
+
+
+def test_a_multirun_trains_once_per_value(tmp_path):
+    result = run("train", *small_overrides(tmp_path, "train.max_steps=2"), "-m", "optim.lr=1e-3,3e-4")
+    assert result.returncode == 0, result.stderr
+    rates = {
+        json.loads((path / "run.json").read_text())["legs"][0]["end_step"] for path in (tmp_path / "runs").glob("*/*")
+    }
+    assert rates == {2}
+    assert len(list((tmp_path / "runs").glob("*/*"))) == 2
+
+
+def test_torchrun_starts_the_processes_as_well(tmp_path):
+    import subprocess
+    import sys
+
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "orchestrator"]
+    result = subprocess.run(
+        [*words, "train", *small_overrides(tmp_path, "train.max_steps=3")], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    facts = json.loads((only_run(tmp_path / "runs") / "run.json").read_text())
+    assert (facts["legs"][0]["engine"], facts["legs"][0]["devices"], facts["status"]) == ("torchrun", 2, "finished")
