@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,8 @@ _ACCELERATOR_SHAPES = ((8192, 8192, 8192), (16384, 4096, 14336))
 def measure_gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of dense matrix products on one device.
 
-    Per shape the median over repetitions is taken, so that a disturbance does not count; of the shapes the best,
-    since it stands for a peak. On a CPU it uses the threads of this process while whatever else runs goes on, so
+    The best of all repetitions and shapes is taken, since it stands for a peak: other work on the machine only
+    ever lowers a rate. On a CPU it uses the threads of this process while whatever else runs goes on, so
     processes that measure at the same time see what each of them can have.
 
     Args:
@@ -28,10 +27,10 @@ def measure_gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float 
         seconds: about how long to measure, all shapes together.
     """
     shapes = _CPU_SHAPES if device.type == "cpu" else _ACCELERATOR_SHAPES
-    return max(_median_flops(device, dtype, shape, seconds / len(shapes)) for shape in shapes)
+    return max(_best_flops(device, dtype, shape, seconds / len(shapes)) for shape in shapes)
 
 
-def _median_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
+def _best_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
     import torch
 
     rows, inner, columns = shape
@@ -53,7 +52,7 @@ def _median_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, in
         deadline = time.perf_counter() + seconds
         while len(times) < _MIN_REPEATS or time.perf_counter() < deadline:
             times.append(once())
-    return 2.0 * rows * inner * columns / statistics.median(times)
+    return 2.0 * rows * inner * columns / min(times)
 
 
 def _wait(device: torch.device) -> None:

@@ -188,12 +188,6 @@ def _restore(
             allowed=str(saved),
             fix=f"set train.global_batch_tokens={saved}",
         )
-    if step >= train.max_steps:
-        raise CheckpointError(
-            "the run is finished: there are no steps left to train",
-            got=f"step {step} of train.max_steps={train.max_steps}",
-            fix=f"set train.max_steps to more than {step} to train on",
-        )
     return step
 
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from orchestrator.checkpoint.catalogue import remove_uncommitted
+from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
-from orchestrator.errors import ConfigErrors
+from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.hardware.registry import device_count, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.launch.local import run_local
@@ -59,6 +60,13 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     merged = resume.merge(point.saved, composed)
     if problems := validate(merged):
         raise ConfigErrors(problems)
+    step = Checkpoint(point.checkpoint).step
+    if step >= merged.train.max_steps:
+        raise CheckpointError(
+            "the run is finished: there are no steps left to train",
+            got=f"step {step} of train.max_steps={merged.train.max_steps} in {point.checkpoint}",
+            fix=f"set train.max_steps to more than {step} to train on",
+        )
     return Plan(merged, point.checkpoint, point.run_dir)
 
 

@@ -174,6 +174,14 @@ def test_resuming_with_another_model_is_refused_before_anything_is_lost(whole, t
     assert {path: path.stat().st_size for path in (run_dir / "checkpoints").rglob("*")} == before
 
 
+def test_a_finished_run_is_not_resumed_by_accident(whole):
+    run_dir, _ = whole(*LAYOUTS[0])
+    result = run("train", f"resume={run_dir}")
+    assert result.returncode == 2
+    assert "no steps left" in result.stderr
+    assert "train.max_steps" in result.stderr
+
+
 def test_a_multirun_trains_once_per_value(tmp_path):
     result = run("train", *small_overrides(tmp_path, "train.max_steps=2"), "-m", "optim.lr=1e-3,3e-4")
     assert result.returncode == 0, result.stderr
