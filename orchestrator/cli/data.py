@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,5 +171,3 @@ _SUBVERBS = {
     ),
     "inspect": _Subverb("show what a store holds", InspectOptions, _inspect, "path=data/docs"),
 }
-
-__all__: Sequence[str] = ("SUMMARY", "main")

@@ -8,8 +8,6 @@ from typing import Literal
 
 from orchestrator.config.options import describe_options, option, parse_options
 
-SUMMARY = "continue a prompt with a trained checkpoint"
-
 
 @dataclass(frozen=True)
 class GenerateOptions:

@@ -1,8 +1,7 @@
-"""Tokens per second, step time and MFU."""
+"""MFU, and the peak that it is a share of."""
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 from orchestrator.chips.catalogue import Figure
@@ -11,50 +10,6 @@ from orchestrator.observe.gemm import measure_gemm_flops
 
 if TYPE_CHECKING:
     import torch
-
-
-class Throughput:
-    """Rates over the last steps.
-
-    Args:
-        window: steps that the rates are taken over.
-    """
-
-    def __init__(self, window: int = 50):
-        if window < 1:
-            raise ValueError("window must be at least 1")
-        self._window = window
-        self._entries: deque[tuple[int, int, int, float]] = deque()  # step, steps since the last entry, tokens, seconds
-        self._step: int | None = None
-
-    def update(self, step: int, tokens: int, seconds: float) -> None:
-        """Count the work since the last update.
-
-        Args:
-            step: completed so far.
-            tokens: of all devices, since the last update.
-            seconds: of training since the last update, without evaluation and checkpoints.
-        """
-        steps = 1 if self._step is None or step <= self._step else step - self._step
-        self._step = step
-        self._entries.append((step, steps, tokens, seconds))
-        while len(self._entries) > 1 and self._entries[0][0] <= step - self._window:
-            self._entries.popleft()
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None before the first update."""
-        seconds = self._seconds()
-        return sum(entry[2] for entry in self._entries) / seconds if seconds > 0 else None
-
-    @property
-    def step_seconds(self) -> float | None:
-        """Mean time of a step; None before the first update."""
-        seconds = self._seconds()
-        return seconds / sum(entry[1] for entry in self._entries) if seconds > 0 else None
-
-    def _seconds(self) -> float:
-        return sum(entry[3] for entry in self._entries)
 
 
 def mfu(

@@ -1,4 +1,4 @@
-"""Rates, MFU, and where the peak comes from."""
+"""MFU, and where the peak comes from."""
 
 from __future__ import annotations
 
@@ -9,45 +9,9 @@ from orchestrator.chips.catalogue import Figure, load
 from orchestrator.hardware.registry import get_target
 from orchestrator.observe import throughput
 from orchestrator.observe.gemm import measure_gemm_flops
-from orchestrator.observe.throughput import Throughput, mfu, peak_flops
+from orchestrator.observe.throughput import mfu, peak_flops
 
 CPU = torch.device("cpu")
-
-
-def test_nothing_is_known_before_the_first_step():
-    meter = Throughput()
-    assert meter.tokens_per_second is None
-    assert meter.step_seconds is None
-
-
-def test_rates():
-    meter = Throughput(window=10)
-    meter.update(1, 1000, 0.5)
-    assert meter.tokens_per_second == pytest.approx(2000)
-    meter.update(5, 4000, 0.5)
-    assert meter.tokens_per_second == pytest.approx(5000)
-    assert meter.step_seconds == pytest.approx(1.0 / 5)
-
-
-def test_old_steps_leave_the_window():
-    meter = Throughput(window=2)
-    meter.update(1, 100, 100.0)
-    for step in range(2, 6):
-        meter.update(step, 100, 1.0)
-    assert meter.tokens_per_second == pytest.approx(100)
-    assert meter.step_seconds == pytest.approx(1.0)
-
-
-def test_the_last_update_counts_however_long_it_was():
-    meter = Throughput(window=2)
-    meter.update(10, 1000, 1.0)
-    meter.update(20, 1000, 2.0)
-    assert meter.tokens_per_second == pytest.approx(500)
-
-
-def test_window_must_be_positive():
-    with pytest.raises(ValueError, match="window"):
-        Throughput(window=0)
 
 
 def test_mfu():
