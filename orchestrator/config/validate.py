@@ -12,6 +12,7 @@ from orchestrator.errors import ConfigError
 _POSITIVE = (
     "hardware.devices",
     "hardware.threads",
+    "hardware.simulate",
     "hardware.timeout_seconds",
     "model.vocab_size",
     "model.dim",

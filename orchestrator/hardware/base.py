@@ -62,7 +62,6 @@ class Target(ABC):
         accelerator: Lightning's name for the accelerator.
         strategy: which strategy shards over it, `dtensor` or `xla`.
         experimental: not yet relied upon.
-        supported: whether this version of the product can train on it.
         state: what has been run where, plainly.
     """
 
@@ -72,11 +71,19 @@ class Target(ABC):
     accelerator: ClassVar[str]
     strategy: ClassVar[str]
     experimental: ClassVar[bool] = False
-    supported: ClassVar[bool] = True
     state: ClassVar[str]
 
     def __init__(self) -> None:
         self._probe: Probe | None = None
+        self._simulate: int | None = None
+
+    def use(self, config: HardwareConfig) -> None:
+        """Look at the machine as this configuration wants it; before the first `probe`."""
+        self._simulate = config.simulate
+
+    def processes(self, devices: int) -> int:
+        """Processes on this host that drive so many devices."""
+        return devices
 
     def probe(self) -> Probe:
         """Look at the machine, once. Never raises: what goes wrong is a problem of the result."""

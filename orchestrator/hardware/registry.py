@@ -60,6 +60,14 @@ def resolve(config: HardwareConfig) -> Target:
         target = _first_usable()
     else:
         target = get_target(config.target)
+        target.use(config)
+        if config.simulate is not None and target.strategy != "xla":
+            raise HardwareError(
+                "hardware.simulate rehearses a TPU or Trainium job on virtual devices",
+                got=f"hardware.simulate={config.simulate} with hardware.target={target.name}",
+                allowed="hardware=tpu or hardware=trainium",
+                fix=f"leave it out; several processes on {target.name} are hardware.devices=...",
+            )
         if not target.probe().available:
             raise _unusable(target)
     device_count(config, target, target.probe())

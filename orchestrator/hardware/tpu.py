@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Problem
-from orchestrator.hardware.xla import XlaTarget
+from orchestrator.hardware.xla import XlaTarget, torch_xla_problems
 
 _GOOGLE_PCI_VENDOR = 0x1AE0
 # PCI device number → key of the chip catalogue; jax, _src/hardware_utils.py. v2 and v3 share one and are not in it.
@@ -17,8 +16,6 @@ _PCI_CHIPS: dict[int, tuple[str, str | None]] = {
     0x006F: ("TPU v6e", "tpu-v6e"),
     0x0076: ("TPU7x", "tpu-v7x"),
 }
-TORCH_XLA = "2.9.0"
-TORCH_FOR_XLA = "2.9"
 
 
 class TpuTarget(XlaTarget):
@@ -27,6 +24,7 @@ class TpuTarget(XlaTarget):
     name = "tpu"
     accelerator = "tpu"
     state = "found and described only; no strategy for it in this version, never run on the real chip"
+    pjrt_device = "TPU"
     _packages = ("torch", "torch_xla", "libtpu")
 
     def _chips(self) -> tuple[list[str], str | None, tuple[Problem, ...]]:
@@ -51,20 +49,3 @@ class TpuTarget(XlaTarget):
                 Problem("libtpu, the TPU runtime, is not installed", "pip install 'torch_xla[tpu]' in that environment")
             )
         return tuple(problems)
-
-    def _environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
-        return {**super()._environment(config, local_rank, local_world), "PJRT_DEVICE": "TPU"}
-
-
-def torch_xla_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
-    """Whether torch_xla and the torch that it was built for are installed. `runtime` holds package versions."""
-    torch, torch_xla = runtime.get("torch", "not installed"), runtime.get("torch_xla")
-    install = f"pip install torch=={TORCH_FOR_XLA}.0 torch_xla=={TORCH_XLA}"
-    fix = f"in an environment of its own, Python 3.10 to 3.12: {install}"
-    if torch_xla is None:
-        return (Problem(f"torch_xla is not installed; {TORCH_XLA} needs torch {TORCH_FOR_XLA} (here: {torch})", fix),)
-    if torch.split(".")[:2] != torch_xla.split(".")[:2]:
-        return (
-            Problem(f"torch_xla {torch_xla} needs torch {'.'.join(torch_xla.split('.')[:2])} (here: {torch})", fix),
-        )
-    return ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Problem
 from orchestrator.hardware.xla import XlaTarget
@@ -23,6 +22,7 @@ class TrainiumTarget(XlaTarget):
     name = "trainium"
     accelerator = "neuron"
     state = "found and described only; no strategy for it in this version, never run on the real chip"
+    pjrt_device = "NEURON"
     _packages = ("torch", "torch_xla", "torch-neuronx", "neuronx-cc")
 
     def _chips(self) -> tuple[list[str], str | None, tuple[Problem, ...]]:
@@ -56,6 +56,3 @@ class TrainiumTarget(XlaTarget):
             "pip install torch-neuronx neuronx-cc --extra-index-url https://pip.repos.neuron.amazonaws.com"
         )
         return (Problem(f"torch-neuronx is not installed; it brings a torch_xla of its own (torch here: {here})", fix),)
-
-    def _environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
-        return {**super()._environment(config, local_rank, local_world), "PJRT_DEVICE": "NEURON"}

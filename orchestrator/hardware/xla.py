@@ -1,16 +1,18 @@
-"""What the targets that go through torch_xla have in common. This version finds them and cannot train on them."""
+"""What the targets that go through torch_xla have in common."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from orchestrator.errors import HardwareError
+from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Probe, Problem, Target
 
 if TYPE_CHECKING:
     import torch
+
+TORCH_XLA, TORCH_FOR_XLA = "2.9.0", "2.9"
 
 
 class XlaTarget(Target):
@@ -23,20 +25,29 @@ class XlaTarget(Target):
     collective_backend = "xla"
     strategy = "xla"
     experimental = True
-    supported = False
 
     def _look(self) -> Probe:
-        names, chip, problems = self._chips()
         runtime = {name: version for name in self._packages if (version := host.package_version(name))}
+        if self._simulate is not None:
+            problems = torch_xla_problems(runtime)
+            names = [f"virtual {self.name} device on {host.cpu_model()}"] * self._simulate
+            return Probe(self.name, not problems, len(names), tuple(names), None, runtime, problems)
+        names, chip, problems = self._chips()
         problems = (*problems, *self._package_problems(runtime))
-        if not self.supported:
-            not_yet = Problem(
-                f"training on {self.name} is not in this version: it has no XLA strategy yet",
-                "train on cpu, cuda or rocm",
-            )
-            problems = (*problems, not_yet)
         return Probe(self.name, not problems, len(names), tuple(names), chip, runtime, problems)
 
+    def processes(self, devices: int) -> int:
+        # One process drives all devices of a host.
+        return 1
+
+    def _environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
+        common = super()._environment(config, local_rank, local_world)
+        if config.simulate is None:
+            return {**common, "PJRT_DEVICE": self.pjrt_device}
+        # The virtual devices share the cores; OpenMP threads beside them would only fight over these.
+        return {**common, "OMP_NUM_THREADS": "1", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(config.simulate)}
+
+    pjrt_device: ClassVar[str]
     _packages: tuple[str, ...] = ("torch", "torch_xla")
 
     @abstractmethod
@@ -48,19 +59,39 @@ class XlaTarget(Target):
         """What the installed packages lack."""
 
     def default_precision(self, probe: Probe) -> str:
-        return "bf16"
+        # A CPU computes bf16 many times more slowly than fp32.
+        return "bf16" if self._simulate is None else "fp32"
 
     def device(self, local_rank: int) -> torch.device:
-        raise self._not_yet()
+        import torch_xla
+
+        return torch_xla.device()
 
     def memory_bytes(self, device: torch.device) -> int | None:
+        if self._simulate is not None:
+            import psutil
+
+            return int(psutil.Process().memory_info().rss)
         return None
 
     def peak_memory_bytes(self, device: torch.device) -> int | None:
         return None
 
     def synchronize(self, device: torch.device) -> None:
-        raise self._not_yet()
+        import torch_xla
 
-    def _not_yet(self) -> HardwareError:
-        return HardwareError(f"training on {self.name} is not in this version", fix="choose hardware=cpu, cuda or rocm")
+        torch_xla.sync(wait=True)
+
+
+def torch_xla_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
+    """Whether torch_xla and the torch that it was built for are installed. `runtime` holds package versions."""
+    torch, torch_xla = runtime.get("torch", "not installed"), runtime.get("torch_xla")
+    install = f"pip install torch=={TORCH_FOR_XLA}.0 torch_xla=={TORCH_XLA}"
+    fix = f"in an environment of its own, Python 3.10 to 3.12: {install}"
+    if torch_xla is None:
+        return (Problem(f"torch_xla is not installed; {TORCH_XLA} needs torch {TORCH_FOR_XLA} (here: {torch})", fix),)
+    if torch.split(".")[:2] != torch_xla.split(".")[:2]:
+        return (
+            Problem(f"torch_xla {torch_xla} needs torch {'.'.join(torch_xla.split('.')[:2])} (here: {torch})", fix),
+        )
+    return ()

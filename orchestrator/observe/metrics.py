@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-import torch
 from torch import Tensor
 
 from orchestrator.config.schema import LoggerConfig
@@ -29,7 +28,8 @@ class Metrics(lightning.Callback):
     Args:
         run_dir: where `metrics.jsonl` is; rows are only ever added.
         config: what else is written, and how often.
-        reduce: sums a tensor over the ranks that hold different tokens.
+        fetch: scalars that are the same on all ranks, to the host.
+        fetch_sums: scalars of which each rank has a part, summed, to the host.
         tokens_per_step: of the global batch.
         mfu: tokens per second to model FLOPs utilisation; None where a figure is unknown.
         memory: bytes in use on this rank's device; None where unknown.
@@ -44,7 +44,8 @@ class Metrics(lightning.Callback):
         run_dir: Path,
         config: LoggerConfig,
         *,
-        reduce: Callable[[Tensor], Tensor],
+        fetch: Callable[[Sequence[Tensor]], list[float]],
+        fetch_sums: Callable[[Sequence[Tensor]], list[float]],
         tokens_per_step: int,
         mfu: Callable[[float], float | None],
         memory: Callable[[], int | None],
@@ -55,7 +56,7 @@ class Metrics(lightning.Callback):
     ):
         self.every = config.every_steps
         self.latest: dict[str, Any] = {}
-        self._reduce, self._mfu, self._memory = reduce, mfu, memory
+        self._fetch, self._fetch_sums, self._mfu, self._memory = fetch, fetch_sums, mfu, memory
         self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
         self._steps: list[dict[str, Any]] = []
         self._sinks: list[Any] = []
@@ -86,8 +87,8 @@ class Metrics(lightning.Callback):
         """Fetch and write what has gathered. All ranks call it at the same step."""
         if not self._steps:
             return
-        losses = self._reduce(torch.stack([step["loss_part"] for step in self._steps])).tolist()
-        norms = torch.stack([step["grad_norm"] for step in self._steps]).tolist()
+        losses = self._fetch_sums([step["loss_part"] for step in self._steps])
+        norms = self._fetch([step["grad_norm"] for step in self._steps])
         seconds = (time.perf_counter() - self._since) / len(self._steps)
         rate = self._tokens_per_step / seconds
         shared = {

@@ -9,7 +9,7 @@ call the methods below and never ask which strategy runs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -67,6 +67,17 @@ class ParallelStrategy(Strategy):
     def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         """The local parts of all weights and optimizer state, as views that a restore may write into."""
 
+    def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+        """Place the optimizer's state, which exists, beside its parameters."""
+
+    def adopt(self, model: Decoder, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
+        """Take over what a restore wrote into `state_shards`, where those are copies."""
+
+    @property
+    def data_share(self) -> tuple[int, int]:
+        """Which share of a batch this process reads, of how many."""
+        return self.layout.data_rank(self.world.rank), self.layout.data_parallel
+
     # --- the step -------------------------------------------------------------------------------
 
     @abstractmethod
@@ -84,6 +95,21 @@ class ParallelStrategy(Strategy):
     @abstractmethod
     def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
         """Global L2 norm of the gradients; scale them so that it is at most `max_norm`. Returns the norm before."""
+
+    def finish_step(self) -> None:
+        """After the optimizer's step, and after each batch of an evaluation."""
+
+    def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        """Scalars that are the same on all ranks, on the host."""
+        return [float(value) for value in torch.stack(list(values)).tolist()]
+
+    def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
+        """Scalars of which each rank has the part of its tokens: their sums, on the host."""
+        return [float(value) for value in self.sum_over_data(torch.stack(list(values))).tolist()]
+
+    def compilations(self) -> int | None:
+        """Graphs compiled so far by this process; None where nothing is compiled."""
+        return None
 
     # --- decisions that all ranks must take alike --------------------------------------------------
 

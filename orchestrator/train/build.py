@@ -17,6 +17,7 @@ from orchestrator.data.prepare import PreparedData
 from orchestrator.data.stream import StepLoader, TokenStream, validation_batches
 from orchestrator.errors import CheckpointError, HardwareError
 from orchestrator.hardware.base import Target
+from orchestrator.hardware.registry import device_count
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.remat import apply_remat
@@ -67,6 +68,7 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     model_config = resolve_model(config.model, data.vocab_size)
     model = _place_model(config, model_config, parallel)
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
+    parallel.prepare_optimizer(model, optimizer)
     stream = _stream(config, data, "train")
     if place.resume_from is None:
         parallel.initialize(model, config.seed)
@@ -99,10 +101,13 @@ def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, 
     """This rank's share of the steps from `step` on, and how many sequences of it one backward pass takes."""
     train, layout = config.train, parallel.layout
     sequences = train.global_batch_tokens // train.seq_len
-    rank, steps = layout.data_rank(parallel.rank), train.max_steps - step
-    loader = StepLoader(stream, sequences, rank, layout.data_parallel, step, steps, config.data.prefetch)
-    share = sequences // layout.data_parallel
-    return loader, share if train.micro_batch_size == "auto" else min(share, train.micro_batch_size)
+    (rank, shares), steps = parallel.data_share, train.max_steps - step
+    loader = StepLoader(stream, sequences, rank, shares, step, steps, config.data.prefetch)
+    share = sequences // shares
+    if train.micro_batch_size == "auto":
+        return loader, share
+    # The size is per device; a process may drive several.
+    return loader, min(share, train.micro_batch_size * layout.data_parallel // shares)
 
 
 def _assemble(
@@ -121,7 +126,8 @@ def _assemble(
     metrics = Metrics(
         place.run_dir,
         config.logger,
-        reduce=parallel.sum_over_data,
+        fetch=parallel.fetch,
+        fetch_sums=parallel.fetch_sums,
         tokens_per_step=train.global_batch_tokens,
         mfu=utilisation,
         memory=lambda: parallel.target.memory_bytes(parallel.root_device),
@@ -154,9 +160,13 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
     Raises:
         LayoutError: the degrees do not fit the devices.
     """
+    if target.strategy == "xla":
+        from orchestrator.strategies.xla import XlaStrategy
+
+        devices = world.size * device_count(config.hardware, target, target.probe())
+        return XlaStrategy(target, world, resolve_layout(config.layout, devices), _precision(config, target))
     layout = resolve_layout(config.layout, world.size)
-    chosen = config.hardware.precision
-    precision = target.default_precision(target.probe()) if chosen == "auto" else chosen
+    precision = _precision(config, target)
     if target.strategy == "dtensor":
         from orchestrator.strategies.dtensor import DTensorStrategy
 
@@ -165,8 +175,13 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
             target, world, layout, precision, timeout_seconds=hardware.timeout_seconds, compile=hardware.compile
         )
     raise HardwareError(
-        f"the target '{target.name}' has no strategy in this version", got=target.strategy, allowed="dtensor"
+        f"the target '{target.name}' has no strategy in this version", got=target.strategy, allowed="dtensor, xla"
     )
+
+
+def _precision(config: RunConfig, target: Target) -> str:
+    chosen = config.hardware.precision
+    return target.default_precision(target.probe()) if chosen == "auto" else chosen
 
 
 def _restore(
@@ -194,10 +209,11 @@ def _restore(
 def _validation(
     config: RunConfig, data: PreparedData, parallel: ParallelStrategy, micro_batch: int
 ) -> Callable[[], Iterable[dict[str, Any]]]:
-    stream, layout = _stream(config, data, "validation"), parallel.layout
+    stream = _stream(config, data, "validation")
     sequences = max(1, min(config.train.eval_tokens // config.train.seq_len, len(stream)))
-    batch = min(micro_batch, -(-sequences // layout.data_parallel))
-    return lambda: validation_batches(stream, sequences, batch, layout.data_rank(parallel.rank), layout.data_parallel)
+    rank, shares = parallel.data_share
+    batch = min(micro_batch, -(-sequences // shares))
+    return lambda: validation_batches(stream, sequences, batch, rank, shares)
 
 
 def _facts(

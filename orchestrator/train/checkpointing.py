@@ -60,7 +60,9 @@ def restore(
             allowed=f"fingerprint {state['data']['fingerprint'][:12]}",
             fix="give the same data sources, tokenizer, train.seq_len and seed as the saved run",
         )
-    read_into(checkpoint, parallel.state_shards(model, optimizer))
+    shards = parallel.state_shards(model, optimizer)
+    read_into(checkpoint, shards)
+    parallel.adopt(model, optimizer, shards)
     return state
 
 

@@ -71,6 +71,7 @@ class LanguageModule(lightning.LightningModule):
         norm = self.parallel.reduce_and_clip(self.model, self.config.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
+        self.parallel.finish_step()
         self.step += 1
         self.record(step=self.step, loss_part=total, grad_norm=norm, lr=self.lr)
 
@@ -102,6 +103,7 @@ def evaluate(model: Decoder, parallel: ParallelStrategy, batches: Iterable[Mappi
         placed = parallel.prepare_batch(batch)
         totals[0] += model(**placed).double()
         totals[1] += (placed["targets"] != IGNORED).sum()
+        parallel.finish_step()
     model.train()
     totals = parallel.sum_over_data(totals)
     return totals[0] / totals[1].clamp(min=1)

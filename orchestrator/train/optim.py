@@ -20,14 +20,19 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device.type in ("cpu", "cuda")
+    fused, traced = device.type in ("cpu", "cuda"), device.type == "xla"
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
+        capturable=traced,
     )
     for parameter in parameters:
         optimizer.state[parameter] = {
             # As torch.optim.AdamW would: beside the parameter for the fused kernel, on the host otherwise.
-            "step": torch.zeros((), dtype=torch.float32, device=device if fused else "cpu"),
+            "step": torch.zeros((), dtype=torch.float32, device=device if fused or traced else "cpu"),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }

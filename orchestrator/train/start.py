@@ -79,8 +79,8 @@ def _start_local(plan: Plan) -> int:
     check_run(config, devices, prepare(config.data, progress=True).vocab_size)
     place, lock = _open_run(plan)
     with lock:
-        common = _variables(place)
-        environments = [{**target.environment(config.hardware, rank, devices), **common} for rank in range(devices)]
+        common, processes = _variables(place), target.processes(devices)
+        environments = [{**target.environment(config.hardware, rank, processes), **common} for rank in range(processes)]
         return run_local([sys.executable, "-m", "orchestrator.train.run"], environments)
 
 

@@ -1,0 +1,218 @@
+"""The XLA strategy: torch_xla in SPMD mode, one process per host over all of its devices.
+
+The program is written as for one device; the placement of parameters and batches says how the compiler splits
+it (GSPMD, arXiv 2105.04663) and it puts in the collectives. Layout and rules are those of the torch-native
+strategy. One graph is compiled per optimizer step, one more per micro-batch where gradients are accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch_xla
+import torch_xla.debug.metrics as met
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+
+from orchestrator.errors import HardwareError
+from orchestrator.hardware.base import Target
+from orchestrator.hardware.world import World
+from orchestrator.models.decoder import Decoder
+from orchestrator.models.init import draw_slice
+from orchestrator.sharding.axes import MESH_AXES
+from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.rules import Placement
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.base import Batch, ParallelStrategy, Vote, local_parameters
+
+_BATCH_AXES = ("replicate", "fsdp")
+
+
+class XlaStrategy(ParallelStrategy):
+    """See `ParallelStrategy`."""
+
+    def __init__(self, target: Target, world: World, layout: Layout, precision: str):
+        super().__init__(target, world, layout, precision)
+        self._placements: dict[str, Placement] = {}
+        self._mesh: Any = None
+
+    # --- set-up ---------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        if self.world.size > 1:
+            raise HardwareError(
+                "several hosts are not supported by the XLA strategy yet", got=f"{self.world.size} processes"
+            )
+        xr.use_spmd()
+        count = xr.global_runtime_device_count()
+        if count != self.layout.devices:
+            raise HardwareError(
+                "the runtime has another number of devices than the layout",
+                got=f"{count} devices, layout {self.layout}",
+                fix=f"set hardware.devices={count}",
+            )
+        self._mesh = xs.Mesh(np.arange(count), tuple(self.layout.as_dict().values()), MESH_AXES)
+
+    def leave(self) -> None:
+        """The runtime lives as long as the process."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch_xla.device()
+
+    @property
+    def data_share(self) -> tuple[int, int]:
+        return self.world.rank, self.world.size
+
+    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+        self._placements = dict(placements)
+        for name, parameter in list(model.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            # Split on the way from the host: no device ever holds the whole.
+            placed = self._send(torch.zeros(parameter.shape), self._spec(name))
+            setattr(model.get_submodule(path), leaf, nn.Parameter(placed))
+        model.tie_weights()
+
+    def _spec(self, name: str) -> tuple[Any, ...]:
+        """The parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
+        placement = self._placements[name]
+        spec: list[tuple[str, ...]] = [() for _ in placement.shape]
+        if placement.tensor_dim is not None:
+            spec[placement.tensor_dim] = ("tensor",)
+        if spec:
+            spec[0] = (*spec[0], "fsdp", "context")
+        return tuple(axes or None for axes in spec)
+
+    def _send(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
+        # Under SPMD the host keeps the data until it is known how to split it. The transfer that takes a
+        # `ShardingSpec` itself fails where fewer mesh axes than there are split every dim (torch_xla 2.9).
+        placed = tensor.to(self.root_device)
+        xs.mark_sharding(placed, self._mesh, spec)
+        return placed
+
+    def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in local_parameters(model):
+            state = optimizer.state[parameter]
+            for key, value in state.items():
+                spec = self._spec(name) if value.dim() else ()
+                state[key] = self._send(torch.zeros(value.shape), spec) if value.dim() else value
+        torch_xla.sync()
+
+    def initialize(self, model: Decoder, seed: int) -> None:
+        initializers, shards = model.initializers(), self.state_shards(model, None)
+        for shard in shards:
+            name = shard.name.removeprefix("model.")
+            shard.data.copy_(draw_slice(initializers[name], name, seed, shard.shape, shard.slices))
+        self.adopt(model, None, shards)
+
+    def _named(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+        """Full names and global tensors of all state."""
+        for name, parameter in local_parameters(model):
+            yield f"model.{name}", parameter.data
+            for key, value in (optimizer.state[parameter] if optimizer else {}).items():
+                yield f"optimizer.{key}.{name}", value
+
+    def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+        torch_xla.sync()
+        shards = []
+        for name, tensor in self._named(model, optimizer):
+            if tensor.dim() == 0:
+                shards.append(Shard(name, (), (), tensor.cpu()))
+                continue
+            for part in xs.wrap_if_sharded(tensor).local_shards:
+                # What the compiler padded is not part of the tensor, and it cuts uneven dims in its own way.
+                slices = _slices(part.indices, tensor.shape)
+                owned = part.replica_id == 0
+                shards.append(Shard(name, tuple(tensor.shape), slices, part.unpadded_data.clone(), owned))
+        return shards
+
+    def adopt(self, model: Decoder, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
+        parts: dict[str, list[Tensor]] = {}
+        for shard in shards:
+            parts.setdefault(shard.name, []).append(shard.data)
+        for name, tensor in self._named(model, optimizer):
+            if tensor.dim() == 0:
+                tensor.copy_(parts[name][0])
+                continue
+            wrapped = xs.wrap_if_sharded(tensor)
+            local = wrapped.local_shards
+            for part, value in zip(local, parts[name], strict=True):
+                part.data = _pad(value, part.data.shape)
+            wrapped.load_local_shards_(local)
+        torch_xla.sync()
+
+    # --- the step -------------------------------------------------------------------------------
+
+    def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
+        result = {}
+        for name, value in batch.items():
+            tensor = torch.as_tensor(value)
+            # A batch that the devices cannot share, such as a sample's one sequence, is on all of them.
+            rows = _BATCH_AXES if tensor.shape[0] % self.layout.data_parallel == 0 else None
+            result[name] = self._send(tensor, (rows, "context"))
+        return result
+
+    @contextmanager
+    def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:
+        yield
+        if not last:
+            torch_xla.sync()
+
+    def finish_step(self) -> None:
+        torch_xla.sync()
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        # A tensor is global here: what a rank has is already the sum.
+        return values
+
+    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
+        grads = [parameter.grad for _, parameter in local_parameters(model) if parameter.grad is not None]
+        norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+        if max_norm is not None:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(scale)
+        return norm
+
+    def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        # One by one: each is on the device already, while stacking them would compile a graph.
+        return [value.item() for value in values]
+
+    def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
+        return self.fetch(values)
+
+    def compilations(self) -> int | None:
+        data = met.metric_data("CompileTime")
+        return int(data[0]) if data else 0
+
+    # --- decisions ------------------------------------------------------------------------------
+
+    def start_vote(self, flag: bool) -> Vote:
+        return Vote(flag)
+
+    def agree(self, text: str) -> str:
+        return text
+
+    def barrier(self, name: str | None = None) -> None:
+        """One process."""
+
+
+def _slices(indices: Any, shape: Sequence[int]) -> tuple[slice, ...]:
+    """The part of the global tensor that torch_xla's `indices` name; an ellipsis is the whole."""
+    if indices is Ellipsis:
+        return tuple(slice(0, size) for size in shape)
+    return tuple(slice(min(part.start, size), min(part.stop, size)) for part, size in zip(indices, shape, strict=True))
+
+
+def _pad(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """`value` with zeros behind each dim, up to `shape`."""
+    widths: list[int] = []
+    for have, want in zip(reversed(value.shape), reversed(shape), strict=True):
+        widths += [0, want - have]
+    return F.pad(value, widths).contiguous()
