@@ -23,7 +23,7 @@ class TpuTarget(XlaTarget):
 
     name = "tpu"
     accelerator = "tpu"
-    state = "found and described only; no strategy for it in this version, never run on the real chip"
+    state = "XLA strategy run on virtual CPU devices (hardware.simulate), one process; never run on the real chip"
     pjrt_device = "TPU"
     _packages = ("torch", "torch_xla", "libtpu")
 

@@ -21,7 +21,7 @@ class TrainiumTarget(XlaTarget):
 
     name = "trainium"
     accelerator = "neuron"
-    state = "found and described only; no strategy for it in this version, never run on the real chip"
+    state = "XLA strategy run on virtual CPU devices (hardware.simulate), one process; never run on the real chip"
     pjrt_device = "NEURON"
     _packages = ("torch", "torch_xla", "torch-neuronx", "neuronx-cc")
 

@@ -42,6 +42,8 @@ class XlaTarget(Target):
 
     def _environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
         common = super()._environment(config, local_rank, local_world)
+        # The compiler warns at every graph that its partitioner will be replaced one day.
+        common["TF_CPP_MIN_LOG_LEVEL"] = "2"
         if config.simulate is None:
             return {**common, "PJRT_DEVICE": self.pjrt_device}
         # The virtual devices share the cores; OpenMP threads beside them would only fight over these.

@@ -30,6 +30,7 @@ class Metrics(lightning.Callback):
         config: what else is written, and how often.
         fetch: scalars that are the same on all ranks, to the host.
         fetch_sums: scalars of which each rank has a part, summed, to the host.
+        compilations: graphs compiled so far; None where nothing is compiled.
         tokens_per_step: of the global batch.
         mfu: tokens per second to model FLOPs utilisation; None where a figure is unknown.
         memory: bytes in use on this rank's device; None where unknown.
@@ -46,6 +47,7 @@ class Metrics(lightning.Callback):
         *,
         fetch: Callable[[Sequence[Tensor]], list[float]],
         fetch_sums: Callable[[Sequence[Tensor]], list[float]],
+        compilations: Callable[[], int | None],
         tokens_per_step: int,
         mfu: Callable[[float], float | None],
         memory: Callable[[], int | None],
@@ -57,6 +59,7 @@ class Metrics(lightning.Callback):
         self.every = config.every_steps
         self.latest: dict[str, Any] = {}
         self._fetch, self._fetch_sums, self._mfu, self._memory = fetch, fetch_sums, mfu, memory
+        self._compilations = compilations
         self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
         self._steps: list[dict[str, Any]] = []
         self._sinks: list[Any] = []
@@ -91,12 +94,14 @@ class Metrics(lightning.Callback):
         norms = self._fetch([step["grad_norm"] for step in self._steps])
         seconds = (time.perf_counter() - self._since) / len(self._steps)
         rate = self._tokens_per_step / seconds
-        shared = {
+        shared: dict[str, Any] = {
             "tokens_per_second": rate,
             "step_seconds": seconds,
             "mfu": self._mfu(rate),
             "memory_bytes": self._memory(),
         }
+        if (compiled := self._compilations()) is not None:
+            shared["compilations"] = compiled
         rows = []
         for step, loss, norm in zip(self._steps, losses, norms, strict=True):
             tokens = step["step"] * self._tokens_per_step

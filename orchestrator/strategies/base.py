@@ -9,11 +9,12 @@ call the methods below and never ask which strategy runs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
@@ -83,6 +84,15 @@ class ParallelStrategy(Strategy):
     @abstractmethod
     def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
         """Bring this rank's sequences ([B, T] arrays) onto the device, cut along T where `context` says so."""
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Around every forward pass, where the precision is not a property of the placed parameters."""
+        return nullcontext()
+
+    @property
+    def checkpoint(self) -> Callable[..., Any]:
+        """The function that recomputes activations on this backend, called as `checkpoint(function, *args)`."""
+        return torch.utils.checkpoint.checkpoint
 
     @abstractmethod
     def backward_context(self, model: Decoder, last: bool) -> AbstractContextManager[None]:

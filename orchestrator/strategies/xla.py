@@ -7,8 +7,9 @@ strategy. One graph is compiled per optimizer step, one more per micro-batch whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,21 @@ import torch_xla.debug.metrics as met
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
+from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
 
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.init import draw_slice
+from orchestrator.models.loss import HeadOps, chunked_cross_entropy
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import Batch, ParallelStrategy, Vote, local_parameters
 
+_WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
 _BATCH_AXES = ("replicate", "fsdp")
 
 
@@ -78,6 +82,21 @@ class XlaStrategy(ParallelStrategy):
             placed = self._send(torch.zeros(parameter.shape), self._spec(name))
             setattr(model.get_submodule(path), leaf, nn.Parameter(placed))
         model.tie_weights()
+        model.head.ops = self._head_ops(model.head.ops)
+
+    def _head_ops(self, ops: HeadOps) -> HeadOps:
+        """The loss in chunks along the sequence: each then holds the same share of every device's rows."""
+
+        def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            rows = max(1, hidden.shape[0] // self.layout.data_parallel)
+            length = max(1, ops.chunk_tokens // rows)
+            total = torch.zeros((), device=hidden.device)
+            for start in range(0, hidden.shape[1], length):
+                part, wanted = hidden[:, start : start + length], targets[:, start : start + length]
+                total = total + chunked_cross_entropy(part.flatten(0, 1), weight, wanted.flatten(), wanted.numel())
+            return total
+
+        return replace(ops, loss=loss)
 
     def _spec(self, name: str) -> tuple[Any, ...]:
         """The parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
@@ -114,7 +133,7 @@ class XlaStrategy(ParallelStrategy):
     def _named(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
         """Full names and global tensors of all state."""
         for name, parameter in local_parameters(model):
-            yield f"model.{name}", parameter.data
+            yield f"model.{name}", parameter
             for key, value in (optimizer.state[parameter] if optimizer else {}).items():
                 yield f"optimizer.{key}.{name}", value
 
@@ -125,7 +144,7 @@ class XlaStrategy(ParallelStrategy):
             if tensor.dim() == 0:
                 shards.append(Shard(name, (), (), tensor.cpu()))
                 continue
-            for part in xs.wrap_if_sharded(tensor).local_shards:
+            for part in xs.wrap_if_sharded(tensor.data).local_shards:
                 # What the compiler padded is not part of the tensor, and it cuts uneven dims in its own way.
                 slices = _slices(part.indices, tensor.shape)
                 owned = part.replica_id == 0
@@ -137,10 +156,11 @@ class XlaStrategy(ParallelStrategy):
         for shard in shards:
             parts.setdefault(shard.name, []).append(shard.data)
         for name, tensor in self._named(model, optimizer):
-            if tensor.dim() == 0:
-                tensor.copy_(parts[name][0])
+            if tensor.dim() == 0 or xs.wrap_if_sharded(tensor.data).sharding_type in _WHOLE:
+                with torch.no_grad():
+                    tensor.copy_(parts[name][0])
                 continue
-            wrapped = xs.wrap_if_sharded(tensor)
+            wrapped = xs.wrap_if_sharded(tensor.data)
             local = wrapped.local_shards
             for part, value in zip(local, parts[name], strict=True):
                 part.data = _pad(value, part.data.shape)
@@ -157,6 +177,14 @@ class XlaStrategy(ParallelStrategy):
             rows = _BATCH_AXES if tensor.shape[0] % self.layout.data_parallel == 0 else None
             result[name] = self._send(tensor, (rows, "context"))
         return result
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return torch.autocast("xla", torch.bfloat16, enabled=self.precision == "bf16")
+
+    @property
+    def checkpoint(self) -> Callable[..., Any]:
+        # torch's own looks for a module torch.xla, which there is not.
+        return xla_checkpoint
 
     @contextmanager
     def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:

@@ -84,7 +84,7 @@ def _place_model(config: RunConfig, model_config: ModelConfig, parallel: Paralle
     """The model, described on the meta device, then each process's part of it allocated."""
     with torch.device("meta"):
         model = Decoder(model_config, config.train.loss_chunk_tokens)
-    apply_remat(model, config.train.remat)
+    apply_remat(model, config.train.remat, parallel.checkpoint)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parallel.shard(model, rules.place(model.logical_axes(), shapes))
     return model
@@ -128,6 +128,7 @@ def _assemble(
         config.logger,
         fetch=parallel.fetch,
         fetch_sums=parallel.fetch_sums,
+        compilations=parallel.compilations,
         tokens_per_step=train.global_batch_tokens,
         mfu=utilisation,
         memory=lambda: parallel.target.memory_bytes(parallel.root_device),

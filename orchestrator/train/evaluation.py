@@ -94,10 +94,12 @@ class Samples(lightning.Callback):
             padded = torch.full((1, length), self._tokenizer.eos_id)
             padded[0, : len(ids)] = torch.tensor(ids)
             positions = torch.arange(length).unsqueeze(0)
-            logits = model(**self._parallel.prepare_batch({"tokens": padded, "positions": positions}))
-            token = choose(
-                logits[0, len(ids) - 1, : self._tokenizer.vocab_size].float().cpu(), settings.temperature, generator
-            )
+            with self._parallel.forward_context():
+                logits = model(**self._parallel.prepare_batch({"tokens": padded, "positions": positions})).float()
+            # The position is data, not a constant of the program: a traced one then serves every token.
+            at = torch.tensor([len(ids) - 1]).to(logits.device)
+            last = logits[0].index_select(0, at)[0, : self._tokenizer.vocab_size]
+            token = choose(last, settings.temperature, generator)
             ids.append(token)
             if token == self._tokenizer.eos_id:
                 break

@@ -65,7 +65,8 @@ class LanguageModule(lightning.LightningModule):
         for index, (part, last) in enumerate(self._micro_batches(batch)):
             self._seed_dropout(index)
             with self.parallel.backward_context(self.model, last):
-                loss = self.model(**part) / targets
+                with self.parallel.forward_context():
+                    loss = self.model(**part) / targets
                 self.manual_backward(loss)
             total += loss.detach()
         norm = self.parallel.reduce_and_clip(self.model, self.config.optim.grad_clip)
@@ -101,7 +102,8 @@ def evaluate(model: Decoder, parallel: ParallelStrategy, batches: Iterable[Mappi
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.root_device)
     for batch in batches:
         placed = parallel.prepare_batch(batch)
-        totals[0] += model(**placed).double()
+        with parallel.forward_context():
+            totals[0] += model(**placed).double()
         totals[1] += (placed["targets"] != IGNORED).sum()
         parallel.finish_step()
     model.train()

@@ -138,6 +138,10 @@ def _quiet(rank: int) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*(num_workers|does not have many workers|logging interval|srun).*")
     warnings.filterwarnings("ignore", message=r".*`?isinstance\(treespec.*")
+    # FSDP2 warns of in-place operations on an embedding's output, of which there are none; torch_xla of its own code.
+    warnings.filterwarnings(
+        "ignore", message=r"(?s).*(returned a view tensor|non-tuple sequence for multidimensional).*"
+    )
     if rank:
         warnings.filterwarnings("ignore")
 

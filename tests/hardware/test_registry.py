@@ -66,8 +66,24 @@ def test_a_missing_target_is_one_clear_error(machine: Machine, name: str):
     text = str(caught.value)
     assert f"hardware.target={name} cannot be used on this machine" in text
     assert "usable here: cpu" in text
-    if name in ("tpu", "trainium"):
-        assert "not in this version" in text
+    assert "do: " in text
+
+
+def test_a_simulated_tpu_needs_only_torch_xla(machine: Machine):
+    config = HardwareConfig(target="tpu", simulate=4)
+    with pytest.raises(HardwareError, match=r"torch_xla is not installed"):
+        resolve(config)
+    machine.packages |= {"torch": "2.9.0", "torch_xla": "2.9.0"}
+    target = resolve(config)
+    assert device_count(config, target, target.probe()) == 4
+    assert target.processes(4) == 1
+    environment = target.environment(config, 0, 1)
+    assert (environment["PJRT_DEVICE"], environment["CPU_NUM_DEVICES"]) == ("CPU", "4")
+
+
+def test_only_xla_targets_are_simulated(machine: Machine):
+    with pytest.raises(HardwareError, match=r"hardware\.simulate"):
+        resolve(HardwareConfig(target="cpu", simulate=4))
 
 
 def test_nothing_usable(machine: Machine):

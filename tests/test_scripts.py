@@ -1,0 +1,113 @@
+"""The scripts choose the right environment: run with stand-ins that only write down how they were called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The scripts in a checkout with two environments whose programs write their command lines to `calls`."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("pyproject.toml", "constraints.txt", "constraints-xla.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for venv in (".venv", ".venv-xla"):
+        folder = tmp_path / venv / "bin"
+        folder.mkdir(parents=True)
+        for name in ("python", "ruff", "mypy"):
+            # `python -c`, which hashes the requirements, writes no line.
+            text = f'#!/bin/sh\n[ "$1" = -c ] || echo {venv}/{name} "$@" >>{tmp_path}/calls\n'
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+    return tmp_path
+
+
+def call(checkout: Path, script: str, *words: str, **environment: str) -> list[str]:
+    """Run a script to its good end; the calls it made, installations by pip as `<venv> installs <what>`."""
+    (checkout / "calls").unlink(missing_ok=True)
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("ORCHESTRATOR_")}
+    command = ["bash", str(checkout / "scripts" / script), *words]
+    result = subprocess.run(command, capture_output=True, text=True, env={**ours, **environment})
+    assert result.returncode == 0, result.stderr
+    lines = []
+    for line in (checkout / "calls").read_text().splitlines():
+        program, *rest = line.split()
+        if rest[:3] == ["-m", "pip", "install"]:
+            constraints, editable = (Path(rest[rest.index(key) + 1]).name for key in ("--constraint", "--editable"))
+            line = f"{program} installs {editable.removeprefix(checkout.name)} {constraints}"
+        lines.append(line)
+    return lines
+
+
+LIGHT = [".venv/python installs  constraints.txt", ".venv/python -m orchestrator train"]
+REHEARSAL = [".venv-xla/python installs [xla,test] constraints-xla.txt", ".venv-xla/python -m orchestrator train"]
+TPU = [".venv-xla/python installs [tpu,test] constraints-xla.txt", ".venv-xla/python -m orchestrator train"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", LIGHT),
+        ("hardware=cpu hardware.devices=4", LIGHT),
+        ("hardware=tpu hardware.simulate=4 layout.fsdp=2", REHEARSAL),
+        ("hardware.simulate=2 hardware=trainium", REHEARSAL),
+        ("hardware=trainium", REHEARSAL),
+        ("hardware.target=tpu hardware.simulate=4", REHEARSAL),
+        ("hardware=tpu", TPU),
+        ("hardware=tpu hardware.simulate=null", TPU),
+    ],
+)
+def test_train_takes_the_environment_of_the_hardware(checkout, words, expected):
+    install, train = expected
+    assert call(checkout, "train", *words.split()) == [install, f"{train} {words}".strip()]
+
+
+@pytest.mark.parametrize("extras", ["", "dev", "xla", "tpu"])
+def test_setup_installs_only_what_has_changed(checkout, extras):
+    words = [extras] if extras else []
+    # A second one that installs nothing has nothing to write down.
+    assert len(call(checkout, "setup", *words)) == 1
+    (checkout / "calls").write_text("")
+    (checkout / "scripts/again").write_text(f'touch {checkout}/calls; exec {checkout}/scripts/setup "$@"')
+    assert call(checkout, "again", *words) == []
+    changed = "constraints-xla.txt" if extras in ("xla", "tpu") else "constraints.txt"
+    with open(checkout / changed, "a") as file:
+        file.write("# changed\n")
+    assert len(call(checkout, "again", *words)) == 1
+
+
+def test_test_runs_the_second_suite_only_when_asked(checkout):
+    light = [line for line in call(checkout, "test", "-x") if "pytest" in line]
+    assert light == [".venv/python -m pytest -x"]
+    both = [line for line in call(checkout, "test", "--all", "-x") if "pytest" in line]
+    assert both == [".venv/python -m pytest -x", ".venv-xla/python -m pytest tests/xla -x"]
+
+
+def test_bench_runs_each_in_its_environment(checkout):
+    both = [line for line in call(checkout, "bench") if "benchmarks" in line]
+    assert both == [".venv/python scripts/benchmarks/step.py", ".venv-xla/python scripts/benchmarks/xla_step.py"]
+    assert [line for line in call(checkout, "bench", "step") if "benchmarks" in line] == both[:1]
+
+
+def test_setup_says_which_python_is_missing(checkout):
+    shutil.rmtree(checkout / ".venv-xla")
+    programs = checkout / "programs"
+    programs.mkdir()
+    for name in ("python3.13", "python3", "python"):
+        (programs / name).write_text("#!/bin/sh\nexit 1\n")
+        (programs / name).chmod(0o755)
+    for name in ("bash", "dirname"):
+        (programs / name).symlink_to(shutil.which(name))
+    command = [shutil.which("bash"), str(checkout / "scripts/setup"), "xla"]
+    result = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(programs)})
+    assert result.returncode == 2
+    assert "no Python 3.11 or 3.12 was found" in result.stderr
+    assert "PYTHON=/path/to/python3.12" in result.stderr
+    assert not (checkout / ".venv-xla").exists()

@@ -1,0 +1,140 @@
+"""The XLA strategy on virtual devices against the torch-native one: the same losses, the same checkpoints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.lab.cli import only_run, run
+from tests.lab.exchange import ROOT, exchange
+from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.tensors import read_all
+
+RELATIVE = 1e-5
+# The torch-native side runs where users run it: in the environment of the current torch.
+NATIVE = os.environ.get("ORCHESTRATOR_VENV", str(ROOT / ".venv")) + "/bin/python"
+
+
+def _simulate(devices: int, *layout: str) -> list[str]:
+    return ["hardware=tpu", f"hardware.simulate={devices}", *layout]
+
+
+XLA = {
+    "1": _simulate(1),
+    "fsdp4": _simulate(4, "layout.fsdp=4"),
+    "tensor2": _simulate(2, "layout.tensor=2"),
+    "replicate4": _simulate(4, "layout.replicate=4", "layout.fsdp=1"),
+    "context2_fsdp2": _simulate(4, "layout.context=2", "layout.fsdp=2"),
+    "fsdp2_tensor2": _simulate(4, "layout.fsdp=2", "layout.tensor=2"),
+    "replicate2_fsdp2_tensor2": _simulate(8, "layout.replicate=2", "layout.fsdp=2", "layout.tensor=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run directories by overrides, each trained once."""
+    tmp = tmp_path_factory.mktemp("runs")
+    done: dict[tuple, Path] = {}
+
+    def get(*words: str, python: str = sys.executable) -> Path:
+        key = (words, python)
+        if key not in done:
+            folder = tmp / f"r{len(done)}"
+            overrides = small_overrides(tmp, *words, f"runs_dir={folder}", "checkpoint.keep_last=5")
+            command = [python, "-m", "orchestrator", "train", *overrides]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+            assert result.returncode == 0, result.stdout + result.stderr
+            done[key] = only_run(folder)
+        return done[key]
+
+    get.tmp = tmp
+    return get
+
+
+@pytest.mark.parametrize("name", XLA)
+def test_same_losses_norms_and_evaluation_as_torch_native(runs, name):
+    ours, theirs = read_rows(runs(*XLA[name])), read_rows(runs(python=NATIVE))
+    assert len(losses(ours)) == 20
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
+    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    evaluations = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*evaluations, rtol=RELATIVE)
+
+
+FEATURES = {
+    "accumulation": ["train.micro_batch_size=1"],
+    "remat": ["train.remat=full"],
+    "qwen3": ["model=tiny_qwen3", "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=2"],
+    "gpt2": ["model=tiny_gpt2", "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=4"],
+    "loss chunks": ["train.loss_chunk_tokens=64"],
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_agree_too(runs, feature):
+    words = FEATURES[feature]
+    reference = [word for word in words if word.startswith("model")]
+    ours, theirs = runs(*words, *XLA["fsdp2_tensor2"]), runs(*reference, python=NATIVE)
+    np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
+
+
+def test_nothing_is_compiled_after_the_second_step(runs):
+    words = ["checkpoint.every_steps=null", "train.remat=none", "optim.schedule.warmup_steps=3"]
+    rows = [row for row in read_rows(runs(*words, *XLA["fsdp2_tensor2"])) if "loss" in row]
+    assert rows[1]["compilations"] > 0
+    assert rows[-1]["compilations"] == rows[1]["compilations"]
+
+
+def test_bf16_stays_within_its_tolerance(runs):
+    ours = losses(read_rows(runs("hardware.precision=bf16", *XLA["fsdp4"])))
+    exact = losses(read_rows(runs(python=NATIVE)))
+    np.testing.assert_allclose(ours, exact, rtol=1e-2)
+    assert ours != exact
+
+
+NATIVE_LAYOUTS = {
+    "native 1": (1, []),
+    "native fsdp4": (4, ["layout.fsdp=4"]),
+    "native fsdp2_tensor2": (4, ["layout.fsdp=2", "layout.tensor=2"]),
+}
+SOURCES = {
+    **{name: (NATIVE, [*words, f"hardware.devices={size}"]) for name, (size, words) in NATIVE_LAYOUTS.items()},
+    **{f"xla {name}": (sys.executable, XLA[name]) for name in ("fsdp4", "fsdp2_tensor2", "replicate2_fsdp2_tensor2")},
+}
+
+
+@pytest.mark.parametrize("target", SOURCES)
+def test_every_checkpoint_loads_everywhere_bitwise(runs, target, tmp_path):
+    """For all pairs: every tensor bitwise, optimizer included; the same next batch; the first resumed loss."""
+    python, words = SOURCES[target]
+    saved = {name: runs(*layout, python=which) for name, (which, layout) in SOURCES.items()}
+    sources = [checkpoint(run_dir, 10) for run_dir in saved.values()]
+    size = NATIVE_LAYOUTS[target][0] if target in NATIVE_LAYOUTS else 1
+    overrides = small_overrides(runs.tmp, *[word for word in words if "hardware.devices" not in word])
+    results = exchange(python, overrides, size, sources, tmp_path)
+    for (name, run_dir), source, result in zip(saved.items(), sources, results, strict=True):
+        before, after = read_all(source), read_all(Path(result["path"]))
+        assert before.keys() == after.keys()
+        assert any(key.startswith("optimizer.exp_avg_sq.") for key in before)
+        for key in before:
+            assert torch.equal(before[key], after[key]), f"{key} of {name}"
+        np.testing.assert_allclose(result["loss"], losses(read_rows(run_dir))[10], rtol=RELATIVE)
+    assert len({result["tokens"] for result in results}) == 1
+
+
+def test_resume_is_bitwise_on_the_same_layout(runs, tmp_path):
+    whole = runs(*XLA["fsdp2_tensor2"])
+    words = small_overrides(runs.tmp, *XLA["fsdp2_tensor2"], f"runs_dir={tmp_path}")
+    result = run("train", *words, f"resume={checkpoint(whole, 10)}")
+    assert result.returncode == 0, result.stderr
+    resumed = only_run(tmp_path)
+    assert losses(read_rows(resumed)) == losses(read_rows(whole))[10:]
+    before, after = read_all(checkpoint(whole)), read_all(checkpoint(resumed))
+    assert all(torch.equal(before[key], after[key]) for key in before)
