@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Of `config`, every package may have the schema; these read options or YAML by themselves.
 CONFIG_EVERYWHERE = {"schema"}
-XLA_FILES = {"hardware/tpu.py", "hardware/trainium.py", "hardware/xla.py", "strategies/xla.py"}
+XLA_FILES = {"train/rehearsal.py", "hardware/tpu.py", "hardware/trainium.py", "hardware/xla.py", "strategies/xla.py"}
 # third-party module -> where it may be imported; a name ending in / is a folder.
 ONLY_IN: dict[str, set[str]] = {
     "torch_xla": XLA_FILES,

@@ -1,0 +1,185 @@
+"""`python -m orchestrator rehearse`: whether a run fits a TPU, by Google's own compiler and without a TPU.
+
+The optimizer step of the run is written down by a process with torch_xla (`train.rehearsal`) and compiled by another
+one with libtpu (`launch.tpu_compiler`). Nothing is executed and no weight is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.config.options import describe_options, option, parse_options
+
+if TYPE_CHECKING:
+    from orchestrator.config.compose import Composed
+    from orchestrator.config.schema import RunConfig
+    from orchestrator.launch.tpu_compiler import Verdict
+
+_PROGRAM = "python -m orchestrator rehearse"
+_GIB = 1024**3
+EXIT_CODES = {"fits": 0, "does not fit": 1, "unknown": 3}
+
+_HELP = """usage: {program} topology=KIND:SIZE [group=option ...] [key=value ...]
+
+Compile the training step for a TPU on a machine without one, and say whether it fits its memory. The configuration is
+that of `train`; hardware=tpu goes without saying.
+
+Options
+{options}
+
+Examples
+  {program} topology=v5e:16x16 model=llama3_8b train.remat=full \\
+      train.seq_len=2048 train.global_batch_tokens=65536 layout.fsdp=32 layout.tensor=8
+  {program} topology=v6e:4x4 experiment=laptop_20m json=true
+
+Exits with 0 where it fits, 1 where it does not, 3 where the compiler gave no answer."""
+
+
+@dataclass(frozen=True)
+class RehearseOptions:
+    """Options of `rehearse`; everything else is `train`'s."""
+
+    topology: str = option(help="chips and how they are wired, as v5e:16x16, v6e:8x8 or v5p:4x4x4")
+    timeout_seconds: float = option(1800.0, help="of the compiler, after which the verdict is unknown")
+    json: bool = option(False, help="print JSON")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal brought: facts of the staged program, and the compiler's verdict on it."""
+
+    devices: int
+    precision: str
+    staged: dict[str, Any]
+    verdict: Verdict
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb. Returns a code of `EXIT_CODES`.
+
+    Raises:
+        UserError: what of the configuration, the topology or the environments is wrong.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        print(_HELP.format(program=_PROGRAM, options=describe_options(RehearseOptions)))
+        return 0
+    from orchestrator.config.compose import run_composed
+
+    own = [word for word in argv if word.partition("=")[0] in RehearseOptions.__dataclass_fields__]
+    options = parse_options(RehearseOptions, own)
+    words = [word for word in argv if word not in own]
+    return run_composed(words, "orchestrator rehearse", lambda composed: _rehearse(composed, options))
+
+
+def _rehearse(composed: Composed, options: RehearseOptions) -> int:
+    result = rehearse(composed.config, options.topology, options.timeout_seconds)
+    if options.json:
+        print(json.dumps({"topology": options.topology, **asdict(result)}, indent=2))
+    else:
+        print(_report(composed.config, options.topology, result))
+    return EXIT_CODES[result.verdict.status]
+
+
+def rehearse(config: RunConfig, topology: str, timeout_seconds: float) -> Rehearsal:
+    """Stage the step of `config` for a topology and compile it.
+
+    Args:
+        timeout_seconds: of the staging and of the compiler, each.
+
+    Raises:
+        UserError: what of the configuration, the topology or the environments is wrong.
+    """
+    from orchestrator.data.prepare import prepare
+    from orchestrator.hardware.registry import resolve
+    from orchestrator.launch.tpu_compiler import Verdict, compile_program, count_devices
+    from orchestrator.train.check import check_run, resolve_model
+
+    devices = count_devices(topology)
+    precision = "bf16" if config.hardware.precision == "auto" else config.hardware.precision
+    hardware = replace(config.hardware, target="tpu", simulate=devices, devices="auto", precision=precision)
+    config = replace(config, hardware=hardware)
+    resolve(hardware)
+    check_run(config, devices)
+    if config.model.vocab_size == "auto":
+        vocab_size = prepare(config.data, progress=True).vocab_size
+        config = replace(config, model=resolve_model(config.model, vocab_size))
+        check_run(config, devices, vocab_size)
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+        staged, reason = _stage(config, Path(folder), timeout_seconds)
+        if reason:
+            verdict = Verdict("unknown", reason)
+        else:
+            verdict = compile_program(Path(folder, "step.mlir"), topology, timeout_seconds)
+    return Rehearsal(devices, precision, staged, verdict)
+
+
+def _stage(config: RunConfig, folder: Path, timeout_seconds: float) -> tuple[dict[str, Any], str]:
+    """Let a process write the program into `folder`. Returns its facts, or why there are none."""
+    from orchestrator.errors import UserError
+    from orchestrator.hardware.registry import get_target
+    from orchestrator.train import rundir
+
+    rundir.write_config(folder, config)
+    target = get_target("tpu")
+    target.use(config.hardware)
+    # The mesh has all devices; the runtime is asked for nothing and needs only more than one.
+    environment = {**os.environ, **target.environment(config.hardware, 0, 1), "CPU_NUM_DEVICES": "2"}
+    command = [sys.executable, "-m", "orchestrator.train.rehearsal", str(folder)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        return {}, f"writing the step down was stopped after {timeout_seconds:g} s (timeout_seconds)"
+    if done.returncode == UserError.exit_code:
+        raise UserError(done.stderr.partition("error: ")[2].strip() or done.stderr)
+    if done.returncode:
+        return {}, f"writing the step down failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}"
+    facts: dict[str, Any] = json.loads((folder / "staged.json").read_text())
+    return facts, ""
+
+
+def _report(config: RunConfig, topology: str, result: Rehearsal) -> str:
+    verdict, staged, train = result.verdict, result.staged, config.train
+    sequences = train.global_batch_tokens // train.seq_len
+    rows = [
+        ("topology", f"{topology}, {result.devices} devices, {result.precision}"),
+        ("batch", f"{train.global_batch_tokens:,} tokens = {sequences:,} sequences of {train.seq_len:,}"),
+    ]
+    if staged:
+        rows += [
+            ("model", f"{config.model.name}, {staged['parameters']:,} parameters, remat {train.remat}"),
+            ("layout", staged["layout"]),
+            ("step", f"{_passes(staged)}, written down in {staged['stage_seconds']:.1f} s"),
+        ]
+    rows.append(("verdict", verdict.status))
+    if verdict.memory_bytes:
+        rows += [("peak HBM", f"{_gib(verdict.memory_bytes['peak'])} per device"), ("of these", _parts(verdict))]
+    if verdict.reason:
+        rows.append(("reason" if verdict.status == "unknown" else "compiler", verdict.reason))
+    if verdict.compile_seconds is not None:
+        rows.append(("compiled", f"{verdict.compile_seconds:.1f} s"))
+    return "\n".join(f"{name:<10} {text}" for name, text in rows)
+
+
+def _passes(staged: dict[str, Any]) -> str:
+    if staged["micro_batches"] == 1:
+        return "one graph: forward, backward, clipping, optimizer"
+    return f"graph of the last of {staged['micro_batches']} micro-batches of {staged['micro_batch']:,} sequences"
+
+
+def _parts(verdict: Verdict) -> str:
+    sizes = verdict.memory_bytes or {}
+    kept = f"weights, optimizer state and batch {_gib(sizes['argument'])}"
+    # Memory that is used again counts once in the peak and each time among the temporaries.
+    reused = sizes["alias"] / max(1, sizes["output"])
+    return f"{kept}; {reused:.0%} of the results take their place"
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB"
