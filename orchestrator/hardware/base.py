@@ -119,8 +119,8 @@ class Target(ABC):
             threads = max(1, host.physical_cores() // max(1, local_world))
         return {
             "OMP_NUM_THREADS": str(threads),
-            # GNU OpenMP's waiting threads spin for long: on a machine with other work, steps then take two to five
-            # times as long. A short spin costs nothing measurable on an idle one.
+            # GNU OpenMP's waiting threads spin for long: on a machine with other work, steps then took twice as long.
+            # A short spin cost nothing measurable on an idle one.
             "GOMP_SPINCOUNT": "10000",
             # A vendor's plugin that happens to be installed would load with torch and may claim devices.
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
