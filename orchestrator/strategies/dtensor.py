@@ -2,8 +2,8 @@
 
 One path for every layout: `fully_shard` over the (replicate, shard) mesh, where `shard` joins fsdp and context,
 after DTensor's tensor parallelism has cut what the rules give to `tensor`. Only a single device in fp32 goes
-without: there `fully_shard` has nothing to split or cast and copies every parameter and gradient, which costs about 5% of
-a step of 20M parameters on a CPU.
+without: there `fully_shard` has nothing to split or cast and copies every parameter and gradient, which
+costs about 5% of a step of 20M parameters on a CPU.
 """
 
 from __future__ import annotations
