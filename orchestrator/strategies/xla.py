@@ -123,8 +123,8 @@ class XlaStrategy(ParallelStrategy):
         for name, parameter in local_parameters(model):
             state = optimizer.state[parameter]
             for key, value in state.items():
-                spec = self._spec(name) if value.dim() else ()
-                state[key] = self._send(torch.zeros(value.shape), spec) if value.dim() else value
+                if value.dim():
+                    state[key] = self._send(torch.zeros(value.shape), self._spec(name))
         torch_xla.sync()
 
     def initialize(self, model: Decoder, seed: int) -> None:
@@ -160,11 +160,11 @@ class XlaStrategy(ParallelStrategy):
         for shard in shards:
             parts.setdefault(shard.name, []).append(shard.data)
         for name, tensor in self._named(model, optimizer):
-            if tensor.dim() == 0 or xs.wrap_if_sharded(tensor.data).sharding_type in _WHOLE:
+            wrapped = xs.wrap_if_sharded(tensor.data)
+            if tensor.dim() == 0 or wrapped.sharding_type in _WHOLE:
                 with torch.no_grad():
                     tensor.copy_(parts[name][0])
                 continue
-            wrapped = xs.wrap_if_sharded(tensor.data)
             local = wrapped.local_shards
             for part, value in zip(local, parts[name], strict=True):
                 part.data = _pad(value, part.data.shape)

@@ -66,7 +66,7 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
         UserError: whatever of the configuration does not fit the data, the devices or the checkpoint.
     """
     model_config = resolve_model(config.model, data.vocab_size)
-    model = _place_model(config, model_config, parallel)
+    model = place_model(config, model_config, parallel)
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
     parallel.prepare_optimizer(model, optimizer)
     stream = _stream(config, data, "train")
@@ -80,7 +80,7 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     return _assemble(config, parallel, data, place, leg, module, loader)
 
 
-def _place_model(config: RunConfig, model_config: ModelConfig, parallel: ParallelStrategy) -> Decoder:
+def place_model(config: RunConfig, model_config: ModelConfig, parallel: ParallelStrategy) -> Decoder:
     """The model, described on the meta device, then each process's part of it allocated."""
     with torch.device("meta"):
         model = Decoder(model_config, config.train.loss_chunk_tokens)
@@ -99,15 +99,21 @@ def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:
 
 def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, step: int) -> tuple[StepLoader, int]:
     """This rank's share of the steps from `step` on, and how many sequences of it one backward pass takes."""
-    train, layout = config.train, parallel.layout
+    train = config.train
     sequences = train.global_batch_tokens // train.seq_len
     (rank, shares), steps = parallel.data_share, train.max_steps - step
     loader = StepLoader(stream, sequences, rank, shares, step, steps, config.data.prefetch)
-    share = sequences // shares
+    return loader, micro_batch_size(config, parallel)
+
+
+def micro_batch_size(config: RunConfig, parallel: ParallelStrategy) -> int:
+    """Sequences of one backward pass of this process."""
+    train, shares = config.train, parallel.data_share[1]
+    share = train.global_batch_tokens // train.seq_len // shares
     if train.micro_batch_size == "auto":
-        return loader, share
+        return share
     # The size is per device; a process may drive several.
-    return loader, min(share, train.micro_batch_size * layout.data_parallel // shares)
+    return min(share, train.micro_batch_size * parallel.layout.data_parallel // shares)
 
 
 def _assemble(
@@ -147,7 +153,7 @@ def _assemble(
     )
     samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics)
     callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
-    trainer = _trainer(parallel, callbacks, train.deterministic)
+    trainer = make_trainer(parallel, callbacks, train.deterministic)
     resumed_from = str(place.resume_from) if place.resume_from else None
     about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **provenance}
     return Job(
@@ -254,7 +260,7 @@ def _provenance(parallel: ParallelStrategy) -> dict[str, Any]:
     }
 
 
-def _trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic: bool) -> lightning.Trainer:
+def make_trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic: bool) -> lightning.Trainer:
     return lightning.Trainer(
         strategy=parallel,
         devices=1,

@@ -40,7 +40,7 @@ from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.base import local_parameters
 from orchestrator.strategies.xla import XlaStrategy
 from orchestrator.train import rundir
-from orchestrator.train.build import _place_model, _trainer, make_strategy
+from orchestrator.train.build import make_strategy, make_trainer, micro_batch_size, place_model
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
 
@@ -129,11 +129,11 @@ def stage(config: RunConfig) -> Staged:
         parallel = make_strategy(config, resolve(config.hardware), World())
         assert isinstance(parallel, StagingStrategy)
         parallel.join()
-        model = _place_model(config, config.model, parallel)
+        model = place_model(config, config.model, parallel)
         optimizer = build_optimizer(model, config.optim, parallel.root_device)
         parallel.prepare_optimizer(model, optimizer)
         sequences = config.train.global_batch_tokens // config.train.seq_len
-        micro_batch = _micro_batch(config, parallel, sequences)
+        micro_batch = micro_batch_size(config, parallel)
         parallel.accumulates = micro_batch < sequences
         module = LanguageModule(model, optimizer, parallel, config, micro_batch, step=0)
         measured = _run_step(module, parallel, _batch(config, micro_batch))
@@ -149,14 +149,8 @@ def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np
     # An iterator, as the trainer takes a list for several loaders.
     seen: list[Tensor] = []
     module.record = lambda *, loss_part, grad_norm, **values: seen.extend((loss_part, grad_norm))
-    _trainer(parallel, [], deterministic=False).fit(module, iter([batch]))
+    make_trainer(parallel, [], deterministic=False).fit(module, iter([batch]))
     return seen
-
-
-def _micro_batch(config: RunConfig, parallel: XlaStrategy, sequences: int) -> int:
-    """Sequences of one backward pass over all devices; as `train.build` has it for one process."""
-    size = config.train.micro_batch_size
-    return sequences if size == "auto" else min(sequences, size * parallel.layout.data_parallel)
 
 
 def _batch(config: RunConfig, sequences: int) -> dict[str, np.ndarray]:
