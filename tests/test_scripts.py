@@ -89,7 +89,11 @@ def test_test_runs_the_second_suite_only_when_asked(checkout):
 
 def test_bench_runs_each_in_its_environment(checkout):
     both = [line for line in call(checkout, "bench") if "benchmarks" in line]
-    assert both == [".venv/python scripts/benchmarks/step.py", ".venv-xla/python scripts/benchmarks/xla_step.py"]
+    assert both == [
+        ".venv/python scripts/benchmarks/step.py",
+        ".venv-xla/python scripts/benchmarks/xla_step.py",
+        ".venv/python scripts/benchmarks/checkpoint.py",
+    ]
     assert [line for line in call(checkout, "bench", "step") if "benchmarks" in line] == both[:1]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
+from orchestrator.checkpoint.storage import AnyPath, remove_tree
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError
 
 
-def committed(parent: Path) -> list[Path]:
+def committed(parent: AnyPath) -> list[AnyPath]:
     """Directories with a manifest, newest first."""
     found = []
     for path in parent.iterdir() if parent.is_dir() else ():
@@ -21,7 +21,7 @@ def committed(parent: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def newest_valid(parent: Path, verify: bool, report: Callable[[str], object]) -> Path | None:
+def newest_valid(parent: AnyPath, verify: bool, report: Callable[[str], object]) -> AnyPath | None:
     """The newest checkpoint that passes its checks; `report` is told of each one that does not."""
     for path in committed(parent):
         try:
@@ -35,7 +35,7 @@ def newest_valid(parent: Path, verify: bool, report: Callable[[str], object]) ->
     return None
 
 
-def prune(parent: Path, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
     """Remove all but the `keep_last` newest checkpoints and those at multiples of `keep_every_steps`.
 
     Returns:
@@ -52,16 +52,18 @@ def prune(parent: Path, keep_last: int, keep_every_steps: int | None) -> list[Pa
             (path / MANIFEST).unlink()
         except OSError:
             continue  # what cannot be removed stays whole, and training goes on
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_tree(path)
         removed.append(path)
     return removed
 
 
-def remove_uncommitted(parent: Path) -> list[Path]:
+def remove_uncommitted(parent: AnyPath) -> list[AnyPath]:
     """Remove what saves left that never committed. Only whoever holds the run directory may call it."""
     removed = []
     for path in parent.iterdir() if parent.is_dir() else ():
         if DIRECTORY.fullmatch(path.name) and not (path / MANIFEST).exists():
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_tree(path)
             removed.append(path)
     return removed

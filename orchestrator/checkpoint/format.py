@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ import numpy as np
 
 from orchestrator.errors import CheckpointError
 
-FORMAT, VERSION = "orchestrator-checkpoint", 1
-MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+FORMAT, VERSION = "orchestrator-checkpoint", 2
+MANIFEST, STATE, CONFIG, SIGNATURE = "manifest.json", "state.json", "config.yaml", "manifest.sig"
 DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-_MAX_MANIFEST_BYTES = 1 << 30
+_MAX_MANIFEST_BYTES = 1 << 28
+_MAX_DIMS = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -52,9 +53,26 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class StoredFile:
+class Piece:
+    """A stretch of a file and the hash of its content."""
+
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file's size, and the hashes of the pieces that it consists of, in order."""
+
+    bytes: int
+    pieces: tuple[Piece, ...]
+
+    def ranges(self) -> Iterator[tuple[int, Piece]]:
+        """Each piece with the offset where it begins."""
+        offset = 0
+        for piece in self.pieces:
+            yield offset, piece
+            offset += piece.bytes
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ class Manifest:
             "version": VERSION,
             "step": self.step,
             "tensors": {name: _tensor_to_dict(tensor) for name, tensor in self.tensors.items()},
-            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+            "files": {name: stored_to_dict(file) for name, file in self.files.items()},
         }
         return json.dumps({**body, "digest": _digest(body)}, separators=(",", ":"))
 
@@ -93,9 +111,7 @@ class Manifest:
         """
         path = directory / MANIFEST
         try:
-            if path.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise CheckpointError("the manifest is too large to be one", got=path)
-            return _parse(json.loads(path.read_bytes()), directory)
+            return _parse(parse_json(read_bounded(path, _MAX_MANIFEST_BYTES)), directory)
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError("not a checkpoint: it has no manifest.json", got=directory) from None
         except OSError as error:
@@ -134,11 +150,24 @@ def _overlap(tensor: StoredTensor, dims: int) -> bool:
         return count > 1
     starts = np.array([shard.start for shard in tensor.shards], dtype=np.int64).reshape(count, dims)
     stops = np.array([shard.stop for shard in tensor.shards], dtype=np.int64).reshape(count, dims)
+    if _is_grid(starts, stops, tensor.shape):
+        return False
+    # Any other set of boxes, each against all that follow.
     for index in range(count - 1):
         low, high = np.maximum(starts[index], starts[index + 1 :]), np.minimum(stops[index], stops[index + 1 :])
         if (low < high).all(axis=1).any():
             return True
     return False
+
+
+def _is_grid(starts: np.ndarray, stops: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether the boxes are different cells of one grid, as layouts cut tensors: sorting tells, for any number."""
+    for dim, size in enumerate(shape):
+        cuts = np.unique(starts[:, dim])
+        ends = np.append(cuts[1:], size)
+        if (stops[:, dim] != ends[np.searchsorted(cuts, starts[:, dim])]).any():
+            return False
+    return len(np.unique(starts, axis=0)) == len(starts)
 
 
 def _tensor_to_dict(tensor: StoredTensor) -> dict[str, Any]:
@@ -155,16 +184,14 @@ def _parse(data: Any, directory: Path) -> Manifest:
     if data["version"] != VERSION:
         raise CheckpointError(
             "the checkpoint has another format version",
-            got=data["version"],
+            got=str(data["version"])[:100],
             allowed=str(VERSION),
-            fix="install the version that wrote it",
+            fix="read it with the version of the product that wrote it",
         )
     body = {key: value for key, value in data.items() if key != "digest"}
     if data["digest"] != _digest(body):
         raise CheckpointError("the manifest is damaged: its digest does not match", got=directory / MANIFEST)
-    files = {
-        _safe(name): StoredFile(_count(file["bytes"]), str(file["sha256"])) for name, file in data["files"].items()
-    }
+    files = {_safe(name): stored_from_dict(name, entry) for name, entry in data["files"].items()}
     tensors = {}
     for name, entry in data["tensors"].items():
         if entry["dtype"] not in ITEM_BYTES:
@@ -179,8 +206,50 @@ def _parse(data: Any, directory: Path) -> Manifest:
     return Manifest(_count(data["step"]), tensors, files)
 
 
+def stored_to_dict(file: StoredFile) -> dict[str, Any]:
+    return {"bytes": file.bytes, "pieces": [[piece.bytes, piece.sha256] for piece in file.pieces]}
+
+
+def stored_from_dict(name: str, entry: Mapping[str, Any]) -> StoredFile:
+    pieces = tuple(Piece(_count(size), str(sha256)) for size, sha256 in entry["pieces"])
+    file = StoredFile(_count(entry["bytes"]), pieces)
+    if sum(piece.bytes for piece in pieces) != file.bytes:
+        raise CheckpointError(f"the pieces of file '{name}' do not add up to its size", got=file.bytes)
+    return file
+
+
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes.
+
+    Raises:
+        CheckpointError: it is larger.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        content: bytes = file.read(limit + 1)
+    if len(content) > limit:
+        raise CheckpointError("the file is too large to be what it claims", got=path, allowed=f"{limit} bytes")
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON whose objects name no key twice: two readers could take two different ones of them.
+
+    Raises:
+        ValueError, RecursionError: it is none, or is nested without end.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        return result
+
+    return json.loads(content, object_pairs_hook=unique)
 
 
 def _safe(name: str) -> str:
@@ -189,7 +258,9 @@ def _safe(name: str) -> str:
     return name
 
 
-def _counts(values: Iterable[Any]) -> tuple[int, ...]:
+def _counts(values: Sequence[Any]) -> tuple[int, ...]:
+    if len(values) > _MAX_DIMS:
+        raise CheckpointError("a tensor in the manifest has too many dims", got=len(values), allowed=str(_MAX_DIMS))
     return tuple(_count(value) for value in values)
 
 

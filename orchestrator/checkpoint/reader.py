@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from orchestrator.checkpoint.format import Manifest, StoredShard, StoredTensor
+from orchestrator.checkpoint.tensorfile import TensorFile
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import DTYPE_NAMES
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.shard import Shard
+
+_THREADS = min(8, os.cpu_count() or 1)
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def read_into(checkpoint: Checkpoint, shards: Sequence[Shard], ignore: Iterable[str] = ()) -> None:
@@ -28,19 +34,21 @@ def read_into(checkpoint: Checkpoint, shards: Sequence[Shard], ignore: Iterable[
     """
     tensors = checkpoint.manifest.tensors
     _check_names(checkpoint.manifest, {shard.name for shard in shards}, tuple(ignore))
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+    opened: dict[str, TensorFile] = {}
+    opening = threading.Lock()
 
-        def source(file: str) -> Any:
+    def source(file: str) -> TensorFile:
+        with opening:
             if file not in opened:
-                opened[file] = stack.enter_context(safe_open(str(checkpoint.directory / file), framework="pt"))
+                opened[file] = TensorFile(checkpoint.directory / file)
             return opened[file]
 
-        try:
-            for shard in shards:
-                _fill(shard, tensors[shard.name], source)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"a file of the checkpoint is damaged: {error}", got=checkpoint.directory) from error
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(lambda shard: _fill(shard, tensors[shard.name], source), shards):
+                pass
+    except OSError as error:
+        raise CheckpointError(f"a file of the checkpoint is damaged: {error}", got=checkpoint.directory) from error
 
 
 def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) -> None:
@@ -54,7 +62,7 @@ def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) 
         )
 
 
-def _fill(shard: Shard, stored: StoredTensor, source: Callable[[str], Any]) -> None:
+def _fill(shard: Shard, stored: StoredTensor, source: Callable[[str], TensorFile]) -> None:
     dtype = DTYPE_NAMES[shard.data.dtype]
     if (stored.shape, stored.dtype) != (shard.shape, dtype):
         raise CheckpointError(
@@ -69,22 +77,30 @@ def _fill(shard: Shard, stored: StoredTensor, source: Callable[[str], Any]) -> N
         if any(low >= high for low, high in common):
             continue
         into = tuple(slice(low - p.start, high - p.start) for (low, high), p in zip(common, shard.slices, strict=True))
-        piece = _read(source(part.file), part, stored, common)
-        shard.data[into] = piece.to(shard.data.device)
+        _read(source(part.file), part, stored, common, shard.data[into] if into else shard.data)
 
 
-def _read(file: Any, part: StoredShard, stored: StoredTensor, common: list[tuple[int, int]]) -> torch.Tensor:
-    entry = file.get_slice(part.key)
-    shape = [b - a for a, b in zip(part.start, part.stop, strict=True)]
-    if list(entry.get_shape()) != shape or str(entry.get_dtype()) != stored.dtype:
+def _read(
+    file: TensorFile, part: StoredShard, stored: StoredTensor, common: list[tuple[int, int]], out: torch.Tensor
+) -> None:
+    entry = file.entries.get(part.key)
+    shape = tuple(b - a for a, b in zip(part.start, part.stop, strict=True))
+    if entry is None or (entry.dtype, entry.shape) != (stored.dtype, shape):
         raise CheckpointError(
             "a shard is not what the manifest says",
-            got=f"{part.key}: {entry.get_dtype()} {entry.get_shape()}",
+            got=f"{part.key}: {f'{entry.dtype} {entry.shape}' if entry else 'missing'}",
             allowed=f"{stored.dtype} {shape}",
         )
-    if not common:
-        return file.get_tensor(part.key)
-    return entry[tuple(slice(low - a, high - a) for (low, high), a in zip(common, part.start, strict=True))]
+    box = tuple(slice(low - a, high - a) for (low, high), a in zip(common, part.start, strict=True))
+    if out.device.type == "cpu" and out.is_contiguous():
+        memory = out.detach().reshape(-1).view(torch.uint8).numpy().data
+        if file.read_into(part.key, box, memory):
+            return
+    with warnings.catch_warnings():
+        # The mapped file cannot be written to, and nobody does.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        items = torch.from_numpy(np.ascontiguousarray(file.read(part.key, box)))
+    out.copy_(items.view(_DTYPES[stored.dtype]).squeeze(-1))
 
 
 def _some(names: list[str], limit: int = 3) -> str:

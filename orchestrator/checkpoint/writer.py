@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 import yaml
 
-from orchestrator.checkpoint.format import CONFIG, MANIFEST, STATE, Manifest, StoredFile, StoredShard, StoredTensor
+from orchestrator.checkpoint.format import (
+    CONFIG,
+    MANIFEST,
+    SIGNATURE,
+    STATE,
+    Manifest,
+    StoredFile,
+    StoredShard,
+    StoredTensor,
+    stored_from_dict,
+    stored_to_dict,
+)
+from orchestrator.checkpoint.storage import AnyPath, put_last, remove_tree, write_file
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.shard import Shard
 
@@ -31,35 +41,45 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
+_POLL_SECONDS = 0.01
+TIMEOUT_SECONDS = 1800.0
 T = TypeVar("T")
 
 
 class Peers(Protocol):
-    """The other processes, as a strategy knows them."""
+    """The other processes, as a strategy knows them. `post` and `look` may be called by a thread of its own."""
 
     @property
     def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
     def agree(self, text: str) -> str: ...
-    def any_raised(self, flag: bool) -> bool: ...
+    def post(self, key: str, text: str) -> None: ...
+    def look(self, key: str) -> str | None: ...
 
 
-def save(
-    parent: Path,
-    step: int,
-    shards: Sequence[Shard],
-    peers: Peers,
-    *,
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    extra: Mapping[str, bytes],
-) -> Path:
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds beside the tensors.
+
+    Attributes:
+        state: JSON data that travels along (the same on all ranks).
+        config: the resolved configuration.
+        files: further files by name, such as the tokenizer's.
+        sign: the signature file's content for a manifest, or None.
+    """
+
+    state: Mapping[str, Any]
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    sign: Callable[[bytes], bytes] | None = None
+
+
+def save(parent: AnyPath, step: int, shards: Sequence[Shard], peers: Peers, contents: Contents) -> AnyPath:
     """Write the checkpoint of `step` below `parent`. All ranks call it together.
 
     Args:
         shards: this rank's part of everything; those it does not own are skipped.
-        state: JSON data that travels along (the same on all ranks).
-        config: the resolved configuration.
-        extra: further files by name, such as the tokenizer's.
 
     Returns:
         The directory, committed.
@@ -67,29 +87,65 @@ def save(
     Raises:
         CheckpointError: a rank could not write; nothing was committed and the partial files are gone.
     """
-    # Whatever is raised waits until the others know of it: they would hang at the next collective.
-    directory, error = parent / f"step-{step:08d}", None
+    return write(begin(parent, step, peers), step, shards, peers, contents)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A directory that all ranks write into, or why there is none."""
+
+    directory: AnyPath
+    topic: str
+    problem: str = ""
+
+
+def begin(parent: AnyPath, step: int, peers: Peers) -> Begun:
+    """Agree on a directory for `step`. All ranks call it together; nobody raises, so that nobody is left waiting."""
+    name, problem, error = f"step-{step:08d}", "", None
     if peers.rank == 0:
-        directory, error = _attempt(lambda: _free_directory(parent, step), directory)
-    chosen = peers.agree("" if error else str(directory))
-    if chosen:
-        directory = Path(chosen)
+        name, error = _attempt(lambda: _free_directory(parent, step).name, name)
+        problem = _reason(error) if error else ""
+    chosen = json.loads(peers.agree(json.dumps([name, problem, uuid.uuid4().hex])))
+    return Begun(parent / chosen[0], f"save/{chosen[2]}", chosen[1])
+
+
+def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, contents: Contents) -> AnyPath:
+    """Write this rank's part; rank 0 commits when all have. Waits for the others by `post` and `look` alone.
+
+    Raises:
+        CheckpointError: as `save`, the same on all ranks.
+    """
+    problem, error, directory = begun.problem, None, begun.directory
+    if not problem:
         _, error = _attempt(lambda: _write_rank(directory, peers.rank, shards), None)
-    failed = peers.any_raised(error is not None)
-    if peers.rank == 0 and not failed:
-        _, error = _attempt(lambda: _commit(directory, step, state, config, extra), None)
-    if failed or peers.any_raised(error is not None):
-        if peers.rank == 0 and chosen:
-            shutil.rmtree(directory, ignore_errors=True)
-        reason = (
-            "another rank failed" if error is None else getattr(error, "strerror", None) or str(error) or repr(error)
-        )
+        peers.post(f"{begun.topic}/{peers.rank}", _reason(error) if error else "")
+        if peers.rank == 0:
+            parts = [_await(peers, f"{begun.topic}/{rank}", f"rank {rank}") for rank in range(peers.size)]
+            problem = next((f"{text} (rank {rank})" for rank, text in enumerate(parts) if text), "")
+            if not problem:
+                _, error = _attempt(lambda: _commit(directory, step, contents), None)
+                problem = _reason(error) if error else ""
+            if problem:
+                _attempt(lambda: remove_tree(directory), None)
+            peers.post(f"{begun.topic}/outcome", problem)
+        else:
+            problem = _await(peers, f"{begun.topic}/outcome", "rank 0")
+    if problem:
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written: {reason}",
+            f"the checkpoint of step {step} could not be written: {problem}",
             got=directory,
             fix="free space or permissions there, or set checkpoint.dir; earlier checkpoints are untouched",
         ) from error
     return directory
+
+
+def _await(peers: Peers, key: str, who: str) -> str:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while (text := peers.look(key)) is None:
+        if time.monotonic() > deadline:
+            return f"{who} has said nothing for {TIMEOUT_SECONDS:g} s"
+        time.sleep(_POLL_SECONDS)
+    return text
 
 
 def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:
@@ -99,18 +155,22 @@ def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None
         return otherwise, error
 
 
-def _free_directory(parent: Path, step: int) -> Path:
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or repr(error)
+
+
+def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     """The directory for `step`; a committed one, even if damaged, is never written over."""
     directory, number = parent / f"step-{step:08d}", 1
     while (directory / MANIFEST).exists():
         number += 1
         directory = parent / f"step-{step:08d}.{number}"
     if directory.exists():
-        shutil.rmtree(directory)  # left by a save that never committed
+        remove_tree(directory)  # left by a save that never committed
     return directory
 
 
-def _write_rank(directory: Path, rank: int, shards: Sequence[Shard]) -> None:
+def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     # A part without elements is not written; a tensor without any still has its place in the manifest.
     owned = [shard for shard in shards if shard.owned and shard.data.numel()]
@@ -131,31 +191,29 @@ def _write_rank(directory: Path, rank: int, shards: Sequence[Shard]) -> None:
     ]
     listing = {
         "file": file,
-        "bytes": stored.bytes if stored else 0,
-        "sha256": stored.sha256 if stored else "",
+        "stored": stored_to_dict(stored) if stored else None,
         "shards": entries,
         "empty": [
             {"name": shard.name, "dtype": DTYPE_NAMES[shard.data.dtype], "shape": list(shard.shape)} for shard in empty
         ],
     }
-    _write_durably(directory / f"rank-{rank:05d}.json", json.dumps(listing).encode())
+    write_file(directory / f"rank-{rank:05d}.json", [json.dumps(listing).encode()])
 
 
-def _commit(
-    directory: Path, step: int, state: Mapping[str, Any], config: Mapping[str, Any], extra: Mapping[str, bytes]
-) -> None:
-    """Merge the ranks' listings into the manifest and rename it into place."""
-    files = {
-        STATE: _write_durably(directory / STATE, json.dumps(state, indent=1).encode()),
-        CONFIG: _write_durably(directory / CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode()),
-        **{name: _write_durably(directory / name, content) for name, content in extra.items()},
+def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
+    """Merge the ranks' listings into the manifest and put it into place."""
+    texts = {
+        STATE: json.dumps(contents.state, indent=1).encode(),
+        CONFIG: yaml.dump(dict(contents.config), Dumper=_PlainDumper, sort_keys=False).encode(),
+        **contents.files,
     }
+    files = {name: write_file(directory / name, [text]) for name, text in texts.items()}
     tensors: dict[str, tuple[str, tuple[int, ...], list[StoredShard]]] = {}
     listings = sorted(directory.glob("rank-*.json"))
     for path in listings:
         listing = json.loads(path.read_bytes())
-        if listing["shards"]:
-            files[listing["file"]] = StoredFile(listing["bytes"], listing["sha256"])
+        if listing["stored"]:
+            files[listing["file"]] = stored_from_dict(listing["file"], listing["stored"])
         for entry in [*listing["shards"], *listing["empty"]]:
             described = (entry["dtype"], tuple(entry["shape"]))
             _, _, shards = tensors.setdefault(entry["name"], (*described, []))
@@ -164,17 +222,22 @@ def _commit(
             if "key" in entry:
                 shards.append(StoredShard(listing["file"], entry["key"], tuple(entry["start"]), tuple(entry["stop"])))
     stored = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
-    manifest = Manifest(step, stored, files)
+    manifest = Manifest(step, stored, files).to_json().encode()
     for path in listings:
         path.unlink()
-    aside = directory / f"{MANIFEST}.partial"
-    _write_durably(aside, manifest.to_json().encode())
-    aside.rename(directory / MANIFEST)
-    _sync_directory(directory)
-    _sync_directory(directory.parent)
+    if contents.sign:
+        write_file(directory / SIGNATURE, [contents.sign(manifest)])
+    put_last(directory / MANIFEST, manifest)
 
 
-def write_safetensors(path: Path, keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> StoredFile:
+class _PlainDumper(yaml.SafeDumper):
+    """Without aliases, which no reader of a checkpoint accepts."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def write_safetensors(path: AnyPath, keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> StoredFile:
     """Write tensors one after the other, hashing on the way: no second copy of them in memory or read from disk.
 
     The format is https://github.com/huggingface/safetensors#format; device tensors come to the host one by one.
@@ -190,36 +253,10 @@ def write_safetensors(path: Path, keys: Sequence[str], tensors: Sequence[torch.T
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for part in _parts(text, tensors):
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return StoredFile(8 + len(text) + offset, digest.hexdigest())
+    return write_file(path, _parts(text, tensors))
 
 
-def _parts(header: bytes, tensors: Sequence[torch.Tensor]) -> Any:
-    yield len(header).to_bytes(8, "little")
-    yield header
+def _parts(header: bytes, tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
+    yield len(header).to_bytes(8, "little") + header
     for tensor in tensors:
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_durably(path: Path, content: bytes) -> StoredFile:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return StoredFile(len(content), hashlib.sha256(content).hexdigest())
-
-
-def _sync_directory(path: Path) -> None:
-    # Some file systems refuse to flush a directory; there the rename is as durable as it gets.
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

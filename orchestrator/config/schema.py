@@ -145,6 +145,7 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every_steps: int | None = None  # checkpoints at multiples of this are kept for good
     at_end: bool = True
+    asynchronous: bool = True  # the step waits for a copy in host memory only
     verify_on_load: bool = True
 
 

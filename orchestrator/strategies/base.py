@@ -135,9 +135,22 @@ class ParallelStrategy(Strategy):
         """Whether any rank calls with `flag` set; waits for all of them."""
         return self.start_vote(flag).result()
 
+    @abstractmethod
+    def post(self, key: str, text: str) -> None:
+        """Put `text` up for all ranks to see, under a key that is used once. Any thread may call it."""
+
+    @abstractmethod
+    def look(self, key: str) -> str | None:
+        """What a rank has posted; None where it has not yet. Waits for nobody. Any thread may call it."""
+
     @property
     def rank(self) -> int:
         return self.world.rank
+
+    @property
+    def size(self) -> int:
+        """Processes of the job."""
+        return self.world.size
 
     # --- what Lightning asks of a strategy ------------------------------------------------------------
 

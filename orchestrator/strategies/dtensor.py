@@ -219,6 +219,12 @@ class DTensorStrategy(ParallelStrategy):
             self._store.set(key, text)
         return self._store.get(key).decode()
 
+    def post(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+
+    def look(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
     def barrier(self, name: str | None = None) -> None:
         if self._votes is not None:
             dist.barrier(group=self._votes)

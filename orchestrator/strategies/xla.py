@@ -45,6 +45,7 @@ class XlaStrategy(ParallelStrategy):
         super().__init__(target, world, layout, precision)
         self._placements: dict[str, Placement] = {}
         self._mesh: Any = None
+        self._board: dict[str, str] = {}
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -230,6 +231,12 @@ class XlaStrategy(ParallelStrategy):
 
     def agree(self, text: str) -> str:
         return text
+
+    def post(self, key: str, text: str) -> None:
+        self._board[key] = text
+
+    def look(self, key: str) -> str | None:
+        return self._board.get(key)
 
     def barrier(self, name: str | None = None) -> None:
         """One process."""

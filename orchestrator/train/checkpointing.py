@@ -16,8 +16,10 @@ import torch
 from orchestrator import __version__
 from orchestrator.checkpoint.catalogue import prune
 from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.checkpoint.writer import save
+from orchestrator.checkpoint.writer import Contents
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import StepLoader, TokenStream
@@ -25,6 +27,8 @@ from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import CheckpointError
 from orchestrator.models.decoder import Decoder
 from orchestrator.strategies.base import ParallelStrategy
+
+_GRACE_SECONDS = 60.0
 
 
 def software() -> dict[str, str]:
@@ -80,11 +84,15 @@ class Checkpoints(lightning.Callback):
         directory: of the run's checkpoints.
         provenance: what the state says of where it was written.
         say: prints a line.
+
+    Attributes:
+        saved: step and directory of the last save that is known to be kept.
+        stalls: seconds that each save on the way kept the training waiting.
     """
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         config: RunConfig,
         parallel: ParallelStrategy,
         loader: StepLoader,
@@ -93,39 +101,62 @@ class Checkpoints(lightning.Callback):
         pause: Callable[[], None],
         say: Callable[[str], None],
     ):
-        self._directory, self._config, self._parallel = directory, config, parallel
+        self._config, self._parallel = config, parallel
         self._loader, self._provenance, self._pause, self._say = loader, provenance, pause, say
         self._extra = _tokenizer_files(tokenizer)
         self.at_end = config.checkpoint.at_end
-        self.saved: tuple[int, Path] | None = None
+        self.saved: tuple[int, AnyPath] | None = None
+        self.stalls: list[float] = []
+        self._started = 0
+        self._saver = Saver(directory, parallel, config.checkpoint.asynchronous, self._prune)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        if not self._saver.busy:
+            self._settle()
         every = self._config.checkpoint.every_steps
         if every and pl_module.step % every == 0:
-            try:
-                self.save_now(pl_module)
-            except CheckpointError as error:
-                # Training is worth more than this one checkpoint; the end of the run insists.
-                if self._parallel.rank == 0:
-                    self._say(f"warning: {error}")
+            begin = time.perf_counter()
+            self._save(pl_module)
+            self.stalls.append(time.perf_counter() - begin)
             self._pause()
 
-    def save_now(self, pl_module: Any) -> Path:
-        """Save the state after `pl_module.step` steps, unless that has been done.
+    def save_now(self, pl_module: Any) -> AnyPath:
+        """Save the state after `pl_module.step` steps, unless that has been done, and wait until it is kept.
 
         Raises:
             CheckpointError: it could not be written.
         """
+        self._settle()
         step = pl_module.step
-        if self.saved and self.saved[0] == step:
-            return self.saved[1]
+        if self.saved is None or self.saved[0] != step:
+            self._save(pl_module)
+            path = self._saver.wait()
+            assert path is not None
+            self.saved = (step, path)
+        return self.saved[1]
+
+    def close(self) -> None:
+        """Let the save that is under way end, for a while: what it waits for may have gone."""
+        self._saver.join(_GRACE_SECONDS)
+
+    def _save(self, pl_module: Any) -> None:
+        self._settle()
+        step = self._started = pl_module.step
         shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
-        state, config = self._state(step), to_dict(self._config)
-        path = save(self._directory, step, shards, self._parallel, state=state, config=config, extra=self._extra)
-        self.saved = (step, path)
-        if self._parallel.rank == 0:
-            prune(self._directory, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every_steps)
-        return path
+        self._saver.save(step, shards, Contents(self._state(step), to_dict(self._config), self._extra))
+
+    def _settle(self) -> None:
+        """Wait for the save that is under way, and say how the last one went."""
+        try:
+            if path := self._saver.wait():
+                self.saved = (self._started, path)
+        except CheckpointError as error:
+            # Training is worth more than this one checkpoint; the end of the run insists.
+            if self._parallel.rank == 0:
+                self._say(f"warning: {error}")
+
+    def _prune(self, path: AnyPath) -> None:
+        prune(path.parent, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every_steps)
 
     def _state(self, step: int) -> dict[str, Any]:
         config = self._config

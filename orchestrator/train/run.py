@@ -75,6 +75,7 @@ def _drive(job: Job, run_dir: Path, facts: dict[str, Any]) -> int:
         _close(job, status)
     finally:
         job.stop.uninstall()
+        job.checkpoints.close()
         job.metrics.close()
         if job.progress:
             job.progress.close()
@@ -90,8 +91,7 @@ def _drive(job: Job, run_dir: Path, facts: dict[str, Any]) -> int:
 def _close(job: Job, status: str) -> None:
     """The last evaluation, checkpoint and sample. An interrupted run is only saved: its time is short."""
     if status == "interrupted" or job.checkpoints.at_end:
-        path = job.checkpoints.save_now(job.module)
-        job.say(f"saved {path}")
+        job.say(f"saved {job.checkpoints.save_now(job.module)}")
     if status == "finished":
         job.evaluation.run(job.module)
         sample = textwrap.indent(job.samples.run(job.module), "  | ", lambda line: True)

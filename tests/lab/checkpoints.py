@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.format import MANIFEST, _digest
-from orchestrator.checkpoint.writer import save
+from orchestrator.checkpoint.writer import Contents, save
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
@@ -24,13 +25,20 @@ class ThreadPeers:
     """What a strategy offers to `save`, among threads. A rank that leaves the others waiting breaks the barrier."""
 
     def __init__(self, size: int):
+        self.size = size
         self._barrier = threading.Barrier(size, timeout=TIMEOUT_SECONDS)
-        self._flags: dict[int, bool] = {}
-        self._text = ""
+        self._board: dict[str, str] = {}
         self._local = threading.local()
 
     def enter(self, rank: int) -> None:
         self._local.rank = rank
+
+    def as_rank(self, rank: int) -> ThreadPeers:
+        """The same peers, seen by `rank` from any thread."""
+        seen = copy.copy(self)
+        seen._local = threading.local()
+        seen.__class__ = type("RankPeers", (ThreadPeers,), {"rank": rank})
+        return seen
 
     @property
     def rank(self) -> int:
@@ -38,18 +46,17 @@ class ThreadPeers:
 
     def agree(self, text: str) -> str:
         if self.rank == 0:
-            self._text = text
+            self._board["agreed"] = text
         self._barrier.wait()
-        agreed = self._text
+        agreed = self._board["agreed"]
         self._barrier.wait()
         return agreed
 
-    def any_raised(self, flag: bool) -> bool:
-        self._flags[self.rank] = flag
-        self._barrier.wait()
-        raised = any(self._flags.values())
-        self._barrier.wait()
-        return raised
+    def post(self, key: str, text: str) -> None:
+        self._board[key] = text
+
+    def look(self, key: str) -> str | None:
+        return self._board.get(key)
 
 
 def shards_of(
@@ -81,7 +88,7 @@ def write(
         try:
             facts = {"step": step} if state is None else state
             about = {"name": "test", "seed": 1} if config is None else config
-            return save(parent, step, shards(number), peers, state=facts, config=about, extra=extra or {})
+            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}))
         except Exception as error:
             return error
 

@@ -57,7 +57,7 @@ def _main() -> None:
 def _work(world: Any, overrides: list[str], sources: list[str], target: Path) -> list[dict[str, Any]]:
     import torch
 
-    from orchestrator.checkpoint.writer import save
+    from orchestrator.checkpoint.writer import Contents, save
     from orchestrator.config.compose import compose
     from orchestrator.data.prepare import prepare
     from orchestrator.hardware.registry import resolve
@@ -74,7 +74,7 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
         folder.mkdir(parents=True, exist_ok=True)
         job = build(config, parallel, data, Place(folder, folder, Path(source)), leg=0)
         shards = parallel.state_shards(job.module.model, job.module._optimizer)
-        path = save(folder, 10, shards, parallel, state={}, config={}, extra={})
+        path = save(folder, 10, shards, parallel, Contents({}, {}))
         batch = job.loader.step(job.module.step)
         placed = parallel.prepare_batch(batch)
         targets = parallel.sum_over_data((placed["targets"] != -100).sum())

@@ -22,7 +22,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
     A rank that raises fails the caller with its traceback; ranks that hang are killed.
     """
-    _preload()
+    preload()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store = f"file:{Path(folder) / 'store'}" if size > 1 else ""
@@ -49,7 +49,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return [value for _, value in results]
 
 
-def _preload() -> None:
+def preload() -> None:
     """Import once what every rank would import for itself."""
     for module in (
         "orchestrator.train.build",

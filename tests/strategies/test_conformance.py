@@ -168,7 +168,7 @@ def test_a_checkpoint_moves_to_any_layout_bitwise(runs, name):
 
 
 def _load_and_save(world, data, source, target):
-    from orchestrator.checkpoint.writer import save
+    from orchestrator.checkpoint.writer import Contents, save
     from orchestrator.config.convert import from_dict
     from orchestrator.config.schema import RunConfig
     from orchestrator.data.prepare import prepare
@@ -182,7 +182,7 @@ def _load_and_save(world, data, source, target):
     target.mkdir(exist_ok=True)
     job = build(config, parallel, prepare(config.data, progress=False), Place(target, target, source), leg=0)
     shards = parallel.state_shards(job.module.model, job.module._optimizer)
-    path = save(target, 10, shards, parallel, state={}, config={}, extra={})
+    path = save(target, 10, shards, parallel, Contents({}, {}))
     data_rank = parallel.layout.data_rank(world.rank)
     batch = next(iter(job.loader))
     job.metrics.close()

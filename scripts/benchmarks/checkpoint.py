@@ -1,0 +1,191 @@
+"""Checkpoints against the disk: saving and loading against plain writing and reading of the same bytes, and what a
+save beside the training costs the step.
+
+The two of a pair take turns. What is written is flushed to disk by both; before each reading the file's pages are
+dropped from the page cache, where the system allows it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+
+from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.writer import Contents, save
+from orchestrator.config.compose import compose
+from orchestrator.data.prepare import prepare
+from orchestrator.hardware.registry import resolve
+from orchestrator.hardware.world import World
+from orchestrator.sharding.shard import Shard
+from orchestrator.train.build import build, make_strategy
+from orchestrator.train.run import Place
+
+TURNS = 5
+PIECE = 1 << 24
+
+
+class Alone:
+    """The peers of a single rank."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self._board: dict[str, str] = {}
+
+    def agree(self, text: str) -> str:
+        return text
+
+    def post(self, key: str, text: str) -> None:
+        self._board[key] = text
+
+    def look(self, key: str) -> str | None:
+        return self._board.get(key)
+
+
+def shards(gibibytes: float) -> list[Shard]:
+    """Tensors of a 20M model's sizes, repeated."""
+    shapes = [(32000, 512), (512, 512), (1376, 512), (512, 1376), (512,)]
+    result: list[Shard] = []
+    left = gibibytes * 2**30
+    while left > 0:
+        shape = shapes[len(result) % len(shapes)]
+        data = torch.rand(shape)
+        result.append(Shard(f"model.t{len(result)}", shape, tuple(slice(0, size) for size in shape), data))
+        left -= data.numel() * 4
+    return result
+
+
+def timed(action: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def drop(folder: Path) -> None:
+    """Forget the cached pages of the files of a folder; they are on disk already."""
+    for path in folder.rglob("*.safetensors"):
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def write_plainly(path: Path, parts: list[Shard]) -> None:
+    with open(path, "wb", buffering=0) as file:
+        for part in parts:
+            file.write(part.data.numpy().data)
+        os.fsync(file.fileno())
+
+
+def read_plainly(path: Path) -> None:
+    buffer = bytearray(PIECE)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def against_the_disk(gibibytes: float, folder: Path) -> None:
+    parts, plain = shards(gibibytes), folder / "plain.safetensors"
+    ours: dict[str, list[float]] = {"save": [], "load": []}
+    theirs: dict[str, list[float]] = {"save": [], "load": []}
+    for turn in range(TURNS):
+        theirs["save"].append(timed(lambda: write_plainly(plain, parts)))
+        ours["save"].append(timed(lambda: save(folder, turn, parts, Alone(), Contents({}, {}))))  # noqa: B023
+        path = folder / f"step-{turn:08d}"
+        drop(folder)
+        theirs["load"].append(timed(lambda: read_plainly(plain)))
+
+        def load(path: Path = path) -> None:
+            checkpoint = Checkpoint(path)
+            checkpoint.verify()
+            read_into(checkpoint, parts)
+
+        drop(folder)
+        ours["load"].append(timed(load))
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    for what in ("save", "load"):
+        ratio = sum(theirs[what]) / sum(ours[what])
+        rate = gibibytes / statistics.median(ours[what])
+        plainly = gibibytes / statistics.median(theirs[what])
+        print(
+            f"  {what}: {ratio:.2f} of the disk's speed (median {rate:.2f} against {plainly:.2f} GiB/s, "
+            f"{TURNS} turns of {gibibytes:g} GiB)",
+            flush=True,
+        )
+
+
+class Clock(lightning.Callback):
+    """Seconds of each step, from the end of the last to the end of this."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self._mark = time.perf_counter()
+
+    def on_train_start(self, *unused: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(self, *unused: Any) -> None:
+        now = time.perf_counter()
+        self.steps.append(now - self._mark)
+        self._mark = now
+
+
+def stall(asynchronous: bool, every: int, steps: int) -> None:
+    words = ["model=llama_20m", "hardware=cpu", f"train.max_steps={steps}", "train.global_batch_tokens=2048"]
+    words += ["train.eval_every=null", f"checkpoint.every_steps={every}", f"checkpoint.asynchronous={asynchronous}"]
+    config = compose([*words, "logger.progress=false", "checkpoint.keep_last=1"]).config
+    data = prepare(config.data)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(Path(folder), Path(folder) / "checkpoints", None)
+        parallel = make_strategy(config, resolve(config.hardware), World())
+        parallel.join()
+        job = build(config, parallel, data, place, leg=0)
+        clock = Clock()
+        job.trainer.callbacks.append(clock)
+        job.trainer.fit(job.module, job.loader)
+        job.checkpoints.close()
+        job.metrics.close()
+        parallel.leave()
+    step = statistics.median(clock.steps)
+    first, later = job.checkpoints.stalls[0], job.checkpoints.stalls[1:]
+    print(
+        f"  {'asynchronous' if asynchronous else 'synchronous'}: the save holds the training for "
+        f"{statistics.median(later) / step:.1%} of a step of {step:.2f} s (median of {len(later)}; the first "
+        f"{first / step:.1%}), steps during which it writes take {slower(clock.steps, every):.2f} times the others",
+        flush=True,
+    )
+
+
+def slower(steps: list[float], every: int) -> float:
+    """Median of the steps after a save, against that of all others."""
+    after = [seconds for number, seconds in enumerate(steps, 1) if number > every and number % every == 1]
+    others = [seconds for number, seconds in enumerate(steps, 1) if number > 2 and number % every > 1]
+    return statistics.median(after) / statistics.median(others)
+
+
+def main() -> None:
+    gibibytes = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    print("checkpoints against plain files of the same bytes (flushed to disk; read with a cold page cache)")
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        against_the_disk(gibibytes, Path(folder))
+    print("what saving costs the training (llama_20m, 2,048 tokens per step, fp32, one process)")
+    for asynchronous in (True, False):
+        stall(asynchronous, every=5, steps=26)
+
+
+if __name__ == "__main__":
+    main()
