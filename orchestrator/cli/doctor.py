@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.options import describe_options, option, parse_options
 
 if TYPE_CHECKING:
+    from orchestrator.hardware.base import Target
     from orchestrator.hardware.checks import Check
 
 SUMMARY = "what hardware and software is here, what is missing, what to do"
@@ -41,10 +42,10 @@ def main(argv: list[str]) -> int:
 
 
 def _examine(options: DoctorOptions) -> int:
-    from orchestrator.hardware import checks, registry
+    from orchestrator.hardware import checks
 
     say = (lambda text: None) if options.json else print
-    targets = {name: registry.get_target(name) for name in registry.TARGETS}
+    targets = _targets()
     probes = {name: target.probe() for name, target in targets.items()}
     usable = [name for name, probe in probes.items() if probe.available]
     sections: dict[str, list[Check]] = {
@@ -68,6 +69,18 @@ def _examine(options: DoctorOptions) -> int:
     return 0 if fine else 1
 
 
+def _targets() -> dict[str, Target]:
+    """Every target in each of its runtimes, by what chooses it on a command line behind `hardware=`."""
+    from orchestrator.hardware import registry
+
+    targets = {}
+    for name in registry.TARGETS:
+        targets[name] = registry.get_target(name)
+        for runtime in (runtime for owner, runtime in registry.RUNTIMES if owner == name):
+            targets[f"{name} hardware.runtime={runtime}"] = registry.get_target(name, runtime)
+    return targets
+
+
 def _passed(trials: Sequence[Check]) -> set[str]:
     return {trial.name for trial in trials if trial.state == "ok"}
 
@@ -85,6 +98,7 @@ def _section(title: str, found: Sequence[Check]) -> str:
 def _target_row(target: Any, probe: Any) -> dict[str, Any]:
     return {
         "target": target.name,
+        "hardware_runtime": target.runtime or "auto",
         "available": probe.available,
         "devices": probe.devices,
         "device_names": sorted(set(probe.device_names)),

@@ -23,6 +23,7 @@ class HardwareConfig:
     chip: str = "auto"  # key of the chip catalogue, for peak rates
     threads: int | Auto = "auto"  # CPU threads per process
     compile: bool = False  # torch.compile of every block
+    runtime: Literal["auto", "torch_xla", "torch_tpu"] = "auto"  # of a TPU; auto: torch_xla
     simulate: int | None = None  # virtual devices on the CPU in place of a TPU or Trainium: a rehearsal
     timeout_seconds: int = 600  # of a collective, before the run is called hung
     environment: dict[str, str] = field(default_factory=dict)  # set in every worker before torch loads

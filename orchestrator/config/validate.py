@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any
 
-from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.config.schema import HardwareConfig, ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 
 _POSITIVE = (
@@ -66,7 +66,7 @@ _ABOVE_ZERO = (
 
 def validate(config: RunConfig) -> list[ConfigError]:
     """Everything that is wrong with `config` by itself, before hardware or data are looked at."""
-    return [*check_ranges(config), *_model(config.model), *_batch(config)]
+    return [*check_ranges(config), *_hardware(config.hardware), *_model(config.model), *_batch(config)]
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:
@@ -100,6 +100,28 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
 
 def _get(config: RunConfig, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
+
+
+def _hardware(hardware: HardwareConfig) -> list[ConfigError]:
+    problems, asked = [], f"hardware.runtime={hardware.runtime}"
+    if hardware.runtime != "auto" and hardware.target != "tpu":
+        problems.append(
+            ConfigError(
+                "hardware.runtime chooses between the libraries that drive a TPU",
+                got=f"{asked} with hardware.target={hardware.target}",
+                allowed="hardware.target=tpu",
+                fix="set hardware=tpu, or leave out hardware.runtime",
+            )
+        )
+    if hardware.runtime == "torch_tpu" and hardware.simulate is not None:
+        problems.append(
+            ConfigError(
+                "torch_tpu has no virtual devices to rehearse on",
+                got=f"{asked} with hardware.simulate={hardware.simulate}",
+                fix="leave out one of them: torch_xla rehearses the job, and its checkpoints are the same",
+            )
+        )
+    return problems
 
 
 def _model(model: ModelConfig) -> list[ConfigError]:

@@ -61,6 +61,8 @@ class Target(ABC):
         collective_backend: of the process group between devices.
         accelerator: Lightning's name for the accelerator.
         strategy: which strategy shards over it, `dtensor` or `xla`.
+        runtime: the value of `hardware.runtime` that chooses this one of a target's runtimes; empty for the default.
+        pin_memory: whether batches go to the device through page-locked memory.
         experimental: not yet relied upon.
         state: what has been run where, plainly.
     """
@@ -70,6 +72,8 @@ class Target(ABC):
     collective_backend: ClassVar[str]
     accelerator: ClassVar[str]
     strategy: ClassVar[str]
+    runtime: ClassVar[str] = ""
+    pin_memory: ClassVar[bool] = True
     experimental: ClassVar[bool] = False
     state: ClassVar[str]
 

@@ -24,11 +24,15 @@ _RUN_TIMEOUT_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class PciDevice:
-    """One function on the PCI bus, with the numbers of /sys/bus/pci/devices/*."""
+    """One function on the PCI bus, with the numbers of /sys/bus/pci/devices/*.
+
+    `address` is `domain:bus:device.function`; the functions of one card differ behind the point.
+    """
 
     vendor: int
     device: int
     class_code: int
+    address: str = ""
 
     @property
     def is_display_or_accelerator(self) -> bool:
@@ -83,7 +87,7 @@ def pci_devices() -> list[PciDevice]:
             vendor, device, code = (int(read(folder / name) or "", 16) for name in ("vendor", "device", "class"))
         except ValueError:
             continue
-        found.append(PciDevice(vendor, device, code))
+        found.append(PciDevice(vendor, device, code, folder.name))
     return found
 
 

@@ -20,21 +20,26 @@ TARGETS: dict[str, str] = {
 }
 """Name → module:class, in the order in which `hardware.target=auto` prefers them."""
 
+RUNTIMES: dict[tuple[str, str], str] = {
+    ("tpu", "torch_tpu"): "orchestrator.hardware.torch_tpu:TorchTpuTarget",
+}
+"""(Name, `hardware.runtime`) → module:class, where a target can be driven in another way than its usual one."""
+
 MAX_CPU_PROCESSES = 64
 MAX_CPU_PROCESSES_PER_CORE = 8
 
 _log = logging.getLogger(__name__)
 
 
-def get_target(name: str) -> Target:
-    """The target of that name, not looked at yet.
+def get_target(name: str, runtime: str = "auto") -> Target:
+    """The target of that name, driven through that `hardware.runtime`, not looked at yet.
 
     Raises:
         HardwareError: there is none of that name.
     """
     if name not in TARGETS:
         raise HardwareError("there is no such hardware target", got=name, allowed=", ".join(("auto", *sorted(TARGETS))))
-    module, _, attribute = TARGETS[name].partition(":")
+    module, _, attribute = RUNTIMES.get((name, runtime), TARGETS[name]).partition(":")
     target: Target = getattr(importlib.import_module(module), attribute)()
     return target
 
@@ -59,14 +64,16 @@ def resolve(config: HardwareConfig) -> Target:
     if config.target == "auto":
         target = _first_usable()
     else:
-        target = get_target(config.target)
+        target = get_target(config.target, config.runtime)
         target.use(config)
         if config.simulate is not None and target.strategy != "xla":
             raise HardwareError(
-                "hardware.simulate rehearses a TPU or Trainium job on virtual devices",
-                got=f"hardware.simulate={config.simulate} with hardware.target={target.name}",
+                "hardware.simulate rehearses a TPU or Trainium job on virtual devices, through torch_xla",
+                got=f"hardware.simulate={config.simulate} with hardware.target={_label(target)}",
                 allowed="hardware=tpu or hardware=trainium",
-                fix=f"leave it out; several processes on {target.name} are hardware.devices=...",
+                fix="leave out hardware.runtime"
+                if target.runtime
+                else f"leave it out; several processes on {target.name} are hardware.devices=...",
             )
         if not target.probe().available:
             raise _unusable(target)
@@ -124,6 +131,10 @@ def _first_usable() -> Target:
     raise _unusable(get_target("cpu"))
 
 
+def _label(target: Target) -> str:
+    return target.name + (f" and hardware.runtime={target.runtime}" if target.runtime else "")
+
+
 def _unusable(target: Target) -> HardwareError:
     problems = target.probe().problems
     usable = [name for name in TARGETS if name != target.name and get_target(name).probe().available]
@@ -134,7 +145,7 @@ def _unusable(target: Target) -> HardwareError:
         return "\n           ".join(marked)
 
     return HardwareError(
-        f"hardware.target={target.name} cannot be used on this machine",
+        f"hardware.target={_label(target)} cannot be used on this machine",
         got=lines([problem.what for problem in problems]),
         allowed=f"usable here: {', '.join(usable) or 'nothing'}",
         fix=lines([problem.fix for problem in problems]),

@@ -1,21 +1,13 @@
-"""Google TPUs through torch_xla and libtpu."""
+"""Google TPUs through torch_xla and libtpu. `hardware.runtime=torch_tpu` is in torch_tpu.py."""
 
 from __future__ import annotations
 
-from orchestrator.hardware import host
+import os
+from pathlib import Path
+
+from orchestrator.hardware import host, tpu_host
 from orchestrator.hardware.base import Problem
 from orchestrator.hardware.xla import XlaTarget, torch_xla_problems
-
-_GOOGLE_PCI_VENDOR = 0x1AE0
-# PCI device number → key of the chip catalogue; jax, _src/hardware_utils.py. v2 and v3 share one and are not in it.
-_PCI_CHIPS: dict[int, tuple[str, str | None]] = {
-    0x0027: ("TPU v2 or v3", None),
-    0x005E: ("TPU v4", "tpu-v4"),
-    0x0062: ("TPU v5p", "tpu-v5p"),
-    0x0063: ("TPU v5e", "tpu-v5e"),
-    0x006F: ("TPU v6e", "tpu-v6e"),
-    0x0076: ("TPU7x", "tpu-v7x"),
-}
 
 
 class TpuTarget(XlaTarget):
@@ -28,24 +20,19 @@ class TpuTarget(XlaTarget):
     _packages = ("torch", "torch_xla", "libtpu")
 
     def _chips(self) -> tuple[list[str], str | None, tuple[Problem, ...]]:
-        on_bus = [p.device for p in host.pci_devices() if p.vendor == _GOOGLE_PCI_VENDOR and p.device in _PCI_CHIPS]
-        # /dev/vfio is any passed-through device's: it counts as a TPU's only beside one on the bus.
-        files = host.glob("/dev/accel[0-9]*") or (host.glob("/dev/vfio/[0-9]*") if on_bus else [])
-        keys = {_PCI_CHIPS[device][1] for device in on_bus}
-        names = [_PCI_CHIPS[device][0] for device in on_bus] or ["TPU"] * len(files)
-        chip = keys.pop() if len(keys) == 1 else None
-        if names and files:
-            return names, chip, ()
-        if names:
-            fix = "give the process /dev/accel* or /dev/vfio (in a container: --privileged, or the TPU device plugin)"
-            return names, chip, (Problem("a TPU is on the PCI bus, but its device files are missing", fix),)
-        missing = "no TPU found (no /dev/accel*, no TPU on the PCI bus)"
-        return [], None, (Problem(missing, "run on a Google Cloud TPU VM, or choose another hardware target"),)
+        found = tpu_host.look()
+        return list(found.names), found.chip, found.problems
 
     def _package_problems(self, runtime: dict[str, str]) -> tuple[Problem, ...]:
-        problems = list(torch_xla_problems(runtime))
-        if "libtpu" not in runtime:
-            problems.append(
-                Problem("libtpu, the TPU runtime, is not installed", "pip install 'torch_xla[tpu]' in that environment")
-            )
-        return tuple(problems)
+        install = "pip install 'torch_xla[tpu]' in that environment"
+        return (*torch_xla_problems(runtime), *libtpu_problems(runtime, install))
+
+
+def libtpu_problems(runtime: dict[str, str], install: str) -> tuple[Problem, ...]:
+    """Whether libtpu is there: as a package of `runtime`, or where TPU_LIBRARY_PATH says."""
+    path = os.environ.get("TPU_LIBRARY_PATH")
+    if path and not host.path(str(Path(path).absolute())).is_file():
+        return (Problem(f"TPU_LIBRARY_PATH={path} is no file", f"unset it, and {install}"),)
+    if path or "libtpu" in runtime:
+        return ()
+    return (Problem("libtpu, the TPU runtime, is not installed", install),)

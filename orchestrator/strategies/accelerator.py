@@ -19,8 +19,7 @@ class TargetAccelerator(Accelerator):
         self.target = target
 
     def setup_device(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        """The strategy's `join` has chosen the device."""
 
     def teardown(self) -> None:
         pass

@@ -62,6 +62,9 @@ class DTensorStrategy(ParallelStrategy):
         device = self.root_device
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
+        if self.precision == "fp32":
+            # torch's default, but torch_tpu's is "medium": it multiplies fp32 as bf16 unless told.
+            torch.set_float32_matmul_precision("highest")
         self._store = dist.PrefixStore(f"attempt{self.world.attempt}", _open_store(self.world, self.timeout))
         backend = self.target.collective_backend
         if device.type != "cpu":
@@ -169,7 +172,9 @@ class DTensorStrategy(ParallelStrategy):
             if self.layout.context > 1:
                 tensor = tensor.chunk(self.layout.context, dim=1)[at]
             if self.root_device.type != "cpu":
-                tensor = tensor.contiguous().pin_memory().to(self.root_device, non_blocking=True)
+                tensor = tensor.contiguous()
+                pinned = tensor.pin_memory() if self.target.pin_memory else tensor
+                tensor = pinned.to(self.root_device, non_blocking=self.target.pin_memory)
             result[name] = tensor
         return result
 

@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused, traced = device.type in ("cpu", "cuda"), device.type == "xla"
+    fused, traced = device.type in ("cpu", "cuda", "tpu"), device.type == "xla"
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,

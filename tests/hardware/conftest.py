@@ -27,7 +27,7 @@ class Machine:
         monkeypatch.setattr(host, "package_version", lambda name: self.packages.get(name))
         self.torch(CPU_TORCH)
         for name in list(os.environ):
-            if name.endswith("VISIBLE_DEVICES"):
+            if name.endswith("VISIBLE_DEVICES") or name.startswith(("TPU_", "TORCH_TPU_", "MEGASCALE_")):
                 monkeypatch.delenv(name)
 
     def torch(self, build: TorchBuild | None) -> None:
@@ -39,10 +39,19 @@ class Machine:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
 
-    def pci(self, vendor: int, device: int, class_code: int) -> None:
-        number = len(list(self.root.glob("sys/bus/pci/devices/*")))
+    def pci(self, vendor: int, device: int, class_code: int, function: int = 0) -> None:
+        """Add a card, or with `function` another function of the last one."""
+        cards = len(list(self.root.glob("sys/bus/pci/devices/*.0")))
+        card = cards - 1 if function else cards
         for name, value in (("vendor", vendor), ("device", device), ("class", class_code)):
-            self.file(f"/sys/bus/pci/devices/{number}/{name}", f"{value:#x}\n")
+            self.file(f"/sys/bus/pci/devices/0000:00:{card:02x}.{function}/{name}", f"{value:#x}\n")
+
+    def tpu(self, device: int, chips: int, *, functions: int = 1, files: str = "/dev/vfio/{}") -> None:
+        """TPU chips with their device files, and without the packages."""
+        for chip in range(chips):
+            for function in range(functions):
+                self.pci(0x1AE0, device, 0x120000, function)
+                self.file(files.format(chip * functions + function))
 
     def nvidia(self, *names: str, driver: str = "580.65.06", capability: str = "9.0", mig: str = "[N/A]") -> None:
         self.file("/dev/nvidiactl")

@@ -197,6 +197,15 @@ def test_a_group_replaces_that_group():
     assert merged.optim.lr == 1e-3
 
 
+def test_a_tpu_run_goes_on_through_another_library():
+    saved = _saved(hardware=replace(RunConfig().hardware, target="tpu"))
+    del saved["hardware"]["runtime"]  # as of a version that had one library only
+    assert _merge("resume=latest", saved=saved).hardware.runtime == "auto"
+    merged = _merge("resume=latest", "hardware.runtime=torch_tpu", saved=saved)
+    assert (merged.hardware.target, merged.hardware.runtime) == ("tpu", "torch_tpu")
+    assert _merge("resume=latest", "hardware=cuda", saved=to_dict(merged)).hardware.runtime == "auto"
+
+
 def test_a_key_of_a_group_that_is_replaced_too():
     merged = _merge("hardware.devices=3", "hardware=cpu")
     assert (merged.hardware.target, merged.hardware.devices) == ("cpu", 3)
