@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def checkout(tmp_path):
     """The scripts in a checkout with two environments whose programs write their command lines to `calls`."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    for name in ("pyproject.toml", "constraints.txt", "constraints-xla.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "constraints-xla.txt", "constraints-tpu-compiler.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    for venv in (".venv", ".venv-xla"):
+    for venv in (".venv", ".venv-xla", ".venv-tpu-compiler"):
         folder = tmp_path / venv / "bin"
         folder.mkdir(parents=True)
         for name in ("python", "ruff", "mypy"):
@@ -40,8 +40,9 @@ def call(checkout: Path, script: str, *words: str) -> list[str]:
     for line in (checkout / "calls").read_text().splitlines():
         program, *rest = line.split()
         if rest[:3] == ["-m", "pip", "install"]:
-            constraints, editable = (Path(rest[rest.index(key) + 1]).name for key in ("--constraint", "--editable"))
-            line = f"{program} installs {editable.removeprefix(checkout.name)} {constraints}"
+            keys = [key for key in ("--editable", "--constraint", "--requirement") if key in rest]
+            named = [Path(rest[rest.index(key) + 1]).name.removeprefix(checkout.name) for key in keys]
+            line = f"{program} installs {' '.join(named)}"
         lines.append(line)
     return lines
 
@@ -69,15 +70,21 @@ def test_train_takes_the_environment_of_the_hardware(checkout, words, expected):
     assert call(checkout, "train", *words.split()) == [install, f"{train} {words}".strip()]
 
 
-@pytest.mark.parametrize("extras", ["", "dev", "xla", "tpu"])
+@pytest.mark.parametrize("extras", ["", "dev", "xla", "tpu", "tpu-compiler"])
 def test_setup_installs_only_what_has_changed(checkout, extras):
     words = [extras] if extras else []
     assert len(call(checkout, "setup", *words)) == 1
     assert call(checkout, "setup", *words) == []
-    changed = "constraints-xla.txt" if extras in ("xla", "tpu") else "constraints.txt"
+    other = {"xla": "constraints-xla.txt", "tpu": "constraints-xla.txt", "tpu-compiler": "constraints-tpu-compiler.txt"}
+    changed = other.get(extras, "constraints.txt")
     with open(checkout / changed, "a") as file:
         file.write("# changed\n")
     assert len(call(checkout, "setup", *words)) == 1
+
+
+def test_the_compiler_has_an_environment_without_the_product(checkout):
+    (line,) = call(checkout, "setup", "tpu-compiler")
+    assert line == ".venv-tpu-compiler/python installs constraints-tpu-compiler.txt"
 
 
 def test_test_runs_the_second_suite_only_when_asked(checkout):

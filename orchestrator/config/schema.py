@@ -24,6 +24,7 @@ class HardwareConfig:
     threads: int | Auto = "auto"  # CPU threads per process
     compile: bool = False  # torch.compile of every block
     runtime: Literal["auto", "torch_xla", "torch_tpu"] = "auto"  # of a TPU; auto: torch_xla
+    compilation_cache: str | None = "auto"  # of XLA: where compiled graphs are kept; auto: per user, none to rehearse
     simulate: int | None = None  # virtual devices on the CPU in place of a TPU or Trainium: a rehearsal
     timeout_seconds: int = 600  # of a collective, before the run is called hung
     environment: dict[str, str] = field(default_factory=dict)  # set in every worker before torch loads

@@ -39,7 +39,7 @@ class TokenStream:
         weights: of the stores in the mixture, positive.
         split: `train` or `validation`.
         seq_len: tokens per sequence.
-        document_mask: number the documents of a sequence; otherwise all of it counts as one.
+        document_mask: number the documents of a sequence; otherwise it is one, and has no `documents`.
         repeat: start new epochs for ever; otherwise the stream ends before any store would repeat.
 
     Raises:
@@ -95,8 +95,9 @@ class TokenStream:
     def sequence(self, index: int) -> Batch:
         """One sequence: int64 arrays of shape [seq_len].
 
-        `tokens`; `targets`, the next token, or -100 where that belongs to another document; `documents`, counted
-        from 0 in the sequence; `positions` in the document, counted from where it starts in the sequence.
+        `tokens`; `targets`, the next token, or -100 where that belongs to another document; `positions` in the
+        document, counted from where it starts in the sequence; with `document_mask`, `documents`, counted from 0 in
+        the sequence.
         """
         return {name: array[0] for name, array in self.batch([index]).items()}
 
@@ -200,6 +201,13 @@ def validation_batches(
     return ValidationBatches(stream_val, sequences, batch, rank, world)
 
 
+def blank_batch(sequences: int, seq_len: int, document_mask: bool) -> Batch:
+    """A batch of zeros of the names, shapes and types that a stream of these settings gives."""
+    windows = np.zeros((sequences, seq_len + 1), dtype=np.int64)
+    fields = _fields(windows, np.ones((sequences, 1), dtype=np.int64), document_mask)
+    return {name: np.zeros_like(array) for name, array in fields.items()}
+
+
 def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:
     """A grain dataset: index of the sequence to (store, window)."""
     logger = logging.getLogger("absl")
@@ -235,20 +243,23 @@ def _derive(seed: int, store: int) -> int:
 
 
 def _fields(windows: np.ndarray, eos: np.ndarray, document_mask: bool) -> Batch:
-    """Windows [rows, seq_len + 1] to the arrays of a batch [rows, seq_len]."""
+    """Windows [rows, seq_len + 1] to the arrays of a batch [rows, seq_len].
+
+    Without `document_mask` there are no `documents`: plain causal attention needs no mask, and has faster kernels.
+    """
     tokens, targets = windows[:, :-1], windows[:, 1:].copy()
     ends = tokens == eos
     targets[ends] = IGNORE
     index = np.arange(tokens.shape[1], dtype=np.int64)
     if not document_mask:
-        documents, positions = np.zeros_like(tokens), np.broadcast_to(index, tokens.shape).copy()
-        return {"tokens": tokens.copy(), "targets": targets, "documents": documents, "positions": positions}
+        positions = np.broadcast_to(index, tokens.shape).copy()
+        return {"tokens": tokens.copy(), "targets": targets, "positions": positions}
     starts = np.zeros_like(tokens)
     starts[:, 1:] = np.where(ends[:, :-1], index[1:], 0)
     documents = np.zeros_like(tokens)
     np.cumsum(ends[:, :-1], axis=1, out=documents[:, 1:])
     positions = index - np.maximum.accumulate(starts, axis=1)
-    return {"tokens": tokens.copy(), "targets": targets, "documents": documents, "positions": positions}
+    return {"tokens": tokens.copy(), "targets": targets, "positions": positions, "documents": documents}
 
 
 def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:

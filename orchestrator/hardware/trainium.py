@@ -23,6 +23,7 @@ class TrainiumTarget(XlaTarget):
     accelerator = "neuron"
     state = "XLA strategy run on virtual CPU devices (hardware.simulate), one process; never run on the real chip"
     pjrt_device = "NEURON"
+    cache_variable = "NEURON_COMPILE_CACHE_URL"  # torch-neuronx has a cache of its own
     _packages = ("torch", "torch_xla", "torch-neuronx", "neuronx-cc")
 
     def _chips(self) -> tuple[list[str], str | None, tuple[Problem, ...]]:

@@ -18,7 +18,7 @@ from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.cache import KVCache
 from orchestrator.models.init import Init
-from orchestrator.models.layers import Block, make_norm, resolved_head_dim
+from orchestrator.models.layers import Block, Mask, make_norm, resolved_head_dim
 from orchestrator.models.loss import HeadOps, default_head_ops
 from orchestrator.models.mask import attention_mask
 from orchestrator.models.rope import Rope, rope_tables
@@ -84,14 +84,14 @@ class Decoder(nn.Module):
 
     Attributes:
         make_mask: builds the attention mask of a forward pass, as `models.mask.attention_mask`; a strategy
-            that splits sequences replaces it.
+            that splits sequences, or has another attention core, replaces it.
 
     Raises:
         ConfigError: `vocab_size` or `head_dim` cannot be resolved.
     """
 
     positions: nn.Embedding | None
-    make_mask: Callable[..., Tensor | None]
+    make_mask: Callable[..., Mask]
 
     def __init__(self, config: ModelConfig, loss_chunk_tokens: int = 2048):
         super().__init__()

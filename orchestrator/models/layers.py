@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import ConfigError
+from orchestrator.models.attention import AttentionCore
 from orchestrator.models.cache import LayerCache
+from orchestrator.models.mask import CausalMask
 from orchestrator.models.rope import Rope, apply_rope
+
+Mask = Tensor | CausalMask | None  # what `Attention.core` takes; see `models.attention`
 
 
 def resolved_head_dim(config: ModelConfig) -> int:
@@ -52,52 +56,12 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(width, eps=config.norm_eps)
 
 
-class AttentionCore(nn.Module):
-    """Softmax attention of given queries, keys and values: what a context-parallel strategy wraps.
-
-    Args:
-        dropout: probability for the attention weights, in training.
-    """
-
-    def __init__(self, dropout: float = 0.0):
-        super().__init__()
-        self.dropout = dropout
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend.
-
-        Args:
-            q: [B, H, T, head_dim].
-            k: [B, H / n, S, head_dim]; each key head serves n query heads in a row.
-            v: as `k`.
-            mask: bool, broadcastable to [B, H, T, S], True where attention may look. None: causal, and for
-                T = 1 everything.
-
-        Returns:
-            [B, H, T, head_dim]
-        """
-        grouped = k.shape[1] != q.shape[1]
-        if grouped and mask is not None and q.is_cuda:
-            # The CUDA kernels that take a mask do not take fewer key heads: torch would fall back to the one
-            # that writes out all scores. On a CPU, and without a mask, not copying is the faster way.
-            repeats = q.shape[1] // k.shape[1]
-            k, v, grouped = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), False
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1,
-            enable_gqa=grouped,
-        )
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions and optional QK-norm."""
 
     q_norm: nn.Module | None
     k_norm: nn.Module | None
+    core: nn.Module
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -112,7 +76,7 @@ class Attention(nn.Module):
         self.core = AttentionCore(config.dropout)
 
     def forward(
-        self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x: Tensor, rope: Rope | None = None, mask: Mask = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Map `x` [B, T, D] to [B, T, D]; `cache` holds earlier positions and takes these ones."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
@@ -177,12 +141,12 @@ class Block(nn.Module):
         self.remat = run_directly
 
     def forward(
-        self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x: Tensor, rope: Rope | None = None, mask: Mask = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Map the residual stream [B, T or a rank's part of T, D] to its successor."""
         return self.remat(self._forward, x, rope, mask, cache)
 
-    def _forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def _forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: LayerCache | None) -> Tensor:
         x = x + self._drop(self.attn(self.attn_norm(x), rope, mask, cache))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
 

@@ -2,8 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalMask:
+    """The mask of one forward pass as a rule, from which any part of it is made when it is needed.
+
+    Attributes:
+        queries: T, the number of new positions.
+        past: number of positions before them that are in a cache.
+        documents: [B, T] document of each token, or None; attention stays within one. Not with `past`.
+        window: positions that a position sees, itself included, or None.
+        device: of the masks that are made.
+    """
+
+    queries: int
+    past: int
+    documents: Tensor | None
+    window: int | None
+    device: torch.device
+
+    def visible_keys(self, start: int, stop: int) -> tuple[int, int]:
+        """First and end of the keys outside of which the queries [start, stop) see nothing."""
+        first = 0 if self.window is None else max(0, self.past + start - self.window + 1)
+        return first, self.past + stop
+
+    def part(self, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor | None:
+        """The mask of the queries [start, stop) over the keys [first, end), where end is past + stop.
+
+        Returns:
+            bool [B or 1, 1, stop - start, end - first], True where attention may look; None where plain causal
+            attention (or, for one query, attention to everything) says the same.
+        """
+        (start, stop), (first, end) = queries, keys
+        plain = stop - start in (1, end - first)
+        if self.documents is None and plain and (self.window is None or end - first <= self.window):
+            return None
+        keys_at = torch.arange(first, end, device=self.device)
+        queries_at = torch.arange(self.past + start, self.past + stop, device=self.device).unsqueeze(-1)
+        mask = keys_at <= queries_at
+        if self.window is not None:
+            mask = mask & (keys_at > queries_at - self.window)
+        mask = mask[None, None]
+        if self.documents is not None:
+            mask = mask & (self.documents[:, None, start:stop, None] == self.documents[:, None, None, first:end])
+        return mask
+
+    def whole(self) -> Tensor | None:
+        """The mask of all queries over all keys, as `part`."""
+        return self.part((0, self.queries), (0, self.past + self.queries))
 
 
 def attention_mask(
@@ -14,26 +65,10 @@ def attention_mask(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """The mask of one forward pass, shared by all layers.
-
-    Args:
-        queries: T, the number of new positions.
-        past: number of positions before them that are in a cache.
-        documents: [B, T] document of each token, or None; attention stays within one. Not with `past`.
-        window: positions that a position sees, itself included, or None.
+    """The whole mask of one forward pass, shared by all layers; see `CausalMask`.
 
     Returns:
         bool [B or 1, 1, T, past + T], True where attention may look; None where plain causal attention
         (or, for one new position, attention to everything) says the same.
     """
-    if documents is None and (past == 0 or queries == 1) and (window is None or past + queries <= window):
-        return None
-    keys_at = torch.arange(past + queries, device=device)
-    queries_at = keys_at[past:].unsqueeze(-1)
-    mask = keys_at <= queries_at
-    if window is not None:
-        mask = mask & (keys_at > queries_at - window)
-    mask = mask[None, None]
-    if documents is not None:
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    return mask
+    return CausalMask(queries=queries, past=past, documents=documents, window=window, device=device).whole()

@@ -25,6 +25,7 @@ from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.world import World
+from orchestrator.models.attention import attend_in_blocks
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.init import draw_slice
 from orchestrator.models.loss import HeadOps, chunked_cross_entropy
@@ -36,6 +37,7 @@ from orchestrator.strategies.base import Batch, ParallelStrategy, Vote, local_pa
 
 _WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
 _BATCH_AXES = ("replicate", "fsdp")
+_ATTENTION_BLOCK = 512  # queries whose scores exist at one time
 
 
 class XlaStrategy(ParallelStrategy):
@@ -87,6 +89,7 @@ class XlaStrategy(ParallelStrategy):
             # Else the compiler may begin the backward pass of many blocks together and keep all their gathered
             # weights: 8B over fsdp 256 on v5e then needs 17 GiB a device, with it 5.3 (its own memory analysis).
             xs.apply_backward_optimization_barrier(block)
+        attend_in_blocks(model, _ATTENTION_BLOCK, self.checkpoint)
         model.head.ops = self._head_ops(model.head.ops)
 
     def _head_ops(self, ops: HeadOps) -> HeadOps:

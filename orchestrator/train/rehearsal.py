@@ -31,7 +31,7 @@ from torch_xla.core.xla_builder import create_placeholder_tensor
 
 from orchestrator.config.compose import read_config
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.stream import _fields
+from orchestrator.data.stream import blank_batch
 from orchestrator.errors import UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import World
@@ -136,7 +136,8 @@ def stage(config: RunConfig) -> Staged:
         micro_batch = micro_batch_size(config, parallel)
         parallel.accumulates = micro_batch < sequences
         module = LanguageModule(model, optimizer, parallel, config, micro_batch, step=0)
-        measured = _run_step(module, parallel, _batch(config, micro_batch))
+        batch = blank_batch(micro_batch, config.train.seq_len, config.data.document_mask)
+        measured = _run_step(module, parallel, batch)
         results = [*measured, *parallel.outputs(model, optimizer)]
         text: bytes = torch_xla._XLAC._get_stablehlo(results, "", [], False)
     program, arguments = _declare(text.decode())
@@ -151,12 +152,6 @@ def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np
     module.record = lambda *, loss_part, grad_norm, **values: seen.extend((loss_part, grad_norm))
     make_trainer(parallel, [], deterministic=False).fit(module, iter([batch]))
     return seen
-
-
-def _batch(config: RunConfig, sequences: int) -> dict[str, np.ndarray]:
-    """A batch as `data.stream` makes it; only its shapes are used."""
-    windows = np.zeros((sequences, config.train.seq_len + 1), dtype=np.int64)
-    return _fields(windows, windows[:, :1] + 1, config.data.document_mask)
 
 
 def _declare(text: str) -> tuple[str, int]:

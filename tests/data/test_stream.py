@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data import stream as stream_module
 from orchestrator.data.store import TokenStore
-from orchestrator.data.stream import IGNORE, Batch, StepLoader, TokenStream, _fields, validation_batches
+from orchestrator.data.stream import IGNORE, Batch, StepLoader, TokenStream, _fields, blank_batch, validation_batches
 from orchestrator.errors import DataError
 
 from .conftest import MakeStore, numbered_texts
@@ -51,6 +51,8 @@ def slow_fields(window: list[int], document_mask: bool) -> dict[str, list[int]]:
         position += 1
         if token == EOS and document_mask:
             document, position = document + 1, 0
+    if not document_mask:
+        del result["documents"]
     return result
 
 
@@ -66,6 +68,16 @@ def test_fields_against_a_slow_reference(rows: list[list[int]], document_mask: b
     for number, row in enumerate(rows):
         assert {name: array[number].tolist() for name, array in batch.items()} == slow_fields(row, document_mask)
     assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in batch.values())
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_a_blank_batch_looks_like_a_real_one(store: TokenStore, document_mask: bool) -> None:
+    real = make_stream(store, document_mask=document_mask).batch(range(3))
+    blank = blank_batch(3, SEQ, document_mask)
+    assert ("documents" in real) == document_mask
+    described = [{name: (array.shape, array.dtype) for name, array in one.items()} for one in (real, blank)]
+    assert described[0] == described[1]
+    assert not any(array.any() for array in blank.values())
 
 
 def test_an_epoch_covers_every_window_once_and_the_next_is_another_order(store: TokenStore) -> None:

@@ -68,19 +68,23 @@ def test_same_losses_norms_and_evaluation_as_torch_native(runs, name):
     np.testing.assert_allclose(*evaluations, rtol=RELATIVE)
 
 
+LONG = ["train.seq_len=1024", "model.max_seq_len=1024", "train.global_batch_tokens=4096", "train.max_steps=8"]
+LONG += ["data.validation_fraction=0.3", "checkpoint.every_steps=null"]
 FEATURES = {
     "accumulation": ["train.micro_batch_size=1"],
     "remat": ["train.remat=full"],
     "qwen3": ["model=tiny_qwen3", "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=2"],
     "gpt2": ["model=tiny_gpt2", "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=4"],
     "loss chunks": ["train.loss_chunk_tokens=64"],
+    "attention in blocks": [*LONG, "train.remat=full"],
+    "attention in blocks, one document": [*LONG, "data.document_mask=false"],
 }
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_agree_too(runs, feature):
     words = FEATURES[feature]
-    reference = [word for word in words if word.startswith("model")]
+    reference = [word for word in words if word.startswith(("model", "data")) or word in LONG]
     ours, theirs = runs(*words, *XLA["fsdp2_tensor2"]), runs(*reference, python=NATIVE)
     np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
 
