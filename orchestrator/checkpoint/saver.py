@@ -36,6 +36,12 @@ class Saver:
         self._result: AnyPath | Exception | None = None
         self._copies: list[torch.Tensor] = []
 
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        """Get the memory for copies of such shards beforehand, beside the training: the first save need not wait."""
+        if self._asynchronous:
+            owned = [shard for shard in shards if shard.owned]
+            self._start(lambda: self._allocate(owned))
+
     def save(self, step: int, shards: Sequence[Shard], contents: Contents) -> None:
         """Save the shards as they are now; they may change when this returns. `wait` tells how it went.
 
@@ -57,9 +63,7 @@ class Saver:
         if not self._asynchronous:
             run()
             return
-        # A daemon: a run that fails must not hang in its last save; one that ends well waits for it.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._start(run)
 
     def wait(self) -> AnyPath | None:
         """Wait for the save that is under way. Returns its directory; None where nothing was saved since the last.
@@ -86,14 +90,24 @@ class Saver:
             if not self._thread.is_alive():
                 self._thread = None
 
+    def _start(self, action: Callable[[], None]) -> None:
+        # A daemon: a run that fails must not hang in its last save; one that ends well waits for it.
+        self._thread = threading.Thread(target=action, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _allocate(self, owned: Sequence[Shard]) -> None:
+        self._copies = [
+            # Filled: an empty tensor has no pages yet.
+            torch.empty(shard.data.shape, dtype=shard.data.dtype, pin_memory=shard.data.is_cuda).fill_(0)
+            for shard in owned
+        ]
+
     def _copy(self, shards: Sequence[Shard]) -> list[Shard]:
         """The owned shards in host memory that is kept from save to save, page-locked where a GPU copies into it."""
         owned = [shard for shard in shards if shard.owned]
         sizes = [(copy.shape, copy.dtype) for copy in self._copies]
         if sizes != [(shard.data.shape, shard.data.dtype) for shard in owned]:
-            self._copies = [
-                torch.empty(shard.data.shape, dtype=shard.data.dtype, pin_memory=shard.data.is_cuda) for shard in owned
-            ]
+            self._allocate(owned)
         for copy, shard in zip(self._copies, owned, strict=True):
             copy.copy_(shard.data.detach(), non_blocking=True)
         if any(shard.data.device.type != "cpu" for shard in owned):

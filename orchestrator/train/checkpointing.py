@@ -110,6 +110,10 @@ class Checkpoints(lightning.Callback):
         self._started = 0
         self._saver = Saver(directory, parallel, config.checkpoint.asynchronous, self._prune)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._config.checkpoint.every_steps:
+            self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module._optimizer))
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         if not self._saver.busy:
             self._settle()

@@ -88,6 +88,24 @@ def test_the_copies_are_made_once(tmp_path):
     saver.wait()
 
 
+def test_memory_that_was_prepared_is_used(tmp_path):
+    saver = _saver(tmp_path)
+    saver.prepare(_shards())
+    saver.join()
+    places = [copy.data_ptr() for copy in saver._copies]
+    assert places
+    saver.save(1, _shards(), CONTENTS)
+    assert [copy.data_ptr() for copy in saver._copies] == places
+    Checkpoint(saver.wait()).verify()
+
+
+def test_what_was_prepared_for_other_shards_is_not(tmp_path):
+    saver = _saver(tmp_path)
+    saver.prepare(shards_of({"model.b": torch.zeros(3)}, Layout(), 0))
+    saver.save(1, _shards(), CONTENTS)
+    assert torch.equal(read_all(saver.wait())["model.a"], TENSORS["model.a"])
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_an_error_reaches_who_waits_and_the_next_save_works(tmp_path, monkeypatch, asynchronous):
     def full(*args):
