@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.config.schema import HardwareConfig, RunConfig
+from orchestrator.train import rundir
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -68,6 +71,43 @@ TPU = [".venv-xla/python installs [tpu,test] constraints-xla.txt", ".venv-xla/py
 def test_train_takes_the_environment_of_the_hardware(checkout, words, expected):
     install, train = expected
     assert call(checkout, "train", *words.split()) == [install, f"{train} {words}".strip()]
+
+
+@pytest.fixture
+def runs(checkout):
+    """A run on a simulated TPU, and later one on a CPU, each with a checkpoint. The time stamps say which is newer."""
+    for age, (name, hardware) in enumerate(
+        {"cpu": HardwareConfig(target="cpu"), "tpu": HardwareConfig(target="tpu", simulate=2)}.items()
+    ):
+        run = checkout / "runs" / name / "20261124-100000"
+        checkpoint = run / "checkpoints" / "step-00000010"
+        checkpoint.mkdir(parents=True)
+        for folder in (run, checkpoint):
+            rundir.write_config(folder, RunConfig(hardware=hardware))
+            os.utime(folder / "config.yaml", (1e9 - age, 1e9 - age))
+    return checkout / "runs"
+
+
+@pytest.mark.parametrize("place", ["tpu/20261124-100000", "tpu/20261124-100000/checkpoints/step-00000010"])
+def test_a_resumed_run_keeps_its_environment(checkout, runs, place):
+    words = [f"resume={runs / place}", "train.max_steps=20"]
+    assert call(checkout, "train", *words) == [REHEARSAL[0], f"{REHEARSAL[1]} {' '.join(words)}"]
+    # What the command line says wins over what the run has.
+    assert call(checkout, "train", *words, "hardware=cpu")[-1].startswith(LIGHT[1])
+    assert call(checkout, "train", *words, "hardware.simulate=null")[0] == TPU[0]
+
+
+def test_the_latest_run_is_the_one_that_was_worked_on_last(checkout, runs):
+    words = ["resume=latest", f"runs_dir={runs}"]
+    assert call(checkout, "train", *words)[-1].startswith(LIGHT[1])
+    (runs / "tpu" / "20261124-100000" / "metrics.jsonl").touch()
+    assert call(checkout, "train", *words) == [REHEARSAL[0], f"{REHEARSAL[1]} {' '.join(words)}"]
+
+
+@pytest.mark.parametrize("where", ["latest", "nowhere"])
+def test_what_cannot_be_found_is_left_to_the_product_to_say(checkout, where):
+    words = [f"resume={where}", "runs_dir=none"]
+    assert call(checkout, "train", *words) == [LIGHT[0], f"{LIGHT[1]} {' '.join(words)}"]
 
 
 @pytest.mark.parametrize("extras", ["", "dev", "xla", "tpu", "tpu-compiler"])

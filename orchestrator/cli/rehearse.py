@@ -38,6 +38,10 @@ Examples
   {program} topology=v5e:16x16 model=llama3_8b train.remat=full \\
       train.seq_len=2048 train.global_batch_tokens=65536 layout.fsdp=32 layout.tensor=8
   {program} topology=v6e:4x4 experiment=laptop_20m json=true
+  {program} topology=2xv5p:4x4x4 model=llama3_8b layout.replicate=2 ...
+
+Kinds of chip: v2, v3, v4, v5e, v5p, v6e, v7x. Chips of v2, v3 and v7x count as two devices each. With several slices,
+layout.replicate is a multiple of their number.
 
 Exits with 0 where it fits, 1 where it does not, 3 where the compiler gave no answer."""
 
@@ -46,7 +50,7 @@ Exits with 0 where it fits, 1 where it does not, 3 where the compiler gave no an
 class RehearseOptions:
     """Options of `rehearse`; everything else is `train`'s."""
 
-    topology: str = option(help="chips and how they are wired, as v5e:16x16, v6e:8x8 or v5p:4x4x4")
+    topology: str = option(help="chips and how they are wired: v5e:16x16, v4:4x4x4; two slices: 2xv5e:16x16")
     timeout_seconds: float = option(1800.0, help="of the compiler, after which the verdict is unknown")
     json: bool = option(False, help="print JSON")
 
@@ -98,19 +102,20 @@ def rehearse(config: RunConfig, topology: str, timeout_seconds: float) -> Rehear
     """
     from orchestrator.data.prepare import prepare
     from orchestrator.hardware.registry import resolve
-    from orchestrator.launch.tpu_compiler import Verdict, compile_program, count_devices
+    from orchestrator.launch.tpu_compiler import Topology, Verdict, compile_program, count_devices
     from orchestrator.train.check import check_run, resolve_model
 
+    slices = Topology.parse(topology).slices
     devices = count_devices(topology)
     precision = "bf16" if config.hardware.precision == "auto" else config.hardware.precision
     hardware = replace(config.hardware, target="tpu", simulate=devices, devices="auto", precision=precision)
     config = replace(config, hardware=hardware)
     resolve(hardware)
-    check_run(config, devices)
+    check_run(config, devices, slices=slices)
     if config.model.vocab_size == "auto":
         vocab_size = prepare(config.data, progress=True).vocab_size
         config = replace(config, model=resolve_model(config.model, vocab_size))
-        check_run(config, devices, vocab_size)
+        check_run(config, devices, vocab_size, slices)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         staged, reason = _stage(config, Path(folder), timeout_seconds)
         if reason:

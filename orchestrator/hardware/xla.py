@@ -47,20 +47,22 @@ class XlaTarget(Target):
         # The compiler warns at every graph that its partitioner will be replaced one day.
         common["TF_CPP_MIN_LOG_LEVEL"] = "2"
         if cache := self._cache(config):
-            common[self.cache_variable] = str(cache)
+            common[self.cache_variable] = cache
         if config.simulate is None:
             return {**common, "PJRT_DEVICE": self.pjrt_device}
         # The virtual devices share the cores; OpenMP threads beside them would only fight over these.
         return {**common, "OMP_NUM_THREADS": "1", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(config.simulate)}
 
-    def _cache(self, config: HardwareConfig) -> Path | None:
+    def _cache(self, config: HardwareConfig) -> str | None:
         """Where this host keeps compiled graphs from run to run."""
-        if config.compilation_cache != "auto":
-            return Path(config.compilation_cache).expanduser().absolute() if config.compilation_cache else None
-        if config.simulate is not None:
-            return None  # graphs for a CPU are written and never loaded (torch_xla 2.9)
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(home, "orchestrator", "xla")
+        cache = config.compilation_cache
+        if cache == "auto":
+            if config.simulate is not None:
+                return None  # graphs for a CPU are written and never loaded (torch_xla 2.9)
+            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            return str(Path(home, "orchestrator", "xla"))
+        # Neuron takes s3://bucket, too.
+        return str(Path(cache).expanduser().absolute()) if cache and "://" not in cache else cache
 
     pjrt_device: ClassVar[str]
     cache_variable: ClassVar[str] = "XLA_PERSISTENT_CACHE_PATH"  # as torch_xla.runtime.initialize_cache sets it

@@ -25,8 +25,8 @@ from orchestrator.errors import ConfigError, MissingExtraError
 PYTHON_VARIABLE = "ORCHESTRATOR_TPU_COMPILER_PYTHON"
 JAX = "jax[tpu]==0.10.2"
 DEFAULT_PYTHON = Path(".venv-tpu-compiler") / "bin" / "python"
-TOPOLOGY = re.compile(r"(v2|v3|v4|v5e|v5p|v6e|TPU7x):\d+x\d+(x\d+)?")
-_TOPOLOGY_HINT = "KIND:SIZE, as v5e:16x16, v6e:8x8, v5p:4x4x4, TPU7x:4x4x4"
+_TOPOLOGY = re.compile(r"(?:([1-9]\d*)x)?(v2|v3|v4|v5e|v5p|v6e|v7x|tpu7x):([1-9]\d*(?:x[1-9]\d*){1,2})", re.IGNORECASE)
+_TOPOLOGY_HINT = "KIND:SIZE, as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, v7x:4x4x4; several slices: 2xv5e:16x16"
 _DESCRIBE_SECONDS = 120
 
 # Without these libtpu asks Google's metadata server what machine this is.
@@ -38,6 +38,35 @@ _ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 }
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips and how they are wired.
+
+    Attributes:
+        slices: groups of chips of the same size, with the data-centre network between them.
+        kind: generation of the chip, as the compiler calls it.
+        size: chips of a slice along each axis of its torus, as `4x4`.
+    """
+
+    slices: int
+    kind: str
+    size: str
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """Read `KIND:SIZE` or `SLICESxKIND:SIZE`.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        match = _TOPOLOGY.fullmatch(text)
+        if match is None:
+            raise ConfigError("not a TPU topology", got=f"topology={text}", allowed=_TOPOLOGY_HINT)
+        slices, kind, size = match.groups()
+        kind = kind.lower()
+        return cls(int(slices or 1), "tpu7x" if kind == "v7x" else kind, size)
 
 
 @dataclass(frozen=True)
@@ -67,32 +96,30 @@ def compiler_python() -> Path:
     root = Path(__file__).resolve().parents[2]
     python = Path(os.environ.get(PYTHON_VARIABLE) or root / DEFAULT_PYTHON)
     if not python.is_file():
-        raise MissingCompilerError(python)
+        raise MissingCompilerError(f"no {python}")
     return python
 
 
 class MissingCompilerError(MissingExtraError):
     """The environment of the TPU compiler is not there. No extra brings it: it cannot be that of torch_xla."""
 
-    def __init__(self, python: Path):
-        make = f"python3 -m venv {DEFAULT_PYTHON.parents[1]} && {DEFAULT_PYTHON.parent}/pip install '{JAX}'"
+    def __init__(self, got: str):
         super(MissingExtraError, self).__init__(
             "a rehearsal needs Google's TPU compiler, in an environment of its own",
-            got=f"no {python}",
-            allowed=f"a Python that has {JAX}, about 1.1 GB",
-            fix=f"{make}; or name another by {PYTHON_VARIABLE}",
+            got=got,
+            allowed=f"a Python that has {JAX}: x86-64 Linux, 1.3 GB",
+            fix=f"run scripts/setup tpu-compiler, or name such a Python in {PYTHON_VARIABLE}",
         )
 
 
 def count_devices(topology: str) -> int:
-    """Devices of a topology, as the compiler counts them: some chips have two.
+    """Devices of a topology, as the compiler counts them: chips of v2, v3 and v7x have two.
 
     Raises:
         ConfigError: there is no such topology.
         MissingExtraError: there is no compiler.
     """
-    if not TOPOLOGY.fullmatch(topology):
-        raise ConfigError("not a TPU topology", got=f"topology={topology}", allowed=_TOPOLOGY_HINT)
+    Topology.parse(topology)
     answer, reason = _ask(["describe", topology], _DESCRIBE_SECONDS)
     if "devices" not in answer:
         said = answer.get("error", reason)
@@ -119,12 +146,17 @@ def compile_program(program: Path, topology: str, timeout_seconds: float) -> Ver
 
 
 def _ask(words: list[str], timeout_seconds: float) -> tuple[dict[str, Any], str]:
-    """Run the child. Returns its answer, or nothing and what happened to it."""
+    """Run the child. Returns its answer, or nothing and what happened to it.
+
+    Raises:
+        MissingExtraError: there is no compiler.
+    """
+    python = compiler_python()
     root = str(Path(__file__).resolve().parents[2])
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         log = Path(folder, "log")
-        command = [str(compiler_python()), "-m", "orchestrator.launch.tpu_compiler", str(answer), *words]
+        command = [str(python), "-m", "orchestrator.launch.tpu_compiler", str(answer), *words]
         environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": root, "TMPDIR": folder}
         with log.open("wb") as out:
             child = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
@@ -139,7 +171,10 @@ def _ask(words: list[str], timeout_seconds: float) -> tuple[dict[str, Any], str]
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         if answer.is_file():
-            return json.loads(answer.read_text()), ""
+            said: dict[str, Any] = json.loads(answer.read_text())
+            if "missing" in said:
+                raise MissingCompilerError(f"{python}, which lacks {said['missing']}")
+            return said, ""
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return {}, f"the compiler ended {how}: {last[0]}"
@@ -158,6 +193,8 @@ def _main(argv: list[str]) -> int:
         if verb == "compile":
             start = time.monotonic()
             answer["memory_bytes"] = _compile(Path(rest[0]).read_text(), devices)
+    except ModuleNotFoundError as error:
+        answer["missing"] = error.name
     except Exception as error:  # jax has no narrower class for what its compiler reports
         answer["error"] = f"{error}" or type(error).__name__
     answer["compile_seconds"] = time.monotonic() - start
@@ -168,17 +205,22 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _devices(topology: str) -> list[Any]:
+def _devices(text: str) -> list[Any]:
+    """The devices of a topology, one slice after the other."""
     from jax.experimental import topologies
 
-    kind, _, size = topology.partition(":")
+    topology = Topology.parse(text)
     settings: dict[str, Any] = {}
-    if size in ("1x1", "1x1x1"):
+    if topology.size in ("1x1", "1x1x1"):
         settings["chips_per_host_bounds"] = (1, 1, 1)
-    if kind == "v4":
+    if topology.kind == "v4":
+        # Both cores of a chip as one device, as the runtime has them.
         settings["chip_config_name"] = "megacore"
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
-    return list(described.devices)
+    if topology.slices > 1:
+        settings["num_slices"] = topology.slices
+    name = f"{topology.kind}:{topology.size}"
+    described = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
+    return sorted(described.devices, key=lambda device: getattr(device, "slice_index", None) or 0)
 
 
 def _compile(text: str, devices: list[Any]) -> dict[str, int]:

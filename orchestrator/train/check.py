@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.config.schema import ModelConfig, RunConfig
-from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, UserError
 from orchestrator.sharding.layout import check_layout, resolve_layout
 
 
-def check_run(config: RunConfig, devices: int, vocab_size: int | None = None) -> None:
+def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, slices: int = 1) -> None:
     """Check the layout against the devices, the model, the batch and, if it is known yet, the tokenizer.
+
+    Args:
+        slices: groups of devices between which the network is slow.
 
     Raises:
         ConfigErrors: all that is wrong.
@@ -25,6 +28,15 @@ def check_run(config: RunConfig, devices: int, vocab_size: int | None = None) ->
     try:
         layout = resolve_layout(config.layout, devices)
         problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
+        if layout.replicate % slices:
+            problems.append(
+                LayoutError(
+                    "whole copies of the model go to each slice: the network between slices is slow",
+                    got=f"layout.replicate={layout.replicate} on {slices} slices",
+                    allowed=f"a multiple of {slices}",
+                    fix=f"set layout.replicate={slices}",
+                )
+            )
     except UserError as error:
         problems.append(error)
     if problems:

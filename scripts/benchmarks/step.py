@@ -14,25 +14,18 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from common import batches, fit, optimizer_groups
 
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.prepare import PreparedData, prepare
-from orchestrator.data.stream import StepLoader, TokenStream
-from orchestrator.hardware.registry import resolve
-from orchestrator.hardware.world import World
+from orchestrator.data.prepare import PreparedData
 from orchestrator.models.decoder import Decoder
-from orchestrator.train.build import build, make_strategy
 from orchestrator.train.check import resolve_model
-from orchestrator.train.run import Place
 
 WARMUP = 3
 
@@ -45,14 +38,9 @@ class HandWritten(lightning.Callback):
         self.model = Decoder(resolve_model(config.model, data.vocab_size), config.train.loss_chunk_tokens)
         for parameter in self.model.parameters():
             torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
-        groups = [
-            {"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in self.model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-        ]
+        groups = optimizer_groups(self.model)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
-        stream = TokenStream(data.stores, data.weights, "train", config.train.seq_len, 1, config.data.document_mask)
-        sequences = config.train.global_batch_tokens // config.train.seq_len
-        self.batches: Iterator[Any] = iter(StepLoader(stream, sequences, 0, 1, 0, config.train.max_steps))
+        self.batches = batches(config, data)
         self.ours: list[float] = []
         self.theirs: list[float] = []
         self.mark = 0.0
@@ -78,21 +66,7 @@ def measure(model: str, steps: int, tokens: int) -> tuple[float, float, float]:
     """Ratio of sums, median ratio of pairs, and the product's seconds per step."""
     overrides = [f"model={model}", "hardware=cpu", f"train.max_steps={steps}", f"train.global_batch_tokens={tokens}"]
     quiet = ["train.eval_every=null", "checkpoint.every_steps=null", "logger.every_steps=10"]
-    config = compose([*overrides, *quiet]).config
-    data = prepare(config.data)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder), Path(folder) / "checkpoints", None)
-        parallel = make_strategy(config, resolve(config.hardware), World())
-        parallel.join()
-        job = build(config, parallel, data, place, leg=0)
-        turn = HandWritten(config, data)
-        # Last, so that all of the product's own callbacks are on the product's clock.
-        job.trainer.callbacks.append(turn)
-        job.trainer.fit(job.module, job.loader)
-        job.metrics.close()
-        if job.progress:
-            job.progress.close()
-        parallel.leave()
+    turn = fit(compose([*overrides, *quiet]).config, HandWritten)
     ours, theirs = turn.ours[WARMUP:], turn.theirs[WARMUP:]
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
     return sum(ours) / sum(theirs), statistics.median(pairs), statistics.median(ours)

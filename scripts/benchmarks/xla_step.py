@@ -17,11 +17,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import logging
 import statistics
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -31,19 +28,15 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.distributed.spmd as xs
+from common import batches, fit, optimizer_groups
 from torch import Tensor, nn
 
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.prepare import PreparedData, prepare
-from orchestrator.data.stream import StepLoader, TokenStream
-from orchestrator.hardware.registry import resolve
-from orchestrator.hardware.world import World
+from orchestrator.data.prepare import PreparedData
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding import rules
-from orchestrator.train.build import build, make_strategy
 from orchestrator.train.check import resolve_model
-from orchestrator.train.run import Place
 
 WARMUP = 5
 QUIET = ["train.eval_every=null", "checkpoint.every_steps=null", "logger.every_steps=10"]
@@ -93,14 +86,9 @@ class HandWritten(Turns):
         self.mesh = xs.Mesh(np.arange(4), (2, 2), ("fsdp", "tensor"))
         self.model = Decoder(resolve_model(config.model, data.vocab_size), config.train.loss_chunk_tokens)
         self._place(self.model)
-        groups = [
-            {"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in self.model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-        ]
+        groups = optimizer_groups(self.model)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, capturable=True)
-        stream = TokenStream(data.stores, data.weights, "train", config.train.seq_len, 1, config.data.document_mask)
-        sequences = config.train.global_batch_tokens // config.train.seq_len
-        self.batches: Iterator[Any] = iter(StepLoader(stream, sequences, 0, 1, 0, config.train.max_steps))
+        self.batches = batches(config, data)
         self.theirs: list[float] = []
         self.their_compiled = 0
         super().__init__()
@@ -144,30 +132,16 @@ class HandWritten(Turns):
         self.their_compiled += compilations()[0] - before
 
 
-def fit(overrides: list[str], against: bool) -> Any:
+def train(overrides: list[str], against: bool) -> Any:
     """Train as the product does; with `against`, in turns with the hand-written loop."""
     config = compose([*MESH, *QUIET, "model=tiny", *overrides]).config
-    data = prepare(config.data)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder), Path(folder) / "checkpoints", None)
-        parallel = make_strategy(config, resolve(config.hardware), World())
-        parallel.join()
-        job = build(config, parallel, data, place, leg=0)
-        turns = HandWritten(config, data) if against else Turns()
-        # Last, so that all of the product's own callbacks are on the product's clock.
-        job.trainer.callbacks.append(turns)
-        job.trainer.fit(job.module, job.loader)
-        job.metrics.close()
-        if job.progress:
-            job.progress.close()
-        parallel.leave()
-    return turns
+    return fit(config, HandWritten if against else lambda config, data: Turns())
 
 
 def print_ratio(steps: int, seq_len: int, tokens: int) -> None:
     """One line: ratio of the sums, median ratio of neighbours, milliseconds per step, compilations."""
     size = [f"train.max_steps={steps}", f"train.seq_len={seq_len}", f"train.global_batch_tokens={tokens}"]
-    turns = fit(size, against=True)
+    turns = train(size, against=True)
     ours, theirs = turns.ours[WARMUP:], turns.theirs[WARMUP:]
     median = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     print(
@@ -191,7 +165,7 @@ def main() -> None:
     for layers in (2, 4, 8, 16):
         # Another batch than above: this process has compiled that graph.
         words = [f"model.layers={layers}", "train.max_steps=2", "train.global_batch_tokens=1024"]
-        turns = fit([*words, "logger.progress=false"], against=False)
+        turns = train([*words, "logger.progress=false"], against=False)
         first, second = turns.ours
         print(
             f"  {layers:>2} layers: {first:.1f} s, of it compiling {turns.compile_seconds:.1f} s; second {second:.2f} s"

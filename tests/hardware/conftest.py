@@ -27,7 +27,7 @@ class Machine:
         monkeypatch.setattr(host, "package_version", lambda name: self.packages.get(name))
         self.torch(CPU_TORCH)
         for name in list(os.environ):
-            if name.endswith("VISIBLE_DEVICES") or name.startswith(("TPU_", "TORCH_TPU_", "MEGASCALE_")):
+            if name.endswith("VISIBLE_DEVICES") or name.startswith(("TPU_", "TORCH_TPU_", "MEGASCALE_", "NEURON_")):
                 monkeypatch.delenv(name)
 
     def torch(self, build: TorchBuild | None) -> None:

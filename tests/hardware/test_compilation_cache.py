@@ -43,3 +43,14 @@ def test_trainium_is_told_to_leave_precision_alone():
     assert _environment(config)["NEURON_RT_STOCHASTIC_ROUNDING_EN"] == "0"
     other = compose(["hardware=trainium", "hardware.simulate=2", "hardware.environment.NEURON_CC_FLAGS=-O1"])
     assert _environment(other.config.hardware)["NEURON_CC_FLAGS"] == "-O1"
+
+
+def test_trainium_is_told_to_keep_nothing():
+    assert "--no_cache" not in _environment(compose(["hardware=trainium"]).config.hardware)["NEURON_CC_FLAGS"]
+    config = compose(["hardware=trainium", "hardware.compilation_cache=null"]).config.hardware
+    assert _environment(config)["NEURON_CC_FLAGS"].endswith("--auto-cast=none --no_cache")
+
+
+def test_a_bucket_stays_what_it_is():
+    config = HardwareConfig(target="trainium", compilation_cache="s3://bucket/graphs")
+    assert _environment(config)["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/graphs"

@@ -246,8 +246,65 @@ class TestXla:
         assert "driver is not loaded" in problems(get_target("trainium").probe())
         machine.file("/dev/neuron0")
         probe = get_target("trainium").probe()
-        assert (probe.devices, probe.chip) == (1, "trn2")
+        assert (probe.devices, probe.chip) == (4, "trn2")
         assert "torch-neuronx is not installed" in problems(probe)
+
+    @pytest.mark.parametrize(("pci", "chip", "cores"), [(0x7164, "trn1", 2), (0x7364, "trn2", 4), (0x7564, "trn3", 4)])
+    def test_a_trainium_device_is_a_core_as_the_runtime_counts(self, machine: Machine, pci: int, chip: str, cores: int):
+        machine.packages["torch-neuronx"] = "2.9.0"
+        for number in range(3):
+            machine.pci(0x1D0F, pci, 0x118000)
+            if number < 2:  # a container that has two of the three chips
+                machine.file(f"/dev/neuron{number}")
+        probe = get_target("trainium").probe()
+        assert (probe.devices, probe.chip, probe.problems) == (2 * cores, chip, ())
+
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("NEURON_RT_VISIBLE_CORES", "0-2,5", (4, "trn2")),
+            ("NEURON_RT_VISIBLE_CORES", "6-11", (2, "trn2")),
+            ("NEURON_RT_NUM_CORES", "3", (3, "trn2")),
+            ("NEURON_RT_NUM_CORES", "0", (8, "trn2")),
+            # Half of the device whose peak rate the catalogue has: which one it is, is not said.
+            ("NEURON_LOGICAL_NC_CONFIG", "1", (16, None)),
+        ],
+    )
+    @pytest.mark.parametrize("place", ["shell", "configuration"])
+    def test_variables_of_the_runtime_count(
+        self, machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: object, place: str
+    ):
+        for number in range(2):
+            machine.pci(0x1D0F, 0x7364, 0x118000)
+            machine.file(f"/dev/neuron{number}")
+        target = get_target("trainium")
+        if place == "shell":
+            monkeypatch.setenv(name, value)
+        else:
+            target.use(HardwareConfig(target="trainium", environment={name: value}))
+        probe = target.probe()
+        assert (probe.devices, probe.chip) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("NEURON_RT_VISIBLE_CORES", "some"),
+            ("NEURON_RT_NUM_CORES", "-1"),
+            ("NEURON_LOGICAL_NC_CONFIG", "4"),
+        ],
+    )
+    def test_a_wrong_variable_is_named(self, machine: Machine, monkeypatch: pytest.MonkeyPatch, name: str, value: str):
+        machine.pci(0x1D0F, 0x7364, 0x118000)
+        machine.file("/dev/neuron0")
+        monkeypatch.setenv(name, value)
+        assert f"{name}={value}" in problems(get_target("trainium").probe())
+
+    def test_cores_of_an_unknown_neuron_chip_are_asked_for(self, machine: Machine):
+        machine.file("/dev/neuron0")
+        assert "NEURON_RT_NUM_CORES" in problems(get_target("trainium").probe())
+        target = get_target("trainium")
+        target.use(HardwareConfig(target="trainium", environment={"NEURON_RT_NUM_CORES": "2"}))
+        assert (target.probe().devices, target.probe().chip) == (2, None)
 
 
 class TestHost:

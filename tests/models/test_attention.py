@@ -53,6 +53,19 @@ def test_blocks_give_what_the_whole_gives(documents, window, kv_heads, block):
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
 
+def test_backward_drops_what_forward_dropped():
+    """The result is linear in the values: with the same weights dropped, <gradient, values> is the result."""
+    core = BlockedAttentionCore(AttentionCore(dropout=0.5), 5, _keep)
+    mask = CausalMask(queries=LENGTH, past=0, documents=_documents(), window=None, device=torch.device("cpu"))
+    q, k, v = (tensor.requires_grad_() for tensor in _inputs(4))
+    torch.manual_seed(0)
+    out = core(q, k, v, mask)
+    assert not torch.allclose(out, core.eval()(q, k, v, mask))
+    core.train()
+    out.square().sum().backward()
+    torch.testing.assert_close((v.grad * v).sum(), 2 * out.square().sum())
+
+
 def test_a_short_sequence_is_not_cut(monkeypatch):
     def refuse(*unused):
         raise AssertionError("computed again")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.config.schema import LayoutConfig, ModelConfig, RunConfig
+from orchestrator.config.schema import LayoutConfig, ModelConfig, RunConfig, TrainConfig
 from orchestrator.errors import ConfigError, ConfigErrors
 from orchestrator.train.check import check_run, resolve_model
 
@@ -28,6 +28,12 @@ def test_a_run_that_fits():
 
 def test_a_layout_that_does_not_fit_the_devices():
     assert _problems(_config(layout=LayoutConfig(fsdp=3)), 2) == ["the layout does not fit the devices"]
+
+
+def test_every_slice_has_whole_copies_of_the_model():
+    check_run(_config(layout=LayoutConfig(replicate=4)), 8, slices=2)
+    with pytest.raises(ConfigErrors, match=r"layout.replicate=3 on 2 slices(.|\n)*set layout.replicate=2"):
+        check_run(_config(layout=LayoutConfig(replicate=3), train=TrainConfig(global_batch_tokens=1536)), 6, slices=2)
 
 
 def test_a_layout_that_does_not_fit_the_model_and_the_batch():

@@ -26,7 +26,7 @@ SPLIT = ("layout.fsdp=4", "layout.tensor=2")
 
 def _compiler_is_here() -> bool:
     try:
-        return tpu_compiler.compiler_python().is_file()
+        return tpu_compiler.count_devices("v5e:1x1") == 1
     except MissingExtraError:
         return False
 
@@ -36,6 +36,12 @@ needs_torch_xla = pytest.mark.skipif(
 )
 needs_compiler = pytest.mark.skipif(
     not _compiler_is_here(), reason=f"no {tpu_compiler.DEFAULT_PYTHON} with {tpu_compiler.JAX}"
+)
+
+
+# As `python -m orchestrator.launch.tpu_compiler`, where jax cannot be imported.
+_NO_JAX = (
+    "import sys; sys.modules['jax'] = None; from orchestrator.launch.tpu_compiler import _main; _main(sys.argv[3:])"
 )
 
 
@@ -99,8 +105,13 @@ class TestStaging:
 @needs_compiler
 class TestCompiler:
     def test_devices_are_the_compilers(self):
-        assert tpu_compiler.count_devices("v5e:2x4") == 8
-        assert tpu_compiler.count_devices("v5e:1x1") == 1
+        devices = {
+            "v5e:2x4": 8, "v5e:1x1": 1, "v4:2x2x1": 4, "v5p:2x2x2": 8, "v6e:2x4": 8,
+            # Two devices per chip, whichever name it is given.
+            "v7x:2x2x1": 8, "tpu7x:2x2x1": 8, "TPU7x:2x2x1": 8,
+            "2xv5e:2x4": 16,
+        }  # fmt: skip
+        assert {topology: tpu_compiler.count_devices(topology) for topology in devices} == devices
 
     def test_an_unknown_topology_is_a_mistake_of_the_user(self):
         with pytest.raises(ConfigError, match="does not know the topology"):
@@ -123,6 +134,22 @@ class TestCompiler:
         # Weights and two moments, in eight parts, are given away to the results.
         assert memory["alias"] > 0.99 * 3 * 4 * answer["staged"]["parameters"] / 8
         assert memory["peak"] > memory["alias"]
+
+    @needs_torch_xla
+    @pytest.mark.parametrize("kind", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1", "2xv5e:2x2"])
+    def test_every_kind_of_chip_is_compiled_for(self, kind):
+        layout = ("layout.replicate=2",) if kind.startswith("2x") else ()
+        done = cli.run("rehearse", f"topology={kind}", *TINY, "model.layers=1", *layout, "json=true")
+        assert done.returncode == 0, done.stdout + done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["devices"] == (8 if kind[:2] in ("v7", "2x") else 4)
+        assert answer["verdict"]["memory_bytes"]["peak"] > 0
+
+    def test_each_slice_has_whole_copies(self):
+        done = cli.run("rehearse", "topology=2xv5e:2x2", *TINY, "layout.fsdp=8")
+        assert done.returncode == 2
+        assert "layout.replicate=1 on 2 slices" in done.stderr
+        assert "set layout.replicate=2" in done.stderr
 
     @needs_torch_xla
     def test_the_verb_says_what_does_not_fit(self):
@@ -167,13 +194,26 @@ class TestProcess:
 
     def test_a_missing_environment_says_how_to_make_one(self, monkeypatch):
         monkeypatch.setenv(tpu_compiler.PYTHON_VARIABLE, "/nowhere/python")
-        with pytest.raises(MissingExtraError, match=r"pip install 'jax\[tpu\]==0.10.2'"):
+        with pytest.raises(MissingExtraError, match="scripts/setup tpu-compiler"):
             tpu_compiler.compiler_python()
 
-    @pytest.mark.parametrize("topology", ["v5e", "h100:8x8", "v5e:16", "v5e:16x16; rm -rf /"])
+    def test_an_environment_without_the_compiler_is_none(self, tmp_path, monkeypatch):
+        self._stand_in(tmp_path, monkeypatch, f'exec {sys.executable} -c "{_NO_JAX}" "$@"')
+        with pytest.raises(MissingExtraError, match="which lacks jax"):
+            tpu_compiler.count_devices("v5e:2x4")
+
+    @pytest.mark.parametrize(
+        "topology", ["v5e", "h100:8x8", "v5e:16", "0xv5e:4x4", "2v5e:4x4", "v5e:0x4", "v5e:16x16; rm -rf /"]
+    )
     def test_what_is_no_topology(self, topology):
         with pytest.raises(ConfigError, match="not a TPU topology"):
             tpu_compiler.count_devices(topology)
+
+    def test_topologies_are_named_as_users_and_the_compiler_do(self):
+        parse = tpu_compiler.Topology.parse
+        assert parse("v5e:16x16") == tpu_compiler.Topology(1, "v5e", "16x16")
+        assert parse("4xv5p:4x4x8") == tpu_compiler.Topology(4, "v5p", "4x4x8")
+        assert parse("v7x:2x2x1") == parse("TPU7x:2x2x1") == parse("tpu7x:2x2x1") == parse("1xv7x:2x2x1")
 
     def test_help_needs_no_torch(self):
         code = (

@@ -1,0 +1,55 @@
+"""What the benchmarks of a step have in common: the optimizer's groups, the batches, and the product's fit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as lightning
+from torch import nn
+
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.prepare import PreparedData, prepare
+from orchestrator.data.stream import StepLoader, TokenStream
+from orchestrator.hardware.registry import resolve
+from orchestrator.hardware.world import World
+from orchestrator.train.build import build, make_strategy
+from orchestrator.train.run import Place
+
+Turns = TypeVar("Turns", bound=lightning.Callback)
+
+
+def optimizer_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """As the product decays: matrices, not vectors."""
+    return [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+
+
+def batches(config: RunConfig, data: PreparedData) -> Iterator[Any]:
+    """Batches like the product's, in another order."""
+    stream = TokenStream(data.stores, data.weights, "train", config.train.seq_len, 1, config.data.document_mask)
+    sequences = config.train.global_batch_tokens // config.train.seq_len
+    return iter(StepLoader(stream, sequences, 0, 1, 0, config.train.max_steps))
+
+
+def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns]) -> Turns:
+    """Train as the product does, with one more callback, which is returned."""
+    data = prepare(config.data)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(Path(folder), Path(folder) / "checkpoints", None)
+        parallel = make_strategy(config, resolve(config.hardware), World())
+        parallel.join()
+        job = build(config, parallel, data, place, leg=0)
+        turns = make_turns(config, data)
+        # Last, so that all of the product's own callbacks are on the product's clock.
+        job.trainer.callbacks.append(turns)
+        job.trainer.fit(job.module, job.loader)
+        job.metrics.close()
+        if job.progress:
+            job.progress.close()
+        parallel.leave()
+    return turns
