@@ -1,0 +1,242 @@
+"""What is planned: a model's shape, the job, the cluster, and the way the job is laid over it.
+
+Pure data, without torch: the estimators (`memory`, `time`), the search and the reports all speak in these terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.chips.catalogue import Chip
+from orchestrator.config.schema import ModelConfig
+from orchestrator.planner.flops import head_width
+
+Remat = Literal["none", "selective", "full", "offload"]
+Precision = Literal["fp32", "bf16", "fp8"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder's sizes, dense or mixture of experts.
+
+    Attributes:
+        mlp_dim: hidden width of a dense feed-forward block.
+        gated: three matrices per feed-forward block (SwiGLU) instead of two.
+        experts: routed experts per sparse layer; 0 for a dense model.
+        experts_per_token: routed experts that each token goes through.
+        shared_experts: experts that every token goes through, beside the routed ones.
+        expert_dim: hidden width of one expert.
+        dense_layers: leading layers with a dense block in a model that has experts.
+        window: tokens that a position sees, itself included; None for all before it.
+        latent_q, latent_kv, rope_dim: ranks of multi-head latent attention (0 = ordinary attention).
+    """
+
+    name: str
+    layers: int
+    dim: int
+    mlp_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    gated: bool = True
+    tied: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    shared_experts: int = 0
+    expert_dim: int = 0
+    dense_layers: int = 0
+    window: int | None = None
+    learned_positions: int = 0
+    latent_q: int = 0
+    latent_kv: int = 0
+    rope_dim: int = 0
+
+    @classmethod
+    def of(cls, config: ModelConfig, vocab: int | None = None) -> ModelShape:
+        """The shape of a configured model; `vocab` where the configuration leaves it to the tokenizer."""
+        size = vocab if config.vocab_size == "auto" else config.vocab_size
+        assert isinstance(size, int), "the vocabulary is known to whoever plans"
+        return cls(
+            config.name,
+            config.layers,
+            config.dim,
+            config.mlp_dim,
+            config.heads,
+            config.kv_heads,
+            head_width(config),
+            size,
+            gated=config.activation == "swiglu",
+            tied=config.tied_embeddings,
+            window=config.sliding_window,
+            learned_positions=config.max_seq_len if config.positions == "learned" else 0,
+        )
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """The work: which model, in what batches, how much of it.
+
+    Attributes:
+        global_batch_tokens: per optimizer step, over all devices.
+        total_tokens: of the whole run; None where only a step is asked for.
+        precision: of the matrix products; master weights and optimizer state are fp32.
+        stack: software whose calibration applies (a key of `calibration.yaml`), or `auto`: the chip's vendor's.
+    """
+
+    model: ModelShape
+    seq_len: int
+    global_batch_tokens: int
+    total_tokens: float | None = None
+    precision: Precision = "bf16"
+    stack: str = "auto"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Chips of one kind that work together. Devices are what the axes count: a chip may have several.
+
+    Attributes:
+        chips: as sold.
+        inter_bandwidth: bytes/s one way and chip between hosts or domains; None takes the catalogue's first
+            deployment, and stays unknown where it has none.
+        domain_chips: chips that the fast links join; None takes the catalogue's.
+    """
+
+    chip: Chip
+    chips: int
+    inter_bandwidth: float | None = None
+    domain_chips: int | None = None
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.logical_devices_per_chip
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """One way to lay a job over a cluster; the product of the degrees is the number of devices.
+
+    `expert` splits the experts over a part of the data-parallel devices, so it is not a factor of the product.
+
+    Attributes:
+        replicate: whole copies (or copies of fsdp groups).
+        fsdp: shards of parameters, gradients and optimizer state.
+        zero: what fsdp shards: 3 all, 2 gradients and optimizer, 1 the optimizer only.
+        pipeline: stages; `virtual_stages` chunks of each are interleaved.
+        micro_batch: sequences of one forward pass per data-parallel group.
+        sequence_parallel: activations between the tensor-parallel regions are split along the sequence.
+        compiled: kernels between the matrix products are fused.
+    """
+
+    replicate: int = 1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    micro_batch: int = 1
+    remat: Remat = "none"
+    zero: Literal[1, 2, 3] = 3
+    virtual_stages: int = 1
+    sequence_parallel: bool = True
+    compiled: bool = True
+
+    @property
+    def devices(self) -> int:
+        return self.replicate * self.fsdp * self.context * self.tensor * self.pipeline
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups that see different sequences."""
+        return self.replicate * self.fsdp
+
+    def micro_batches(self, job: JobSpec) -> int:
+        """Forward passes per optimizer step and data-parallel group; 0 where the batch does not divide."""
+        sequences, rest = divmod(job.global_batch_tokens, job.seq_len)
+        per_step = self.data_parallel * self.micro_batch
+        return 0 if rest or sequences % per_step else sequences // per_step
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per device at the peak of a step, by what they are for.
+
+    Attributes:
+        capacity: what the runtime lets a program use; None where the chip's memory is unknown.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    communication: float
+    overhead: float
+    capacity: float | None
+
+    @property
+    def total(self) -> float:
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+            + self.communication
+            + self.overhead
+        )
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the capacity is unknown."""
+        return None if self.capacity is None else self.total <= self.capacity
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds of one optimizer step, by what a device waits for; the parts add up to the step.
+
+    Attributes:
+        compute: matrix products and attention, recomputation included.
+        memory_bound: element-wise kernels, norms, optimizer: limited by the memory's bandwidth.
+        tensor, context, expert, fsdp, replicate, pipeline: communication of that axis that nothing hides.
+        bubble: idle stages of the pipeline.
+        other: fixed costs of a step, input, stragglers.
+        unknown: what could not be counted, for want of a figure (such as `inter_bandwidth`); then the step is a
+            lower bound and everything shown of it says so.
+    """
+
+    compute: float
+    memory_bound: float
+    tensor: float
+    context: float
+    expert: float
+    fsdp: float
+    replicate: float
+    pipeline: float
+    bubble: float
+    other: float
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> float:
+        return (
+            self.compute
+            + self.memory_bound
+            + self.tensor
+            + self.context
+            + self.expert
+            + self.fsdp
+            + self.replicate
+            + self.pipeline
+            + self.bubble
+            + self.other
+        )
+
+    @property
+    def bound_by(self) -> str:
+        """The largest part."""
+        parts = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        return max(parts, key=lambda name: parts[name])
