@@ -1,0 +1,326 @@
+"""Fleets: which chips, how many, at what price and power; and the short way to write them.
+
+`h100x1024` is so many chips, `tpu_v7x@1GW` as many as so much power carries, `h100@$5M` as many as make the run cost
+no more than that, `2xtpu_v5p:8x16x16` two slices of that shape. A YAML file says the same with overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from orchestrator.chips.catalogue import Catalogue, Chip
+from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.planner.slices import Slices, fit_slices, is_tpu, legal_shapes
+from orchestrator.planner.spec import Cluster
+from orchestrator.planner.value import Value, derive, given, of_figure, unknown
+
+GRAMMAR = "CHIPxNUMBER (h100x1024), CHIP@POWER (tpu_v7x@1GW), CHIP@$BUDGET (h100@$5M), CHIP:SHAPE (2xtpu_v5p:8x16x16)"
+_COUNT = re.compile(r"(?P<chip>.+?)x(?P<number>\d[\d_]*(?:\.\d+)?)(?P<suffix>[kM]?)")
+_BOUND = re.compile(r"(?P<chip>[^@]+)@(?P<dollar>\$?)(?P<number>\d[\d_]*(?:\.\d+)?)(?P<suffix>[A-Za-z]*)")
+_SHAPE = re.compile(r"(?:(?P<slices>\d+)x)?(?P<chip>[^:]+):(?P<shape>\d+(?:x\d+){1,2})")
+_COUNTS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
+_WATTS = {"kw": 1e3, "mw": 1e6, "gw": 1e9}
+_ALIASES = {
+    "a100": "a100-80",
+    "h100": "h100-sxm",
+    "mi250": "mi250x",
+    "mi300": "mi300x",
+    "mi325": "mi325x",
+    "mi355": "mi355x",
+    "trainium": "trn1",
+    "trainium1": "trn1",
+    "trainium2": "trn2",
+    "trainium3": "trn3",
+    "trillium": "tpu-v6e",
+    "ironwood": "tpu-v7x",
+    "tpu7x": "tpu-v7x",
+    "cpu": "cpu-generic",
+}
+
+
+@dataclass(frozen=True)
+class FleetEntry:
+    """A fleet as it is asked for: `chip`, one of `chips`, `shape`, `megawatts`, `budget_usd`, and overrides.
+
+    Attributes:
+        shape: of a TPU slice; `slices` of them.
+        megawatts: of the facility, cooling included.
+        budget_usd: that the whole run may cost.
+        inter_gb_per_s: one way and chip, between hosts or slices.
+        watts_per_chip: of the server, per chip.
+        failures_per_chip_day: that stop a job.
+    """
+
+    chip: str = ""
+    name: str | None = None
+    chips: int | None = None
+    shape: str | None = None
+    slices: int = 1
+    megawatts: float | None = None
+    budget_usd: float | None = None
+    inter_gb_per_s: float | None = None
+    domain_chips: int | None = None
+    price_usd_per_chip_hour: float | None = None
+    watts_per_chip: float | None = None
+    pue: float | None = None
+    failures_per_chip_day: float | None = None
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Chips that exist, with what they cost.
+
+    Attributes:
+        paid_chips: what was asked for; `cluster.chips` of them are whole hosts or slices.
+        slices: of a TPU.
+        notes: what was rounded or assumed.
+        price: USD per chip-hour. power: watts of the server, per chip. pue: of the facility.
+    """
+
+    label: str
+    entry: FleetEntry
+    cluster: Cluster
+    paid_chips: int
+    slices: Slices | None
+    price: Value
+    power: Value
+    pue: Value
+    notes: tuple[str, ...] = ()
+
+    @property
+    def domains(self) -> int:
+        """Slices; 1 for chips that do not come in slices."""
+        return self.slices.count if self.slices else 1
+
+
+def parse_fleets(text: str) -> list[FleetEntry]:
+    """`h100x1024`, or several in brackets.
+
+    Raises:
+        ConfigErrors: all that are not written as `GRAMMAR`.
+    """
+    words = [word.strip() for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    entries: list[FleetEntry] = []
+    problems: list[UserError] = []
+    for word in words:
+        entry = _parse(word)
+        if entry is None:
+            problems.append(ConfigError("not a fleet", got=f"fleet={word}", allowed=GRAMMAR))
+        else:
+            entries.append(entry)
+    if problems:
+        raise ConfigErrors(problems)
+    return entries
+
+
+def find_chip(name: str, catalogue: Catalogue) -> Chip:
+    """The chip that a user calls `name`.
+
+    Raises:
+        ConfigError: no such chip.
+    """
+    key = name.strip().lower().replace("_", "-")
+    key = _ALIASES.get(key, key)
+    for candidate in (key, f"tpu-{key}"):
+        if candidate in catalogue.chips:
+            return catalogue.chips[candidate]
+    known = [*catalogue.chips, *_ALIASES]
+    close = difflib.get_close_matches(key, known, n=1)
+    raise ConfigError(
+        "there is no such chip in the catalogue",
+        got=name,
+        allowed=", ".join(catalogue.chips),
+        fix=f"did you mean '{close[0]}'?" if close else "add it in a YAML of your own: chips_file=FILE",
+    )
+
+
+def resolve_fleets(entries: Sequence[FleetEntry], catalogue: Catalogue, defaults: FleetEntry) -> list[Fleet]:
+    """The fleets with their figures; what an entry leaves open is taken from `defaults`, then from the catalogue.
+
+    Raises:
+        ConfigErrors: all that is wrong with all entries.
+    """
+    problems: list[UserError] = []
+    fleets: list[Fleet] = []
+    for entry in entries:
+        try:
+            fleets.append(resolve_fleet(_filled(entry, defaults), catalogue))
+        except ConfigErrors as error:
+            problems += error.problems
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise ConfigErrors(problems)
+    return fleets
+
+
+def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = None) -> Fleet:
+    """One fleet. `chips`: how many, where the entry gives a budget and the caller has chosen.
+
+    A budget without `chips` gives the smallest fleet that there is.
+
+    Raises:
+        ConfigError: no such chip or shape, or chips that power does not determine.
+    """
+    chip = find_chip(entry.chip, catalogue)
+    _check_entry(entry, chip)
+    price, power, pue = _price(entry, chip, catalogue), _power(entry, chip, catalogue), _pue(entry, chip, catalogue)
+    notes: list[str] = []
+    asked = _asked(entry, chip, power, pue, notes) if chips is None else chips
+    slices: Slices | None = None
+    if entry.shape:
+        slices = Slices(entry.slices, tuple(sorted(map(int, entry.shape.split("x")))))
+        used = slices.chips
+    elif is_tpu(chip):
+        slices = fit_slices(chip, asked)
+        used = slices.chips if slices else 0
+    else:
+        used = _whole_hosts(chip, asked)
+    if not used:
+        raise ConfigError(f"that many {chip.key} chips do not exist as a slice", got=asked, allowed="1 chip or more")
+    if used != asked:
+        what = str(slices) if slices else f"whole hosts of {chip.topology.chips_per_host}"
+        notes.append(f"{asked:,} chips rounded down to {used:,}: {what}")
+    domain = slices.chips_each if slices else entry.domain_chips
+    bandwidth = entry.inter_gb_per_s * 1e9 if entry.inter_gb_per_s is not None else None
+    cluster = Cluster(chip, used, bandwidth, domain)
+    paid = used if entry.megawatts is not None or entry.budget_usd is not None else asked
+    return Fleet(entry.name or _label(entry, chip, used), entry, cluster, paid, slices, price, power, pue, tuple(notes))
+
+
+def inter_bandwidth(fleet: Fleet, catalogue: Catalogue) -> Value:
+    """Bytes/s one way and chip between hosts or slices, as the estimators take it."""
+    name, links = "network per chip", fleet.cluster.chip.inter_bandwidths
+    if fleet.cluster.inter_bandwidth is not None:
+        return given(name, fleet.cluster.inter_bandwidth, "byte/s", "given for this fleet")
+    return of_figure(name, links[0], "byte/s", catalogue) if links else unknown(name, "byte/s", "not in the catalogue")
+
+
+def _parse(word: str) -> FleetEntry | None:
+    if match := _SHAPE.fullmatch(word):
+        return FleetEntry(chip=match["chip"], shape=match["shape"], slices=int(match["slices"] or 1))
+    if match := _BOUND.fullmatch(word):
+        number, suffix = float(match["number"].replace("_", "")), match["suffix"]
+        if match["dollar"]:
+            return FleetEntry(chip=match["chip"], budget_usd=number * _COUNTS[suffix]) if suffix in _COUNTS else None
+        watts = _WATTS.get(suffix.lower())
+        return FleetEntry(chip=match["chip"], megawatts=number * watts / 1e6) if watts else None
+    if match := _COUNT.fullmatch(word):
+        count = float(match["number"].replace("_", "")) * _COUNTS[match["suffix"]]
+        return FleetEntry(chip=match["chip"], chips=int(count)) if count >= 1 else None
+    return None
+
+
+def _filled(entry: FleetEntry, defaults: FleetEntry) -> FleetEntry:
+    open_fields = [field.name for field in fields(entry) if getattr(entry, field.name) is None]
+    return replace(entry, **{name: getattr(defaults, name) for name in open_fields})
+
+
+def _check_entry(entry: FleetEntry, chip: Chip) -> None:
+    problems: list[UserError] = []
+    sizes = [name for name in ("chips", "shape", "megawatts", "budget_usd") if getattr(entry, name) is not None]
+    if len(sizes) != 1:
+        what = f"the fleet of {chip.key} has no size" if not sizes else f"the fleet of {chip.key} has several sizes"
+        got = ", ".join(f"{name}={getattr(entry, name)}" for name in sizes) or "none"
+        problems.append(ConfigError(what, got=got, allowed="one of chips, shape, megawatts, budget_usd"))
+    for field in fields(entry):
+        value = getattr(entry, field.name)
+        if isinstance(value, (int, float)) and not 0 < value < float("inf"):
+            problems.append(ConfigError(f"'{field.name}' of {chip.key} is out of range", got=value, allowed="above 0"))
+    if entry.pue is not None and entry.pue < 1:
+        problems.append(
+            ConfigError("a PUE is facility power over the power of the servers", got=entry.pue, allowed="1 or more")
+        )
+    if entry.shape is not None:
+        if not is_tpu(chip):
+            problems.append(ConfigError("only TPUs come in slices", got=f"{entry.chip}:{entry.shape}", allowed=GRAMMAR))
+        else:
+            problems += _check_shape(entry, chip)
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def _check_shape(entry: FleetEntry, chip: Chip) -> list[UserError]:
+    shape = tuple(sorted(int(side) for side in (entry.shape or "").split("x")))
+    size = Slices(1, shape).chips_each
+    legal = legal_shapes(chip.key, chip.topology.domain_chips or 0)
+    # Any order of the sides is the same slice; of boxes with as many chips only the squarest is listed.
+    cubes = len(shape) == 3 and all(side % 4 == 0 for side in shape) and size in legal
+    if tuple(sorted(legal.get(size, ()))) == shape or cubes:
+        return []
+    close = [size for size in legal if size <= max(size, 1)]
+    near = "x".join(map(str, legal[max(close, default=min(legal))]))
+    return [
+        ConfigError(f"there is no such slice of {chip.key}", got=entry.shape, fix=f"the next smaller one is {near}")
+    ]
+
+
+def _asked(entry: FleetEntry, chip: Chip, power: Value, pue: Value, notes: list[str]) -> int:
+    if entry.chips is not None:
+        return entry.chips
+    if entry.shape is not None:
+        return Slices(entry.slices, tuple(map(int, entry.shape.split("x")))).chips
+    if entry.megawatts is None:
+        return chip.topology.chips_per_host or 1
+    count = derive(
+        "chips", "chips", "megawatts / (W per chip x PUE)", lambda w, p: entry.megawatts * 1e6 / (w * p), power, pue
+    )
+    if count.value is None:
+        raise ConfigError(
+            f"the power of {chip.key} is not published, so megawatts do not say how many chips there are",
+            got=f"{entry.megawatts:g} MW",
+            fix="give the server's watts per chip: watts_per_chip=..., or a number of chips",
+        )
+    notes.append(f"{entry.megawatts:,g} MW carry {count} chips at {power} and PUE {pue}")
+    return int(count.value)
+
+
+def _whole_hosts(chip: Chip, chips: int) -> int:
+    host = chip.topology.chips_per_host or 1
+    return chips if chips < host else chips // host * host
+
+
+def _price(entry: FleetEntry, chip: Chip, catalogue: Catalogue) -> Value:
+    name = "price per chip-hour"
+    if entry.price_usd_per_chip_hour is not None:
+        return given(name, entry.price_usd_per_chip_hour, "usd/h", "given for this fleet")
+    known = [price for price in chip.prices if price.usd_per_chip_hour.known]
+    if not known:
+        return unknown(name, "usd/h", "no list price found")
+    cheapest = min(known, key=lambda price: price.usd_per_chip_hour.value or 0.0)
+    value = of_figure(name, cheapest.usd_per_chip_hour, "usd/h", catalogue)
+    return replace(value, sources=(f"{cheapest.provider}, on-demand list price; {value.sources[0]}",))
+
+
+def _power(entry: FleetEntry, chip: Chip, catalogue: Catalogue) -> Value:
+    name = "server power per chip"
+    if entry.watts_per_chip is not None:
+        return given(name, entry.watts_per_chip, "W", "given for this fleet")
+    if chip.server_power.known:
+        return of_figure(name, chip.server_power, "W", catalogue)
+    value = of_figure(name, chip.power, "W", catalogue)
+    if value.known and not chip.power.estimated:
+        # A chip's power is less than its share of the server's: an honest lower bound.
+        return replace(value, bound=1, sources=(f"the chip alone; {value.sources[0]}",))
+    return value
+
+
+def _pue(entry: FleetEntry, chip: Chip, catalogue: Catalogue) -> Value:
+    if entry.pue is not None:
+        return given("PUE", entry.pue, "", "given for this fleet")
+    which = "google_fleet_2024_2025" if is_tpu(chip) else "industry_average"
+    figure = catalogue.raw["facility"]["pue"][which]
+    source = f"{which.replace('_', ' ')}; {catalogue.sources.get(figure['source'], figure['source'])}"
+    return given("PUE", figure["value"], "", source, estimated=True)
+
+
+def _label(entry: FleetEntry, chip: Chip, used: int) -> str:
+    if entry.megawatts is not None:
+        size = f"{entry.megawatts / 1000:g} GW" if entry.megawatts >= 1000 else f"{entry.megawatts:g} MW"
+        return f"{chip.key} @ {size}"
+    if entry.budget_usd is not None:
+        return f"{chip.key} @ ${entry.budget_usd:,.0f}"
+    return f"{chip.key} x {used:,}"

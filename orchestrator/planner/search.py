@@ -1,0 +1,366 @@
+"""All the ways to lay a job over a cluster, ranked by how fast they go through tokens.
+
+A layout is a *frame* (tensor, context, pipeline, expert: who works on one sequence) and a *filling* of it (how the
+data-parallel groups shard the state, micro-batch, remat, interleaving). The search has two rounds: every legal frame
+with a few fillings, then the best frames with all of them. What is left out, and why:
+
+- Remat: the least that fits is taken, since recomputation only adds time (exact).
+- Micro-batch: doubled until nothing fits; memory only grows with it (exact).
+- Frames whose weights and optimizer state alone do not fit are not filled (exact: the rest only adds).
+- Tensor parallelism stays within a domain of fast links, and pipelines of a TPU within a slice (a rule of the field,
+  not a theorem: it is what the links are for).
+- Degrees are divisors of what they split, at most `_DEGREES` of an axis, evenly over the logarithm; and only the
+  frames that lead after the first round are filled to the end (approximate; tests hold it against all layouts).
+- Data parallelism takes all devices that are left and that the batch can use (more devices are never slower by much;
+  idle ones are counted and shown).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
+
+from orchestrator.planner.spec import (
+    Cluster,
+    JobSpec,
+    MemoryEstimate,
+    ModelShape,
+    ParallelPlan,
+    Remat,
+    TimeEstimate,
+)
+
+Memory = Callable[[JobSpec, Cluster, ParallelPlan], MemoryEstimate]
+Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
+
+REMATS: tuple[Remat, ...] = ("none", "selective", "full")
+_DEGREES = 7  # of one axis
+_MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+_LEADERS = 8  # frames that are filled to the end
+_UNEVEN = 1.1  # stages may have so many times the mean number of layers
+_LEAST_PART = 512  # tokens of a sequence that a context rank keeps
+_LONG = 16384  # tokens of a sequence from which context parallelism is tried in any case
+_STATE_BYTES = 12  # per parameter, at least: fp32 weights and two moments
+
+
+@dataclass(frozen=True)
+class Estimators:
+    """Who says what a layout needs and how long it takes."""
+
+    memory: Memory
+    time: Time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens per step: fixed, or at most so many, and then as many as suit a layout.
+
+    Attributes:
+        tokens: of the step, or the most of it.
+        free: whether a layout may take fewer.
+    """
+
+    tokens: int
+    free: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the search may choose. None leaves an axis to it.
+
+    Attributes:
+        whole: every device works, as a training run of this product wants it.
+        even: all axes divide what they split (this product's rules); else heads may be copied and stages be uneven.
+    """
+
+    replicate: int | None = None
+    fsdp: int | None = None
+    context: int | None = None
+    tensor: int | None = None
+    pipeline: int | None = None
+    expert: int | None = None
+    micro_batch: int | None = None
+    remats: tuple[Remat, ...] = REMATS
+    zeros: tuple[Literal[1, 2, 3], ...] = (3, 1)
+    whole: bool = False
+    even: bool = False
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout that was estimated.
+
+    Attributes:
+        job: with the batch that this layout takes.
+    """
+
+    plan: ParallelPlan
+    job: JobSpec
+    memory: MemoryEstimate
+    time: TimeEstimate
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.job.global_batch_tokens / self.time.step
+
+
+@dataclass
+class SearchResult:
+    """What the search found.
+
+    Attributes:
+        ranked: layouts that fit, the fastest first, one per frame.
+        nearest: where none fits, the one that needs least; its layout and memory.
+        layouts: that were looked at.
+    """
+
+    ranked: list[Candidate] = field(default_factory=list)
+    nearest: tuple[ParallelPlan, MemoryEstimate] | None = None
+    layouts: int = 0
+
+    @property
+    def best(self) -> Candidate | None:
+        return self.ranked[0] if self.ranked else None
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Who works on one sequence; `groups` such groups see different ones."""
+
+    tensor: int
+    context: int
+    pipeline: int
+    expert: int
+    groups: int
+
+    @property
+    def devices(self) -> int:
+        return self.tensor * self.context * self.pipeline
+
+
+def search(
+    job: JobSpec,
+    cluster: Cluster,
+    batch: Batch,
+    estimators: Estimators,
+    space: Space = Space(),
+    domains: int = 1,
+    keep: int = 6,
+) -> SearchResult:
+    """Rank the layouts of a job on a cluster.
+
+    Args:
+        job: its `global_batch_tokens` gives way to `batch`.
+        domains: slices; each has whole data-parallel groups.
+        keep: layouts in the result, of different frames.
+    """
+    walk = _Walk(job, cluster, batch, estimators, space, domains)
+    first = [(walk.best(frame, thorough=False), frame) for frame in walk.frames()]
+    leaders = sorted(((found, frame) for found, frame in first if found), key=lambda pair: -pair[0].tokens_per_second)
+    ranked = [found for found, _ in leaders]
+    for index, (_, frame) in enumerate(leaders[:_LEADERS]):
+        ranked[index] = walk.best(frame, thorough=True) or ranked[index]
+    ranked.sort(key=lambda found: -found.tokens_per_second)
+    return SearchResult(ranked[:keep], None if ranked else walk.nearest, walk.layouts)
+
+
+class _Walk:
+    """The frames and fillings of one search, and the account of what was looked at."""
+
+    def __init__(
+        self, job: JobSpec, cluster: Cluster, batch: Batch, estimators: Estimators, space: Space, domains: int
+    ):
+        self._job, self._cluster, self._batch = job, cluster, batch
+        self._estimators, self._space, self._domains = estimators, space, domains
+        self._sequences = max(1, batch.tokens // job.seq_len)
+        self._fast = _fast_devices(cluster)
+        self.layouts = 0
+        self.nearest: tuple[ParallelPlan, MemoryEstimate] | None = None
+
+    def frames(self) -> Iterator[_Frame]:
+        """Legal frames whose share of the state can fit."""
+        shape, space, devices = self._job.model, self._space, self._cluster.devices
+        per_domain = devices // self._domains
+        capacity = self._capacity()
+        for tensor in _pick(space.tensor, self._tensors(shape)):
+            for pipeline in _pick(space.pipeline, self._pipelines(shape)):
+                for context in _pick(space.context, self._contexts(tensor * pipeline)):
+                    size = tensor * context * pipeline
+                    if size > per_domain or (space.whole and devices % size):
+                        continue
+                    groups = self._groups(per_domain // size * self._domains)
+                    if not groups or (capacity and _least_state(shape, size * groups) > capacity):
+                        continue
+                    for expert in _pick(space.expert, self._experts(shape, groups, tensor)):
+                        yield _Frame(tensor, context, pipeline, expert, groups)
+
+    def best(self, frame: _Frame, thorough: bool) -> Candidate | None:
+        """The fastest filling that fits."""
+        found: Candidate | None = None
+        for replicate, fsdp in self._shardings(frame, thorough):
+            zeros = self._space.zeros if fsdp > 1 else self._space.zeros[:1]
+            for zero, stages in itertools.product(zeros, self._interleavings(frame, thorough)):
+                for candidate in self._grow(frame, replicate, fsdp, zero, stages):
+                    if found is None or candidate.tokens_per_second > found.tokens_per_second:
+                        found = candidate
+        return found
+
+    def _grow(self, frame: _Frame, replicate: int, fsdp: int, zero: int, stages: int) -> Iterator[Candidate]:
+        """Micro-batches from small to large, each with the least remat that fits."""
+        share = self._sequences // frame.groups
+        for micro in _pick(self._space.micro_batch, _MICRO_BATCHES):
+            if micro > share or (not self._batch.free and share % micro):
+                return
+            # A free batch is a whole number of micro-batches of every group.
+            tokens = frame.groups * (share // micro) * micro * self._job.seq_len
+            job = replace(self._job, global_batch_tokens=tokens)
+            plan = ParallelPlan(
+                replicate=replicate,
+                fsdp=fsdp,
+                context=frame.context,
+                tensor=frame.tensor,
+                pipeline=frame.pipeline,
+                expert=frame.expert,
+                micro_batch=micro,
+                zero=cast(Literal[1, 2, 3], zero),
+                virtual_stages=stages,
+                compiled=self._space.compiled,
+            )
+            candidate = self._least_remat(job, plan)
+            if candidate is None:
+                return
+            yield candidate
+
+    def _least_remat(self, job: JobSpec, plan: ParallelPlan) -> Candidate | None:
+        for remat in self._space.remats:
+            tried = replace(plan, remat=remat)
+            memory = self._estimators.memory(job, self._cluster, tried)
+            self.layouts += 1
+            if memory.fits is not False:
+                return Candidate(tried, job, memory, self._estimators.time(job, self._cluster, tried))
+            if self.nearest is None or memory.total < self.nearest[1].total:
+                self.nearest = (tried, memory)
+        return None
+
+    def _groups(self, most: int) -> int:
+        """Data-parallel groups: as many as the devices hold and the batch can feed."""
+        space = self._space
+        fixed = (space.replicate or 1) * (space.fsdp or 1)
+        if space.replicate and space.fsdp:
+            return fixed if fixed <= most and not self._sequences % fixed else 0
+        if space.whole:
+            return most if not self._sequences % most and not most % fixed else 0
+        limit = min(most, self._sequences)
+        unit = fixed * self._domains // math.gcd(fixed, self._domains)
+        unit = unit if unit <= limit else fixed
+        if self._batch.free:
+            return limit // unit * unit
+        fitting = [groups for groups in divisors_of(self._sequences) if groups <= limit and not groups % unit]
+        return fitting[-1] if fitting else 0
+
+    def _shardings(self, frame: _Frame, thorough: bool) -> Iterator[tuple[int, int]]:
+        """(replicate, fsdp) of the groups."""
+        groups, space = frame.groups, self._space
+        if space.fsdp or space.replicate:
+            fsdp = space.fsdp or groups // (space.replicate or 1)
+            yield groups // fsdp, fsdp
+            return
+        near = max(1, self._fast // (frame.tensor * frame.context))
+        divisors = divisors_of(groups)
+        wanted = {groups, near, 8 * near, groups // self._domains}
+        if thorough:
+            wanted |= set(_spread(divisors, 12)) | {1}
+        seen = {max(divisor for divisor in divisors if divisor <= max(1, want)) for want in wanted}
+        yield from ((groups // fsdp, fsdp) for fsdp in sorted(seen, reverse=True))
+
+    def _tensors(self, shape: ModelShape) -> list[int]:
+        even = self._space.even
+
+        def legal(degree: int) -> bool:
+            if shape.heads % degree or shape.mlp_dim % degree or self._job.seq_len % degree:
+                return False
+            if even:
+                return not (shape.kv_heads % degree or shape.vocab % degree or shape.learned_positions % degree)
+            return not (shape.kv_heads % degree and degree % shape.kv_heads)
+
+        return [degree for degree in divisors_of(shape.heads) if degree <= self._fast and legal(degree)][:_DEGREES]
+
+    def _pipelines(self, shape: ModelShape) -> list[int]:
+        if self._space.even:
+            return [1]
+        most = min(shape.layers, self._cluster.devices)
+        powers = [2**power for power in range(most.bit_length()) if 2**power <= most]
+        legal = {p for p in powers if math.ceil(shape.layers / p) * p <= _UNEVEN * shape.layers}
+        return _spread(sorted(legal | {p for p in divisors_of(shape.layers) if p <= most}), _DEGREES + 2)
+
+    def _contexts(self, others: int) -> list[int]:
+        """Parts of a sequence: of long ones, or where there are more devices than sequences."""
+        seq_len = self._job.seq_len
+        scarce = self._cluster.devices // others > self._sequences
+        if seq_len < _LONG and not scarce:
+            return [1]
+        legal = [degree for degree in divisors_of(seq_len) if seq_len // degree >= _LEAST_PART]
+        return [degree for degree in legal if degree & (degree - 1) == 0][:_DEGREES]
+
+    def _experts(self, shape: ModelShape, groups: int, tensor: int) -> list[int]:
+        if not shape.experts:
+            return [1]
+        legal = [degree for degree in divisors_of(math.gcd(shape.experts, groups)) if degree & (degree - 1) == 0]
+        return _spread(legal, 5)
+
+    def _interleavings(self, frame: _Frame, thorough: bool) -> list[int]:
+        layers = self._job.model.layers
+        if frame.pipeline == 1 or not thorough or layers % frame.pipeline:
+            return [1]
+        each = layers // frame.pipeline
+        return [chunks for chunks in (1, 2, 4, 5, 8, 10) if not each % chunks]
+
+    def _capacity(self) -> float | None:
+        chip = self._cluster.chip
+        known = chip.hbm_runtime_bytes.value or chip.hbm_bytes.value
+        return known / chip.logical_devices_per_chip if known else None
+
+
+@functools.lru_cache(maxsize=4096)
+def divisors_of(number: int) -> tuple[int, ...]:
+    """All divisors, in order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if not number % divisor]
+    return tuple(sorted({*small, *(number // divisor for divisor in small)}))
+
+
+def _fast_devices(cluster: Cluster) -> int:
+    """Devices that the fast links join."""
+    topology = cluster.chip.topology
+    chips = cluster.domain_chips or topology.domain_chips or topology.chips_per_host or 1
+    return min(chips, cluster.chips) * cluster.chip.logical_devices_per_chip
+
+
+def _least_state(shape: ModelShape, devices: int) -> float:
+    """Bytes of weights and moments of one device when all devices share them."""
+    return _STATE_BYTES * least_parameters(shape) / devices
+
+
+def least_parameters(shape: ModelShape) -> float:
+    """Elements of the feed-forward matrices and one embedding: a lower bound of the model's."""
+    width = (3 if shape.gated else 2) * shape.dim
+    sparse = shape.layers - shape.dense_layers if shape.experts else 0
+    experts = (shape.experts + shape.shared_experts) * shape.expert_dim
+    return float(width * (sparse * experts + (shape.layers - sparse) * shape.mlp_dim) + shape.vocab * shape.dim)
+
+
+def _pick(fixed: int | None, free: Sequence[int]) -> Sequence[int]:
+    return free if fixed is None else [fixed]
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the ordered values, first and last among them, evenly over the logarithm."""
+    if len(values) <= count:
+        return list(values)
+    low, high = math.log(values[0]), math.log(values[-1])
+    wanted = [math.exp(low + (high - low) * index / (count - 1)) for index in range(count)]
+    return sorted({min(values, key=lambda value: abs(math.log(value / want))) for want in wanted})
