@@ -29,6 +29,7 @@ class ModelShape:
         expert_dim: hidden width of one expert.
         dense_layers: leading layers with a dense block in a model that has experts.
         window: tokens that a position sees, itself included; None for all before it.
+        global_layers: layers that see everything before them in a model that has a window.
         latent_q, latent_kv, rope_dim: ranks of multi-head latent attention (0 = ordinary attention).
     """
 
@@ -48,6 +49,7 @@ class ModelShape:
     expert_dim: int = 0
     dense_layers: int = 0
     window: int | None = None
+    global_layers: int = 0
     learned_positions: int = 0
     latent_q: int = 0
     latent_kv: int = 0
@@ -128,6 +130,8 @@ class ParallelPlan:
         micro_batch: sequences of one forward pass per data-parallel group.
         sequence_parallel: activations between the tensor-parallel regions are split along the sequence.
         compiled: kernels between the matrix products are fused.
+        attention: `flash` never holds the scores; `fused` holds them and fuses mask and softmax; `eager` holds
+            every step of it.
     """
 
     replicate: int = 1
@@ -142,6 +146,7 @@ class ParallelPlan:
     virtual_stages: int = 1
     sequence_parallel: bool = True
     compiled: bool = True
+    attention: Literal["flash", "fused", "eager"] = "flash"
 
     @property
     def devices(self) -> int:

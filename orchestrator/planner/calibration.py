@@ -1,0 +1,139 @@
+"""The constants that measured runs have taught, from `calibration.yaml`: few, named, per software stack."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.errors import ConfigError
+
+FILE = Path(__file__).with_name("calibration.yaml")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a software stack uses a vendor's chips. All rates are fractions of the catalogue's.
+
+    Attributes:
+        stack: the key in `calibration.yaml`.
+        gemm, gemm_fp8: of the achievable rate that matrix products reach in a training step (clocks under load
+            included); where the catalogue has no achievable rate, `achievable` of the peak stands for it.
+        gemm_traffic: bytes that a matrix product moves without hiding them, over the least it has to move.
+        attention: of the bf16 peak that attention's products reach.
+        causal: attention skips what the mask hides.
+        elementwise: bytes that the kernels between the matrix products move, over those of `time.fused_bytes`.
+        eager: the same where nothing fuses them (`compiled=False`), over `elementwise`.
+        optimizer: bytes that the optimizer moves, over the least it has to.
+        layer_seconds, step_seconds: fixed costs per layer and micro-batch, and per step.
+        intra_link, inter_link: of the links' rate that collectives reach inside a domain, and between them.
+        intra_hop, inter_hop: seconds per step of a ring.
+        tensor_hidden, context_hidden, expert_hidden: share of that axis' traffic that computation hides.
+        fsdp_hidden: share of the computation that hides the gathers and scatters of fsdp.
+        replicate_hidden: share of the last backward pass that hides the gradients' all-reduce.
+        straggler: how much a step is longer each time that the hosts double.
+        selective_recompute, offload_recompute: share of the matrix products that run again.
+        weight_bytes, gradient_bytes, optimizer_bytes: per parameter: the working copy, the gradients, and the
+            rest (moments, and a master copy where the working one is not fp32).
+        logit_bytes: per token and word at the peak of the loss.
+        loss_chunk: tokens whose logits are alive at once; None for all of the micro-batch.
+        kept: bytes of activations that a layer without remat keeps, over those of `memory.layer_bytes`.
+        selective_kept: share of them that selective remat keeps; None takes the products' results.
+        fragmentation: share of the activations that the allocator wastes.
+        context_bytes: of the runtime and its communication libraries.
+    """
+
+    stack: str
+    vendor: str
+    achievable: float = 0.8
+    gemm: float = 0.9
+    gemm_fp8: float = 0.75
+    gemm_traffic: float = 1.0
+    attention: float = 0.4
+    causal: bool = True
+    elementwise: float = 1.0
+    eager: float = 2.0
+    optimizer: float = 1.2
+    layer_seconds: float = 100e-6
+    step_seconds: float = 5e-3
+    intra_link: float = 0.75
+    inter_link: float = 0.7
+    intra_hop: float = 2e-6
+    inter_hop: float = 6e-6
+    tensor_hidden: float = 0.2
+    context_hidden: float = 0.5
+    expert_hidden: float = 0.2
+    fsdp_hidden: float = 0.8
+    replicate_hidden: float = 0.5
+    straggler: float = 0.005
+    selective_recompute: float = 0.0
+    offload_recompute: float = 0.75
+    weight_bytes: float = 4.0
+    gradient_bytes: float = 4.0
+    optimizer_bytes: float = 8.0
+    logit_bytes: float = 10.0
+    loss_chunk: int | None = None
+    kept: float = 1.0
+    selective_kept: float | None = None
+    fragmentation: float = 0.05
+    context_bytes: float = 1.0e9
+
+
+def calibration(vendor: str, stack: str = "auto") -> Calibration:
+    """The constants of `stack`, or with `auto` of the vendor's default stack.
+
+    Raises:
+        ConfigError: there is no such stack.
+    """
+    return _all()[_stack_name(vendor, stack)]
+
+
+def stacks() -> tuple[str, ...]:
+    """All stacks with constants of their own."""
+    return tuple(_all())
+
+
+def parse(data: Mapping[str, Any]) -> dict[str, Calibration]:
+    """Stacks of the file's mapping; each starts from the vendor's constants and changes some of them."""
+    known = {field.name for field in fields(Calibration)}
+    result = {}
+    for name, entry in data["stacks"].items():
+        constants = {**data["vendors"][entry["vendor"]]["constants"], **entry.get("constants", {})}
+        wrong = set(constants) - known
+        assert not wrong, f"calibration.yaml: {name}: {wrong}"
+        result[name] = Calibration(name, entry["vendor"], **constants)
+    return result
+
+
+@functools.lru_cache(maxsize=64)
+def _stack_name(vendor: str, stack: str) -> str:
+    if stack == "auto":
+        vendors = _data()["vendors"]
+        return str(vendors.get(vendor, vendors["generic"])["default_stack"])
+    if stack == "orchestrator" and f"orchestrator-{vendor}" in _all():
+        return f"orchestrator-{vendor}"
+    if stack not in _all():
+        close = difflib.get_close_matches(stack, _all(), n=1)
+        raise ConfigError(
+            "there is no such software stack in the calibration",
+            got=f"stack={stack}",
+            allowed=", ".join(("auto", *_all())),
+            fix=f"did you mean '{close[0]}'?" if close else "take stack=auto",
+        )
+    return stack
+
+
+@functools.cache
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return data
+
+
+@functools.cache
+def _all() -> dict[str, Calibration]:
+    return parse(_data())

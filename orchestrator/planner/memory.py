@@ -1,0 +1,166 @@
+"""Bytes per device at the peak of a step, from the shapes alone.
+
+Activations follow Korthikanti et al. (2205.05198), with what today's decoders keep: no dropout, gated
+feed-forward blocks, grouped keys, and flash attention, which keeps no scores. Sharded states follow Rajbhandari et
+al. (1910.02054). In a pipeline the first stages hold the most micro-batches and the last holds the logits, so both
+ends are looked at and the fuller one is the answer.
+"""
+
+from __future__ import annotations
+
+import math
+
+from orchestrator.planner.calibration import Calibration, calibration
+from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelShape, ParallelPlan
+from orchestrator.planner.time import BF16, stage_elements
+from orchestrator.planner.work import layer_elements, sparse_layers
+
+KEPT_SCORE_BYTES = {"flash": 0, "fused": 4, "eager": 10}
+"""Bytes per score that attention keeps for backward: softmax's result and input, and what dropout and fp32 add."""
+
+
+def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
+    """What the fullest device needs at the peak of a step."""
+    return step_memory(job, cluster, plan, calibration(cluster.chip.vendor, job.stack))
+
+
+def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> MemoryEstimate:
+    """`estimate_memory` with the constants given."""
+    ends = {0, plan.pipeline - 1}
+    estimates = [_stage(job, cluster, plan, constants, stage) for stage in sorted(ends)]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def device_capacity(cluster: Cluster) -> float | None:
+    """Bytes that a program may use of one device: what the runtime reports, else the catalogue's memory."""
+    chip = cluster.chip
+    known = chip.hbm_runtime_bytes.value or chip.hbm_bytes.value
+    return None if known is None else known / chip.logical_devices_per_chip
+
+
+def layer_bytes(shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool) -> float:
+    """Bytes of activations that one layer keeps for its backward pass when nothing is computed again.
+
+    Per token, in elements of bf16: inputs and results of two norms (4 d), queries and attention's result (2 h),
+    keys and values, and of a gated block the two products, the activation and their product (4 f; 2 f ungated).
+    """
+    split = plan.tensor if plan.sequence_parallel else 1
+    width = shape.mlp_dim
+    elements = 4 * shape.dim / split
+    if sparse:
+        width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim
+        elements += 2 * shape.experts_per_token * shape.dim / split
+    elements += _attention_elements(shape) / plan.tensor
+    elements += _activation_elements(shape, plan) * width / plan.tensor
+    scores = KEPT_SCORE_BYTES[plan.attention] * seq_len * shape.heads / plan.tensor
+    return tokens * (BF16 * elements + scores)
+
+
+def kept_bytes(
+    shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool, constants: Calibration
+) -> float:
+    """Bytes that one layer keeps of one micro-batch between forward and backward, under the plan's remat."""
+    split = plan.tensor if plan.sequence_parallel else 1
+    if plan.remat == "full":
+        return BF16 * tokens * shape.dim / split
+    if plan.remat == "offload":
+        return 0.0
+    everything = layer_bytes(shape, plan, seq_len, tokens, sparse) * constants.kept
+    if plan.remat == "none":
+        return everything
+    if constants.selective_kept is not None:
+        return everything * constants.selective_kept
+    width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim if sparse else shape.mlp_dim
+    products = 2 * shape.dim / split + _attention_elements(shape) / plan.tensor
+    products += ((2 if shape.gated else 1) * width / plan.tensor) + shape.dim / split
+    return BF16 * tokens * products
+
+
+def _attention_elements(shape: ModelShape) -> float:
+    if shape.latent_kv:
+        wide = shape.heads * (3 * shape.head_dim + 2 * shape.rope_dim)
+        return wide + shape.heads * shape.head_dim + shape.latent_q + shape.latent_kv
+    return 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+
+
+def _activation_elements(shape: ModelShape, plan: ParallelPlan) -> int:
+    if shape.gated:
+        return 3 if plan.compiled else 4
+    return 2
+
+
+def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration, stage: int) -> MemoryEstimate:
+    shape, stages = job.model, plan.pipeline
+    layers = math.ceil(shape.layers / stages)
+    first, last = stage == 0, stage == stages - 1
+    ends = float(first) + float(last) if not shape.tied else float(first or last)
+    dense, experts = stage_elements(job, plan, layers, ends)
+    expert_shards = max(1.0, plan.fsdp / plan.expert)
+    weights = _sharded(dense, experts, plan.fsdp, expert_shards, plan.zero >= 3)
+    gradients = _sharded(dense, experts, plan.fsdp, expert_shards, plan.zero >= 2)
+    moments = _sharded(dense, experts, plan.fsdp, expert_shards, plan.zero >= 1)
+    tokens = plan.micro_batch * job.seq_len / plan.context
+    activations = _activations(job, plan, constants, tokens, layers, stage)
+    logits = 0.0
+    if last:
+        alive = min(tokens, constants.loss_chunk) if constants.loss_chunk else tokens
+        logits = constants.logit_bytes * alive * shape.vocab / plan.tensor
+    return MemoryEstimate(
+        parameters=constants.weight_bytes * weights,
+        gradients=constants.gradient_bytes * gradients,
+        optimizer=constants.optimizer_bytes * moments,
+        activations=activations,
+        logits=logits,
+        communication=_buffers(job, plan, tokens, ends),
+        overhead=constants.context_bytes + constants.fragmentation * (activations + logits),
+        capacity=device_capacity(cluster),
+    )
+
+
+def _sharded(dense: float, experts: float, shards: int, expert_shards: float, split: bool) -> float:
+    return dense / shards + experts / expert_shards if split else dense + experts
+
+
+def _activations(
+    job: JobSpec, plan: ParallelPlan, constants: Calibration, tokens: float, layers: int, stage: int
+) -> float:
+    """Of the micro-batches in flight, with one layer's own while it is computed again."""
+    shape = job.model
+    sparse = sparse_layers(shape)
+    kinds = [(sparse / shape.layers, True)] * bool(sparse) + [(1 - sparse / shape.layers, False)]
+    per_layer = sum(
+        share * kept_bytes(shape, plan, job.seq_len, tokens, kind, constants) for share, kind in kinds if share
+    )
+    working = 0.0
+    if plan.remat != "none":
+        kind = bool(sparse)
+        working = constants.kept * layer_bytes(shape, plan, job.seq_len, tokens, kind)
+    in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage)
+    split = plan.tensor if plan.sequence_parallel else 1
+    passing = 2 * BF16 * tokens * shape.dim / split  # the gradient that comes in and the one that goes out
+    return in_flight * layers * per_layer + working + passing
+
+
+def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int) -> float:
+    """Micro-batches whose activations a stage holds: p - i under 1F1B, more when chunks interleave (2205.05198)."""
+    stages = plan.pipeline
+    if plan.virtual_stages == 1:
+        return float(min(micro_batches, stages - stage))
+    warm = (stages - stage - 1) * 2 + (plan.virtual_stages - 1) * stages + 1
+    return min(float(micro_batches), warm / plan.virtual_stages)
+
+
+def _buffers(job: JobSpec, plan: ParallelPlan, tokens: float, ends: float) -> float:
+    """What collectives need room for: two gathered layers and one layer's gradients, and the gathered sequence."""
+    shape = job.model
+    size = 0.0
+    if plan.fsdp > 1 and plan.zero == 3:
+        kind = layer_elements(shape, bool(shape.experts))
+        layer = (kind.attention + kind.mlp) / plan.tensor + kind.experts / plan.tensor / plan.expert
+        matrix = shape.vocab * shape.dim / plan.tensor if ends else 0.0
+        size += 2 * BF16 * max(layer, matrix) + 4 * layer
+    if plan.tensor > 1 and plan.sequence_parallel:
+        size += 2 * BF16 * tokens * shape.dim
+    if plan.context > 1:
+        size += 2 * BF16 * plan.micro_batch * job.seq_len * 2 * shape.kv_heads * shape.head_dim / plan.tensor
+    return size
