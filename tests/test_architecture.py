@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"sharding"},
     "planner": {"sharding", "chips"},
     "strategies": {"hardware", "sharding", "models"},
-    "observe": {"chips", "hardware"},
+    "observe": {"chips", "hardware", "planner"},
     "resilience": {"strategies"},
     "launch": {"hardware"},
     "train": {

@@ -7,6 +7,8 @@ from orchestrator.planner.spec import Cluster, ParallelPlan, TimeEstimate
 
 # The order of the axes on the devices, from the fastest links outwards.
 _INSIDE_OUT = ("tensor", "context", "fsdp", "replicate", "pipeline")
+AXES = (*_INSIDE_OUT, "expert")
+"""Axes whose traffic is a part of the step."""
 PARTS = {
     "compute": "matrix products",
     "memory_bound": "memory-bound kernels",
@@ -82,7 +84,7 @@ def loses(loser: Candidate, best: Candidate) -> str:
 
 def _part(name: str, candidate: Candidate, cluster: Cluster, share: float) -> str:
     over = ""
-    if name in (*_INSIDE_OUT, "expert"):
+    if name in AXES:
         over = f" over {link_of(name, candidate.plan, cluster)}"
     return f"{PARTS[name]}{over} ({share:.0%} of the step)"
 

@@ -96,24 +96,21 @@ class Fleet:
         return self.slices.count if self.slices else 1
 
 
-def parse_fleets(text: str) -> list[FleetEntry]:
-    """`h100x1024`, or several in brackets.
+def split_fleets(text: str) -> list[str]:
+    """The words of `h100x1024`, or of several fleets in brackets."""
+    return [word.strip() for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
+
+
+def parse_fleet(word: str) -> FleetEntry:
+    """A fleet in the short way.
 
     Raises:
-        ConfigErrors: all that are not written as `GRAMMAR`.
+        ConfigError: it is not written as `GRAMMAR` says.
     """
-    words = [word.strip() for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
-    entries: list[FleetEntry] = []
-    problems: list[UserError] = []
-    for word in words:
-        entry = _parse(word)
-        if entry is None:
-            problems.append(ConfigError("not a fleet", got=f"fleet={word}", allowed=GRAMMAR))
-        else:
-            entries.append(entry)
-    if problems:
-        raise ConfigErrors(problems)
-    return entries
+    entry = _parse(word)
+    if entry is None:
+        raise ConfigError("not a fleet", got=f"fleet={word}", allowed=GRAMMAR)
+    return entry
 
 
 def find_chip(name: str, catalogue: Catalogue) -> Chip:
@@ -137,16 +134,19 @@ def find_chip(name: str, catalogue: Catalogue) -> Chip:
     )
 
 
-def resolve_fleets(entries: Sequence[FleetEntry], catalogue: Catalogue, defaults: FleetEntry) -> list[Fleet]:
+def resolve_fleets(
+    items: Sequence[str | FleetEntry], catalogue: Catalogue, defaults: FleetEntry = FleetEntry()
+) -> list[Fleet]:
     """The fleets with their figures; what an entry leaves open is taken from `defaults`, then from the catalogue.
 
     Raises:
-        ConfigErrors: all that is wrong with all entries.
+        ConfigErrors: all that is wrong with all of them.
     """
     problems: list[UserError] = []
     fleets: list[Fleet] = []
-    for entry in entries:
+    for item in items:
         try:
+            entry = parse_fleet(item) if isinstance(item, str) else item
             fleets.append(resolve_fleet(_filled(entry, defaults), catalogue))
         except ConfigErrors as error:
             problems += error.problems
@@ -265,9 +265,9 @@ def _asked(entry: FleetEntry, chip: Chip, power: Value, pue: Value, notes: list[
         return Slices(entry.slices, tuple(map(int, entry.shape.split("x")))).chips
     if entry.megawatts is None:
         return chip.topology.chips_per_host or 1
-    count = derive(
-        "chips", "chips", "megawatts / (W per chip x PUE)", lambda w, p: entry.megawatts * 1e6 / (w * p), power, pue
-    )
+    megawatts = given("megawatts", entry.megawatts, "MW", "the fleet")
+    formula = "megawatts / (server power per chip x PUE)"
+    count = derive("chips", "chips", formula, lambda m, w, p: m * 1e6 / (w * p), megawatts, power, pue, falling=(1, 2))
     if count.value is None:
         raise ConfigError(
             f"the power of {chip.key} is not published, so megawatts do not say how many chips there are",

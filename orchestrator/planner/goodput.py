@@ -12,7 +12,7 @@ import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -22,17 +22,24 @@ from orchestrator.planner.value import Value, derive, given
 _DAY = 86400.0
 _LEAST_GOODPUT = 1e-6  # below it the job does not get on at all
 _MOST_EXPONENT = 300.0
+_ENOUGH = 0.8  # goodput with which restarts are accepted
 
 
 @dataclass(frozen=True)
 class FailureOptions:
-    """What a user may know better than `failures.yaml`; None takes its figure."""
+    """What a user may know better than `failures.yaml`; None takes its figure.
+
+    Attributes:
+        recovery: `restart` from the last save, or `replace` the group that failed while the others go on; `auto`
+            restarts, as runs do today, unless that loses more than a fifth of the time.
+    """
 
     failures_per_chip_day: float | None = None
     save_stall_seconds: float | None = None
     restart_seconds: float | None = None
     replace_seconds: float | None = None
     repair_hours: float | None = None
+    recovery: Literal["auto", "restart", "replace"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Goodput:
     Attributes:
         recovery: which of `restart` and `replace` was counted.
         restart: share of the time that is progress where every failure sends the job back to its last save.
-        replace: the same where a data-parallel group that fails is left out and its chips replaced; None with one group.
+        replace: the same where a data-parallel group that fails is replaced while the others go on; None with
+            one group.
         spares: chips beyond those of the job that cover repairs.
     """
 
@@ -164,9 +172,18 @@ def goodput(
         count = given("data-parallel groups", float(groups), "replicas", "the layout")
         formula = "exp(-(stall + step / 2) / time between failures) x (1 - share of groups that are missing)"
         replace = derive("goodput with replacement", "ratio", formula, replace_goodput, swap, mtbf, step, count, again)
-    better = replace is not None and (replace.value or 0.0) > (restart.value or 0.0)
+    recovery = _recovery(options, restart, replace)
     spares = _spares(chip, chips, rate, options)
-    return Goodput(rate, mtbf, stall, young, interval, "replace" if better else "restart", restart, replace, spares)
+    return Goodput(rate, mtbf, stall, young, interval, recovery, restart, replace, spares)
+
+
+def _recovery(options: FailureOptions, restart: Value, replace: Value | None) -> str:
+    if replace is None or options.recovery == "restart":
+        return "restart"
+    if options.recovery == "replace":
+        return "replace"
+    kept, swapped = restart.value or 0.0, replace.value or 0.0
+    return "replace" if kept < _ENOUGH and swapped > kept else "restart"
 
 
 def _stall(state: Value, options: FailureOptions) -> Value:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
+from orchestrator.planner.calibration import calibration
+from orchestrator.planner.memory import device_capacity, estimate_memory
 from orchestrator.planner.spec import (
     Cluster,
     JobSpec,
@@ -33,6 +35,8 @@ from orchestrator.planner.spec import (
     Remat,
     TimeEstimate,
 )
+from orchestrator.planner.time import estimate_time
+from orchestrator.planner.work import parameters
 
 Memory = Callable[[JobSpec, Cluster, ParallelPlan], MemoryEstimate]
 Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
@@ -44,15 +48,14 @@ _LEADERS = 8  # frames that are filled to the end
 _UNEVEN = 1.1  # stages may have so many times the mean number of layers
 _LEAST_PART = 512  # tokens of a sequence that a context rank keeps
 _LONG = 16384  # tokens of a sequence from which context parallelism is tried in any case
-_STATE_BYTES = 12  # per parameter, at least: fp32 weights and two moments
 
 
 @dataclass(frozen=True)
 class Estimators:
     """Who says what a layout needs and how long it takes."""
 
-    memory: Memory
-    time: Time
+    memory: Memory = estimate_memory
+    time: Time = estimate_time
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ def search(
     job: JobSpec,
     cluster: Cluster,
     batch: Batch,
-    estimators: Estimators,
     space: Space = Space(),
+    estimators: Estimators = Estimators(),
     domains: int = 1,
     keep: int = 6,
 ) -> SearchResult:
@@ -159,7 +162,7 @@ def search(
         domains: slices; each has whole data-parallel groups.
         keep: layouts in the result, of different frames.
     """
-    walk = _Walk(job, cluster, batch, estimators, space, domains)
+    walk = _Walk(job, cluster, batch, space, estimators, domains)
     first = [(walk.best(frame, thorough=False), frame) for frame in walk.frames()]
     leaders = sorted(((found, frame) for found, frame in first if found), key=lambda pair: -pair[0].tokens_per_second)
     ranked = [found for found, _ in leaders]
@@ -173,12 +176,12 @@ class _Walk:
     """The frames and fillings of one search, and the account of what was looked at."""
 
     def __init__(
-        self, job: JobSpec, cluster: Cluster, batch: Batch, estimators: Estimators, space: Space, domains: int
+        self, job: JobSpec, cluster: Cluster, batch: Batch, space: Space, estimators: Estimators, domains: int
     ):
         self._job, self._cluster, self._batch = job, cluster, batch
         self._estimators, self._space, self._domains = estimators, space, domains
         self._sequences = max(1, batch.tokens // job.seq_len)
-        self._fast = _fast_devices(cluster)
+        self._fast, self._parts = _fast_devices(cluster), cluster.chip.logical_devices_per_chip
         self.layouts = 0
         self.nearest: tuple[ParallelPlan, MemoryEstimate] | None = None
 
@@ -186,7 +189,7 @@ class _Walk:
         """Legal frames whose share of the state can fit."""
         shape, space, devices = self._job.model, self._space, self._cluster.devices
         per_domain = devices // self._domains
-        capacity = self._capacity()
+        capacity = device_capacity(self._cluster)
         for tensor in _pick(space.tensor, self._tensors(shape)):
             for pipeline in _pick(space.pipeline, self._pipelines(shape)):
                 for context in _pick(space.context, self._contexts(tensor * pipeline)):
@@ -194,7 +197,11 @@ class _Walk:
                     if size > per_domain or (space.whole and devices % size):
                         continue
                     groups = self._groups(per_domain // size * self._domains)
-                    if not groups or (capacity and _least_state(shape, size * groups) > capacity):
+                    if (
+                        not groups
+                        or size * groups % self._parts
+                        or (capacity and _least_state(self._job, self._cluster, size * groups) > capacity)
+                    ):
                         continue
                     for expert in _pick(space.expert, self._experts(shape, groups, tensor)):
                         yield _Frame(tensor, context, pipeline, expert, groups)
@@ -218,6 +225,8 @@ class _Walk:
                 return
             # A free batch is a whole number of micro-batches of every group.
             tokens = frame.groups * (share // micro) * micro * self._job.seq_len
+            if stages > 1 and (share // micro) % frame.pipeline:
+                continue  # interleaving takes the micro-batches in rounds of one per stage
             job = replace(self._job, global_batch_tokens=tokens)
             plan = ParallelPlan(
                 replicate=replicate,
@@ -237,12 +246,13 @@ class _Walk:
             yield candidate
 
     def _least_remat(self, job: JobSpec, plan: ParallelPlan) -> Candidate | None:
+        working = replace(self._cluster, chips=plan.devices // self._parts)
         for remat in self._space.remats:
             tried = replace(plan, remat=remat)
-            memory = self._estimators.memory(job, self._cluster, tried)
+            memory = self._estimators.memory(job, working, tried)
             self.layouts += 1
             if memory.fits is not False:
-                return Candidate(tried, job, memory, self._estimators.time(job, self._cluster, tried))
+                return Candidate(tried, job, memory, self._estimators.time(job, working, tried))
             if self.nearest is None or memory.total < self.nearest[1].total:
                 self.nearest = (tried, memory)
         return None
@@ -320,11 +330,6 @@ class _Walk:
         each = layers // frame.pipeline
         return [chunks for chunks in (1, 2, 4, 5, 8, 10) if not each % chunks]
 
-    def _capacity(self) -> float | None:
-        chip = self._cluster.chip
-        known = chip.hbm_runtime_bytes.value or chip.hbm_bytes.value
-        return known / chip.logical_devices_per_chip if known else None
-
 
 @functools.lru_cache(maxsize=4096)
 def divisors_of(number: int) -> tuple[int, ...]:
@@ -340,17 +345,10 @@ def _fast_devices(cluster: Cluster) -> int:
     return min(chips, cluster.chips) * cluster.chip.logical_devices_per_chip
 
 
-def _least_state(shape: ModelShape, devices: int) -> float:
+def _least_state(job: JobSpec, cluster: Cluster, devices: int) -> float:
     """Bytes of weights and moments of one device when all devices share them."""
-    return _STATE_BYTES * least_parameters(shape) / devices
-
-
-def least_parameters(shape: ModelShape) -> float:
-    """Elements of the feed-forward matrices and one embedding: a lower bound of the model's."""
-    width = (3 if shape.gated else 2) * shape.dim
-    sparse = shape.layers - shape.dense_layers if shape.experts else 0
-    experts = (shape.experts + shape.shared_experts) * shape.expert_dim
-    return float(width * (sparse * experts + (shape.layers - sparse) * shape.mlp_dim) + shape.vocab * shape.dim)
+    constants = calibration(cluster.chip.vendor, job.stack)
+    return (constants.weight_bytes + constants.optimizer_bytes) * parameters(job.model) / devices
 
 
 def _pick(fixed: int | None, free: Sequence[int]) -> Sequence[int]:

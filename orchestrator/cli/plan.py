@@ -1,0 +1,194 @@
+"""`python -m orchestrator plan`: what a run needs, on whose chips, how long and for how much. No torch, no device."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from orchestrator.config.options import describe_options, option, parse_options
+from orchestrator.errors import ConfigError, ConfigErrors, UserError
+
+if TYPE_CHECKING:
+    from orchestrator.chips.catalogue import Catalogue
+    from orchestrator.planner.fleet import Fleet
+    from orchestrator.planner.plan import FleetPlan, Request
+
+_PROGRAM = "python -m orchestrator plan"
+DOES_NOT_FIT = 1
+
+_HELP = """usage: {program} fleet=FLEET [model=NAME] [group=option ...] [key=value ...]
+
+What a run needs: whether it fits, how to shard it, how long it takes, how often it fails, what it costs and draws. For
+one fleet or several side by side, in seconds, without a device. The configuration is that of `train`.
+
+Fleets
+  h100x1024               so many chips; 1M and 400k are numbers too
+  tpu_v7x@1GW             as many as so much power carries, cooling included
+  h100@$5M                as many as make the run cost no more
+  2xtpu_v5p:8x16x16       slices of that shape
+  [h100x1024,trn2x4096]   several, compared
+  FILE.yaml               `fleets:` a list of these, or of mappings with overrides (docs/planning.md)
+
+Options
+{options}
+
+Models
+  those of train, and {models}
+
+Examples
+  {program} model=llama3_70b fleet=h100x1024 tokens=15T
+  {program} model=llama3_70b fleet=[h100x1024,tpu_v5px2048,trn2x4096] tokens=15T objective=cost html=plan.html
+  {program} model=deepseek_v3 fleet=h100x2048 train.seq_len=4096 tokens=14.8T explain=cost
+
+train.seq_len is {seq_len} and the batch follows the fleet unless you set them (train.global_batch_tokens). train.remat,
+train.micro_batch_size and layout.* fix what the search may choose. Exits with 1 where the model fits no fleet."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`; everything else is `train`'s."""
+
+    fleet: str = option(help="the chips, see above")
+    tokens: str | None = option(None, help="of the run: 15T, 200B; none: an experiment's, else a trillion")
+    objective: Literal["time", "cost", "energy"] = option("time", help="fleets are ranked by it: time, cost, energy")
+    precision: Literal["bf16", "fp8", "fp32"] = option("bf16", help="of the matrix products: bf16, fp8, fp32")
+    axes: Literal["all", "train"] = option("all", help="all, or train: those that the strategies of train have")
+    jobs: str | None = option(None, help="YAML of several jobs, to be split over the fleets")
+    chips_file: str | None = option(None, help="YAML that adds chips or overrides figures of the catalogue")
+    price_usd_per_chip_hour: float | None = option(None, help="for all fleets; none: the lowest list price")
+    watts_per_chip: float | None = option(None, help="of the server, per chip; none: the catalogue's")
+    pue: float | None = option(None, help="facility power over server power; none: by vendor")
+    inter_gb_per_s: float | None = option(None, help="network one way and chip; none: the catalogue's")
+    failures_per_chip_day: float | None = option(None, help="that stop a job; none: as published")
+    recovery: Literal["auto", "restart", "replace"] = option("auto", help="restart, replace a failed group, or auto")
+    restart_seconds: float | None = option(None, help="from a failure to the next step")
+    replace_seconds: float | None = option(None, help="from a failure until the other groups go on")
+    save_stall_seconds: float | None = option(None, help="that a save stops the step; none: predicted")
+    repair_hours: float | None = option(None, help="until a failed host is back")
+    max_days: float | None = option(None, help="fleets that take longer are ranked last")
+    max_usd: float | None = option(None, help="fleets that cost more are ranked last")
+    explain: str | None = option(None, help="print the derivation of a figure: cost, days, goodput, ..., or all")
+    json: bool = option(False, help="print JSON")
+    html: str | None = option(None, help="file for a report with plots")
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb. Returns 0, or `DOES_NOT_FIT` where no fleet holds the model.
+
+    Raises:
+        UserError: all that is wrong with the configuration, the fleets and the options.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        print(_help())
+        return 0
+    from orchestrator.chips.catalogue import load
+    from orchestrator.cli.plan_request import read_fleets, read_requests
+
+    own = [word for word in argv if word.partition("=")[0] in PlanOptions.__dataclass_fields__]
+    options = parse_options(PlanOptions, own)
+    words = [word for word in argv if word not in own]
+    catalogue = load(options.chips_file)
+    problems: list[UserError] = []
+    fleets = read_fleets(options, catalogue, problems)
+    requests = read_requests(words, options, problems)
+    if problems:
+        raise ConfigErrors(problems)
+    if options.jobs:
+        return _split(requests, fleets, catalogue, options)
+    return _compare(next(iter(requests.values())), fleets, catalogue, options)
+
+
+def _help() -> str:
+    from orchestrator.cli.plan_request import SEQ_LEN
+    from orchestrator.planner.models import planned_models
+
+    return _HELP.format(
+        program=_PROGRAM,
+        options=describe_options(PlanOptions),
+        models=", ".join(planned_models()),
+        seq_len=SEQ_LEN,
+    )
+
+
+def _compare(request: Request, fleets: list[Fleet], catalogue: Catalogue, options: PlanOptions) -> int:
+    from orchestrator.observe.plan_text import PlanText
+    from orchestrator.planner.plan import plan_fleet, rank
+
+    plans = rank([plan_fleet(request, fleet, catalogue) for fleet in fleets], options.objective)
+    plans = _within(plans, options)
+    if options.html:
+        from orchestrator.observe.plan_page import write_page
+
+        write_page(Path(options.html).expanduser(), request, plans, options.objective, catalogue)
+    if options.json:
+        from orchestrator.planner.plan_data import as_data
+
+        print(json.dumps(as_data(request, plans, options.objective), indent=2))
+    else:
+        print(_about(request))
+        print(f"\n{PlanText(_is_plain()).write(plans, options.objective)}")
+        for plan in plans if options.explain else ():
+            print(f"\n{_derivation(plan, str(options.explain))}")
+        if options.html:
+            print(f"\nreport: {options.html}")
+    return 0 if any(plan.figures for plan in plans) else DOES_NOT_FIT
+
+
+def _split(requests: dict[str, Request], fleets: list[Fleet], catalogue: Catalogue, options: PlanOptions) -> int:
+    from orchestrator.observe.plan_text import PlanText
+    from orchestrator.planner.plan import plan_fleet
+    from orchestrator.planner.plan_data import portfolio_data
+    from orchestrator.planner.portfolio import assign
+
+    table = {job: [plan_fleet(request, fleet, catalogue) for fleet in fleets] for job, request in requests.items()}
+    portfolio = assign(table, options.objective)
+    if options.json:
+        print(json.dumps(portfolio_data(portfolio, options.objective), indent=2))
+    else:
+        print("\n".join(f"{job}: {_about(request)}" for job, request in requests.items()))
+        print(f"\n{PlanText(_is_plain()).portfolio(portfolio, options.objective)}")
+    return DOES_NOT_FIT if portfolio.impossible else 0
+
+
+def _within(plans: list[FleetPlan], options: PlanOptions) -> list[FleetPlan]:
+    """Fleets beyond the user's limits last, with a note."""
+    limits = (("days", options.max_days, "max_days"), ("cost", options.max_usd, "max_usd"))
+    good: list[FleetPlan] = []
+    over: list[FleetPlan] = []
+    for plan in plans:
+        notes = []
+        for key, limit, name in limits:
+            value = plan.figures[key].value if plan.figures else None
+            if limit is not None and plan.figures and (value is None or value > limit):
+                notes.append(f"{'not known to be within' if value is None else 'over'} {name}={limit:g}")
+        (over if notes else good).append(replace(plan, notes=(*plan.notes, *notes)))
+    return [*good, *over]
+
+
+def _about(request: Request) -> str:
+    from orchestrator.planner.work import parameters
+
+    shape = request.job.model
+    sparse = f", {shape.experts} experts of which {shape.experts_per_token} per token" if shape.experts else ""
+    return (
+        f"{shape.name}: {parameters(shape) / 1e9:,.1f}B parameters{sparse}; {request.tokens} in sequences of "
+        f"{request.job.seq_len:,}, {request.job.precision}"
+    )
+
+
+def _derivation(plan: FleetPlan, name: str) -> str:
+    if not plan.figures:
+        return f"{plan.fleet.label}: nothing to derive, the model does not fit"
+    if name != "all" and name not in plan.figures:
+        raise ConfigError(
+            "there is no such figure to explain", got=f"explain={name}", allowed=", ".join((*plan.figures, "all"))
+        )
+    chosen = plan.figures.values() if name == "all" else [plan.figures[name]]
+    return "\n\n".join([plan.fleet.label, *(value.explain() for value in chosen)])
+
+
+def _is_plain() -> bool:
+    return "utf" not in (sys.stdout.encoding or "").lower()

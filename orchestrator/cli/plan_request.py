@@ -1,0 +1,242 @@
+"""From the words of `plan` to what is planned: fleets, and a job or several."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.config.compose import Composed, compose, conf_dir, group_options, read_plain
+from orchestrator.config.convert import convert_text, from_dict
+from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets, split_fleets
+from orchestrator.planner.goodput import FailureOptions
+from orchestrator.planner.models import planned_models
+from orchestrator.planner.plan import Request
+from orchestrator.planner.search import Space
+from orchestrator.planner.spec import JobSpec, ModelShape
+from orchestrator.planner.value import Value, given
+
+if TYPE_CHECKING:
+    from orchestrator.chips.catalogue import Catalogue
+    from orchestrator.cli.plan import PlanOptions
+
+SEQ_LEN = 8192  # where neither the command line nor an experiment says; less for models made for less
+_TOKENS = 1e12
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kKMBT]?)")
+_SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_AXES = ("replicate", "fsdp", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """One job of a file of jobs; `overrides` are words as on the command line."""
+
+    name: str | None = None
+    model: str = ""
+    tokens: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def read_fleets(options: PlanOptions, catalogue: Catalogue, problems: list[UserError]) -> list[Fleet]:
+    """The fleets of the command line, or of a file. What is wrong goes to `problems`."""
+    names = {field.name for field in fields(FleetEntry)} & {field.name for field in fields(options)}
+    defaults = FleetEntry(**{name: getattr(options, name) for name in names})
+    items: list[str | FleetEntry] = []
+    try:
+        if not options.fleet.endswith((".yaml", ".yml")):
+            items = list(split_fleets(options.fleet))
+        else:
+            for index, item in enumerate(_listed(options.fleet, "fleets")):
+                try:
+                    items.append(item if isinstance(item, str) else _from(FleetEntry, item, f"fleets[{index}]"))
+                except UserError as error:
+                    problems += _all(error)
+        return resolve_fleets(items, catalogue, defaults)
+    except UserError as error:
+        problems += _all(error)
+        return []
+
+
+def read_requests(words: list[str], options: PlanOptions, problems: list[UserError]) -> dict[str, Request]:
+    """What is planned, by name: one job of the command line, or several of a file. As for `problems`, see above."""
+    requests: dict[str, Request] = {}
+    try:
+        if not options.jobs:
+            request = read_request(words, options)
+            return {request.job.model.name: request}
+        for index, item in enumerate(_listed(options.jobs, "jobs")):
+            try:
+                entry = _from(JobEntry, item, f"jobs[{index}]")
+                chosen = replace(options, tokens=entry.tokens or options.tokens)
+                name = entry.name or f"{index + 1}-{entry.model}"
+                requests[name] = read_request([*words, f"model={entry.model}", *entry.overrides], chosen)
+            except UserError as error:
+                problems += _all(error)
+    except UserError as error:
+        problems += _all(error)
+    return requests
+
+
+def read_request(words: list[str], options: PlanOptions) -> Request:
+    """One job.
+
+    Raises:
+        ConfigErrors: all that is wrong with it.
+    """
+    problems: list[UserError] = []
+    rest, config_dir = _without_config_dir(words)
+    rest = _known_model(rest, config_dir, problems)
+    shape, longest, rest = _planned_shape(rest, problems)
+    asked = None
+    try:
+        asked = None if options.tokens is None else given("tokens", _amount(options.tokens), "tokens", "tokens=")
+    except ConfigError as error:
+        problems.append(error)
+    given_keys = {word.partition("=")[0] for word in words}
+    if not given_keys & {"train.global_batch_tokens", "experiment"}:
+        # Any batch will do while the configuration is checked: the real one follows the fleet.
+        rest = [*rest, "train.global_batch_tokens=${train.seq_len}"]
+    try:
+        composed = compose(rest, config_dir)
+        if not problems:
+            if shape is None:
+                shape, longest = _shape(composed), composed.config.model.max_seq_len
+            return _request(composed, shape, longest, given_keys, asked, options)
+    except UserError as error:
+        problems += _all(error)
+    raise ConfigErrors(problems)
+
+
+def _request(
+    composed: Composed, shape: ModelShape, longest: int, keys: set[str], asked: Value | None, options: PlanOptions
+) -> Request:
+    """The job of a composed configuration. `keys`: what the command line set of it."""
+    train, experiment = composed.config.train, composed.choices.get("experiment") is not None
+    seq_len = train.seq_len if experiment or "train.seq_len" in keys else min(SEQ_LEN, longest)
+    batch = train.global_batch_tokens if experiment or "train.global_batch_tokens" in keys else None
+    if batch is not None and batch % seq_len:
+        raise ConfigError(
+            "the global batch is not a whole number of sequences",
+            got=f"train.global_batch_tokens={batch}, sequences of {seq_len}",
+            fix=f"set train.global_batch_tokens={max(1, round(batch / seq_len)) * seq_len}, or train.seq_len",
+        )
+    if seq_len > longest:
+        raise ConfigError("the sequences are longer than the model can see", got=seq_len, allowed=f"at most {longest}")
+    tokens = asked or given("tokens", _TOKENS, "tokens", "tokens= was not given")
+    if asked is None and (experiment or "train.max_steps" in keys):
+        if batch is None:
+            what = "steps do not say how many tokens the run has while the batch follows the fleet"
+            raise ConfigError(what, got=f"train.max_steps={train.max_steps}", fix="set tokens=, or the batch too")
+        tokens = given("tokens", float(train.max_steps * batch), "tokens", "train.max_steps x global_batch_tokens")
+    space, restricted = _space(composed, keys, options)
+    known = {field.name: getattr(options, field.name) for field in fields(FailureOptions)}
+    job = JobSpec(shape, seq_len, 0, tokens.value, options.precision)
+    return Request(job, tokens, batch, space, restricted, FailureOptions(**known))
+
+
+def _without_config_dir(words: list[str]) -> tuple[list[str], str | None]:
+    """The words without `--config-dir DIR`, and the folder."""
+    if "--config-dir" not in words:
+        return words, None
+    at = words.index("--config-dir")
+    if at + 1 == len(words) or not Path(words[at + 1]).is_dir():
+        raise ConfigError("--config-dir is not a folder", got=" ".join(words[at : at + 2]))
+    return words[:at] + words[at + 2 :], words[at + 1]
+
+
+def _known_model(words: list[str], config_dir: str | None, problems: list[UserError]) -> list[str]:
+    """The words; without the model where nobody knows it, so that the others are still looked at."""
+    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    known = [*group_options(folders)["model"], *planned_models()]
+    for word in words:
+        name = word.removeprefix("model=")
+        if word.startswith("model=") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean '{close[0]}'?" if close else None
+            problems.append(ConfigError(f"there is no model '{name}'", got=word, allowed=", ".join(known), fix=fix))
+            return [other for other in words if other != word]
+    return words
+
+
+def _planned_shape(words: list[str], problems: list[UserError]) -> tuple[ModelShape | None, int, list[str]]:
+    """A model that only the planner knows, with overrides of its sizes, and the words for the configuration."""
+    named = [word.removeprefix("model=") for word in words if word.startswith("model=")]
+    if not named or named[-1] not in planned_models():
+        return None, 0, words
+    model = planned_models()[named[-1]]
+    known = [field.name for field in fields(ModelShape) if field.name != "name"]
+    sizes: dict[str, Any] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        name = key.removeprefix("model.")
+        if key.startswith("model.") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean 'model.{close[0]}'?" if close else None
+            problems.append(ConfigError(f"there is no key '{key}'", got=word, allowed=", ".join(known), fix=fix))
+        elif key.startswith("model."):
+            try:
+                sizes[name] = convert_text(ModelShape, name, text)
+            except ConfigErrors as error:
+                problems += error.problems
+    rest = [word for word in words if not word.startswith(("model=", "model."))]
+    return replace(model.shape, **sizes), model.max_seq_len, [*rest, f"model.max_seq_len={model.max_seq_len}"]
+
+
+def _shape(composed: Composed) -> ModelShape:
+    model, tokenizer = composed.config.model, composed.config.data.tokenizer
+    if model.vocab_size == "auto" and tokenizer.kind != "bpe":
+        raise ConfigError(
+            "the size of the vocabulary is not known without the data",
+            got=f"model.vocab_size=auto with data.tokenizer.kind={tokenizer.kind}",
+            fix="set model.vocab_size",
+        )
+    return ModelShape.of(model, -(-tokenizer.vocab_size // 128) * 128)
+
+
+def _space(composed: Composed, keys: set[str], options: PlanOptions) -> tuple[Space, tuple[str, ...]]:
+    """What the search may choose, and what the user fixed, in words."""
+    train, layout = composed.config.train, composed.config.layout
+    fixed: dict[str, Any] = {}
+    said = []
+    if "train.remat" in keys:
+        fixed["remats"] = (train.remat,)
+        said.append(f"train.remat={train.remat}")
+    if "train.micro_batch_size" in keys and train.micro_batch_size != "auto":
+        fixed["micro_batch"] = train.micro_batch_size
+        said.append(f"train.micro_batch_size={train.micro_batch_size}")
+    for axis in _AXES:
+        degree = getattr(layout, axis)
+        if degree != "auto" and keys & {f"layout.{axis}", "layout"}:
+            fixed[axis] = degree
+            said.append(f"layout.{axis}={degree}")
+    if options.axes == "train":
+        said.append("axes=train")
+        return Space(**fixed, pipeline=1, expert=1, zeros=(3,), even=True), tuple(said)
+    return Space(**fixed), tuple(said)
+
+
+def _amount(text: str) -> float:
+    match = _AMOUNT.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise ConfigError("not a number of tokens", got=f"tokens={text}", allowed="15T, 200B, 1.5e12")
+    return float(match[1]) * _SUFFIXES[match[2]]
+
+
+def _listed(path: str, key: str) -> list[Any]:
+    items = read_plain(Path(path).expanduser()).get(key)
+    if not isinstance(items, list) or not items:
+        raise ConfigError(f"the file has no list '{key}'", got=path, allowed=f"{key}: [...], one or more")
+    return items
+
+
+def _from(cls: type[Any], item: Any, path: str) -> Any:
+    if not isinstance(item, dict):
+        raise ConfigError(f"'{path}' is not a mapping", got=item)
+    return from_dict(cls, item)
+
+
+def _all(error: UserError) -> list[UserError]:
+    return list(getattr(error, "problems", [error]))

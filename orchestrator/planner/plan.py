@@ -1,0 +1,347 @@
+"""A job on a fleet, from the layout to the bill: the search, then what its best layout means in days and dollars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from orchestrator.chips.catalogue import Catalogue
+from orchestrator.errors import ConfigError
+from orchestrator.planner.explain import AXES, PARTS, layout_text, link_of, parts
+from orchestrator.planner.fleet import Fleet, FleetEntry, inter_bandwidth, resolve_fleet
+from orchestrator.planner.goodput import FailureOptions, Goodput, goodput
+from orchestrator.planner.money import bill
+from orchestrator.planner.search import Batch, Candidate, Estimators, SearchResult, Space, search
+from orchestrator.planner.slices import is_tpu, legal_shapes
+from orchestrator.planner.spec import JobSpec
+from orchestrator.planner.value import Value, derive, given
+from orchestrator.planner.work import model_flops_per_token
+
+MOST_CHIPS = 2**20
+BATCH_LEAST, BATCH_MOST, BATCH_PER_CHIP = 2**22, 2**26, 1024
+"""Tokens of a step where the user leaves the batch open: so many per chip, which is what Llama 3 405B had on 16,384
+chips (arXiv 2407.21783), within these bounds."""
+
+# A layout that needs as little memory as any.
+_FRUGAL = Space(remats=("full",), micro_batch=1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned.
+
+    Attributes:
+        job: its batch is `batch_tokens`; where that is None, it follows the fleet.
+        space: what the search may choose.
+        restricted: what the user fixed of it, in words; empty where it is all free.
+    """
+
+    job: JobSpec
+    tokens: Value
+    batch_tokens: int | None = None
+    space: Space = Space()
+    restricted: tuple[str, ...] = ()
+    failures: FailureOptions = FailureOptions()
+    estimators: Estimators = Estimators()
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What would make a model fit that does not.
+
+    Attributes:
+        needs: what it takes at least as it was asked for.
+        layout: that fits on this fleet when what the user fixed is let go; None where none does.
+        chips: of the smallest fleet of these chips that fits; None where not even a million do.
+    """
+
+    needs: str
+    layout: Candidate | None
+    chips: int | None
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    """One fleet's answer.
+
+    Attributes:
+        figures: by short name, as `explain=` takes it; empty where the model does not fit.
+        remedy: where it does not fit.
+        notes: what was rounded, assumed or is idle.
+    """
+
+    fleet: Fleet
+    request: Request
+    result: SearchResult
+    figures: dict[str, Value] = field(default_factory=dict)
+    goodput: Goodput | None = None
+    remedy: Remedy | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> Candidate | None:
+        return self.result.best
+
+
+def plan_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
+    """Plan a job on one fleet.
+
+    Raises:
+        ConfigError: no fleet of its chips stays within the budget.
+    """
+    if fleet.entry.budget_usd is not None:
+        return _within_budget(request, fleet, catalogue)
+    return _plan(request, fleet, catalogue)
+
+
+def batch_for(request: Request, fleet: Fleet) -> Batch:
+    """The batch of a step: the user's, or one that suits the fleet."""
+    if request.batch_tokens is not None:
+        return Batch(request.batch_tokens)
+    tokens = min(BATCH_MOST, max(BATCH_LEAST, BATCH_PER_CHIP * fleet.cluster.chips))
+    return Batch(max(tokens, request.job.seq_len), free=True)
+
+
+def search_fleet(request: Request, fleet: Fleet) -> SearchResult:
+    """The layouts of the job on the fleet."""
+    batch = batch_for(request, fleet)
+    return search(request.job, fleet.cluster, batch, request.space, request.estimators, fleet.domains)
+
+
+def ladder(fleet: Fleet, most: int = MOST_CHIPS) -> list[int]:
+    """Numbers of chips as they can be had, about eight to each doubling, up to `most`."""
+    chip = fleet.cluster.chip
+    if is_tpu(chip):
+        shapes = sorted(legal_shapes(chip.key, chip.topology.domain_chips or 0))
+        sizes = [size for size in shapes if size & (size - 1) == 0]
+        largest = shapes[-1]
+        counts = _mantissas(most // largest)
+        return sorted({*sizes, *(largest * count for count in counts)})
+    host = chip.topology.chips_per_host or 1
+    return sorted({*(2**power for power in range(host.bit_length()) if 2**power < host)}) + [
+        host * count for count in _mantissas(most // host)
+    ]
+
+
+def _mantissas(most: int) -> list[int]:
+    """1 to 8, then eight steps to each doubling."""
+    numbers = {mantissa * 2**power for power in range(21) for mantissa in range(8, 16)} | set(range(1, 8))
+    return sorted(number for number in numbers if number <= most)
+
+
+def _plan(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
+    result = search_fleet(request, fleet)
+    if result.best is None:
+        return FleetPlan(
+            fleet, request, result, remedy=find_remedy(request, fleet, catalogue, result), notes=fleet.notes
+        )
+    best = result.best
+    notes = list(fleet.notes)
+    idle = fleet.cluster.chips - best.plan.devices // fleet.cluster.chip.logical_devices_per_chip
+    if idle:
+        notes.append(f"{idle:,} chips are idle: the layout takes {fleet.cluster.chips - idle:,}; they serve as spares")
+    if best.memory.fits is None:
+        notes.append(f"the memory of {fleet.cluster.chip.key} is unknown: whether the layout fits is not")
+    if best.time.unknown:
+        notes.append(f"unknown, so that times are lower bounds: {', '.join(dict.fromkeys(best.time.unknown))}")
+    figures, kept = _figures(request, fleet, best, catalogue)
+    return FleetPlan(fleet, request, result, figures, kept, notes=tuple(notes))
+
+
+def _figures(request: Request, fleet: Fleet, best: Candidate, catalogue: Catalogue) -> tuple[dict[str, Value], Goodput]:
+    chip, parts_per_chip = fleet.cluster.chip, fleet.cluster.chip.logical_devices_per_chip
+    step = _step(fleet, best, catalogue)
+    batch = given(
+        "tokens per step",
+        float(best.job.global_batch_tokens),
+        "tokens",
+        "given" if request.batch_tokens else "chosen for the fleet",
+    )
+    working = given("chips at work", float(best.plan.devices // parts_per_chip), "chips", "the layout")
+    speed = derive(
+        "tokens per second", "tokens/s", "tokens per step / step", lambda b, s: b / s, batch, step, falling=(1,)
+    )
+    per_chip = derive(
+        "tokens per second and chip",
+        "tokens/s",
+        "tokens per second / chips at work",
+        lambda t, n: t / n,
+        speed,
+        working,
+    )
+    flops = given(
+        "arithmetic per token",
+        model_flops_per_token(request.job.model, request.job.seq_len),
+        "FLOP",
+        "6 N + attention, without recomputation",
+    )
+    peak = _peak(fleet, request.job, catalogue)
+    mfu = derive(
+        "MFU",
+        "ratio",
+        "tokens per second and chip x arithmetic per token / peak",
+        lambda t, f, p: t * f / p,
+        per_chip,
+        flops,
+        peak,
+    )
+    ideal = derive(
+        "days without failures",
+        "days",
+        "tokens / tokens per second / 86400",
+        lambda n, t: n / t / 86400,
+        request.tokens,
+        speed,
+        falling=(1,),
+    )
+    memory = given("memory per device", best.memory.total, "byte", "memory model")
+    state = best.memory.parameters + best.memory.optimizer
+    failures = request.failures
+    if fleet.entry.failures_per_chip_day is not None:
+        failures = replace(failures, failures_per_chip_day=fleet.entry.failures_per_chip_day)
+    kept = goodput(chip, working, state, step, best.plan.data_parallel, failures)
+    days = derive(
+        "days", "days", "days without failures / goodput", lambda d, g: d / g, ideal, kept.fraction, falling=(1,)
+    )
+    count = derive(
+        "interruptions",
+        "failures",
+        "days x 86400 / time between failures",
+        lambda d, m: d * 86400 / m,
+        days,
+        kept.mtbf,
+        falling=(1,),
+    )
+    costs = bill(fleet, days, request.tokens)
+    figures = {
+        "step": step,
+        "speed": speed,
+        "per_chip": per_chip,
+        "mfu": mfu,
+        "memory": memory,
+        "ideal_days": ideal,
+        "goodput": kept.fraction,
+        "days": days,
+        "mtbf": kept.mtbf,
+        "interruptions": count,
+        "interval": kept.interval,
+        "stall": kept.stall,
+        "spares": kept.spares,
+        "cost": costs.run,
+        "cost_per_trillion": costs.per_trillion,
+        "energy": costs.energy,
+        "power": costs.megawatts,
+    }
+    return figures, kept
+
+
+def _step(fleet: Fleet, best: Candidate, catalogue: Catalogue) -> Value:
+    """The step as the sum of its parts; marked where it goes over a network whose rate is an estimate."""
+    network = inter_bandwidth(fleet, catalogue)
+    values = []
+    for name, seconds in parts(best.time).items():
+        if seconds <= 0:
+            continue
+        over = link_of(name, best.plan, fleet.cluster) if name in AXES else ""
+        outside = over.startswith("the network")
+        source = "time model" + (f"; over {over}" if over else "") + (f" at {network} per chip" if outside else "")
+        values.append(given(PARTS[name], seconds, "s", source, estimated=outside and network.estimated))
+    step = derive("step", "s", "sum of what a device waits for", lambda *seconds: sum(seconds), *values)
+    return replace(step, bound=1) if best.time.unknown else step
+
+
+def _peak(fleet: Fleet, job: JobSpec, catalogue: Catalogue) -> Value:
+    figure = fleet.cluster.chip.peak_flops(job.precision)
+    name = f"{job.precision} peak per chip"
+    if figure.value is None:
+        return Value(name, None, "FLOP/s", sources=("no public figure found",))
+    source = f"{catalogue.cite(figure)}"
+    return given(name, figure.value, "FLOP/s", source, estimated=figure.estimated or not figure.verified)
+
+
+def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: SearchResult) -> Remedy:
+    """What would make the job fit: other choices on this fleet, or more of its chips."""
+    free = replace(request, space=Space(compiled=request.space.compiled), restricted=())
+    layout = search_fleet(free, fleet).best if request.restricted else None
+    chips = smallest_fleet(free, fleet, catalogue)
+    return Remedy(_needs(request, fleet, result), layout, chips)
+
+
+def smallest_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> int | None:
+    """Chips of the smallest fleet of that kind on which some layout fits; None where no million does."""
+    frugal = replace(request, space=replace(_FRUGAL, compiled=request.space.compiled))
+    sizes = ladder(fleet)
+
+    def fits(index: int) -> bool:
+        return search_fleet(frugal, resolve_fleet(_sized(fleet, sizes[index]), catalogue)).best is not None
+
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return sizes[low] if low < len(sizes) else None
+
+
+def _needs(request: Request, fleet: Fleet, result: SearchResult) -> str:
+    nearest = result.nearest
+    if nearest is None:
+        return "weights and optimizer state alone are more than its devices hold, or no degree divides the model"
+    plan, memory = nearest
+    assert memory.capacity is not None, "a layout that does not fit has a capacity"
+    needed, held = memory.total / 2**30, memory.capacity / 2**30
+    return f"the most frugal layout needs {needed:,.1f} GiB per device of {held:,.1f}: {layout_text(plan)}"
+
+
+def _within_budget(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
+    """The largest fleet whose run costs no more than the budget; more chips cost more, since they work less well."""
+    budget = fleet.entry.budget_usd or 0.0
+    if not fleet.price.known:
+        raise ConfigError(
+            f"the price of {fleet.cluster.chip.key} is not published, so a budget does not say how many there are",
+            got=f"${budget:,.0f}",
+            fix="give price_usd_per_chip_hour=..., or a number of chips",
+        )
+    sizes = ladder(fleet)
+    low, high, best, cheapest = 0, len(sizes), None, None
+    while low < high:
+        middle = (low + high) // 2
+        tried = _plan(request, resolve_fleet(fleet.entry, catalogue, sizes[middle]), catalogue)
+        cost = tried.figures["cost"].value if tried.figures else None
+        if cost is None or cost <= budget:
+            best, low = (tried if cost is not None else best), middle + 1
+        else:
+            cheapest, high = tried, middle
+    if best is None:
+        got = f"${budget:,.0f}"
+        least = f"the smallest fleet that fits costs {cheapest.figures['cost']}" if cheapest else "no fleet fits"
+        raise ConfigError(f"no fleet of {fleet.cluster.chip.key} does the run for that much", got=got, fix=least)
+    return best
+
+
+def _sized(fleet: Fleet, chips: int) -> FleetEntry:
+    return replace(fleet.entry, chips=chips, shape=None, megawatts=None, budget_usd=None)
+
+
+def rank(plans: Sequence[FleetPlan], objective: str) -> list[FleetPlan]:
+    """The plans, the best first; those without the figure, or that do not fit, last."""
+    key = {"time": "days", "cost": "cost", "energy": "energy"}[objective]
+
+    def order(plan: FleetPlan) -> tuple[bool, bool, float]:
+        value = plan.figures[key].value if plan.figures else None
+        return (not plan.figures, value is None, value if value is not None else 0.0)
+
+    return sorted(plans, key=order)
+
+
+def pareto(plans: Sequence[FleetPlan]) -> list[FleetPlan]:
+    """Plans that no other beats in both days and cost; those with an unknown cost are left out."""
+    points = [(plan, plan.figures["days"].value, plan.figures["cost"].value) for plan in plans if plan.figures]
+    known = [(plan, days, cost) for plan, days, cost in points if days is not None and cost is not None]
+    return [
+        plan
+        for plan, days, cost in known
+        if not any(d <= days and c <= cost and (d, c) != (days, cost) for _, d, c in known)
+    ]
