@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from orchestrator.chips.catalogue import Chip
 from orchestrator.errors import ConfigError
 
 FILE = Path(__file__).with_name("calibration.yaml")
@@ -33,7 +34,12 @@ class Calibration:
         layer_seconds, step_seconds: fixed costs per layer and micro-batch, and per step.
         intra_link, inter_link: of the links' rate that collectives reach inside a domain, and between them.
         intra_hop, inter_hop: seconds per step of a ring.
-        tensor_hidden, context_hidden, expert_hidden: share of that axis' traffic that computation hides.
+        expert_gemm: rate of grouped products over many experts, relative to `gemm`.
+        expert_seconds: least time of a sparse layer and micro-batch, forward and backward: what the host needs to
+            launch its kernels and to learn how many tokens went where.
+        narrow_heads: exponent of how much slower attention is with heads narrower than 128.
+        tensor_hidden, context_hidden, expert_hidden, pipeline_hidden: share of that axis' traffic that computation
+            hides.
         fsdp_hidden: share of the computation that hides the gathers and scatters of fsdp.
         replicate_hidden: share of the last backward pass that hides the gradients' all-reduce.
         straggler: how much a step is longer each time that the hosts double.
@@ -56,6 +62,9 @@ class Calibration:
     gemm_traffic: float = 1.0
     attention: float = 0.4
     causal: bool = True
+    narrow_heads: float = 0.5
+    expert_gemm: float = 0.8
+    expert_seconds: float = 0.0
     elementwise: float = 1.0
     eager: float = 2.0
     optimizer: float = 1.2
@@ -68,6 +77,7 @@ class Calibration:
     tensor_hidden: float = 0.2
     context_hidden: float = 0.5
     expert_hidden: float = 0.2
+    pipeline_hidden: float = 0.0
     fsdp_hidden: float = 0.8
     replicate_hidden: float = 0.5
     straggler: float = 0.005
@@ -84,30 +94,38 @@ class Calibration:
     context_bytes: float = 1.0e9
 
 
-def calibration(vendor: str, stack: str = "auto") -> Calibration:
-    """The constants of `stack`, or with `auto` of the vendor's default stack.
+def calibration(chip: Chip, stack: str = "auto") -> Calibration:
+    """The constants of `stack` on `chip`, or with `auto` of the vendor's default stack.
 
     Raises:
         ConfigError: there is no such stack.
     """
-    return _all()[_stack_name(vendor, stack)]
+    return _of(_stack_name(chip.vendor, stack), chip.key)
+
+
+@functools.lru_cache(maxsize=512)
+def _of(stack: str, chip: str) -> Calibration:
+    return parse(_data(), stack, chip)
 
 
 def stacks() -> tuple[str, ...]:
     """All stacks with constants of their own."""
-    return tuple(_all())
+    return tuple(_data()["stacks"])
 
 
-def parse(data: Mapping[str, Any]) -> dict[str, Calibration]:
-    """Stacks of the file's mapping; each starts from the vendor's constants and changes some of them."""
-    known = {field.name for field in fields(Calibration)}
-    result = {}
-    for name, entry in data["stacks"].items():
-        constants = {**data["vendors"][entry["vendor"]]["constants"], **entry.get("constants", {})}
-        wrong = set(constants) - known
-        assert not wrong, f"calibration.yaml: {name}: {wrong}"
-        result[name] = Calibration(name, entry["vendor"], **constants)
-    return result
+def parse(data: Mapping[str, Any], stack: str, chip: str) -> Calibration:
+    """One stack's constants of the file's mapping: the vendor's, then the chip's, then what the stack changes."""
+    entry = data["stacks"][stack]
+    vendor = data["vendors"][entry["vendor"]]
+    constants = {
+        **vendor["constants"],
+        **vendor.get("chips", {}).get(chip, {}),
+        **entry.get("constants", {}),
+        **entry.get("chips", {}).get(chip, {}),
+    }
+    wrong = set(constants) - {field.name for field in fields(Calibration)}
+    assert not wrong, f"calibration.yaml: {stack}: {wrong}"
+    return Calibration(stack, entry["vendor"], **constants)
 
 
 @functools.lru_cache(maxsize=64)
@@ -115,14 +133,14 @@ def _stack_name(vendor: str, stack: str) -> str:
     if stack == "auto":
         vendors = _data()["vendors"]
         return str(vendors.get(vendor, vendors["generic"])["default_stack"])
-    if stack == "orchestrator" and f"orchestrator-{vendor}" in _all():
+    if stack == "orchestrator" and f"orchestrator-{vendor}" in stacks():
         return f"orchestrator-{vendor}"
-    if stack not in _all():
-        close = difflib.get_close_matches(stack, _all(), n=1)
+    if stack not in stacks():
+        close = difflib.get_close_matches(stack, stacks(), n=1)
         raise ConfigError(
             "there is no such software stack in the calibration",
             got=f"stack={stack}",
-            allowed=", ".join(("auto", *_all())),
+            allowed=", ".join(("auto", *stacks())),
             fix=f"did you mean '{close[0]}'?" if close else "take stack=auto",
         )
     return stack
@@ -132,8 +150,3 @@ def _stack_name(vendor: str, stack: str) -> str:
 def _data() -> dict[str, Any]:
     data: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return data
-
-
-@functools.cache
-def _all() -> dict[str, Calibration]:
-    return parse(_data())

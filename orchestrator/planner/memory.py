@@ -21,7 +21,7 @@ KEPT_SCORE_BYTES = {"flash": 0, "fused": 4, "eager": 10}
 
 def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
     """What the fullest device needs at the peak of a step."""
-    return step_memory(job, cluster, plan, calibration(cluster.chip.vendor, job.stack))
+    return step_memory(job, cluster, plan, calibration(cluster.chip, job.stack))
 
 
 def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> MemoryEstimate:
