@@ -64,7 +64,7 @@ class Calibration:
     causal: bool = True
     narrow_heads: float = 0.5
     expert_gemm: float = 0.8
-    expert_seconds: float = 0.0
+    expert_seconds: float = 1e-3
     elementwise: float = 1.0
     eager: float = 2.0
     optimizer: float = 1.2
@@ -77,7 +77,7 @@ class Calibration:
     tensor_hidden: float = 0.2
     context_hidden: float = 0.5
     expert_hidden: float = 0.2
-    pipeline_hidden: float = 0.0
+    pipeline_hidden: float = 0.3
     fsdp_hidden: float = 0.8
     replicate_hidden: float = 0.5
     straggler: float = 0.005
