@@ -13,7 +13,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,7 @@ def fit(
     best = loss(point, raw)
     for _ in range(rounds):
         step = 1e-3
-        jacobian = np.stack(
-            [(residuals(point + step * unit) - raw) / step for unit in np.eye(len(point))], axis=1
-        )
+        jacobian = np.stack([(residuals(point + step * unit) - raw) / step for unit in np.eye(len(point))], axis=1)
         robust = 1 / np.maximum(1.0, np.abs(raw))
         normal = jacobian.T @ (robust[:, None] * jacobian) + np.diag(1 / sigma**2)
         slope = jacobian.T @ (robust * raw) + (point - start) / sigma**2
@@ -142,15 +139,35 @@ VENDOR_CONSTANTS = {
     "gemm": 0.15, "gemm_fp8": 0.15, "gemm_traffic": 0.5, "attention": 0.4, "elementwise": 0.4, "layer_seconds": 0.7,
     "tensor_hidden": 1.0, "pipeline_hidden": 1.0, "fsdp_hidden": 1.0, "replicate_hidden": 1.0, "expert_hidden": 1.0,
     "context_hidden": 0.7, "expert_gemm": 0.3, "straggler": 0.7, "inter_link": 0.2, "offload_recompute": 0.7,
-    "expert_seconds": 1.0, "inter_hop": 0.7,
+    "inter_hop": 0.7, "intra_hop": 0.7,
 }  # fmt: skip
 STACK_CONSTANTS = {
-    "gemm": 0.15, "gemm_fp8": 0.15, "gemm_traffic": 0.4, "attention": 0.3, "elementwise": 0.3, "layer_seconds": 0.7,
+    "gemm": 0.2, "gemm_fp8": 0.2, "gemm_traffic": 0.4, "attention": 0.3, "elementwise": 0.3, "layer_seconds": 0.7,
     "step_seconds": 0.7, "tensor_hidden": 0.7, "pipeline_hidden": 0.7, "fsdp_hidden": 0.7, "replicate_hidden": 0.7,
-    "expert_hidden": 0.7, "expert_gemm": 0.2, "expert_seconds": 1.0,
+    "expert_hidden": 0.7, "expert_gemm": 0.2, "intra_hop": 0.7, "straggler": 0.5,
 }  # fmt: skip
-CHIP_CONSTANTS = {"achievable": 0.2}
+CHIP_CONSTANTS = {"sustained": 0.1, "sustained_fp8": 0.1, "attention_scale": 0.3}
+UNMEASURED = {"achievable": 0.2}
 """Of chips for which the catalogue has no achievable rate."""
+ROWS_PER_CONSTANT = 2
+STACK_CHIP_CONSTANTS = {("composer", "h100-sxm"): {"attention_scale": 0.5, "sustained": 0.1}}
+"""Triton's attention of 2023 was not made for Hopper."""
+
+
+def chip_constants(vendor: str, runs: Sequence[Run]) -> list[Constant]:
+    """One set per chip that has runs; the fp8 rate only where some ran in fp8."""
+    constants = []
+    chips = {run.cluster.chip.key: run.cluster.chip for run in runs}
+    for key, chip in sorted(chips.items()):
+        own = [run for run in runs if run.cluster.chip.key == key]
+        names = dict(CHIP_CONSTANTS)
+        if len(chips) == 1 or not any(run.job.precision == "fp8" for run in own):
+            del names["sustained_fp8"]
+        if not chip.achievable_bf16_flops.known:
+            del names["sustained"]
+            names.update(UNMEASURED)
+        constants += [Constant(("vendors", vendor, "chips", key, name), sigma) for name, sigma in names.items()]
+    return constants
 
 
 def fit_times(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
@@ -159,13 +176,14 @@ def fit_times(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
         ours = [run for run in timed if run.vendor == vendor]
         place = ("vendors", vendor)
         constants = [Constant((*place, "constants", name), sigma) for name, sigma in VENDOR_CONSTANTS.items()]
-        for chip in sorted({run.cluster.chip.key for run in ours}):
-            if not any(run.cluster.chip.achievable_bf16_flops.known for run in ours if run.cluster.chip.key == chip):
-                constants += [Constant((*place, "chips", chip, name), s) for name, s in CHIP_CONSTANTS.items()]
+        constants += chip_constants(vendor, ours)
         data = fit(data, ours, constants, time_residual)
         for stack in sorted({run.job.stack for run in ours}):
             own = [run for run in ours if run.job.stack == stack]
             constants = [Constant(("stacks", stack, "constants", name), s) for name, s in STACK_CONSTANTS.items()]
+            for (of, chip), names in STACK_CHIP_CONSTANTS.items():
+                if of == stack:
+                    constants += [Constant(("stacks", of, "chips", chip, name), s) for name, s in names.items()]
             data = fit(data, own, constants, time_residual)
     return data
 

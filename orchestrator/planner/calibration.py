@@ -25,6 +25,8 @@ class Calibration:
         stack: the key in `calibration.yaml`.
         gemm, gemm_fp8: of the achievable rate that matrix products reach in a training step (clocks under load
             included); where the catalogue has no achievable rate, `achievable` of the peak stands for it.
+        sustained, sustained_fp8: what a chip's clocks hold under load, relative to the vendor's others.
+        attention_scale: how well the stack's attention suits a chip, relative to the vendor's others.
         gemm_traffic: bytes that a matrix product moves without hiding them, over the least it has to move.
         attention: of the bf16 peak that attention's products reach.
         causal: attention skips what the mask hides.
@@ -37,6 +39,7 @@ class Calibration:
         expert_gemm: rate of grouped products over many experts, relative to `gemm`.
         expert_seconds: least time of a sparse layer and micro-batch, forward and backward: what the host needs to
             launch its kernels and to learn how many tokens went where.
+        window_block: positions by which a window is exceeded, since kernels skip whole blocks.
         narrow_heads: exponent of how much slower attention is with heads narrower than 128.
         tensor_hidden, context_hidden, expert_hidden, pipeline_hidden: share of that axis' traffic that computation
             hides.
@@ -59,9 +62,13 @@ class Calibration:
     achievable: float = 0.8
     gemm: float = 0.9
     gemm_fp8: float = 0.75
+    sustained: float = 1.0
+    sustained_fp8: float = 1.0
+    attention_scale: float = 1.0
     gemm_traffic: float = 1.0
     attention: float = 0.4
     causal: bool = True
+    window_block: int = 128
     narrow_heads: float = 0.5
     expert_gemm: float = 0.8
     expert_seconds: float = 1e-3

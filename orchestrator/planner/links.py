@@ -128,9 +128,9 @@ def _intra_bandwidth(cluster: Cluster, inside: int, stride: int, domain: int) ->
         return total / parts
     dimensions = _dimensions(cluster)
     slice_devices = min(domain, cluster.devices)
-    covered = dimensions * math.log(max(inside, 2)) / math.log(max(slice_devices, 2))
-    share = min(dimensions, max(1.0, covered)) / dimensions
-    return total / parts * share * _wrap(cluster, slice_devices // parts, dimensions)
+    side = max(2.0, slice_devices ** (1 / dimensions))
+    covered = min(dimensions, max(1, math.ceil(math.log(inside) / math.log(side) - 0.01))) if inside > 1 else 1
+    return total / parts * covered / dimensions * _wrap(cluster, slice_devices // parts, dimensions)
 
 
 def _dimensions(cluster: Cluster) -> int:

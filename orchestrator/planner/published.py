@@ -65,8 +65,8 @@ SOURCES: dict[str, Source] = {
     "amd": Source("primus", remat="none"),
     "fms": Source("fms-fsdp"),
     "megascale": Source("megatron-2024", remat="selective", micro_batch=1, inter=25e9),
-    "bloom": Source("megatron-2021", inter=6.25e9, attention="fused", sequence_parallel=False),
-    "bloomsweep": Source("megatron-2021", inter=6.25e9, attention="fused", sequence_parallel=False),
+    "bloom": Source("megatron-deepspeed", inter=6.25e9, attention="fused", sequence_parallel=False),
+    "bloomsweep": Source("megatron-deepspeed", inter=6.25e9, attention="fused", sequence_parallel=False),
     "primerl": Source("prime-rl"),
     "palm": Source("palm", micro_batch=0),
     "aa": Source("aleph-alpha"),
@@ -172,7 +172,7 @@ def _run(key: str, rows: Mapping[str, Row]) -> Run:
     if not plan.micro_batches(job):
         raise NotStatedError("the stated batch does not divide over the stated layout")
     sheet = row["source"].rsplit("/", 1)[-1].removesuffix(".xlsx")
-    software = re.sub(r"-20\d\d$", "", stack.split("+")[0])  # one family whatever the version
+    software = re.sub(r"-(20\d\d|deepspeed)$", "", stack.split("+")[0])  # one family whatever the version
     family = f"{software}:{sheet if key.startswith('aa-') else row['model']}"
     seconds = _seconds(rows, job, cluster, source)
     oom = None
@@ -306,7 +306,9 @@ def _plan(
         raise NotStatedError("the stated degrees do not multiply to the number of devices")
     text = row["notes"]
     kernel = notes.get("kernel", "")
-    attention = {"torch": "eager", "fused": "fused"}.get(kernel, "flash") if kernel else source.attention
+    attention = source.attention
+    if kernel:
+        attention = {"torch": "eager", "fused": "fused", "flash_attentionv1.0.8": "flash1"}.get(kernel, "flash")
     sequence = source.sequence_parallel and "no sequence parallel" not in text
     if "sequence_parallel" in notes and key.startswith("aa-"):
         sequence = notes["sequence_parallel"] == "True"

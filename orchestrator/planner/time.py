@@ -26,9 +26,11 @@ from orchestrator.planner.work import (
 )
 
 BF16 = 2
-SCORE_BYTES = {"flash": 0, "fused": 22, "eager": 50}
+SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 22, "eager": 50}
 """Bytes per score that attention moves forward and backward where the scores exist: each step of masking, softmax
 and dropout reads and writes them."""
+FLASH_1 = 0.55
+"""Speed of the first flash attention, relative to the second's (Dao 2023: about half)."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
         unknown.append("bf16_flops")
         bf16 = math.inf
     wide = (chip.achievable_bf16_flops.value or constants.achievable * bf16) * constants.gemm
+    wide *= constants.sustained
     products = wide
     if precision == "fp8":
         fp8 = chip.fp8_flops.value
@@ -152,6 +155,7 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
             unknown.append("fp8_flops")
         else:
             products = (chip.achievable_fp8_flops.value or constants.achievable * fp8) * constants.gemm_fp8
+            products *= constants.sustained_fp8
     elif precision == "fp32":
         if chip.fp32_flops.value is None:
             unknown.append("fp32_flops")
@@ -161,7 +165,7 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
     if memory is None:
         unknown.append("hbm_bandwidth")
         memory = math.inf
-    attention = bf16 * constants.attention
+    attention = bf16 * constants.attention * constants.attention_scale
     return Rates(products / parts, wide / parts, attention / parts, memory / parts, tuple(unknown))
 
 
@@ -264,12 +268,16 @@ def _layer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rate
 def _attention_seconds(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, tokens: float) -> float:
     """Scores and their weighted sum: forward, then 2.5 times that backward where flash attention computes the
     scores again (Dao 2023), twice where they were kept."""
-    flash = plan.attention == "flash"
-    seen = mean_attended(job.model, job.seq_len, constants.causal and flash)
-    forward = 2 * tokens * seen * score_width(job.model) / plan.tensor
-    again = 1.0 if plan.remat == "full" or (plan.remat == "selective" and not flash) else 0.0
-    rate = rates.attention * min(1.0, job.model.head_dim / 128) ** constants.narrow_heads if flash else rates.wide
-    return forward * ((3.5 if flash else 3.0) + again) / rate
+    shape = job.model
+    flash = plan.attention in ("flash", "flash1")
+    seen = mean_attended(shape, job.seq_len, constants.causal and flash, constants.window_block)
+    forward = 2 * tokens * seen * score_width(shape) / plan.tensor
+    if not flash:
+        again = 1.0 if plan.remat in ("full", "selective") else 0.0
+        return forward * (3 + again) / rates.wide
+    rate = rates.attention * min(1.0, shape.head_dim / 128) ** constants.narrow_heads
+    rate *= FLASH_1 if plan.attention == "flash1" else 1.0
+    return forward * (4.5 if plan.remat == "full" else 3.5) / rate
 
 
 def _head(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, rings: Rings) -> Cost:

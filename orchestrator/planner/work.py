@@ -73,12 +73,18 @@ def parameters(shape: ModelShape) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def mean_attended(shape: ModelShape, seq_len: int, causal: bool = True) -> float:
-    """Positions that a query is multiplied with, averaged over a sequence and over the layers."""
+def mean_attended(shape: ModelShape, seq_len: int, causal: bool = True, block: int = 0) -> float:
+    """Positions that a query is multiplied with, averaged over a sequence and over the layers.
+
+    Args:
+        causal: what lies after the query is skipped.
+        block: positions that a windowed kernel computes beyond the window, since it skips whole blocks only.
+    """
     everything = seq_len / 2 if causal else float(seq_len)
     if shape.window is None or shape.window >= seq_len:
         return everything
     near = shape.window - shape.window**2 / (2 * seq_len) if causal else everything
+    near = min(everything, near + block)
     share = shape.global_layers / shape.layers
     return share * everything + (1 - share) * near
 
