@@ -139,19 +139,23 @@ VENDOR_CONSTANTS = {
     "gemm": 0.15, "gemm_fp8": 0.15, "gemm_traffic": 0.5, "attention": 0.4, "elementwise": 0.4, "layer_seconds": 0.7,
     "tensor_hidden": 1.0, "pipeline_hidden": 1.0, "fsdp_hidden": 1.0, "replicate_hidden": 1.0, "expert_hidden": 1.0,
     "context_hidden": 0.7, "expert_gemm": 0.3, "straggler": 0.7, "inter_link": 0.2, "offload_recompute": 0.7,
-    "inter_hop": 0.7, "intra_hop": 0.7,
+    "inter_hop": 0.7, "intra_hop": 1.0, "intra_link": 0.15,
 }  # fmt: skip
 STACK_CONSTANTS = {
     "gemm": 0.2, "gemm_fp8": 0.2, "gemm_traffic": 0.4, "attention": 0.3, "elementwise": 0.3, "layer_seconds": 0.7,
     "step_seconds": 0.7, "tensor_hidden": 0.7, "pipeline_hidden": 0.7, "fsdp_hidden": 0.7, "replicate_hidden": 0.7,
-    "expert_hidden": 0.7, "expert_gemm": 0.2, "intra_hop": 0.7, "straggler": 0.5,
+    "expert_hidden": 0.7, "expert_gemm": 0.2, "intra_hop": 0.7, "intra_link": 0.15, "straggler": 0.5,
 }  # fmt: skip
 CHIP_CONSTANTS = {"sustained": 0.1, "sustained_fp8": 0.1, "attention_scale": 0.3}
 UNMEASURED = {"achievable": 0.2}
 """Of chips for which the catalogue has no achievable rate."""
-ROWS_PER_CONSTANT = 2
-STACK_CHIP_CONSTANTS = {("composer", "h100-sxm"): {"attention_scale": 0.5, "sustained": 0.1}}
-"""Triton's attention of 2023 was not made for Hopper."""
+STACK_CHIP_CONSTANTS = {
+    # Triton's attention of 2023 was not made for Hopper.
+    ("composer", "h100-sxm"): {"attention_scale": 0.5, "sustained": 0.1},
+    # Before CUDA graphs of sparse layers, x86 hosts could not launch a small micro-batch's kernels in time.
+    ("megatron-2025", "b200"): {"expert_seconds": 0.5},
+    ("megatron-2025", "b300"): {"expert_seconds": 0.5},
+}
 
 
 def chip_constants(vendor: str, runs: Sequence[Run]) -> list[Constant]:

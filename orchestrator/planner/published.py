@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.chips import catalogue
+from orchestrator.planner.calibration import Calibration
+from orchestrator.planner.memory import step_memory
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan, Precision, Remat
 from orchestrator.planner.work import model_flops_per_token, parameters
 
@@ -27,7 +29,7 @@ class Source:
 
     Attributes:
         stack: the key of `calibration.yaml`.
-        remat: where the rows do not state it; None leaves such rows out.
+        remat: where the rows do not state it; `least`: none if that fits, else full; None leaves such rows out.
         micro_batch: sequences of a forward pass where the rows do not state it; 0 for the whole local batch, None
             leaves such rows out.
         flops: which operations a stated FLOP/s or MFU counts: `full` or `half` attention; None: not to be used.
@@ -36,7 +38,7 @@ class Source:
     """
 
     stack: str
-    remat: Remat | None = None
+    remat: Remat | Literal["least"] | None = None
     micro_batch: int | None = None
     flops: str | None = None
     inter: float | None = None
@@ -62,9 +64,9 @@ SOURCES: dict[str, Source] = {
     "gcp": Source("maxtext-gpu", micro_batch=0),
     "axlearn": Source("axlearn", micro_batch=0, remat="selective"),
     "neuron": Source("neuron", remat="selective"),
-    "amd": Source("primus", remat="none"),
+    "amd": Source("primus", remat="least"),
     "fms": Source("fms-fsdp"),
-    "megascale": Source("megatron-2024", remat="selective", micro_batch=1, inter=25e9),
+    "megascale": Source("megatron-2021", remat="selective", micro_batch=1, inter=25e9),
     "bloom": Source("megatron-deepspeed", inter=6.25e9, attention="fused", sequence_parallel=False),
     "bloomsweep": Source("megatron-deepspeed", inter=6.25e9, attention="fused", sequence_parallel=False),
     "primerl": Source("prime-rl"),
@@ -169,6 +171,8 @@ def _run(key: str, rows: Mapping[str, Row]) -> Run:
     job = JobSpec(
         shape, int(row["seq_len"]), _batch(row, plan, assumed), precision=PRECISIONS[row["precision"]], stack=stack
     )
+    if source.remat == "least" and "remat" in assumed and not _fits(job, cluster, plan):
+        plan = replace(plan, remat="full")
     if not plan.micro_batches(job):
         raise NotStatedError("the stated batch does not divide over the stated layout")
     sheet = row["source"].rsplit("/", 1)[-1].removesuffix(".xlsx")
@@ -184,6 +188,11 @@ def _run(key: str, rows: Mapping[str, Row]) -> Run:
     if seconds is None and memory is None and oom is None:
         raise NotStatedError("only an MFU or FLOP/s whose convention the page does not state")
     return Run(key, row["source"], family, job, cluster, plan, seconds, memory, oom, tuple(assumed))
+
+
+def _fits(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> bool:
+    """By the literature's constants, so that reading the data does not depend on what was fitted to it."""
+    return step_memory(job, cluster, plan, Calibration("literature", cluster.chip.vendor)).fits is True
 
 
 def _notes(text: str) -> dict[str, str]:
@@ -329,7 +338,7 @@ def _remat(row: Row, source: Source, shape: ModelShape, assumed: list[str]) -> R
     if source.remat is None:
         raise NotStatedError("remat is not stated")
     assumed.append("remat")
-    return source.remat
+    return "none" if source.remat == "least" else source.remat
 
 
 def _micro_batch(row: Row, notes: Mapping[str, str], source: Source, plan: ParallelPlan, assumed: list[str]) -> int:

@@ -154,7 +154,8 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
         if fp8 is None:
             unknown.append("fp8_flops")
         else:
-            products = (chip.achievable_fp8_flops.value or constants.achievable * fp8) * constants.gemm_fp8
+            share = (chip.achievable_bf16_flops.value or constants.achievable * bf16) / bf16
+            products = (chip.achievable_fp8_flops.value or share * fp8) * constants.gemm_fp8
             products *= constants.sustained_fp8
     elif precision == "fp32":
         if chip.fp32_flops.value is None:
