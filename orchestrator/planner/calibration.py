@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from orchestrator.chips.catalogue import Chip
 from orchestrator.errors import ConfigError
 
 FILE = Path(__file__).with_name("calibration.yaml")
@@ -24,6 +25,8 @@ class Calibration:
         stack: the key in `calibration.yaml`.
         gemm, gemm_fp8: of the achievable rate that matrix products reach in a training step (clocks under load
             included); where the catalogue has no achievable rate, `achievable` of the peak stands for it.
+        sustained, sustained_fp8: what a chip's clocks hold under load, relative to the vendor's others.
+        attention_scale: how well the stack's attention suits a chip, relative to the vendor's others.
         gemm_traffic: bytes that a matrix product moves without hiding them, over the least it has to move.
         attention: of the bf16 peak that attention's products reach.
         causal: attention skips what the mask hides.
@@ -33,7 +36,13 @@ class Calibration:
         layer_seconds, step_seconds: fixed costs per layer and micro-batch, and per step.
         intra_link, inter_link: of the links' rate that collectives reach inside a domain, and between them.
         intra_hop, inter_hop: seconds per step of a ring.
-        tensor_hidden, context_hidden, expert_hidden: share of that axis' traffic that computation hides.
+        expert_gemm: rate of grouped products over many experts, relative to `gemm`.
+        expert_seconds: least time of a sparse layer and micro-batch, forward and backward: what the host needs to
+            launch its kernels and to learn how many tokens went where.
+        window_block: positions by which a window is exceeded, since kernels skip whole blocks.
+        narrow_heads: exponent of how much slower attention is with heads narrower than 128.
+        tensor_hidden, context_hidden, expert_hidden, pipeline_hidden: share of that axis' traffic that computation
+            hides.
         fsdp_hidden: share of the computation that hides the gathers and scatters of fsdp.
         replicate_hidden: share of the last backward pass that hides the gradients' all-reduce.
         straggler: how much a step is longer each time that the hosts double.
@@ -53,9 +62,16 @@ class Calibration:
     achievable: float = 0.8
     gemm: float = 0.9
     gemm_fp8: float = 0.75
+    sustained: float = 1.0
+    sustained_fp8: float = 1.0
+    attention_scale: float = 1.0
     gemm_traffic: float = 1.0
     attention: float = 0.4
     causal: bool = True
+    window_block: int = 128
+    narrow_heads: float = 0.5
+    expert_gemm: float = 0.8
+    expert_seconds: float = 1e-3
     elementwise: float = 1.0
     eager: float = 2.0
     optimizer: float = 1.2
@@ -68,6 +84,7 @@ class Calibration:
     tensor_hidden: float = 0.2
     context_hidden: float = 0.5
     expert_hidden: float = 0.2
+    pipeline_hidden: float = 0.3
     fsdp_hidden: float = 0.8
     replicate_hidden: float = 0.5
     straggler: float = 0.005
@@ -84,30 +101,38 @@ class Calibration:
     context_bytes: float = 1.0e9
 
 
-def calibration(vendor: str, stack: str = "auto") -> Calibration:
-    """The constants of `stack`, or with `auto` of the vendor's default stack.
+def calibration(chip: Chip, stack: str = "auto") -> Calibration:
+    """The constants of `stack` on `chip`, or with `auto` of the vendor's default stack.
 
     Raises:
         ConfigError: there is no such stack.
     """
-    return _all()[_stack_name(vendor, stack)]
+    return _of(_stack_name(chip.vendor, stack), chip.key)
+
+
+@functools.lru_cache(maxsize=512)
+def _of(stack: str, chip: str) -> Calibration:
+    return parse(_data(), stack, chip)
 
 
 def stacks() -> tuple[str, ...]:
     """All stacks with constants of their own."""
-    return tuple(_all())
+    return tuple(_data()["stacks"])
 
 
-def parse(data: Mapping[str, Any]) -> dict[str, Calibration]:
-    """Stacks of the file's mapping; each starts from the vendor's constants and changes some of them."""
-    known = {field.name for field in fields(Calibration)}
-    result = {}
-    for name, entry in data["stacks"].items():
-        constants = {**data["vendors"][entry["vendor"]]["constants"], **entry.get("constants", {})}
-        wrong = set(constants) - known
-        assert not wrong, f"calibration.yaml: {name}: {wrong}"
-        result[name] = Calibration(name, entry["vendor"], **constants)
-    return result
+def parse(data: Mapping[str, Any], stack: str, chip: str) -> Calibration:
+    """One stack's constants of the file's mapping: the vendor's, then the chip's, then what the stack changes."""
+    entry = data["stacks"][stack]
+    vendor = data["vendors"][entry["vendor"]]
+    constants = {
+        **vendor["constants"],
+        **vendor.get("chips", {}).get(chip, {}),
+        **entry.get("constants", {}),
+        **entry.get("chips", {}).get(chip, {}),
+    }
+    wrong = set(constants) - {field.name for field in fields(Calibration)}
+    assert not wrong, f"calibration.yaml: {stack}: {wrong}"
+    return Calibration(stack, entry["vendor"], **constants)
 
 
 @functools.lru_cache(maxsize=64)
@@ -115,14 +140,14 @@ def _stack_name(vendor: str, stack: str) -> str:
     if stack == "auto":
         vendors = _data()["vendors"]
         return str(vendors.get(vendor, vendors["generic"])["default_stack"])
-    if stack == "orchestrator" and f"orchestrator-{vendor}" in _all():
+    if stack == "orchestrator" and f"orchestrator-{vendor}" in stacks():
         return f"orchestrator-{vendor}"
-    if stack not in _all():
-        close = difflib.get_close_matches(stack, _all(), n=1)
+    if stack not in stacks():
+        close = difflib.get_close_matches(stack, stacks(), n=1)
         raise ConfigError(
             "there is no such software stack in the calibration",
             got=f"stack={stack}",
-            allowed=", ".join(("auto", *_all())),
+            allowed=", ".join(("auto", *stacks())),
             fix=f"did you mean '{close[0]}'?" if close else "take stack=auto",
         )
     return stack
@@ -132,8 +157,3 @@ def _stack_name(vendor: str, stack: str) -> str:
 def _data() -> dict[str, Any]:
     data: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return data
-
-
-@functools.cache
-def _all() -> dict[str, Calibration]:
-    return parse(_data())

@@ -58,12 +58,19 @@ class Ring:
         """Seconds of an all-reduce: a reduce-scatter, then an all-gather."""
         return 2 * self.gather(total_bytes)
 
-    def exchange(self, device_bytes: float) -> float:
-        """Seconds of an all-to-all in which each device sends `device_bytes` in all, its own part included."""
+    def exchange(self, token_bytes: float, copies: int) -> float:
+        """Seconds to send each token to `copies` experts spread evenly over the group.
+
+        A token crosses to a domain once however many of its experts are there, and is copied inside it.
+
+        Args:
+            token_bytes: of one device's tokens, each counted once.
+        """
         if self.size == 1:
             return 0.0
-        away = device_bytes * (self.outside - 1) / self.outside
-        near = device_bytes / self.outside * (self.inside - 1) / self.inside
+        domains = self.outside * (1 - (1 - 1 / self.outside) ** copies)
+        away = token_bytes * domains * (self.outside - 1) / self.outside
+        near = token_bytes * self.inside * (1 - (1 - 1 / self.size) ** copies) * (self.inside - 1) / self.inside
         within = near / self.intra if self.intra else 0.0
         between = away / self.inter if self.inter else 0.0
         return max(within, between) + self.hops
@@ -121,9 +128,9 @@ def _intra_bandwidth(cluster: Cluster, inside: int, stride: int, domain: int) ->
         return total / parts
     dimensions = _dimensions(cluster)
     slice_devices = min(domain, cluster.devices)
-    covered = dimensions * math.log(max(inside, 2)) / math.log(max(slice_devices, 2))
-    share = min(dimensions, max(1, round(covered))) / dimensions
-    return total / parts * share * _wrap(cluster, slice_devices // parts, dimensions)
+    side = max(2.0, slice_devices ** (1 / dimensions))
+    covered = min(dimensions, max(1, math.ceil(math.log(inside) / math.log(side) - 0.01))) if inside > 1 else 1
+    return total / parts * covered / dimensions * _wrap(cluster, slice_devices // parts, dimensions)
 
 
 def _dimensions(cluster: Cluster) -> int:

@@ -15,13 +15,13 @@ from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelSha
 from orchestrator.planner.time import BF16, stage_elements
 from orchestrator.planner.work import layer_elements, sparse_layers
 
-KEPT_SCORE_BYTES = {"flash": 0, "fused": 4, "eager": 10}
+KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 4, "eager": 10}
 """Bytes per score that attention keeps for backward: softmax's result and input, and what dropout and fp32 add."""
 
 
 def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
     """What the fullest device needs at the peak of a step."""
-    return step_memory(job, cluster, plan, calibration(cluster.chip.vendor, job.stack))
+    return step_memory(job, cluster, plan, calibration(cluster.chip, job.stack))
 
 
 def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> MemoryEstimate:

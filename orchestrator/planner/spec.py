@@ -130,8 +130,8 @@ class ParallelPlan:
         micro_batch: sequences of one forward pass per data-parallel group.
         sequence_parallel: activations between the tensor-parallel regions are split along the sequence.
         compiled: kernels between the matrix products are fused.
-        attention: `flash` never holds the scores; `fused` holds them and fuses mask and softmax; `eager` holds
-            every step of it.
+        attention: `flash` never holds the scores (`flash1`: its first version, half as fast); `fused` holds them
+            and fuses mask and softmax; `eager` holds every step of it.
     """
 
     replicate: int = 1
@@ -146,7 +146,7 @@ class ParallelPlan:
     virtual_stages: int = 1
     sequence_parallel: bool = True
     compiled: bool = True
-    attention: Literal["flash", "fused", "eager"] = "flash"
+    attention: Literal["flash", "flash1", "fused", "eager"] = "flash"
 
     @property
     def devices(self) -> int:

@@ -26,9 +26,11 @@ from orchestrator.planner.work import (
 )
 
 BF16 = 2
-SCORE_BYTES = {"flash": 0, "fused": 22, "eager": 50}
+SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 22, "eager": 50}
 """Bytes per score that attention moves forward and backward where the scores exist: each step of masking, softmax
 and dropout reads and writes them."""
+FLASH_1 = 0.55
+"""Speed of the first flash attention, relative to the second's (Dao 2023: about half)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def estimate_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> TimeEst
     Raises:
         ConfigError: the batch does not divide over the plan, or the plan does not use the cluster's devices.
     """
-    constants = calibration(cluster.chip.vendor, job.stack)
+    constants = calibration(cluster.chip, job.stack)
     return step_time(job, cluster, plan, constants)
 
 
@@ -119,7 +121,7 @@ def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Cal
     update = _optimizer(job, plan, constants, rates)
     handed = plan.micro_batch * job.seq_len / plan.context * shape.dim * BF16
     handed /= plan.tensor if plan.sequence_parallel else 1
-    pipeline = micro_batches * plan.virtual_stages * 2 * rings.pipeline.send(handed)
+    pipeline = micro_batches * plan.virtual_stages * 2 * rings.pipeline.send(handed) * (1 - constants.pipeline_hidden)
     parts = {
         "compute": micro_batches * stage.compute,
         "memory_bound": micro_batches * stage.memory + update,
@@ -145,13 +147,16 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
         unknown.append("bf16_flops")
         bf16 = math.inf
     wide = (chip.achievable_bf16_flops.value or constants.achievable * bf16) * constants.gemm
+    wide *= constants.sustained
     products = wide
     if precision == "fp8":
         fp8 = chip.fp8_flops.value
         if fp8 is None:
             unknown.append("fp8_flops")
         else:
-            products = (chip.achievable_fp8_flops.value or constants.achievable * fp8) * constants.gemm_fp8
+            share = (chip.achievable_bf16_flops.value or constants.achievable * bf16) / bf16
+            products = (chip.achievable_fp8_flops.value or share * fp8) * constants.gemm_fp8
+            products *= constants.sustained_fp8
     elif precision == "fp32":
         if chip.fp32_flops.value is None:
             unknown.append("fp32_flops")
@@ -161,7 +166,7 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
     if memory is None:
         unknown.append("hbm_bandwidth")
         memory = math.inf
-    attention = bf16 * constants.attention
+    attention = bf16 * constants.attention * constants.attention_scale
     return Rates(products / parts, wide / parts, attention / parts, memory / parts, tuple(unknown))
 
 
@@ -233,8 +238,11 @@ def _products_seconds(products: list[Product], rate: float, memory: float, traff
 def _layer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, rings: Rings, sparse: bool) -> Cost:
     shape, again = job.model, _recomputed(plan, constants)
     tokens = plan.micro_batch * job.seq_len / plan.context
-    products = layer_products(shape, tokens, plan.tensor, plan.expert, sparse)
-    compute = (3 + again) * _products_seconds(products, rates.products, rates.memory, constants.gemm_traffic)
+    products, grouped = layer_products(shape, tokens, plan.tensor, plan.expert, sparse)
+    traffic = constants.gemm_traffic
+    compute = _products_seconds(products, rates.products, rates.memory, traffic)
+    compute += _products_seconds(grouped, rates.products * constants.expert_gemm, rates.memory, traffic)
+    compute *= 3 + again
     scores = _attention_seconds(job, plan, constants, rates, tokens)
     unfused = 1.0 if plan.compiled else constants.eager
     forward_share = 0.35 if plan.remat != "none" else 0.0  # of the element-wise work, which runs again
@@ -250,20 +258,27 @@ def _layer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rate
         context = (3 + again) * rings.context.gather(seen) * (1 - constants.context_hidden)
     expert = 0.0
     if sparse and plan.expert > 1:
-        sent = gathered * shape.experts_per_token / (plan.tensor if plan.sequence_parallel else 1)
-        expert = (4 + 2 * again) * rings.expert.exchange(sent) * (1 - constants.expert_hidden)
-    return Cost(compute + scores, constants.elementwise * moved / rates.memory, tensor, context, expert)
+        sent = gathered / (plan.tensor if plan.sequence_parallel else 1)
+        passes = 4 + 2 * again
+        expert = passes * rings.expert.exchange(sent, shape.experts_per_token) * (1 - constants.expert_hidden)
+    cost = Cost(compute + scores, constants.elementwise * moved / rates.memory, tensor, context, expert)
+    idle = constants.expert_seconds - cost.total if sparse else 0.0
+    return cost if idle <= 0 else cost.plus(Cost(0, idle, 0, 0, 0))
 
 
 def _attention_seconds(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, tokens: float) -> float:
     """Scores and their weighted sum: forward, then 2.5 times that backward where flash attention computes the
     scores again (Dao 2023), twice where they were kept."""
-    flash = plan.attention == "flash"
-    seen = mean_attended(job.model, job.seq_len, constants.causal and flash)
-    forward = 2 * tokens * seen * score_width(job.model) / plan.tensor
-    again = 1.0 if plan.remat == "full" or (plan.remat == "selective" and not flash) else 0.0
-    rate = rates.attention if flash else rates.wide
-    return forward * ((3.5 if flash else 3.0) + again) / rate
+    shape = job.model
+    flash = plan.attention in ("flash", "flash1")
+    seen = mean_attended(shape, job.seq_len, constants.causal and flash, constants.window_block)
+    forward = 2 * tokens * seen * score_width(shape) / plan.tensor
+    if not flash:
+        again = 1.0 if plan.remat in ("full", "selective") else 0.0
+        return forward * (3 + again) / rates.wide
+    rate = rates.attention * min(1.0, shape.head_dim / 128) ** constants.narrow_heads
+    rate *= FLASH_1 if plan.attention == "flash1" else 1.0
+    return forward * (4.5 if plan.remat == "full" else 3.5) / rate
 
 
 def _head(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, rings: Rings) -> Cost:

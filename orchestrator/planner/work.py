@@ -73,12 +73,18 @@ def parameters(shape: ModelShape) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def mean_attended(shape: ModelShape, seq_len: int, causal: bool = True) -> float:
-    """Positions that a query is multiplied with, averaged over a sequence and over the layers."""
+def mean_attended(shape: ModelShape, seq_len: int, causal: bool = True, block: int = 0) -> float:
+    """Positions that a query is multiplied with, averaged over a sequence and over the layers.
+
+    Args:
+        causal: what lies after the query is skipped.
+        block: positions that a windowed kernel computes beyond the window, since it skips whole blocks only.
+    """
     everything = seq_len / 2 if causal else float(seq_len)
     if shape.window is None or shape.window >= seq_len:
         return everything
     near = shape.window - shape.window**2 / (2 * seq_len) if causal else everything
+    near = min(everything, near + block)
     share = shape.global_layers / shape.layers
     return share * everything + (1 - share) * near
 
@@ -103,8 +109,10 @@ def model_flops_per_token(shape: ModelShape, seq_len: int, causal: bool = True) 
     return 6.0 * matrices + 6.0 * shape.layers * score_width(shape) * mean_attended(shape, seq_len, causal)
 
 
-def layer_products(shape: ModelShape, tokens: float, tensor: int, expert: int, sparse: bool) -> list[Product]:
-    """The matrix products of one layer forward on one device, without attention's own.
+def layer_products(
+    shape: ModelShape, tokens: float, tensor: int, expert: int, sparse: bool
+) -> tuple[list[Product], list[Product]]:
+    """The matrix products of one layer forward on one device, without attention's own: the dense, the experts'.
 
     Args:
         tokens: of the micro-batch on this device, before the tensor axis splits anything.
@@ -116,12 +124,12 @@ def layer_products(shape: ModelShape, tokens: float, tensor: int, expert: int, s
     if width:
         products.append(Product(1, tokens, shape.dim, gate * width / tensor))
         products.append(Product(1, tokens, width / tensor, shape.dim))
-    if sparse:
-        local = shape.experts / expert
-        rows = tokens * shape.experts_per_token / local
-        products.append(Product(local, rows, shape.dim, gate * shape.expert_dim / tensor))
-        products.append(Product(local, rows, shape.expert_dim / tensor, shape.dim))
-    return products
+    if not sparse:
+        return products, []
+    local = shape.experts / expert
+    rows = tokens * shape.experts_per_token / local
+    up = Product(local, rows, shape.dim, gate * shape.expert_dim / tensor)
+    return products, [up, Product(local, rows, shape.expert_dim / tensor, shape.dim)]
 
 
 def _attention_elements(shape: ModelShape) -> int:
