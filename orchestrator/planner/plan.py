@@ -7,15 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.errors import ConfigError
-from orchestrator.planner.explain import AXES, PARTS, layout_text, link_of, parts
-from orchestrator.planner.fleet import Fleet, FleetEntry, inter_bandwidth, resolve_fleet
-from orchestrator.planner.goodput import FailureOptions, Goodput, goodput
-from orchestrator.planner.money import bill
+from orchestrator.planner.explain import layout_text
+from orchestrator.planner.figures import goodput_of, run_figures, speed_figures
+from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleet
+from orchestrator.planner.goodput import FailureOptions, Goodput
 from orchestrator.planner.search import Batch, Candidate, Estimators, SearchResult, Space, search
 from orchestrator.planner.slices import is_tpu, legal_shapes
 from orchestrator.planner.spec import JobSpec
-from orchestrator.planner.value import Value, derive, given
-from orchestrator.planner.work import model_flops_per_token
+from orchestrator.planner.value import Value
 
 MOST_CHIPS = 2**20
 BATCH_LEAST, BATCH_MOST, BATCH_PER_CHIP = 2**22, 2**26, 1024
@@ -144,119 +143,10 @@ def _plan(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
         notes.append(f"the memory of {fleet.cluster.chip.key} is unknown: whether the layout fits is not")
     if best.time.unknown:
         notes.append(f"unknown, so that times are lower bounds: {', '.join(dict.fromkeys(best.time.unknown))}")
-    figures, kept = _figures(request, fleet, best, catalogue)
+    speed = speed_figures(fleet, best, request.tokens, catalogue)
+    kept = goodput_of(fleet, best, speed["step"], request.failures)
+    figures = {**speed, **run_figures(fleet, speed["ideal_days"], kept, request.tokens)}
     return FleetPlan(fleet, request, result, figures, kept, notes=tuple(notes))
-
-
-def _figures(request: Request, fleet: Fleet, best: Candidate, catalogue: Catalogue) -> tuple[dict[str, Value], Goodput]:
-    chip, parts_per_chip = fleet.cluster.chip, fleet.cluster.chip.logical_devices_per_chip
-    step = _step(fleet, best, catalogue)
-    batch = given(
-        "tokens per step",
-        float(best.job.global_batch_tokens),
-        "tokens",
-        "given" if request.batch_tokens else "chosen for the fleet",
-    )
-    working = given("chips at work", float(best.plan.devices // parts_per_chip), "chips", "the layout")
-    speed = derive(
-        "tokens per second", "tokens/s", "tokens per step / step", lambda b, s: b / s, batch, step, falling=(1,)
-    )
-    per_chip = derive(
-        "tokens per second and chip",
-        "tokens/s",
-        "tokens per second / chips at work",
-        lambda t, n: t / n,
-        speed,
-        working,
-    )
-    flops = given(
-        "arithmetic per token",
-        model_flops_per_token(request.job.model, request.job.seq_len),
-        "FLOP",
-        "6 N + attention, without recomputation",
-    )
-    peak = _peak(fleet, request.job, catalogue)
-    mfu = derive(
-        "MFU",
-        "ratio",
-        "tokens per second and chip x arithmetic per token / peak",
-        lambda t, f, p: t * f / p,
-        per_chip,
-        flops,
-        peak,
-    )
-    ideal = derive(
-        "days without failures",
-        "days",
-        "tokens / tokens per second / 86400",
-        lambda n, t: n / t / 86400,
-        request.tokens,
-        speed,
-        falling=(1,),
-    )
-    memory = given("memory per device", best.memory.total, "byte", "memory model")
-    state = best.memory.parameters + best.memory.optimizer
-    failures = request.failures
-    if fleet.entry.failures_per_chip_day is not None:
-        failures = replace(failures, failures_per_chip_day=fleet.entry.failures_per_chip_day)
-    kept = goodput(chip, working, state, step, best.plan.data_parallel, failures)
-    days = derive(
-        "days", "days", "days without failures / goodput", lambda d, g: d / g, ideal, kept.fraction, falling=(1,)
-    )
-    count = derive(
-        "interruptions",
-        "failures",
-        "days x 86400 / time between failures",
-        lambda d, m: d * 86400 / m,
-        days,
-        kept.mtbf,
-        falling=(1,),
-    )
-    costs = bill(fleet, days, request.tokens)
-    figures = {
-        "step": step,
-        "speed": speed,
-        "per_chip": per_chip,
-        "mfu": mfu,
-        "memory": memory,
-        "ideal_days": ideal,
-        "goodput": kept.fraction,
-        "days": days,
-        "mtbf": kept.mtbf,
-        "interruptions": count,
-        "interval": kept.interval,
-        "stall": kept.stall,
-        "spares": kept.spares,
-        "cost": costs.run,
-        "cost_per_trillion": costs.per_trillion,
-        "energy": costs.energy,
-        "power": costs.megawatts,
-    }
-    return figures, kept
-
-
-def _step(fleet: Fleet, best: Candidate, catalogue: Catalogue) -> Value:
-    """The step as the sum of its parts; marked where it goes over a network whose rate is an estimate."""
-    network = inter_bandwidth(fleet, catalogue)
-    values = []
-    for name, seconds in parts(best.time).items():
-        if seconds <= 0:
-            continue
-        over = link_of(name, best.plan, fleet.cluster) if name in AXES else ""
-        outside = over.startswith("the network")
-        source = "time model" + (f"; over {over}" if over else "") + (f" at {network} per chip" if outside else "")
-        values.append(given(PARTS[name], seconds, "s", source, estimated=outside and network.estimated))
-    step = derive("step", "s", "sum of what a device waits for", lambda *seconds: sum(seconds), *values)
-    return replace(step, bound=1) if best.time.unknown else step
-
-
-def _peak(fleet: Fleet, job: JobSpec, catalogue: Catalogue) -> Value:
-    figure = fleet.cluster.chip.peak_flops(job.precision)
-    name = f"{job.precision} peak per chip"
-    if figure.value is None:
-        return Value(name, None, "FLOP/s", sources=("no public figure found",))
-    source = f"{catalogue.cite(figure)}"
-    return given(name, figure.value, "FLOP/s", source, estimated=figure.estimated or not figure.verified)
 
 
 def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: SearchResult) -> Remedy:

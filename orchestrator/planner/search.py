@@ -196,6 +196,8 @@ class _Walk:
                     size = tensor * context * pipeline
                     if size > per_domain or (space.whole and devices % size):
                         continue
+                    if space.even and self._job.seq_len % (tensor * context):
+                        continue
                     groups = self._groups(per_domain // size * self._domains)
                     if (
                         not groups
@@ -347,7 +349,7 @@ def _fast_devices(cluster: Cluster) -> int:
 
 def _least_state(job: JobSpec, cluster: Cluster, devices: int) -> float:
     """Bytes of weights and moments of one device when all devices share them."""
-    constants = calibration(cluster.chip.vendor, job.stack)
+    constants = calibration(cluster.chip, job.stack)
     return (constants.weight_bytes + constants.optimizer_bytes) * parameters(job.model) / devices
 
 

@@ -32,6 +32,7 @@ from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.check import resolve_model
 from orchestrator.train.checkpointing import Checkpoints, restore, software
 from orchestrator.train.evaluation import Evaluation, Samples
+from orchestrator.train.layout import settle_layout
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
 from orchestrator.train.run import Place
@@ -108,12 +109,13 @@ def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, 
 
 def micro_batch_size(config: RunConfig, parallel: ParallelStrategy) -> int:
     """Sequences of one backward pass of this process."""
-    train, shares = config.train, parallel.data_share[1]
+    train, layout, shares = config.train, parallel.layout, parallel.data_share[1]
     share = train.global_batch_tokens // train.seq_len // shares
-    if train.micro_batch_size == "auto":
+    size = settle_layout(config, parallel.target, layout.devices).micro_batch
+    if size == "auto":
         return share
     # The size is per device; a process may drive several.
-    return min(share, train.micro_batch_size * parallel.layout.data_parallel // shares)
+    return min(share, size * layout.data_parallel // shares)
 
 
 def _assemble(
@@ -171,8 +173,9 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
         from orchestrator.strategies.xla import XlaStrategy
 
         devices = world.size * device_count(config.hardware, target, target.probe())
-        return XlaStrategy(target, world, resolve_layout(config.layout, devices), _precision(config, target))
-    layout = resolve_layout(config.layout, world.size)
+        layout = resolve_layout(settle_layout(config, target, devices).layout, devices)
+        return XlaStrategy(target, world, layout, _precision(config, target))
+    layout = resolve_layout(settle_layout(config, target, world.size).layout, world.size)
     precision = _precision(config, target)
     if target.strategy == "dtensor":
         from orchestrator.strategies.dtensor import DTensorStrategy

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,13 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
 from orchestrator.train.check import check_run
+from orchestrator.train.layout import settle_layout
 from orchestrator.train.run import Place
 
 if TYPE_CHECKING:
@@ -75,8 +77,9 @@ def _start_local(plan: Plan) -> int:
     config = plan.config
     target = resolve(config.hardware)
     devices = device_count(config.hardware, target, target.probe())
-    check_run(config, devices)
-    check_run(config, devices, prepare(config.data, progress=True).vocab_size)
+    planned = _planned(config, target, devices, main=True)
+    check_run(planned, devices)
+    check_run(planned, devices, prepare(config.data, progress=True).vocab_size)
     place, lock = _open_run(plan)
     with lock:
         common, processes = _variables(place), target.processes(devices)
@@ -87,16 +90,25 @@ def _start_local(plan: Plan) -> int:
 def _join_external(plan: Plan, world: World) -> int:
     """Be one of the processes that torchrun or Slurm has started."""
     target = resolve(plan.config.hardware)
-    check_run(plan.config, world.size)
+    planned = _planned(plan.config, target, world.size, main=world.rank == 0)
+    check_run(planned, world.size)
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
-    check_run(plan.config, world.size, prepare(plan.config.data, progress=world.local_rank == 0).vocab_size)
+    check_run(planned, world.size, prepare(plan.config.data, progress=world.local_rank == 0).vocab_size)
 
     from orchestrator.train.run import work
 
     with contextlib.ExitStack() as held:
         return work(plan.config, world, lambda parallel: _agree(plan, parallel, held))
+
+
+def _planned(config: RunConfig, target: Target, devices: int, main: bool) -> RunConfig:
+    """The configuration with the layout that the run will have. The run keeps its own: other devices, other plans."""
+    settled = settle_layout(config, target, devices)
+    if settled.why and main:
+        print(f"layout     {settled.why}", file=sys.stderr)
+    return replace(config, layout=settled.layout)
 
 
 def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:

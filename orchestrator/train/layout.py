@@ -1,0 +1,76 @@
+"""The layout of a run whose degrees are left open: planned where the chip is known, else by a plain rule. No torch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from orchestrator.chips.catalogue import load
+from orchestrator.config.schema import LayoutConfig, RunConfig
+from orchestrator.hardware.base import Target
+from orchestrator.planner.explain import bound, layout_text
+from orchestrator.planner.search import Batch, Candidate, Space, search
+from orchestrator.planner.spec import Cluster, JobSpec, ModelShape
+from orchestrator.sharding.axes import MESH_AXES
+
+# An automatic vocabulary is known when the data is; for the plan, which all processes make alike, this one will do.
+_NOMINAL_VOCABULARY = 32768
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run takes of a plan.
+
+    Attributes:
+        layout: the configuration's, with its open degrees filled in where they were planned.
+        micro_batch: `train.micro_batch_size`, filled in likewise.
+        why: one line; empty where nothing was planned.
+    """
+
+    layout: LayoutConfig
+    micro_batch: int | Literal["auto"]
+    why: str = ""
+
+
+def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
+    """Plan the degrees that are `auto`, if there is a choice and the chip is in the catalogue.
+
+    With one open degree there is nothing to choose; on an unknown chip, on a CPU and in a rehearsal `resolve_layout`
+    fills them by its rule. The answer depends on the configuration, the chip and the number of devices alone, so
+    every process of a job comes to the same one.
+    """
+    kept = Settled(config.layout, config.train.micro_batch_size)
+    fixed = {axis: degree for axis in MESH_AXES if (degree := getattr(config.layout, axis)) != "auto"}
+    key = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
+    if len(fixed) > len(MESH_AXES) - 2 or key is None or target.name == "cpu" or config.hardware.simulate:
+        return kept
+    chip = load().get(key)
+    if devices % chip.logical_devices_per_chip:
+        return kept
+    train = config.train
+    space = Space(
+        **fixed,
+        pipeline=1,
+        expert=1,
+        micro_batch=None if train.micro_batch_size == "auto" else train.micro_batch_size,
+        remats=(train.remat,),
+        zeros=(3,),
+        whole=True,
+        even=True,
+        compiled=config.hardware.compile,
+    )
+    precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
+    job = JobSpec(ModelShape.of(config.model, _NOMINAL_VOCABULARY), train.seq_len, 0, precision=precision)
+    best = _best(job, Cluster(chip, devices // chip.logical_devices_per_chip), train.global_batch_tokens, space)
+    if best is None:
+        return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; fsdp takes all of them")
+    plan = best.plan
+    layout = replace(config.layout, **{axis: getattr(plan, axis) for axis in MESH_AXES})
+    why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, Cluster(chip, devices))}"
+    return Settled(layout, plan.micro_batch, why)
+
+
+@functools.lru_cache(maxsize=16)
+def _best(job: JobSpec, cluster: Cluster, batch_tokens: int, space: Space) -> Candidate | None:
+    return search(job, cluster, Batch(batch_tokens), space).best
