@@ -11,7 +11,7 @@ from orchestrator.planner.explain import layout_text
 from orchestrator.planner.figures import goodput_of, run_figures, speed_figures
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleet
 from orchestrator.planner.goodput import FailureOptions, Goodput
-from orchestrator.planner.search import Batch, Candidate, Estimators, SearchResult, Space, search
+from orchestrator.planner.search import LEADERS, Batch, Candidate, Estimators, SearchResult, Space, search
 from orchestrator.planner.slices import is_tpu, legal_shapes
 from orchestrator.planner.spec import JobSpec
 from orchestrator.planner.value import Value
@@ -101,10 +101,10 @@ def batch_for(request: Request, fleet: Fleet) -> Batch:
     return Batch(max(tokens, request.job.seq_len), free=True)
 
 
-def search_fleet(request: Request, fleet: Fleet) -> SearchResult:
-    """The layouts of the job on the fleet."""
-    batch = batch_for(request, fleet)
-    return search(request.job, fleet.cluster, batch, request.space, request.estimators, fleet.domains)
+def search_fleet(request: Request, fleet: Fleet, leaders: int = LEADERS) -> SearchResult:
+    """The layouts of the job on the fleet; `leaders` as for `search`."""
+    batch, space, domains = batch_for(request, fleet), request.space, fleet.domains
+    return search(request.job, fleet.cluster, batch, space, request.estimators, domains, leaders=leaders)
 
 
 def ladder(fleet: Fleet, most: int = MOST_CHIPS) -> list[int]:
@@ -163,7 +163,7 @@ def smallest_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> int 
     sizes = ladder(fleet)
 
     def fits(index: int) -> bool:
-        return search_fleet(frugal, resolve_fleet(_sized(fleet, sizes[index]), catalogue)).best is not None
+        return search_fleet(frugal, resolve_fleet(sized(fleet, sizes[index]), catalogue)).best is not None
 
     low, high = 0, len(sizes)
     while low < high:
@@ -181,7 +181,7 @@ def _needs(request: Request, fleet: Fleet, result: SearchResult) -> str:
         return "weights and optimizer state alone are more than its devices hold, or no degree divides the model"
     plan, memory = nearest
     assert memory.capacity is not None, "a layout that does not fit has a capacity"
-    needed, held = memory.total / 2**30, memory.capacity / 2**30
+    needed, held = memory.total / 2**30, (1 - request.space.reserve) * memory.capacity / 2**30
     return f"the most frugal layout needs {needed:,.1f} GiB per device of {held:,.1f}: {layout_text(plan)}"
 
 
@@ -211,7 +211,8 @@ def _within_budget(request: Request, fleet: Fleet, catalogue: Catalogue) -> Flee
     return best
 
 
-def _sized(fleet: Fleet, chips: int) -> FleetEntry:
+def sized(fleet: Fleet, chips: int) -> FleetEntry:
+    """What to ask for to have so many of the fleet's chips."""
     return replace(fleet.entry, chips=chips, shape=None, megawatts=None, budget_usd=None)
 
 

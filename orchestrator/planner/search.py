@@ -44,7 +44,7 @@ Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
 REMATS: tuple[Remat, ...] = ("none", "selective", "full")
 _DEGREES = 7  # of one axis
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-_LEADERS = 8  # frames that are filled to the end
+LEADERS = 8  # frames that are filled to the end
 _UNEVEN = 1.1  # stages may have so many times the mean number of layers
 _LEAST_PART = 512  # tokens of a sequence that a context rank keeps
 _LONG = 16384  # tokens of a sequence from which context parallelism is tried in any case
@@ -78,6 +78,7 @@ class Space:
     Attributes:
         whole: every device works, as a training run of this product wants it.
         even: all axes divide what they split (this product's rules); else heads may be copied and stages be uneven.
+        reserve: share of a device's memory that stays free: the memory model is not better than that.
     """
 
     replicate: int | None = None
@@ -92,6 +93,7 @@ class Space:
     whole: bool = False
     even: bool = False
     compiled: bool = True
+    reserve: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def search(
     estimators: Estimators = Estimators(),
     domains: int = 1,
     keep: int = 6,
+    leaders: int = LEADERS,
 ) -> SearchResult:
     """Rank the layouts of a job on a cluster.
 
@@ -161,14 +164,15 @@ def search(
         job: its `global_batch_tokens` gives way to `batch`.
         domains: slices; each has whole data-parallel groups.
         keep: layouts in the result, of different frames.
+        leaders: frames that are filled to the end.
     """
     walk = _Walk(job, cluster, batch, space, estimators, domains)
     first = [(walk.best(frame, thorough=False), frame) for frame in walk.frames()]
-    leaders = sorted(((found, frame) for found, frame in first if found), key=lambda pair: -pair[0].tokens_per_second)
-    ranked = [found for found, _ in leaders]
-    for index, (_, frame) in enumerate(leaders[:_LEADERS]):
+    found = sorted(((best, frame) for best, frame in first if best), key=lambda pair: -pair[0].tokens_per_second)
+    ranked = [best for best, _ in found]
+    for index, (_, frame) in enumerate(found[:leaders]):
         ranked[index] = walk.best(frame, thorough=True) or ranked[index]
-    ranked.sort(key=lambda found: -found.tokens_per_second)
+    ranked.sort(key=lambda best: -best.tokens_per_second)
     return SearchResult(ranked[:keep], None if ranked else walk.nearest, walk.layouts)
 
 
@@ -253,7 +257,7 @@ class _Walk:
             tried = replace(plan, remat=remat)
             memory = self._estimators.memory(job, working, tried)
             self.layouts += 1
-            if memory.fits is not False:
+            if memory.capacity is None or memory.total <= (1 - self._space.reserve) * memory.capacity:
                 return Candidate(tried, job, memory, self._estimators.time(job, working, tried))
             if self.nearest is None or memory.total < self.nearest[1].total:
                 self.nearest = (tried, memory)
