@@ -172,7 +172,7 @@ def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = N
     asked = _asked(entry, chip, power, pue, notes) if chips is None else chips
     slices: Slices | None = None
     if entry.shape:
-        slices = Slices(entry.slices, tuple(sorted(map(int, entry.shape.split("x")))))
+        slices = Slices(entry.slices, tuple(map(int, entry.shape.split("x"))))
         used = slices.chips
     elif is_tpu(chip):
         slices = fit_slices(chip, asked)

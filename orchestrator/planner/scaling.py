@@ -16,7 +16,7 @@ BINDS = 0.1
 """A link binds where waiting for it is at least this share of the step."""
 _FROM = 8
 _STEP = 4  # between the sizes
-_LEADERS = 2  # frames that are filled to the end: a curve needs less than a plan
+_LEADERS = 5  # frames that are filled to the end: a curve needs less than a plan
 
 
 @dataclass(frozen=True)

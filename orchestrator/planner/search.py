@@ -44,7 +44,7 @@ Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
 REMATS: tuple[Remat, ...] = ("none", "selective", "full")
 _DEGREES = 7  # of one axis
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-LEADERS = 8  # frames that are filled to the end
+LEADERS = 12  # frames that are filled to the end
 _UNEVEN = 1.1  # stages may have so many times the mean number of layers
 _LEAST_PART = 512  # tokens of a sequence that a context rank keeps
 _LONG = 16384  # tokens of a sequence from which context parallelism is tried in any case
@@ -268,7 +268,8 @@ class _Walk:
         space = self._space
         fixed = (space.replicate or 1) * (space.fsdp or 1)
         if space.replicate and space.fsdp:
-            return fixed if fixed <= most and not self._sequences % fixed else 0
+            fits = fixed == most if space.whole else fixed <= most
+            return fixed if fits and not self._sequences % fixed else 0
         if space.whole:
             return most if not self._sequences % most and not most % fixed else 0
         limit = min(most, self._sequences)
@@ -315,9 +316,10 @@ class _Walk:
         return _spread(sorted(legal | {p for p in divisors_of(shape.layers) if p <= most}), _DEGREES + 2)
 
     def _contexts(self, others: int) -> list[int]:
-        """Parts of a sequence: of long ones, or where there are more devices than sequences."""
-        seq_len = self._job.seq_len
-        scarce = self._cluster.devices // others > self._sequences
+        """Parts of a sequence: of long ones, or where there are more devices than sequences or groups."""
+        seq_len, space = self._job.seq_len, self._space
+        groups = space.replicate * space.fsdp if space.replicate and space.fsdp else self._sequences
+        scarce = self._cluster.devices // others > groups
         if seq_len < _LONG and not scarce:
             return [1]
         legal = [degree for degree in divisors_of(seq_len) if seq_len // degree >= _LEAST_PART]
@@ -331,10 +333,10 @@ class _Walk:
 
     def _interleavings(self, frame: _Frame, thorough: bool) -> list[int]:
         layers = self._job.model.layers
-        if frame.pipeline == 1 or not thorough or layers % frame.pipeline:
+        if frame.pipeline == 1 or layers % frame.pipeline:
             return [1]
-        each = layers // frame.pipeline
-        return [chunks for chunks in (1, 2, 4, 5, 8, 10) if not each % chunks]
+        chunks = divisors_of(layers // frame.pipeline)
+        return list(chunks if thorough else {chunks[0], chunks[-1]})
 
 
 @functools.lru_cache(maxsize=4096)
