@@ -158,6 +158,9 @@ STACK_CHIP_CONSTANTS = {
 }
 
 
+MEMORY_CONSTANTS = {"kept": 0.2, "logit_bytes": 0.3, "context_bytes": 0.5, "fragmentation": 0.5}
+
+
 def chip_constants(vendor: str, runs: Sequence[Run]) -> list[Constant]:
     """One set per chip that has runs; the fp8 rate only where some ran in fp8."""
     constants = []
@@ -192,6 +195,17 @@ def fit_times(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     return data
 
 
+def fit_memories(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    told = [run for run in runs if run.memory is not None or run.out_of_memory is not None]
+    for stack in sorted({run.job.stack for run in told}):
+        own = [run for run in told if run.job.stack == stack]
+        constants = [Constant(("stacks", stack, "constants", name), s) for name, s in MEMORY_CONSTANTS.items()]
+        if any(not run.plan.compiled and run.out_of_memory is not None for run in own):
+            constants.append(Constant(("stacks", stack, "constants", "eager_kept"), 0.3))
+        data = fit(data, own, constants, memory_residual)
+    return data
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace orchestrator/planner/calibration.yaml")
@@ -200,7 +214,7 @@ def main() -> None:
     held = held_out_families(runs)
     seen = [run for run in runs if run.family not in held]
     data = yaml.safe_load((ROOT / "scripts" / "planner_priors.yaml").read_text(encoding="utf-8"))
-    data = fit_times(data, seen)
+    data = fit_memories(fit_times(data, seen), seen)
     if options.write:
         header = "# Written by scripts/fit_planner; the priors are in scripts/planner_priors.yaml.\n"
         calibration.FILE.write_text(header + yaml.safe_dump(data, sort_keys=False, width=120), encoding="utf-8")
