@@ -31,6 +31,8 @@ SHARES = {
     "offload_recompute", "fsdp_hidden", "selective_kept",
 }  # fmt: skip
 SOFT = 0.1
+MARGIN = 0.05
+"""By how much an estimate should be on the right side of the capacity."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ def memory_residual(run: Run, constants: calibration.Calibration) -> float:
         return math.log(estimate.total / run.memory)
     assert estimate.capacity is not None
     over = math.log(estimate.total / estimate.capacity)
-    return min(0.0, over - 0.02) if run.out_of_memory else max(0.0, over + 0.02)
+    return min(0.0, over - MARGIN) if run.out_of_memory else max(0.0, over + MARGIN)
 
 
 def fit(
@@ -80,6 +82,7 @@ def fit(
     runs: Sequence[Run],
     constants: Sequence[Constant],
     residual: Callable[[Run, calibration.Calibration], float],
+    soft: float = SOFT,
     rounds: int = 25,
 ) -> dict[str, Any]:
     """Levenberg-Marquardt with a Huber loss and Gaussian priors; returns the data with the constants moved."""
@@ -101,7 +104,7 @@ def fit(
             if key not in known:
                 known[key] = calibration.parse(moved, *key)
             found.append(residual(run, known[key]))
-        return np.array(found) * weight / SOFT
+        return np.array(found) * weight / soft
 
     def loss(point: np.ndarray, raw: np.ndarray) -> float:
         size = np.abs(raw)
@@ -158,7 +161,10 @@ STACK_CHIP_CONSTANTS = {
 }
 
 
-MEMORY_CONSTANTS = {"kept": 0.2, "logit_bytes": 0.3, "context_bytes": 0.5, "fragmentation": 0.5}
+MEMORY_CONSTANTS = {
+    "kept": 0.2, "logit_bytes": 0.3, "context_bytes": 0.5, "fragmentation": 0.5, "gradient_bytes": 0.1,
+    "optimizer_bytes": 0.1,
+}  # fmt: skip
 
 
 def chip_constants(vendor: str, runs: Sequence[Run]) -> list[Constant]:
@@ -202,7 +208,7 @@ def fit_memories(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
         constants = [Constant(("stacks", stack, "constants", name), s) for name, s in MEMORY_CONSTANTS.items()]
         if any(not run.plan.compiled and run.out_of_memory is not None for run in own):
             constants.append(Constant(("stacks", stack, "constants", "eager_kept"), 0.3))
-        data = fit(data, own, constants, memory_residual)
+        data = fit(data, own, constants, memory_residual, SOFT / 2)
     return data
 
 

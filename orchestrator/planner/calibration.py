@@ -55,6 +55,7 @@ class Calibration:
         kept: bytes of activations that a layer without remat keeps, over those of `memory.layer_bytes`.
         eager_kept: bytes per token and element of `dim` that norms keep beyond it where nothing fuses them.
         selective_kept: share of them that selective remat keeps; None takes the products' results.
+        keeps_gathered: sequence parallelism keeps the gathered inputs of the products, where others gather again.
         fragmentation: share of the activations that the allocator wastes.
         context_bytes: of the runtime and its communication libraries.
     """
@@ -99,6 +100,7 @@ class Calibration:
     logits_gathered: bool = False
     loss_chunk: int | None = None
     eager_kept: float = 0.0
+    keeps_gathered: bool = False
     kept: float = 1.0
     selective_kept: float | None = None
     fragmentation: float = 0.05

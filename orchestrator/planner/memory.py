@@ -15,8 +15,9 @@ from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelSha
 from orchestrator.planner.time import BF16, stage_elements
 from orchestrator.planner.work import layer_elements, sparse_layers
 
-KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 4, "eager": 10}
-"""Bytes per score that attention keeps for backward: softmax's result and input, and what dropout and fp32 add."""
+KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 5, "eager": 11}
+"""Bytes per score that attention keeps for backward: 5 for softmax's result and dropout's mask and result (2205.05198),
+6 more for the masked scores and softmax's fp32 copy where nothing fuses them."""
 
 
 def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
@@ -80,6 +81,8 @@ def _whole_layer(
     shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool, constants: Calibration
 ) -> float:
     size = constants.kept * layer_bytes(shape, plan, seq_len, tokens, sparse)
+    if constants.keeps_gathered and plan.sequence_parallel:
+        size += constants.kept * BF16 * 2 * tokens * shape.dim * (1 - 1 / plan.tensor)
     if not plan.compiled:
         size += constants.eager_kept * tokens * shape.dim / (plan.tensor if plan.sequence_parallel else 1)
     return size
