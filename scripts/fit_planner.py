@@ -33,6 +33,8 @@ SHARES = {
 SOFT = 0.1
 MARGIN = 0.05
 """By how much an estimate should be on the right side of the capacity."""
+MISSED = 2.0
+"""A run that dies costs more than a layout that was not tried."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ def memory_residual(run: Run, constants: calibration.Calibration) -> float:
         return math.log(estimate.total / run.memory)
     assert estimate.capacity is not None
     over = math.log(estimate.total / estimate.capacity)
-    return min(0.0, over - MARGIN) if run.out_of_memory else max(0.0, over + MARGIN)
+    return MISSED * min(0.0, over - MARGIN) if run.out_of_memory else max(0.0, over + MARGIN)
 
 
 def fit(

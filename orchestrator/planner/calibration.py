@@ -56,6 +56,7 @@ class Calibration:
         eager_kept: bytes per token and element of `dim` that norms keep beyond it where nothing fuses them.
         selective_kept: share of them that selective remat keeps; None takes the products' results.
         keeps_gathered: sequence parallelism keeps the gathered inputs of the products, where others gather again.
+        extra_in_flight: micro-batches that a pipeline stage holds beyond those of 1F1B.
         fragmentation: share of the activations that the allocator wastes.
         context_bytes: of the runtime and its communication libraries.
     """
@@ -101,6 +102,7 @@ class Calibration:
     loss_chunk: int | None = None
     eager_kept: float = 0.0
     keeps_gathered: bool = False
+    extra_in_flight: int = 0
     kept: float = 1.0
     selective_kept: float | None = None
     fragmentation: float = 0.05

@@ -149,17 +149,19 @@ def _activations(
     if plan.remat != "none":
         kind = bool(sparse)
         working = _whole_layer(shape, plan, job.seq_len, tokens, kind, constants)
-    in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage)
+    in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage, constants.extra_in_flight)
     split = plan.tensor if plan.sequence_parallel else 1
     passing = 2 * BF16 * tokens * shape.dim / split  # the gradient that comes in and the one that goes out
     return in_flight * layers * per_layer + working + passing
 
 
-def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int) -> float:
+def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -> float:
     """Micro-batches whose activations a stage holds: p - i under 1F1B, more when chunks interleave (2205.05198)."""
     stages = plan.pipeline
+    if stages == 1:
+        return 1.0
     if plan.virtual_stages == 1:
-        return float(min(micro_batches, stages - stage))
+        return float(min(micro_batches, stages - stage + extra))
     warm = (stages - stage - 1) * 2 + (plan.virtual_stages - 1) * stages + 1
     return min(float(micro_batches), warm / plan.virtual_stages)
 
