@@ -150,6 +150,7 @@ STACK_CONSTANTS = {
     "gemm": 0.2, "gemm_fp8": 0.2, "gemm_traffic": 0.4, "attention": 0.3, "elementwise": 0.3, "layer_seconds": 0.7,
     "step_seconds": 0.7, "tensor_hidden": 0.7, "pipeline_hidden": 0.7, "fsdp_hidden": 0.7, "replicate_hidden": 0.7,
     "expert_hidden": 0.7, "expert_gemm": 0.2, "intra_hop": 0.7, "intra_link": 0.15, "straggler": 0.5,
+    "inter_link": 0.3,
 }  # fmt: skip
 CHIP_CONSTANTS = {"sustained": 0.1, "sustained_fp8": 0.1, "attention_scale": 0.3}
 UNMEASURED = {"achievable": 0.2}
