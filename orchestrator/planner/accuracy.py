@@ -41,7 +41,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Errors:
-    """Absolute relative errors of some rows: how many, the median, the 90th percentile, and the bias (median signed)."""
+    """Absolute relative errors: of how many rows, the median, the 90th percentile; `bias` is the signed median."""
 
     rows: int
     median: float
