@@ -15,8 +15,9 @@ from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelSha
 from orchestrator.planner.time import BF16, stage_elements
 from orchestrator.planner.work import layer_elements, sparse_layers
 
-KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 4, "eager": 10}
-"""Bytes per score that attention keeps for backward: softmax's result and input, and what dropout and fp32 add."""
+KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 5, "eager": 11}
+"""Bytes per score that attention keeps for backward: 5 for softmax's result and dropout's mask and result (2205.05198),
+6 more for the masked scores and softmax's fp32 copy where nothing fuses them."""
 
 
 def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
@@ -65,7 +66,7 @@ def kept_bytes(
         return BF16 * tokens * shape.dim / split
     if plan.remat == "offload":
         return 0.0
-    everything = layer_bytes(shape, plan, seq_len, tokens, sparse) * constants.kept
+    everything = _whole_layer(shape, plan, seq_len, tokens, sparse, constants)
     if plan.remat == "none":
         return everything
     if constants.selective_kept is not None:
@@ -74,6 +75,17 @@ def kept_bytes(
     products = 2 * shape.dim / split + _attention_elements(shape) / plan.tensor
     products += ((2 if shape.gated else 1) * width / plan.tensor) + shape.dim / split
     return BF16 * tokens * products
+
+
+def _whole_layer(
+    shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool, constants: Calibration
+) -> float:
+    size = constants.kept * layer_bytes(shape, plan, seq_len, tokens, sparse)
+    if constants.keeps_gathered and plan.sequence_parallel:
+        size += constants.kept * BF16 * 2 * tokens * shape.dim * (1 - 1 / plan.tensor)
+    if not plan.compiled:
+        size += constants.eager_kept * tokens * shape.dim / (plan.tensor if plan.sequence_parallel else 1)
+    return size
 
 
 def _attention_elements(shape: ModelShape) -> float:
@@ -95,23 +107,25 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     first, last = stage == 0, stage == stages - 1
     ends = float(first) + float(last) if not shape.tied else float(first or last)
     dense, experts = stage_elements(job, plan, layers, ends)
-    expert_shards = max(1.0, plan.fsdp / plan.expert)
-    weights = _sharded(dense, experts, plan.fsdp, expert_shards, plan.zero >= 3)
-    gradients = _sharded(dense, experts, plan.fsdp, expert_shards, plan.zero >= 2)
-    moments = _sharded(dense, experts, plan.fsdp, expert_shards, plan.zero >= 1)
+    expert_shards = max(1.0, plan.shards / plan.expert)
+    weights = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 3)
+    gradients = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 2)
+    moments = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 1)
     tokens = plan.micro_batch * job.seq_len / plan.context
     activations = _activations(job, plan, constants, tokens, layers, stage)
     logits = 0.0
     if last:
         alive = min(tokens, constants.loss_chunk) if constants.loss_chunk else tokens
-        logits = constants.logit_bytes * alive * shape.vocab / plan.tensor
+        words = shape.vocab / plan.tensor
+        words += shape.vocab if constants.logits_gathered and plan.tensor > 1 else 0
+        logits = constants.logit_bytes * alive * words
     return MemoryEstimate(
         parameters=constants.weight_bytes * weights,
         gradients=constants.gradient_bytes * gradients,
         optimizer=constants.optimizer_bytes * moments,
         activations=activations,
         logits=logits,
-        communication=_buffers(job, plan, tokens, ends),
+        communication=_buffers(job, plan, tokens, ends, dense + experts),
         overhead=constants.context_bytes + constants.fragmentation * (activations + logits),
         capacity=device_capacity(cluster),
     )
@@ -134,27 +148,34 @@ def _activations(
     working = 0.0
     if plan.remat != "none":
         kind = bool(sparse)
-        working = constants.kept * layer_bytes(shape, plan, job.seq_len, tokens, kind)
-    in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage)
+        working = _whole_layer(shape, plan, job.seq_len, tokens, kind, constants)
+    in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage, constants.extra_in_flight)
     split = plan.tensor if plan.sequence_parallel else 1
     passing = 2 * BF16 * tokens * shape.dim / split  # the gradient that comes in and the one that goes out
     return in_flight * layers * per_layer + working + passing
 
 
-def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int) -> float:
+def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -> float:
     """Micro-batches whose activations a stage holds: p - i under 1F1B, more when chunks interleave (2205.05198)."""
     stages = plan.pipeline
+    if stages == 1:
+        return 1.0
     if plan.virtual_stages == 1:
-        return float(min(micro_batches, stages - stage))
+        return float(min(micro_batches, stages - stage + extra))
     warm = (stages - stage - 1) * 2 + (plan.virtual_stages - 1) * stages + 1
     return min(float(micro_batches), warm / plan.virtual_stages)
 
 
-def _buffers(job: JobSpec, plan: ParallelPlan, tokens: float, ends: float) -> float:
-    """What collectives need room for: two gathered layers and one layer's gradients, and the gathered sequence."""
+def _buffers(job: JobSpec, plan: ParallelPlan, tokens: float, ends: float, elements: float) -> float:
+    """What collectives need room for: two gathered layers and one layer's gradients, and the gathered sequence.
+
+    The stages of a pipeline keep all their gathered weights, and their gradients in fp32, until the step's end.
+    """
     shape = job.model
     size = 0.0
-    if plan.fsdp > 1 and plan.zero == 3:
+    if plan.shards > 1 and plan.zero == 3 and plan.pipeline > 1:
+        size += (BF16 + 4) * elements
+    elif plan.shards > 1 and plan.zero == 3:
         kind = layer_elements(shape, bool(shape.experts))
         layer = (kind.attention + kind.mlp) / plan.tensor + kind.experts / plan.tensor / plan.expert
         matrix = shape.vocab * shape.dim / plan.tensor if ends else 0.0

@@ -153,6 +153,11 @@ class ParallelPlan:
         return self.replicate * self.fsdp * self.context * self.tensor * self.pipeline
 
     @property
+    def shards(self) -> int:
+        """Devices that share one copy of the state: the context axis shards it too, since all see the same weights."""
+        return self.fsdp * self.context
+
+    @property
     def data_parallel(self) -> int:
         """Groups that see different sequences."""
         return self.replicate * self.fsdp

@@ -177,7 +177,7 @@ def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> 
         tensor=ring(cluster, constants, plan.tensor, 1),
         context=ring(cluster, constants, plan.context, plan.tensor),
         expert=ring(cluster, constants, plan.expert, plan.tensor),
-        fsdp=ring(cluster, constants, plan.fsdp, inner),
+        fsdp=ring(cluster, constants, plan.shards, plan.tensor),
         replicate=ring(cluster, constants, plan.replicate, inner * plan.fsdp),
         pipeline=ring(cluster, constants, plan.pipeline, inner * plan.data_parallel),
     )
@@ -288,7 +288,7 @@ def _head(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates
     columns = shape.vocab / plan.tensor
     product = Product(1, tokens, shape.dim, columns)
     compute = 3 * _products_seconds([product], rates.wide, rates.memory, constants.gemm_traffic)
-    moved = tokens * (16 * columns + 12 * shape.dim)
+    moved = tokens * (16 * (shape.vocab if constants.logits_gathered else columns) + 12 * shape.dim)
     tensor = 4 * rings.tensor.gather(tokens * shape.dim * BF16) * (1 - constants.tensor_hidden)
     return Cost(compute, constants.elementwise * moved / rates.memory, tensor, 0.0, 0.0)
 
@@ -337,17 +337,18 @@ def _data_parallel(
     dense, experts = stage_elements(job, plan, layers, (1 if job.model.tied else 2) / plan.pipeline)
     elements = dense + experts
     busy = stage.compute + stage.memory
-    reduced = min(4.0, constants.gradient_bytes)
+    reduced = constants.reduced_bytes
     fsdp = replicate = 0.0
-    if plan.fsdp > 1:
+    if plan.shards > 1:
         gather, scatter = rings.fsdp.gather(BF16 * elements), rings.fsdp.gather(reduced * elements)
-        rounds = micro_batches if plan.zero == 3 else 1
+        # A pipeline's stages keep their gathered weights and sum their gradients until the step's end.
+        rounds = micro_batches if plan.zero == 3 and plan.pipeline == 1 else 1
         traffic = rounds * ((2 if plan.zero == 3 else 1) * gather + scatter)
         traffic += rounds * 2 * max(layers - 1, 0) * rings.fsdp.hops  # a collective per layer, not one
         hidden = constants.fsdp_hidden * busy * rounds
         fsdp = max(traffic / (rounds * (layers + 1)), traffic - hidden)
     if plan.replicate > 1:
-        traffic = rings.replicate.reduce(reduced * elements / (plan.fsdp if plan.zero > 1 or plan.fsdp > 1 else 1))
+        traffic = rings.replicate.reduce(reduced * elements / plan.shards)
         replicate = max(traffic / (layers + 1), traffic - constants.replicate_hidden * busy * 2 / 3)
     return fsdp, replicate
 
@@ -357,5 +358,5 @@ def _optimizer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: 
     dense, experts = stage_elements(
         job, plan, job.model.layers / plan.pipeline, (1 if job.model.tied else 2) / plan.pipeline
     )
-    owned = (dense + experts * min(1.0, plan.expert)) / plan.fsdp
+    owned = dense / plan.shards + experts / max(1.0, plan.shards / plan.expert)
     return constants.optimizer * 30 * owned / rates.memory
