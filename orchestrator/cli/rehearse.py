@@ -75,7 +75,9 @@ def main(argv: list[str]) -> int:
         print(_HELP.format(program=_PROGRAM, options=describe_options(RehearseOptions)))
         return 0
     from orchestrator.config.compose import run_composed
+    from orchestrator.planner.models import refuse_planned_only
 
+    refuse_planned_only(argv, "rehearse")
     own = [word for word in argv if word.partition("=")[0] in RehearseOptions.__dataclass_fields__]
     options = parse_options(RehearseOptions, own)
     words = [word for word in argv if word not in own]

@@ -28,8 +28,10 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(_help())
         return 0
+    from orchestrator.planner.models import refuse_planned_only
     from orchestrator.train.start import start
 
+    refuse_planned_only(argv, "train")
     return run_composed(argv, "orchestrator train", start)
 
 

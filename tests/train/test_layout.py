@@ -1,0 +1,98 @@
+"""layout=auto: planned where the chip is known and there is a choice, the plain rule everywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.config.compose import compose
+from orchestrator.config.schema import LayoutConfig
+from orchestrator.hardware.base import Probe
+from orchestrator.hardware.registry import get_target
+from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
+from orchestrator.train.layout import settle_layout
+
+
+class _Target:
+    """A target that has found a chip."""
+
+    def __init__(self, chip: str | None, name: str = "cuda"):
+        self.name, self._chip = name, chip
+
+    def probe(self) -> Probe:
+        return Probe(self.name, True, 8, chip=self._chip)
+
+
+def _config(*words: str):
+    return compose(["model=llama3_8b", "train.seq_len=4096", "train.global_batch_tokens=1048576", *words]).config
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 64, 256])
+@pytest.mark.parametrize("chip", ["h200", "mi300x", "tpu-v5p"])
+def test_a_planned_layout_is_one_that_the_run_accepts(chip, devices):
+    config = _config("train.remat=full")
+    settled = settle_layout(config, _Target(chip), devices)
+    layout = resolve_layout(settled.layout, devices)
+    assert layout.devices == devices
+    assert check_layout(layout, config.model, config.train.seq_len, config.train.global_batch_tokens) == []
+    if settled.micro_batch != "auto":
+        assert f"planned for {devices} x {chip}" in settled.why
+        assert (
+            not (config.train.global_batch_tokens // config.train.seq_len // layout.data_parallel) % settled.micro_batch
+        )
+    assert settled == settle_layout(config, _Target(chip), devices), "every process comes to the same"
+
+
+def test_a_model_too_large_for_data_parallelism_alone_is_cut_further():
+    config = _config("model=llama3_70b", "train.remat=full", "train.global_batch_tokens=65536")
+    layout = resolve_layout(settle_layout(config, _Target("h200"), 64).layout, 64)
+    assert layout.tensor * layout.context > 1, "16 sequences do not go over 64 devices"
+
+
+def test_what_is_set_stays():
+    config = _config("train.remat=full", "layout.tensor=2", "train.micro_batch_size=4")
+    settled = settle_layout(config, _Target("h200"), 8)
+    assert settled.layout.tensor == 2
+    assert settled.micro_batch == 4
+    assert settled.why
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (_Target(None), ()),
+        (_Target("h200", name="cpu"), ()),
+        (get_target("cpu"), ()),
+        (_Target("h200"), ("layout=replicate",)),
+        (_Target("h200"), ("layout=tensor",)),
+        (_Target("h200"), ("layout.replicate=1", "layout.context=1", "layout.tensor=1")),
+        (_Target("tpu-v5p", name="tpu"), ("hardware=tpu", "hardware.simulate=8")),
+    ],
+    ids=["unknown chip", "cpu", "this cpu", "replicate", "tensor", "one open degree", "rehearsal"],
+)
+def test_the_plain_rule_elsewhere(target, words):
+    config = _config(*words)
+    settled = settle_layout(config, target, 8)
+    assert settled.layout == config.layout
+    assert settled.micro_batch == config.train.micro_batch_size
+    assert settled.why == ""
+
+
+def test_the_plain_rule_is_what_it_was():
+    """conf/layout/auto.yaml leaves all degrees open; fsdp still takes all devices."""
+    assert resolve_layout(_config().layout, 8) == resolve_layout(LayoutConfig(), 8) == Layout(fsdp=8)
+    assert resolve_layout(_config("layout.tensor=2").layout, 8) == Layout(fsdp=4, tensor=2)
+
+
+def test_a_chip_that_the_user_names():
+    config = _config("train.remat=full")
+    named = replace(config, hardware=replace(config.hardware, chip="h200"))
+    assert "h200" in settle_layout(named, _Target(None), 8).why
+
+
+def test_where_nothing_is_predicted_to_fit_the_rule_goes_on():
+    config = _config("model=llama3_405b")
+    settled = settle_layout(config, _Target("h200"), 8)
+    assert settled.layout == config.layout
+    assert "no layout is predicted to fit" in settled.why
