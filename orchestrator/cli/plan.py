@@ -26,7 +26,7 @@ one fleet or several side by side, in seconds, without a device. The configurati
 
 Fleets
   h100x1024               so many chips; 1M and 400k are numbers too
-  tpu_v7x@1GW             as many as so much power carries, cooling included
+  tpu_v7x@1GW             as many as so much power carries, cooling included; tpu_v7xx1M@1GW: at most a million
   h100@$5M                as many as make the run cost no more
   2xtpu_v5p:8x16x16       slices of that shape
   [h100x1024,trn2x4096]   several, compared
@@ -138,12 +138,17 @@ def _compare(request: Request, fleets: list[Fleet], catalogue: Catalogue, option
 
 
 def _split(requests: dict[str, Request], fleets: list[Fleet], catalogue: Catalogue, options: PlanOptions) -> int:
+    from tqdm import tqdm
+
     from orchestrator.observe.plan_text import PlanText
     from orchestrator.planner.plan import plan_fleet
     from orchestrator.planner.plan_data import portfolio_data
     from orchestrator.planner.portfolio import assign
 
-    table = {job: [plan_fleet(request, fleet, catalogue) for fleet in fleets] for job, request in requests.items()}
+    pairs = [(job, fleet) for job in requests for fleet in fleets]
+    table: dict[str, list[FleetPlan]] = {job: [] for job in requests}
+    for job, fleet in tqdm(pairs, desc="planning", leave=False, disable=None):
+        table[job].append(plan_fleet(requests[job], fleet, catalogue))
     portfolio = assign(table, options.objective)
     if options.json:
         print(json.dumps(portfolio_data(portfolio, options.objective), indent=2))

@@ -1,7 +1,8 @@
 """Fleets: which chips, how many, at what price and power; and the short way to write them.
 
-`h100x1024` is so many chips, `tpu_v7x@1GW` as many as so much power carries, `h100@$5M` as many as make the run cost
-no more than that, `2xtpu_v5p:8x16x16` two slices of that shape. A YAML file says the same with overrides.
+`h100x1024` is so many chips, `tpu_v7x@1GW` as many as so much power carries, `tpu_v7xx1M@1GW` no more than either,
+`h100@$5M` as many as make the run cost no more than that, `2xtpu_v5p:8x16x16` two slices of that shape. A YAML file
+says the same with overrides.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from orchestrator.planner.slices import Slices, fit_slices, is_tpu, legal_shapes
 from orchestrator.planner.spec import Cluster
 from orchestrator.planner.value import Value, derive, given, of_figure, unknown
 
-GRAMMAR = "CHIPxNUMBER (h100x1024), CHIP@POWER (tpu_v7x@1GW), CHIP@$BUDGET (h100@$5M), CHIP:SHAPE (2xtpu_v5p:8x16x16)"
+GRAMMAR = (
+    "CHIPxNUMBER (h100x1024), CHIP@POWER (tpu_v7x@1GW), both (tpu_v7xx1M@1GW), CHIP@$BUDGET (h100@$5M), "
+    "CHIP:SHAPE (2xtpu_v5p:8x16x16)"
+)
 _COUNT = re.compile(r"(?P<chip>.+?)x(?P<number>\d[\d_]*(?:\.\d+)?)(?P<suffix>[kM]?)")
 _BOUND = re.compile(r"(?P<chip>[^@]+)@(?P<dollar>\$?)(?P<number>\d[\d_]*(?:\.\d+)?)(?P<suffix>[A-Za-z]*)")
 _SHAPE = re.compile(r"(?:(?P<slices>\d+)x)?(?P<chip>[^:]+):(?P<shape>\d+(?:x\d+){1,2})")
@@ -44,6 +48,8 @@ _ALIASES = {
 @dataclass(frozen=True)
 class FleetEntry:
     """A fleet as it is asked for: `chip`, one of `chips`, `shape`, `megawatts`, `budget_usd`, and overrides.
+
+    With both `chips` and `megawatts`, as many as both allow.
 
     Attributes:
         shape: of a TPU slice; `slices` of them.
@@ -154,7 +160,11 @@ def resolve_fleets(
             problems.append(error)
     if problems:
         raise ConfigErrors(problems)
-    return fleets
+    labels = [fleet.label for fleet in fleets]
+    return [
+        replace(fleet, label=f"{fleet.label} ({index + 1})") if labels.count(fleet.label) > 1 else fleet
+        for index, fleet in enumerate(fleets)
+    ]
 
 
 def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = None) -> Fleet:
@@ -203,15 +213,23 @@ def _parse(word: str) -> FleetEntry | None:
     if match := _SHAPE.fullmatch(word):
         return FleetEntry(chip=match["chip"], shape=match["shape"], slices=int(match["slices"] or 1))
     if match := _BOUND.fullmatch(word):
-        number, suffix = float(match["number"].replace("_", "")), match["suffix"]
-        if match["dollar"]:
-            return FleetEntry(chip=match["chip"], budget_usd=number * _COUNTS[suffix]) if suffix in _COUNTS else None
-        watts = _WATTS.get(suffix.lower())
-        return FleetEntry(chip=match["chip"], megawatts=number * watts / 1e6) if watts else None
+        return _bounded(match)
     if match := _COUNT.fullmatch(word):
         count = float(match["number"].replace("_", "")) * _COUNTS[match["suffix"]]
         return FleetEntry(chip=match["chip"], chips=int(count)) if count >= 1 else None
     return None
+
+
+def _bounded(match: re.Match[str]) -> FleetEntry | None:
+    """CHIP@POWER or CHIP@$BUDGET; before a power there may be a number of chips too."""
+    number, suffix = float(match["number"].replace("_", "")), match["suffix"]
+    if match["dollar"]:
+        return FleetEntry(chip=match["chip"], budget_usd=number * _COUNTS[suffix]) if suffix in _COUNTS else None
+    watts = _WATTS.get(suffix.lower())
+    if watts is None:
+        return None
+    most = _parse(match["chip"]) if _COUNT.fullmatch(match["chip"]) else FleetEntry(chip=match["chip"])
+    return None if most is None else replace(most, megawatts=number * watts / 1e6)
 
 
 def _filled(entry: FleetEntry, defaults: FleetEntry) -> FleetEntry:
@@ -222,10 +240,14 @@ def _filled(entry: FleetEntry, defaults: FleetEntry) -> FleetEntry:
 def _check_entry(entry: FleetEntry, chip: Chip) -> None:
     problems: list[UserError] = []
     sizes = [name for name in ("chips", "shape", "megawatts", "budget_usd") if getattr(entry, name) is not None]
-    if len(sizes) != 1:
+    if len(sizes) != 1 and sizes != ["chips", "megawatts"]:
         what = f"the fleet of {chip.key} has no size" if not sizes else f"the fleet of {chip.key} has several sizes"
         got = ", ".join(f"{name}={getattr(entry, name)}" for name in sizes) or "none"
-        problems.append(ConfigError(what, got=got, allowed="one of chips, shape, megawatts, budget_usd"))
+        problems.append(
+            ConfigError(
+                what, got=got, allowed="one of chips, shape, megawatts, budget_usd; or both of chips and megawatts"
+            )
+        )
     for field in fields(entry):
         value = getattr(entry, field.name)
         if isinstance(value, (int, float)) and not 0 < value < float("inf"):
@@ -259,7 +281,7 @@ def _check_shape(entry: FleetEntry, chip: Chip) -> list[UserError]:
 
 
 def _asked(entry: FleetEntry, chip: Chip, power: Value, pue: Value, notes: list[str]) -> int:
-    if entry.chips is not None:
+    if entry.chips is not None and entry.megawatts is None:
         return entry.chips
     if entry.shape is not None:
         return Slices(entry.slices, tuple(map(int, entry.shape.split("x")))).chips
@@ -275,7 +297,7 @@ def _asked(entry: FleetEntry, chip: Chip, power: Value, pue: Value, notes: list[
             fix="give the server's watts per chip: watts_per_chip=..., or a number of chips",
         )
     notes.append(f"{entry.megawatts:,g} MW carry {count} chips at {power} and PUE {pue}")
-    return int(count.value)
+    return min(int(count.value), entry.chips or int(count.value))
 
 
 def _whole_hosts(chip: Chip, chips: int) -> int:

@@ -69,7 +69,7 @@ def test_all_mistakes_at_once_with_hints():
     ("entry", "what"),
     [
         (FleetEntry(chip="h100"), "no size"),
-        (FleetEntry(chip="h100", chips=8, megawatts=1), "several sizes"),
+        (FleetEntry(chip="h100", chips=8, budget_usd=1), "several sizes"),
         (FleetEntry(chip="h100", chips=-8), "'chips' of h100-sxm is out of range"),
         (FleetEntry(chip="h100", chips=8, pue=0.9), "PUE"),
         (FleetEntry(chip="h100", chips=8, price_usd_per_chip_hour=math.inf), "price_usd_per_chip_hour"),
@@ -100,6 +100,19 @@ def test_a_gigawatt():
     assert fleet.cluster.chips % 9216 == 0
     assert "~845,559 chips" in fleet.notes[0], "derived from an estimate, and says so"
     assert fleet_of("trn2@10MW", watts_per_chip=1000, pue=1.25).cluster.chips == 8000
+
+
+def test_chips_and_power_together_bind_where_they_bind():
+    assert fleet_of("tpu_v7xx1M@1GW").cluster.chips == fleet_of("tpu_v7x@1GW").cluster.chips
+    assert fleet_of("tpu_v7xx9216@1GW").cluster.chips == 9216
+
+
+def test_fleets_of_one_kind_can_be_told_apart():
+    assert [fleet.label for fleet in resolve_fleets(["h100x8", "h100x8", "h100x16"], load())] == [
+        "h100-sxm x 8 (1)",
+        "h100-sxm x 8 (2)",
+        "h100-sxm x 16",
+    ]
 
 
 def test_a_chip_alone_is_a_lower_bound_of_its_server():
