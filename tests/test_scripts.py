@@ -140,6 +140,7 @@ def test_bench_runs_each_in_its_environment(checkout):
         ".venv/python scripts/benchmarks/step.py",
         ".venv-xla/python scripts/benchmarks/xla_step.py",
         ".venv/python scripts/benchmarks/checkpoint.py",
+        ".venv/python scripts/benchmarks/plan.py",
     ]
     assert [line for line in call(checkout, "bench", "step") if "benchmarks" in line] == both[:1]
 

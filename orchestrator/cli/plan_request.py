@@ -201,7 +201,7 @@ def _space(composed: Composed, keys: set[str], options: PlanOptions) -> tuple[Sp
     train, layout = composed.config.train, composed.config.layout
     fixed: dict[str, Any] = {}
     said = []
-    if "train.remat" in keys:
+    if "train.remat" in keys and train.remat != "auto":
         fixed["remats"] = (train.remat,)
         said.append(f"train.remat={train.remat}")
     if "train.micro_batch_size" in keys and train.micro_batch_size != "auto":

@@ -44,7 +44,7 @@ Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
 REMATS: tuple[Remat, ...] = ("none", "selective", "full")
 _DEGREES = 7  # of one axis
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-LEADERS = 12  # frames that are filled to the end
+LEADERS = 8  # frames that are filled to the end
 _UNEVEN = 1.1  # stages may have so many times the mean number of layers
 _LEAST_PART = 512  # tokens of a sequence that a context rank keeps
 _LONG = 16384  # tokens of a sequence from which context parallelism is tried in any case
@@ -329,14 +329,14 @@ class _Walk:
         if not shape.experts:
             return [1]
         legal = [degree for degree in divisors_of(math.gcd(shape.experts, groups)) if degree & (degree - 1) == 0]
-        return _spread(legal, 5)
+        return _spread(legal, 4)
 
     def _interleavings(self, frame: _Frame, thorough: bool) -> list[int]:
         layers = self._job.model.layers
         if frame.pipeline == 1 or layers % frame.pipeline:
             return [1]
         chunks = divisors_of(layers // frame.pipeline)
-        return list(chunks if thorough else {chunks[0], chunks[-1]})
+        return _spread(chunks, 6) if thorough else sorted({chunks[0], chunks[-1]})
 
 
 @functools.lru_cache(maxsize=4096)

@@ -85,7 +85,8 @@ def place_model(config: RunConfig, model_config: ModelConfig, parallel: Parallel
     """The model, described on the meta device, then each process's part of it allocated."""
     with torch.device("meta"):
         model = Decoder(model_config, config.train.loss_chunk_tokens)
-    apply_remat(model, config.train.remat, parallel.checkpoint)
+    remat = settle_layout(config, parallel.target, parallel.layout.devices).remat
+    apply_remat(model, remat, parallel.checkpoint)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parallel.shard(model, rules.place(model.logical_axes(), shapes))
     return model

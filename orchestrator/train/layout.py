@@ -10,7 +10,7 @@ from orchestrator.chips.catalogue import load
 from orchestrator.config.schema import LayoutConfig, RunConfig
 from orchestrator.hardware.base import Target
 from orchestrator.planner.explain import bound, layout_text
-from orchestrator.planner.search import Batch, Candidate, Space, search
+from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape
 from orchestrator.sharding.axes import MESH_AXES
 
@@ -24,12 +24,13 @@ class Settled:
 
     Attributes:
         layout: the configuration's, with its open degrees filled in where they were planned.
-        micro_batch: `train.micro_batch_size`, filled in likewise.
+        micro_batch, remat: `train.micro_batch_size` and `train.remat`, filled in likewise.
         why: one line; empty where nothing was planned.
     """
 
     layout: LayoutConfig
     micro_batch: int | Literal["auto"]
+    remat: Literal["none", "selective", "full"]
     why: str = ""
 
 
@@ -40,7 +41,8 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     fills them by its rule. The answer depends on the configuration, the chip and the number of devices alone, so
     every process of a job comes to the same one.
     """
-    kept = Settled(config.layout, config.train.micro_batch_size)
+    train = config.train
+    kept = Settled(config.layout, train.micro_batch_size, "none" if train.remat == "auto" else train.remat)
     fixed = {axis: degree for axis in MESH_AXES if (degree := getattr(config.layout, axis)) != "auto"}
     key = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
     if len(fixed) > len(MESH_AXES) - 2 or key is None or target.name == "cpu" or config.hardware.simulate:
@@ -48,13 +50,12 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     chip = load().get(key)
     if devices % chip.logical_devices_per_chip:
         return kept
-    train = config.train
     space = Space(
         **fixed,
         pipeline=1,
         expert=1,
         micro_batch=None if train.micro_batch_size == "auto" else train.micro_batch_size,
-        remats=(train.remat,),
+        remats=REMATS if train.remat == "auto" else (train.remat,),
         zeros=(3,),
         whole=True,
         even=True,
@@ -68,7 +69,8 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     plan = best.plan
     layout = replace(config.layout, **{axis: getattr(plan, axis) for axis in MESH_AXES})
     why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, Cluster(chip, devices))}"
-    return Settled(layout, plan.micro_batch, why)
+    assert plan.remat != "offload", "the search has no such choice"
+    return Settled(layout, plan.micro_batch, plan.remat, why)
 
 
 @functools.lru_cache(maxsize=16)

@@ -50,6 +50,15 @@ def test_a_model_too_large_for_data_parallelism_alone_is_cut_further():
     assert layout.tensor * layout.context > 1, "16 sequences do not go over 64 devices"
 
 
+def test_remat_is_planned_too_where_it_is_open():
+    planned = settle_layout(_config("train.remat=auto", "train.seq_len=8192"), _Target("h200"), 8)
+    assert planned.why
+    assert planned.remat in ("none", "selective", "full")
+    tight = settle_layout(_config("train.remat=auto", "model=llama3_70b"), _Target("h200"), 16)
+    assert tight.remat != "none"
+    assert settle_layout(_config("train.remat=auto"), _Target(None), 8).remat == "none"
+
+
 def test_what_is_set_stays():
     config = _config("train.remat=full", "layout.tensor=2", "train.micro_batch_size=4")
     settled = settle_layout(config, _Target("h200"), 8)
