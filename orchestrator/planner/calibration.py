@@ -55,7 +55,7 @@ class Calibration:
         logits_gathered: the loss is computed on all words by every device of the tensor axis, not on its share.
         loss_chunk: tokens whose logits are alive at once; None for all of the micro-batch.
         kept: bytes of activations that a layer without remat keeps, over those of `memory.layer_bytes`.
-        eager_kept: bytes per token and element of `dim` that norms keep beyond it where nothing fuses them.
+        eager_kept: elements per token and `dim` that norms keep beyond it where nothing fuses them.
         selective_kept: share of them that selective remat keeps; None takes the products' results.
         keeps_gathered: sequence parallelism keeps the gathered inputs of the products, where others gather again.
         extra_in_flight: micro-batches that a pipeline stage holds beyond those of 1F1B.

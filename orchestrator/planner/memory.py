@@ -80,7 +80,8 @@ def _whole_layer(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool, 
     if constants.keeps_gathered and plan.sequence_parallel:
         size += constants.kept * job.element_bytes * 2 * tokens * job.model.dim * (1 - 1 / plan.tensor)
     if not plan.compiled:
-        size += constants.eager_kept * tokens * job.model.dim / (plan.tensor if plan.sequence_parallel else 1)
+        split = plan.tensor if plan.sequence_parallel else 1
+        size += constants.eager_kept * job.element_bytes * tokens * job.model.dim / split
     return size
 
 
@@ -116,6 +117,8 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
         words = shape.vocab / plan.tensor
         words += shape.vocab if constants.logits_gathered and plan.tensor > 1 else 0
         logits = constants.logit_bytes * alive * words
+        if chunk:  # the head's gradient is summed in fp32 while the chunks go by
+            logits += 4.0 * words * shape.dim
     summed = constants.gradient_bytes * gradients
     if not constants.gradients_stay and plan.micro_batches(job) == 1:
         summed = max(0.0, summed - activations - logits)
@@ -143,14 +146,15 @@ def _activations(
     sparse = sparse_layers(shape)
     kinds = [(sparse / shape.layers, True)] * bool(sparse) + [(1 - sparse / shape.layers, False)]
     per_layer = sum(share * kept_bytes(job, plan, tokens, kind, constants) for share, kind in kinds if share)
-    working = 0.0
-    if plan.remat != "none":
-        kind = bool(sparse)
-        working = _whole_layer(job, plan, tokens, kind, constants)
+    kind, split = bool(sparse), plan.tensor if plan.sequence_parallel else 1
+    # One layer's own while it is computed again, and the gradients of its widest tensors.
+    working = _whole_layer(job, plan, tokens, kind, constants) if plan.remat != "none" else 0.0
+    width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim if kind else shape.mlp_dim
+    passing = (3 if shape.gated else 2) * width / plan.tensor + 2 * shape.dim / split
+    if stage == plan.pipeline - 1:
+        passing += 2 * shape.dim / split  # around the last norm
     in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage, constants.extra_in_flight)
-    split = plan.tensor if plan.sequence_parallel else 1
-    passing = 2 * job.element_bytes * tokens * shape.dim / split  # the gradient that comes in and the one that goes out
-    return in_flight * layers * per_layer + working + passing
+    return in_flight * layers * per_layer + working + job.element_bytes * tokens * passing
 
 
 def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -> float:
@@ -165,9 +169,11 @@ def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -
 
 
 def _buffers(job: JobSpec, plan: ParallelPlan, tokens: float, ends: float, elements: float) -> float:
-    """What collectives need room for: two gathered layers and one layer's gradients, and the gathered sequence.
+    """What collectives need room for.
 
-    The stages of a pipeline keep all their gathered weights, and their gradients in fp32, until the step's end.
+    Under ZeRO 3: two gathered layers, one layer's gradients before and after their cast to fp32, and a matrix of the
+    vocabulary, which stays gathered from its use forward to the one backward. The stages of a pipeline keep all their
+    gathered weights, and their gradients in fp32, until the step's end. Then the gathered sequence.
     """
     shape, width = job.model, job.element_bytes
     size = 0.0
@@ -176,8 +182,8 @@ def _buffers(job: JobSpec, plan: ParallelPlan, tokens: float, ends: float, eleme
     elif plan.shards > 1 and plan.zero == 3:
         kind = layer_elements(shape, bool(shape.experts))
         layer = (kind.attention + kind.mlp) / plan.tensor + kind.experts / plan.tensor / plan.expert
-        matrix = shape.vocab * shape.dim / plan.tensor if ends else 0.0
-        size += 2 * width * max(layer, matrix) + 4 * layer
+        size += (2 * width + width + 4) * layer
+        size += width * shape.vocab * shape.dim / plan.tensor if ends else 0.0
     if plan.tensor > 1 and plan.sequence_parallel:
         size += 2 * width * tokens * shape.dim
     if plan.context > 1:

@@ -102,7 +102,7 @@ def test_logits_by_chunks():
     whole = step_memory(job(sequences=8), NODE, ParallelPlan(fsdp=8), PLAIN).logits
     assert whole == 10 * 8192 * 128256
     chunked = step_memory(job(sequences=8, loss_chunk_tokens=1024), NODE, ParallelPlan(fsdp=8), PLAIN).logits
-    assert chunked == whole / 8
+    assert chunked == whole / 8 + 4 * 128256 * 4096, "the head's gradient is summed meanwhile"
     shared = step_memory(job(sequences=8), NODE, ParallelPlan(tensor=8), PLAIN).logits
     assert shared == whole / 8
 
