@@ -109,7 +109,7 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     gradients = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 2)
     moments = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 1)
     tokens = plan.micro_batch * job.seq_len / plan.context
-    activations = _activations(job, plan, constants, tokens, layers, stage)
+    kept, working = _activations(job, plan, constants, tokens, layers, stage)
     logits = 0.0
     if last:
         chunk = job.loss_chunk_tokens or constants.loss_chunk
@@ -121,15 +121,18 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
             logits += 4.0 * words * shape.dim
     summed = constants.gradient_bytes * gradients
     if not constants.gradients_stay and plan.micro_batches(job) == 1:
-        summed = max(0.0, summed - activations - logits)
+        # At the end of backward they are all there, when what was kept is not any more.
+        summed = max(0.0, summed - kept - logits)
+    # When a layer is at work backward, the logits are gone; when they are there, no layer is at work.
+    working = max(0.0, working - logits)
     return MemoryEstimate(
         parameters=constants.weight_bytes * weights,
         gradients=summed,
         optimizer=constants.optimizer_bytes * moments,
-        activations=activations,
+        activations=kept + working,
         logits=logits,
         communication=_buffers(job, plan, tokens, ends, dense + experts),
-        overhead=constants.context_bytes + constants.fragmentation * (activations + logits),
+        overhead=constants.context_bytes + constants.fragmentation * (kept + working + logits),
         capacity=device_capacity(cluster),
     )
 
@@ -140,8 +143,8 @@ def _sharded(dense: float, experts: float, shards: int, expert_shards: float, sp
 
 def _activations(
     job: JobSpec, plan: ParallelPlan, constants: Calibration, tokens: float, layers: int, stage: int
-) -> float:
-    """Of the micro-batches in flight, with one layer's own while it is computed again."""
+) -> tuple[float, float]:
+    """Kept of the micro-batches in flight, and what the one layer needs that is at work."""
     shape = job.model
     sparse = sparse_layers(shape)
     kinds = [(sparse / shape.layers, True)] * bool(sparse) + [(1 - sparse / shape.layers, False)]
@@ -149,12 +152,14 @@ def _activations(
     kind, split = bool(sparse), plan.tensor if plan.sequence_parallel else 1
     # One layer's own while it is computed again, and the gradients of its widest tensors.
     working = _whole_layer(job, plan, tokens, kind, constants) if plan.remat != "none" else 0.0
+    if plan.remat == "selective":
+        working = max(0.0, working - kept_bytes(job, plan, tokens, kind, constants))
     width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim if kind else shape.mlp_dim
     passing = (3 if shape.gated else 2) * width / plan.tensor + 2 * shape.dim / split
     if stage == plan.pipeline - 1:
         passing += 2 * shape.dim / split  # around the last norm
     in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage, constants.extra_in_flight)
-    return in_flight * layers * per_layer + working + job.element_bytes * tokens * passing
+    return in_flight * layers * per_layer, working + job.element_bytes * tokens * passing
 
 
 def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -> float:
