@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -54,8 +55,11 @@ class PlanOptions:
     fleet: str = option(help="the chips, see above")
     tokens: str | None = option(None, help="of the run: 15T, 200B; none: an experiment's, else a trillion")
     objective: Literal["time", "cost", "energy"] = option("time", help="fleets are ranked by it: time, cost, energy")
-    precision: Literal["bf16", "fp8", "fp32"] = option("bf16", help="of the matrix products: bf16, fp8, fp32")
+    precision: Literal["bf16", "fp8", "fp32"] | None = option(None, help="bf16, fp8, fp32; none: hardware.precision")
     axes: Literal["all", "train"] = option("all", help="all, or train: those that the strategies of train have")
+    stack: str = option(
+        "auto", help="software whose speed is meant; auto: the vendor's usual one, or ours with axes=train"
+    )
     jobs: str | None = option(None, help="YAML of several jobs, to be split over the fleets")
     chips_file: str | None = option(None, help="YAML that adds chips or overrides figures of the catalogue")
     price_usd_per_chip_hour: float | None = option(None, help="for all fleets; none: the lowest list price")
@@ -91,7 +95,7 @@ def main(argv: list[str]) -> int:
     options = parse_options(PlanOptions, own)
     words = [word for word in argv if word not in own]
     catalogue = load(options.chips_file)
-    problems: list[UserError] = []
+    problems: list[UserError] = _check_figure(options.explain)
     fleets = read_fleets(options, catalogue, problems)
     requests = read_requests(words, options, problems)
     if problems:
@@ -126,7 +130,7 @@ def _compare(request: Request, fleets: list[Fleet], catalogue: Catalogue, option
     if options.json:
         from orchestrator.planner.plan_data import as_data
 
-        print(json.dumps(as_data(request, plans, options.objective), indent=2))
+        print(json.dumps(as_data(request, plans, options.objective, options.explain), indent=2))
     else:
         print(_about(request))
         print(f"\n{PlanText(_is_plain()).write(plans, options.objective)}")
@@ -174,12 +178,13 @@ def _within(plans: list[FleetPlan], options: PlanOptions) -> list[FleetPlan]:
 
 
 def _about(request: Request) -> str:
+    from orchestrator.planner.value import write
     from orchestrator.planner.work import parameters
 
     shape = request.job.model
     sparse = f", {shape.experts} experts of which {shape.experts_per_token} per token" if shape.experts else ""
     return (
-        f"{shape.name}: {parameters(shape) / 1e9:,.1f}B parameters{sparse}; {request.tokens} in sequences of "
+        f"{shape.name}: {write(parameters(shape), 'parameters')}{sparse}; {request.tokens} in sequences of "
         f"{request.job.seq_len:,}, {request.job.precision}"
     )
 
@@ -187,12 +192,19 @@ def _about(request: Request) -> str:
 def _derivation(plan: FleetPlan, name: str) -> str:
     if not plan.figures:
         return f"{plan.fleet.label}: nothing to derive, the model does not fit"
-    if name != "all" and name not in plan.figures:
-        raise ConfigError(
-            "there is no such figure to explain", got=f"explain={name}", allowed=", ".join((*plan.figures, "all"))
-        )
     chosen = plan.figures.values() if name == "all" else [plan.figures[name]]
     return "\n\n".join([plan.fleet.label, *(value.explain() for value in chosen)])
+
+
+def _check_figure(name: str | None) -> list[UserError]:
+    from orchestrator.planner.figures import FIGURES
+
+    known = (*FIGURES, "all")
+    if name is None or name in known:
+        return []
+    close = difflib.get_close_matches(name, known, n=1)
+    fix = f"did you mean '{close[0]}'?" if close else None
+    return [ConfigError("there is no such figure to explain", got=f"explain={name}", allowed=", ".join(known), fix=fix)]
 
 
 def _is_plain() -> bool:

@@ -16,7 +16,7 @@ from orchestrator.planner.goodput import FailureOptions
 from orchestrator.planner.models import planned_models
 from orchestrator.planner.plan import Request
 from orchestrator.planner.search import Space
-from orchestrator.planner.spec import JobSpec, ModelShape
+from orchestrator.planner.spec import JobSpec, ModelShape, Precision
 from orchestrator.planner.value import Value, given
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def _request(
         tokens = given("tokens", float(train.max_steps * batch), "tokens", "train.max_steps x global_batch_tokens")
     space, restricted = _space(composed, keys, options)
     known = {field.name: getattr(options, field.name) for field in fields(FailureOptions)}
-    job = JobSpec(shape, seq_len, 0, tokens.value, options.precision)
+    stack = "orchestrator" if options.stack == "auto" and options.axes == "train" else options.stack
+    job = JobSpec(shape, seq_len, 0, tokens.value, _precision(composed, options), stack)
     return Request(job, tokens, batch, space, restricted, FailureOptions(**known))
 
 
@@ -212,10 +213,19 @@ def _space(composed: Composed, keys: set[str], options: PlanOptions) -> tuple[Sp
         if degree != "auto" and keys & {f"layout.{axis}", "layout"}:
             fixed[axis] = degree
             said.append(f"layout.{axis}={degree}")
+    if "hardware.compile" in keys:
+        fixed["compiled"] = composed.config.hardware.compile
     if options.axes == "train":
         said.append("axes=train")
         return Space(**fixed, pipeline=1, expert=1, zeros=(3,), even=True), tuple(said)
     return Space(**fixed), tuple(said)
+
+
+def _precision(composed: Composed, options: PlanOptions) -> Precision:
+    if options.precision is not None:
+        return options.precision
+    configured = composed.config.hardware.precision
+    return "bf16" if configured == "auto" else configured
 
 
 def _amount(text: str) -> float:

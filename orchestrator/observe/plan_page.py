@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.observe.plan_svg import Dot, Line, log_chart, stacked_bar
-from orchestrator.observe.plan_text import MEMORY_PARTS
+from orchestrator.observe.plan_text import MEMORY_PARTS, stack_of
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
 from orchestrator.planner.plan import FleetPlan, Request, pareto
 from orchestrator.planner.scaling import BINDS, ScalePoint, binding, scale, sizes
@@ -53,7 +53,7 @@ def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves:
     shape = request.job.model
     title = f"{shape.name}: plan"
     lead = (
-        f"{parameters(shape) / 1e9:,.1f}B parameters, {request.tokens} in sequences of {request.job.seq_len:,}, "
+        f"{write(parameters(shape), 'parameters')}, {request.tokens} in sequences of {request.job.seq_len:,}, "
         f"{request.job.precision}. Times, memory and failures are predictions; ~ marks what is built on an estimate."
     )
     body = [
@@ -160,6 +160,7 @@ def _scaling(plans: Sequence[FleetPlan], curves: Sequence[Sequence[ScalePoint]])
 def _fleet(plan: FleetPlan) -> str:
     notes = "".join(f'<p class="notice">{escape(note)}</p>' for note in plan.notes)
     head = f'<section class="fleet"><h2>{escape(plan.fleet.label)}</h2>{notes}'
+    speed = f"with the speed of {stack_of(plan)}, of {plan.result.layouts:,} layouts"
     best = plan.best
     if best is None:
         remedy = plan.remedy
@@ -179,8 +180,9 @@ def _fleet(plan: FleetPlan) -> str:
     )
     others = "<thead><tr><th>Runner-up</th><th>Step</th><th>Why it loses</th></tr></thead>"
     figures = "\n\n".join(value.explain() for value in plan.figures.values())
+    lead = "; ".join((layout_text(best.plan), bound(best, plan.fleet.cluster), speed))
     return (
-        f'{head}<p class="lead">{escape(layout_text(best.plan))}; {escape(bound(best, plan.fleet.cluster))}</p>'
+        f'{head}<p class="lead">{escape(lead)}</p>'
         f"<h3>Memory per device: {memory.total / _GIB:,.1f}{capacity}</h3>"
         f"{stacked_bar(held, max(memory.total, memory.capacity or 0.0), memory.capacity)}"
         f"<h3>Step: {escape(str(plan.figures['step']))}</h3>{stacked_bar(waits, step)}{_facts(plan)}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
+from orchestrator.planner.calibration import calibration
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
 from orchestrator.planner.plan import FleetPlan, pareto
 from orchestrator.planner.portfolio import Portfolio
@@ -71,17 +73,18 @@ class PlanText:
         assert best is not None, "a plan with figures has a layout"
         assert kept is not None, "and failures"
         batch, passes = best.job.global_batch_tokens, best.plan.micro_batches(best.job)
+        sequences = batch // best.job.seq_len
         shares = f"{passes} passes" if passes > 1 else "one pass"
         rate = f"at {plan.fleet.price} and chip"
         rows = [
             ("layout", layout_text(best.plan)),
-            ("batch", f"{batch:,} tokens, {batch // best.job.seq_len:,} sequences, {shares}"),
+            ("batch", f"{batch:,} tokens, {sequences:,} sequence{'s' * (sequences > 1)}, {shares}"),
             ("step", f"{figures['step']}, {figures['per_chip']} and chip, MFU {figures['mfu']}"),
             ("time", self._time_bar(plan)),
             ("", self._time_words(plan)),
             ("bound by", bound(best, plan.fleet.cluster)),
             ("memory", self._memory_bar(best.memory)),
-            ("", _memory_words(best.memory)),
+            ("", _memory_words(best.memory) + _why_remat(plan)),
             ("run", f"{figures['days']} ({figures['ideal_days']} without failures), goodput {figures['goodput']}"),
         ]
         other = f"; with replacement of groups {kept.replace}" if kept.recovery == "restart" and kept.replace else ""
@@ -94,7 +97,7 @@ class PlanText:
             ("spares", f"{kept.spares} chips advised"),
             ("cost", f"{figures['cost']}, {figures['cost_per_trillion']} per trillion tokens, {rate}"),
             ("energy", f"{figures['energy']}; power of the facility {figures['power']}"),
-            ("searched", f"{plan.result.layouts:,} layouts"),
+            ("searched", f"{plan.result.layouts:,} layouts, with the speed of {stack_of(plan)}"),
         ]
         rows += [
             ("runner-up" if index == 0 else "", f"{layout_text(other.plan)}: {loses(other, best)}")
@@ -146,6 +149,23 @@ def _shares(plan: FleetPlan) -> list[tuple[str, float]]:
 def _memory_words(memory: MemoryEstimate) -> str:
     sizes = [(name, getattr(memory, name) / _GIB) for name in MEMORY_PARTS]
     return ", ".join(f"{name} {size:,.1f}" for name, size in sizes if size >= 0.05)
+
+
+def _why_remat(plan: FleetPlan) -> str:
+    """What the layout would need if nothing were computed again, where that is why something is."""
+    best, request = plan.best, plan.request
+    assert best is not None, "a plan with figures has a layout"
+    if best.plan.remat == "none" or best.memory.capacity is None:
+        return ""
+    chip = plan.fleet.cluster.chip
+    working = replace(plan.fleet.cluster, chips=best.plan.devices // chip.logical_devices_per_chip)
+    needed = request.estimators.memory(best.job, working, replace(best.plan, remat="none")).total
+    return f"; with remat none it would be {needed / _GIB:,.1f}" if needed > best.memory.capacity else ""
+
+
+def stack_of(plan: FleetPlan) -> str:
+    """The software stack whose calibration the times have."""
+    return calibration(plan.fleet.cluster.chip, plan.request.job.stack).stack
 
 
 def _refusal(plan: FleetPlan) -> list[tuple[str, str]]:

@@ -13,6 +13,12 @@ from orchestrator.planner.search import Candidate
 from orchestrator.planner.value import Value, derive, given, of_figure
 from orchestrator.planner.work import model_flops_per_token
 
+SPEED = ("step", "speed", "per_chip", "mfu", "memory", "ideal_days")
+RUN = ("goodput", "days", "mtbf", "interruptions", "interval", "stall", "spares")
+BILL = ("cost", "cost_per_trillion", "energy", "power")
+FIGURES = (*SPEED, *RUN, *BILL)
+"""Short names of all figures of a plan."""
+
 
 def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catalogue) -> dict[str, Value]:
     """Of a step, and of the run if nothing ever failed."""
@@ -36,7 +42,7 @@ def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catal
     formula = "tokens / tokens per second / 86400"
     ideal = derive("days without failures", "days", formula, lambda n, t: n / t / 86400, tokens, speed, falling=(1,))
     memory = given("memory per device", best.memory.total, "byte", "memory model")
-    return {"step": step, "speed": speed, "per_chip": per_chip, "mfu": mfu, "memory": memory, "ideal_days": ideal}
+    return dict(zip(SPEED, (step, speed, per_chip, mfu, memory, ideal), strict=True))
 
 
 def goodput_of(fleet: Fleet, best: Candidate, step: Value, failures: FailureOptions) -> Goodput:
@@ -55,19 +61,9 @@ def run_figures(fleet: Fleet, ideal: Value, kept: Goodput, tokens: Value) -> dic
     formula = "days x 86400 / time between failures"
     count = derive("interruptions", "failures", formula, lambda d, m: d * 86400 / m, days, kept.mtbf, falling=(1,))
     costs = bill(fleet, days, tokens)
-    return {
-        "goodput": kept.fraction,
-        "days": days,
-        "mtbf": kept.mtbf,
-        "interruptions": count,
-        "interval": kept.interval,
-        "stall": kept.stall,
-        "spares": kept.spares,
-        "cost": costs.run,
-        "cost_per_trillion": costs.per_trillion,
-        "energy": costs.energy,
-        "power": costs.megawatts,
-    }
+    run = (kept.fraction, days, kept.mtbf, count, kept.interval, kept.stall, kept.spares)
+    money = (costs.run, costs.per_trillion, costs.energy, costs.megawatts)
+    return dict(zip((*RUN, *BILL), (*run, *money), strict=True))
 
 
 def _working(fleet: Fleet, best: Candidate) -> Value:

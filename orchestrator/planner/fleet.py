@@ -16,7 +16,7 @@ from orchestrator.chips.catalogue import Catalogue, Chip
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.planner.slices import Slices, fit_slices, is_tpu, legal_shapes
 from orchestrator.planner.spec import Cluster
-from orchestrator.planner.value import Value, derive, given, of_figure, unknown
+from orchestrator.planner.value import Value, derive, given, of_figure, unknown, write
 
 GRAMMAR = (
     "CHIPxNUMBER (h100x1024), CHIP@POWER (tpu_v7x@1GW), both (tpu_v7xx1M@1GW), CHIP@$BUDGET (h100@$5M), "
@@ -190,7 +190,8 @@ def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = N
     else:
         used = _whole_hosts(chip, asked)
     if not used:
-        raise ConfigError(f"that many {chip.key} chips do not exist as a slice", got=asked, allowed="1 chip or more")
+        least = min(legal_shapes(chip.key, chip.topology.domain_chips or 0))
+        raise ConfigError(f"there is no slice of {chip.key} as small as that", got=asked, allowed=f"{least} or more")
     if used != asked:
         what = str(slices) if slices else f"whole hosts of {chip.topology.chips_per_host}"
         notes.append(f"{asked:,} chips rounded down to {used:,}: {what}")
@@ -340,9 +341,7 @@ def _pue(entry: FleetEntry, chip: Chip, catalogue: Catalogue) -> Value:
 
 
 def _label(entry: FleetEntry, chip: Chip, used: int) -> str:
+    label = f"{chip.key} x {used:,}"
     if entry.megawatts is not None:
-        size = f"{entry.megawatts / 1000:g} GW" if entry.megawatts >= 1000 else f"{entry.megawatts:g} MW"
-        return f"{chip.key} @ {size}"
-    if entry.budget_usd is not None:
-        return f"{chip.key} @ ${entry.budget_usd:,.0f}"
-    return f"{chip.key} x {used:,}"
+        label += f" @ {entry.megawatts / 1000:g} GW" if entry.megawatts >= 1000 else f" @ {entry.megawatts:g} MW"
+    return label if entry.budget_usd is None else f"{label} @ {write(entry.budget_usd, 'usd')}"

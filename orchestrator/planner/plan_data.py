@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from orchestrator.planner.calibration import calibration
 from orchestrator.planner.explain import bound, layout_text, loses, parts
 from orchestrator.planner.plan import FleetPlan, Request, pareto
 from orchestrator.planner.portfolio import Portfolio
@@ -13,8 +14,8 @@ from orchestrator.planner.search import Candidate
 from orchestrator.planner.work import parameters
 
 
-def as_data(request: Request, plans: Sequence[FleetPlan], objective: str) -> dict[str, Any]:
-    """All plans, in their order."""
+def as_data(request: Request, plans: Sequence[FleetPlan], objective: str, explain: str | None = None) -> dict[str, Any]:
+    """All plans, in their order; with the derivation of the figure `explain`, or of `all`."""
     best = pareto(plans)
     return {
         "model": {**asdict(request.job.model), "parameters": parameters(request.job.model)},
@@ -22,7 +23,14 @@ def as_data(request: Request, plans: Sequence[FleetPlan], objective: str) -> dic
         "precision": request.job.precision,
         "tokens": request.tokens.as_dict(),
         "objective": objective,
-        "fleets": [{**fleet_data(plan), "pareto": any(plan is other for other in best)} for plan in plans],
+        "fleets": [
+            {
+                **fleet_data(plan),
+                "pareto": any(plan is other for other in best),
+                **({"derivations": _derivations(plan, explain)} if explain else {}),
+            }
+            for plan in plans
+        ],
     }
 
 
@@ -38,6 +46,7 @@ def fleet_data(plan: FleetPlan) -> dict[str, Any]:
         "fits": bool(plan.figures),
         "notes": list(plan.notes),
         "layouts_searched": plan.result.layouts,
+        "stack": calibration(fleet.cluster.chip, plan.request.job.stack).stack,
     }
     if best is None:
         remedy = plan.remedy
@@ -83,3 +92,8 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "tokens_per_second": candidate.tokens_per_second,
         "memory_bytes": {**asdict(candidate.memory), "total": candidate.memory.total},
     }
+
+
+def _derivations(plan: FleetPlan, name: str) -> dict[str, list[str]]:
+    chosen = plan.figures if name == "all" else {name: plan.figures[name]} if plan.figures else {}
+    return {key: value.explain().splitlines() for key, value in chosen.items()}

@@ -62,7 +62,9 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         compiled=config.hardware.compile,
     )
     precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
-    job = JobSpec(ModelShape.of(config.model, _NOMINAL_VOCABULARY), train.seq_len, 0, precision=precision)
+    job = JobSpec(
+        ModelShape.of(config.model, _NOMINAL_VOCABULARY), train.seq_len, 0, precision=precision, stack="orchestrator"
+    )
     best = _best(job, Cluster(chip, devices // chip.logical_devices_per_chip), train.global_batch_tokens, space)
     if best is None:
         return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; fsdp takes all of them")

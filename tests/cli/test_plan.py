@@ -53,7 +53,7 @@ def data(plan):
 def test_one_fleet(plan):
     code, out, _ = plan("model=llama3_8b", "fleet=h100x64", "tokens=15T")
     assert code == 0
-    assert "llama3_8b: 8.0B parameters; 15T tokens in sequences of 8,192, bf16" in out
+    assert "llama3_8b: 8.03B parameters; 15T tokens in sequences of 8,192, bf16" in out
     for name in ("layout", "bound by", "memory", "run", "failures", "saves", "cost", "energy", "runner-up"):
         assert re.search(rf"^  {name}\b", out, re.MULTILINE), name
     assert max(map(len, out.splitlines())) <= 120
@@ -99,6 +99,13 @@ def test_what_the_configuration_says_is_kept(data):
     assert best["plan"]["pipeline"] == 1
 
 
+def test_precision_and_compilation_are_the_configurations(data):
+    assert data("model=llama3_8b", "fleet=h100x64", "hardware.precision=fp32")["precision"] == "fp32"
+    assert data("model=llama3_8b", "fleet=h100x64", "precision=fp8")["precision"] == "fp8"
+    eager = data("model=llama3_8b", "fleet=h100x64", "hardware.compile=false")["fleets"][0]["best"]
+    assert eager["plan"]["compiled"] is False
+
+
 def test_an_experiment_is_a_job_with_its_tokens(data):
     answer = data("experiment=llama3_8b", "fleet=h100x64")
     assert answer["model"]["name"] == "llama3_8b"
@@ -120,9 +127,25 @@ def test_explain_prints_the_derivation(plan):
     assert "= chips x days x 24 x price" in tree
     assert "Lambda" in tree
     assert "failures per chip-day" in tree
-    code, _, err = plan("model=llama3_8b", "fleet=h100x8", "explain=costs")
-    assert code == 2
+    code, out, err = plan("model=llama3_8b", "fleet=h100x8", "explain=costs")
+    assert (code, out) == (2, "")
     assert "allowed: step, speed" in err
+    assert "did you mean 'cost'?" in err
+
+
+def test_explain_in_json(data):
+    entry = data("model=llama3_8b", "fleet=h100x8", "explain=all")["fleets"][0]
+    assert set(entry["derivations"]) == set(entry["figures"])
+    assert entry["derivations"]["cost"][0].startswith("cost of the run: ")
+
+
+def test_the_speed_of_which_software(data, plan):
+    assert data("model=llama3_8b", "fleet=h100x8")["fleets"][0]["stack"] != "orchestrator"
+    assert data("model=llama3_8b", "fleet=h100x8", "axes=train")["fleets"][0]["stack"].startswith("orchestrator")
+    assert data("model=llama3_8b", "fleet=h100x8", "stack=torchtitan")["fleets"][0]["stack"] == "torchtitan"
+    code, _, err = plan("model=llama3_8b", "fleet=h100x8", "stack=torchtian")
+    assert code == 2
+    assert "did you mean 'torchtitan'?" in err
 
 
 def test_overrides_of_prices_power_and_failures(data):

@@ -122,7 +122,7 @@ def test_a_chip_without_a_measured_rate_takes_a_share_of_its_peak():
 
 
 def test_what_is_unknown_is_named():
-    pods = Cluster(cluster("tpu-v7x", 1).chip, 2 * 9216)
+    pods = Cluster(replace(cluster("tpu-v7x", 1).chip, inter_bandwidths=()), 2 * 9216)
     plan = ParallelPlan(replicate=2, fsdp=2 * 9216)
     found = estimate_time(job(sequences=4 * 9216), pods, plan)
     assert found.unknown == ("inter_bandwidth",)

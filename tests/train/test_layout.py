@@ -54,7 +54,8 @@ def test_remat_is_planned_too_where_it_is_open():
     planned = settle_layout(_config("train.remat=auto", "train.seq_len=8192"), _Target("h200"), 8)
     assert planned.why
     assert planned.remat in ("none", "selective", "full")
-    tight = settle_layout(_config("train.remat=auto", "model=llama3_70b"), _Target("h200"), 16)
+    long = _config("train.remat=auto", "train.seq_len=65536", "layout.tensor=1", "layout.context=1")
+    tight = settle_layout(long, _Target("h200"), 8)
     assert tight.remat != "none"
     assert settle_layout(_config("train.remat=auto"), _Target(None), 8).remat == "none"
 
