@@ -44,10 +44,9 @@ Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
 REMATS: tuple[Remat, ...] = ("none", "selective", "full")
 _DEGREES = 7  # of one axis
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-LEADERS = 8  # frames that are filled to the end
+LEADERS = 12  # frames that are filled to the end
 _UNEVEN = 1.1  # stages may have so many times the mean number of layers
-_LEAST_PART = 512  # tokens of a sequence that a context rank keeps
-_LONG = 16384  # tokens of a sequence from which context parallelism is tried in any case
+_LEAST_PART = 2048  # tokens of a sequence that a context rank keeps, where devices are not too many
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ class _Walk:
             return
         near = max(1, self._fast // (frame.tensor * frame.context))
         divisors = divisors_of(groups)
-        wanted = {groups, near, 8 * near, groups // self._domains}
+        wanted = {groups, near, 4 * near, 16 * near, groups // self._domains}
         if thorough:
             wanted |= set(_spread(divisors, 12)) | {1}
         seen = {max(divisor for divisor in divisors if divisor <= max(1, want)) for want in wanted}
@@ -316,14 +315,12 @@ class _Walk:
         return _spread(sorted(legal | {p for p in divisors_of(shape.layers) if p <= most}), _DEGREES + 2)
 
     def _contexts(self, others: int) -> list[int]:
-        """Parts of a sequence: of long ones, or where there are more devices than sequences or groups."""
+        """Parts of a sequence; small ones only where there are more devices than sequences, or groups."""
         seq_len, space = self._job.seq_len, self._space
         groups = space.replicate * space.fsdp if space.replicate and space.fsdp else self._sequences
-        scarce = self._cluster.devices // others > groups
-        if seq_len < _LONG and not scarce:
-            return [1]
-        legal = [degree for degree in divisors_of(seq_len) if seq_len // degree >= _LEAST_PART]
-        return [degree for degree in legal if degree & (degree - 1) == 0][:_DEGREES]
+        least = _LEAST_PART // (4 if self._cluster.devices // others > groups else 1)
+        legal = [degree for degree in divisors_of(seq_len) if degree & (degree - 1) == 0]
+        return [degree for degree in legal if degree == 1 or seq_len // degree >= least][:_DEGREES]
 
     def _experts(self, shape: ModelShape, groups: int, tensor: int) -> list[int]:
         if not shape.experts:
