@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.errors import ConfigError
+from orchestrator.planner.calibration import calibration
 from orchestrator.planner.explain import layout_text
 from orchestrator.planner.figures import goodput_of, run_figures, speed_figures
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleet
 from orchestrator.planner.goodput import FailureOptions, Goodput
+from orchestrator.planner.memory import device_capacity
 from orchestrator.planner.search import LEADERS, Batch, Candidate, Estimators, SearchResult, Space, search
 from orchestrator.planner.slices import is_tpu, legal_shapes
 from orchestrator.planner.spec import JobSpec
 from orchestrator.planner.value import Value
+from orchestrator.planner.work import parameters
 
 MOST_CHIPS = 2**20
 BATCH_LEAST, BATCH_MOST, BATCH_PER_CHIP = 2**22, 2**26, 1024
@@ -178,7 +181,14 @@ def smallest_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> int 
 def _needs(request: Request, fleet: Fleet, result: SearchResult) -> str:
     nearest = result.nearest
     if nearest is None:
-        return "weights and optimizer state alone are more than its devices hold, or no degree divides the model"
+        constants, capacity = calibration(fleet.cluster.chip, request.job.stack), device_capacity(fleet.cluster)
+        state = (constants.weight_bytes + constants.optimizer_bytes) * parameters(request.job.model)
+        if capacity is not None and state > fleet.cluster.devices * capacity:
+            together = fleet.cluster.devices * capacity / 2**30
+            return (
+                f"weights and optimizer state take {state / 2**30:,.0f} GiB, its devices hold {together:,.0f} together"
+            )
+        return "no layout is legal: degrees must divide the model's heads and widths, the batch and the devices"
     plan, memory = nearest
     assert memory.capacity is not None, "a layout that does not fit has a capacity"
     needed, held = memory.total / 2**30, (1 - request.space.reserve) * memory.capacity / 2**30

@@ -5,14 +5,14 @@ data-parallel groups shard the state, micro-batch, remat, interleaving). The sea
 with a few fillings, then the best frames with all of them. What is left out, and why:
 
 - Remat: the least that fits is taken, since recomputation only adds time (exact).
-- Micro-batch: doubled until nothing fits; memory only grows with it (exact).
+- Micro-batch: powers of two until nothing fits; memory only grows with it.
 - Frames whose weights and optimizer state alone do not fit are not filled (exact: the rest only adds).
 - Tensor parallelism stays within a domain of fast links, and pipelines of a TPU within a slice (a rule of the field,
   not a theorem: it is what the links are for).
 - Degrees are divisors of what they split, at most `_DEGREES` of an axis, evenly over the logarithm; and only the
   frames that lead after the first round are filled to the end (approximate; tests hold it against all layouts).
-- Data parallelism takes all devices that are left and that the batch can use (more devices are never slower by much;
-  idle ones are counted and shown).
+- Data parallelism takes the devices that are left and that the batch can use. Where the batch is free, up to 2% of them
+  stay idle for the sake of degrees that divide well; idle devices are counted and shown.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _DEGREES = 7  # of one axis
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 LEADERS = 12  # frames that are filled to the end
 _UNEVEN = 1.1  # stages may have so many times the mean number of layers
+_ROUND = 0.98  # of the data-parallel groups that there could be: enough, if their number divides better
 _LEAST_PART = 2048  # tokens of a sequence that a context rank keeps, where devices are not too many
 
 
@@ -193,13 +194,11 @@ class _Walk:
         shape, space, devices = self._job.model, self._space, self._cluster.devices
         per_domain = devices // self._domains
         capacity = device_capacity(self._cluster)
-        for tensor in _pick(space.tensor, self._tensors(shape)):
+        for tensor in self._tensors(shape):
             for pipeline in _pick(space.pipeline, self._pipelines(shape)):
                 for context in _pick(space.context, self._contexts(tensor * pipeline)):
                     size = tensor * context * pipeline
-                    if size > per_domain or (space.whole and devices % size):
-                        continue
-                    if space.even and self._job.seq_len % (tensor * context):
+                    if size > per_domain or (space.whole and devices % size) or self._job.seq_len % (tensor * context):
                         continue
                     groups = self._groups(per_domain // size * self._domains)
                     if (
@@ -272,10 +271,11 @@ class _Walk:
         if space.whole:
             return most if not self._sequences % most and not most % fixed else 0
         limit = min(most, self._sequences)
-        unit = fixed * self._domains // math.gcd(fixed, self._domains)
+        unit = math.lcm(fixed, self._domains)
         unit = unit if unit <= limit else fixed
         if self._batch.free:
-            return limit // unit * unit
+            rounded = [limit // (unit * factor) * unit * factor for factor in (64, 8, 1)]
+            return next((groups for groups in rounded if groups >= _ROUND * limit), rounded[-1])
         fitting = [groups for groups in divisors_of(self._sequences) if groups <= limit and not groups % unit]
         return fitting[-1] if fitting else 0
 
@@ -295,16 +295,18 @@ class _Walk:
         yield from ((groups // fsdp, fsdp) for fsdp in sorted(seen, reverse=True))
 
     def _tensors(self, shape: ModelShape) -> list[int]:
-        even = self._space.even
-
         def legal(degree: int) -> bool:
             if shape.heads % degree or shape.mlp_dim % degree or self._job.seq_len % degree:
                 return False
-            if even:
+            if self._space.even:
                 return not (shape.kv_heads % degree or shape.vocab % degree or shape.learned_positions % degree)
             return not (shape.kv_heads % degree and degree % shape.kv_heads)
 
-        return [degree for degree in divisors_of(shape.heads) if degree <= self._fast and legal(degree)][:_DEGREES]
+        fixed = self._space.tensor
+        degrees = [degree for degree in divisors_of(shape.heads) if legal(degree)]
+        if fixed is not None:
+            return [degree for degree in degrees if degree == fixed]
+        return [degree for degree in degrees if degree <= self._fast][:_DEGREES]
 
     def _pipelines(self, shape: ModelShape) -> list[int]:
         if self._space.even:

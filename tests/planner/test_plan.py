@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,7 @@ def test_a_model_that_cannot_fit_says_what_would():
     plan = _plan("h100x8", LLAMA_70B)
     assert plan.best is None
     assert not plan.figures
+    assert re.fullmatch(r"weights and optimizer state take \d+ GiB, its devices hold \d+ together", plan.remedy.needs)
     chips = plan.remedy.chips
     frugal = request_of(LLAMA_70B)
     assert search_fleet(frugal, fleet_of(f"h100x{chips}")).best is not None
@@ -108,6 +110,12 @@ def test_a_model_that_fits_with_other_choices_says_which():
     assert plan.best is None
     assert plan.remedy.layout.memory.fits
     assert plan.remedy.chips <= 8
+
+
+def test_degrees_that_divide_nothing_are_named_as_such():
+    plan = _plan("h100x8", space=Space(tensor=3), restricted=("layout.tensor=3",))
+    assert "no layout is legal" in plan.remedy.needs
+    assert plan.remedy.layout is not None
 
 
 def test_no_million_chips_hold_what_no_degree_divides():

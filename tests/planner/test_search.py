@@ -123,6 +123,21 @@ def test_what_is_fixed_stays(degrees, micro):
         assert result.ranked, "there is a layout of these degrees"
 
 
+@pytest.mark.parametrize("degrees", [{"tensor": 3}, {"tensor": 64}, {"context": 3}, {"fsdp": 7, "replicate": 11}])
+def test_what_is_fixed_and_illegal_gives_nothing(degrees):
+    result = search(JOB, fleet_of("h100x64").cluster, Batch(2**20), Space(**degrees), Counted().estimators)
+    assert (result.ranked, result.nearest, result.layouts) == ([], None, 0)
+
+
+def test_a_free_batch_leaves_a_few_devices_for_degrees_that_divide():
+    fleet = fleet_of("h100x8104")  # 1013 hosts, a prime
+    best = search(
+        JOB, fleet.cluster, Batch(2**26, True), Space(tensor=8, context=1, pipeline=1), Counted().estimators
+    ).best
+    assert best.plan.data_parallel == 1008
+    assert best.plan.devices >= 0.98 * fleet.cluster.devices
+
+
 def test_where_nothing_fits_it_says_what_needs_least():
     fake = Counted(bytes_=lambda job, plan: 100e9 / plan.devices * (1 if plan.remat == "full" else 2) + 90e9)
     result = search(JOB, fleet_of("h100x8").cluster, Batch(2**20), estimators=fake.estimators)
