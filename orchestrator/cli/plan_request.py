@@ -131,11 +131,12 @@ def _request(
             what = "steps do not say how many tokens the run has while the batch follows the fleet"
             raise ConfigError(what, got=f"train.max_steps={train.max_steps}", fix="set tokens=, or the batch too")
         tokens = given("tokens", float(train.max_steps * batch), "tokens", "train.max_steps x global_batch_tokens")
-    space, restricted = _space(composed, keys, options)
+    widest = _widest(composed, keys, options)
+    space, restricted = _space(composed, keys, widest)
     known = {field.name: getattr(options, field.name) for field in fields(FailureOptions)}
     stack = "orchestrator" if options.stack == "auto" and options.axes == "train" else options.stack
     job = JobSpec(shape, seq_len, 0, tokens.value, _precision(composed, options), stack)
-    return Request(job, tokens, batch, space, restricted, FailureOptions(**known))
+    return Request(job, tokens, batch, space, widest, restricted, FailureOptions(**known))
 
 
 def _without_config_dir(words: list[str]) -> tuple[list[str], str | None]:
@@ -197,7 +198,15 @@ def _shape(composed: Composed) -> ModelShape:
     return ModelShape.of(model, -(-tokenizer.vocab_size // 128) * 128)
 
 
-def _space(composed: Composed, keys: set[str], options: PlanOptions) -> tuple[Space, tuple[str, ...]]:
+def _widest(composed: Composed, keys: set[str], options: PlanOptions) -> Space:
+    """All that the search may choose when the user fixes nothing."""
+    compiled = composed.config.hardware.compile if "hardware.compile" in keys else True
+    if options.axes == "train":
+        return Space(pipeline=1, expert=1, zeros=(3,), even=True, compiled=compiled)
+    return Space(compiled=compiled)
+
+
+def _space(composed: Composed, keys: set[str], widest: Space) -> tuple[Space, tuple[str, ...]]:
     """What the search may choose, and what the user fixed, in words."""
     train, layout = composed.config.train, composed.config.layout
     fixed: dict[str, Any] = {}
@@ -213,12 +222,7 @@ def _space(composed: Composed, keys: set[str], options: PlanOptions) -> tuple[Sp
         if degree != "auto" and keys & {f"layout.{axis}", "layout"}:
             fixed[axis] = degree
             said.append(f"layout.{axis}={degree}")
-    if "hardware.compile" in keys:
-        fixed["compiled"] = composed.config.hardware.compile
-    if options.axes == "train":
-        said.append("axes=train")
-        return Space(**fixed, pipeline=1, expert=1, zeros=(3,), even=True), tuple(said)
-    return Space(**fixed), tuple(said)
+    return replace(widest, **fixed), tuple(said)
 
 
 def _precision(composed: Composed, options: PlanOptions) -> Precision:

@@ -24,9 +24,6 @@ BATCH_LEAST, BATCH_MOST, BATCH_PER_CHIP = 2**22, 2**26, 1024
 """Tokens of a step where the user leaves the batch open: so many per chip, which is what Llama 3 405B had on 16,384
 chips (arXiv 2407.21783), within these bounds."""
 
-# A layout that needs as little memory as any.
-_FRUGAL = Space(remats=("full",), micro_batch=1)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -35,13 +32,14 @@ class Request:
     Attributes:
         job: its batch is `batch_tokens`; where that is None, it follows the fleet.
         space: what the search may choose.
-        restricted: what the user fixed of it, in words; empty where it is all free.
+        widest: the same without what the user fixed; `restricted` says that in words.
     """
 
     job: JobSpec
     tokens: Value
     batch_tokens: int | None = None
     space: Space = Space()
+    widest: Space = Space()
     restricted: tuple[str, ...] = ()
     failures: FailureOptions = FailureOptions()
     estimators: Estimators = Estimators()
@@ -93,7 +91,8 @@ def plan_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPla
     """
     if fleet.entry.budget_usd is not None:
         return _within_budget(request, fleet, catalogue)
-    return _plan(request, fleet, catalogue)
+    plan = _plan(request, fleet, catalogue)
+    return plan if plan.figures else replace(plan, remedy=find_remedy(request, fleet, catalogue, plan.result))
 
 
 def batch_for(request: Request, fleet: Fleet) -> Batch:
@@ -134,9 +133,7 @@ def _mantissas(most: int) -> list[int]:
 def _plan(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
     result = search_fleet(request, fleet)
     if result.best is None:
-        return FleetPlan(
-            fleet, request, result, remedy=find_remedy(request, fleet, catalogue, result), notes=fleet.notes
-        )
+        return FleetPlan(fleet, request, result, notes=fleet.notes)
     best = result.best
     notes = list(fleet.notes)
     idle = fleet.cluster.chips - best.plan.devices // fleet.cluster.chip.logical_devices_per_chip
@@ -154,7 +151,7 @@ def _plan(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
 
 def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: SearchResult) -> Remedy:
     """What would make the job fit: other choices on this fleet, or more of its chips."""
-    free = replace(request, space=Space(compiled=request.space.compiled), restricted=())
+    free = replace(request, space=request.widest)
     layout = search_fleet(free, fleet).best if request.restricted else None
     chips = smallest_fleet(free, fleet, catalogue)
     return Remedy(_needs(request, fleet, result), layout, chips)
@@ -162,7 +159,7 @@ def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: Se
 
 def smallest_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> int | None:
     """Chips of the smallest fleet of that kind on which some layout fits; None where no million does."""
-    frugal = replace(request, space=replace(_FRUGAL, compiled=request.space.compiled))
+    frugal = replace(request, space=replace(request.widest, remats=("full",), micro_batch=1))
     sizes = ladder(fleet)
 
     def fits(index: int) -> bool:

@@ -41,6 +41,12 @@ def test_the_worked_example_of_the_data():
     assert kept == pytest.approx(example["goodput_daly_with_restart"], abs=1e-3)
 
 
+@pytest.mark.parametrize(("mtbf", "interval"), [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
+def test_dalys_own_examples(mtbf, interval):
+    """Figures 3 to 5 of his paper: a save of 5 minutes, times in minutes."""
+    assert daly_interval(5, mtbf) == pytest.approx(interval, rel=0.01)
+
+
 def test_with_an_asynchronous_save_it_is_what_llama_3_reports():
     """Above 90% (arXiv 2407.21783)."""
     assert 0.90 < _goodput(save_stall_seconds=10.0).restart.value < 0.92

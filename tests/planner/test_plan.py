@@ -112,6 +112,16 @@ def test_a_model_that_fits_with_other_choices_says_which():
     assert plan.remedy.chips <= 8
 
 
+def test_what_train_cannot_do_is_no_remedy():
+    axes = Space(pipeline=1, expert=1, zeros=(3,), even=True)
+    space = replace(axes, remats=("none",), micro_batch=16)
+    plan = _plan("h100x8", batch_tokens=2**20, space=space, widest=axes, restricted=("train.remat=none",))
+    assert plan.remedy.layout.plan.pipeline == 1
+    alone = _plan("h100x8", LLAMA_70B, space=axes, widest=axes)
+    assert alone.remedy.layout is None
+    assert search_fleet(request_of(LLAMA_70B, space=axes), fleet_of(f"h100x{alone.remedy.chips}")).best is not None
+
+
 def test_degrees_that_divide_nothing_are_named_as_such():
     plan = _plan("h100x8", space=Space(tensor=3), restricted=("layout.tensor=3",))
     assert "no layout is legal" in plan.remedy.needs
