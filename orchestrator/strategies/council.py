@@ -5,11 +5,14 @@ Both strategies meet through it, each with its own process group for what the de
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from orchestrator.errors import HardwareError
 from orchestrator.hardware.world import World
 
 
@@ -29,21 +32,44 @@ class Council:
 
     Args:
         timeout_seconds: how long a process waits for the others, each time.
+
+    Raises:
+        HardwareError: nobody answers where the processes are to meet.
     """
 
     def __init__(self, world: World, timeout_seconds: float):
         self._world, self._timeout = world, timedelta(seconds=timeout_seconds)
-        self._store = dist.PrefixStore(f"attempt{world.attempt}", _open_store(world, self._timeout))
+        with self._waiting():
+            self._store = dist.PrefixStore(f"attempt{world.attempt}", _open_store(world, self._timeout))
         self._votes: dist.ProcessGroup | None = None
         self._agreements = 0
 
     def meet(self, backend: str) -> None:
-        """Wait for all processes and make torch's process group of them, for `backend`."""
+        """Wait for all processes and make torch's process group of them, for `backend`.
+
+        Raises:
+            HardwareError: not all have come in time.
+        """
         size, rank = self._world.size, self._world.rank
-        dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=self._timeout)
-        if size > 1:
-            # Votes overlap with the step's collectives, so they need a group of their own.
-            self._votes = dist.new_group(backend="gloo", timeout=self._timeout)
+        with self._waiting():
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=self._timeout)
+            if size > 1:
+                # Votes overlap with the step's collectives, so they need a group of their own.
+                self._votes = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of torch's stores and of gloo, which say it each in its own class
+            world = self._world
+            raise HardwareError(
+                "the processes of the job did not meet",
+                got=f"process {world.rank} of {world.size}, started by {world.engine}, at {world.store}: "
+                + str(error).partition("\n")[0],
+                allowed=f"all of them within {self._timeout.total_seconds():g} s (hardware.timeout_seconds)",
+                fix="look for the error of the one that did not come; the address must be open between the hosts",
+            ) from error
 
     def leave(self) -> None:
         if dist.is_initialized():
