@@ -140,9 +140,11 @@ def variables() -> dict[str, str]:
 def _metadata_variables() -> dict[str, str]:
     # The hosts as "name:uid:ip,…", the rest as lines "KEY: 'value'": torch_xla 2.9.0, _internal/tpu.py.
     hosts = [entry.split(":")[-1] for entry in _metadata("worker-network-endpoints").split(",") if entry]
+    if not hosts:
+        return {}  # no such machine, or nobody who tells: not to be asked again
     entries = dict(re.findall(r"^(\w+): *'?([^'\n]*)'?$", _metadata("tpu-env"), re.MULTILINE))
     found = {name: entries[name] for name in _SLICE_VARIABLES if entries.get(name)}
-    if hosts and entries.get("WORKER_ID"):
+    if entries.get("WORKER_ID"):
         found |= {"TPU_WORKER_HOSTNAMES": ",".join(hosts), "TPU_WORKER_ID": entries["WORKER_ID"]}
     return found
 
