@@ -17,8 +17,9 @@ class TpuTarget(XlaTarget):
     name = "tpu"
     accelerator = "tpu"
     state = (
-        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts and slices written, "
-        "what their processes decide together run on CPUs; never run on the real chip"
+        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts and slices: what their"
+        " processes decide and save together is tested on CPUs, a program over two of them is not; never run on the"
+        " real chip"
     )
     pjrt_device = "TPU"
     _packages = ("torch", "torch_xla", "libtpu")

@@ -36,8 +36,8 @@ class TrainiumTarget(XlaTarget):
     accelerator = "neuron"
     # aws-neuron-sdk, announce-no-support-pytorch-xla-training.rst and introducing-pytorch-2-8.rst.
     state = (
-        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts written, what their "
-        "processes decide together run on CPUs; never run on the real chip. "
+        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts: what their processes "
+        "decide and save together is tested on CPUs, a program over two of them is not; never run on the real chip. "
         "AWS supports PyTorch/XLA training up to torch 2.9 (Neuron 2.29), and up to 2.8 said that GSPMD was to come"
     )
     pjrt_device = "NEURON"

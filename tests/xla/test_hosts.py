@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.lab.cli import only_run
+from tests.lab.cli import only_run, run
 from tests.lab.hosts import finish, start_hosts
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
 from tests.lab.tensors import read_all
@@ -121,3 +121,12 @@ def test_copies_of_the_model_are_whole_on_each_slice(tmp_path):
     ((code, _, errors),) = finish(start_hosts(1, words, slices=2), 60)
     assert code == 2
     assert "layout.replicate=1 on 2 slices" in errors
+
+
+def test_virtual_devices_are_not_spread_over_hosts():
+    """What torchrun and srun set, before anything is started or written."""
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    done = run("train", "hardware=tpu", "hardware.simulate=4", env=torchrun)
+    assert done.returncode == 2
+    assert "several hosts cannot be rehearsed" in done.stderr
+    assert "hardware.simulate=8" in done.stderr
