@@ -78,6 +78,7 @@ class Space:
     Attributes:
         whole: every device works, as a training run of this product wants it.
         even: all axes divide what they split (this product's rules); else heads may be copied and stages be uneven.
+        copies: replicate is a multiple of it.
         reserve: share of a device's memory that stays free: the memory model is not better than that.
     """
 
@@ -93,6 +94,7 @@ class Space:
     whole: bool = False
     even: bool = False
     compiled: bool = True
+    copies: int = 1
     reserve: float = 0.05
 
 
@@ -284,10 +286,11 @@ class _Walk:
         groups, space = frame.groups, self._space
         if space.fsdp or space.replicate:
             fsdp = space.fsdp or groups // (space.replicate or 1)
-            yield groups // fsdp, fsdp
+            if not groups // fsdp % space.copies:
+                yield groups // fsdp, fsdp
             return
         near = max(1, self._fast // (frame.tensor * frame.context))
-        divisors = divisors_of(groups)
+        divisors = divisors_of(groups // space.copies)
         wanted = {groups, near, 4 * near, 16 * near, groups // self._domains}
         if thorough:
             wanted |= set(_spread(divisors, 12)) | {1}

@@ -48,7 +48,9 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     if len(fixed) > len(MESH_AXES) - 2 or key is None or target.name == "cpu" or config.hardware.simulate:
         return kept
     chip = load().get(key)
-    if devices % chip.logical_devices_per_chip:
+    chips, rest = divmod(devices, chip.logical_devices_per_chip)
+    slices = target.slices()
+    if rest or chips % slices:
         return kept
     space = Space(
         **fixed,
@@ -60,21 +62,23 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         whole=True,
         even=True,
         compiled=config.hardware.compile,
+        copies=slices,
     )
     precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
     job = JobSpec(
         ModelShape.of(config.model, _NOMINAL_VOCABULARY), train.seq_len, 0, precision=precision, stack="orchestrator"
     )
-    best = _best(job, Cluster(chip, devices // chip.logical_devices_per_chip), train.global_batch_tokens, space)
+    cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
+    best = _best(job, cluster, train.global_batch_tokens, space)
     if best is None:
-        return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; fsdp takes all of them")
+        return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; the plain rule takes over")
     plan = best.plan
     layout = replace(config.layout, **{axis: getattr(plan, axis) for axis in MESH_AXES})
-    why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, Cluster(chip, devices))}"
+    why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, cluster)}"
     assert plan.remat != "offload", "the search has no such choice"
     return Settled(layout, plan.micro_batch, plan.remat, why)
 
 
 @functools.lru_cache(maxsize=16)
 def _best(job: JobSpec, cluster: Cluster, batch_tokens: int, space: Space) -> Candidate | None:
-    return search(job, cluster, Batch(batch_tokens), space).best
+    return search(job, cluster, Batch(batch_tokens), space, domains=space.copies).best

@@ -20,8 +20,8 @@ from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.hardware.base import Target
-from orchestrator.hardware.registry import device_count, resolve
-from orchestrator.hardware.world import OWN_PREFIX, World, detect
+from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
+from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
 from orchestrator.train.check import check_run
@@ -47,7 +47,7 @@ def start(composed: Composed) -> int:
     Raises:
         UserError: what is wrong, before anything was started or written.
     """
-    world = detect(os.environ)
+    world = find_world(composed.config.hardware, os.environ)
     if world is None:
         return _start_local(_settle(composed, verify=True))
     return _join_external(_settle(composed, verify=world.rank == 0), world)
@@ -88,14 +88,16 @@ def _start_local(plan: Plan) -> int:
 
 
 def _join_external(plan: Plan, world: World) -> int:
-    """Be one of the processes that torchrun or Slurm has started."""
+    """Be one of the processes that torchrun, Slurm or the user has started, on TPUs one per host."""
     target = resolve(plan.config.hardware)
-    planned = _planned(plan.config, target, world.size, main=world.rank == 0)
-    check_run(planned, world.size)
+    devices, slices = job_devices(plan.config.hardware, target, world), target.slices()
+    planned = _planned(plan.config, target, devices, main=world.rank == 0)
+    check_run(planned, devices, slices=slices)
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
-    check_run(planned, world.size, prepare(plan.config.data, progress=world.local_rank == 0).vocab_size)
+    vocab_size = prepare(plan.config.data, progress=world.local_rank == 0).vocab_size
+    check_run(planned, devices, vocab_size, slices)
 
     from orchestrator.train.run import work
 

@@ -15,10 +15,13 @@ from orchestrator.train.layout import settle_layout
 
 
 class _Target:
-    """A target that has found a chip."""
+    """A target that has found a chip, in so many slices."""
 
-    def __init__(self, chip: str | None, name: str = "cuda"):
-        self.name, self._chip = name, chip
+    def __init__(self, chip: str | None, name: str = "cuda", slices: int = 1):
+        self.name, self._chip, self._slices = name, chip, slices
+
+    def slices(self) -> int:
+        return self._slices
 
     def probe(self) -> Probe:
         return Probe(self.name, True, 8, chip=self._chip)
@@ -58,6 +61,14 @@ def test_remat_is_planned_too_where_it_is_open():
     tight = settle_layout(long, _Target("h200"), 8)
     assert tight.remat != "none"
     assert settle_layout(_config("train.remat=auto"), _Target(None), 8).remat == "none"
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_each_slice_has_whole_copies(slices):
+    config = _config("train.remat=full")
+    settled = settle_layout(config, _Target("tpu-v5p", "tpu", slices), 64)
+    assert settled.why
+    assert not settled.layout.replicate % slices
 
 
 def test_what_is_set_stays():
