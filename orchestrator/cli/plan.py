@@ -98,11 +98,28 @@ def main(argv: list[str]) -> int:
     problems: list[UserError] = _check_figure(options.explain)
     fleets = read_fleets(options, catalogue, problems)
     requests = read_requests(words, options, problems)
+    if options.jobs:
+        problems += _check_split(options, fleets)
     if problems:
         raise ConfigErrors(problems)
     if options.jobs:
         return _split(requests, fleets, catalogue, options)
     return _compare(next(iter(requests.values())), fleets, catalogue, options)
+
+
+def _check_split(options: PlanOptions, fleets: list[Fleet]) -> list[UserError]:
+    """What goes with one job only."""
+    problems: list[UserError] = [
+        ConfigError(f"{name}= is for one job", got=f"{name}={getattr(options, name)} with jobs=", fix="leave out one")
+        for name in ("html", "explain", "max_days", "max_usd")
+        if getattr(options, name) is not None
+    ]
+    problems += [
+        ConfigError("a budget is for one job", got=f"{fleet.label} with jobs=", fix="give the fleet's chips")
+        for fleet in fleets
+        if fleet.entry.budget_usd is not None
+    ]
+    return problems
 
 
 def _help() -> str:

@@ -202,6 +202,9 @@ def test_files_of_fleets_and_jobs(plan, data, tmp_path):
     assert "all assignments compared" in out
     split = data(f"fleet={fleets}", f"jobs={fleets}", "objective=cost")
     assert set(split["jobs"]) == {"1-llama3_8b", "big"}
+    code, _, err = plan("fleet=h100@$5M", f"jobs={fleets}", "html=x.html", "max_days=3")
+    assert code == 2
+    assert err.startswith("error: 3 problems")
     fleets.write_text(yaml.safe_dump({"fleets": [{"chip": "h100", "chip_count": 3}, 7], "jobs": [{"modle": "x"}]}))
     code, _, err = plan(f"fleet={fleets}", f"jobs={fleets}")
     assert code == 2
