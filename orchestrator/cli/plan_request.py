@@ -134,8 +134,16 @@ def _request(
     widest = _widest(composed, keys, options)
     space, restricted = _space(composed, keys, widest)
     known = {field.name: getattr(options, field.name) for field in fields(FailureOptions)}
-    stack = "orchestrator" if options.stack == "auto" and options.axes == "train" else options.stack
-    job = JobSpec(shape, seq_len, 0, tokens.value, _precision(composed, options), stack)
+    ours = options.axes == "train"
+    job = JobSpec(
+        shape,
+        seq_len,
+        0,
+        tokens.value,
+        _precision(composed, options),
+        stack="orchestrator" if ours and options.stack == "auto" else options.stack,
+        loss_chunk_tokens=train.loss_chunk_tokens if ours else None,
+    )
     return Request(job, tokens, batch, space, widest, restricted, FailureOptions(**known))
 
 

@@ -82,5 +82,8 @@ def _step(fleet: Fleet, best: Candidate, catalogue: Catalogue) -> Value:
         outside = over.startswith("the network")
         source = "time model" + (f"; over {over}" if over else "") + (f" at {network} per chip" if outside else "")
         values.append(given(PARTS[name], seconds, "s", source, estimated=outside and network.estimated))
-    step = derive("step", "s", "sum of what a device waits for", lambda *seconds: sum(seconds), *values)
+    formula = "sum of what a device waits for"
+    if best.time.estimated:
+        formula += f"; nobody has measured {', '.join(best.time.estimated)} of this chip"
+    step = derive("step", "s", formula, lambda *seconds: sum(seconds), *values, estimated=bool(best.time.estimated))
     return replace(step, bound=1) if best.time.unknown else step

@@ -65,9 +65,9 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         copies=slices,
     )
     precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
-    job = JobSpec(
-        ModelShape.of(config.model, _NOMINAL_VOCABULARY), train.seq_len, 0, precision=precision, stack="orchestrator"
-    )
+    shape = ModelShape.of(config.model, _NOMINAL_VOCABULARY)
+    chunk = train.loss_chunk_tokens
+    job = JobSpec(shape, train.seq_len, 0, precision=precision, stack="orchestrator", loss_chunk_tokens=chunk)
     cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
     best = _best(job, cluster, train.global_batch_tokens, space)
     if best is None:

@@ -84,6 +84,15 @@ def test_an_unknown_link_makes_lower_bounds():
     assert "inter_bandwidth" in " ".join(plan.notes)
 
 
+def test_a_rate_that_nobody_measured_marks_the_step():
+    assert _plan("mi250xx64").figures["step"].estimated == bool(_plan("mi250xx64").best.time.estimated)
+    unmeasured = [text for text in ("trn2x64", "tpu_v5px64", "h100x64") if _plan(text).best.time.estimated]
+    assert unmeasured, "nobody has published what Trainium2 reaches"
+    plan = _plan(unmeasured[0])
+    assert str(plan.figures["step"]).startswith("~")
+    assert "nobody has measured" in plan.figures["cost"].explain()
+
+
 def test_the_batch_follows_the_fleet():
     assert batch_for(request_of(), fleet_of("h100x8")).tokens == 2**22
     assert batch_for(request_of(), fleet_of("h100x16384")).tokens == 2**24
