@@ -115,6 +115,8 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -
 def _open_run(plan: Plan) -> tuple[Place, FileLock]:
     run_dir = plan.run_dir or rundir.create(plan.config)
     lock = rundir.lock(run_dir)
+    if plan.run_dir is None and plan.resume_from is not None:
+        rundir.adopt_history(run_dir, Checkpoint(plan.resume_from))
     rundir.write_config(run_dir, plan.config)
     checkpoints = rundir.checkpoints_dir(run_dir, plan.config)
     remove_uncommitted(checkpoints)
