@@ -45,7 +45,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
     from orchestrator.data.prepare import prepare
     from orchestrator.train.build import build, make_strategy
 
-    _quiet(world.rank)
+    quiet(world.rank)
     parallel = make_strategy(config, resolve(config.hardware), world)
     parallel.join()
     try:
@@ -157,7 +157,7 @@ def _report(run_dir: Path) -> None:
         print(f"warning: the report could not be written: {error!r}", file=sys.stderr)
 
 
-def _quiet(rank: int) -> None:
+def quiet(rank: int) -> None:
     """Lightning announces devices and tips; the run says what matters itself."""
     import logging
     import warnings
