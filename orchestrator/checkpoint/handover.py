@@ -2,6 +2,7 @@
 
     reference.safetensors   a few short sequences as the model gets them, and a digest of the logits that it gave
     handover.json           the loss and the norm of the gradients that it gave
+    sums.json               a sum over the bits of each tensor (`writer.sum_bits`), however it is cut
 
 The digest is numbers, not a hash, so that a tolerance can be applied to it. Per position of the reference batch, all
 fp32 of shape [rows, length]:
@@ -11,8 +12,8 @@ fp32 of shape [rows, length]:
     logits.projection0  sum of s_v * logit_v over the vocabulary, divided by sqrt(V), with signs s_v from `signs`
     logits.projection1  the same with other signs
 
-A loss of two models can agree by chance, a random projection of all their logits does not. No torch: comparing is
-arithmetic on small arrays.
+A loss of two models can agree by chance, a random projection of all their logits does not. A weight that does little
+to the logits shows in the sums: every tensor is restored to the bit. No torch: comparing is arithmetic on small arrays.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from orchestrator.checkpoint.format import parse_json
+from orchestrator.checkpoint.format import SUMS, parse_json
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError, HandoverError
 
@@ -35,6 +36,7 @@ DIGEST = ("logsumexp", "target", "projection0", "projection1")
 PROJECTIONS = 2
 _SIDE = ("target", "device_names", "devices", "hosts", "layout", "precision", "software")
 _NAMES = {"loss": "loss", "grad_norm": "gradient norm", "logits": "logits"}
+_NAMED = 8  # tensors that are listed
 _FIELDS, _OPTIONAL = ("tokens", "targets", "positions"), ("documents",)
 _IGNORE = -100  # target of a position that has none
 _MAX_BYTES, _MAX_TOKENS = 1 << 26, 1 << 20
@@ -246,6 +248,23 @@ def read_reference(checkpoint: Checkpoint) -> Reference | None:
     return reference
 
 
+def read_sums(checkpoint: Checkpoint) -> dict[str, int]:
+    """The sum over the bits of each stored tensor; empty for a checkpoint that has none.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    if SUMS not in checkpoint.manifest.files:
+        return {}
+    try:
+        sums = parse_json(checkpoint.read(SUMS))
+        return {name: int(text, 16) for name, text in sums.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"file '{SUMS}' of the checkpoint is damaged: {error!r}"[:300], got=checkpoint.directory
+        ) from None
+
+
 def _reference(arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> Reference:
     batch = {name: arrays[f"batch.{name}"] for name in _FIELDS}
     batch |= {name: arrays[f"batch.{name}"] for name in _OPTIONAL if f"batch.{name}" in arrays}
@@ -273,12 +292,14 @@ class Handover:
         step: of the checkpoint.
         before, after: provenance of the two sides, as a checkpoint's state has it.
         differences: what was compared; empty where the checkpoint carries no reference.
+        tensors: those whose bits are not the saved ones.
     """
 
     step: int
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     differences: tuple[Difference, ...]
+    tensors: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -300,6 +321,7 @@ class Handover:
             "step": self.step,
             "verdict": self.verdict,
             "changed": self.changed,
+            "other_bits": list(self.tensors[:_NAMED]),
             **{one.quantity: one.to_dict() for one in self.differences},
             "from": {key: self.before.get(key) for key in _SIDE},
             "to": {key: self.after.get(key) for key in _SIDE},
@@ -309,26 +331,43 @@ class Handover:
         """One line for a terminal."""
         if not self.differences:
             return "unchecked: the checkpoint carries no reference batch to compare with"
-        parts = [f"{_NAMES[one.quantity]} by {one.difference:.1e} of {one.tolerance:g}" for one in self.differences]
+        parts = [f"{_NAMES[one.quantity]} by {one.difference:.1e} of {one.tolerance:g}" for one in self._computed]
+        bits = f"{len(self.tensors)} tensors with other bits" if self.tensors else "every tensor to the bit"
         changed = f"changed: {', '.join(self.changed)}" if self.changed else "nothing changed"
-        return f"{self.verdict}: {', '.join(parts)} allowed ({changed})"
+        return f"{self.verdict}: {', '.join(parts)} allowed; {bits} ({changed})"
 
     def error(self) -> HandoverError:
         """What to raise where it differs."""
-        beyond = [one for one in self.differences if not one.agrees]
+        beyond = [one for one in self._computed if not one.agrees]
+        got = [f"{_NAMES[one.quantity]} {one.values()}differs by {one.difference:.2g}" for one in beyond]
+        got += [f"{name} has other bits" for name in self.tensors[:_NAMED]]
+        if len(self.tensors) > _NAMED:
+            got.append(f"and so have {len(self.tensors) - _NAMED} more tensors")
+        allowed = [f"{_NAMES[one.quantity]} {one.tolerance:g}" for one in beyond]
         return HandoverError(
-            "the model of the checkpoint does not compute here what it computed where it was saved",
-            got="; ".join(f"{_NAMES[one.quantity]} {one.values()}differs by {one.difference:.2e}" for one in beyond),
-            allowed="; ".join(f"{_NAMES[one.quantity]} {one.tolerance:g}" for one in beyond),
-            fix="do not trust this hardware, this software or this checkpoint before you know why; "
+            "the model of the checkpoint is not what it was, or does not compute here what it did where it was saved",
+            got="\n           ".join(got),
+            allowed=", ".join(allowed) or "every tensor to the bit",
+            fix="trust neither this hardware and software nor this checkpoint before you know why; "
             "checkpoint.handover.on_mismatch=warn goes on all the same",
         )
 
+    @property
+    def _computed(self) -> list[Difference]:
+        return [one for one in self.differences if one.quantity in _NAMES]
 
-def check(checkpoint: Checkpoint, reference: Reference | None, measured: Measurement | None, here: Any) -> Handover:
+
+def check(
+    checkpoint: Checkpoint,
+    reference: Reference | None,
+    measured: Measurement | None,
+    tensors: Sequence[str],
+    here: Mapping[str, Any],
+) -> Handover:
     """Judge what was measured here against what `checkpoint` says.
 
     Args:
+        tensors: those whose bits are not the saved ones.
         here: provenance of this side.
 
     Raises:
@@ -338,7 +377,9 @@ def check(checkpoint: Checkpoint, reference: Reference | None, measured: Measure
     if reference is None or measured is None:
         return Handover(checkpoint.step, before, here, ())
     allowed = tolerance(str(before.get("precision", here["precision"])), here["precision"])
-    return Handover(checkpoint.step, before, here, tuple(compare(reference.measured, measured, allowed)))
+    bits = Difference("tensors", None, None, float(len(tensors)), 0.0)
+    found = (*compare(reference.measured, measured, allowed), bits)
+    return Handover(checkpoint.step, before, here, found, tuple(tensors))
 
 
 def _number(value: Any) -> float | None:

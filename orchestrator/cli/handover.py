@@ -26,7 +26,7 @@ Examples
 
 Exits with 0 where it agrees, 1 where it differs beyond the tolerance of the precision."""
 
-_ROWS = (("loss", "loss"), ("grad_norm", "gradient norm"), ("logits", "logits"))
+_ROWS = (("loss", "loss"), ("grad_norm", "gradient norm"), ("logits", "logits"), ("tensors", "other tensors"))
 AGREES, DIFFERS = 0, 1
 
 
@@ -77,9 +77,16 @@ def describe(result: Mapping[str, Any]) -> str:
     for key, name in _ROWS:
         row = result[key]
         values = "".join(f"{_number(row[side]):>12}" for side in ("saved", "measured"))
-        difference = "not finite" if row["difference"] is None else f"{row['difference']:.1e}"
+        difference = (
+            "not finite"
+            if row["difference"] is None
+            else f"{row['difference']:.1e}"
+            if key != "tensors"
+            else f"{row['difference']:.0f}"
+        )
         mark = "" if row["agrees"] else "  differs"
         lines.append(f"{name:<15}{values}{difference:>12}{row['tolerance']:>10g}{mark}")
+    lines += [f"{'':<15}{name} has other bits" for name in result["other_bits"]]
     return "\n".join([*lines, "", f"{'verdict':<15}{result['verdict']}"])
 
 

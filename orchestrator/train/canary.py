@@ -107,7 +107,7 @@ def _measure(config: RunConfig, world: World, where: AnyPath) -> Result:
         shards = parallel.state_shards(model, None)
         read_into(checkpoint, shards, ignore=["optimizer."])
         parallel.adopt(model, None, shards)
-        result = check_handover(checkpoint, model, parallel, provenance(parallel))
+        result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
         return {"checkpoint": str(where), **result.to_dict()}
     finally:
         parallel.leave()

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +26,23 @@ from orchestrator.checkpoint.handover import (
     Reference,
     check,
     read_reference,
+    read_sums,
     reference_batch,
     share,
     signs,
     to_files,
 )
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.writer import SUM_RANGE, sum_bits
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import TokenStream
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.loss import IGNORE
+from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import ParallelStrategy, local_parameters
 
 HANDOVERS = MEASURED  # of a run directory: a list, one entry per start from a checkpoint
+_POLL_SECONDS = 0.01
 _STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 128, 16, 128
 
 
@@ -59,19 +64,49 @@ def reference_files(model: Decoder, parallel: ParallelStrategy, batch: Mapping[s
 
 
 def check_handover(
-    checkpoint: Checkpoint, model: Decoder, parallel: ParallelStrategy, here: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer | None,
+    parallel: ParallelStrategy,
+    here: Mapping[str, Any],
 ) -> Handover:
     """Measure the restored `model` and hold it against `checkpoint`. All ranks call it together.
 
     Args:
+        optimizer: restored too, or None.
         here: provenance of this side.
 
     Raises:
         CheckpointError: the reference of the checkpoint is damaged, or of a precision without a tolerance.
     """
     reference = read_reference(checkpoint)
-    measured = measure(model, parallel, reference.batch) if reference else None
-    return check(checkpoint, reference, measured, here)
+    if reference is None:
+        return check(checkpoint, None, None, (), here)
+    measured = measure(model, parallel, reference.batch)
+    found = sum_tensors(parallel.state_shards(model, optimizer), parallel)
+    saved = read_sums(checkpoint)
+    other = sorted(name for name, total in found.items() if name in saved and saved[name] != total)
+    return check(checkpoint, reference, measured, other, here)
+
+
+def sum_tensors(shards: Sequence[Shard], parallel: ParallelStrategy) -> dict[str, int]:
+    """The sum over the bits of each tensor, over all ranks, on all of them. All ranks call it together."""
+    mine: dict[str, int] = {}
+    for shard in shards:
+        if shard.owned:
+            mine[shard.name] = mine.get(shard.name, 0) + sum_bits(shard.data)
+    # The board holds text for all to see: whole numbers that no reduction rounds.
+    topic = parallel.agree(f"sums/{uuid.uuid4().hex}")
+    parallel.post(f"{topic}/{parallel.rank}", json.dumps(mine))
+    totals: dict[str, int] = {}
+    if parallel.rank == 0:
+        for rank in range(parallel.size):
+            while (text := parallel.look(f"{topic}/{rank}")) is None:
+                time.sleep(_POLL_SECONDS)
+            for name, part in json.loads(text).items():
+                totals[name] = (totals.get(name, 0) + part) % SUM_RANGE
+    result: dict[str, int] = json.loads(parallel.agree(json.dumps(totals)))
+    return result
 
 
 def note(run_dir: Path, entry: Mapping[str, Any]) -> None:

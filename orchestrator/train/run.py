@@ -72,7 +72,8 @@ def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
     settings = config.checkpoint.handover
     if job.restored is None or not settings.enabled:
         return None
-    result = check_handover(job.restored, job.module.model, job.parallel, job.leg)
+    module = job.module
+    result = check_handover(job.restored, module.model, module.configure_optimizers(), job.parallel, job.leg)
     # All ranks stop or none.
     refused = job.parallel.any_raised(result.verdict == "differs") and settings.on_mismatch == "stop"
     entry = {**result.to_dict(), "went_on": not refused}
