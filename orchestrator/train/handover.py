@@ -43,7 +43,7 @@ from orchestrator.strategies.base import ParallelStrategy, local_parameters
 
 HANDOVERS = MEASURED  # of a run directory: a list, one entry per start from a checkpoint
 _POLL_SECONDS = 0.01
-_STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 128, 16, 128
+_STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
 
 
 def make_batch(config: RunConfig, held_out: TokenStream) -> dict[str, np.ndarray]:
