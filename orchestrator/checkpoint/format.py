@@ -3,6 +3,8 @@
     step-00000100/
         rank-00000.safetensors   the shards that rank 0 owned; one file per rank that owned any
         sums.json                a sum over the bits of every tensor, the same for any way of cutting it
+        reference.safetensors    a small batch and a digest of its logits; handover.json: its loss and gradient norm
+        history.json             legs and metrics of the run so far
         state.json               step, data position, RNG scheme, schedule, provenance
         config.yaml              the resolved configuration
         tokenizer*.json          what turns text into the model's tokens

@@ -66,7 +66,7 @@ def carried(tmp_path, change=lambda arrays: None, numbers=None) -> Checkpoint:
 # The batch on a layout
 
 
-@pytest.mark.parametrize(("rows", "groups"), itertools.product((1, 2, 3), (1, 2, 3, 4, 6)))
+@pytest.mark.parametrize(("rows", "groups"), list(itertools.product((1, 2, 3), (1, 2, 3, 4, 6))))
 def test_every_row_counts_as_often_as_every_other(rows, groups):
     parts = [share(batch(rows), groups, 1, rank, groups) for rank in range(groups)]
     assert len({part["tokens"].shape for part in parts}) == 1, "groups have different shapes"
