@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.handover import read_reference
 from orchestrator.checkpoint.storage import AnyPath, locate
@@ -25,6 +25,9 @@ from orchestrator.hardware.world import World, detect
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
 from orchestrator.train.check import check_run, resolve_model
+
+if TYPE_CHECKING:
+    from orchestrator.strategies.base import ParallelStrategy
 
 _EMBEDDING, _RESULT = "model.embed.weight", "result.json"
 Result = dict[str, Any]
@@ -92,25 +95,32 @@ def _in_processes(config: RunConfig, checkpoint: AnyPath, environments: list[dic
 
 
 def _measure(config: RunConfig, world: World, where: AnyPath) -> Result:
-    """Load the model and measure, as one process of the job."""
-    from orchestrator.checkpoint.reader import read_into
-    from orchestrator.train.build import make_strategy, place_model, provenance
-    from orchestrator.train.handover import check_handover
+    """Be one process of the job, which measures."""
+    from orchestrator.train.build import make_strategy
     from orchestrator.train.run import quiet
 
     quiet(world.rank)
-    checkpoint = Checkpoint(where)
     parallel = make_strategy(config, resolve(config.hardware), world)
     parallel.join()
     try:
-        model = place_model(config, config.model, parallel)
-        shards = parallel.state_shards(model, None)
-        read_into(checkpoint, shards, ignore=["optimizer."])
-        parallel.adopt(model, None, shards)
-        result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
-        return {"checkpoint": str(where), **result.to_dict()}
+        return measure_checkpoint(config, parallel, where)
     finally:
         parallel.leave()
+
+
+def measure_checkpoint(config: RunConfig, parallel: ParallelStrategy, where: AnyPath) -> Result:
+    """Load the model of a checkpoint and check it, on a strategy that has joined the others."""
+    from orchestrator.checkpoint.reader import read_into
+    from orchestrator.train.build import place_model, provenance
+    from orchestrator.train.handover import check_handover
+
+    checkpoint = Checkpoint(where)
+    model = place_model(config, config.model, parallel)
+    shards = parallel.state_shards(model, None)
+    read_into(checkpoint, shards, ignore=["optimizer."])
+    parallel.adopt(model, None, shards)
+    result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
+    return {"checkpoint": str(where), **result.to_dict()}
 
 
 def worker_main(argv: list[str]) -> int:

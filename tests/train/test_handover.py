@@ -48,12 +48,18 @@ def saved(tmp_path_factory):
 
 
 def _check(world, data, sources):
-    from orchestrator.train.canary import _measure
+    from orchestrator.hardware.registry import resolve
+    from orchestrator.train.build import make_strategy
+    from orchestrator.train.canary import measure_checkpoint
     from orchestrator.train.check import resolve_model
 
     config = from_dict(RunConfig, data)
     config = replace(config, model=resolve_model(config.model, 257))
-    return [_measure(config, world, source) for source in sources]
+    parallel = make_strategy(config, resolve(config.hardware), world)
+    parallel.join()
+    results = [measure_checkpoint(config, parallel, source) for source in sources]
+    parallel.leave()
+    return results
 
 
 def _results(config: RunConfig, size: int, sources: list[Path]) -> list[dict]:
