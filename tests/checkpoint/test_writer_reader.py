@@ -337,7 +337,7 @@ def saved(tmp_path):
     return _write(tmp_path, Layout(fsdp=2))
 
 
-FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "state.json", "config.yaml"]
+FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "state.json", "config.yaml", "sums.json"]
 
 
 def test_the_list_of_files_is_complete(saved):
