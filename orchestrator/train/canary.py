@@ -20,7 +20,7 @@ from orchestrator.config.compose import Composed, read_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.errors import CheckpointError, ConfigErrors, UserError
-from orchestrator.hardware.registry import device_count, resolve
+from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import World, detect
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
@@ -43,7 +43,7 @@ def run_check(composed: Composed, where: str) -> Result | None:
     Raises:
         UserError: the checkpoint cannot be read or carries no reference, or does not fit the hardware or the layout.
     """
-    world = detect(os.environ)
+    world = find_world(composed.config.hardware, os.environ)
     config, checkpoint = _settle(composed, where, verify=world is None or world.rank == 0)
     target = resolve(config.hardware)
     if world is None:
@@ -53,7 +53,7 @@ def run_check(composed: Composed, where: str) -> Result | None:
         return _in_processes(
             config, checkpoint, [target.environment(config.hardware, rank, processes) for rank in range(processes)]
         )
-    check_run(config, world.size)
+    check_run(config, job_devices(config.hardware, target, world), slices=target.slices())
     for key, value in target.environment(config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
     result = _measure(config, world, checkpoint)
