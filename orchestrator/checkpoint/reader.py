@@ -20,7 +20,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.sharding.shard import Shard
 
 _THREADS = min(8, os.cpu_count() or 1)
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Reader:
@@ -44,7 +44,7 @@ class Reader:
         stored = self._checkpoint.manifest.tensors.get(shard.name)
         if stored is None:
             raise CheckpointError(f"the checkpoint has no tensor '{shard.name}'", got=self._checkpoint.directory)
-        dtype = _DTYPES[stored.dtype]
+        dtype = DTYPES[stored.dtype]
         try:
             if self._cast and dtype != shard.data.dtype and dtype.is_floating_point:
                 as_stored = torch.empty(shard.data.shape, dtype=dtype)
@@ -65,7 +65,7 @@ class Reader:
         """
         stored = self._checkpoint.manifest.tensors[name]
         box = tuple(slice(0, size) for size in stored.shape) if box is None else box
-        data = torch.empty([part.stop - part.start for part in box], dtype=_DTYPES[stored.dtype])
+        data = torch.empty([part.stop - part.start for part in box], dtype=DTYPES[stored.dtype])
         self.fill(Shard(name, stored.shape, box, data))
         return data
 
@@ -143,7 +143,7 @@ def _read(
         # The mapped file cannot be written to, and nobody does.
         warnings.filterwarnings("ignore", message=".*not writable.*")
         items = torch.from_numpy(np.ascontiguousarray(file.read(part.key, box)))
-    out.copy_(items.view(_DTYPES[stored.dtype]).squeeze(-1))
+    out.copy_(items.view(DTYPES[stored.dtype]).squeeze(-1))
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -204,6 +204,7 @@ class TrainConfig:
     eval_tokens: int = 65536
     loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
     deterministic: bool = False
+    init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
     sample: SampleConfig = SampleConfig()
 
 

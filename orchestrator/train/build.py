@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -31,13 +32,14 @@ from orchestrator.sharding import rules
 from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.check import resolve_model
-from orchestrator.train.checkpointing import Checkpoints, restore, software
+from orchestrator.train.checkpointing import Checkpoints, restore, restore_weights
 from orchestrator.train.evaluation import Evaluation, Samples
 from orchestrator.train.handover import make_batch
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
 from orchestrator.train.run import Place
 from orchestrator.train.rundir import read_history
+from orchestrator.train.software import software
 
 
 @dataclass
@@ -77,7 +79,7 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     stream = _stream(config, data, "train")
     restored = Checkpoint(place.resume_from) if place.resume_from else None
     if restored is None:
-        parallel.initialize(model, config.seed)
+        _initialize(model, config, parallel)
         step = 0
     else:
         step = _restore(restored, config, parallel, model, optimizer, stream)
@@ -94,6 +96,14 @@ def place_model(config: RunConfig, model_config: ModelConfig, parallel: Parallel
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parallel.shard(model, rules.place(model.logical_axes(), shapes))
     return model
+
+
+def _initialize(model: Decoder, config: RunConfig, parallel: ParallelStrategy) -> None:
+    """The weights that a run starts with: random ones of its seed, or those of a checkpoint."""
+    if config.train.init_from is None:
+        parallel.initialize(model, config.seed)
+    else:
+        restore_weights(Checkpoint(Path(config.train.init_from)), parallel, model)
 
 
 def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 
-from orchestrator import __version__
 from orchestrator.checkpoint.catalogue import prune
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.saver import Saver
@@ -33,16 +30,6 @@ from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.handover import measure, reference_files
 
 _GRACE_SECONDS = 60.0
-
-
-def software() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    names = ("torch", "lightning", "numpy", "grain", "tokenizers", "safetensors")
-    return {
-        "orchestrator": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in names},
-    }
 
 
 def restore(
@@ -72,6 +59,17 @@ def restore(
     read_into(checkpoint, shards)
     parallel.adopt(model, optimizer, shards)
     return state
+
+
+def restore_weights(checkpoint: Checkpoint, parallel: ParallelStrategy, model: Decoder) -> None:
+    """Fill the model alone from `checkpoint`, on whatever layout; weights in another format are converted.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    shards = parallel.state_shards(model, None)
+    read_into(checkpoint, shards, ignore=["optimizer."], cast=True)
+    parallel.adopt(model, None, shards)
 
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -18,11 +18,11 @@ from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
-from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import run_local
-from orchestrator.train import resume, rundir
+from orchestrator.train import initial, resume, rundir
 from orchestrator.train.check import check_run
 from orchestrator.train.run import Place
 
@@ -53,14 +53,32 @@ def start(composed: Composed) -> int:
 
 def _settle(composed: Composed, verify: bool) -> Plan:
     config = composed.config
-    if config.resume is None:
-        return Plan(config, None, None)
     check = verify and config.checkpoint.verify_on_load
-    point = resume.find(config.resume, config.runs_dir, check, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if config.resume is None and config.train.init_from is None:
+        return Plan(config, None, None)
+    if config.resume is None:
+        started = initial.settle(composed, check, _warn)
+        if problems := validate(started):
+            raise ConfigErrors(problems)
+        return Plan(started, None, None)
+    if "train.init_from" in composed.overrides:
+        raise ConfigError(
+            "a resumed run has its weights",
+            got=f"resume={config.resume} and train.init_from={config.train.init_from}",
+            fix="leave out one of them",
+        )
+    point = resume.find(config.resume, config.runs_dir, check, _warn)
     merged = resume.merge(point.saved, composed)
     if problems := validate(merged):
         raise ConfigErrors(problems)
-    step = Checkpoint(point.checkpoint).step
+    checkpoint = Checkpoint(point.checkpoint)
+    if "data" not in checkpoint.state():
+        raise CheckpointError(
+            "the checkpoint holds weights alone: there is no run in it to resume",
+            got=point.checkpoint,
+            fix=f"start a new run from its weights: train.init_from={point.checkpoint}",
+        )
+    step = checkpoint.step
     if step >= merged.train.max_steps:
         raise CheckpointError(
             "the run is finished: there are no steps left to train",
@@ -70,13 +88,17 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     return Plan(merged, point.checkpoint, point.run_dir)
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def _start_local(plan: Plan) -> int:
     """Start one process per device of this machine."""
     config = plan.config
     target = resolve(config.hardware)
     devices = device_count(config.hardware, target, target.probe())
     check_run(config, devices)
-    check_run(config, devices, prepare(config.data, progress=True).vocab_size)
+    _check_data(config, devices, progress=True)
     place, lock = _open_run(plan)
     with lock:
         common, processes = _variables(place), target.processes(devices)
@@ -92,13 +114,18 @@ def _join_external(plan: Plan, world: World) -> int:
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
-    vocab_size = prepare(plan.config.data, progress=world.local_rank == 0).vocab_size
-    check_run(plan.config, devices, vocab_size, slices)
+    _check_data(plan.config, devices, progress=world.local_rank == 0, slices=slices)
 
     from orchestrator.train.run import work
 
     with contextlib.ExitStack() as held:
         return work(plan.config, world, lambda parallel: _agree(plan, parallel, held))
+
+
+def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1) -> None:
+    data = prepare(config.data, progress=progress)
+    initial.check_tokenizer(config, data.tokenizer)
+    check_run(config, devices, data.vocab_size, slices)
 
 
 def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:
