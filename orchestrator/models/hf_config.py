@@ -61,10 +61,13 @@ def family_of(config: ModelConfig) -> Family:
     for family, found in differences.items():
         if not found:
             return family
-    closest = min(differences, key=lambda family: len(differences[family]))
+    fewest = min(map(len, differences.values()))
+    closest = [
+        f"{_FIXED[family][0]} ({', '.join(found)})" for family, found in differences.items() if len(found) == fewest
+    ]
     raise CheckpointError(
         "no class of transformers computes what this model configuration describes",
-        got=f"model {config.name}; the closest, {_FIXED[closest][0]}, differs in: {'; '.join(differences[closest])}",
+        got=f"model {config.name}; what differs from the closest: {'; '.join(closest)}",
         allowed=", ".join(name for name, _ in _FIXED.values()),
         fix="train with a preset of one of these families, or use the weights as they are: format=dcp",
     )
@@ -156,7 +159,7 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         CheckpointError: a model that this product cannot compute, or a key that is missing.
     """
     family = config.get("model_type")
-    if family not in _FIXED:
+    if not isinstance(family, str) or family not in _FIXED:
         raise CheckpointError(
             "a model of this type cannot be imported",
             got=f"model_type={str(family)[:100]}",
