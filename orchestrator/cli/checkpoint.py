@@ -199,16 +199,18 @@ def _export(options: ExportOptions) -> int:
     with Progress("export", weight_bytes(checkpoint, options.dtype), options.progress) as bar:
         if options.format == "hf":
             limit = max(1, int(min(options.max_shard_gb, 1e6) * _GB))
-            loader = export_hf(checkpoint, options.output, options.dtype, limit, bar.add)
+            exported = export_hf(checkpoint, options.output, options.dtype, limit, bar.add)
         else:
             count = export_dcp(checkpoint, options.output, options.dtype, options.names, bar.add)
     print(f"step {checkpoint.step} of {checkpoint.directory} is now {options.output}")
     if options.format == "dcp":
         print(f"{count} tensors, weights alone")
         return 0
-    if "tokenizer.json" not in checkpoint.manifest.files:
+    if not exported.tokenizer:
         print("the checkpoint carries no tokenizer, so there is none in the output")
-    print(f"\nLoad it ({loader}):")
+    if exported.note:
+        print(f"note: {exported.note}")
+    print(f"\nLoad it ({exported.loader}):")
     print(f"  transformers.AutoModelForCausalLM.from_pretrained({options.output!r})")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -33,18 +34,34 @@ CARRIED = (
 )
 
 
+# transformers 5 splits text in this way for any tokenizer beside a model of type qwen2, whatever tokenizer.json says.
+_QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_hf` has written.
+
+    Attributes:
+        loader: class of transformers that loads it.
+        tokenizer: whether there is one.
+        note: what to mind when it is loaded, if anything.
+    """
+
+    loader: str
+    tokenizer: bool
+    note: str = ""
+
+
 def export_hf(
     checkpoint: Checkpoint, output: str, dtype: Dtype, max_file_bytes: int, progress: Callable[[int], object]
-) -> str:
+) -> Exported:
     """Write what `transformers.AutoModelForCausalLM.from_pretrained` loads, a tensor at a time.
 
     Args:
         output: a new directory.
         dtype: of the written weights; `stored` keeps each one's own.
         progress: told the bytes of each tensor that was written.
-
-    Returns:
-        The name of the class that loads it.
 
     Raises:
         CheckpointError: no class of transformers computes this model, or the output is in use or cannot be written.
@@ -69,7 +86,20 @@ def export_hf(
             if name in checkpoint.manifest.files:
                 write_file(folder / name, [checkpoint.read(name)])
         write_file(folder / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
-    return str(config["architectures"][0])
+    note = _tokenizer_note(checkpoint, str(config["model_type"])) if tokenizer else ""
+    return Exported(str(config["architectures"][0]), tokenizer is not None, note)
+
+
+def _tokenizer_note(checkpoint: Checkpoint, model_type: str) -> str:
+    if model_type != "qwen2":
+        return ""
+    pre_tokenizer = json.loads(checkpoint.read(TOKENIZER_FILE)).get("pre_tokenizer")
+    if json.dumps(_QWEN2_SPLIT)[1:-1] in json.dumps(pre_tokenizer):
+        return ""
+    return (
+        "AutoTokenizer of transformers 5 splits text in Qwen2's own way for this model type, which is not the way of "
+        "this tokenizer: load it by transformers.PreTrainedTokenizerFast.from_pretrained"
+    )
 
 
 def export_dcp(

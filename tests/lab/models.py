@@ -57,8 +57,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def model_config(name: str, **changes: Any) -> ModelConfig:
-    return ModelConfig(**{**_BASE, **MODELS[name][1], **changes})
+def model_config(kind: str, **changes: Any) -> ModelConfig:
+    return ModelConfig(**{**_BASE, **MODELS[kind][1], **changes})
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
