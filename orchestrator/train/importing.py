@@ -108,6 +108,8 @@ def import_weights(
 ) -> Imported:
     """Make a checkpoint of step 0 with the weights alone, each as it is stored in the source.
 
+    They are mapped from their files and written one by one; those of a DCP directory are all in memory meanwhile.
+
     Args:
         source: of the format that `detect_format` says. The caller has asked the user, where that is pickle.
         output: the checkpoint's directory, new.

@@ -34,10 +34,13 @@ def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], 
         CheckpointError: there is none.
     """
     path = locate(where) if where != LATEST else resume.find(LATEST, runs_dir, False, report).checkpoint.parent
-    if (path / MANIFEST).is_file():
-        return path
-    parent = checkpoints_of(path)
-    found = next(iter(committed(parent)), None) if damaged else newest_valid(parent, False, report)
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+        parent = checkpoints_of(path)
+        found = next(iter(committed(parent)), None) if damaged else newest_valid(parent, False, report)
+    except OSError as error:
+        raise CheckpointError(f"the place cannot be read: {error.strerror or error}", got=where) from None
     if found is None:
         raise CheckpointError("there is no checkpoint here", got=where, allowed=MEANS)
     return found
@@ -65,6 +68,11 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
     if embedding is None or not embedding.shape:
         raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
     config = from_dict(RunConfig, checkpoint.config())
+    if config.model.layers > len(checkpoint.manifest.tensors):
+        raise CheckpointError(
+            "the checkpoint does not hold the model that its configuration describes",
+            got=f"{len(checkpoint.manifest.tensors)} tensors, {config.model.layers} layers",
+        )
     return replace(config.model, vocab_size=embedding.shape[0])
 
 

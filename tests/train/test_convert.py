@@ -307,6 +307,9 @@ def test_a_checkpoint_that_is_not_what_it_says(tmp_path):
     config["model"]["rope_scaling"] = {}
     with pytest.raises(CheckpointError, match=r"model\.layers\.2.*missing"):
         export(reconfigured(saved, tmp_path / "other", config), tmp_path / "hf")
+    config["model"]["layers"] = 10**9
+    with pytest.raises(CheckpointError, match="does not hold the model"):
+        export(reconfigured(saved, tmp_path / "other", config), tmp_path / "hf")
 
 
 def reconfigured(saved: Path, parent: Path, config: dict[str, Any]) -> Path:
