@@ -85,8 +85,7 @@ def main(argv: list[str]) -> int:
 def _rehearse(composed: Composed, options: RehearseOptions) -> int:
     from orchestrator.train.initial import settle
 
-    started = composed.config.train.init_from is not None
-    config = settle(composed, False, lambda text: None) if started else composed.config
+    config = settle(composed, False, lambda text: None)
     result = rehearse(config, options.topology, options.timeout_seconds)
     if options.json:
         print(json.dumps({"topology": options.topology, **asdict(result)}, indent=2))

@@ -10,23 +10,26 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.validate import validate
 from orchestrator.data.tokenize import TOKENIZER_FILE, Tokenizer
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.train import resume
 from orchestrator.train.stored_model import model_of, tokenizer_of
 
 
 def settle(composed: Composed, verify: bool, report: Callable[[str], object]) -> RunConfig:
-    """The configuration with the model of the checkpoint that `train.init_from` means.
+    """The configuration, with the model of the checkpoint where `train.init_from` names one.
 
     Keys of `model` on the command line are set on top of it, and `model=` replaces it. A tokenizer that travels with
     the checkpoint is used for text, unless the command line names one.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
+        ConfigErrors: keys do not fit the model.
     """
     config = composed.config
-    assert config.train.init_from is not None
+    if config.train.init_from is None:
+        return config
     found = resume.find(config.train.init_from, config.runs_dir, verify, report).checkpoint
     checkpoint = Checkpoint(found)
     data = copy.deepcopy(to_dict(config))
@@ -37,7 +40,10 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
     if TOKENIZER_FILE in checkpoint.manifest.files and not names_tokenizer:
         data["data"]["tokenizer"].update(kind="file", path=str(found.resolve()))
     data["train"]["init_from"] = str(found.resolve())
-    return from_dict(RunConfig, data)
+    result = from_dict(RunConfig, data)
+    if problems := validate(result):
+        raise ConfigErrors(problems)
+    return result
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:

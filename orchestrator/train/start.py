@@ -54,13 +54,8 @@ def start(composed: Composed) -> int:
 def _settle(composed: Composed, verify: bool) -> Plan:
     config = composed.config
     check = verify and config.checkpoint.verify_on_load
-    if config.resume is None and config.train.init_from is None:
-        return Plan(config, None, None)
     if config.resume is None:
-        started = initial.settle(composed, check, _warn)
-        if problems := validate(started):
-            raise ConfigErrors(problems)
-        return Plan(started, None, None)
+        return Plan(initial.settle(composed, check, _warn), None, None)
     if "train.init_from" in composed.overrides:
         raise ConfigError(
             "a resumed run has its weights",
