@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
 
+from orchestrator.checkpoint.storage import locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.chips.catalogue import load as load_chips
 from orchestrator.config.convert import to_dict
@@ -103,7 +103,7 @@ def _initialize(model: Decoder, config: RunConfig, parallel: ParallelStrategy) -
     if config.train.init_from is None:
         parallel.initialize(model, config.seed)
     else:
-        restore_weights(Checkpoint(Path(config.train.init_from)), parallel, model)
+        restore_weights(Checkpoint(locate(config.train.init_from)), parallel, model)
 
 
 def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:

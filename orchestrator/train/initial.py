@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
+from orchestrator.checkpoint.storage import is_remote, locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict, to_dict
@@ -32,14 +32,17 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
         return config
     found = resume.find(config.train.init_from, config.runs_dir, verify, report).checkpoint
     checkpoint = Checkpoint(found)
+    # All processes read the same one, wherever they start and whatever is `latest` then.
+    where = str(found if is_remote(found) else found.resolve())
     data = copy.deepcopy(to_dict(config))
     if "model" not in composed.overrides:
         data["model"] = to_dict(model_of(checkpoint))
         resume.apply(composed, data, [key for key in composed.overrides if key.startswith("model.")])
     names_tokenizer = any(key.startswith("data.tokenizer") for key in composed.overrides)
-    if TOKENIZER_FILE in checkpoint.manifest.files and not names_tokenizer:
-        data["data"]["tokenizer"].update(kind="file", path=str(found.resolve()))
-    data["train"]["init_from"] = str(found.resolve())
+    # One in a store has to be fetched by hand: `data.tokenizer.path` is a file.
+    if TOKENIZER_FILE in checkpoint.manifest.files and not names_tokenizer and not is_remote(found):
+        data["data"]["tokenizer"].update(kind="file", path=where)
+    data["train"]["init_from"] = where
     result = from_dict(RunConfig, data)
     if problems := validate(result):
         raise ConfigErrors(problems)
@@ -54,7 +57,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """
     if config.train.init_from is None:
         return
-    checkpoint = Checkpoint(Path(config.train.init_from))
+    checkpoint = Checkpoint(locate(config.train.init_from))
     stored = tokenizer_of(checkpoint)
     if stored is not None and not stored.agrees_with(tokenizer):
         raise CheckpointError(
