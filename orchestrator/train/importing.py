@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -201,14 +201,17 @@ def _find_weights(
             "the tensors are not those of the configured model", got=f"{len(given)} tensors, {model.layers} layers"
         )
     plain = {_WRAPPERS.sub("", name): name for name in given}
+    if len(plain) != len(given):
+        twice = next(name for name in given if plain[_WRAPPERS.sub("", name)] != name)
+        raise CheckpointError("tensors differ only in what wrappers put into their names", got=twice)
     failure = None
     for anchor in _EMBEDDINGS:
         if anchor != _EMBEDDINGS[0] and family is None:
             continue
         for prefix in sorted({name[: -len(anchor)] for name in plain if _ends_with(name, anchor)}, key=len):
             below = {name[len(prefix) :]: full for name, full in plain.items() if name.startswith(prefix)}
-            if model.vocab_size == "auto":
-                model = replace(model, vocab_size=given[below[anchor]].shape[0])
+            if model.vocab_size == "auto" and (rows := given[below[anchor]].shape[:1]):
+                model = replace(model, vocab_size=rows[0])
             try:
                 if anchor == _EMBEDDINGS[0]:
                     tensors = _own(given, below, model)
@@ -216,7 +219,7 @@ def _find_weights(
                 assert family is not None
                 chosen = _foreign_names(below, family, model)
                 return from_hf({name: given[full] for name, full in chosen.items()}, family, model), len(chosen), model
-            except CheckpointError as error:
+            except UserError as error:
                 failure = failure or error
     raise failure or CheckpointError(
         "the source has no embedding by a name that is known",
@@ -302,7 +305,8 @@ def _watched(file: Path, total: int, progress: Callable[[int, int], object]) -> 
 
     def watch() -> None:
         while not done.wait(0.2):
-            progress(file.stat().st_size if file.exists() else 0, total)
+            with suppress(OSError):  # not there yet, or not any more
+                progress(file.stat().st_size, total)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

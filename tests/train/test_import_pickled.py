@@ -144,3 +144,15 @@ def test_a_bias_that_the_model_does_not_have_is_not_dropped(tmp_path, llama):
     state["model.model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
     with pytest.raises(CheckpointError, match=r"left over: model\.layers\.0\.self_attn\.q_proj\.bias"):
         bring(tmp_path, state, llama)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path, llama):
+    state = own(llama)
+    with pytest.raises(CheckpointError, match="wrappers"):
+        bring(tmp_path, {**state, "module.norm.weight": torch.ones(32)}, llama)
+
+
+def test_an_embedding_that_is_a_number(tmp_path):
+    torch.save({**own(random_model(model_config("llama"))), "embed.weight": torch.tensor(1.0)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="vocab_size"):
+        import_weights(tmp_path / "w.pt", str(tmp_path / "out"), "ckpt", model="tiny")
