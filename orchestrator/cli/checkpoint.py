@@ -319,4 +319,6 @@ _SUBVERBS = {
     ),
 }
 # Sub-verbs with a module of their own in this package: name -> (module with `main(argv)`, summary).
-_MODULES: dict[str, tuple[str, str]] = {}
+_MODULES: dict[str, tuple[str, str]] = {
+    "handover": ("handover", "whether a checkpoint computes the same on some hardware as where it was saved"),
+}
