@@ -40,7 +40,6 @@ def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "data": state.get("data"),
         "schedule": state.get("schedule"),
         "provenance": {key: state[key] for key in (*_SHOWN, "imported") if key in state},
-        "legs": state.get("legs", []),
         "groups": _groups(checkpoint),
     }
     if tensors:

@@ -139,8 +139,10 @@ def _help() -> str:
 
 def _inspect(options: InspectOptions) -> int:
     from orchestrator.checkpoint.inspect import facts
+    from orchestrator.train.rundir import read_history
 
-    found = facts(_open(options.path, options.runs_dir), options.tensors)
+    checkpoint = _open(options.path, options.runs_dir)
+    found = {**facts(checkpoint, options.tensors), "legs": read_history(checkpoint)[0]}
     print(strict_json(found) if options.json else "\n".join(inspect_rows(found)))
     return 0
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint.diff import Difference
 
 _MAX_CHANGED_ROWS = 40
+_OF_A_LEG = ("start_step", "end_step", "target", "devices", "layout", "precision")
 
 
 class Progress:
@@ -88,8 +89,8 @@ def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
     rows += [(str(key).replace("_", " "), _plain(value)) for key, value in facts["provenance"].items()]
     rows += [("data", _plain(facts["data"]) if facts["data"] else "no position: weights alone")]
     rows += [("schedule", _plain(facts["schedule"]))] if facts["schedule"] else []
-    legs = facts["legs"] if isinstance(facts["legs"], list) else []
-    rows += [(f"leg {number}", _plain(leg)) for number, leg in enumerate(legs)]
+    for number, leg in enumerate(facts["legs"]):
+        rows.append((f"leg {number}", _plain({key: leg[key] for key in _OF_A_LEG if key in leg})))
     yield from _aligned([(name, clean(value)) for name, value in rows])
     yield ""
     header = ("tensors below", "count", "elements", "bytes", "dtype")

@@ -27,8 +27,9 @@ STATE = {
     "target": "cpu",
     "layout": {"fsdp": 2},
     "software": {"torch": "2.13"},
-    "legs": [{"target": "cuda", "devices": 8}, {"target": "tpu", "devices": 16}],
 }
+LEGS = [{"target": "cuda", "end_step": 8}, {"target": "tpu", "software": {}}]
+HISTORY = {"history.json": json.dumps({"legs": LEGS, "rows": []}).encode()}
 
 
 def call(capsys, *words: object) -> tuple[int, str, str]:
@@ -49,7 +50,7 @@ def run(tmp_path):
     run_dir.mkdir(parents=True)
     rundir.write_config(run_dir, RunConfig(runs_dir=str(tmp_path / "runs")))
     for step in (10, 20, 30):
-        write_whole(run_dir / "checkpoints", TENSORS, step=step, state=STATE, config={"name": "tiny"})
+        write_whole(run_dir / "checkpoints", TENSORS, step=step, state=STATE, config={"name": "tiny"}, extra=HISTORY)
     return run_dir
 
 
@@ -110,7 +111,7 @@ def test_inspect(capsys, run):
     assert rows["layout"].strip() == "fsdp 2"
     assert rows["format"].strip() == "version 2, not signed"
     assert "next_sequence 96" in rows["data"]
-    assert "leg 1" in out
+    assert "leg 0       end_step 8, target cuda\n" in out
     assert rows["model.embed"].split() == ["1", "12", "48", "bytes", "F32"]
     assert "optimizer.step.embed.weight" not in out
     _, out, _ = call(capsys, "inspect", f"path={step(run, 10)}", "tensors=true")
@@ -147,7 +148,7 @@ def test_inspect_passes_over_a_damaged_newest(capsys, run):
 
 
 def test_names_of_strangers_do_not_steer_the_terminal(capsys, tmp_path):
-    path = write_whole(tmp_path, TENSORS, state={"step": 1, "target": "\x1b[31mred", "legs": "x"}, config={"model": 3})
+    path = write_whole(tmp_path, TENSORS, state={"step": 1, "target": "\x1b[31mred"}, config={"model": 3})
     code, out, _ = call(capsys, "inspect", path, "tensors=true")
     assert code == 0
     assert "\x1b" not in out
