@@ -35,18 +35,25 @@ def newest_valid(parent: AnyPath, verify: bool, report: Callable[[str], object])
     return None
 
 
+def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
+    """All but the `keep_last` newest checkpoints, at least one, and those at multiples of `keep_every_steps`."""
+    found = []
+    for path in committed(parent)[max(1, keep_last) :]:
+        match = DIRECTORY.fullmatch(path.name)
+        assert match
+        if not keep_every_steps or int(match[1]) % keep_every_steps:
+            found.append(path)
+    return found
+
+
 def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
-    """Remove all but the `keep_last` newest checkpoints and those at multiples of `keep_every_steps`.
+    """Remove what is `removable`.
 
     Returns:
         The directories that were removed.
     """
     removed = []
-    for path in committed(parent)[max(1, keep_last) :]:
-        match = DIRECTORY.fullmatch(path.name)
-        assert match
-        if keep_every_steps and int(match[1]) % keep_every_steps == 0:
-            continue
+    for path in removable(parent, keep_last, keep_every_steps):
         # Without its manifest it is no checkpoint: an interrupted removal leaves nothing half valid.
         try:
             (path / MANIFEST).unlink()

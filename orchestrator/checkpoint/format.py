@@ -2,6 +2,9 @@
 
     step-00000100/
         rank-00000.safetensors   the shards that rank 0 owned; one file per rank that owned any
+        sums.json                a sum over the bits of every tensor, the same for any way of cutting it
+        reference.safetensors    a small batch and a digest of its logits; handover.json: its loss and gradient norm
+        history.json             legs and metrics of the run so far
         state.json               step, data position, RNG scheme, schedule, provenance
         config.yaml              the resolved configuration
         tokenizer*.json          what turns text into the model's tokens
@@ -28,6 +31,7 @@ from orchestrator.errors import CheckpointError
 
 FORMAT, VERSION = "orchestrator-checkpoint", 2
 MANIFEST, STATE, CONFIG, SIGNATURE = "manifest.json", "state.json", "config.yaml", "manifest.sig"
+SUMS = "sums.json"
 DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 _MAX_MANIFEST_BYTES = 1 << 28

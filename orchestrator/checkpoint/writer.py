@@ -17,6 +17,7 @@ from orchestrator.checkpoint.format import (
     MANIFEST,
     SIGNATURE,
     STATE,
+    SUMS,
     Manifest,
     StoredFile,
     StoredShard,
@@ -41,6 +42,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
+SUM_RANGE = 1 << 64
 _POLL_SECONDS = 0.01
 TIMEOUT_SECONDS = 1800.0
 T = TypeVar("T")
@@ -184,6 +186,7 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
             "dtype": DTYPE_NAMES[shard.data.dtype],
             "shape": list(shard.shape),
             "key": key,
+            "sum": sum_bits(shard.data),
             "start": [part.start for part in shard.slices],
             "stop": [part.stop for part in shard.slices],
         }
@@ -202,13 +205,14 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
 
 def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
     """Merge the ranks' listings into the manifest and put it into place."""
-    texts = {
+    contained = {
         STATE: json.dumps(contents.state, indent=1).encode(),
         CONFIG: yaml.dump(dict(contents.config), Dumper=_PlainDumper, sort_keys=False).encode(),
         **contents.files,
     }
-    files = {name: write_file(directory / name, [text]) for name, text in texts.items()}
+    files = {name: write_file(directory / name, [text]) for name, text in contained.items()}
     tensors: dict[str, tuple[str, tuple[int, ...], list[StoredShard]]] = {}
+    sums: dict[str, int] = {}
     listings = sorted(directory.glob("rank-*.json"))
     for path in listings:
         listing = json.loads(path.read_bytes())
@@ -219,8 +223,11 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
             _, _, shards = tensors.setdefault(entry["name"], (*described, []))
             if tensors[entry["name"]][:2] != described:
                 raise CheckpointError(f"ranks disagree on tensor '{entry['name']}'", got=described)
+            sums[entry["name"]] = sums.get(entry["name"], 0) + entry.get("sum", 0)
             if "key" in entry:
                 shards.append(StoredShard(listing["file"], entry["key"], tuple(entry["start"]), tuple(entry["stop"])))
+    texts = {name: f"{total % SUM_RANGE:016x}" for name, total in sorted(sums.items())}
+    files[SUMS] = write_file(directory / SUMS, [json.dumps(texts).encode()])
     stored = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
     manifest = Manifest(step, stored, files).to_json().encode()
     for path in listings:
@@ -228,6 +235,17 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
     if contents.sign:
         write_file(directory / SIGNATURE, [contents.sign(manifest)])
     put_last(directory / MANIFEST, manifest)
+
+
+def sum_bits(data: torch.Tensor) -> int:
+    """The elements of a tensor, each read as a signed whole number of its width, added up modulo 2^64.
+
+    Any change of one element changes it, and the sums of the parts of a tensor add up to that of the whole, however it
+    is cut: so it can be compared on any layout. It is no hash: who wants to can find another tensor with the same.
+    """
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    words = data.detach().contiguous().reshape(-1).view(kinds[data.element_size()])
+    return int(words.sum(dtype=torch.int64)) % SUM_RANGE
 
 
 class _PlainDumper(yaml.SafeDumper):

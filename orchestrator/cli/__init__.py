@@ -17,6 +17,7 @@ VERBS = {
     "data": "make a token store from text, JSONL or Parquet; look into one",
     "generate": "continue a prompt with a trained checkpoint",
     "plan": "what a run needs, on whose chips, how long and for how much, before anyone pays",
+    "checkpoint": "look into checkpoints, check, compare, convert and prune them",
     "rehearse": "whether a run fits a TPU, by Google's own compiler and without a TPU",
     "doctor": "what hardware and software is here, what is missing, what to do",
 }

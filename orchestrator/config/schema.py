@@ -139,6 +139,16 @@ class LayoutConfig:
 
 
 @dataclass(frozen=True)
+class HandoverConfig:
+    """A few short sequences travel with each checkpoint, and what the model gave for them; a resume gives the same."""
+
+    enabled: bool = True
+    sequences: int = 2
+    seq_len: int | Auto = "auto"  # tokens of each, at most train.seq_len; auto: by the size of a step
+    on_mismatch: Literal["stop", "warn"] = "stop"
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved, and what is kept."""
 
@@ -149,6 +159,7 @@ class CheckpointConfig:
     at_end: bool = True
     asynchronous: bool = True  # the step waits for a copy in host memory only
     verify_on_load: bool = True
+    handover: HandoverConfig = HandoverConfig()
 
 
 @dataclass(frozen=True)
@@ -193,6 +204,7 @@ class TrainConfig:
     eval_tokens: int = 65536
     loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
     deterministic: bool = False
+    init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
     sample: SampleConfig = SampleConfig()
 
 

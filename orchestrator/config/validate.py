@@ -33,6 +33,8 @@ _POSITIVE = (
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_every_steps",
+    "checkpoint.handover.sequences",
+    "checkpoint.handover.seq_len",
     "logger.every_steps",
     "train.max_steps",
     "train.eval_every",

@@ -54,5 +54,5 @@ def _load(checkpoint: Checkpoint, config: object, device: torch.device) -> Decod
         Shard(f"model.{name}", tuple(p.shape), tuple(slice(0, size) for size in p.shape), p.data)
         for name, p in model.named_parameters()
     ]
-    read_into(checkpoint, shards, ignore=["optimizer."])
+    read_into(checkpoint, shards, ignore=["optimizer."], cast=True)
     return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def find(resume: str, runs_dir: str, verify: bool, report: Callable[[str], objec
         saved = checkpoint.config()
         newest = committed(path.resolve().parent)
         goes_on = bool(newest) and newest[0].resolve() == path.resolve()
-        return ResumePoint(path, _run_of(path.resolve(), saved) if goes_on else None, saved)
+        return ResumePoint(path, run_of(path.resolve(), saved) if goes_on else None, saved)
     if (path / rundir.CONFIG).exists():
         return _in_runs([path], resume, verify, report)
     raise CheckpointError(
@@ -57,7 +57,7 @@ def find(resume: str, runs_dir: str, verify: bool, report: Callable[[str], objec
     )
 
 
-def _run_of(checkpoint: Path, saved: Mapping[str, Any]) -> Path | None:
+def run_of(checkpoint: Path, saved: Mapping[str, Any]) -> Path | None:
     """The run directory that a checkpoint belongs to: around it, or, with a `checkpoint.dir`, of the same name."""
     around = checkpoint.parent.parent
     named = Path(str(saved.get("runs_dir", ""))) / checkpoint.parent.parent.name / checkpoint.parent.name
@@ -98,7 +98,18 @@ def merge(saved: Mapping[str, Any], composed: Composed) -> RunConfig:
         ConfigError: an experiment is asked for that the saved run is not.
     """
     result = copy.deepcopy(dict(saved))
-    for key, is_group in composed.overrides.items():
+    apply(composed, result, composed.overrides)
+    result["resume"] = composed.config.resume
+    return from_dict(RunConfig, result)
+
+
+def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> None:
+    """Set what the command line says of `keys` in the plain data `result`.
+
+    Raises:
+        ConfigError: an experiment is asked for that is not that of `result`.
+    """
+    for key in keys:
         if key.split(".")[0] == "hydra":
             continue
         if key == "experiment":
@@ -110,9 +121,7 @@ def merge(saved: Mapping[str, Any], composed: Composed) -> RunConfig:
                     fix="leave it out, and give single keys to change",
                 )
             continue
-        _copy(composed.data, result, key if not is_group else key.replace("/", "."))
-    result["resume"] = composed.config.resume
-    return from_dict(RunConfig, result)
+        _copy(composed.data, result, key.replace("/", ".") if composed.overrides[key] else key)
 
 
 def _copy(source: Mapping[str, Any], target: dict[str, Any], key: str) -> None:

@@ -4,6 +4,7 @@ config.yaml      the resolved configuration
 run.json         facts of the run and its legs (one leg per start)
 metrics.jsonl    one row per step, and one per evaluation
 samples.jsonl    generated text
+handover.json    the checks of the checkpoints that it went on from
 checkpoints/     step-*/
 tensorboard/     events
 report.html      all of it, to look at
@@ -23,9 +24,12 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from orchestrator.checkpoint.format import parse_json
+from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.observe.history import HISTORY, METRICS, read_content
 
 CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.jsonl"
 
@@ -95,6 +99,29 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         return dict(json.loads((run_dir / RUN).read_text()))
     except (FileNotFoundError, ValueError):
         return {"legs": []}
+
+
+def read_history(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Legs and rows of the run up to `checkpoint`, as it carries them; nothing where it has none.
+
+    Raises:
+        CheckpointError: what it carries cannot be read.
+    """
+    if HISTORY not in checkpoint.manifest.files:
+        return [], []
+    try:
+        return read_content(parse_json(checkpoint.read(HISTORY)))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"file '{HISTORY}' of the checkpoint is damaged: {error!r}"[:300], got=checkpoint.directory
+        ) from None
+
+
+def adopt_history(run_dir: Path, checkpoint: Checkpoint) -> None:
+    """Begin a new run directory with what the run of `checkpoint` was until then: it is the same run, moved."""
+    legs, rows = read_history(checkpoint)
+    write_run(run_dir, {"legs": legs})
+    (run_dir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_run(run_dir: Path, facts: Mapping[str, Any]) -> None:

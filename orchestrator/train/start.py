@@ -18,12 +18,12 @@ from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
-from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import run_local
-from orchestrator.train import resume, rundir
+from orchestrator.train import initial, resume, rundir
 from orchestrator.train.check import check_run
 from orchestrator.train.layout import settle_layout
 from orchestrator.train.run import Place
@@ -55,14 +55,27 @@ def start(composed: Composed) -> int:
 
 def _settle(composed: Composed, verify: bool) -> Plan:
     config = composed.config
-    if config.resume is None:
-        return Plan(config, None, None)
     check = verify and config.checkpoint.verify_on_load
-    point = resume.find(config.resume, config.runs_dir, check, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if config.resume is None:
+        return Plan(initial.settle(composed, check, _warn), None, None)
+    if "train.init_from" in composed.overrides:
+        raise ConfigError(
+            "a resumed run has its weights",
+            got=f"resume={config.resume} and train.init_from={config.train.init_from}",
+            fix="leave out one of them",
+        )
+    point = resume.find(config.resume, config.runs_dir, check, _warn)
     merged = resume.merge(point.saved, composed)
     if problems := validate(merged):
         raise ConfigErrors(problems)
-    step = Checkpoint(point.checkpoint).step
+    checkpoint = Checkpoint(point.checkpoint)
+    if "data" not in checkpoint.state():
+        raise CheckpointError(
+            "the checkpoint holds weights alone: there is no run in it to resume",
+            got=point.checkpoint,
+            fix=f"start a new run from its weights: train.init_from={point.checkpoint}",
+        )
+    step = checkpoint.step
     if step >= merged.train.max_steps:
         raise CheckpointError(
             "the run is finished: there are no steps left to train",
@@ -72,6 +85,10 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     return Plan(merged, point.checkpoint, point.run_dir)
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def _start_local(plan: Plan) -> int:
     """Start one process per device of this machine."""
     config = plan.config
@@ -79,7 +96,7 @@ def _start_local(plan: Plan) -> int:
     devices = device_count(config.hardware, target, target.probe())
     planned = _planned(config, target, devices, main=True)
     check_run(planned, devices)
-    check_run(planned, devices, prepare(config.data, progress=True).vocab_size)
+    _check_data(planned, devices, progress=True)
     place, lock = _open_run(plan)
     with lock:
         common, processes = _variables(place), target.processes(devices)
@@ -96,8 +113,7 @@ def _join_external(plan: Plan, world: World) -> int:
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
-    vocab_size = prepare(plan.config.data, progress=world.local_rank == 0).vocab_size
-    check_run(planned, devices, vocab_size, slices)
+    _check_data(planned, devices, progress=world.local_rank == 0, slices=slices)
 
     from orchestrator.train.run import work
 
@@ -111,6 +127,12 @@ def _planned(config: RunConfig, target: Target, devices: int, main: bool) -> Run
     if settled.why and main:
         print(f"layout     {settled.why}", file=sys.stderr)
     return replace(config, layout=settled.layout)
+
+
+def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1) -> None:
+    data = prepare(config.data, progress=progress)
+    initial.check_tokenizer(config, data.tokenizer)
+    check_run(config, devices, data.vocab_size, slices)
 
 
 def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:
@@ -127,6 +149,8 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -
 def _open_run(plan: Plan) -> tuple[Place, FileLock]:
     run_dir = plan.run_dir or rundir.create(plan.config)
     lock = rundir.lock(run_dir)
+    if plan.run_dir is None and plan.resume_from is not None:
+        rundir.adopt_history(run_dir, Checkpoint(plan.resume_from))
     rundir.write_config(run_dir, plan.config)
     checkpoints = rundir.checkpoints_dir(run_dir, plan.config)
     remove_uncommitted(checkpoints)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint import catalogue
-from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, remove_uncommitted
+from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, removable, remove_uncommitted
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.verify import Checkpoint
 from tests.lab.checkpoints import write_whole
@@ -176,3 +176,13 @@ def test_a_link_out_of_the_directory_is_not_followed(tmp_path):
     (parent / "step-00000001").symlink_to(outside)
     remove_uncommitted(parent)
     assert (outside / "precious").read_text() == "data"
+
+
+def test_what_would_be_removed_is_what_is_removed(tmp_path):
+    _fake(tmp_path, *(f"step-{step:08d}" for step in range(1, 8)))
+    for keep_last, every in ((0, None), (2, None), (1, 3), (9, 2)):
+        listed = removable(tmp_path, keep_last, every)
+        before = committed(tmp_path)
+        assert prune(tmp_path, keep_last, every) == listed
+        assert committed(tmp_path) == [path for path in before if path not in listed]
+        _fake(tmp_path, *(path.name for path in listed))
