@@ -157,13 +157,14 @@ def _stage(config: RunConfig, folder: Path, timeout_seconds: float) -> tuple[dic
 def _report(config: RunConfig, topology: str, result: Rehearsal) -> str:
     verdict, staged, train = result.verdict, result.staged, config.train
     sequences = train.global_batch_tokens // train.seq_len
+    remat = "none" if train.remat == "auto" else train.remat  # a rehearsal plans nothing
     rows = [
         ("topology", f"{topology}, {result.devices} devices, {result.precision}"),
         ("batch", f"{train.global_batch_tokens:,} tokens = {sequences:,} sequences of {train.seq_len:,}"),
     ]
     if staged:
         rows += [
-            ("model", f"{config.model.name}, {staged['parameters']:,} parameters, remat {train.remat}"),
+            ("model", f"{config.model.name}, {staged['parameters']:,} parameters, remat {remat}"),
             ("layout", staged["layout"]),
             ("step", f"{_passes(staged)}, written down in {staged['stage_seconds']:.1f} s"),
         ]
