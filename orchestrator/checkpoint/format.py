@@ -44,6 +44,7 @@ _NAME = re.compile(r"[!#-\[\]-~]{1,512}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 1 << 28
 _MAX_LOOSE_SHARDS = 1024
+_MAX_BESIDE_BYTES = 1 << 27  # of a file beside tensors: a header, or a tokenizer
 MAX_DIMS = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -84,8 +85,9 @@ class Manifest:
                         f"tensor '{name}' lies in a file that the manifest does not list", got=shard.file
                     )
                 room[shard.file] -= _elements(shard) * ITEM_BYTES[tensor.dtype]
-        if full := [name for name, left in room.items() if left < 0]:
-            raise CheckpointError("a file is too small for the tensors in it", got=", ".join(full[:3]))
+        if wrong := [name for name, left in room.items() if not 0 <= left <= _MAX_BESIDE_BYTES]:
+            # No file is read, which may be a hole of any size, for more than the tensors need and a header.
+            raise CheckpointError("the size of a file does not fit the tensors in it", got=", ".join(wrong[:3]))
 
     def to_json(self) -> str:
         body = {
@@ -202,11 +204,11 @@ def _tensor_to_dict(tensor: StoredTensor) -> dict[str, Any]:
 
 def _parse(data: Any, directory: AnyPath) -> Manifest:
     if data["format"] != FORMAT:
-        raise CheckpointError("not a checkpoint of this product", got=str(data["format"])[:100], allowed=FORMAT)
+        raise CheckpointError("not a checkpoint of this product", got=_shown(data["format"]), allowed=FORMAT)
     if data["version"] != VERSION:
         raise CheckpointError(
             "the checkpoint has another format version",
-            got=str(data["version"])[:100],
+            got=_shown(data["version"]),
             allowed=str(VERSION),
             fix="read it with the version of the product that wrote it",
         )
@@ -214,7 +216,7 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
     if unknown:
         raise CheckpointError(
             "the checkpoint needs what this version does not know",
-            got=", ".join(unknown)[:100],
+            got=_shown(", ".join(unknown)),
             allowed=", ".join(FEATURES) or "nothing",
             fix="read it with the version of the product that wrote it, or a newer one",
         )
@@ -227,15 +229,15 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
         _check_name(name, "the name of a tensor")
         if entry["dtype"] not in ITEM_BYTES:
             raise CheckpointError(
-                f"tensor '{name}' has an unknown dtype", got=str(entry["dtype"])[:100], allowed=", ".join(ITEM_BYTES)
+                f"tensor '{name}' has an unknown dtype", got=_shown(entry["dtype"]), allowed=", ".join(ITEM_BYTES)
             )
         shards = tuple(_shard_from_dict(shard) for shard in entry["shards"])
         tensors[name] = StoredTensor(entry["dtype"], _counts(entry["shape"]), shards)
     manifest = Manifest(_count(data["step"]), tensors, files)
     # What other readers go by: nothing that the schema forbids is read here either.
     if (problem := next(_schema().iter_errors(data), None)) is not None:
-        where = "/".join(map(str, problem.instance_path))
-        raise CheckpointError(f"the manifest is damaged: {problem.message[:200]}", got=f"{where[:200]} in {directory}")
+        where = _shown("/".join(map(str, problem.instance_path)))
+        raise CheckpointError(f"the manifest is damaged: {_shown(problem.message)}", got=f"{where} in {directory}")
     return manifest
 
 
@@ -258,7 +260,7 @@ def stored_from_dict(name: str, entry: Mapping[str, Any]) -> StoredFile:
     pieces = tuple(Piece(_count(size), sha256) for size, sha256 in entry["pieces"])
     for piece in pieces:
         if not piece.bytes or not _SHA256.fullmatch(piece.sha256):
-            raise CheckpointError(f"a piece of file '{name}' has no bytes or no hash", got=str(piece)[:100])
+            raise CheckpointError(f"a piece of file '{name}' has no bytes or no hash", got=_shown(piece))
     file = StoredFile(_count(entry["bytes"]), pieces)
     if sum(piece.bytes for piece in pieces) != file.bytes:
         raise CheckpointError(f"the pieces of file '{name}' do not add up to its size", got=file.bytes)
@@ -285,19 +287,24 @@ def parse_json(content: bytes) -> Any:
     return json.loads(content, object_pairs_hook=unique)
 
 
+def _shown(value: object) -> str:
+    """What a stranger wrote, short and without what a terminal would obey."""
+    return ascii(str(value))[1:-1][:200]
+
+
 _NAMES = "1 to 512 printable ASCII characters, no spaces, quotes or backslashes"
 
 
 def _check_name(name: str, what: str) -> str:
     if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{what} is not allowed", got=ascii(name)[:100], allowed=_NAMES)
+        raise CheckpointError(f"{what} is not allowed", got=_shown(name), allowed=_NAMES)
     return name
 
 
 def _safe(name: str) -> str:
     if not _FILE_NAME.fullmatch(name):
         raise CheckpointError(
-            "a file name in the manifest is not allowed", got=ascii(name)[:250], allowed="letters, digits, . _ -"
+            "a file name in the manifest is not allowed", got=_shown(name), allowed="letters, digits, . _ -"
         )
     return name
 
@@ -310,5 +317,5 @@ def _counts(values: Sequence[Any]) -> tuple[int, ...]:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
-        raise CheckpointError("a number in the manifest is not a count", got=str(value)[:100])
+        raise CheckpointError("a number in the manifest is not a count", got=_shown(value))
     return value

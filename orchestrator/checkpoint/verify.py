@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -40,7 +41,9 @@ from orchestrator.errors import CheckpointError
 
 _READ_BYTES = 1 << 20
 _OWN = threading.local()
-_MAX_STATE_BYTES, _MAX_CONFIG_BYTES = 1 << 26, 1 << 18
+_MAX_STATE_BYTES, _MAX_CONFIG_BYTES = 1 << 26, 1 << 16
+_MAX_YAML_MARKS = 2000
+_NESTED = re.compile(rb"(?:[-?:][ \t]+){30}")
 # What the parsers of JSON and YAML raise where a text is none; PyYAML's constructors some more than they say.
 _NOT_PARSED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError)
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
@@ -119,7 +122,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run that wrote it, as plain data."""
-        return self._mapping(CONFIG, _MAX_CONFIG_BYTES, lambda text: _PlainLoader(text).get_single_data())
+        return self._mapping(CONFIG, _MAX_CONFIG_BYTES, _parse_yaml)
 
     def read(self, name: str, limit: int = _MAX_STATE_BYTES) -> bytes:
         """The content of one of its small files.
@@ -228,6 +231,13 @@ def _buffer() -> memoryview:
         _OWN.buffer = memoryview(bytearray(_READ_BYTES))
     buffer: memoryview = _OWN.buffer
     return buffer
+
+
+def _parse_yaml(content: bytes) -> Any:
+    """YAML of no more nesting than a configuration has: PyYAML's time grows with its square."""
+    if sum(map(content.count, (b"[", b"{", b","))) > _MAX_YAML_MARKS or _NESTED.search(content):
+        raise ValueError("it is nested too deep or too long")
+    return _PlainLoader(content).get_single_data()
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -189,6 +189,14 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
     make_directory(directory)
     # A part without elements is not written; a tensor without any still has its place in the manifest.
     owned = [shard for shard in shards if shard.owned and shard.data.numel()]
+    for shard in owned:
+        box = tuple(part.stop - part.start for part in shard.slices)
+        if tuple(shard.data.shape) != box:
+            # Padding, or a strategy's mistake: the file would hold other elements than the manifest says.
+            raise CheckpointError(
+                f"a shard of '{shard.name}' is refused: its memory is not its box",
+                got=f"{tuple(shard.data.shape)}, {box}",
+            )
     empty = [shard for shard in shards if shard.owned and 0 in shard.shape]
     file = f"rank-{rank:05d}.safetensors"
     keys = [f"{shard.name}#{number}" for number, shard in enumerate(owned)]
