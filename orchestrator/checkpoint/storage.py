@@ -55,6 +55,7 @@ _WITHOUT_DIRECTORIES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 # What trying again does not change.
 _FINAL: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 _FINAL += (PermissionError, NotImplementedError)
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR, errno.ENOSYS)
 _HASHING_THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -381,10 +382,13 @@ def _sha256(data: memoryview) -> str:
 
 
 def _sync_directory(path: Path) -> None:
-    # Some file systems refuse to flush a directory; there the rename is as durable as it gets.
-    with contextlib.suppress(OSError):
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        # Some file systems refuse to flush a directory; there the rename is as durable as it gets.
+        if error.errno not in _NO_FLUSH:
+            raise

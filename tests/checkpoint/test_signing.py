@@ -142,7 +142,7 @@ def test_a_run_signs_and_only_goes_on_from_what_is_signed(tmp_path, keys):
     private, public = keys["ours"]
     asked = (f"checkpoint.trusted_keys=[{public}]", "checkpoint.require_signature=true")
     words = small_overrides(tmp_path, f"checkpoint.signing_key={private}", "train.max_steps=4", "hardware.devices=2")
-    result = run("train", *words, "checkpoint.every_steps=2", *asked)
+    result = run("train", *words, "checkpoint.every_steps=2", "checkpoint.keep_last=9", *asked)
     assert result.returncode == 0, result.stderr
     run_dir = only_run(tmp_path / "runs")
     older, newer = (run_dir / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
