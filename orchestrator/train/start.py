@@ -54,7 +54,7 @@ def start(composed: Composed) -> int:
 def _settle(composed: Composed, verify: bool) -> Plan:
     config = composed.config
     if config.resume is None:
-        _check_places(config)
+        _check_places(config, signs=verify)
         return Plan(config, None, None)
     check = verify and config.checkpoint.verify_on_load
 
@@ -65,7 +65,7 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     merged = resume.merge(point, composed, warn)
     if problems := validate(merged):
         raise ConfigErrors(problems)
-    _check_places(merged)
+    _check_places(merged, signs=verify)
     step = Checkpoint(point.checkpoint).step
     if step >= merged.train.max_steps:
         raise CheckpointError(
@@ -76,11 +76,11 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     return Plan(merged, point.checkpoint, point.run_dir)
 
 
-def _check_places(config: RunConfig) -> None:
-    """Libraries and keys that the first save would miss."""
+def _check_places(config: RunConfig, signs: bool) -> None:
+    """Libraries and keys that the first save would miss; the signing key only where the manifest is written."""
     if config.checkpoint.dir != "auto":
         locate(config.checkpoint.dir)
-    if config.checkpoint.signing_key:
+    if config.checkpoint.signing_key and signs:
         signer(config.checkpoint.signing_key)
     trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
 

@@ -100,7 +100,7 @@ def _resign(place: Path, names: list[str]) -> None:
 def _look(place: Path) -> bool:
     """All that is ever done with a checkpoint. Whether it was taken; any error but the clean one escapes."""
     tracemalloc.start()
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         checkpoint = Checkpoint(place)
         checkpoint.verify()
@@ -120,7 +120,7 @@ def _look(place: Path) -> bool:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < MAX_BYTES, f"{peak:,} bytes"
-        assert time.monotonic() - begin < MAX_SECONDS
+        assert time.process_time() - begin < MAX_SECONDS
 
 
 def _mutate(data: object, chance: random.Random, times: int) -> object:
@@ -319,10 +319,10 @@ def test_many_shards_that_are_no_grid(place, good):
     shards = [{"file": FILE, "key": f"k{n}", "start": [r, a], "stop": [r + 1, b]} for n, (r, a, b) in enumerate(rows)]
     data["tensors"]["model.a"] = {"dtype": "F32", "shape": [count, 5], "shards": shards}
     (place / MANIFEST).write_bytes(_sign(data))
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(CheckpointError, match="no grid"):
         Checkpoint(place)
-    assert time.monotonic() - begin < MAX_SECONDS
+    assert time.process_time() - begin < MAX_SECONDS
 
 
 def test_two_tensors_in_the_same_bytes(place, good):
