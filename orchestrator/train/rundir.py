@@ -26,8 +26,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from orchestrator.checkpoint.format import parse_json
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.storage import AnyPath, claim, is_remote, locate
+from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
