@@ -85,7 +85,7 @@ def test_a_run_saves_to_s3_and_goes_on_from_there_also_on_another_machine(server
     named = _train(*fresh, f"resume={kept}/step-00000020")
     assert "resumed at step 20" in named.stdout
     moved = only_run(tmp_path / "elsewhere")
-    assert json.loads((moved / "run.json").read_text())["legs"][0]["resumed_from"] == f"{kept}/step-00000020"
+    assert json.loads((moved / "run.json").read_text())["legs"][-1]["resumed_from"] == f"{kept}/step-00000020"
     assert [path.name for path in committed(locate(place) / moved.parent.name / moved.name)] == ["step-00000022"]
     shutil.rmtree(tmp_path / "elsewhere")
     latest = _train(f"runs_dir={tmp_path / 'third'}", "resume=latest", f"checkpoint.dir={place}", "train.max_steps=24")
