@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -113,6 +113,7 @@ def _fill(shard: Shard, stored: StoredTensor, source: Callable[[str], TensorFile
             got=f"{stored.dtype} {stored.shape} in the checkpoint",
             allowed=f"{dtype} {shard.shape}",
         )
+    missing = shard.data.numel()
     for part in stored.shards:
         common = [
             (max(p.start, a), min(p.stop, b)) for p, a, b in zip(shard.slices, part.start, part.stop, strict=True)
@@ -121,6 +122,12 @@ def _fill(shard: Shard, stored: StoredTensor, source: Callable[[str], TensorFile
             continue
         into = tuple(slice(low - p.start, high - p.start) for (low, high), p in zip(common, shard.slices, strict=True))
         _read(source(part.file), part, stored, common, shard.data[into] if into else shard.data)
+        missing -= math.prod(high - low for low, high in common)
+    # The manifest proves that shards cover a tensor once; this, that all that was wanted of it was filled.
+    if missing:
+        raise CheckpointError(
+            f"tensor '{shard.name}' was not filled exactly once", got=f"{missing} elements are missing"
+        )
 
 
 def _read(
@@ -139,11 +146,9 @@ def _read(
         memory = out.detach().reshape(-1).view(torch.uint8).numpy().data
         if file.read_into(part.key, box, memory):
             return
-    with warnings.catch_warnings():
-        # The mapped file cannot be written to, and nobody does.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        items = torch.from_numpy(np.ascontiguousarray(file.read(part.key, box)))
-    out.copy_(items.view(DTYPES[stored.dtype]).squeeze(-1))
+    dtype = DTYPES[stored.dtype]
+    for place, items in file.parts(part.key, box):
+        out[place].copy_(torch.from_numpy(np.ascontiguousarray(items)).view(dtype).squeeze(-1))
 
 
 def _some(names: list[str], limit: int = 3) -> str:

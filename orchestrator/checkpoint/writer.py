@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +20,24 @@ from orchestrator.checkpoint.format import (
     STATE,
     SUMS,
     Manifest,
-    StoredFile,
     StoredShard,
     StoredTensor,
     stored_from_dict,
     stored_to_dict,
 )
-from orchestrator.checkpoint.storage import AnyPath, put_last, remove_tree, write_file
+from orchestrator.checkpoint.storage import (
+    AnyPath,
+    StoredFile,
+    children,
+    make_directory,
+    put_last,
+    read_range,
+    remove_file,
+    remove_tree,
+    size_of,
+    there,
+    write_file,
+)
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.shard import Shard
 
@@ -43,6 +55,7 @@ DTYPE_NAMES = {
 }
 _ALIGNMENT = 8
 SUM_RANGE = 1 << 64
+_LISTING = re.compile(r"rank-\d{5,}\.json")
 _POLL_SECONDS = 0.01
 TIMEOUT_SECONDS = 1800.0
 T = TypeVar("T")
@@ -164,18 +177,26 @@ def _reason(error: Exception) -> str:
 def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     """The directory for `step`; a committed one, even if damaged, is never written over."""
     directory, number = parent / f"step-{step:08d}", 1
-    while (directory / MANIFEST).exists():
+    while there(directory / MANIFEST):
         number += 1
         directory = parent / f"step-{step:08d}.{number}"
-    if directory.exists():
+    if there(directory):
         remove_tree(directory)  # left by a save that never committed
     return directory
 
 
 def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     # A part without elements is not written; a tensor without any still has its place in the manifest.
     owned = [shard for shard in shards if shard.owned and shard.data.numel()]
+    for shard in owned:
+        box = tuple(part.stop - part.start for part in shard.slices)
+        if tuple(shard.data.shape) != box:
+            # Padding, or a strategy's mistake: the file would hold other elements than the manifest says.
+            raise CheckpointError(
+                f"a shard of '{shard.name}' is refused: its memory is not its box",
+                got=f"{tuple(shard.data.shape)}, {box}",
+            )
     empty = [shard for shard in shards if shard.owned and 0 in shard.shape]
     file = f"rank-{rank:05d}.safetensors"
     keys = [f"{shard.name}#{number}" for number, shard in enumerate(owned)]
@@ -213,9 +234,9 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
     files = {name: write_file(directory / name, [text]) for name, text in contained.items()}
     tensors: dict[str, tuple[str, tuple[int, ...], list[StoredShard]]] = {}
     sums: dict[str, int] = {}
-    listings = sorted(directory.glob("rank-*.json"))
+    listings = sorted(path for path in children(directory) if _LISTING.fullmatch(path.name))
     for path in listings:
-        listing = json.loads(path.read_bytes())
+        listing = json.loads(read_range(path, 0, size_of(path) or 0))
         if listing["stored"]:
             files[listing["file"]] = stored_from_dict(listing["file"], listing["stored"])
         for entry in [*listing["shards"], *listing["empty"]]:
@@ -231,7 +252,7 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
     stored = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
     manifest = Manifest(step, stored, files).to_json().encode()
     for path in listings:
-        path.unlink()
+        remove_file(path)
     if contents.sign:
         write_file(directory / SIGNATURE, [contents.sign(manifest)])
     put_last(directory / MANIFEST, manifest)

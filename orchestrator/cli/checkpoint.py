@@ -41,6 +41,8 @@ class VerifyOptions:
     """Options of `checkpoint verify`."""
 
     path: str = option(help=f"{_PATH_HELP}; of several the newest")
+    trusted_keys: tuple[str, ...] = option((), help="public keys (PEM), comma-separated: another signature is damage")
+    require_signature: bool = option(False, help="no signature is damage, too")
     progress: bool = option(True, help="show a progress bar")
     runs_dir: str = option("runs", help=_RUNS_HELP)
 
@@ -148,11 +150,13 @@ def _inspect(options: InspectOptions) -> int:
 
 
 def _verify(options: VerifyOptions) -> int:
+    from orchestrator.checkpoint.signing import trust
     from orchestrator.checkpoint.verify import Checkpoint
 
+    trusted = trust(options.trusted_keys, options.require_signature)
     path = _find(options.path, options.runs_dir, damaged=True)
     try:
-        checkpoint = Checkpoint(path)
+        checkpoint = Checkpoint(path, trusted)
         total = sum(file.bytes for file in checkpoint.manifest.files.values())
         with Progress("verify", total, options.progress) as bar:
             damage = list(checkpoint.damage(bar.add))

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 
+from orchestrator.checkpoint.signing import trust
 from orchestrator.checkpoint.storage import locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.chips.catalogue import load as load_chips
@@ -78,7 +79,8 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
     parallel.prepare_optimizer(model, optimizer)
     stream = _stream(config, data, "train")
-    restored = Checkpoint(place.resume_from) if place.resume_from else None
+    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+    restored = Checkpoint(place.resume_from, trusted) if place.resume_from else None
     if restored is None:
         _initialize(model, config, parallel)
         step = 0

@@ -63,8 +63,12 @@ def run_check(composed: Composed, where: str) -> Result | None:
 def _settle(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, AnyPath]:
     asked = composed.config
     check = verify and asked.checkpoint.verify_on_load
-    point = resume.find(where, asked.runs_dir, check, lambda text: print(f"warning: {text}", file=sys.stderr))
-    config = resume.merge(point.saved, composed)
+
+    def warn(text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
+    point = resume.find(where, asked.runs_dir, check, warn, asked.checkpoint)
+    config = resume.merge(point, composed, warn)
     if problems := validate(config):
         raise ConfigErrors(problems)
     checkpoint = Checkpoint(point.checkpoint)

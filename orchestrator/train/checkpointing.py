@@ -15,6 +15,7 @@ import torch
 from orchestrator.checkpoint.catalogue import prune
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.signing import signer
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents
@@ -112,6 +113,9 @@ class Checkpoints(lightning.Callback):
         self._loader, self._provenance, self._say = loader, provenance, say
         self._metrics, self._history, self._reference = metrics, history, reference
         self._extra = _tokenizer_files(tokenizer)
+        key = config.checkpoint.signing_key
+        # Only the process that writes manifests needs the key.
+        self._sign = signer(key) if key and parallel.rank == 0 else None
         self.at_end = config.checkpoint.at_end
         self.saved: tuple[int, AnyPath] | None = None
         self.stalls: list[float] = []
@@ -162,7 +166,7 @@ class Checkpoints(lightning.Callback):
         if self._reference is not None:
             files |= reference_files(pl_module.model, self._parallel, self._reference)
         shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
-        self._saver.save(step, shards, Contents(self._state(step), to_dict(self._config), files))
+        self._saver.save(step, shards, Contents(self._state(step), to_dict(self._config), files, self._sign))
 
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""

@@ -30,7 +30,7 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
     config = composed.config
     if config.train.init_from is None:
         return config
-    found = resume.find(config.train.init_from, config.runs_dir, verify, report).checkpoint
+    found = resume.find(config.train.init_from, config.runs_dir, verify, report, config.checkpoint).checkpoint
     checkpoint = Checkpoint(found)
     # All processes read the same one, wherever they start and whatever is `latest` then.
     where = str(found if is_remote(found) else found.resolve())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.hardware.registry import resolve
@@ -29,8 +30,8 @@ class Place:
     """Where the run is kept, as all its processes have agreed."""
 
     run_dir: Path
-    checkpoints: Path
-    resume_from: Path | None
+    checkpoints: AnyPath
+    resume_from: AnyPath | None
 
 
 def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], Place]) -> int:
@@ -181,8 +182,8 @@ def worker_main() -> int:
 
     run_dir, checkpoints, resume = (os.environ[OWN_PREFIX + name] for name in ("RUN_DIR", "CHECKPOINTS_DIR", "RESUME"))
     world = detect(os.environ) or World()
-    place = Place(Path(run_dir), Path(checkpoints), Path(resume) if resume else None)
     try:
+        place = Place(Path(run_dir), locate(checkpoints), locate(resume) if resume else None)
         return work(read_config(place.run_dir / rundir.CONFIG), world, lambda parallel: place)
     except UserError as error:
         # All ranks meet the same problem; one says so.

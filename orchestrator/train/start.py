@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from orchestrator.checkpoint.catalogue import remove_uncommitted
+from orchestrator.checkpoint.signing import signer, trust
+from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
@@ -37,7 +37,7 @@ class Plan:
     """What all processes must agree on."""
 
     config: RunConfig
-    resume_from: Path | None
+    resume_from: AnyPath | None
     run_dir: Path | None  # None: a new one
 
 
@@ -57,17 +57,20 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     config = composed.config
     check = verify and config.checkpoint.verify_on_load
     if config.resume is None:
-        return Plan(initial.settle(composed, check, _warn), None, None)
+        started = initial.settle(composed, check, _warn)
+        _check_places(started, signs=verify)
+        return Plan(started, None, None)
     if "train.init_from" in composed.overrides:
         raise ConfigError(
             "a resumed run has its weights",
             got=f"resume={config.resume} and train.init_from={config.train.init_from}",
             fix="leave out one of them",
         )
-    point = resume.find(config.resume, config.runs_dir, check, _warn)
-    merged = resume.merge(point.saved, composed)
+    point = resume.find(config.resume, config.runs_dir, check, _warn, config.checkpoint)
+    merged = resume.merge(point, composed, _warn)
     if problems := validate(merged):
         raise ConfigErrors(problems)
+    _check_places(merged, signs=verify)
     checkpoint = Checkpoint(point.checkpoint)
     if "data" not in checkpoint.state():
         raise CheckpointError(
@@ -89,6 +92,15 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+def _check_places(config: RunConfig, signs: bool) -> None:
+    """Libraries and keys that the first save would miss; the signing key only where the manifest is written."""
+    if config.checkpoint.dir != "auto":
+        locate(config.checkpoint.dir)
+    if config.checkpoint.signing_key and signs:
+        signer(config.checkpoint.signing_key)
+    trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+
+
 def _start_local(plan: Plan) -> int:
     """Start one process per device of this machine."""
     config = plan.config
@@ -97,8 +109,8 @@ def _start_local(plan: Plan) -> int:
     planned = _planned(config, target, devices, main=True)
     check_run(planned, devices)
     _check_data(planned, devices, progress=True)
-    place, lock = _open_run(plan)
-    with lock:
+    with contextlib.ExitStack() as held:
+        place = _open_run(plan, held)
         common, processes = _variables(place), target.processes(devices)
         environments = [{**target.environment(config.hardware, rank, processes), **common} for rank in range(processes)]
         return run_local([sys.executable, "-m", "orchestrator.train.run"], environments)
@@ -139,22 +151,24 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -
     """Rank 0 opens the run directory and tells the others."""
     text = ""
     if parallel.rank == 0:
-        place, lock = _open_run(plan)
-        held.enter_context(lock)
+        place = _open_run(plan, held)
         text = json.dumps([str(place.run_dir), str(place.checkpoints), str(place.resume_from or "")])
     run_dir, checkpoints, resume_from = json.loads(parallel.agree(text))
-    return Place(Path(run_dir), Path(checkpoints), Path(resume_from) if resume_from else None)
+    return Place(Path(run_dir), locate(checkpoints), locate(resume_from) if resume_from else None)
 
 
-def _open_run(plan: Plan) -> tuple[Place, FileLock]:
+def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
+    """Make what the run is kept in and hold it for this process."""
     run_dir = plan.run_dir or rundir.create(plan.config)
-    lock = rundir.lock(run_dir)
+    held.enter_context(rundir.lock(run_dir))
     if plan.run_dir is None and plan.resume_from is not None:
         rundir.adopt_history(run_dir, Checkpoint(plan.resume_from))
-    rundir.write_config(run_dir, plan.config)
     checkpoints = rundir.checkpoints_dir(run_dir, plan.config)
+    if plan.config.checkpoint.dir != "auto":
+        held.enter_context(rundir.hold(checkpoints, run_dir))
+    rundir.write_config(run_dir, plan.config)
     remove_uncommitted(checkpoints)
-    return Place(run_dir, checkpoints, plan.resume_from), lock
+    return Place(run_dir, checkpoints, plan.resume_from)
 
 
 def _variables(place: Place) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint import catalogue
@@ -113,6 +113,7 @@ def test_pruning_keeps_the_last_and_the_multiples(tmp_path, keep_last, every, le
     assert not any(path.exists() for path in removed)
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 40), max_size=8), st.integers(0, 4), st.one_of(st.none(), st.integers(1, 7)))
 def test_pruning_twice_is_pruning_once(tmp_path_factory, steps, keep_last, every):
     parent = tmp_path_factory.mktemp("checkpoints")

@@ -82,6 +82,7 @@ def write(
     extra: Mapping[str, bytes] | None = None,
     state: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    sign: Callable[[bytes], bytes] | None = None,
 ) -> list[Path | Exception]:
     """Save on `size` ranks; what each returned or raised."""
     peers = ThreadPeers(size)
@@ -91,7 +92,7 @@ def write(
         try:
             facts = {"step": step} if state is None else state
             about = {"name": "test", "seed": 1} if config is None else config
-            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}))
+            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}, sign))
         except Exception as error:
             return error
 
