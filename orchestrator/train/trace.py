@@ -121,9 +121,7 @@ def trace_deep(config: RunConfig, devices: int) -> Trace:
     layers = config.model.layers
     if layers <= SHALLOW[1]:
         return trace_step(config, devices)
-    low, high = (
-        trace_step(replace(config, model=replace(config.model, layers=count)), devices) for count in SHALLOW
-    )
+    low, high = (trace_step(replace(config, model=replace(config.model, layers=count)), devices) for count in SHALLOW)
     depth = (layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
     phases = {
         phase: Memory(**{key: a + depth * (getattr(high.phases[phase], key) - a) for key, a in vars(memory).items()})
