@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ SHARES = {
     "offload_recompute", "fsdp_hidden", "selective_kept",
 }  # fmt: skip
 SOFT = 0.1
+UNMOVED = 0.1
+"""Share of its prior's width below which a constant is not written: the runs had nothing to say of it."""
+MARGIN = 0.05
+"""By how much an estimate should be on the right side of the capacity."""
+MISSED = 2.0
+"""A run that dies costs more than a layout that was not tried."""
 
 
 @dataclass
@@ -72,7 +79,7 @@ def memory_residual(run: Run, constants: calibration.Calibration) -> float:
         return math.log(estimate.total / run.memory)
     assert estimate.capacity is not None
     over = math.log(estimate.total / estimate.capacity)
-    return min(0.0, over - 0.02) if run.out_of_memory else max(0.0, over + 0.02)
+    return MISSED * min(0.0, over - MARGIN) if run.out_of_memory else max(0.0, over + MARGIN)
 
 
 def fit(
@@ -80,6 +87,7 @@ def fit(
     runs: Sequence[Run],
     constants: Sequence[Constant],
     residual: Callable[[Run, calibration.Calibration], float],
+    soft: float = SOFT,
     rounds: int = 25,
 ) -> dict[str, Any]:
     """Levenberg-Marquardt with a Huber loss and Gaussian priors; returns the data with the constants moved."""
@@ -101,7 +109,7 @@ def fit(
             if key not in known:
                 known[key] = calibration.parse(moved, *key)
             found.append(residual(run, known[key]))
-        return np.array(found) * weight / SOFT
+        return np.array(found) * weight / soft
 
     def loss(point: np.ndarray, raw: np.ndarray) -> float:
         size = np.abs(raw)
@@ -130,49 +138,54 @@ def fit(
         if gain < 1e-4 * best:
             break
     result = copy.deepcopy(data)
-    for constant, moved in zip(constants, point, strict=True):
-        constant.write(result, moved)
+    for constant, moved, first in zip(constants, point, start, strict=True):
+        if abs(moved - first) > UNMOVED * constant.sigma:
+            constant.write(result, moved)
     return result
 
 
 VENDOR_CONSTANTS = {
     "gemm": 0.15, "gemm_fp8": 0.15, "gemm_traffic": 0.5, "attention": 0.4, "elementwise": 0.4, "layer_seconds": 0.7,
     "tensor_hidden": 1.0, "pipeline_hidden": 1.0, "fsdp_hidden": 1.0, "replicate_hidden": 1.0, "expert_hidden": 1.0,
-    "context_hidden": 0.7, "expert_gemm": 0.3, "straggler": 0.7, "inter_link": 0.2, "offload_recompute": 0.7,
+    "context_hidden": 0.7, "expert_gemm": 0.5, "straggler": 0.7, "inter_link": 0.2, "offload_recompute": 0.7,
     "inter_hop": 0.7, "intra_hop": 1.0, "intra_link": 0.15,
 }  # fmt: skip
 STACK_CONSTANTS = {
-    "gemm": 0.2, "gemm_fp8": 0.2, "gemm_traffic": 0.4, "attention": 0.3, "elementwise": 0.3, "layer_seconds": 0.7,
+    "gemm": 0.2, "gemm_fp8": 0.2, "gemm_traffic": 0.4, "attention": 0.5, "elementwise": 0.3, "layer_seconds": 0.7,
     "step_seconds": 0.7, "tensor_hidden": 0.7, "pipeline_hidden": 0.7, "fsdp_hidden": 0.7, "replicate_hidden": 0.7,
-    "expert_hidden": 0.7, "expert_gemm": 0.2, "intra_hop": 0.7, "intra_link": 0.15, "straggler": 0.5,
+    "expert_hidden": 0.7, "expert_gemm": 0.4, "intra_hop": 0.7, "intra_link": 0.15, "straggler": 0.5,
+    "inter_link": 0.3,
 }  # fmt: skip
 CHIP_CONSTANTS = {"sustained": 0.1, "sustained_fp8": 0.1, "attention_scale": 0.3}
-UNMEASURED = {"achievable": 0.2}
-"""Of chips for which the catalogue has no achievable rate."""
+ACHIEVABLE = 0.2
+"""Of `achievable`, which stands for the rate of chips that the catalogue has no measured one of."""
 STACK_CHIP_CONSTANTS = {
     # Triton's attention of 2023 was not made for Hopper.
     ("composer", "h100-sxm"): {"attention_scale": 0.5, "sustained": 0.1},
     # Before CUDA graphs of sparse layers, x86 hosts could not launch a small micro-batch's kernels in time.
-    ("megatron-2025", "b200"): {"expert_seconds": 0.5},
+    ("megatron-2025", "b200"): {"expert_seconds": 0.5, "sustained_fp8": 0.1},
     ("megatron-2025", "b300"): {"expert_seconds": 0.5},
+    ("megatron-2025", "h100-sxm"): {"sustained_fp8": 0.1},
 }
 
 
-MEMORY_CONSTANTS = {"kept": 0.2, "logit_bytes": 0.3, "context_bytes": 0.5, "fragmentation": 0.5}
+MEMORY_CONSTANTS = {
+    "kept": 0.2, "logit_bytes": 0.3, "context_bytes": 0.5, "fragmentation": 0.5, "gradient_bytes": 0.1,
+    "optimizer_bytes": 0.1,
+}  # fmt: skip
 
 
 def chip_constants(vendor: str, runs: Sequence[Run]) -> list[Constant]:
     """One set per chip that has runs; the fp8 rate only where some ran in fp8."""
     constants = []
-    chips = {run.cluster.chip.key: run.cluster.chip for run in runs}
-    for key, chip in sorted(chips.items()):
+    if not all(run.cluster.chip.achievable_bf16_flops.known for run in runs):
+        constants.append(Constant(("vendors", vendor, "constants", "achievable"), ACHIEVABLE))
+    chips = sorted({run.cluster.chip.key for run in runs})
+    for key in chips:
         own = [run for run in runs if run.cluster.chip.key == key]
         names = dict(CHIP_CONSTANTS)
         if len(chips) == 1 or not any(run.job.precision == "fp8" for run in own):
             del names["sustained_fp8"]
-        if not chip.achievable_bf16_flops.known:
-            del names["sustained"]
-            names.update(UNMEASURED)
         constants += [Constant(("vendors", vendor, "chips", key, name), sigma) for name, sigma in names.items()]
     return constants
 
@@ -185,6 +198,7 @@ def fit_times(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
         constants = [Constant((*place, "constants", name), sigma) for name, sigma in VENDOR_CONSTANTS.items()]
         constants += chip_constants(vendor, ours)
         data = fit(data, ours, constants, time_residual)
+        data["vendors"][vendor]["fitted_to"] = account(data, ours)
         for stack in sorted({run.job.stack for run in ours}):
             own = [run for run in ours if run.job.stack == stack]
             constants = [Constant(("stacks", stack, "constants", name), s) for name, s in STACK_CONSTANTS.items()]
@@ -192,7 +206,22 @@ def fit_times(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
                 if of == stack:
                     constants += [Constant(("stacks", of, "chips", chip, name), s) for name, s in names.items()]
             data = fit(data, own, constants, time_residual)
+            data["stacks"][stack]["fitted_to"] = account(data, own)
     return data
+
+
+def account(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """What a set of constants was fitted to, and how well it does there."""
+    sizes = [
+        abs(math.expm1(time_residual(run, calibration.parse(data, run.job.stack, run.cluster.chip.key))))
+        for run in runs
+    ]
+    return {
+        "date": str(date.today()),
+        "rows": len(runs),
+        "families": sorted({run.family for run in runs}),
+        "median_error_of_fitted_rows": round(float(np.median(sizes)), 4),
+    }
 
 
 def fit_memories(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
@@ -202,7 +231,7 @@ def fit_memories(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
         constants = [Constant(("stacks", stack, "constants", name), s) for name, s in MEMORY_CONSTANTS.items()]
         if any(not run.plan.compiled and run.out_of_memory is not None for run in own):
             constants.append(Constant(("stacks", stack, "constants", "eager_kept"), 0.3))
-        data = fit(data, own, constants, memory_residual)
+        data = fit(data, own, constants, memory_residual, SOFT / 2)
     return data
 
 
@@ -216,7 +245,10 @@ def main() -> None:
     data = yaml.safe_load((ROOT / "scripts" / "planner_priors.yaml").read_text(encoding="utf-8"))
     data = fit_memories(fit_times(data, seen), seen)
     if options.write:
-        header = "# Written by scripts/fit_planner; the priors are in scripts/planner_priors.yaml.\n"
+        header = (
+            "# Written by scripts/fit_planner --write, not by hand. Priors: scripts/planner_priors.yaml.\n"
+            "# Meaning: orchestrator/planner/calibration.py. Loss: log(predicted / measured), Huber beyond 10%.\n"
+        )
         calibration.FILE.write_text(header + yaml.safe_dump(data, sort_keys=False, width=120), encoding="utf-8")
 
 

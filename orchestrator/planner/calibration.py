@@ -49,12 +49,15 @@ class Calibration:
         selective_recompute, offload_recompute: share of the matrix products that run again.
         weight_bytes, gradient_bytes, optimizer_bytes: per parameter: the working copy, the gradients, and the
             rest (moments, and a master copy where the working one is not fp32).
+        reduced_bytes: per gradient on the links.
         logit_bytes: per token and word at the peak of the loss.
         logits_gathered: the loss is computed on all words by every device of the tensor axis, not on its share.
         loss_chunk: tokens whose logits are alive at once; None for all of the micro-batch.
         kept: bytes of activations that a layer without remat keeps, over those of `memory.layer_bytes`.
         eager_kept: bytes per token and element of `dim` that norms keep beyond it where nothing fuses them.
         selective_kept: share of them that selective remat keeps; None takes the products' results.
+        keeps_gathered: sequence parallelism keeps the gathered inputs of the products, where others gather again.
+        extra_in_flight: micro-batches that a pipeline stage holds beyond those of 1F1B.
         fragmentation: share of the activations that the allocator wastes.
         context_bytes: of the runtime and its communication libraries.
     """
@@ -95,10 +98,13 @@ class Calibration:
     weight_bytes: float = 4.0
     gradient_bytes: float = 4.0
     optimizer_bytes: float = 8.0
+    reduced_bytes: float = 4.0
     logit_bytes: float = 10.0
     logits_gathered: bool = False
     loss_chunk: int | None = None
     eager_kept: float = 0.0
+    keeps_gathered: bool = False
+    extra_in_flight: int = 0
     kept: float = 1.0
     selective_kept: float | None = None
     fragmentation: float = 0.05

@@ -15,8 +15,9 @@ from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelSha
 from orchestrator.planner.time import BF16, stage_elements
 from orchestrator.planner.work import layer_elements, sparse_layers
 
-KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 4, "eager": 10}
-"""Bytes per score that attention keeps for backward: softmax's result and input, and what dropout and fp32 add."""
+KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 5, "eager": 11}
+"""Bytes per score that attention keeps for backward: 5 for softmax's result and dropout's mask and result (2205.05198),
+6 more for the masked scores and softmax's fp32 copy where nothing fuses them."""
 
 
 def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
@@ -80,6 +81,8 @@ def _whole_layer(
     shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool, constants: Calibration
 ) -> float:
     size = constants.kept * layer_bytes(shape, plan, seq_len, tokens, sparse)
+    if constants.keeps_gathered and plan.sequence_parallel:
+        size += constants.kept * BF16 * 2 * tokens * shape.dim * (1 - 1 / plan.tensor)
     if not plan.compiled:
         size += constants.eager_kept * tokens * shape.dim / (plan.tensor if plan.sequence_parallel else 1)
     return size
@@ -146,17 +149,19 @@ def _activations(
     if plan.remat != "none":
         kind = bool(sparse)
         working = _whole_layer(shape, plan, job.seq_len, tokens, kind, constants)
-    in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage)
+    in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage, constants.extra_in_flight)
     split = plan.tensor if plan.sequence_parallel else 1
     passing = 2 * BF16 * tokens * shape.dim / split  # the gradient that comes in and the one that goes out
     return in_flight * layers * per_layer + working + passing
 
 
-def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int) -> float:
+def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -> float:
     """Micro-batches whose activations a stage holds: p - i under 1F1B, more when chunks interleave (2205.05198)."""
     stages = plan.pipeline
+    if stages == 1:
+        return 1.0
     if plan.virtual_stages == 1:
-        return float(min(micro_batches, stages - stage))
+        return float(min(micro_batches, stages - stage + extra))
     warm = (stages - stage - 1) * 2 + (plan.virtual_stages - 1) * stages + 1
     return min(float(micro_batches), warm / plan.virtual_stages)
 

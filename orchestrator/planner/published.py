@@ -78,7 +78,7 @@ PRECISIONS: dict[str, Precision] = {
     **dict.fromkeys(("fp8", "fp8-cs", "mxfp8", "fp8-tensorwise", "fp8-full", "fp8-blockwise"), "fp8"),
 }
 REMAT: dict[str, Remat] = {
-    **{name: name for name in ("none", "selective", "full", "offload")},  # type: ignore[dict-item]
+    **{name: name for name in ("none", "selective", "full", "offload")},
     **dict.fromkeys(
         ("minimal", "minimal_with_context", "dots_saveable", "save_dot_with_context_except_mlp", "custom"), "selective"
     ),

@@ -337,7 +337,7 @@ def _data_parallel(
     dense, experts = stage_elements(job, plan, layers, (1 if job.model.tied else 2) / plan.pipeline)
     elements = dense + experts
     busy = stage.compute + stage.memory
-    reduced = min(4.0, constants.gradient_bytes)
+    reduced = constants.reduced_bytes
     fsdp = replicate = 0.0
     if plan.shards > 1:
         gather, scatter = rings.fsdp.gather(BF16 * elements), rings.fsdp.gather(reduced * elements)
