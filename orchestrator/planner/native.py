@@ -1,0 +1,281 @@
+"""Bytes per device at the peak of a step of the product's own torch-native strategy (`strategies/dtensor.py`).
+
+Unlike `memory`, which stands for any software, this follows one program, moment by moment: the loss, where all
+activations are alive and the logits are added; the last layer's backward pass; the first layer's; the embedding's; the
+optimizer. The fullest is the answer. It is checked against traces of the real step (`train/trace.py`), for which see
+`scripts/validate_planner_product`. Names: `tokens` are those of one micro-batch on this device; `split` of them are left
+where sequence parallelism cuts the residual stream; widths are this device's share of the tensor axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from orchestrator.planner.calibration import Calibration
+from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan
+from orchestrator.planner.work import layer_elements
+
+FP32 = 4
+
+
+def covers(job: JobSpec, plan: ParallelPlan) -> bool:
+    """Whether the strategy can do this at all: no experts, no pipeline, fully sharded states."""
+    return not (job.model.experts or job.model.latent_kv) and plan.pipeline == 1 and plan.zero == 3
+
+
+def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capacity: float | None) -> MemoryEstimate:
+    """What a device needs at the fullest moment of a step."""
+    sizes = _Sizes(job, plan, constants)
+    moments = (sizes.loss(), sizes.last_layer(), sizes.first_layer(), sizes.embedding(), sizes.update())
+    fullest = max(moments, key=lambda moment: moment.total)
+    return MemoryEstimate(
+        parameters=FP32 * sizes.owned,
+        gradients=fullest.gradients,
+        optimizer=2 * FP32 * sizes.owned,
+        activations=fullest.activations,
+        logits=fullest.logits,
+        communication=fullest.communication,
+        overhead=constants.context_bytes + constants.fragmentation * (fullest.activations + fullest.logits),
+        capacity=capacity,
+    )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes beside the parameters and the moments of the optimizer."""
+
+    gradients: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    communication: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.activations + self.logits + self.communication
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    job: JobSpec
+    plan: ParallelPlan
+    constants: Calibration
+
+    # --- elements ---------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.job.model
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element that the matrix products take."""
+        return 4 if self.job.precision == "fp32" else 2
+
+    @property
+    def tokens(self) -> float:
+        return self.plan.micro_batch * self.job.seq_len / self.plan.context
+
+    @property
+    def split(self) -> float:
+        return self.tokens / self.plan.tensor
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether `fully_shard` is there: not for a single device in fp32."""
+        return self.plan.devices > 1 or self.wide < FP32
+
+    @property
+    def queries(self) -> float:
+        return self.shape.heads * self.shape.head_dim / self.plan.tensor
+
+    @property
+    def keys(self) -> float:
+        return self.shape.kv_heads * self.shape.head_dim / self.plan.tensor
+
+    @property
+    def hidden(self) -> float:
+        return self.shape.mlp_dim / self.plan.tensor
+
+    @property
+    def vocabulary(self) -> float:
+        """Elements of the embedding or of the head."""
+        return self.shape.vocab * self.shape.dim / self.plan.tensor
+
+    @property
+    def layer(self) -> float:
+        """Parameters of a layer before fsdp splits them."""
+        kind = layer_elements(self.shape, False)
+        return (kind.attention + kind.mlp) / self.plan.tensor + kind.norms
+
+    @property
+    def outside(self) -> float:
+        """Parameters outside of the layers."""
+        positions = self.shape.learned_positions * self.shape.dim / self.plan.tensor
+        return (1 if self.shape.tied else 2) * self.vocabulary + positions + self.shape.dim
+
+    @property
+    def whole(self) -> float:
+        return self.shape.layers * self.layer + self.outside
+
+    @property
+    def owned(self) -> float:
+        return self.whole / self.plan.shards
+
+    # --- activations of a layer -------------------------------------------------------------------
+
+    def _norm(self, width: float, tokens: float, fused: bool) -> float:
+        """A norm's input and, where no kernel fuses it, the input in fp32 and its normalised values instead."""
+        return tokens * width * (self.wide if fused else 2 * FP32)
+
+    @property
+    def _fused(self) -> bool:
+        return self.shape.layer_norm or self.constants.fused_norms
+
+    @cached_property
+    def everything(self) -> float:
+        """What a layer keeps without remat: norms and what they give to the products, attention, feed-forward."""
+        wide, shape = self.wide, self.shape
+        size = 2 * self._norm(shape.dim, self.split, self._fused) + 2 * wide * self.tokens * shape.dim
+        if shape.qk_norm:
+            size += self._norm(self.queries + self.keys, self.tokens, self.constants.fused_norms)
+        size += wide * self.tokens * (2 * self.queries + 2 * self.keys * self.plan.context) + self._statistics
+        return size + wide * self.tokens * self.hidden * (4 if shape.gated else 2)
+
+    @property
+    def _statistics(self) -> float:
+        """The logarithm of each query's sum that flash attention keeps."""
+        return FP32 * self.tokens * self.shape.heads / self.plan.tensor
+
+    @cached_property
+    def kept(self) -> float:
+        """What a layer keeps under the plan's remat."""
+        entry = self.wide * self.split * self.shape.dim
+        if self.plan.remat == "none":
+            return self.everything
+        if self.plan.remat == "full":
+            return entry
+        products = 2 * self.queries + 2 * self.keys + 2 * self.shape.dim + (2 if self.shape.gated else 1) * self.hidden
+        return entry + self.wide * self.tokens * products + self._statistics
+
+    @cached_property
+    def again(self) -> float:
+        """What a layer's recomputation adds to what it has kept."""
+        if self.plan.remat == "none":
+            return 0.0
+        if self.plan.remat == "full":
+            return self.everything
+        shared = self.queries + self.keys + (2 if self.shape.gated else 1) * self.hidden
+        return self.everything - self.wide * self.tokens * shared - self._statistics
+
+    @property
+    def _shared(self) -> float:
+        """What all layers use: the mask, which is there unless all is plainly causal, and the rotary tables."""
+        job, shape, wide = self.job, self.shape, self.wide
+        size = 0.0 if shape.learned_positions else 2 * FP32 * self.tokens * shape.head_dim
+        windowed = shape.window is not None and shape.window < job.seq_len
+        if job.document_mask or windowed or self.plan.context > 1:
+            rows = self.plan.micro_batch if job.document_mask else 1
+            size += wide * rows * job.seq_len**2 / self.plan.context
+        return size
+
+    # --- moments ----------------------------------------------------------------------------------
+
+    def _accumulated(self, layers: float) -> float:
+        """Gradients of the layers and of what is outside, at the end of a micro-batch that is not the last.
+
+        Micro-batches before the last reduce nothing, so what they leave is whole, in fp32.
+        """
+        return FP32 * (layers * self.layer + self.outside) if self._several else 0.0
+
+    @property
+    def _several(self) -> bool:
+        return self.plan.micro_batches(self.job) > 1
+
+    @property
+    def _root(self) -> float:
+        """Parameters that stay gathered from the first use to the last: a tied matrix and learned positions."""
+        if not self.wrapped:
+            return 0.0
+        return self.wide * (self.outside - (0 if self.shape.tied else 2 * self.vocabulary))
+
+    def loss(self) -> _Moment:
+        """In the last chunk of the loss: all activations, the gradients of head and hidden states, the logits."""
+        wide, shape = self.wide, self.shape
+        final = self._norm(shape.dim, self.split, self._fused) + 2 * wide * self.tokens * shape.dim
+        chunk = min(self.tokens, self.constants.loss_chunk or math.inf) * shape.vocab / self.plan.tensor
+        if wide == FP32:
+            logits = FP32 * chunk
+        else:
+            logits = max((FP32 + wide) * chunk, wide * (chunk + self.vocabulary))
+        gathered = 0.0
+        if self.wrapped:
+            # The buffer of the last gather lives until the next one.
+            gathered = self._root + wide * (self.layer if shape.tied else 2 * self.vocabulary)
+        return _Moment(
+            gradients=self._accumulated(shape.layers),
+            activations=shape.layers * self.kept + final + self._shared,
+            logits=logits + FP32 * self.vocabulary,
+            communication=gathered,
+        )
+
+    def _working(self) -> float:
+        """What a layer's backward pass makes: in the feed-forward, or with a tensor axis in attention's gathering."""
+        wide, dim = self.wide, self.shape.dim
+        gathered = wide * self.tokens * dim
+        inner = wide * (2 * self.tokens * self.hidden + self.hidden * dim)
+        if self.plan.tensor == 1:
+            return inner + gathered
+        # The gathered gradient is received, in one piece, and laid out; by then the feed-forward's part is free.
+        free = wide * self.tokens * self.hidden * (4 if self.shape.gated else 2)
+        return wide * self.split * dim + max(inner + gathered, 3 * gathered - free)
+
+    def last_layer(self) -> _Moment:
+        """In the backward pass of the layer that goes first, while the head's gradient is being reduced."""
+        head = self.vocabulary
+        moving, gradients = 0.0, self._accumulated(self.shape.layers)
+        if not self.wrapped:
+            gradients = gradients or FP32 * head
+        else:
+            moving = self._root + 2 * self.wide * self.layer
+            if self.shape.tied:
+                gradients += 0.0 if self._several else self.wide * head
+            else:
+                moving += FP32 * head
+                gradients += FP32 * head / self.plan.shards - (FP32 * head if self._several else 0.0)
+        activations = self.shape.layers * self.kept + self.again + self._shared + self._working()
+        return _Moment(gradients, activations, 0.0, moving)
+
+    def first_layer(self) -> _Moment:
+        """In the backward pass of the layer that goes last, with the gradients of all others reduced."""
+        layers = self.shape.layers - 1
+        moving, owned = 0.0, layers * self.layer + (0 if self.shape.tied else self.vocabulary)
+        if self.wrapped:
+            gradients = FP32 * owned / self.plan.shards + self._accumulated(1)
+            if self._several and not self.shape.tied:
+                gradients -= FP32 * self.vocabulary
+            elif self.shape.tied and not self._several:
+                gradients += self.wide * self.vocabulary
+            moving = self._root + (2 * self.wide + FP32) * self.layer
+        else:
+            gradients = FP32 * self.whole if self._several else FP32 * (layers * self.layer + self.vocabulary)
+        return _Moment(gradients, self.kept + self.again + self._shared + self._working(), 0.0, moving)
+
+    def embedding(self) -> _Moment:
+        """In the backward pass of the embedding, whose gradient is whole, and then reduced."""
+        rows = self.vocabulary * self.plan.tensor  # torch cuts it to this rank's rows afterwards
+        gradients = FP32 * (self.whole - self.vocabulary) / self.plan.shards
+        entry = self.wide * self.split * self.shape.dim
+        if not self.wrapped:
+            return _Moment(gradients + FP32 * self.vocabulary * (2 if self.shape.tied or self._several else 1), entry)
+        # Of a tied matrix there are the head's gradient, the embedding's, and their sum.
+        whole = self.wide * (rows + (2 * self.vocabulary if self.shape.tied else 0))
+        gathered = max(self._root, self.wide * self.vocabulary)
+        before = whole + gathered + FP32 * self.layer
+        after = self.wide * self.vocabulary + FP32 * self.vocabulary * (1 + 1 / self.plan.shards)
+        held = FP32 * self.vocabulary if self._several else 0.0
+        return _Moment(gradients + held, entry, 0.0, max(before, after))
+
+    def update(self) -> _Moment:
+        return _Moment(gradients=FP32 * self.owned)
