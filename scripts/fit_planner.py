@@ -37,7 +37,7 @@ UNMOVED = 0.1
 MARGIN = 0.05
 """By how much an estimate should be on the right side of the capacity."""
 MISSED = 2.0
-"""A run that dies costs more than a layout that was not tried."""
+"""Weight of too little memory: a run that dies costs more than a layout that was not tried."""
 
 
 @dataclass
@@ -76,10 +76,12 @@ def memory_residual(run: Run, constants: calibration.Calibration) -> float:
     """log(predicted / measured); where only the verdict is known, by how much the estimate is on the wrong side."""
     estimate = step_memory(run.job, run.cluster, run.plan, constants)
     if run.memory is not None:
-        return math.log(estimate.total / run.memory)
-    assert estimate.capacity is not None
-    over = math.log(estimate.total / estimate.capacity)
-    return MISSED * min(0.0, over - MARGIN) if run.out_of_memory else max(0.0, over + MARGIN)
+        off = math.log(estimate.total / run.memory)
+    else:
+        assert estimate.capacity is not None
+        over = math.log(estimate.total / estimate.capacity)
+        off = min(0.0, over - MARGIN) if run.out_of_memory else max(0.0, over + MARGIN)
+    return MISSED * off if off < 0 else off
 
 
 def fit(

@@ -49,12 +49,13 @@ class Calibration:
         selective_recompute, offload_recompute: share of the matrix products that run again.
         weight_bytes, gradient_bytes, optimizer_bytes: per parameter: the working copy, the gradients, and the
             rest (moments, and a master copy where the working one is not fp32).
+        gradients_stay: gradients have a buffer for the whole run; else they come as activations go.
         reduced_bytes: per gradient on the links.
         logit_bytes: per token and word at the peak of the loss.
         logits_gathered: the loss is computed on all words by every device of the tensor axis, not on its share.
         loss_chunk: tokens whose logits are alive at once; None for all of the micro-batch.
         kept: bytes of activations that a layer without remat keeps, over those of `memory.layer_bytes`.
-        eager_kept: bytes per token and element of `dim` that norms keep beyond it where nothing fuses them.
+        eager_kept: elements per token and `dim` that norms keep beyond it where nothing fuses them.
         selective_kept: share of them that selective remat keeps; None takes the products' results.
         keeps_gathered: sequence parallelism keeps the gathered inputs of the products, where others gather again.
         extra_in_flight: micro-batches that a pipeline stage holds beyond those of 1F1B.
@@ -99,6 +100,7 @@ class Calibration:
     weight_bytes: float = 4.0
     gradient_bytes: float = 4.0
     optimizer_bytes: float = 8.0
+    gradients_stay: bool = True
     reduced_bytes: float = 4.0
     logit_bytes: float = 10.0
     logits_gathered: bool = False

@@ -13,7 +13,7 @@ import math
 from orchestrator.planner.calibration import Calibration, calibration
 from orchestrator.planner.native import covers, native_memory
 from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelShape, ParallelPlan
-from orchestrator.planner.time import BF16, stage_elements
+from orchestrator.planner.time import stage_elements
 from orchestrator.planner.work import layer_elements, sparse_layers
 
 KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 5, "eager": 11}
@@ -42,13 +42,13 @@ def device_capacity(cluster: Cluster) -> float | None:
     return None if known is None else known / chip.logical_devices_per_chip
 
 
-def layer_bytes(shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool) -> float:
+def layer_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -> float:
     """Bytes of activations that one layer keeps for its backward pass when nothing is computed again.
 
-    Per token, in elements of bf16: inputs and results of two norms (4 d), queries and attention's result (2 h),
+    Per token, in elements: inputs and results of two norms (4 d), queries and attention's result (2 h),
     keys and values, and of a gated block the two products, the activation and their product (4 f; 2 f ungated).
     """
-    split = plan.tensor if plan.sequence_parallel else 1
+    shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
     width = shape.mlp_dim
     elements = 4 * shape.dim / split
     if sparse:
@@ -56,20 +56,18 @@ def layer_bytes(shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: flo
         elements += 2 * shape.experts_per_token * shape.dim / split
     elements += _attention_elements(shape) / plan.tensor
     elements += _activation_elements(shape, plan) * width / plan.tensor
-    scores = KEPT_SCORE_BYTES[plan.attention] * seq_len * shape.heads / plan.tensor
-    return tokens * (BF16 * elements + scores)
+    scores = KEPT_SCORE_BYTES[plan.attention] * job.seq_len * shape.heads / plan.tensor
+    return tokens * (job.element_bytes * elements + scores)
 
 
-def kept_bytes(
-    shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool, constants: Calibration
-) -> float:
+def kept_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool, constants: Calibration) -> float:
     """Bytes that one layer keeps of one micro-batch between forward and backward, under the plan's remat."""
-    split = plan.tensor if plan.sequence_parallel else 1
+    shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
     if plan.remat == "full":
-        return BF16 * tokens * shape.dim / split
+        return job.element_bytes * tokens * shape.dim / split
     if plan.remat == "offload":
         return 0.0
-    everything = _whole_layer(shape, plan, seq_len, tokens, sparse, constants)
+    everything = _whole_layer(job, plan, tokens, sparse, constants)
     if plan.remat == "none":
         return everything
     if constants.selective_kept is not None:
@@ -77,17 +75,16 @@ def kept_bytes(
     width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim if sparse else shape.mlp_dim
     products = 2 * shape.dim / split + _attention_elements(shape) / plan.tensor
     products += ((2 if shape.gated else 1) * width / plan.tensor) + shape.dim / split
-    return BF16 * tokens * products
+    return job.element_bytes * tokens * products
 
 
-def _whole_layer(
-    shape: ModelShape, plan: ParallelPlan, seq_len: int, tokens: float, sparse: bool, constants: Calibration
-) -> float:
-    size = constants.kept * layer_bytes(shape, plan, seq_len, tokens, sparse)
+def _whole_layer(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool, constants: Calibration) -> float:
+    size = constants.kept * layer_bytes(job, plan, tokens, sparse)
     if constants.keeps_gathered and plan.sequence_parallel:
-        size += constants.kept * BF16 * 2 * tokens * shape.dim * (1 - 1 / plan.tensor)
+        size += constants.kept * job.element_bytes * 2 * tokens * job.model.dim * (1 - 1 / plan.tensor)
     if not plan.compiled:
-        size += constants.eager_kept * tokens * shape.dim / (plan.tensor if plan.sequence_parallel else 1)
+        split = plan.tensor if plan.sequence_parallel else 1
+        size += constants.eager_kept * job.element_bytes * tokens * job.model.dim / split
     return size
 
 
@@ -115,21 +112,30 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     gradients = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 2)
     moments = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 1)
     tokens = plan.micro_batch * job.seq_len / plan.context
-    activations = _activations(job, plan, constants, tokens, layers, stage)
+    kept, working = _activations(job, plan, constants, tokens, layers, stage)
     logits = 0.0
     if last:
-        alive = min(tokens, constants.loss_chunk) if constants.loss_chunk else tokens
+        chunk = job.loss_chunk_tokens or constants.loss_chunk
+        alive = min(tokens, chunk) if chunk else tokens
         words = shape.vocab / plan.tensor
         words += shape.vocab if constants.logits_gathered and plan.tensor > 1 else 0
         logits = constants.logit_bytes * alive * words
+        if chunk:  # the head's gradient is summed in fp32 while the chunks go by
+            logits += 4.0 * words * shape.dim
+    summed = constants.gradient_bytes * gradients
+    if not constants.gradients_stay and plan.micro_batches(job) == 1:
+        # At the end of backward they are all there, when what was kept is not any more.
+        summed = max(0.0, summed - kept - logits)
+    # When a layer is at work backward, the logits are gone; when they are there, no layer is at work.
+    working = max(0.0, working - logits)
     return MemoryEstimate(
         parameters=constants.weight_bytes * weights,
-        gradients=constants.gradient_bytes * gradients,
+        gradients=summed,
         optimizer=constants.optimizer_bytes * moments,
-        activations=activations,
+        activations=kept + working,
         logits=logits,
         communication=_buffers(job, plan, tokens, ends, dense + experts),
-        overhead=constants.context_bytes + constants.fragmentation * (activations + logits),
+        overhead=constants.context_bytes + constants.fragmentation * (kept + working + logits),
         capacity=device_capacity(cluster),
     )
 
@@ -140,22 +146,23 @@ def _sharded(dense: float, experts: float, shards: int, expert_shards: float, sp
 
 def _activations(
     job: JobSpec, plan: ParallelPlan, constants: Calibration, tokens: float, layers: int, stage: int
-) -> float:
-    """Of the micro-batches in flight, with one layer's own while it is computed again."""
+) -> tuple[float, float]:
+    """Kept of the micro-batches in flight, and what the one layer needs that is at work."""
     shape = job.model
     sparse = sparse_layers(shape)
     kinds = [(sparse / shape.layers, True)] * bool(sparse) + [(1 - sparse / shape.layers, False)]
-    per_layer = sum(
-        share * kept_bytes(shape, plan, job.seq_len, tokens, kind, constants) for share, kind in kinds if share
-    )
-    working = 0.0
-    if plan.remat != "none":
-        kind = bool(sparse)
-        working = _whole_layer(shape, plan, job.seq_len, tokens, kind, constants)
+    per_layer = sum(share * kept_bytes(job, plan, tokens, kind, constants) for share, kind in kinds if share)
+    kind, split = bool(sparse), plan.tensor if plan.sequence_parallel else 1
+    # One layer's own while it is computed again, and the gradients of its widest tensors.
+    working = _whole_layer(job, plan, tokens, kind, constants) if plan.remat != "none" else 0.0
+    if plan.remat == "selective":
+        working = max(0.0, working - kept_bytes(job, plan, tokens, kind, constants))
+    width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim if kind else shape.mlp_dim
+    passing = (3 if shape.gated else 2) * width / plan.tensor + 2 * shape.dim / split
+    if stage == plan.pipeline - 1:
+        passing += 2 * shape.dim / split  # around the last norm
     in_flight = _in_flight(plan, plan.micro_batches(job) or plan.pipeline, stage, constants.extra_in_flight)
-    split = plan.tensor if plan.sequence_parallel else 1
-    passing = 2 * BF16 * tokens * shape.dim / split  # the gradient that comes in and the one that goes out
-    return in_flight * layers * per_layer + working + passing
+    return in_flight * layers * per_layer, working + job.element_bytes * tokens * passing
 
 
 def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -> float:
@@ -170,21 +177,23 @@ def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -
 
 
 def _buffers(job: JobSpec, plan: ParallelPlan, tokens: float, ends: float, elements: float) -> float:
-    """What collectives need room for: two gathered layers and one layer's gradients, and the gathered sequence.
+    """What collectives need room for.
 
-    The stages of a pipeline keep all their gathered weights, and their gradients in fp32, until the step's end.
+    Under ZeRO 3: two gathered layers, one layer's gradients before and after their cast to fp32, and a matrix of the
+    vocabulary, which stays gathered from its use forward to the one backward. The stages of a pipeline keep all their
+    gathered weights, and their gradients in fp32, until the step's end. Then the gathered sequence.
     """
-    shape = job.model
+    shape, width = job.model, job.element_bytes
     size = 0.0
     if plan.shards > 1 and plan.zero == 3 and plan.pipeline > 1:
-        size += (BF16 + 4) * elements
+        size += (width + 4) * elements
     elif plan.shards > 1 and plan.zero == 3:
         kind = layer_elements(shape, bool(shape.experts))
         layer = (kind.attention + kind.mlp) / plan.tensor + kind.experts / plan.tensor / plan.expert
-        matrix = shape.vocab * shape.dim / plan.tensor if ends else 0.0
-        size += 2 * BF16 * max(layer, matrix) + 4 * layer
+        size += (2 * width + width + 4) * layer
+        size += width * shape.vocab * shape.dim / plan.tensor if ends else 0.0
     if plan.tensor > 1 and plan.sequence_parallel:
-        size += 2 * BF16 * tokens * shape.dim
+        size += 2 * width * tokens * shape.dim
     if plan.context > 1:
-        size += 2 * BF16 * plan.micro_batch * job.seq_len * 2 * shape.kv_heads * shape.head_dim / plan.tensor
+        size += 2 * width * plan.micro_batch * job.seq_len * 2 * shape.kv_heads * shape.head_dim / plan.tensor
     return size

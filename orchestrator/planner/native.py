@@ -1,10 +1,10 @@
 """Bytes per device at the peak of a step of the product's own torch-native strategy (`strategies/dtensor.py`).
 
 Unlike `memory`, which stands for any software, this follows one program, moment by moment: the loss, where all
-activations are alive and the logits are added; the last layer's backward pass; the first layer's; the embedding's; the
-optimizer. The fullest is the answer. It is checked against traces of the real step (`train/trace.py`), for which see
-`scripts/validate_planner_product`. Names: `tokens` are those of one micro-batch on this device; `split` of them are left
-where sequence parallelism cuts the residual stream; widths are this device's share of the tensor axis.
+activations are alive and the logits are added; the backward pass of the last layer, of the first one, and of the
+embedding; the optimizer. The fullest is the answer. It is checked against traces of the real step (`train/trace.py`), for which see
+`scripts/validate_planner_product`. `tokens` are those of one micro-batch on this device; `split` of them are left where
+sequence parallelism cuts the residual stream; widths are this device's share of the tensor axis.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class _Sizes:
 
     @property
     def wide(self) -> int:
-        """Bytes of an element that the matrix products take."""
-        return 4 if self.job.precision == "fp32" else 2
+        return self.job.element_bytes
 
     @property
     def tokens(self) -> float:
@@ -204,7 +203,11 @@ class _Sizes:
         """In the last chunk of the loss: all activations, the gradients of head and hidden states, the logits."""
         wide, shape = self.wide, self.shape
         final = self._norm(shape.dim, self.split, self._fused) + 2 * wide * self.tokens * shape.dim
-        chunk = min(self.tokens, self.constants.loss_chunk or math.inf) * shape.vocab / self.plan.tensor
+        chunk = (
+            min(self.tokens, self.job.loss_chunk_tokens or self.constants.loss_chunk or math.inf)
+            * shape.vocab
+            / self.plan.tensor
+        )
         if wide == FP32:
             logits = FP32 * chunk
         else:

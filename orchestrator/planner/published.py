@@ -252,13 +252,14 @@ def _shape(row: Row, notes: Mapping[str, str], assumed: list[str]) -> ModelShape
 
 
 def _closest(sizes: dict[str, Any], row: Row, notes: Mapping[str, str]) -> ModelShape:
-    """Gated or not, tied or not, as the notes say, else as the stated number of parameters tells."""
-    stated = notes.get("arch", "")
-    gated = [stated == "gated"] if stated in ("gated", "ungated") else [False, True]
-    tied = [True] if "tied_embeddings" in notes else [True, False]
-    shapes = [ModelShape(**sizes, gated=g, tied=t) for g in gated for t in tied]
+    """Gated or not, tied or not, with a table of positions or not: as the notes say, else as the stated number of
+    parameters tells."""
+    gated = [kind for kind in (True, False) if f"arch:{'gated' if kind else 'ungated'}" in notes] or [False, True]
+    tied = [True] if "tied_embeddings" in notes else [False, True]
+    positions = [0] if gated == [True] else [0, int(row["seq_len"])]
+    shapes = [ModelShape(**sizes, gated=g, tied=t, learned_positions=p) for g in gated for t in tied for p in positions]
     if not row["params"]:
-        return ModelShape(**sizes, gated=gated[-1], tied=tied[0] and "tied_embeddings" in notes)
+        return shapes[0]
     return min(shapes, key=lambda shape: abs(parameters(shape) - float(row["params"])))
 
 

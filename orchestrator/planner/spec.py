@@ -92,6 +92,7 @@ class JobSpec:
         precision: of the matrix products; master weights and optimizer state are fp32.
         document_mask: attention does not cross documents, which takes a mask of every pair of positions.
         stack: software whose calibration applies (a key of `calibration.yaml`), or `auto`: the chip's vendor's.
+        loss_chunk_tokens: tokens whose logits are alive at one time; None for what the stack does.
     """
 
     model: ModelShape
@@ -100,7 +101,13 @@ class JobSpec:
     total_tokens: float | None = None
     precision: Precision = "bf16"
     stack: str = "auto"
+    loss_chunk_tokens: int | None = None
     document_mask: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        """Of activations, and of weights on their way to the products."""
+        return 4 if self.precision == "fp32" else 2
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from orchestrator.errors import ConfigError
 from orchestrator.planner.calibration import Calibration, calibration
 from orchestrator.planner.links import Ring, ring
-from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan, TimeEstimate
+from orchestrator.planner.spec import Cluster, JobSpec, ParallelPlan, TimeEstimate
 from orchestrator.planner.work import (
     Product,
     layer_elements,
@@ -25,7 +25,6 @@ from orchestrator.planner.work import (
     sparse_layers,
 )
 
-BF16 = 2
 SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 22, "eager": 50}
 """Bytes per score that attention moves forward and backward where the scores exist: each step of masking, softmax
 and dropout reads and writes them."""
@@ -119,7 +118,7 @@ def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Cal
     bubble = (stages - 1) / plan.virtual_stages * (mean + busiest * constants.layer_seconds)
     fsdp, replicate = _data_parallel(job, plan, constants, rings, stage, busiest, micro_batches)
     update = _optimizer(job, plan, constants, rates)
-    handed = plan.micro_batch * job.seq_len / plan.context * shape.dim * BF16
+    handed = plan.micro_batch * job.seq_len / plan.context * shape.dim * job.element_bytes
     handed /= plan.tensor if plan.sequence_parallel else 1
     pipeline = micro_batches * plan.virtual_stages * 2 * rings.pipeline.send(handed) * (1 - constants.pipeline_hidden)
     parts = {
@@ -183,14 +182,14 @@ def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> 
     )
 
 
-def fused_bytes(shape: ModelShape, plan: ParallelPlan, tokens: float, sparse: bool) -> float:
+def fused_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -> float:
     """Bytes that a layer's kernels between the products move forward and backward, each fused as far as it goes.
 
-    Per token, in elements of bf16: two norms with their residual sums move 8 d forward and 12 d backward; the
+    Per token, in elements: two norms with their residual sums move 8 d forward and 12 d backward; the
     rotation 4 per element of queries and keys; a gated activation 3 f and 6 f, another 2 f and 3 f; sending tokens
     to experts and back 8 d for each expert of a token.
     """
-    split = plan.tensor if plan.sequence_parallel else 1
+    shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
     width = shape.mlp_dim
     moved = 20 * shape.dim / split
     if sparse:
@@ -198,7 +197,7 @@ def fused_bytes(shape: ModelShape, plan: ParallelPlan, tokens: float, sparse: bo
         moved += 8 * shape.experts_per_token * shape.dim / split
     moved += 4 * (shape.heads + shape.kv_heads) * shape.head_dim / plan.tensor
     moved += (9 if shape.gated else 5) * width / plan.tensor
-    return BF16 * tokens * moved
+    return job.element_bytes * tokens * moved
 
 
 def _check(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> int:
@@ -231,30 +230,29 @@ def _recomputed(plan: ParallelPlan, constants: Calibration) -> float:
 
 def _products_seconds(products: list[Product], rate: float, memory: float, traffic: float) -> float:
     flops = sum(product.flops for product in products)
-    moved = BF16 * sum(product.elements for product in products)
-    return flops / rate + traffic * moved / memory
+    return flops / rate + traffic * sum(product.elements for product in products) / memory
 
 
 def _layer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, rings: Rings, sparse: bool) -> Cost:
     shape, again = job.model, _recomputed(plan, constants)
     tokens = plan.micro_batch * job.seq_len / plan.context
     products, grouped = layer_products(shape, tokens, plan.tensor, plan.expert, sparse)
-    traffic = constants.gemm_traffic
+    traffic = constants.gemm_traffic * job.element_bytes
     compute = _products_seconds(products, rates.products, rates.memory, traffic)
     compute += _products_seconds(grouped, rates.products * constants.expert_gemm, rates.memory, traffic)
     compute *= 3 + again
     scores = _attention_seconds(job, plan, constants, rates, tokens)
     unfused = 1.0 if plan.compiled else constants.eager
     forward_share = 0.35 if plan.remat != "none" else 0.0  # of the element-wise work, which runs again
-    moved = fused_bytes(shape, plan, tokens, sparse) * unfused * (1 + forward_share)
+    moved = fused_bytes(job, plan, tokens, sparse) * unfused * (1 + forward_share)
     moved += SCORE_BYTES[plan.attention] * tokens * job.seq_len * shape.heads / plan.tensor * (1 + forward_share)
-    gathered = tokens * shape.dim * BF16
+    gathered = tokens * shape.dim * job.element_bytes
     passes = 8 + 4 * again
     tensor = passes * rings.tensor.gather(gathered) * (1 - constants.tensor_hidden)
     context = 0.0
     if plan.context > 1:
         keys = 2 * shape.kv_heads * shape.head_dim if not shape.latent_kv else shape.latent_kv + shape.rope_dim
-        seen = plan.micro_batch * job.seq_len * keys / (plan.tensor if not shape.latent_kv else 1) * BF16
+        seen = plan.micro_batch * job.seq_len * keys / (plan.tensor if not shape.latent_kv else 1) * job.element_bytes
         context = (3 + again) * rings.context.gather(seen) * (1 - constants.context_hidden)
     expert = 0.0
     if sparse and plan.expert > 1:
@@ -287,9 +285,9 @@ def _head(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates
     tokens = plan.micro_batch * job.seq_len / plan.context
     columns = shape.vocab / plan.tensor
     product = Product(1, tokens, shape.dim, columns)
-    compute = 3 * _products_seconds([product], rates.wide, rates.memory, constants.gemm_traffic)
+    compute = 3 * _products_seconds([product], rates.wide, rates.memory, constants.gemm_traffic * job.element_bytes)
     moved = tokens * (16 * (shape.vocab if constants.logits_gathered else columns) + 12 * shape.dim)
-    tensor = 4 * rings.tensor.gather(tokens * shape.dim * BF16) * (1 - constants.tensor_hidden)
+    tensor = 4 * rings.tensor.gather(tokens * shape.dim * job.element_bytes) * (1 - constants.tensor_hidden)
     return Cost(compute, constants.elementwise * moved / rates.memory, tensor, 0.0, 0.0)
 
 
@@ -340,7 +338,7 @@ def _data_parallel(
     reduced = constants.reduced_bytes
     fsdp = replicate = 0.0
     if plan.shards > 1:
-        gather, scatter = rings.fsdp.gather(BF16 * elements), rings.fsdp.gather(reduced * elements)
+        gather, scatter = rings.fsdp.gather(job.element_bytes * elements), rings.fsdp.gather(reduced * elements)
         # A pipeline's stages keep their gathered weights and sum their gradients until the step's end.
         rounds = micro_batches if plan.zero == 3 and plan.pipeline == 1 else 1
         traffic = rounds * ((2 if plan.zero == 3 else 1) * gather + scatter)
