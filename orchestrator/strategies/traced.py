@@ -7,11 +7,12 @@ hundreds and be watched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,11 +27,13 @@ class TracedStrategy(DTensorStrategy):
 
     Attributes:
         fake: the mode under which the model's parts are allocated, and under which its step has to run.
+        before_update: called when the gradients are complete.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.before_update: Callable[[], None] = lambda: None
 
     def join(self) -> None:
         start = dist.init_process_group
@@ -41,7 +44,7 @@ class TracedStrategy(DTensorStrategy):
         # Whoever needs a group of its own beside the mesh's needs it for decisions, and nothing is decided here.
         with (
             mock.patch.object(dist, "init_process_group", pretend),
-            mock.patch.object(dist, "new_group", lambda **kwargs: None),
+            mock.patch.object(dist, "new_group", return_value=None),
         ):
             super().join()
 
@@ -55,6 +58,10 @@ class TracedStrategy(DTensorStrategy):
         # Only the allocation: what is done before on the meta device looks into the mesh's ranks, which are data.
         with mock.patch.object(model, "to_empty", allocate_nothing):
             super().shard(model, placements)
+
+    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
+        self.before_update()
+        return super().reduce_and_clip(model, max_norm)
 
 
 def local_storage(tensor: Any) -> Any:

@@ -142,13 +142,7 @@ def _watch(config: RunConfig, parallel: TracedStrategy, model: Decoder, optimize
     batch = blank_batch(sequences, train.seq_len, config.data.document_mask)
     watch = _Watch(model, optimizer)
     _mark_phases(model, watch)
-    reduce_and_clip = parallel.reduce_and_clip
-
-    def then_update(*args: Any) -> Tensor:
-        watch.enter("update")
-        return reduce_and_clip(*args)
-
-    parallel.reduce_and_clip = then_update  # type: ignore[method-assign]
+    parallel.before_update = lambda: watch.enter("update")
     # The first step is not looked at: in it DTensor works out what results look like, with stand-ins for whole tensors.
     module.record = lambda *, step, **values: watch.clear() if step == 1 else None
     trainer = make_trainer(parallel, [], deterministic=False)
