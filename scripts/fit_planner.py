@@ -171,6 +171,8 @@ STACK_CHIP_CONSTANTS = {
 }
 
 
+ROWS_OF_A_VENDOR = 10
+VENDOR_MEMORY_CONSTANTS = {"kept": 0.2, "logit_bytes": 0.3, "context_bytes": 0.5, "fragmentation": 0.5}
 MEMORY_CONSTANTS = {
     "kept": 0.2, "logit_bytes": 0.3, "context_bytes": 0.5, "fragmentation": 0.5, "gradient_bytes": 0.1,
     "optimizer_bytes": 0.1,
@@ -228,6 +230,12 @@ def account(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
 
 def fit_memories(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     told = [run for run in runs if run.memory is not None or run.out_of_memory is not None]
+    for vendor in sorted({run.vendor for run in told}):
+        ours = [run for run in told if run.vendor == vendor]
+        if len(ours) >= ROWS_OF_A_VENDOR:
+            place = ("vendors", vendor, "constants")
+            constants = [Constant((*place, name), sigma) for name, sigma in VENDOR_MEMORY_CONSTANTS.items()]
+            data = fit(data, ours, constants, memory_residual, SOFT / 2)
     for stack in sorted({run.job.stack for run in told}):
         own = [run for run in told if run.job.stack == stack]
         constants = [Constant(("stacks", stack, "constants", name), s) for name, s in MEMORY_CONSTANTS.items()]

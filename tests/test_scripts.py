@@ -159,3 +159,8 @@ def test_setup_says_which_python_is_missing(checkout):
     assert "no Python 3.11 or 3.12 was found" in result.stderr
     assert "PYTHON=/path/to/python3.12" in result.stderr
     assert not (checkout / ".venv-xla").exists()
+
+
+@pytest.mark.parametrize("name", ["fit_planner", "validate_planner"])
+def test_the_planners_scripts_need_no_accelerator(checkout, name):
+    assert call(checkout, name, "--write")[-1] == f".venv/python -m scripts.{name} --write"

@@ -121,7 +121,7 @@ def rehearse(config: RunConfig, topology: str, timeout_seconds: float) -> Rehear
         if reason:
             verdict = Verdict("unknown", reason)
         else:
-            verdict = compile_program(Path(folder, "step.mlir"), topology, timeout_seconds)
+            verdict = compile_program(Path(folder, "step.mlir"), topology, timeout_seconds, staged["degrees"])
     return Rehearsal(devices, precision, staged, verdict)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
+from orchestrator.hardware.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,20 @@ class Target(ABC):
     def processes(self, devices: int) -> int:
         """Processes on this host that drive so many devices."""
         return devices
+
+    def world(self) -> World | None:
+        """This process among the job's, as the machine itself knows the other hosts; None for a single host.
+
+        Asked for where no launcher has started several processes.
+
+        Raises:
+            HardwareError: what the machine says is incomplete or contradicts itself.
+        """
+        return None
+
+    def slices(self) -> int:
+        """Groups of the job's devices between which the network is slow, as far as is known before they start."""
+        return 1
 
     def probe(self) -> Probe:
         """Look at the machine, once. Never raises: what goes wrong is a problem of the result."""

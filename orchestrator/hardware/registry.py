@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 
 from orchestrator.chips.catalogue import load
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Probe, Target
+from orchestrator.hardware.world import World, detect
 
 TARGETS: dict[str, str] = {
     "cuda": "orchestrator.hardware.cuda:CudaTarget",
@@ -101,6 +103,51 @@ def device_count(config: HardwareConfig, target: Target, probe: Probe) -> int:
             fix=f"set hardware.devices={probe.devices}; more hosts are the launcher's part (launch)",
         )
     return config.devices
+
+
+def job_devices(config: HardwareConfig, target: Target, world: World) -> int:
+    """Devices of the whole job: those of this host's process, on as many as were started.
+
+    Raises:
+        HardwareError: one process drives all devices of a host, and a host has several processes; or the devices are
+            virtual ones, which belong to a single process.
+    """
+    if target.strategy != "xla":
+        return world.size
+    if config.simulate is not None and world.size > 1:
+        raise HardwareError(
+            "virtual devices belong to one process: several hosts cannot be rehearsed",
+            got=f"hardware.simulate={config.simulate} in {world.size} processes, started by {world.engine}",
+            allowed="one process, with as many virtual devices as all hosts have",
+            fix=f"without {world.engine}: hardware.simulate={config.simulate * world.size}",
+        )
+    if world.local_size > 1:
+        raise HardwareError(
+            f"on {target.name} one process drives all devices of a host",
+            got=f"{world.local_size} processes on this host, started by {world.engine}",
+            allowed="one process per host",
+            fix="torchrun --nproc-per-node=1, or srun --ntasks-per-node=1",
+        )
+    return world.size * device_count(config, target, target.probe())
+
+
+def find_world(config: HardwareConfig, environ: Mapping[str, str]) -> World | None:
+    """This process among the job's: as its launcher says, else as the target's machine does; None for a single host.
+
+    Raises:
+        HardwareError: what they say is incomplete or contradicts itself.
+    """
+    world = detect(environ)
+    if world is not None:
+        return world
+    for name in TARGETS if config.target == "auto" else (config.target,):
+        target = get_target(name, config.runtime)
+        target.use(config)
+        world = target.world()
+        # `auto` passes over devices that are here and cannot be used.
+        if world is not None and (config.target != "auto" or target.probe().available):
+            return world
+    return None
 
 
 def _cpu_processes(wanted: int) -> int:

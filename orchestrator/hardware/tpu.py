@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.hardware import host, tpu_host
 from orchestrator.hardware.base import Problem
+from orchestrator.hardware.world import World, tpu_world
 from orchestrator.hardware.xla import XlaTarget, torch_xla_problems
 
 
@@ -15,13 +16,26 @@ class TpuTarget(XlaTarget):
 
     name = "tpu"
     accelerator = "tpu"
-    state = "XLA strategy run on virtual CPU devices (hardware.simulate), one process; never run on the real chip"
+    state = (
+        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts and slices: what their"
+        " processes decide and save together is tested on CPUs, a program over two of them is not; never run on the"
+        " real chip"
+    )
     pjrt_device = "TPU"
     _packages = ("torch", "torch_xla", "libtpu")
 
     def _chips(self) -> tuple[list[str], str | None, tuple[Problem, ...]]:
         found = tpu_host.look()
         return list(found.names), found.chip, found.problems
+
+    def world(self) -> World | None:
+        if self._simulate is not None or not tpu_host.look().names:
+            return None
+        return tpu_world(tpu_host.variables())
+
+    def slices(self) -> int:
+        text = "1" if self._simulate is not None else tpu_host.variables().get("MEGASCALE_NUM_SLICES", "1")
+        return int(text) if text.isdigit() else 1
 
     def _package_problems(self, runtime: dict[str, str]) -> tuple[Problem, ...]:
         install = "pip install 'torch_xla[tpu]' in that environment"

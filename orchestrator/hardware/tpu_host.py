@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,9 @@ _PCI_CHIPS: dict[int, tuple[str, str | None]] = {
     0x0076: ("TPU7x", "tpu-v7x"),
 }
 _DEVICES_PER_UNKNOWN_CHIP = {"TPU v2 or v3": 2}  # torch_xla, _internal/tpu.py: num_logical_cores_per_chip
+_METADATA_SECONDS = 3.0
 _LOCK = "/tmp/libtpu_lockfile"  # libtpu holds it as long as its process lives
+_HOST_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MASTER_PORT")
 _SLICE_VARIABLES = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 
 
@@ -120,6 +123,42 @@ def _is_started() -> bool:
         return detect(os.environ) is not None
     except HardwareError:  # said where the world is joined
         return True
+
+
+def variables() -> dict[str, str]:
+    """The variables that say which host of which slice this is: the process's own, else the machine's metadata.
+
+    GKE sets them. On a Cloud TPU VM they are in the metadata only, which libtpu reads by itself.
+    """
+    names = (*_HOST_VARIABLES, *_SLICE_VARIABLES)
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if "TPU_WORKER_HOSTNAMES" in given or os.environ.get("TPU_SKIP_MDS_QUERY"):
+        return given
+    return {**_metadata_variables(), **given}
+
+
+def _metadata_variables() -> dict[str, str]:
+    # The hosts as "name:uid:ip,…", the rest as lines "KEY: 'value'": torch_xla 2.9.0, _internal/tpu.py.
+    hosts = [entry.split(":")[-1] for entry in _metadata("worker-network-endpoints").split(",") if entry]
+    if not hosts:
+        return {}  # no such machine, or nobody who tells: not to be asked again
+    entries = dict(re.findall(r"^(\w+): *'?([^'\n]*)'?$", _metadata("tpu-env"), re.MULTILINE))
+    found = {name: entries[name] for name in _SLICE_VARIABLES if entries.get(name)}
+    if entries.get("WORKER_ID"):
+        found |= {"TPU_WORKER_HOSTNAMES": ",".join(hosts), "TPU_WORKER_ID": entries["WORKER_ID"]}
+    return found
+
+
+def _metadata(attribute: str) -> str:
+    """An attribute of this virtual machine; empty where there is none, or no server that tells it."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}"
+    try:
+        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+        with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
+            return str(answer.read().decode())
+    except (OSError, ValueError):
+        return ""
 
 
 def worker_hosts() -> list[str]:

@@ -8,6 +8,7 @@ from orchestrator.chips.catalogue import load
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Problem
+from orchestrator.hardware.world import detect
 from orchestrator.hardware.xla import XlaTarget
 
 _AMAZON_PCI_VENDOR = 0x1D0F
@@ -21,6 +22,7 @@ _PCI_CHIPS = {
 # The runtime's own variables, which take cores away or join them otherwise; aws-neuron-sdk,
 # neuron-runtime/guides/configuration-guide.rst and about-neuron/arch/neuron-features/logical-neuroncore-config.rst.
 _VISIBLE, _COUNT, _JOINED = "NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES", "NEURON_LOGICAL_NC_CONFIG"
+_ROOT_PORT = 62182  # torch-neuronx's own
 
 
 class TrainiumTarget(XlaTarget):
@@ -34,7 +36,8 @@ class TrainiumTarget(XlaTarget):
     accelerator = "neuron"
     # aws-neuron-sdk, announce-no-support-pytorch-xla-training.rst and introducing-pytorch-2-8.rst.
     state = (
-        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; never run on the real chip. "
+        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts: what their processes "
+        "decide and save together is tested on CPUs, a program over two of them is not; never run on the real chip. "
         "AWS supports PyTorch/XLA training up to torch 2.9 (Neuron 2.29), and up to 2.8 said that GSPMD was to come"
     )
     pjrt_device = "NEURON"
@@ -54,7 +57,22 @@ class TrainiumTarget(XlaTarget):
         if config.compilation_cache is None:
             # Left alone it keeps one in /var/tmp.
             result["NEURON_CC_FLAGS"] = f"{result.get('NEURON_CC_FLAGS', '')} --no_cache".strip()
-        return result
+        return {**self._peers(config), **result}
+
+    def _peers(self, config: HardwareConfig) -> dict[str, str]:
+        """Where the runtime finds the other hosts; torch-neuronx, initialization.py: in SPMD mode it has no default
+        for the devices of each process, and it takes the process's number from RANK, which srun does not set."""
+        world = detect(os.environ)
+        if world is None or world.size == 1 or config.simulate is not None:
+            return {}
+        devices = self.probe().devices if config.devices == "auto" else config.devices
+        host_name = world.store.removeprefix("tcp:").rpartition(":")[0]
+        return {
+            "RANK": str(world.rank),
+            "NEURON_PJRT_PROCESS_INDEX": str(world.rank),
+            "NEURON_PJRT_PROCESSES_NUM_DEVICES": ",".join([str(devices)] * world.size),
+            "NEURON_RT_ROOT_COMM_ID": f"{host_name}:{_ROOT_PORT}",
+        }
 
     def _chips(self) -> tuple[list[str], str | None, tuple[Problem, ...]]:
         on_bus = [p.device for p in host.pci_devices() if p.vendor == _AMAZON_PCI_VENDOR and p.device in _PCI_CHIPS]

@@ -1,7 +1,8 @@
 """Which process of a job this is, as the engine that started it says.
 
 Three engines are recognised by their environment: the product's own launcher, torchrun, and Slurm's srun.
-Each is one function in `_DETECTORS`.
+Each is one function in `_DETECTORS`. Where none of them has started the process, the hosts of a TPU slice know each
+other by Google's variables: `tpu_world`, which the target asks for when it is to drive the chips.
 """
 
 from __future__ import annotations
@@ -112,6 +113,45 @@ def _slurm(env: Mapping[str, str]) -> World | None:
 
 
 _DETECTORS: tuple[Callable[[Mapping[str, str]], World | None], ...] = (_orchestrator, _torchrun, _slurm)
+
+
+TPU_PORT = 29500  # where MASTER_PORT says no other; torchrun's usual one
+
+
+def tpu_world(env: Mapping[str, str]) -> World | None:
+    """One process per host, over the hosts of a TPU slice and over the slices; None for a single host.
+
+    Ranks go through one slice after the other, and the coordinator between the slices is on the first host of the
+    first one, as jax's `cloud_tpu_cluster.py` has it.
+
+    Args:
+        env: TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, within the slice; MEGASCALE_NUM_SLICES, MEGASCALE_SLICE_ID and
+            MEGASCALE_COORDINATOR_ADDRESS where there are several slices.
+
+    Raises:
+        HardwareError: they are incomplete, no numbers, or contradict each other.
+    """
+    try:
+        hosts = [name.strip() for name in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if name.strip()]
+        per_slice, slices = max(1, len(hosts)), int(env.get("MEGASCALE_NUM_SLICES", "1"))
+        if per_slice * slices == 1:
+            return None
+        worker = int(env["TPU_WORKER_ID"]) if per_slice > 1 else 0
+        index, first = 0, hosts[0] if hosts else ""
+        if slices != 1:
+            index = int(env["MEGASCALE_SLICE_ID"])
+            first = env["MEGASCALE_COORDINATOR_ADDRESS"].partition(":")[0]
+        if not (first and 0 <= worker < per_slice and 0 <= index < slices):
+            raise ValueError(f"host {worker} of {per_slice} in slice {index} of {slices}, which meet at '{first}'")
+        store = f"tcp:{first}:{int(env.get('MASTER_PORT', TPU_PORT))}"
+    except (LookupError, ValueError) as error:
+        raise HardwareError(
+            "the variables of the TPU slice (TPU_WORKER_*, MEGASCALE_*) are incomplete or contradict each other",
+            got=repr(error),
+            fix="set them as the machine's metadata or GKE has them, or for a single host only: "
+            "TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0, and no MEGASCALE_*",
+        ) from error
+    return World(index * per_slice + worker, slices * per_slice, store=store, engine="tpu")
 
 
 def first_host(nodelist: str) -> str:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,13 +130,18 @@ def count_devices(topology: str) -> int:
     return int(answer["devices"])
 
 
-def compile_program(program: Path, topology: str, timeout_seconds: float) -> Verdict:
+def compile_program(program: Path, topology: str, timeout_seconds: float, degrees: Sequence[int] = ()) -> Verdict:
     """Compile a StableHLO program, partitioned over all devices of the topology.
+
+    Args:
+        degrees: of the axes of the program's mesh, which is laid over the devices as in a run; none: the partitions go
+            in the compiler's order of the devices.
 
     Raises:
         MissingExtraError: there is no compiler.
     """
-    answer, reason = _ask(["compile", topology, str(program.resolve())], timeout_seconds)
+    words = ["compile", topology, str(program.resolve()), *map(str, degrees)]
+    answer, reason = _ask(words, timeout_seconds)
     seconds = answer.get("compile_seconds")
     if "memory_bytes" in answer:
         return Verdict("fits", "", seconds, answer["memory_bytes"])
@@ -192,7 +198,10 @@ def _main(argv: list[str]) -> int:
         answer["devices"] = len(devices)
         if verb == "compile":
             start = time.monotonic()
-            answer["memory_bytes"] = _compile(Path(rest[0]).read_text(), devices)
+            program, *degrees = rest
+            if degrees:
+                devices = _in_mesh(devices, [int(degree) for degree in degrees])
+            answer["memory_bytes"] = _compile(Path(program).read_text(), devices)
     except ModuleNotFoundError as error:
         answer["missing"] = error.name
     except Exception as error:  # jax has no narrower class for what its compiler reports
@@ -221,6 +230,15 @@ def _devices(text: str) -> list[Any]:
     name = f"{topology.kind}:{topology.size}"
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
     return sorted(described.devices, key=lambda device: getattr(device, "slice_index", None) or 0)
+
+
+def _in_mesh(devices: list[Any], degrees: list[int]) -> list[Any]:
+    """The devices in the order in which a run's mesh has them."""
+    from orchestrator.hardware.mesh import order_devices
+
+    names = ("coords", "core_on_chip", "slice_index")
+    places = [{name: getattr(device, name) for name in names if hasattr(device, name)} for device in devices]
+    return [devices[number] for number in order_devices(places, degrees).flat]
 
 
 def _compile(text: str, devices: list[Any]) -> dict[str, int]:

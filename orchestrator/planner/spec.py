@@ -231,6 +231,7 @@ class TimeEstimate:
         other: fixed costs of a step, input, stragglers.
         unknown: what could not be counted, for want of a figure (such as `inter_bandwidth`); then the step is a
             lower bound and everything shown of it says so.
+        estimated: figures of the chip that nobody has measured, so that constants stand for them.
     """
 
     compute: float
@@ -244,6 +245,7 @@ class TimeEstimate:
     bubble: float
     other: float
     unknown: tuple[str, ...] = ()
+    estimated: tuple[str, ...] = ()
 
     @property
     def step(self) -> float:

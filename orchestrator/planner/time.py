@@ -41,6 +41,7 @@ class Rates:
         attention: FLOP/s of attention's products.
         memory: bytes/s.
         unknown: figures that the catalogue lacks.
+        estimated: those of them that the vendor's constants stand for.
     """
 
     products: float
@@ -48,6 +49,7 @@ class Rates:
     attention: float
     memory: float
     unknown: tuple[str, ...]
+    estimated: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -134,17 +136,21 @@ def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Cal
     }
     hosts = cluster.chips / (cluster.chip.topology.chips_per_host or 8)
     waiting = constants.straggler * math.log2(max(1.0, hosts)) * (sum(parts.values()) + fixed)
-    return TimeEstimate(**parts, other=fixed + waiting, unknown=(*rates.unknown, *rings.unknown))
+    return TimeEstimate(
+        **parts, other=fixed + waiting, unknown=(*rates.unknown, *rings.unknown), estimated=rates.estimated
+    )
 
 
 def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Rates:
     """The achievable rates of one device; unknown peaks are named and count as bf16's."""
     chip, parts = cluster.chip, cluster.chip.logical_devices_per_chip
-    unknown = []
+    unknown, estimated = [], []
     bf16 = chip.bf16_flops.value
     if bf16 is None:
         unknown.append("bf16_flops")
         bf16 = math.inf
+    if chip.achievable_bf16_flops.value is None:
+        estimated.append("achievable_bf16_flops")
     wide = (chip.achievable_bf16_flops.value or constants.achievable * bf16) * constants.gemm
     wide *= constants.sustained
     products = wide
@@ -153,6 +159,8 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
         if fp8 is None:
             unknown.append("fp8_flops")
         else:
+            if chip.achievable_fp8_flops.value is None:
+                estimated.append("achievable_fp8_flops")
             share = (chip.achievable_bf16_flops.value or constants.achievable * bf16) / bf16
             products = (chip.achievable_fp8_flops.value or share * fp8) * constants.gemm_fp8
             products *= constants.sustained_fp8
@@ -166,7 +174,7 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
         unknown.append("hbm_bandwidth")
         memory = math.inf
     attention = bf16 * constants.attention * constants.attention_scale
-    return Rates(products / parts, wide / parts, attention / parts, memory / parts, tuple(unknown))
+    return Rates(products / parts, wide / parts, attention / parts, memory / parts, tuple(unknown), tuple(estimated))
 
 
 def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> Rings:

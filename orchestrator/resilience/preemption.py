@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning.pytorch as lightning
 
-from orchestrator.strategies.base import ParallelStrategy, Vote
+from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.strategies.council import Vote
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -8,6 +8,7 @@ call the methods below and never ask which strategy runs.
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.accelerator import TargetAccelerator
+from orchestrator.strategies.council import Council, Vote
 
 Batch = dict[str, Tensor]
 
@@ -40,11 +42,14 @@ class ParallelStrategy(Strategy):
         world: this process among the job's.
         layout: degrees of the mesh axes; their product is the job's number of devices.
         precision: `fp32` or `bf16` for the matrix products. Master weights, reductions and the loss are fp32.
+        timeout_seconds: how long the processes wait for each other.
     """
 
-    def __init__(self, target: Target, world: World, layout: Layout, precision: str):
+    def __init__(self, target: Target, world: World, layout: Layout, precision: str, timeout_seconds: float = 600):
         super().__init__(accelerator=TargetAccelerator(target))
         self.target, self.world, self.layout, self.precision = target, world, layout, precision
+        self.timeout_seconds = timeout_seconds
+        self._council: Council | None = None
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -52,9 +57,10 @@ class ParallelStrategy(Strategy):
     def join(self) -> None:
         """Meet the other processes and build the device mesh."""
 
-    @abstractmethod
     def leave(self) -> None:
         """Leave the job's process group."""
+        if self._council is not None:
+            self._council.leave()
 
     @abstractmethod
     def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
@@ -106,6 +112,11 @@ class ParallelStrategy(Strategy):
     def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
         """Global L2 norm of the gradients; scale them so that it is at most `max_norm`. Returns the norm before."""
 
+    def seed_masks(self, key: str) -> None:
+        """Let what is drawn next (dropout) be a function of `key` and of the part of the batch that is here."""
+        digest = hashlib.sha256(f"{key}/{self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+
     def finish_step(self) -> None:
         """After the optimizer's step, and after each batch of an evaluation."""
 
@@ -123,25 +134,36 @@ class ParallelStrategy(Strategy):
 
     # --- decisions that all ranks must take alike --------------------------------------------------
 
-    @abstractmethod
+    @property
+    def council(self) -> Council:
+        """The processes of the job; opened on first use."""
+        if self._council is None:
+            self._council = Council(self.world, self.timeout_seconds)
+        return self._council
+
     def start_vote(self, flag: bool) -> Vote:
         """Ask all ranks whether any raised `flag`, without waiting for the answer."""
+        return self.council.start_vote(flag)
 
-    @abstractmethod
     def agree(self, text: str) -> str:
         """Rank 0's `text`, on every rank."""
+        return self.council.agree(text)
 
     def any_raised(self, flag: bool) -> bool:
         """Whether any rank calls with `flag` set; waits for all of them."""
         return self.start_vote(flag).result()
 
-    @abstractmethod
     def post(self, key: str, text: str) -> None:
         """Put `text` up for all ranks to see, under a key that is used once. Any thread may call it."""
+        self.council.post(key, text)
 
-    @abstractmethod
     def look(self, key: str) -> str | None:
         """What a rank has posted; None where it has not yet. Waits for nobody. Any thread may call it."""
+        return self.council.look(key)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        self.council.barrier()
 
     @property
     def rank(self) -> int:
@@ -193,17 +215,6 @@ class ParallelStrategy(Strategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
-
-
-class Vote:
-    """The answer to `start_vote`, already known."""
-
-    def __init__(self, flag: bool):
-        self._flag = flag
-
-    def result(self) -> bool:
-        """Whether any rank raised its flag. Waits for the ranks that have not voted."""
-        return self._flag
 
 
 def local_parameters(model: Decoder) -> Iterable[tuple[str, nn.Parameter]]:

@@ -28,7 +28,7 @@ from orchestrator.models.init import draw_slice
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.base import Batch, ParallelStrategy, Vote, local_parameters
+from orchestrator.strategies.base import Batch, ParallelStrategy, local_parameters
 from orchestrator.strategies.context import parallelize_context
 from orchestrator.strategies.tensor import parallelize_tensor
 
@@ -36,7 +36,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DTensorStrategy(ParallelStrategy):
-    """See `ParallelStrategy`. `timeout_seconds` bounds a collective; `compile` compiles every block."""
+    """See `ParallelStrategy`. `timeout_seconds` bounds a collective, too; `compile` compiles every block."""
 
     def __init__(
         self,
@@ -48,13 +48,10 @@ class DTensorStrategy(ParallelStrategy):
         timeout_seconds: int = 600,
         compile: bool = False,
     ):
-        super().__init__(target, world, layout, precision)
-        self.timeout = timedelta(seconds=timeout_seconds)
+        super().__init__(target, world, layout, precision, timeout_seconds)
         self.compile = compile
         self.mesh: DeviceMesh | None = None
         self._placements: dict[str, Placement] = {}
-        self._votes: dist.ProcessGroup | None = None
-        self._agreements = 0
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -65,13 +62,10 @@ class DTensorStrategy(ParallelStrategy):
         if self.precision == "fp32":
             # torch's default, but torch_tpu's is "medium": it multiplies fp32 as bf16 unless told.
             torch.set_float32_matmul_precision("highest")
-        self._store = dist.PrefixStore(f"attempt{self.world.attempt}", _open_store(self.world, self.timeout))
         backend = self.target.collective_backend
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{backend}"
-        dist.init_process_group(
-            backend, store=self._store, rank=self.world.rank, world_size=self.world.size, timeout=self.timeout
-        )
+        self.council.meet(backend)
         names, degrees = (
             ("replicate", "shard", "tensor"),
             (self.layout.replicate, self.layout.shards, self.layout.tensor),
@@ -79,20 +73,14 @@ class DTensorStrategy(ParallelStrategy):
         ranks = torch.arange(self.world.size).reshape(degrees)
         self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=names)
         self._context_group = self._make_context_group()
-        # Votes overlap with the step's collectives, so they need a group of their own.
-        self._votes = dist.new_group(backend="gloo", timeout=self.timeout) if self.world.size > 1 else None
 
     def _make_context_group(self) -> dist.ProcessGroup | None:
         if self.layout.context == 1:
             return None
         shape = tuple(self.layout.as_dict().values())
         rows = np.arange(self.world.size).reshape(shape).swapaxes(2, 3).reshape(-1, self.layout.context)
-        group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=self.timeout)
+        group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timedelta(seconds=self.timeout_seconds))
         return group
-
-    def leave(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
         assert self.mesh is not None, "join() comes first"
@@ -208,56 +196,8 @@ class DTensorStrategy(ParallelStrategy):
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    # --- decisions ------------------------------------------------------------------------------
-
-    def start_vote(self, flag: bool) -> Vote:
-        if self._votes is None:
-            return Vote(flag)
-        return _GroupVote(flag, self._votes)
-
-    def agree(self, text: str) -> str:
-        if self.world.size == 1:
-            return text
-        self._agreements += 1
-        key = f"agree{self._agreements}"
-        if self.is_global_zero:
-            self._store.set(key, text)
-        return self._store.get(key).decode()
-
-    def post(self, key: str, text: str) -> None:
-        self._store.set(key, text)
-
-    def look(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self._store.check([key]) else None
-
-    def barrier(self, name: str | None = None) -> None:
-        if self._votes is not None:
-            dist.barrier(group=self._votes)
-
-
-class _GroupVote(Vote):
-    def __init__(self, flag: bool, group: dist.ProcessGroup):
-        self._votes = torch.tensor([int(flag)])
-        self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=group, async_op=True)
-
-    def result(self) -> bool:
-        self._work.wait()
-        return bool(self._votes.item())
-
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a parameter, gradient or optimizer state, sharing its memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _open_store(world: World, timeout: timedelta) -> dist.Store:
-    kind, _, rest = world.store.partition(":")
-    if kind == "file":
-        return dist.FileStore(rest, world.size)
-    if kind == "tcp":
-        host, _, port = rest.rpartition(":")
-        # torchrun's agent holds the store at this address already; elsewhere rank 0 opens it.
-        master = world.rank == 0 and world.engine != "torchrun"
-        return dist.TCPStore(host, int(port), world.size, is_master=master, timeout=timeout, wait_for_workers=False)
-    return dist.HashStore()

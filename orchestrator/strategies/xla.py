@@ -1,21 +1,25 @@
-"""The XLA strategy: torch_xla in SPMD mode, one process per host over all of its devices.
+"""The XLA strategy: torch_xla in SPMD mode, one process per host over all devices of all hosts.
 
 The program is written as for one device; the placement of parameters and batches says how the compiler splits
 it (GSPMD, arXiv 2105.04663) and it puts in the collectives. Layout and rules are those of the torch-native
 strategy. One graph is compiled per optimizer step, one more per micro-batch where gradients are accumulated.
+
+Every host runs the same program in the same order, else the devices wait for each other for ever: nothing here may
+depend on the rank but what is written to files. What hosts decide together they decide on their CPUs (`Council`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torch_xla
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -24,6 +28,7 @@ from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
 
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
+from orchestrator.hardware.mesh import order_devices
 from orchestrator.hardware.world import World
 from orchestrator.models.attention import attend_in_blocks
 from orchestrator.models.decoder import Decoder
@@ -33,7 +38,7 @@ from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.base import Batch, ParallelStrategy, Vote, local_parameters
+from orchestrator.strategies.base import Batch, ParallelStrategy, local_parameters
 
 _WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
 _BATCH_AXES = ("replicate", "fsdp")
@@ -43,31 +48,55 @@ _ATTENTION_BLOCK = 512  # queries whose scores exist at one time
 class XlaStrategy(ParallelStrategy):
     """See `ParallelStrategy`."""
 
-    def __init__(self, target: Target, world: World, layout: Layout, precision: str):
-        super().__init__(target, world, layout, precision)
+    def __init__(self, target: Target, world: World, layout: Layout, precision: str, timeout_seconds: float = 600):
+        super().__init__(target, world, layout, precision, timeout_seconds)
         self._placements: dict[str, Placement] = {}
         self._mesh: Any = None
-        self._board: dict[str, str] = {}
 
     # --- set-up ---------------------------------------------------------------------------------
 
     def join(self) -> None:
         if self.world.size > 1:
-            raise HardwareError(
-                "several hosts are not supported by the XLA strategy yet", got=f"{self.world.size} processes"
-            )
+            # Before the runtime starts, which waits for the devices of all hosts and does not say for whom.
+            self.council.meet("gloo")
+            self._check_agreement()
         xr.use_spmd()
-        count = xr.global_runtime_device_count()
+        devices = self._devices()
+        self._check_devices(len(devices))
+        degrees = tuple(self.layout.as_dict().values())
+        self._mesh = xs.Mesh(order_devices(devices, degrees).flatten(), degrees, MESH_AXES)
+
+    def _check_agreement(self) -> None:
+        """All hosts are about to build the same program."""
+        mine = f"{self.layout}, {self.precision}, {self.layout.devices} devices"
+        first = self.agree(mine)
+        if self.any_raised(mine != first):
+            raise HardwareError(
+                "the hosts of this job do not have the same layout",
+                got=f"{mine} on host {self.world.rank}, {first} on host 0",
+                fix="start the same command on every host, on hosts with the same devices",
+            )
+
+    def _devices(self) -> list[Mapping[str, Any]]:
+        """Attributes of all devices of the job, in the order of their numbers (`TPU:12`)."""
+        found: list[Mapping[str, Any]] = xr.global_runtime_device_attributes()
+        return sorted(found, key=lambda device: int(device["name"].rpartition(":")[2]))
+
+    def _check_devices(self, count: int) -> None:
+        processes = xr.process_count()
+        if processes != self.world.size:
+            raise HardwareError(
+                "the runtime has another number of processes than were started",
+                got=f"{processes} by the runtime, {self.world.size} by the launcher ({self.world.engine})",
+                fix="start one process on every host of every slice: docs/xla.md",
+            )
         if count != self.layout.devices:
+            per_host = f" on {self.world.size} hosts" if self.world.size > 1 else ""
             raise HardwareError(
                 "the runtime has another number of devices than the layout",
-                got=f"{count} devices, layout {self.layout}",
-                fix=f"set hardware.devices={count}",
+                got=f"{count} devices{per_host}, layout {self.layout} = {self.layout.devices}",
+                fix=f"set hardware.devices={count // self.world.size}",
             )
-        self._mesh = xs.Mesh(np.arange(count), tuple(self.layout.as_dict().values()), MESH_AXES)
-
-    def leave(self) -> None:
-        """The runtime lives as long as the process."""
 
     @property
     def root_device(self) -> torch.device:
@@ -75,7 +104,9 @@ class XlaStrategy(ParallelStrategy):
 
     @property
     def data_share(self) -> tuple[int, int]:
-        return self.world.rank, self.world.size
+        # Every host reads the whole batch and sends its devices their parts: see `_send`. Tokens are small: four
+        # arrays of int64 are 64 MiB for 2,097,152 tokens, and rows need not be where a host's devices want them.
+        return 0, 1
 
     def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
         self._placements = dict(placements)
@@ -119,6 +150,8 @@ class XlaStrategy(ParallelStrategy):
     def _send(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
         # Under SPMD the host keeps the data until it is known how to split it. The transfer that takes a
         # `ShardingSpec` itself fails where fewer mesh axes than there are split every dim (torch_xla 2.9).
+        # The tensor is the global one on every host, and a host sends what its own devices hold: torch_xla 2.9.0,
+        # CreateTensorsData in csrc/tensor_util.cpp cuts it by ShardTensor for GetLocalDevices.
         placed = tensor.to(self.root_device)
         xs.mark_sharding(placed, self._mesh, spec)
         return placed
@@ -150,11 +183,13 @@ class XlaStrategy(ParallelStrategy):
         shards = []
         for name, tensor in self._named(model, optimizer):
             if tensor.dim() == 0:
-                shards.append(Shard(name, (), (), tensor.cpu()))
+                shards.append(Shard(name, (), (), tensor.cpu(), self.is_global_zero))
                 continue
             for part in xs.wrap_if_sharded(tensor.data).local_shards:
                 # What the compiler padded is not part of the tensor, and it cuts uneven dims in its own way.
                 slices = _slices(part.indices, tensor.shape)
+                # Copies are numbered over all hosts, and those of a whole tensor by their devices (torch_xla 2.9.0,
+                # GetShardReplicaAndIndicesForDevices in csrc/xla_sharding_util.cpp): one host has number 0.
                 owned = part.replica_id == 0
                 shards.append(Shard(name, tuple(tensor.shape), slices, part.unpadded_data.clone(), owned))
         return shards
@@ -217,32 +252,26 @@ class XlaStrategy(ParallelStrategy):
         return norm
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
-        # One by one: each is on the device already, while stacking them would compile a graph.
+        # One by one: each is on the device already, while stacking them would compile a graph. Scalars are whole on
+        # every device, so a host reads its own copy; of a tensor that is split, a read would be a collective.
+        assert all(value.dim() == 0 for value in values)
         return [value.item() for value in values]
 
     def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
         return self.fetch(values)
 
+    def seed_masks(self, key: str) -> None:
+        # A mask is drawn for the global tensor: the same seed on every host. torch.manual_seed does not reach it.
+        xm.set_rng_state(_number(key))
+
     def compilations(self) -> int | None:
         data = met.metric_data("CompileTime")
         return int(data[0]) if data else 0
 
-    # --- decisions ------------------------------------------------------------------------------
 
-    def start_vote(self, flag: bool) -> Vote:
-        return Vote(flag)
-
-    def agree(self, text: str) -> str:
-        return text
-
-    def post(self, key: str, text: str) -> None:
-        self._board[key] = text
-
-    def look(self, key: str) -> str | None:
-        return self._board.get(key)
-
-    def barrier(self, name: str | None = None) -> None:
-        """One process."""
+def _number(key: str) -> int:
+    """32 bits of a hash."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
 
 
 def _slices(indices: Any, shape: Sequence[int]) -> tuple[slice, ...]:

@@ -17,7 +17,7 @@ from orchestrator.data.prepare import PreparedData
 from orchestrator.data.stream import StepLoader, TokenStream, validation_batches
 from orchestrator.errors import CheckpointError, HardwareError
 from orchestrator.hardware.base import Target
-from orchestrator.hardware.registry import device_count
+from orchestrator.hardware.registry import job_devices
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.remat import apply_remat
@@ -167,17 +167,16 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
     Raises:
         LayoutError: the degrees do not fit the devices.
     """
+    hardware = config.hardware
+    layout = resolve_layout(config.layout, job_devices(hardware, target, world))
+    precision = _precision(config, target)
     if target.strategy == "xla":
         from orchestrator.strategies.xla import XlaStrategy
 
-        devices = world.size * device_count(config.hardware, target, target.probe())
-        return XlaStrategy(target, world, resolve_layout(config.layout, devices), _precision(config, target))
-    layout = resolve_layout(config.layout, world.size)
-    precision = _precision(config, target)
+        return XlaStrategy(target, world, layout, precision, hardware.timeout_seconds)
     if target.strategy == "dtensor":
         from orchestrator.strategies.dtensor import DTensorStrategy
 
-        hardware = config.hardware
         return DTensorStrategy(
             target, world, layout, precision, timeout_seconds=hardware.timeout_seconds, compile=hardware.compile
         )

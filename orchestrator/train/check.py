@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.config.schema import ModelConfig, RunConfig
-from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, UserError
+from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.hardware.mesh import slices_problem
 from orchestrator.sharding.layout import check_layout, resolve_layout
 
 
@@ -28,15 +29,8 @@ def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, sl
     try:
         layout = resolve_layout(config.layout, devices)
         problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
-        if layout.replicate % slices:
-            problems.append(
-                LayoutError(
-                    "whole copies of the model go to each slice: the network between slices is slow",
-                    got=f"layout.replicate={layout.replicate} on {slices} slices",
-                    allowed=f"a multiple of {slices}",
-                    fix=f"set layout.replicate={slices}",
-                )
-            )
+        if problem := slices_problem(layout.replicate, slices):
+            problems.append(problem)
     except UserError as error:
         problems.append(error)
     if problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -91,8 +90,7 @@ class LanguageModule(lightning.LightningModule):
     def _seed_dropout(self, micro_step: int) -> None:
         # A function of the position in the run, so that a resumed run draws the same masks without saved state.
         if self._dropout:
-            key = f"dropout/{self.config.seed}/{self.step}/{micro_step}/{self.parallel.rank}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+            self.parallel.seed_masks(f"dropout/{self.config.seed}/{self.step}/{micro_step}")
 
 
 @torch.no_grad()

@@ -63,6 +63,10 @@ class StagingStrategy(XlaStrategy):
         with mock.patch("torch_xla.runtime.global_runtime_device_count", return_value=self.layout.devices):
             super().join()
 
+    def _devices(self) -> list[Mapping[str, Any]]:
+        # Where devices are is the compiler's matter: `launch.tpu_compiler` lays the mesh over them.
+        return [{}] * self.layout.devices
+
     def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
         # The zeros that would be sent are made on meta: of them only the shape is used.
         with torch.device("meta"):
@@ -102,6 +106,7 @@ class Staged:
     Attributes:
         program: StableHLO text; every argument has its partition, those that the step updates are given away.
         layout: degrees of the mesh axes, filled in.
+        degrees: the same as numbers, of all axes.
         parameters: elements of the model.
         arguments: placeholders that the program reads.
         micro_batch: sequences of the one backward pass in it, over all devices.
@@ -110,6 +115,7 @@ class Staged:
 
     program: str
     layout: str
+    degrees: tuple[int, ...]
     parameters: int
     arguments: int
     micro_batch: int
@@ -142,7 +148,8 @@ def stage(config: RunConfig) -> Staged:
         text: bytes = torch_xla._XLAC._get_stablehlo(results, "", [], False)
     program, arguments = _declare(text.decode())
     size = sum(parameter.numel() for _, parameter in local_parameters(model))
-    return Staged(program, str(parallel.layout), size, arguments, micro_batch, -(-sequences // micro_batch))
+    layout, passes = parallel.layout, -(-sequences // micro_batch)
+    return Staged(program, str(layout), tuple(layout.as_dict().values()), size, arguments, micro_batch, passes)
 
 
 def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np.ndarray]) -> list[Tensor]:

@@ -19,8 +19,8 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import CheckpointError, ConfigErrors
-from orchestrator.hardware.registry import device_count, resolve
-from orchestrator.hardware.world import OWN_PREFIX, World, detect
+from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
+from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
 from orchestrator.train.check import check_run
@@ -45,7 +45,7 @@ def start(composed: Composed) -> int:
     Raises:
         UserError: what is wrong, before anything was started or written.
     """
-    world = detect(os.environ)
+    world = find_world(composed.config.hardware, os.environ)
     if world is None:
         return _start_local(_settle(composed, verify=True))
     return _join_external(_settle(composed, verify=world.rank == 0), world)
@@ -85,13 +85,15 @@ def _start_local(plan: Plan) -> int:
 
 
 def _join_external(plan: Plan, world: World) -> int:
-    """Be one of the processes that torchrun or Slurm has started."""
+    """Be one of the processes that torchrun, Slurm or the user has started, on TPUs one per host."""
     target = resolve(plan.config.hardware)
-    check_run(plan.config, world.size)
+    devices, slices = job_devices(plan.config.hardware, target, world), target.slices()
+    check_run(plan.config, devices, slices=slices)
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
-    check_run(plan.config, world.size, prepare(plan.config.data, progress=world.local_rank == 0).vocab_size)
+    vocab_size = prepare(plan.config.data, progress=world.local_rank == 0).vocab_size
+    check_run(plan.config, devices, vocab_size, slices)
 
     from orchestrator.train.run import work
 

@@ -29,7 +29,7 @@ def test_every_chip_has_constants_that_make_sense(chip):
 
 
 def test_auto_is_the_vendors_default():
-    assert calibration.calibration(CHIPS.get("h100-sxm")).stack == "megatron"
+    assert calibration.calibration(CHIPS.get("h100-sxm")).stack == "typical-nvidia"
     assert calibration.calibration(CHIPS.get("tpu-v5p")).stack == "maxtext"
     assert calibration.calibration(CHIPS.get("cpu-generic")).stack == "orchestrator"
 

@@ -121,6 +121,13 @@ def test_a_chip_without_a_measured_rate_takes_a_share_of_its_peak():
     assert amd.products == pytest.approx(784.9e12 / 1307e12 * 2610e12)
 
 
+def test_a_constant_in_place_of_a_measured_rate_is_marked():
+    assert estimate_time(job(), cluster("h100-sxm", 8), ParallelPlan(fsdp=8)).estimated == ()
+    assert estimate_time(job(), cluster("tpu-v5p", 8), ParallelPlan(fsdp=8)).estimated == ("achievable_bf16_flops",)
+    amd = estimate_time(job(precision="fp8"), cluster("mi325x", 8), ParallelPlan(fsdp=8))
+    assert amd.estimated == ("achievable_fp8_flops",)
+
+
 def test_what_is_unknown_is_named():
     pods = Cluster(cluster("tpu-v7x", 1).chip, 2 * 9216)
     plan = ParallelPlan(replicate=2, fsdp=2 * 9216)

@@ -133,9 +133,10 @@ def test_every_checkpoint_loads_everywhere_bitwise(runs, target, tmp_path):
     assert len({result["tokens"] for result in results}) == 1
 
 
-def test_resume_is_bitwise_on_the_same_layout(runs, tmp_path):
-    whole = runs(*XLA["fsdp2_tensor2"])
-    words = small_overrides(runs.tmp, *XLA["fsdp2_tensor2"], f"runs_dir={tmp_path}")
+@pytest.mark.parametrize("features", [[], ["model.dropout=0.1"]], ids=["plain", "dropout"])
+def test_resume_is_bitwise_on_the_same_layout(runs, tmp_path, features):
+    whole = runs(*XLA["fsdp2_tensor2"], *features)
+    words = small_overrides(runs.tmp, *XLA["fsdp2_tensor2"], *features, f"runs_dir={tmp_path}")
     result = run("train", *words, f"resume={checkpoint(whole, 10)}")
     assert result.returncode == 0, result.stderr
     resumed = only_run(tmp_path)
