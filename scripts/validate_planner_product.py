@@ -2,7 +2,7 @@
 
 Both were taken without devices and are kept as data (`tests/planner/data/product_*.yaml`), so that the comparison takes
 a second. A line of `CASES` reads: model, degrees of the layout, then `seq=` tokens, `batch=` sequences of a micro-batch
-and data-parallel group, `micro=` micro-batches, precision, `remat=`, and `mask` where attention stays within documents.
+and data-parallel group, `micro=` micro-batches, `vocab=` tokens where the model leaves them to the tokenizer, precision, `remat=`, and `mask` where attention stays within documents.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[1]
 TRACES = ROOT / "tests" / "planner" / "data" / "product_traces.yaml"
 COMPILED = ROOT / "tests" / "planner" / "data" / "product_compiled.yaml"
 DOCUMENT = ROOT / "docs" / "planner-accuracy-product.md"
-MARK = "<!-- {} -->"
 GIB = 2**30
 VOCABULARY = 4096  # of models that leave it to the tokenizer
+CHIPS = {"v5e": "tpu-v5e", "v5p": "tpu-v5p", "v6e": "tpu-v6e"}
 
 CASES = """
 tiny seq=256 batch=16 fp32
@@ -119,7 +119,8 @@ class Case:
             ]
         ).config
         if config.model.vocab_size == "auto":
-            config = replace(config, model=replace(config.model, vocab_size=VOCABULARY))
+            size = int(self._words.get("vocab", VOCABULARY))
+            config = replace(config, model=replace(config.model, vocab_size=size))
         return config
 
     @cached_property
@@ -170,7 +171,8 @@ def trace(limit: float) -> None:
 
 def traced_table() -> tuple[list[str], list[float]]:
     """Rows of the table, and the relative errors of the peaks."""
-    known, lines, errors = read(TRACES), [], []
+    known, errors = read(TRACES), []
+    lines = ["| case | predicted GiB | traced GiB | error | fullest in |", "|---|---|---|---|---|"]
     for case in cases():
         if case.text not in known:
             continue
@@ -183,6 +185,18 @@ def traced_table() -> tuple[list[str], list[float]]:
     return lines, errors
 
 
+def compiled_table() -> tuple[list[str], list[float]]:
+    """The same of programs that the TPU's compiler has compiled, with `rehearse`."""
+    errors = []
+    lines = ["| case | topology | predicted GiB | compiled GiB | error |", "|---|---|---|---|---|"]
+    for text, found in read(COMPILED).items():
+        case, topology, peak = Case(text), found["topology"], found["peak_bytes"]
+        predicted = case.predict(CHIPS[topology.partition(":")[0]]).total
+        errors.append(predicted / peak - 1)
+        lines.append(f"| {text} | {topology} | {predicted / GIB:.2f} | {peak / GIB:.2f} | {100 * errors[-1]:+.1f}% |")
+    return lines, errors
+
+
 def summary(errors: Sequence[float]) -> str:
     sizes = sorted(map(abs, errors))
     p90 = sizes[math.ceil(0.9 * len(sizes)) - 1]
@@ -190,6 +204,15 @@ def summary(errors: Sequence[float]) -> str:
         f"{len(sizes)} cases: median absolute error {100 * statistics.median(sizes):.1f}%, 90th percentile "
         f"{100 * p90:.1f}%, largest {100 * sizes[-1]:.1f}%."
     )
+
+
+def renew(name: str, lines: Sequence[str]) -> None:
+    """Put `lines` into the document, between the marks of `name`."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    assert mark and end, f"{DOCUMENT} has no place for {name}"
+    DOCUMENT.write_text(before + mark + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
 
 
 def main() -> None:
@@ -200,9 +223,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.trace:
         trace(arguments.limit)
-    lines, errors = traced_table()
-    head = ["| case | predicted GiB | traced GiB | error | fullest in |", "|---|---|---|---|---|"]
-    print("\n".join([*head, *lines, "", summary(errors)]))
+    tables = {"traced": traced_table(), "compiled": compiled_table()}
+    for name, (lines, errors) in tables.items():
+        told = [*lines, "", summary(errors)]
+        print("\n".join(["", name, *told]))
+        if arguments.write:
+            renew(name, told)
 
 
 if __name__ == "__main__":
