@@ -2,7 +2,8 @@
 
 Both were taken without devices and are kept as data (`tests/planner/data/product_*.yaml`), so that the comparison takes
 a second. A line of `CASES` reads: model, degrees of the layout, then `seq=` tokens, `batch=` sequences of a micro-batch
-and data-parallel group, `micro=` micro-batches, `vocab=` tokens where the model leaves them to the tokenizer, precision, `remat=`, and `mask` where attention stays within documents.
+and data-parallel group, `micro=` micro-batches, `vocab=` where the model leaves it to the tokenizer, precision,
+`remat=`, and `mask` where attention stays within documents.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def renew(name: str, lines: Sequence[str]) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     before, mark, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
-    assert mark and end, f"{DOCUMENT} has no place for {name}"
+    assert end, f"{DOCUMENT} has no place for {name}"
     DOCUMENT.write_text(before + mark + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Bytes per device at the peak of a step of the product's own torch-native strategy (`strategies/dtensor.py`).
+"""Bytes per device at the peak of a step of the product's own strategies.
 
 Unlike `memory`, which stands for any software, this follows one program, moment by moment: the loss, where all
 activations are alive and the logits are added; the backward pass of the last layer, of the first one, and of the
@@ -18,6 +18,8 @@ from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, Paral
 from orchestrator.planner.work import layer_elements
 
 FP32 = 4
+TPU_LANES = 128
+XLA_BLOCK = 512  # queries whose scores exist at one time, as in `strategies/xla.py`
 
 
 def covers(job: JobSpec, plan: ParallelPlan) -> bool:
@@ -70,7 +72,26 @@ class _Sizes:
 
     @property
     def wide(self) -> int:
+        """Bytes of an element of the residual stream and of gathered weights: fp32 under XLA's autocast."""
+        return FP32 if self.compiled else self.narrow
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of an element that the matrix products take."""
         return self.job.element_bytes
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the XLA strategy runs this, and a compiler decides what is kept when."""
+        return self.constants.vendor in ("google", "aws")
+
+    @property
+    def strip(self) -> float:
+        """Scores and weights of one block of queries and the gradients of both, where no kernel does without them."""
+        if not self.compiled:
+            return 0.0
+        heads, rows = self.shape.heads / self.plan.tensor, min(XLA_BLOCK, self.job.seq_len)
+        return 4 * FP32 * self.plan.micro_batch * heads * rows * self.job.seq_len
 
     @property
     def tokens(self) -> float:
@@ -78,20 +99,27 @@ class _Sizes:
 
     @property
     def split(self) -> float:
-        return self.tokens / self.plan.tensor
+        """Tokens of the residual stream. XLA's strategy leaves it whole over the tensor axis."""
+        return self.tokens if self.compiled else self.tokens / self.plan.tensor
 
     @property
     def wrapped(self) -> bool:
-        """Whether `fully_shard` is there: not for a single device in fp32."""
+        """Whether parameters are split and gathered: not for a single device in fp32."""
         return self.plan.devices > 1 or self.wide < FP32
 
     @property
+    def head_dim(self) -> int:
+        """With what fills the vector registers of a TPU, where arrays are laid out by heads."""
+        width = self.shape.head_dim
+        return math.ceil(width / TPU_LANES) * TPU_LANES if self.constants.vendor == "google" else width
+
+    @property
     def queries(self) -> float:
-        return self.shape.heads * self.shape.head_dim / self.plan.tensor
+        return self.shape.heads * self.head_dim / self.plan.tensor
 
     @property
     def keys(self) -> float:
-        return self.shape.kv_heads * self.shape.head_dim / self.plan.tensor
+        return self.shape.kv_heads * self.head_dim / self.plan.tensor
 
     @property
     def hidden(self) -> float:
@@ -130,17 +158,17 @@ class _Sizes:
 
     @property
     def _fused(self) -> bool:
-        return self.shape.layer_norm or self.constants.fused_norms
+        return self.shape.layer_norm or self.constants.fused_norms or self.compiled
 
     @cached_property
     def everything(self) -> float:
         """What a layer keeps without remat: norms and what they give to the products, attention, feed-forward."""
-        wide, shape = self.wide, self.shape
-        size = 2 * self._norm(shape.dim, self.split, self._fused) + 2 * wide * self.tokens * shape.dim
+        narrow, shape = self.narrow, self.shape
+        size = 2 * self._norm(shape.dim, self.split, self._fused) + 2 * narrow * self.tokens * shape.dim
         if shape.qk_norm:
-            size += self._norm(self.queries + self.keys, self.tokens, self.constants.fused_norms)
-        size += wide * self.tokens * (2 * self.queries + 2 * self.keys * self.plan.context) + self._statistics
-        return size + wide * self.tokens * self.hidden * (4 if shape.gated else 2)
+            size += self._norm(self.queries + self.keys, self.tokens, self._fused)
+        size += narrow * self.tokens * (2 * self.queries + 2 * self.keys * self.plan.context) + self._statistics
+        return size + narrow * self.tokens * self.hidden * (4 if shape.gated else 2)
 
     @property
     def _statistics(self) -> float:
@@ -156,7 +184,7 @@ class _Sizes:
         if self.plan.remat == "full":
             return entry
         products = 2 * self.queries + 2 * self.keys + 2 * self.shape.dim + (2 if self.shape.gated else 1) * self.hidden
-        return entry + self.wide * self.tokens * products + self._statistics
+        return entry + self.narrow * self.tokens * products + self._statistics
 
     @cached_property
     def again(self) -> float:
@@ -166,7 +194,7 @@ class _Sizes:
         if self.plan.remat == "full":
             return self.everything
         shared = self.queries + self.keys + (2 if self.shape.gated else 1) * self.hidden
-        return self.everything - self.wide * self.tokens * shared - self._statistics
+        return self.everything - self.narrow * self.tokens * shared - self._statistics
 
     @property
     def _shared(self) -> float:
@@ -174,19 +202,25 @@ class _Sizes:
         job, shape, wide = self.job, self.shape, self.wide
         size = 0.0 if shape.learned_positions else 2 * FP32 * self.tokens * shape.head_dim
         windowed = shape.window is not None and shape.window < job.seq_len
-        if job.document_mask or windowed or self.plan.context > 1:
+        if not self.compiled and (job.document_mask or windowed or self.plan.context > 1):
             rows = self.plan.micro_batch if job.document_mask else 1
             size += wide * rows * job.seq_len**2 / self.plan.context
         return size
 
     # --- moments ----------------------------------------------------------------------------------
 
-    def _accumulated(self, layers: float) -> float:
-        """Gradients of the layers and of what is outside, at the end of a micro-batch that is not the last.
+    @property
+    def _accumulated(self) -> float:
+        """Gradients that earlier micro-batches have left.
 
-        Micro-batches before the last reduce nothing, so what they leave is whole, in fp32.
+        Only the last one's are reduced, so these are whole, in fp32; with a tensor axis the embedding's even has the
+        rows of all ranks. On XLA they are cut as the parameters are.
         """
-        return FP32 * (layers * self.layer + self.outside) if self._several else 0.0
+        if not self._several:
+            return 0.0
+        if self.compiled:
+            return FP32 * self.owned
+        return FP32 * (self.whole + (self.plan.tensor - 1) * self.vocabulary)
 
     @property
     def _several(self) -> bool:
@@ -208,16 +242,17 @@ class _Sizes:
             * shape.vocab
             / self.plan.tensor
         )
-        if wide == FP32:
+        narrow = self.narrow
+        if narrow == FP32:
             logits = FP32 * chunk
         else:
-            logits = max((FP32 + wide) * chunk, wide * (chunk + self.vocabulary))
+            logits = max((FP32 + narrow) * chunk, narrow * (chunk + self.vocabulary))
         gathered = 0.0
         if self.wrapped:
             # The buffer of the last gather lives until the next one.
             gathered = self._root + wide * (self.layer if shape.tied else 2 * self.vocabulary)
         return _Moment(
-            gradients=self._accumulated(shape.layers),
+            gradients=self._accumulated,
             activations=shape.layers * self.kept + final + self._shared,
             logits=logits + FP32 * self.vocabulary,
             communication=gathered,
@@ -227,58 +262,57 @@ class _Sizes:
         """What a layer's backward pass makes: in the feed-forward, or with a tensor axis in attention's gathering."""
         wide, dim = self.wide, self.shape.dim
         gathered = wide * self.tokens * dim
-        inner = wide * (2 * self.tokens * self.hidden + self.hidden * dim)
+        inner = self.narrow * (2 * self.tokens * self.hidden + self.hidden * dim)
         if self.plan.tensor == 1:
-            return inner + gathered
+            return max(inner, self.strip) + gathered
         # The gathered gradient is received, in one piece, and laid out; by then the feed-forward's part is free.
-        free = wide * self.tokens * self.hidden * (4 if self.shape.gated else 2)
-        return wide * self.split * dim + max(inner + gathered, 3 * gathered - free)
+        free = self.narrow * self.tokens * self.hidden * (4 if self.shape.gated else 2)
+        return wide * self.split * dim + max(inner + gathered, 3 * gathered - free, self.strip)
 
     def last_layer(self) -> _Moment:
         """In the backward pass of the layer that goes first, while the head's gradient is being reduced."""
-        head = self.vocabulary
-        moving, gradients = 0.0, self._accumulated(self.shape.layers)
-        if not self.wrapped:
-            gradients = gradients or FP32 * head
-        else:
+        head, moving, gradients = self.vocabulary, 0.0, self._accumulated
+        if self.wrapped:
             moving = self._root + 2 * self.wide * self.layer
-            if self.shape.tied:
-                gradients += 0.0 if self._several else self.wide * head
+        if not self._several:
+            if not self.wrapped:
+                gradients = FP32 * head
+            elif self.shape.tied:
+                gradients = self.wide * head
             else:
-                moving += FP32 * head
-                gradients += FP32 * head / self.plan.shards - (FP32 * head if self._several else 0.0)
+                gradients, moving = FP32 * head / self.plan.shards, moving + FP32 * head
         activations = self.shape.layers * self.kept + self.again + self._shared + self._working()
         return _Moment(gradients, activations, 0.0, moving)
 
     def first_layer(self) -> _Moment:
         """In the backward pass of the layer that goes last, with the gradients of all others reduced."""
-        layers = self.shape.layers - 1
-        moving, owned = 0.0, layers * self.layer + (0 if self.shape.tied else self.vocabulary)
+        moving, gradients = 0.0, self._accumulated
         if self.wrapped:
-            gradients = FP32 * owned / self.plan.shards + self._accumulated(1)
-            if self._several and not self.shape.tied:
-                gradients -= FP32 * self.vocabulary
-            elif self.shape.tied and not self._several:
-                gradients += self.wide * self.vocabulary
-            moving = self._root + (2 * self.wide + FP32) * self.layer
-        else:
-            gradients = FP32 * self.whole if self._several else FP32 * (layers * self.layer + self.vocabulary)
+            moving = self._root + 2 * self.wide * self.layer
+        if not self._several:
+            done = (self.shape.layers - 1) * self.layer
+            if not self.wrapped:
+                gradients = FP32 * (done + self.vocabulary)
+            else:
+                moving += FP32 * self.layer
+                head = (self.wide if self.shape.tied else FP32 / self.plan.shards) * self.vocabulary
+                gradients = FP32 * done / self.plan.shards + head
         return _Moment(gradients, self.kept + self.again + self._shared + self._working(), 0.0, moving)
 
     def embedding(self) -> _Moment:
         """In the backward pass of the embedding, whose gradient is whole, and then reduced."""
-        rows = self.vocabulary * self.plan.tensor  # torch cuts it to this rank's rows afterwards
-        gradients = FP32 * (self.whole - self.vocabulary) / self.plan.shards
+        tied, words = self.shape.tied, self.vocabulary
+        rows = words * self.plan.tensor  # torch cuts it to this rank's rows afterwards
         entry = self.wide * self.split * self.shape.dim
+        done = FP32 * (self.whole - words) / self.plan.shards
         if not self.wrapped:
-            return _Moment(gradients + FP32 * self.vocabulary * (2 if self.shape.tied or self._several else 1), entry)
+            return _Moment(done + FP32 * words * (2 if tied or self._several else 1), entry)
         # Of a tied matrix there are the head's gradient, the embedding's, and their sum.
-        whole = self.wide * (rows + (2 * self.vocabulary if self.shape.tied else 0))
-        gathered = max(self._root, self.wide * self.vocabulary)
-        before = whole + gathered + FP32 * self.layer
-        after = self.wide * self.vocabulary + FP32 * self.vocabulary * (1 + 1 / self.plan.shards)
-        held = FP32 * self.vocabulary if self._several else 0.0
-        return _Moment(gradients + held, entry, 0.0, max(before, after))
+        made = self.wide * (rows + (2 * words if tied else 0)) + max(self._root, self.wide * words)
+        if self._several:
+            return _Moment(self._accumulated, entry, 0.0, made)
+        reduced = self.wide * words + FP32 * words * (1 + 1 / self.plan.shards)
+        return _Moment(done, entry, 0.0, max(made + FP32 * self.layer, reduced))
 
     def update(self) -> _Moment:
         return _Moment(gradients=FP32 * self.owned)

@@ -7,7 +7,7 @@ hundreds and be watched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -67,3 +67,8 @@ class TracedStrategy(DTensorStrategy):
 def local_storage(tensor: Any) -> Any:
     """Where this rank's part of a tensor is kept."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
+
+def is_split(types: Iterable[type]) -> bool:
+    """Whether an operation on tensors of these types is one on whole tensors, of which a rank has parts."""
+    return any(issubclass(kind, DTensor) for kind in types)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -29,7 +28,7 @@ from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import local_parameters
-from orchestrator.strategies.traced import TracedStrategy, local_storage
+from orchestrator.strategies.traced import TracedStrategy, is_split, local_storage
 from orchestrator.train.build import make_trainer, micro_batch_size, place_model
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
@@ -211,7 +210,7 @@ class _Watch(TorchDispatchMode):
         self._phase = phase
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if is_split(types):
             return NotImplemented  # it comes back as what it does to the local parts
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.planner.memory import estimate_memory
 from orchestrator.planner.native import covers
 from orchestrator.planner.spec import ParallelPlan
-from scripts.validate_planner_product import TRACES, Case, cases, read
+from scripts.validate_planner_product import CHIPS, COMPILED, TRACES, Case, cases, read
 from tests.planner.shapes import LLAMA_8B, MIXTRAL, cluster, job
 
 RECORDED = read(TRACES)
@@ -29,6 +29,18 @@ def test_every_case_has_a_trace_and_half_of_them_are_within_three_percent():
     errors = [abs(case.predict().total / max(RECORDED[case.text].values()) - 1) for case in cases()]
     assert len(errors) >= 20
     assert statistics.median(errors) < 0.03
+
+
+def test_compiled_programs_stay_within_what_is_claimed():
+    errors = {}
+    for text, found in read(COMPILED).items():
+        predicted = Case(text).predict(CHIPS[found["topology"].partition(":")[0]]).total
+        errors[text] = abs(predicted / found["peak_bytes"] - 1)
+    assert len(errors) >= 6
+    assert statistics.median(errors.values()) < 0.1
+    # GPT-2's program needs a third more than is predicted, and why is not known.
+    assert max(error for text, error in errors.items() if "gpt2" not in text) < 0.2
+    assert max(errors.values()) < 0.35
 
 
 def test_remat_keeps_less_and_shards_own_less():
