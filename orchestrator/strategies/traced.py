@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from orchestrator.models.decoder import Decoder
@@ -47,6 +48,11 @@ class TracedStrategy(DTensorStrategy):
             mock.patch.object(dist, "new_group", return_value=None),
         ):
             super().join()
+
+    def leave(self) -> None:
+        super().leave()
+        # It remembers the groups of this world, which the next one's equal mesh would be given.
+        _clear_sharding_prop_cache()
 
     def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
         allocate = model.to_empty

@@ -179,29 +179,26 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, model: Decoder, optimizer: torch.optim.Optimizer):
         super().__init__()
-        self._model = model
+        self._model, self._optimizer = model, optimizer
         self._made: dict[int, tuple[weakref.ref[Any], _About]] = {}
-        self._fixed: dict[int, str] = {}
-        for _, parameter in local_parameters(model):
-            self._keep("parameters", parameter)
-            for value in optimizer.state[parameter].values():
-                self._keep("optimizer", value)
         self._phase = PHASES[0]
         self._peaks: dict[str, tuple[int, list[tuple[str, int, _About]]]] = {}
+        for _, tensor in self._state():
+            self._note(local_storage(tensor), ("", tuple(tensor.shape), str(tensor.dtype)))
 
-    def _keep(self, kind: str, tensor: Tensor) -> None:
-        storage = local_storage(tensor)
-        self._fixed[id(storage)] = kind
-        self._note(storage, ("", tuple(tensor.shape), str(tensor.dtype)))
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a rank has for good, by what it is for. FSDP may put another tensor in a parameter's place."""
+        for _, parameter in local_parameters(self._model):
+            yield "parameters", parameter
+            if parameter.grad is not None:
+                yield "gradients", parameter.grad
+            for value in self._optimizer.state[parameter].values():
+                yield "optimizer", value
 
     def _note(self, storage: Any, about: _About) -> None:
         key = id(storage)
         if key not in self._made:
-            self._made[key] = (weakref.ref(storage, lambda _: self._forget(key)), about)
-
-    def _forget(self, key: int) -> None:
-        self._made.pop(key, None)
-        self._fixed.pop(key, None)
+            self._made[key] = (weakref.ref(storage, lambda _: self._made.pop(key, None)), about)
 
     def clear(self) -> None:
         self._peaks.clear()
@@ -225,10 +222,7 @@ class _Watch(TorchDispatchMode):
         alive = [(key, storage.nbytes(), about) for key, (ref, about) in self._made.items() if (storage := ref())]
         total = sum(size for _, size, _ in alive)
         if total > self._peaks.get(self._phase, (-1, []))[0]:
-            kinds = dict(self._fixed)
-            for _, parameter in local_parameters(self._model):
-                if parameter.grad is not None:
-                    kinds[id(local_storage(parameter.grad))] = "gradients"
+            kinds = {id(local_storage(tensor)): kind for kind, tensor in self._state()}
             named = [(kinds.get(key, "working"), size, about) for key, size, about in alive if size]
             self._peaks[self._phase] = (total, named)
 
