@@ -142,38 +142,29 @@ def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Cal
 
 
 def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Rates:
-    """The achievable rates of one device; unknown peaks are named and count as bf16's."""
+    """The achievable rates of one device; unknown peaks are named, and fp8's and fp32's then count as bf16's."""
     chip, parts = cluster.chip, cluster.chip.logical_devices_per_chip
-    unknown, estimated = [], []
-    bf16 = chip.bf16_flops.value
-    if bf16 is None:
-        unknown.append("bf16_flops")
-        bf16 = math.inf
+    unknown = [name for name in ("bf16_flops", "hbm_bandwidth") if not getattr(chip, name).known]
+    estimated = []
+    peak = math.inf if chip.bf16_flops.value is None else chip.bf16_flops.value
+    share = constants.achievable
     if chip.achievable_bf16_flops.value is None:
         estimated.append("achievable_bf16_flops")
-    wide = (chip.achievable_bf16_flops.value or constants.achievable * bf16) * constants.gemm
-    wide *= constants.sustained
-    products = wide
-    if precision == "fp8":
-        fp8 = chip.fp8_flops.value
-        if fp8 is None:
-            unknown.append("fp8_flops")
-        else:
-            if chip.achievable_fp8_flops.value is None:
-                estimated.append("achievable_fp8_flops")
-            share = (chip.achievable_bf16_flops.value or constants.achievable * bf16) / bf16
-            products = (chip.achievable_fp8_flops.value or share * fp8) * constants.gemm_fp8
-            products *= constants.sustained_fp8
-    elif precision == "fp32":
-        if chip.fp32_flops.value is None:
-            unknown.append("fp32_flops")
-        else:
-            products = wide = chip.fp32_flops.value * constants.achievable * constants.gemm
-    memory = chip.hbm_bandwidth.value
-    if memory is None:
-        unknown.append("hbm_bandwidth")
-        memory = math.inf
-    attention = bf16 * constants.attention * constants.attention_scale
+    elif math.isfinite(peak):
+        share = chip.achievable_bf16_flops.value / peak
+    products = wide = share * peak * constants.gemm * constants.sustained
+    if precision == "fp8" and chip.fp8_flops.value is not None:
+        if chip.achievable_fp8_flops.value is None:
+            estimated.append("achievable_fp8_flops")
+        rate = chip.achievable_fp8_flops.value or share * chip.fp8_flops.value
+        products = rate * constants.gemm_fp8 * constants.sustained_fp8
+    elif precision == "fp32" and chip.fp32_flops.value is not None:
+        peak = chip.fp32_flops.value
+        products = wide = constants.achievable * peak * constants.gemm
+    elif precision != "bf16":
+        unknown.append(f"{precision}_flops")
+    attention = peak * constants.attention * constants.attention_scale
+    memory = math.inf if chip.hbm_bandwidth.value is None else chip.hbm_bandwidth.value
     return Rates(products / parts, wide / parts, attention / parts, memory / parts, tuple(unknown), tuple(estimated))
 
 

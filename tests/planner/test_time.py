@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.chips.catalogue import Figure
 from orchestrator.errors import ConfigError
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.memory import estimate_memory
@@ -138,6 +140,23 @@ def test_what_is_unknown_is_named():
     assert given.unknown == ()
     assert given.replicate > 0
     assert "fp8_flops" in estimate_time(job(precision="fp8"), cluster("a100-80", 8), ParallelPlan(fsdp=8)).unknown
+
+
+def test_a_chip_of_which_nothing_is_known_gives_a_lower_bound_that_says_so():
+    chip = replace(NODE.chip, bf16_flops=Figure(None, "FLOP/s"), hbm_bandwidth=Figure(None, "byte/s"))
+    chip = replace(chip, achievable_bf16_flops=Figure(None, "FLOP/s"), achievable_fp8_flops=Figure(None, "FLOP/s"))
+    for precision in ("bf16", "fp8"):
+        found = estimate_time(job(precision=precision), Cluster(chip, 8), ParallelPlan(fsdp=8))
+        assert {"bf16_flops", "hbm_bandwidth"} <= set(found.unknown)
+        assert math.isfinite(found.step)
+        assert found.step > 0
+
+
+def test_fp32_runs_at_fp32s_rate():
+    chip = replace(NODE.chip, fp32_flops=Figure(67e12, "FLOP/s", "test"))
+    found = estimate_time(job(precision="fp32"), Cluster(chip, 8), ParallelPlan(fsdp=8))
+    assert found.unknown == ()
+    assert found.compute > 5 * estimate_time(job(), NODE, ParallelPlan(fsdp=8)).compute
 
 
 def test_a_plan_that_does_not_fit_the_job_or_the_cluster_is_refused():
