@@ -64,6 +64,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or does not fit the run."""
 
 
+class HandoverError(CheckpointError):
+    """A checkpoint computes something else where it was loaded than where it was saved."""
+
+
 class MissingExtraError(UserError):
     """An optional dependency is not installed."""
 

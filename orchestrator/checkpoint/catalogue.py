@@ -6,26 +6,40 @@ import contextlib
 from collections.abc import Callable
 
 from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
-from orchestrator.checkpoint.storage import AnyPath, remove_tree
+from orchestrator.checkpoint.signing import Trust
+from orchestrator.checkpoint.storage import AnyPath, children, remove_file, remove_tree, size_of, there
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError
 
 
 def committed(parent: AnyPath) -> list[AnyPath]:
-    """Directories with a manifest, newest first."""
+    """Directories with a manifest, newest first.
+
+    Raises:
+        CheckpointError: they cannot be listed.
+    """
+    try:
+        return _committed(parent)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints cannot be listed: {error.strerror or error}", got=parent) from error
+
+
+def _committed(parent: AnyPath) -> list[AnyPath]:
     found = []
-    for path in parent.iterdir() if parent.is_dir() else ():
+    for path in children(parent):
         match = DIRECTORY.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
+        if match and size_of(path / MANIFEST) is not None:
             found.append((int(match[1]), int(match[2] or 1), path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def newest_valid(parent: AnyPath, verify: bool, report: Callable[[str], object]) -> AnyPath | None:
+def newest_valid(
+    parent: AnyPath, verify: bool, report: Callable[[str], object], trust: Trust = Trust()
+) -> AnyPath | None:
     """The newest checkpoint that passes its checks; `report` is told of each one that does not."""
     for path in committed(parent):
         try:
-            checkpoint = Checkpoint(path)
+            checkpoint = Checkpoint(path, trust)
             if verify:
                 checkpoint.verify()
         except CheckpointError as error:
@@ -35,21 +49,32 @@ def newest_valid(parent: AnyPath, verify: bool, report: Callable[[str], object])
     return None
 
 
+def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
+    """All but the `keep_last` newest checkpoints, at least one, and those at multiples of `keep_every_steps`."""
+    found = []
+    for path in committed(parent)[max(1, keep_last) :]:
+        match = DIRECTORY.fullmatch(path.name)
+        assert match
+        if not keep_every_steps or int(match[1]) % keep_every_steps:
+            found.append(path)
+    return found
+
+
 def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
-    """Remove all but the `keep_last` newest checkpoints and those at multiples of `keep_every_steps`.
+    """Remove what is `removable`.
 
     Returns:
         The directories that were removed.
     """
-    removed = []
-    for path in committed(parent)[max(1, keep_last) :]:
-        match = DIRECTORY.fullmatch(path.name)
-        assert match
-        if keep_every_steps and int(match[1]) % keep_every_steps == 0:
-            continue
+    removed: list[AnyPath] = []
+    try:
+        old = removable(parent, keep_last, keep_every_steps)
+    except CheckpointError:
+        return removed  # a store that does not answer now: after the next save, then
+    for path in old:
         # Without its manifest it is no checkpoint: an interrupted removal leaves nothing half valid.
         try:
-            (path / MANIFEST).unlink()
+            remove_file(path / MANIFEST)
         except OSError:
             continue  # what cannot be removed stays whole, and training goes on
         with contextlib.suppress(OSError):
@@ -59,11 +84,18 @@ def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list
 
 
 def remove_uncommitted(parent: AnyPath) -> list[AnyPath]:
-    """Remove what saves left that never committed. Only whoever holds the run directory may call it."""
+    """Remove what saves left that never committed. Only whoever holds the run directory may call it.
+
+    Raises:
+        CheckpointError: the place cannot be listed.
+    """
     removed = []
-    for path in parent.iterdir() if parent.is_dir() else ():
-        if DIRECTORY.fullmatch(path.name) and not (path / MANIFEST).exists():
-            with contextlib.suppress(OSError):
-                remove_tree(path)
-            removed.append(path)
+    try:
+        found = [path for path in children(parent) if DIRECTORY.fullmatch(path.name) and not there(path / MANIFEST)]
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints cannot be listed: {error.strerror or error}", got=parent) from error
+    for path in found:
+        with contextlib.suppress(OSError):
+            remove_tree(path)
+        removed.append(path)
     return removed

@@ -2,36 +2,50 @@
 
     step-00000100/
         rank-00000.safetensors   the shards that rank 0 owned; one file per rank that owned any
+        sums.json                a sum over the bits of every tensor, the same for any way of cutting it
+        reference.safetensors    a small batch and a digest of its logits; handover.json: its loss and gradient norm
+        history.json             legs and metrics of the run so far
         state.json               step, data position, RNG scheme, schedule, provenance
         config.yaml              the resolved configuration
         tokenizer*.json          what turns text into the model's tokens
         manifest.json            every tensor, shard, file, size and hash; renamed into place last
 
 A directory without `manifest.json` is not a checkpoint. A checkpoint comes from strangers: nothing in it is
-unpickled or executed, and no name in it leaves the directory.
+unpickled or executed, and no name in it leaves the directory. docs/checkpoint-format.md is the specification.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
+import jsonschema_rs
 import numpy as np
 
+from orchestrator.checkpoint.storage import AnyPath, Piece, StoredFile, read_bounded
 from orchestrator.errors import CheckpointError
 
 FORMAT, VERSION = "orchestrator-checkpoint", 2
 MANIFEST, STATE, CONFIG, SIGNATURE = "manifest.json", "state.json", "config.yaml", "manifest.sig"
+SUMS = "sums.json"
 DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+FEATURES: frozenset[str] = frozenset()
+"""What a manifest may require of its reader: features without which it would be misread. None so far."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-_MAX_MANIFEST_BYTES = 1 << 28
-_MAX_DIMS = 16
+# Printable, and without what JSON escapes: nothing that a terminal obeys, and one spelling of each.
+_NAME = re.compile(r"[!#-\[\]-~]{1,512}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_MANIFEST_BYTES = 1 << 28
+_MAX_LOOSE_SHARDS = 1024
+_MAX_BESIDE_BYTES = 1 << 27  # of a file beside tensors: a header, or a tokenizer
+MAX_DIMS = 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -53,29 +67,6 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of a file and the hash of its content."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file's size, and the hashes of the pieces that it consists of, in order."""
-
-    bytes: int
-    pieces: tuple[Piece, ...]
-
-    def ranges(self) -> Iterator[tuple[int, Piece]]:
-        """Each piece with the offset where it begins."""
-        offset = 0
-        for piece in self.pieces:
-            yield offset, piece
-            offset += piece.bytes
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint holds. Making one proves that its shards cover every tensor exactly once."""
 
@@ -84,13 +75,19 @@ class Manifest:
     files: Mapping[str, StoredFile]
 
     def __post_init__(self) -> None:
+        room = {name: file.bytes for name, file in self.files.items()}
         for name, tensor in self.tensors.items():
+            _check_name(name, "the name of a tensor")
             check_cover(name, tensor)
             for shard in tensor.shards:
-                if shard.file not in self.files:
+                if shard.file not in room:
                     raise CheckpointError(
                         f"tensor '{name}' lies in a file that the manifest does not list", got=shard.file
                     )
+                room[shard.file] -= _elements(shard) * ITEM_BYTES[tensor.dtype]
+        if wrong := [name for name, left in room.items() if not 0 <= left <= _MAX_BESIDE_BYTES]:
+            # No file is read, which may be a hole of any size, for more than the tensors need and a header.
+            raise CheckpointError("the size of a file does not fit the tensors in it", got=", ".join(wrong[:3]))
 
     def to_json(self) -> str:
         body = {
@@ -103,21 +100,40 @@ class Manifest:
         return json.dumps({**body, "digest": _digest(body)}, separators=(",", ":"))
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest:
+    def read(cls, directory: AnyPath) -> Manifest:
         """Read and check `manifest.json`.
 
         Raises:
             CheckpointError: it is missing, damaged, of a newer version, or contradicts itself.
         """
-        path = directory / MANIFEST
+        return cls.parse(read_manifest(directory), directory)
+
+    @classmethod
+    def parse(cls, content: bytes, directory: AnyPath) -> Manifest:
+        """Check the content of the `manifest.json` of `directory`.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
         try:
-            return _parse(parse_json(read_bounded(path, _MAX_MANIFEST_BYTES)), directory)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError("not a checkpoint: it has no manifest.json", got=directory) from None
-        except OSError as error:
-            raise CheckpointError(f"the manifest cannot be read: {error.strerror}", got=path) from None
+            return _parse(parse_json(content), directory)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"the manifest is damaged: {error!r}", got=path) from None
+            raise CheckpointError(f"the manifest is damaged: {error!r}"[:300], got=directory / MANIFEST) from None
+
+
+def read_manifest(directory: AnyPath) -> bytes:
+    """The bytes of `manifest.json`.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = directory / MANIFEST
+    try:
+        return read_bounded(path, MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError("not a checkpoint: it has no manifest.json", got=directory) from None
+    except OSError as error:
+        raise CheckpointError(f"the manifest cannot be read: {error.strerror or error}", got=path) from None
 
 
 def check_cover(name: str, tensor: StoredTensor) -> None:
@@ -135,13 +151,17 @@ def check_cover(name: str, tensor: StoredTensor) -> None:
             raise CheckpointError(
                 f"a shard of '{name}' does not lie in the tensor", got=f"{shard.start}:{shard.stop} of {tensor.shape}"
             )
-    held = sum(math.prod(b - a for a, b in zip(shard.start, shard.stop, strict=True)) for shard in tensor.shards)
+    held = sum(_elements(shard) for shard in tensor.shards)
     size = math.prod(tensor.shape)
     if held != size or _overlap(tensor, dims):
         raise CheckpointError(
             f"the shards of '{name}' do not cover it exactly once",
             got=f"{held} elements in {len(tensor.shards)} shards for shape {tensor.shape} = {size} elements",
         )
+
+
+def _elements(shard: StoredShard) -> int:
+    return math.prod(b - a for a, b in zip(shard.start, shard.stop, strict=True))
 
 
 def _overlap(tensor: StoredTensor, dims: int) -> bool:
@@ -152,7 +172,11 @@ def _overlap(tensor: StoredTensor, dims: int) -> bool:
     stops = np.array([shard.stop for shard in tensor.shards], dtype=np.int64).reshape(count, dims)
     if _is_grid(starts, stops, tensor.shape):
         return False
-    # Any other set of boxes, each against all that follow.
+    # Any other set of boxes, each against all that follow: no layout cuts so, and the time grows with the square.
+    if count > _MAX_LOOSE_SHARDS:
+        raise CheckpointError(
+            "a tensor is cut into too many shards that are no grid", got=count, allowed=str(_MAX_LOOSE_SHARDS)
+        )
     for index in range(count - 1):
         low, high = np.maximum(starts[index], starts[index + 1 :]), np.minimum(stops[index], stops[index + 1 :])
         if (low < high).all(axis=1).any():
@@ -178,15 +202,23 @@ def _tensor_to_dict(tensor: StoredTensor) -> dict[str, Any]:
     return {"dtype": tensor.dtype, "shape": list(tensor.shape), "shards": shards}
 
 
-def _parse(data: Any, directory: Path) -> Manifest:
+def _parse(data: Any, directory: AnyPath) -> Manifest:
     if data["format"] != FORMAT:
-        raise CheckpointError("not a checkpoint of this product", got=str(data["format"])[:100], allowed=FORMAT)
+        raise CheckpointError("not a checkpoint of this product", got=_shown(data["format"]), allowed=FORMAT)
     if data["version"] != VERSION:
         raise CheckpointError(
             "the checkpoint has another format version",
-            got=str(data["version"])[:100],
+            got=_shown(data["version"]),
             allowed=str(VERSION),
             fix="read it with the version of the product that wrote it",
+        )
+    unknown = sorted(set(map(str, data.get("requires", []))) - FEATURES)
+    if unknown:
+        raise CheckpointError(
+            "the checkpoint needs what this version does not know",
+            got=_shown(", ".join(unknown)),
+            allowed=", ".join(FEATURES) or "nothing",
+            fix="read it with the version of the product that wrote it, or a newer one",
         )
     body = {key: value for key, value in data.items() if key != "digest"}
     if data["digest"] != _digest(body):
@@ -194,16 +226,30 @@ def _parse(data: Any, directory: Path) -> Manifest:
     files = {_safe(name): stored_from_dict(name, entry) for name, entry in data["files"].items()}
     tensors = {}
     for name, entry in data["tensors"].items():
+        _check_name(name, "the name of a tensor")
         if entry["dtype"] not in ITEM_BYTES:
             raise CheckpointError(
-                f"tensor '{name}' has an unknown dtype", got=entry["dtype"], allowed=", ".join(ITEM_BYTES)
+                f"tensor '{name}' has an unknown dtype", got=_shown(entry["dtype"]), allowed=", ".join(ITEM_BYTES)
             )
-        shards = tuple(
-            StoredShard(_safe(shard["file"]), str(shard["key"]), _counts(shard["start"]), _counts(shard["stop"]))
-            for shard in entry["shards"]
-        )
+        shards = tuple(_shard_from_dict(shard) for shard in entry["shards"])
         tensors[name] = StoredTensor(entry["dtype"], _counts(entry["shape"]), shards)
-    return Manifest(_count(data["step"]), tensors, files)
+    manifest = Manifest(_count(data["step"]), tensors, files)
+    # What other readers go by: nothing that the schema forbids is read here either.
+    if (problem := next(_schema().iter_errors(data), None)) is not None:
+        where = _shown("/".join(map(str, problem.instance_path)))
+        raise CheckpointError(f"the manifest is damaged: {_shown(problem.message)}", got=f"{where} in {directory}")
+    return manifest
+
+
+def _shard_from_dict(entry: Mapping[str, Any]) -> StoredShard:
+    key = _check_name(entry["key"], "the key of a shard")
+    return StoredShard(_safe(entry["file"]), key, _counts(entry["start"]), _counts(entry["stop"]))
+
+
+@functools.cache
+def _schema() -> Any:
+    text = resources.files(__package__).joinpath("manifest.schema.json").read_text()
+    return jsonschema_rs.Draft202012Validator(json.loads(text))
 
 
 def stored_to_dict(file: StoredFile) -> dict[str, Any]:
@@ -211,7 +257,10 @@ def stored_to_dict(file: StoredFile) -> dict[str, Any]:
 
 
 def stored_from_dict(name: str, entry: Mapping[str, Any]) -> StoredFile:
-    pieces = tuple(Piece(_count(size), str(sha256)) for size, sha256 in entry["pieces"])
+    pieces = tuple(Piece(_count(size), sha256) for size, sha256 in entry["pieces"])
+    for piece in pieces:
+        if not piece.bytes or not _SHA256.fullmatch(piece.sha256):
+            raise CheckpointError(f"a piece of file '{name}' has no bytes or no hash", got=_shown(piece))
     file = StoredFile(_count(entry["bytes"]), pieces)
     if sum(piece.bytes for piece in pieces) != file.bytes:
         raise CheckpointError(f"the pieces of file '{name}' do not add up to its size", got=file.bytes)
@@ -220,20 +269,6 @@ def stored_from_dict(name: str, entry: Mapping[str, Any]) -> StoredFile:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes.
-
-    Raises:
-        CheckpointError: it is larger.
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        content: bytes = file.read(limit + 1)
-    if len(content) > limit:
-        raise CheckpointError("the file is too large to be what it claims", got=path, allowed=f"{limit} bytes")
-    return content
 
 
 def parse_json(content: bytes) -> Any:
@@ -252,19 +287,35 @@ def parse_json(content: bytes) -> Any:
     return json.loads(content, object_pairs_hook=unique)
 
 
+def _shown(value: object) -> str:
+    """What a stranger wrote, short and without what a terminal would obey."""
+    return ascii(str(value))[1:-1][:200]
+
+
+_NAMES = "1 to 512 printable ASCII characters, no spaces, quotes or backslashes"
+
+
+def _check_name(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{what} is not allowed", got=_shown(name), allowed=_NAMES)
+    return name
+
+
 def _safe(name: str) -> str:
     if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError("a file name in the manifest is not allowed", got=name, allowed="letters, digits, . _ -")
+        raise CheckpointError(
+            "a file name in the manifest is not allowed", got=_shown(name), allowed="letters, digits, . _ -"
+        )
     return name
 
 
 def _counts(values: Sequence[Any]) -> tuple[int, ...]:
-    if len(values) > _MAX_DIMS:
-        raise CheckpointError("a tensor in the manifest has too many dims", got=len(values), allowed=str(_MAX_DIMS))
+    if len(values) > MAX_DIMS:
+        raise CheckpointError("a tensor in the manifest has too many dims", got=len(values), allowed=str(MAX_DIMS))
     return tuple(_count(value) for value in values)
 
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
-        raise CheckpointError("a number in the manifest is not a count", got=value)
+        raise CheckpointError("a number in the manifest is not a count", got=_shown(value))
     return value

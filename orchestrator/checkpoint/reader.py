@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,36 +20,78 @@ from orchestrator.errors import CheckpointError
 from orchestrator.sharding.shard import Shard
 
 _THREADS = min(8, os.cpu_count() or 1)
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-def read_into(checkpoint: Checkpoint, shards: Sequence[Shard], ignore: Iterable[str] = ()) -> None:
+class Reader:
+    """Reads parts of the tensors of one checkpoint. Each file is opened once; several threads may read.
+
+    Args:
+        cast: floating point numbers that are stored in another format are converted.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, cast: bool = False):
+        self._checkpoint, self._cast = checkpoint, cast
+        self._opened: dict[str, TensorFile] = {}
+        self._opening = threading.Lock()
+
+    def fill(self, shard: Shard) -> None:
+        """Write the stored elements into `shard.data`.
+
+        Raises:
+            CheckpointError: there is no such tensor, it has another shape or dtype, or its file is damaged.
+        """
+        stored = self._checkpoint.manifest.tensors.get(shard.name)
+        if stored is None:
+            raise CheckpointError(f"the checkpoint has no tensor '{shard.name}'", got=self._checkpoint.directory)
+        dtype = DTYPES[stored.dtype]
+        try:
+            if self._cast and dtype != shard.data.dtype and dtype.is_floating_point:
+                as_stored = torch.empty(shard.data.shape, dtype=dtype)
+                _fill(replace(shard, data=as_stored), stored, self._source)
+                shard.data.copy_(as_stored)
+            else:
+                _fill(shard, stored, self._source)
+        except OSError as error:
+            raise CheckpointError(
+                f"a file of the checkpoint is damaged: {error}", got=self._checkpoint.directory
+            ) from error
+
+    def tensor(self, name: str, box: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """A tensor, or the part `box` of it, in host memory and as it is stored.
+
+        Raises:
+            CheckpointError: as `fill`.
+        """
+        stored = self._checkpoint.manifest.tensors[name]
+        box = tuple(slice(0, size) for size in stored.shape) if box is None else box
+        data = torch.empty([part.stop - part.start for part in box], dtype=DTYPES[stored.dtype])
+        self.fill(Shard(name, stored.shape, box, data))
+        return data
+
+    def _source(self, file: str) -> TensorFile:
+        with self._opening:
+            if file not in self._opened:
+                self._opened[file] = TensorFile(self._checkpoint.directory / file)
+            return self._opened[file]
+
+
+def read_into(checkpoint: Checkpoint, shards: Sequence[Shard], ignore: Iterable[str] = (), cast: bool = False) -> None:
     """Fill `shards` from the stored tensors.
 
     Args:
         shards: the parts that this process holds; `data` is written in place.
         ignore: prefixes of stored names that need not be wanted.
+        cast: as for `Reader`.
 
     Raises:
         CheckpointError: names, shapes or dtypes differ between the checkpoint and the run.
     """
-    tensors = checkpoint.manifest.tensors
     _check_names(checkpoint.manifest, {shard.name for shard in shards}, tuple(ignore))
-    opened: dict[str, TensorFile] = {}
-    opening = threading.Lock()
-
-    def source(file: str) -> TensorFile:
-        with opening:
-            if file not in opened:
-                opened[file] = TensorFile(checkpoint.directory / file)
-            return opened[file]
-
-    try:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(lambda shard: _fill(shard, tensors[shard.name], source), shards):
-                pass
-    except OSError as error:
-        raise CheckpointError(f"a file of the checkpoint is damaged: {error}", got=checkpoint.directory) from error
+    reader = Reader(checkpoint, cast)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(reader.fill, shards):
+            pass
 
 
 def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) -> None:
@@ -70,6 +113,7 @@ def _fill(shard: Shard, stored: StoredTensor, source: Callable[[str], TensorFile
             got=f"{stored.dtype} {stored.shape} in the checkpoint",
             allowed=f"{dtype} {shard.shape}",
         )
+    missing = shard.data.numel()
     for part in stored.shards:
         common = [
             (max(p.start, a), min(p.stop, b)) for p, a, b in zip(shard.slices, part.start, part.stop, strict=True)
@@ -78,6 +122,12 @@ def _fill(shard: Shard, stored: StoredTensor, source: Callable[[str], TensorFile
             continue
         into = tuple(slice(low - p.start, high - p.start) for (low, high), p in zip(common, shard.slices, strict=True))
         _read(source(part.file), part, stored, common, shard.data[into] if into else shard.data)
+        missing -= math.prod(high - low for low, high in common)
+    # The manifest proves that shards cover a tensor once; this, that all that was wanted of it was filled.
+    if missing:
+        raise CheckpointError(
+            f"tensor '{shard.name}' was not filled exactly once", got=f"{missing} elements are missing"
+        )
 
 
 def _read(
@@ -96,11 +146,9 @@ def _read(
         memory = out.detach().reshape(-1).view(torch.uint8).numpy().data
         if file.read_into(part.key, box, memory):
             return
-    with warnings.catch_warnings():
-        # The mapped file cannot be written to, and nobody does.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        items = torch.from_numpy(np.ascontiguousarray(file.read(part.key, box)))
-    out.copy_(items.view(_DTYPES[stored.dtype]).squeeze(-1))
+    dtype = DTYPES[stored.dtype]
+    for place, items in file.parts(part.key, box):
+        out[place].copy_(torch.from_numpy(np.ascontiguousarray(items)).view(dtype).squeeze(-1))
 
 
 def _some(names: list[str], limit: int = 3) -> str:

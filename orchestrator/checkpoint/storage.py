@@ -6,25 +6,56 @@ A file of a folder is on disk when `write_file` returns; an object appears whole
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from orchestrator.checkpoint.format import Piece, StoredFile
 from orchestrator.errors import CheckpointError, MissingExtraError
 
 AnyPath: TypeAlias = Path
 """A `pathlib.Path`, or a `upath.UPath`, which has its methods and is no subclass of it."""
 
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a file and the hash of its content."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file's size, and the hashes of the pieces that it consists of, in order."""
+
+    bytes: int
+    pieces: tuple[Piece, ...]
+
+    def ranges(self) -> Iterator[tuple[int, Piece]]:
+        """Each piece with the offset where it begins."""
+        offset = 0
+        for piece in self.pieces:
+            yield offset, piece
+            offset += piece.bytes
+
+
 PIECE_BYTES = 1 << 24
 """A hash covers at most so many bytes: damage is found to that range, and all cores can look for it."""
 _MULTIPART_BYTES = 1 << 25
 _ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
+_WITHOUT_DIRECTORIES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
+# What trying again does not change.
+_FINAL: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_FINAL += (PermissionError, NotImplementedError)
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR, errno.ENOSYS)
 _HASHING_THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -43,7 +74,8 @@ def locate(where: str | Path) -> AnyPath:
     except ImportError:
         raise MissingExtraError("universal-pathlib", "remote", f"a checkpoint at {text}") from None
     try:
-        path: Any = UPath(text)
+        # Without a cache of listings: other ranks and other runs write there too.
+        path: Any = UPath(text, use_listings_cache=False)
         path.fs  # noqa: B018 - loads the store's library
     except ImportError as error:
         raise MissingExtraError(str(error), "remote", f"a checkpoint at {text}") from None
@@ -56,6 +88,108 @@ def locate(where: str | Path) -> AnyPath:
 
 def is_remote(path: AnyPath) -> bool:
     return not isinstance(path, Path)
+
+
+def size_of(path: AnyPath) -> int | None:
+    """Bytes of a plain file; None where there is none. A link is none: what a checkpoint holds lies in it.
+
+    Raises:
+        OSError: the store does not answer.
+    """
+    if not is_remote(path):
+        try:
+            found = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+    try:
+        about = retried(lambda: _store(path).info(_key(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return int(about["size"]) if about["type"] == "file" else None
+
+
+def there(path: AnyPath) -> bool:
+    """Whether there is anything of that name: a file, a directory, a link, or objects with that prefix.
+
+    Raises:
+        OSError: the store does not answer.
+    """
+    if is_remote(path):
+        return bool(retried(lambda: _store(path).exists(_key(path))))
+    return os.path.lexists(path)
+
+
+def read_bounded(path: AnyPath, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes.
+
+    Raises:
+        CheckpointError: it is larger.
+        OSError: there is no such file, or it cannot be read.
+    """
+    size = size_of(path)
+    if size is None:
+        # Not what a link or a device holds: that is for others, or without end.
+        what = errno.EISDIR if there(path) else errno.ENOENT
+        raise OSError(what, "not a plain file" if what == errno.EISDIR else os.strerror(what))
+    if size > limit:
+        raise CheckpointError("the file is too large to be what it claims", got=path, allowed=f"{limit} bytes")
+    return read_range(path, 0, size)
+
+
+def children(parent: AnyPath) -> list[AnyPath]:
+    """What lies in a directory or directly below a prefix; nothing where there is none.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    if not is_remote(parent):
+        return list(parent.iterdir()) if parent.is_dir() else []
+    try:
+        found = retried(lambda: _store(parent).ls(_key(parent), detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = {str(key).rstrip("/").rpartition("/")[2] for key in found}
+    return [parent / name for name in sorted(names) if name and name != parent.name]
+
+
+def modified(path: AnyPath) -> float:
+    """When a file was written, in seconds since 1970; of a store by its own clock. 0 where it does not say."""
+    if not is_remote(path):
+        return path.stat().st_mtime
+    try:
+        return float(retried(lambda: _store(path).modified(_key(path))).timestamp())
+    except NotImplementedError:
+        return 0.0
+
+
+def make_directory(path: AnyPath) -> None:
+    """Make a directory and those around it. An object store has none: a name that was mistyped makes no bucket."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+    elif getattr(path, "protocol", "") not in _WITHOUT_DIRECTORIES:
+        retried(lambda: _store(path).makedirs(_key(path), exist_ok=True))
+
+
+def claim(path: AnyPath, owner: bytes) -> bytes:
+    """Write an object unless it is there: of several who try, one does. Returns its content.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    try:
+        retried(lambda: _store(path).pipe_file(_key(path), owner, mode="create"))
+    except FileExistsError:
+        return read_range(path, 0, 1 << 16)
+    return owner
+
+
+def _store(path: AnyPath) -> Any:
+    return path.fs  # type: ignore[attr-defined]
+
+
+def _key(path: AnyPath) -> str:
+    return str(path.path)  # type: ignore[attr-defined]
 
 
 def write_file(path: AnyPath, parts: Iterable[Any]) -> StoredFile:
@@ -84,8 +218,7 @@ def read_range(path: AnyPath, start: int, stop: int) -> bytes:
         OSError: it cannot be read.
     """
     if is_remote(path):
-        store: Any = path
-        data: bytes = retried(lambda: store.fs.cat_file(store.path, start=start, end=stop)) if stop > start else b""
+        data: bytes = retried(lambda: _store(path).cat_file(_key(path), start=start, end=stop)) if stop > start else b""
         return data
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -98,21 +231,55 @@ def read_range_into(path: AnyPath, start: int, out: memoryview) -> int:
     Raises:
         OSError: it cannot be read.
     """
-    if is_remote(path):
-        data = read_range(path, start, start + len(out))
-        out[: len(data)] = data
-        return len(data)
     done = 0
+    if is_remote(path):
+        while done < len(out):
+            # A piece at a time: it is in memory twice.
+            data = read_range(path, start + done, start + min(len(out), done + PIECE_BYTES))
+            if not data:
+                break
+            out[done : done + len(data)] = data
+            done += len(data)
+        return done
     with open(path, "rb", buffering=0) as file:
         while done < len(out) and (count := os.preadv(file.fileno(), [out[done:]], start + done)):
             done += count
     return done
 
 
+def read_runs(path: AnyPath, starts: Sequence[int], length: int, out: memoryview) -> bool:
+    """Read stretches of `length` bytes, one behind the other into `out`.
+
+    Returns:
+        False where the file is too short.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    places = range(0, len(out), length)
+    if is_remote(path):
+        stops = [start + length for start in starts]
+        runs = retried(
+            lambda: _store(path).cat_ranges([_key(path)] * len(starts), list(starts), stops, on_error="raise")
+        )
+        if any(len(run) != length for run in runs):
+            return False
+        for place, run in zip(places, runs, strict=True):
+            out[place : place + length] = run
+        return True
+    with open(path, "rb", buffering=0) as file:
+        handle = file.fileno()
+        return all(
+            os.preadv(handle, [out[place : place + length]], start) == length
+            for place, start in zip(places, starts, strict=True)
+        )
+
+
 def put_last(path: AnyPath, content: bytes) -> None:
     """Write a file that stands for all those around it: it appears whole, and after them."""
     if is_remote(path):
-        write_file(path, [content])
+        # One request: it is there whole or not at all.
+        retried(lambda: _store(path).pipe_file(_key(path), content))
         return
     aside = path.with_name(f"{path.name}.partial")
     write_file(aside, [content])
@@ -130,23 +297,43 @@ def remove_tree(directory: AnyPath) -> None:
         OSError: something cannot be removed.
     """
     if is_remote(directory):
-        retried(lambda: directory.fs.rm(directory.path, recursive=True))  # type: ignore[attr-defined]
+        retried(lambda: _store(directory).rm(_key(directory), recursive=True))
     else:
         shutil.rmtree(directory)
 
 
+def remove_file(path: AnyPath) -> None:
+    """Remove a file.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if is_remote(path):
+        retried(lambda: _store(path).rm_file(_key(path)))
+    else:
+        path.unlink()
+
+
 def retried(action: Callable[[], Any]) -> Any:
-    """What `action` returns; after an error of the store it is tried again a few times."""
+    """What `action` returns; after an error of the store it is tried again a few times.
+
+    Raises:
+        OSError: it keeps failing; whatever a store's library raises is one.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             return action()
-        except (FileNotFoundError, PermissionError):
+        except _FINAL:
             raise
-        except OSError:
+        except Exception as error:
             if attempt == _ATTEMPTS - 1:
-                raise
+                raise _as_os_error(error) from error
             time.sleep(_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _as_os_error(error: Exception) -> OSError:
+    return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
@@ -156,15 +343,21 @@ def _open_whole(path: AnyPath) -> Iterator[Any]:
             yield _Raw(file)
             os.fsync(file.fileno())
         return
-    file = retried(lambda: path.open("wb", block_size=_MULTIPART_BYTES))  # type: ignore[call-overload]
+    # The store's library sends the parts of a large object one by one, and each again where that fails.
+    file = retried(lambda: _store(path).open(_key(path), "wb", block_size=_MULTIPART_BYTES))
     try:
         yield file
-    except BaseException:
-        # Closing it would make an object of what there is.
+        file.close()
+    except BaseException as error:
         with contextlib.suppress(Exception):
-            file.discard()
+            file.discard()  # ends an upload in parts; closing it would make an object of what there is,
+        with contextlib.suppress(Exception):
+            file.closed = True  # and its destructor closes what is open
+        with contextlib.suppress(Exception):
+            _store(path).rm_file(_key(path))  # some stores show an object while it is written
+        if isinstance(error, Exception):
+            raise _as_os_error(error) from error
         raise
-    file.close()
 
 
 class _Raw:
@@ -189,10 +382,13 @@ def _sha256(data: memoryview) -> str:
 
 
 def _sync_directory(path: Path) -> None:
-    # Some file systems refuse to flush a directory; there the rename is as durable as it gets.
-    with contextlib.suppress(OSError):
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        # Some file systems refuse to flush a directory; there the rename is as durable as it gets.
+        if error.errno not in _NO_FLUSH:
+            raise

@@ -6,17 +6,22 @@ the header claims is believed before it was compared with the size of the file.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from orchestrator.checkpoint.format import ITEM_BYTES, parse_json
-from orchestrator.checkpoint.storage import AnyPath, is_remote, read_range, read_range_into
+from orchestrator.checkpoint.format import ITEM_BYTES, MAX_DIMS, parse_json
+from orchestrator.checkpoint.storage import AnyPath, is_remote, read_range, read_range_into, read_runs, size_of
 from orchestrator.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 100_000_000  # as the format's own library
+_PART_BYTES = 1 << 24
+# Shorter stretches are read together with what lies between them: a read of its own costs more than those bytes.
+_SHORTEST_BYTES, _SHORTEST_REMOTE_BYTES = 1 << 10, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,10 @@ class TensorFile:
 
     def __init__(self, path: AnyPath):
         self._path = path
-        self._size = int(path.stat().st_size)
+        size = size_of(path)
+        if size is None:
+            raise self._damaged("it is missing")
+        self._size = size
         length = int.from_bytes(self._bytes(0, min(8, self._size)), "little")
         if self._size < 8 or length > min(_MAX_HEADER_BYTES, self._size - 8):
             raise self._damaged("its header does not fit into it")
@@ -47,18 +55,29 @@ class TensorFile:
             header = parse_json(self._bytes(8, 8 + length))
             header.pop("__metadata__", None)
             self.entries = {str(key): self._entry(value, 8 + length) for key, value in header.items()}
+            self._check_tiling(8 + length)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(f"its header is damaged: {error!r}"[:300]) from None
-        self._map: Any = None if is_remote(path) or not self._size else np.memmap(str(path), np.uint8, "r")
 
     def _entry(self, value: dict[str, Any], base: int) -> Entry:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        if len(shape) > MAX_DIMS:
+            raise ValueError("a tensor has too many dims")
         numbers = (*shape, start, stop)
         if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
             raise ValueError("a shape or an offset is not a count")
         if not start <= stop <= self._size - base or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ValueError("an offset does not fit the shape or the file")
         return Entry(dtype, tuple(shape), base + start, base + stop)
+
+    def _check_tiling(self, base: int) -> None:
+        """The format leaves no holes, and no two tensors share bytes."""
+        for start, stop in sorted((entry.start, entry.stop) for entry in self.entries.values()):
+            if start != base:
+                raise ValueError("its tensors overlap or leave holes")
+            base = stop
+        if base != self._size:
+            raise ValueError("it has bytes that belong to no tensor")
 
     def spans(self) -> dict[str, tuple[int, int]]:
         """Where the bytes of each key lie in the file."""
@@ -68,17 +87,50 @@ class TensorFile:
         """The bytes of a part of a tensor.
 
         Returns:
-            uint8 [*shape of the box, bytes of an item]; of a local file a view of the mapped file.
+            uint8 [*shape of the box, bytes of an item].
+        """
+        item = ITEM_BYTES[self.entries[key].dtype]
+        result = np.empty((*(part.stop - part.start for part in box), item), np.uint8)
+        for place, items in self.parts(key, box):
+            result[place] = items
+        return result
+
+    def parts(self, key: str, box: tuple[slice, ...]) -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
+        """A part of a tensor in portions that take little memory, reading hardly more than its own bytes.
+
+        Yields:
+            Where in the box, and its bytes: uint8 [*shape there, bytes of an item], of at most 16 MiB or one row.
         """
         entry = self.entries[key]
-        item = ITEM_BYTES[entry.dtype]
-        if not entry.shape:
-            return self._array(entry.start, entry.stop).reshape(item)
-        # Rows lie one behind the other: of a store only those of the box are fetched.
-        row = math.prod(entry.shape[1:]) * item
-        start, stop = entry.start + box[0].start * row, entry.start + box[0].stop * row
-        rows = self._array(start, stop).reshape(box[0].stop - box[0].start, *entry.shape[1:], item)
-        return rows[(slice(None), *box[1:])]
+        item, shape = ITEM_BYTES[entry.dtype], entry.shape
+        lengths = [part.stop - part.start for part in box]
+        if not shape or not math.prod(lengths):
+            if not shape:
+                yield (), self._array([entry.start], item).reshape(item)
+            return
+        strides = [math.prod(shape[dim + 1 :]) * item for dim in range(len(shape))]
+        # The rows of this dim are read whole, those of the dims before it one by one.
+        dim = max((d for d, length in enumerate(lengths) if length != shape[d]), default=0)
+        shortest = _SHORTEST_REMOTE_BYTES if is_remote(self._path) else _SHORTEST_BYTES
+        while dim and lengths[dim] * strides[dim] < shortest:
+            dim -= 1
+        inner, first = tuple(box[dim + 1 :]), entry.start + box[dim].start * strides[dim]
+        if dim == 0:
+            step = max(1, _PART_BYTES // strides[0])
+            for low in range(0, lengths[0], step):
+                count = min(step, lengths[0] - low)
+                rows = self._array([first + low * strides[0]], count * strides[0]).reshape(count, *shape[1:], item)
+                yield (slice(low, low + count),), rows[(slice(None), *inner)]
+            return
+        length = lengths[dim] * strides[dim]
+        step = max(1, _PART_BYTES // length)
+        for outer in itertools.product(*(range(count) for count in lengths[: dim - 1])):
+            base = first + sum((box[d].start + index) * strides[d] for d, index in enumerate(outer))
+            for low in range(0, lengths[dim - 1], step):
+                high = min(low + step, lengths[dim - 1])
+                starts = [base + (box[dim - 1].start + row) * strides[dim - 1] for row in range(low, high)]
+                rows = self._array(starts, length).reshape(high - low, lengths[dim], *shape[dim + 1 :], item)
+                yield (*outer, slice(low, high)), rows[(slice(None), slice(None), *inner)]
 
     def read_into(self, key: str, box: tuple[slice, ...], out: memoryview) -> bool:
         """Read a part straight into the memory that it is for.
@@ -98,10 +150,11 @@ class TensorFile:
             raise self._damaged("it is shorter than it was")
         return True
 
-    def _array(self, start: int, stop: int) -> np.ndarray:
-        if self._map is not None:
-            return np.asarray(self._map[start:stop])
-        return np.frombuffer(self._bytes(start, stop), np.uint8)
+    def _array(self, starts: list[int], length: int) -> np.ndarray:
+        data = np.empty(len(starts) * length, np.uint8)
+        if not read_runs(self._path, starts, length, data.data):
+            raise self._damaged("it is shorter than it was")
+        return data
 
     def _bytes(self, start: int, stop: int) -> bytes:
         data = read_range(self._path, start, stop)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +17,35 @@ import yaml
 
 from orchestrator.checkpoint.format import (
     CONFIG,
+    SIGNATURE,
     STATE,
     Manifest,
-    Piece,
     parse_json,
-    read_bounded,
+    read_manifest,
 )
-from orchestrator.checkpoint.storage import AnyPath, read_range_into
+from orchestrator.checkpoint.signing import MAX_BYTES as MAX_SIGNATURE_BYTES
+from orchestrator.checkpoint.signing import Trust
+from orchestrator.checkpoint.storage import (
+    PIECE_BYTES,
+    AnyPath,
+    Piece,
+    is_remote,
+    read_bounded,
+    read_range,
+    read_range_into,
+    size_of,
+    there,
+)
 from orchestrator.checkpoint.tensorfile import TensorFile
 from orchestrator.errors import CheckpointError
 
 _READ_BYTES = 1 << 20
 _OWN = threading.local()
-_MAX_STATE_BYTES, _MAX_CONFIG_BYTES = 1 << 26, 1 << 20
+_MAX_STATE_BYTES, _MAX_CONFIG_BYTES = 1 << 26, 1 << 16
+_MAX_YAML_MARKS = 2000
+_NESTED = re.compile(rb"(?:[-?:][ \t]+){30}")
+# What the parsers of JSON and YAML raise where a text is none; PyYAML's constructors some more than they say.
+_NOT_PARSED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError)
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
@@ -55,23 +74,43 @@ class Damage:
 class Checkpoint:
     """A committed checkpoint.
 
+    Args:
+        trust: whose checkpoints are believed; by default anybody's.
+
     Raises:
-        CheckpointError: not a checkpoint, or its manifest and files contradict each other.
+        CheckpointError: not a checkpoint, its manifest and files contradict each other, or it is not trusted.
     """
 
-    def __init__(self, directory: AnyPath):
+    def __init__(self, directory: AnyPath, trust: Trust = Trust()):
         self.directory = directory
-        self.manifest = Manifest.read(directory)
-        for name, file in self.manifest.files.items():
-            path = directory / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.bytes:
-                got = "missing" if size is None else f"{size} bytes"
-                raise CheckpointError(
-                    f"file '{name}' of the checkpoint is damaged",
-                    got=f"{got} in {directory}",
-                    allowed=f"{file.bytes} bytes",
-                )
+        content = read_manifest(directory)
+        trust.check(content, self._signature(), directory)
+        self.manifest = Manifest.parse(content, directory)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            sizes = pool.map(self._size, self.manifest.files)
+            for (name, file), size in zip(self.manifest.files.items(), sizes, strict=True):
+                if size != file.bytes:
+                    got = "missing" if size is None else f"{size} bytes"
+                    raise CheckpointError(
+                        f"file '{name}' of the checkpoint is damaged",
+                        got=f"{got} in {directory}",
+                        allowed=f"{file.bytes} bytes",
+                    )
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return size_of(self.directory / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"file '{name}' of the checkpoint cannot be read: {error.strerror or error}", got=self.directory
+            ) from None
+
+    def _signature(self) -> bytes | None:
+        path = self.directory / SIGNATURE
+        try:
+            return read_bounded(path, MAX_SIGNATURE_BYTES) if there(path) else None
+        except OSError as error:
+            raise CheckpointError(f"the signature cannot be read: {error.strerror or error}", got=path) from None
 
     @property
     def step(self) -> int:
@@ -83,7 +122,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run that wrote it, as plain data."""
-        return self._mapping(CONFIG, _MAX_CONFIG_BYTES, lambda text: _PlainLoader(text).get_single_data())
+        return self._mapping(CONFIG, _MAX_CONFIG_BYTES, _parse_yaml)
 
     def read(self, name: str, limit: int = _MAX_STATE_BYTES) -> bytes:
         """The content of one of its small files.
@@ -103,9 +142,9 @@ class Checkpoint:
     def _mapping(self, name: str, limit: int, parse: Callable[[bytes], Any]) -> dict[str, Any]:
         try:
             data = parse(self.read(name, limit))
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
+        except _NOT_PARSED as error:
             raise CheckpointError(
-                f"file '{name}' of the checkpoint is damaged: {error!r}", got=self.directory / name
+                f"file '{name}' of the checkpoint is damaged: {error!r}"[:500], got=self.directory / name
             ) from None
         if not isinstance(data, dict):
             raise CheckpointError(
@@ -141,9 +180,16 @@ class Checkpoint:
             stop = offset + piece.bytes
             return Damage(name, offset, stop, self._tensors_at(name, offset, stop), reason) if reason else None
 
-        tasks = [(name, *place) for name, file in self.manifest.files.items() for place in file.ranges()]
+        tasks = ((name, *place) for name, file in self.manifest.files.items() for place in file.ranges())
+        waiting: deque[Future[Damage | None]] = deque()
         with ThreadPoolExecutor(_THREADS) as pool:
-            yield from (one for one in pool.map(check, tasks) if one)
+            # Not all at once: a manifest can name millions of pieces.
+            waiting.extend(pool.submit(check, task) for task in itertools.islice(tasks, 4 * _THREADS))
+            while waiting:
+                found = waiting.popleft().result()
+                waiting.extend(pool.submit(check, task) for task in itertools.islice(tasks, 1))
+                if found:
+                    yield found
 
     def _tensors_at(self, name: str, start: int, stop: int) -> tuple[str, ...]:
         try:
@@ -163,8 +209,13 @@ class Checkpoint:
 def _compare(path: AnyPath, offset: int, piece: Piece, progress: Callable[[int], object]) -> str:
     """What is wrong with a piece; nothing where it is as it was written."""
     digest, left = hashlib.sha256(), piece.bytes
-    buffer = _buffer()
     try:
+        # Of a store a piece at a time, which the writer keeps to 16 MiB: a request takes longer than to read that.
+        if is_remote(path) and left <= PIECE_BYTES:
+            data = read_range(path, offset, offset + left)
+            progress(len(data))
+            return "" if hashlib.sha256(data).hexdigest() == piece.sha256 else "does not match its hash"
+        buffer = _buffer()
         while left and (count := read_range_into(path, offset, buffer[:left])):
             digest.update(buffer[:count])
             offset, left = offset + count, left - count
@@ -180,6 +231,13 @@ def _buffer() -> memoryview:
         _OWN.buffer = memoryview(bytearray(_READ_BYTES))
     buffer: memoryview = _OWN.buffer
     return buffer
+
+
+def _parse_yaml(content: bytes) -> Any:
+    """YAML of no more nesting than a configuration has: PyYAML's time grows with its square."""
+    if sum(map(content.count, (b"[", b"{", b","))) > _MAX_YAML_MARKS or _NESTED.search(content):
+        raise ValueError("it is nested too deep or too long")
+    return _PlainLoader(content).get_single_data()
 
 
 class _PlainLoader(yaml.SafeLoader):

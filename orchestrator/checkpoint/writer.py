@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +18,26 @@ from orchestrator.checkpoint.format import (
     MANIFEST,
     SIGNATURE,
     STATE,
+    SUMS,
     Manifest,
-    StoredFile,
     StoredShard,
     StoredTensor,
     stored_from_dict,
     stored_to_dict,
 )
-from orchestrator.checkpoint.storage import AnyPath, put_last, remove_tree, write_file
+from orchestrator.checkpoint.storage import (
+    AnyPath,
+    StoredFile,
+    children,
+    make_directory,
+    put_last,
+    read_range,
+    remove_file,
+    remove_tree,
+    size_of,
+    there,
+    write_file,
+)
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.shard import Shard
 
@@ -41,6 +54,8 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
+SUM_RANGE = 1 << 64
+_LISTING = re.compile(r"rank-\d{5,}\.json")
 _POLL_SECONDS = 0.01
 TIMEOUT_SECONDS = 1800.0
 T = TypeVar("T")
@@ -162,18 +177,26 @@ def _reason(error: Exception) -> str:
 def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     """The directory for `step`; a committed one, even if damaged, is never written over."""
     directory, number = parent / f"step-{step:08d}", 1
-    while (directory / MANIFEST).exists():
+    while there(directory / MANIFEST):
         number += 1
         directory = parent / f"step-{step:08d}.{number}"
-    if directory.exists():
+    if there(directory):
         remove_tree(directory)  # left by a save that never committed
     return directory
 
 
 def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     # A part without elements is not written; a tensor without any still has its place in the manifest.
     owned = [shard for shard in shards if shard.owned and shard.data.numel()]
+    for shard in owned:
+        box = tuple(part.stop - part.start for part in shard.slices)
+        if tuple(shard.data.shape) != box:
+            # Padding, or a strategy's mistake: the file would hold other elements than the manifest says.
+            raise CheckpointError(
+                f"a shard of '{shard.name}' is refused: its memory is not its box",
+                got=f"{tuple(shard.data.shape)}, {box}",
+            )
     empty = [shard for shard in shards if shard.owned and 0 in shard.shape]
     file = f"rank-{rank:05d}.safetensors"
     keys = [f"{shard.name}#{number}" for number, shard in enumerate(owned)]
@@ -184,6 +207,7 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
             "dtype": DTYPE_NAMES[shard.data.dtype],
             "shape": list(shard.shape),
             "key": key,
+            "sum": sum_bits(shard.data),
             "start": [part.start for part in shard.slices],
             "stop": [part.stop for part in shard.slices],
         }
@@ -202,16 +226,17 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
 
 def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
     """Merge the ranks' listings into the manifest and put it into place."""
-    texts = {
+    contained = {
         STATE: json.dumps(contents.state, indent=1).encode(),
         CONFIG: yaml.dump(dict(contents.config), Dumper=_PlainDumper, sort_keys=False).encode(),
         **contents.files,
     }
-    files = {name: write_file(directory / name, [text]) for name, text in texts.items()}
+    files = {name: write_file(directory / name, [text]) for name, text in contained.items()}
     tensors: dict[str, tuple[str, tuple[int, ...], list[StoredShard]]] = {}
-    listings = sorted(directory.glob("rank-*.json"))
+    sums: dict[str, int] = {}
+    listings = sorted(path for path in children(directory) if _LISTING.fullmatch(path.name))
     for path in listings:
-        listing = json.loads(path.read_bytes())
+        listing = json.loads(read_range(path, 0, size_of(path) or 0))
         if listing["stored"]:
             files[listing["file"]] = stored_from_dict(listing["file"], listing["stored"])
         for entry in [*listing["shards"], *listing["empty"]]:
@@ -219,15 +244,29 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
             _, _, shards = tensors.setdefault(entry["name"], (*described, []))
             if tensors[entry["name"]][:2] != described:
                 raise CheckpointError(f"ranks disagree on tensor '{entry['name']}'", got=described)
+            sums[entry["name"]] = sums.get(entry["name"], 0) + entry.get("sum", 0)
             if "key" in entry:
                 shards.append(StoredShard(listing["file"], entry["key"], tuple(entry["start"]), tuple(entry["stop"])))
+    texts = {name: f"{total % SUM_RANGE:016x}" for name, total in sorted(sums.items())}
+    files[SUMS] = write_file(directory / SUMS, [json.dumps(texts).encode()])
     stored = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
     manifest = Manifest(step, stored, files).to_json().encode()
     for path in listings:
-        path.unlink()
+        remove_file(path)
     if contents.sign:
         write_file(directory / SIGNATURE, [contents.sign(manifest)])
     put_last(directory / MANIFEST, manifest)
+
+
+def sum_bits(data: torch.Tensor) -> int:
+    """The elements of a tensor, each read as a signed whole number of its width, added up modulo 2^64.
+
+    Any change of one element changes it, and the sums of the parts of a tensor add up to that of the whole, however it
+    is cut: so it can be compared on any layout. It is no hash: who wants to can find another tensor with the same.
+    """
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    words = data.detach().contiguous().reshape(-1).view(kinds[data.element_size()])
+    return int(words.sum(dtype=torch.int64)) % SUM_RANGE
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a model: a new run, or one that goes on",
     "data": "make a token store from text, JSONL or Parquet; look into one",
     "generate": "continue a prompt with a trained checkpoint",
+    "checkpoint": "look into checkpoints, check, compare, convert and prune them",
     "rehearse": "whether a run fits a TPU, by Google's own compiler and without a TPU",
     "doctor": "what hardware and software is here, what is missing, what to do",
 }

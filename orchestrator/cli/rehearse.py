@@ -83,11 +83,14 @@ def main(argv: list[str]) -> int:
 
 
 def _rehearse(composed: Composed, options: RehearseOptions) -> int:
-    result = rehearse(composed.config, options.topology, options.timeout_seconds)
+    from orchestrator.train.initial import settle
+
+    config = settle(composed, False, lambda text: None)
+    result = rehearse(config, options.topology, options.timeout_seconds)
     if options.json:
         print(json.dumps({"topology": options.topology, **asdict(result)}, indent=2))
     else:
-        print(_report(composed.config, options.topology, result))
+        print(_report(config, options.topology, result))
     return EXIT_CODES[result.verdict.status]
 
 

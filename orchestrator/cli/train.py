@@ -12,6 +12,7 @@ Examples
   train hardware=cpu hardware.devices=4 layout.fsdp=2 layout.tensor=2 model=llama_20m
   train experiment=tiny_gpt optim.lr=1e-3 train.max_steps=200
   train resume=latest                     go on where the last run stopped (or: resume=DIRECTORY)
+  train train.init_from=DIRECTORY         start from the weights of a checkpoint (checkpoint import makes one)
   train -m optim.lr=1e-3,3e-4             one run per value
 
 Groups

@@ -148,8 +148,9 @@ def _convert(cfg: Any, settings: Any) -> Composed:
     given = _parse(settings.overrides.task)[0]
     overrides = {override.key_or_group: override.key_or_group in choices for override in given}
     config, problems = from_dict_partly(RunConfig, data)
-    # Keys are held against each other only where each is right by itself; a resumed run's, beside its saved ones.
-    problems += check_ranges(config) if problems or config.resume is not None else validate(config)
+    # Keys are held against each other only where each is right by itself; where a checkpoint brings some, beside those.
+    elsewhere = config.resume is not None or config.train.init_from is not None
+    problems += check_ranges(config) if problems or elsewhere else validate(config)
     if problems:
         raise ConfigErrors(problems)
     return Composed(config, data, choices, overrides)

@@ -18,8 +18,11 @@ def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def parse_options(cls: type[Options], argv: Sequence[str]) -> Options:
+def parse_options(cls: type[Options], argv: Sequence[str], positional: Sequence[str] = ()) -> Options:
     """Fill the dataclass `cls` from `key=value` words.
+
+    Args:
+        positional: fields that words without a key are for, in order.
 
     Raises:
         ConfigErrors: unknown keys, wrong types and missing ones, all at once.
@@ -27,8 +30,12 @@ def parse_options(cls: type[Options], argv: Sequence[str]) -> Options:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     problems: list[UserError] = []
     values: dict[str, Any] = {}
+    open_places = [name for name in positional if not any(word.startswith(f"{name}=") for word in argv)]
     for word in argv:
         key, separator, text = word.partition("=")
+        # A path may have an = in it.
+        if open_places and not key.startswith("-") and not (separator and key.isidentifier()):
+            key, separator, text = open_places.pop(0), "=", word
         if not separator:
             what, fix = "an option is written key=value", "see --help of the verb"
             problems.append(ConfigError(what, got=word, allowed=_names(fields), fix=fix))

@@ -139,16 +139,30 @@ class LayoutConfig:
 
 
 @dataclass(frozen=True)
+class HandoverConfig:
+    """A few short sequences travel with each checkpoint, and what the model gave for them; a resume gives the same."""
+
+    enabled: bool = True
+    sequences: int = 2
+    seq_len: int | Auto = "auto"  # tokens of each, at most train.seq_len; auto: by the size of a step
+    on_mismatch: Literal["stop", "warn"] = "stop"
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved, and what is kept."""
 
-    dir: str | Auto = "auto"  # auto: <run directory>/checkpoints
+    dir: str | Auto = "auto"  # auto: <run directory>/checkpoints; a path, or s3://..., gs://...
     every_steps: int | None = 100
     keep_last: int = 2
     keep_every_steps: int | None = None  # checkpoints at multiples of this are kept for good
     at_end: bool = True
     asynchronous: bool = True  # the step waits for a copy in host memory only
     verify_on_load: bool = True
+    handover: HandoverConfig = HandoverConfig()
+    signing_key: str | None = None  # path of an Ed25519 private key (PEM): signs every manifest
+    trusted_keys: tuple[str, ...] = ()  # paths of public keys (PEM); a signature by another is refused
+    require_signature: bool = False  # refuse checkpoints without a signature by a trusted key
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,7 @@ class TrainConfig:
     eval_tokens: int = 65536
     loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
     deterministic: bool = False
+    init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
     sample: SampleConfig = SampleConfig()
 
 
@@ -203,7 +218,7 @@ class RunConfig:
     name: str = "run"
     seed: int = 0
     runs_dir: str = "runs"
-    resume: str | None = None  # "latest", a run directory or a checkpoint directory
+    resume: str | None = None  # "latest", a run directory or a checkpoint directory; a path or a URL
     experiment: str | None = None  # the option that was chosen, for the record
     hardware: HardwareConfig = HardwareConfig()
     model: ModelConfig = ModelConfig()

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any
 
-from orchestrator.config.schema import HardwareConfig, ModelConfig, RunConfig
+from orchestrator.config.schema import CheckpointConfig, HardwareConfig, ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 
 _POSITIVE = (
@@ -33,6 +33,8 @@ _POSITIVE = (
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_every_steps",
+    "checkpoint.handover.sequences",
+    "checkpoint.handover.seq_len",
     "logger.every_steps",
     "train.max_steps",
     "train.eval_every",
@@ -66,7 +68,8 @@ _ABOVE_ZERO = (
 
 def validate(config: RunConfig) -> list[ConfigError]:
     """Everything that is wrong with `config` by itself, before hardware or data are looked at."""
-    return [*check_ranges(config), *_hardware(config.hardware), *_model(config.model), *_batch(config)]
+    parts = (_hardware(config.hardware), _model(config.model), _batch(config), _checkpoint(config.checkpoint))
+    return [*check_ranges(config), *(problem for part in parts for problem in part)]
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:
@@ -175,6 +178,22 @@ def _batch(config: RunConfig) -> list[ConfigError]:
                 fix=f"set train.global_batch_tokens={near}",
             )
         )
+    return problems
+
+
+def _checkpoint(checkpoint: CheckpointConfig) -> list[ConfigError]:
+    problems = []
+    if checkpoint.require_signature and not checkpoint.trusted_keys:
+        problems.append(
+            ConfigError(
+                "no signature can be trusted without a key to check it with",
+                got="checkpoint.require_signature=true with checkpoint.trusted_keys=[]",
+                fix="set checkpoint.trusted_keys=[key.pub.pem]",
+            )
+        )
+    scheme, separator, rest = checkpoint.dir.partition("://")
+    if not checkpoint.dir or (separator and not (scheme.isalnum() and rest)):
+        problems.append(_out("checkpoint.dir", repr(checkpoint.dir), "auto, a path, s3://BUCKET/PREFIX, gs://..."))
     return problems
 
 

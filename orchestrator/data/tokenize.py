@@ -71,6 +71,11 @@ class Tokenizer:
         canonical = json.dumps(self._content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(f"{self.eos_token}\n{canonical}".encode()).hexdigest()
 
+    def agrees_with(self, other: Tokenizer) -> bool:
+        """Whether both turn any text into the same tokens; they may end documents with different ones."""
+        keys = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+        return all(self._content.get(key) == other._content.get(key) for key in keys)
+
     @cached_property
     def is_bytes(self) -> bool:
         """Whether a token is a byte, which needs no library to encode."""

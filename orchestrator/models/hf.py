@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -81,7 +81,7 @@ def from_hf(state_dict: Mapping[str, Tensor], family: Family, config: ModelConfi
     """Our parameters from a Hugging Face state dict.
 
     Args:
-        state_dict: tensors by name; views of them are returned where nothing has to be rearranged.
+        state_dict: tensors by name; what is returned are views of them.
         family: whose names they carry.
         config: the model that they are for.
 
@@ -94,7 +94,7 @@ def from_hf(state_dict: Mapping[str, Tensor], family: Family, config: ModelConfi
     given = {_with_prefix(name, family): tensor for name, tensor in state_dict.items() if not _DERIVED.search(name)}
     if config.tied_embeddings:
         given.pop("lm_head.weight", None)
-    shapes = _our_shapes(config)
+    shapes = our_shapes(config)
     sources = {name: _source(name, family) for name in shapes}
     _refuse_other_names({source.name for source in sources.values()}, set(given), family)
     ours = {name: _take(given[source.name], source) for name, source in sources.items()}
@@ -108,6 +108,48 @@ def from_hf(state_dict: Mapping[str, Tensor], family: Family, config: ModelConfi
     return ours
 
 
+@dataclass(frozen=True)
+class HFTensor:
+    """A tensor of a Hugging Face state dict.
+
+    Attributes:
+        name: theirs.
+        shape: theirs.
+        parts: our parameters that it consists of, in order along dim 0 of ours.
+        transposed: it is the transpose of what the parts make.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    transposed: bool
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor from our parameters, given in the order of `parts`."""
+        joined = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        return joined.T.contiguous() if self.transposed else joined
+
+
+def hf_tensors(family: Family, config: ModelConfig) -> list[HFTensor]:
+    """The tensors that `Decoder(config)` has in a Hugging Face state dict; a tied head is none, as in their own files.
+
+    Raises:
+        CheckpointError: a family that is not known, or that has no counterpart of a parameter.
+    """
+    shapes, parts, transposed = our_shapes(config), dict[str, list[str]](), set[str]()
+    for name, shape in shapes.items():  # query, key, value come in this order
+        source = _source(name, family)
+        parts.setdefault(source.name, []).append(name)
+        if source.transposed and len(shape) == 2:
+            transposed.add(source.name)
+    result = []
+    for name, ours in parts.items():
+        joined = (sum(shapes[part][0] for part in ours), *shapes[ours[0]][1:])
+        shape = joined[::-1] if name in transposed else joined
+        result.append(HFTensor(name, shape, tuple(ours), name in transposed))
+    return result
+
+
 def to_hf(parameters: Mapping[str, Tensor], family: Family, config: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `from_hf`: a tied head is left out, as in Hugging Face's own files.
 
@@ -119,21 +161,14 @@ def to_hf(parameters: Mapping[str, Tensor], family: Family, config: ModelConfig)
     Raises:
         CheckpointError: a family that is not known; parameters that are missing or left over.
     """
+    tensors = hf_tensors(family, config)
     given = {name for name in parameters if not (config.tied_embeddings and name == "head.weight")}
-    names = list(_our_shapes(config))
-    _refuse_other_names(set(names), given, family)
-    parts: dict[str, list[Tensor]] = {}
-    transposed: set[str] = set()
-    for name in names:  # query, key, value come in this order
-        source = _source(name, family)
-        parts.setdefault(source.name, []).append(parameters[name])
-        if source.transposed and parameters[name].ndim == 2:
-            transposed.add(source.name)
-    joined = {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
-    return {name: tensor.T.contiguous() if name in transposed else tensor for name, tensor in joined.items()}
+    _refuse_other_names({part for tensor in tensors for part in tensor.parts}, given, family)
+    return {tensor.name: tensor.join([parameters[part] for part in tensor.parts]) for tensor in tensors}
 
 
-def _our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of `Decoder(config)`; a tied head is none of its own."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
@@ -166,7 +201,7 @@ def _take(tensor: Tensor, source: _Source) -> Tensor:
         tensor = tensor.T
     if source.part is not None:
         tensor = tensor.chunk(3)[source.part]
-    return tensor.contiguous()
+    return tensor
 
 
 def _refuse_other_names(wanted: set[str], given: set[str], family: str) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from orchestrator.config.schema import LoggerConfig
 from orchestrator.errors import MissingExtraError
-
-METRICS = "metrics.jsonl"
+from orchestrator.observe.history import METRICS, History
 
 
 class Metrics(lightning.Callback):
@@ -38,6 +37,7 @@ class Metrics(lightning.Callback):
         leg: which start of the run this is, from 0.
         start_step: steps completed before this leg.
         run_config: the configuration, for W&B.
+        history: what of the rows travels in checkpoints.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Metrics(lightning.Callback):
         leg: int,
         start_step: int,
         run_config: dict[str, Any],
+        history: History,
     ):
         self.every = config.every_steps
         self.latest: dict[str, Any] = {}
@@ -64,7 +65,7 @@ class Metrics(lightning.Callback):
         self._steps: list[dict[str, Any]] = []
         self._sinks: list[Any] = []
         if main:
-            self._sinks.append(_JsonLines(run_dir / METRICS))
+            self._sinks += [_JsonLines(run_dir / METRICS), history]
             if config.tensorboard:
                 self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
             if config.wandb.enabled:

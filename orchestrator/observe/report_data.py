@@ -26,6 +26,7 @@ class RunData:
         train, evals: rows of `metrics.jsonl` by rising step, without those that a later leg took back.
         config_text: `config.yaml` as it is.
         skipped: lines that could not be read.
+        handovers: entries of `handover.json`.
         non_finite: training rows whose loss is not a finite number.
     """
 
@@ -37,6 +38,7 @@ class RunData:
     config_text: str
     skipped: int
     non_finite: int
+    handovers: Sequence[Row] = ()
 
     @property
     def legs(self) -> list[Mapping[str, Any]]:
@@ -71,6 +73,7 @@ def read_run_data(run_dir: Path) -> RunData:
         config_text=_read_text(run_dir / "config.yaml"),
         skipped=bad_metrics + bad_samples + len(metrics) - len(steps),
         non_finite=sum(number(row.get("loss")) is None for row in train),
+        handovers=_read_list(run_dir / "handover.json"),
     )
 
 
@@ -232,6 +235,15 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _read_list(path: Path) -> list[Row]:
+    """The mappings of a JSON list; none where the file is missing or cut."""
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError:
+        return []
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -128,6 +128,10 @@ class ParallelStrategy(Strategy):
         """Scalars of which each rank has the part of its tokens: their sums, on the host."""
         return [float(value) for value in self.sum_over_data(torch.stack(list(values))).tolist()]
 
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """Around a forward pass of another shape than the step's, for which nothing shall be compiled."""
+        return nullcontext()
+
     def compilations(self) -> int | None:
         """Graphs compiled so far by this process; None where nothing is compiled."""
         return None

@@ -9,7 +9,7 @@ costs about 5% of a step of 20M parameters on a CPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -195,6 +195,10 @@ class DTensorStrategy(ParallelStrategy):
         if max_norm is not None:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        # A second shape would make torch compile the blocks again, for any shape, and run the step by those.
+        return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
 
 
 def _local(tensor: Tensor) -> Tensor:

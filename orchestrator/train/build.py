@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 
+from orchestrator.checkpoint.signing import trust
+from orchestrator.checkpoint.storage import locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.chips.catalogue import load as load_chips
 from orchestrator.config.convert import to_dict
@@ -21,6 +23,7 @@ from orchestrator.hardware.registry import job_devices
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.remat import apply_remat
+from orchestrator.observe.history import History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
 from orchestrator.observe.throughput import mfu, peak_flops
@@ -30,11 +33,14 @@ from orchestrator.sharding import rules
 from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.check import resolve_model
-from orchestrator.train.checkpointing import Checkpoints, restore, software
+from orchestrator.train.checkpointing import Checkpoints, restore, restore_weights
 from orchestrator.train.evaluation import Evaluation, Samples
+from orchestrator.train.handover import make_batch
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
 from orchestrator.train.run import Place
+from orchestrator.train.rundir import read_history
+from orchestrator.train.software import software
 
 
 @dataclass
@@ -51,6 +57,8 @@ class Job:
     checkpoints: Checkpoints
     evaluation: Evaluation
     samples: Samples
+    history: History
+    restored: Checkpoint | None
     facts: dict[str, Any]
     leg: dict[str, Any]
     say: Callable[[str], None]
@@ -70,14 +78,16 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
     parallel.prepare_optimizer(model, optimizer)
     stream = _stream(config, data, "train")
-    if place.resume_from is None:
-        parallel.initialize(model, config.seed)
+    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+    restored = Checkpoint(place.resume_from, trusted) if place.resume_from else None
+    if restored is None:
+        _initialize(model, config, parallel)
         step = 0
     else:
-        step = _restore(Checkpoint(place.resume_from), config, parallel, model, optimizer, stream)
+        step = _restore(restored, config, parallel, model, optimizer, stream)
     loader, micro_batch = _loader(config, stream, parallel, step)
     module = LanguageModule(model, optimizer, parallel, config, micro_batch, step)
-    return _assemble(config, parallel, data, place, leg, module, loader)
+    return _assemble(config, parallel, data, place, leg, module, loader, restored)
 
 
 def place_model(config: RunConfig, model_config: ModelConfig, parallel: ParallelStrategy) -> Decoder:
@@ -88,6 +98,14 @@ def place_model(config: RunConfig, model_config: ModelConfig, parallel: Parallel
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parallel.shard(model, rules.place(model.logical_axes(), shapes))
     return model
+
+
+def _initialize(model: Decoder, config: RunConfig, parallel: ParallelStrategy) -> None:
+    """The weights that a run starts with: random ones of its seed, or those of a checkpoint."""
+    if config.train.init_from is None:
+        parallel.initialize(model, config.seed)
+    else:
+        restore_weights(Checkpoint(locate(config.train.init_from)), parallel, model)
 
 
 def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:
@@ -124,11 +142,13 @@ def _assemble(
     leg: int,
     module: LanguageModule,
     loader: StepLoader,
+    restored: Checkpoint | None,
 ) -> Job:
     """What looks at the run and keeps it, around the module that trains."""
     train, step, main = config.train, module.step, parallel.rank == 0
     facts, utilisation = _facts(config, module.model.config, data, parallel)
-    provenance = _provenance(parallel)
+    side = provenance(parallel)
+    history = History(read_history(restored)[1] if restored and main else ())
     metrics = Metrics(
         place.run_dir,
         config.logger,
@@ -142,23 +162,25 @@ def _assemble(
         leg=leg,
         start_step=step,
         run_config=to_dict(config),
+        history=history,
     )
     progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
     say = progress.say if progress else _print_on_main(main)
     stop = StopOnSignal(parallel)
-    keep = (data.tokenizer, provenance, metrics.pause, say)
+    held_out = _stream(config, data, "validation")
+    reference = make_batch(config, held_out) if config.checkpoint.handover.enabled else None
+    keep = (data.tokenizer, side, metrics, history, reference, say)
     checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
     evaluation = Evaluation(
-        parallel, metrics, train.eval_every, _validation(config, data, parallel, module.micro_batch), say
+        parallel, metrics, train.eval_every, _validation(config, held_out, parallel, module.micro_batch), say
     )
     samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics)
     callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
     resumed_from = str(place.resume_from) if place.resume_from else None
-    about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **provenance}
-    return Job(
-        trainer, module, loader, parallel, stop, metrics, progress, checkpoints, evaluation, samples, facts, about, say
-    )
+    about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **side}
+    seen = (metrics, progress, checkpoints, evaluation, samples, history, restored)
+    return Job(trainer, module, loader, parallel, stop, *seen, facts, about, say)
 
 
 def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelStrategy:
@@ -213,9 +235,8 @@ def _restore(
 
 
 def _validation(
-    config: RunConfig, data: PreparedData, parallel: ParallelStrategy, micro_batch: int
+    config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, micro_batch: int
 ) -> Callable[[], Iterable[dict[str, Any]]]:
-    stream = _stream(config, data, "validation")
     sequences = max(1, min(config.train.eval_tokens // config.train.seq_len, len(stream)))
     rank, shares = parallel.data_share
     batch = min(micro_batch, -(-sequences // shares))
@@ -245,7 +266,8 @@ def _facts(
     return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)
 
 
-def _provenance(parallel: ParallelStrategy) -> dict[str, Any]:
+def provenance(parallel: ParallelStrategy) -> dict[str, Any]:
+    """What a result may depend on: hardware, layout, precision, software."""
     probe = parallel.target.probe()
     return {
         "target": parallel.target.name,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import numpy as np
 import torch
 
-from orchestrator import __version__
 from orchestrator.checkpoint.catalogue import prune
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.signing import signer
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents
@@ -26,19 +25,12 @@ from orchestrator.data.stream import StepLoader, TokenStream
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import CheckpointError
 from orchestrator.models.decoder import Decoder
+from orchestrator.observe.history import HISTORY, History
+from orchestrator.observe.metrics import Metrics
 from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.train.handover import measure, reference_files
 
 _GRACE_SECONDS = 60.0
-
-
-def software() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    names = ("torch", "lightning", "numpy", "grain", "tokenizers", "safetensors")
-    return {
-        "orchestrator": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in names},
-    }
 
 
 def restore(
@@ -70,6 +62,17 @@ def restore(
     return state
 
 
+def restore_weights(checkpoint: Checkpoint, parallel: ParallelStrategy, model: Decoder) -> None:
+    """Fill the model alone from `checkpoint`, on whatever layout; weights in another format are converted.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    shards = parallel.state_shards(model, None)
+    read_into(checkpoint, shards, ignore=["optimizer."], cast=True)
+    parallel.adopt(model, None, shards)
+
+
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The tokenizer travels with the model: without it the weights cannot be used elsewhere."""
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +86,9 @@ class Checkpoints(lightning.Callback):
     Args:
         directory: of the run's checkpoints.
         provenance: what the state says of where it was written.
+        metrics: flushed before a save, and told of the time that it took.
+        history: the run so far; it travels along.
+        reference: the batch of the handover check; None to leave it out.
         say: prints a line.
 
     Attributes:
@@ -98,12 +104,18 @@ class Checkpoints(lightning.Callback):
         loader: StepLoader,
         tokenizer: Tokenizer,
         provenance: Mapping[str, Any],
-        pause: Callable[[], None],
+        metrics: Metrics,
+        history: History,
+        reference: Mapping[str, np.ndarray] | None,
         say: Callable[[str], None],
     ):
         self._config, self._parallel = config, parallel
-        self._loader, self._provenance, self._pause, self._say = loader, provenance, pause, say
+        self._loader, self._provenance, self._say = loader, provenance, say
+        self._metrics, self._history, self._reference = metrics, history, reference
         self._extra = _tokenizer_files(tokenizer)
+        key = config.checkpoint.signing_key
+        # Only the process that writes manifests needs the key.
+        self._sign = signer(key) if key and parallel.rank == 0 else None
         self.at_end = config.checkpoint.at_end
         self.saved: tuple[int, AnyPath] | None = None
         self.stalls: list[float] = []
@@ -111,6 +123,9 @@ class Checkpoints(lightning.Callback):
         self._saver = Saver(directory, parallel, config.checkpoint.asynchronous, self._prune)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._reference is not None and self._parallel.compilations() is not None:
+            # Its graph is compiled here, before the first step, and never in the middle of the run.
+            measure(pl_module.model, self._parallel, self._reference)
         if self._config.checkpoint.every_steps:
             self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module._optimizer))
 
@@ -119,10 +134,11 @@ class Checkpoints(lightning.Callback):
             self._settle()
         every = self._config.checkpoint.every_steps
         if every and pl_module.step % every == 0:
+            self._metrics.flush()
             begin = time.perf_counter()
             self._save(pl_module)
             self.stalls.append(time.perf_counter() - begin)
-            self._pause()
+            self._metrics.pause()
 
     def save_now(self, pl_module: Any) -> AnyPath:
         """Save the state after `pl_module.step` steps, unless that has been done, and wait until it is kept.
@@ -146,8 +162,11 @@ class Checkpoints(lightning.Callback):
     def _save(self, pl_module: Any) -> None:
         self._settle()
         step = self._started = pl_module.step
+        files = {**self._extra, HISTORY: self._history.content(step)}
+        if self._reference is not None:
+            files |= reference_files(pl_module.model, self._parallel, self._reference)
         shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
-        self._saver.save(step, shards, Contents(self._state(step), to_dict(self._config), self._extra))
+        self._saver.save(step, shards, Contents(self._state(step), to_dict(self._config), files, self._sign))
 
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""

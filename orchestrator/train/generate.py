@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.convert import from_dict
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.tokenize import load_tokenizer
+from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from orchestrator.errors import CheckpointError
 from orchestrator.hardware.base import Target
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.generate import generate_tokens
@@ -20,7 +23,7 @@ from orchestrator.train.check import resolve_model
 
 
 def generate(
-    path: Path, target: Target, prompt: str, count: int, temperature: float, top_k: int | None, seed: int
+    path: AnyPath, target: Target, prompt: str, count: int, temperature: float, top_k: int | None, seed: int
 ) -> Iterator[str]:
     """Continue `prompt` with the model of the checkpoint at `path`; yields pieces of text.
 
@@ -30,9 +33,11 @@ def generate(
     checkpoint = Checkpoint(path)
     checkpoint.verify()
     config = from_dict(RunConfig, checkpoint.config())
-    tokenizer = load_tokenizer(path)
-    stored = checkpoint.manifest.tensors["model.embed.weight"].shape[0]
-    model = _load(checkpoint, resolve_model(config.model, stored), target.device(0))
+    tokenizer = _tokenizer(checkpoint)
+    embedding = checkpoint.manifest.tensors.get("model.embed.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError("the checkpoint is of another model: it has no embedding", got=path)
+    model = _load(checkpoint, resolve_model(config.model, embedding.shape[0]), target.device(0))
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     shown, drawn = "", []
     for token in generate_tokens(model, ids, count, temperature, seed, tokenizer.eos_id, top_k):
@@ -45,6 +50,15 @@ def generate(
     yield tokenizer.decode(drawn)[len(shown) :]
 
 
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Of the files that the manifest lists, which were checked, not of what else may lie beside them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+            if name in checkpoint.manifest.files:
+                (Path(folder) / name).write_bytes(checkpoint.read(name))
+        return load_tokenizer(folder)
+
+
 def _load(checkpoint: Checkpoint, config: object, device: torch.device) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config)  # type: ignore[arg-type]
@@ -54,5 +68,5 @@ def _load(checkpoint: Checkpoint, config: object, device: torch.device) -> Decod
         Shard(f"model.{name}", tuple(p.shape), tuple(slice(0, size) for size in p.shape), p.data)
         for name, p in model.named_parameters()
     ]
-    read_into(checkpoint, shards, ignore=["optimizer."])
+    read_into(checkpoint, shards, ignore=["optimizer."], cast=True)
     return model.eval()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.catalogue import committed, newest_valid
 from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
+from orchestrator.checkpoint.signing import Trust, trust
+from orchestrator.checkpoint.storage import AnyPath, children, is_remote, locate, modified, there
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed, read_plain
-from orchestrator.config.convert import from_dict
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.convert import from_dict, to_dict
+from orchestrator.config.schema import CheckpointConfig, RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, UserError
 from orchestrator.train import rundir
+
+# Of a checkpoint's configuration, what could make this machine run, write or sign something for whoever wrote it.
+_OF_THIS_MACHINE = ("runs_dir", "data.cache_dir", "hardware.environment")
+_TRUST = ("checkpoint.signing_key", "checkpoint.trusted_keys", "checkpoint.require_signature")
 
 
 @dataclass(frozen=True)
@@ -26,30 +32,44 @@ class ResumePoint:
     saved: the configuration of the checkpoint's run, as plain data.
     """
 
-    checkpoint: Path
+    checkpoint: AnyPath
     run_dir: Path | None
     saved: dict[str, Any]
 
 
-def find(resume: str, runs_dir: str, verify: bool, report: Callable[[str], object]) -> ResumePoint:
-    """Find what `resume` means: `latest`, a run directory or a checkpoint directory.
+def find(
+    resume: str,
+    runs_dir: str,
+    verify: bool,
+    report: Callable[[str], object],
+    settings: CheckpointConfig = CheckpointConfig(),
+) -> ResumePoint:
+    """Find what `resume` means: `latest`, a run directory, a directory of checkpoints or a checkpoint; a path or a URL.
+
+    Args:
+        settings: as given on the command line. `latest` also looks below its `dir`, and its keys say who is trusted;
+            a run directory's own configuration can add to that, a checkpoint's never.
 
     Raises:
-        CheckpointError: there is no such thing, or nothing valid in it.
+        CheckpointError: there is no such thing, nothing valid in it, or it is not trusted.
     """
+    trusted = trust(settings.trusted_keys, settings.require_signature)
     if resume == "latest":
-        return _in_runs(latest_runs(Path(runs_dir)), runs_dir, verify, report)
-    path = Path(resume)
-    if DIRECTORY.fullmatch(path.resolve().name) or (path / MANIFEST).exists():
-        checkpoint = Checkpoint(path)
+        places = latest_runs(Path(runs_dir))
+        elsewhere = [] if settings.dir == "auto" else _kept_elsewhere(locate(settings.dir), places)
+        return _in_runs([*places, *elsewhere], runs_dir, verify, report, trusted)
+    path = locate(resume)
+    whole = path if is_remote(path) else path.resolve()
+    if DIRECTORY.fullmatch(whole.name) or _has(path, MANIFEST):
+        checkpoint = Checkpoint(path, trusted)
         if verify:
             checkpoint.verify()
         saved = checkpoint.config()
-        newest = committed(path.resolve().parent)
-        goes_on = bool(newest) and newest[0].resolve() == path.resolve()
-        return ResumePoint(path, _run_of(path.resolve(), saved) if goes_on else None, saved)
-    if (path / rundir.CONFIG).exists():
-        return _in_runs([path], resume, verify, report)
+        newest = committed(whole.parent)
+        goes_on = bool(newest) and str(newest[0]) == str(whole)
+        return ResumePoint(path, run_of(whole, saved) if goes_on else None, saved)
+    if _has(path, rundir.CONFIG) or committed(path):
+        return _in_runs([path], resume, verify, report, trusted)
     raise CheckpointError(
         "there is nothing to resume from here",
         got=resume,
@@ -57,11 +77,31 @@ def find(resume: str, runs_dir: str, verify: bool, report: Callable[[str], objec
     )
 
 
-def _run_of(checkpoint: Path, saved: Mapping[str, Any]) -> Path | None:
+def _has(directory: AnyPath, name: str) -> bool:
+    try:
+        return there(directory / name)
+    except OSError as error:
+        raise CheckpointError(
+            f"the place to resume from cannot be read: {error.strerror or error}", got=directory
+        ) from error
+
+
+def run_of(checkpoint: AnyPath, saved: Mapping[str, Any]) -> Path | None:
     """The run directory that a checkpoint belongs to: around it, or, with a `checkpoint.dir`, of the same name."""
-    around = checkpoint.parent.parent
     named = Path(str(saved.get("runs_dir", ""))) / checkpoint.parent.parent.name / checkpoint.parent.name
-    return next((path for path in (around, named) if (path / rundir.CONFIG).exists()), None)
+    around = [] if is_remote(checkpoint) else [checkpoint.parent.parent]
+    return next((path for path in (*around, named) if (path / rundir.CONFIG).exists()), None)
+
+
+def _kept_elsewhere(parent: AnyPath, runs: Sequence[Path]) -> list[AnyPath]:
+    """Directories of checkpoints `<parent>/<name>/<time>` of runs that are not here, the newest first."""
+    here = {(run.parent.name, run.name) for run in runs}
+    try:
+        found = [run for name in children(parent) for run in children(name) if (name.name, run.name) not in here]
+        dated = [(modified(newest[0] / MANIFEST), str(run), run) for run in found if (newest := committed(run))]
+    except OSError as error:
+        raise CheckpointError(f"checkpoint.dir cannot be read: {error.strerror or error}", got=parent) from error
+    return [run for _, _, run in sorted(dated, reverse=True)]
 
 
 def latest_runs(runs_dir: Path) -> list[Path]:
@@ -74,31 +114,58 @@ def latest_runs(runs_dir: Path) -> list[Path]:
     return sorted(runs, key=worked_on, reverse=True)
 
 
-def _in_runs(runs: list[Path], where: str, verify: bool, report: Callable[[str], object]) -> ResumePoint:
-    for run_dir in runs:
-        try:
-            config = from_dict(RunConfig, read_plain(run_dir / rundir.CONFIG))
-        except UserError as error:
-            report(f"skipping {run_dir}: {error}")
-            continue
-        found = newest_valid(rundir.checkpoints_dir(run_dir, config), verify, report)
+def _in_runs(
+    places: Sequence[AnyPath], where: str, verify: bool, report: Callable[[str], object], trusted: Trust
+) -> ResumePoint:
+    """The newest valid checkpoint of the first of `places` that has one: run directories, or directories of them."""
+    for place in places:
+        run_dir, parent, trusted_here = None, place, trusted
+        if _has(place, rundir.CONFIG):
+            try:
+                config = from_dict(RunConfig, read_plain(place / rundir.CONFIG))
+            except UserError as error:
+                report(f"skipping {place}: {error}")
+                continue
+            run_dir, parent = place, rundir.checkpoints_dir(place, config)
+            if not trusted.keys:
+                own = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+                trusted_here = Trust(own.keys, own.required or trusted.required)
+        found = newest_valid(parent, verify, report, trusted_here)
         if found is not None:
-            return ResumePoint(found, run_dir, Checkpoint(found).config())
-        report(f"skipping {run_dir}: it has no valid checkpoint")
+            return ResumePoint(found, run_dir, Checkpoint(found, trusted_here).config())
+        report(f"skipping {place}: it has no valid checkpoint")
     raise CheckpointError("no valid checkpoint was found", got=where, fix="start a new run: leave out resume")
 
 
-def merge(saved: Mapping[str, Any], composed: Composed) -> RunConfig:
+def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object] = lambda text: None) -> RunConfig:
     """The saved run's configuration with what this command line asks for on top.
 
     A group given on the command line (`hardware=cuda`) replaces that group, a key replaces that key;
-    everything else stays as it was when the checkpoint was written.
+    everything else stays as it was when the checkpoint was written. A checkpoint may come from strangers: what
+    concerns this machine and its keys is the run directory's, if it is one of `runs_dir`, else the command line's.
+
+    Args:
+        report: told of what was saved and is not taken over.
 
     Raises:
         ConfigError: an experiment is asked for that the saved run is not.
+        ConfigErrors: what was saved is no configuration of this version.
     """
-    result = copy.deepcopy(dict(saved))
-    for key, is_group in composed.overrides.items():
+    from_dict(RunConfig, point.saved)
+    result = copy.deepcopy(dict(point.saved))
+    _localize(result, point, composed, report)
+    apply(composed, result, composed.overrides)
+    result["resume"] = composed.config.resume
+    return from_dict(RunConfig, result)
+
+
+def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> None:
+    """Set what the command line says of `keys` in the plain data `result`.
+
+    Raises:
+        ConfigError: an experiment is asked for that is not that of `result`.
+    """
+    for key in keys:
         if key.split(".")[0] == "hydra":
             continue
         if key == "experiment":
@@ -110,9 +177,35 @@ def merge(saved: Mapping[str, Any], composed: Composed) -> RunConfig:
                     fix="leave it out, and give single keys to change",
                 )
             continue
-        _copy(composed.data, result, key if not is_group else key.replace("/", "."))
-    result["resume"] = composed.config.resume
-    return from_dict(RunConfig, result)
+        _copy(composed.data, result, key.replace("/", ".") if composed.overrides[key] else key)
+
+
+def _localize(result: dict[str, Any], point: ResumePoint, composed: Composed, report: Callable[[str], object]) -> None:
+    """Put what may not come from a checkpoint into `result`."""
+    ours: Mapping[str, Any] = composed.data
+    run_dir, runs_dir = point.run_dir, Path(composed.config.runs_dir).resolve()
+    if run_dir is not None and run_dir.resolve().is_relative_to(runs_dir):
+        ours = to_dict(from_dict(RunConfig, read_plain(run_dir / rundir.CONFIG)))
+    keys = [*_OF_THIS_MACHINE, *_TRUST]
+    saved_dir = str(_at(result, "checkpoint.dir") or "auto")
+    # Where the checkpoint was found at the user's word, the run goes on keeping others.
+    if saved_dir != "auto" and not str(point.checkpoint).startswith(f"{saved_dir.rstrip('/')}/"):
+        keys.append("checkpoint.dir")
+    for key in keys:
+        was, value = _at(result, key), _at(ours, key)
+        if was == value:
+            continue
+        if was and key not in composed.overrides and key not in ("runs_dir", "data.cache_dir"):
+            report(f"the checkpoint's {key} is not taken over: give it on the command line if you want it (was {was})")
+        parent, last = key.rpartition(".")[::2]
+        section = result.setdefault(parent, {}) if parent else result
+        section[last] = copy.deepcopy(value)
+
+
+def _at(data: Any, key: str) -> Any:
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data
 
 
 def _copy(source: Mapping[str, Any], target: dict[str, Any], key: str) -> None:

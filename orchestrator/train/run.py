@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.hardware.registry import resolve
@@ -29,8 +30,8 @@ class Place:
     """Where the run is kept, as all its processes have agreed."""
 
     run_dir: Path
-    checkpoints: Path
-    resume_from: Path | None
+    checkpoints: AnyPath
+    resume_from: AnyPath | None
 
 
 def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], Place]) -> int:
@@ -45,7 +46,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
     from orchestrator.data.prepare import prepare
     from orchestrator.train.build import build, make_strategy
 
-    _quiet(world.rank)
+    quiet(world.rank)
     parallel = make_strategy(config, resolve(config.hardware), world)
     parallel.join()
     try:
@@ -55,18 +56,45 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         job = build(config, parallel, data, place, leg=len(facts["legs"]))
         # Every rank has read the number of legs before rank 0 adds this one.
         parallel.barrier()
-        return _drive(job, place.run_dir, facts)
+        checked = _hand_over(config, job, place.run_dir)
+        return _drive(job, place.run_dir, facts, checked)
     finally:
         parallel.leave()
 
 
-def _drive(job: Job, run_dir: Path, facts: dict[str, Any]) -> int:
+def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
+    """Whether the restored model computes what it did where it was saved, in a line; asked before it trains on.
+
+    Raises:
+        HandoverError: it does not, and the run is to stop then.
+    """
+    from orchestrator.train.handover import check_handover, note
+
+    settings = config.checkpoint.handover
+    if job.restored is None or not settings.enabled:
+        return None
+    module = job.module
+    result = check_handover(job.restored, module.model, module.configure_optimizers(), job.parallel, job.leg)
+    # All ranks stop or none.
+    refused = job.parallel.any_raised(result.verdict == "differs") and settings.on_mismatch == "stop"
+    entry = {**result.to_dict(), "went_on": not refused}
+    job.leg["handover"] = {key: value for key, value in entry.items() if key not in ("from", "to")}
+    if job.parallel.rank == 0:
+        note(run_dir, {"leg": job.leg["leg"], "checkpoint": str(job.restored.directory), **entry})
+    if refused:
+        if job.parallel.rank == 0:
+            _report(run_dir)
+        raise result.error()
+    return str(result)
+
+
+def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None) -> int:
     main = job.parallel.rank == 0
     leg = {**job.leg, "started": time.time()}
-    legs = [*facts["legs"], leg]
+    legs = job.history.legs = [*facts["legs"], leg]
     if main:
         rundir.write_run(run_dir, {**facts, **job.facts, "status": "running", "legs": legs})
-        _introduce(job, run_dir)
+        _introduce(job, run_dir, checked)
     job.stop.install()
     status = "failed"
     try:
@@ -98,7 +126,7 @@ def _close(job: Job, status: str) -> None:
         job.say(f"\nsample of generated text\n{sample}\n")
 
 
-def _introduce(job: Job, run_dir: Path) -> None:
+def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     facts, leg = job.facts, job.leg
     devices = f"{leg['devices']} x {', '.join(leg['device_names'][:1]) or leg['target']}"
     job.say(f"model      {facts['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}")
@@ -106,6 +134,8 @@ def _introduce(job: Job, run_dir: Path) -> None:
     entropy = facts["unigram_entropy_nats"]
     job.say(f"baseline   unigram entropy {entropy:.3f} nats per token: a model that learns gets below it")
     job.say(f"run        {run_dir}" + (f", resumed at step {leg['start_step']}" if leg["resumed_from"] else ""))
+    if checked:
+        job.say(f"handover   {checked}")
 
 
 def _conclude(job: Job, run_dir: Path, status: str) -> None:
@@ -129,7 +159,7 @@ def _report(run_dir: Path) -> None:
         print(f"warning: the report could not be written: {error!r}", file=sys.stderr)
 
 
-def _quiet(rank: int) -> None:
+def quiet(rank: int) -> None:
     """Lightning announces devices and tips; the run says what matters itself."""
     import logging
     import warnings
@@ -152,8 +182,8 @@ def worker_main() -> int:
 
     run_dir, checkpoints, resume = (os.environ[OWN_PREFIX + name] for name in ("RUN_DIR", "CHECKPOINTS_DIR", "RESUME"))
     world = detect(os.environ) or World()
-    place = Place(Path(run_dir), Path(checkpoints), Path(resume) if resume else None)
     try:
+        place = Place(Path(run_dir), locate(checkpoints), locate(resume) if resume else None)
         return work(read_config(place.run_dir / rundir.CONFIG), world, lambda parallel: place)
     except UserError as error:
         # All ranks meet the same problem; one says so.

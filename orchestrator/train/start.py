@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from orchestrator.checkpoint.catalogue import remove_uncommitted
+from orchestrator.checkpoint.signing import signer, trust
+from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
-from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import run_local
-from orchestrator.train import resume, rundir
+from orchestrator.train import initial, resume, rundir
 from orchestrator.train.check import check_run
 from orchestrator.train.run import Place
 
@@ -35,7 +35,7 @@ class Plan:
     """What all processes must agree on."""
 
     config: RunConfig
-    resume_from: Path | None
+    resume_from: AnyPath | None
     run_dir: Path | None  # None: a new one
 
 
@@ -53,14 +53,30 @@ def start(composed: Composed) -> int:
 
 def _settle(composed: Composed, verify: bool) -> Plan:
     config = composed.config
-    if config.resume is None:
-        return Plan(config, None, None)
     check = verify and config.checkpoint.verify_on_load
-    point = resume.find(config.resume, config.runs_dir, check, lambda text: print(f"warning: {text}", file=sys.stderr))
-    merged = resume.merge(point.saved, composed)
+    if config.resume is None:
+        started = initial.settle(composed, check, _warn)
+        _check_places(started, signs=verify)
+        return Plan(started, None, None)
+    if "train.init_from" in composed.overrides:
+        raise ConfigError(
+            "a resumed run has its weights",
+            got=f"resume={config.resume} and train.init_from={config.train.init_from}",
+            fix="leave out one of them",
+        )
+    point = resume.find(config.resume, config.runs_dir, check, _warn, config.checkpoint)
+    merged = resume.merge(point, composed, _warn)
     if problems := validate(merged):
         raise ConfigErrors(problems)
-    step = Checkpoint(point.checkpoint).step
+    _check_places(merged, signs=verify)
+    checkpoint = Checkpoint(point.checkpoint)
+    if "data" not in checkpoint.state():
+        raise CheckpointError(
+            "the checkpoint holds weights alone: there is no run in it to resume",
+            got=point.checkpoint,
+            fix=f"start a new run from its weights: train.init_from={point.checkpoint}",
+        )
+    step = checkpoint.step
     if step >= merged.train.max_steps:
         raise CheckpointError(
             "the run is finished: there are no steps left to train",
@@ -70,15 +86,28 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     return Plan(merged, point.checkpoint, point.run_dir)
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _check_places(config: RunConfig, signs: bool) -> None:
+    """Libraries and keys that the first save would miss; the signing key only where the manifest is written."""
+    if config.checkpoint.dir != "auto":
+        locate(config.checkpoint.dir)
+    if config.checkpoint.signing_key and signs:
+        signer(config.checkpoint.signing_key)
+    trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+
+
 def _start_local(plan: Plan) -> int:
     """Start one process per device of this machine."""
     config = plan.config
     target = resolve(config.hardware)
     devices = device_count(config.hardware, target, target.probe())
     check_run(config, devices)
-    check_run(config, devices, prepare(config.data, progress=True).vocab_size)
-    place, lock = _open_run(plan)
-    with lock:
+    _check_data(config, devices, progress=True)
+    with contextlib.ExitStack() as held:
+        place = _open_run(plan, held)
         common, processes = _variables(place), target.processes(devices)
         environments = [{**target.environment(config.hardware, rank, processes), **common} for rank in range(processes)]
         return run_local([sys.executable, "-m", "orchestrator.train.run"], environments)
@@ -92,8 +121,7 @@ def _join_external(plan: Plan, world: World) -> int:
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
-    vocab_size = prepare(plan.config.data, progress=world.local_rank == 0).vocab_size
-    check_run(plan.config, devices, vocab_size, slices)
+    _check_data(plan.config, devices, progress=world.local_rank == 0, slices=slices)
 
     from orchestrator.train.run import work
 
@@ -101,24 +129,34 @@ def _join_external(plan: Plan, world: World) -> int:
         return work(plan.config, world, lambda parallel: _agree(plan, parallel, held))
 
 
+def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1) -> None:
+    data = prepare(config.data, progress=progress)
+    initial.check_tokenizer(config, data.tokenizer)
+    check_run(config, devices, data.vocab_size, slices)
+
+
 def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:
     """Rank 0 opens the run directory and tells the others."""
     text = ""
     if parallel.rank == 0:
-        place, lock = _open_run(plan)
-        held.enter_context(lock)
+        place = _open_run(plan, held)
         text = json.dumps([str(place.run_dir), str(place.checkpoints), str(place.resume_from or "")])
     run_dir, checkpoints, resume_from = json.loads(parallel.agree(text))
-    return Place(Path(run_dir), Path(checkpoints), Path(resume_from) if resume_from else None)
+    return Place(Path(run_dir), locate(checkpoints), locate(resume_from) if resume_from else None)
 
 
-def _open_run(plan: Plan) -> tuple[Place, FileLock]:
+def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
+    """Make what the run is kept in and hold it for this process."""
     run_dir = plan.run_dir or rundir.create(plan.config)
-    lock = rundir.lock(run_dir)
-    rundir.write_config(run_dir, plan.config)
+    held.enter_context(rundir.lock(run_dir))
+    if plan.run_dir is None and plan.resume_from is not None:
+        rundir.adopt_history(run_dir, Checkpoint(plan.resume_from))
     checkpoints = rundir.checkpoints_dir(run_dir, plan.config)
+    if plan.config.checkpoint.dir != "auto":
+        held.enter_context(rundir.hold(checkpoints, run_dir))
+    rundir.write_config(run_dir, plan.config)
     remove_uncommitted(checkpoints)
-    return Place(run_dir, checkpoints, plan.resume_from), lock
+    return Place(run_dir, checkpoints, plan.resume_from)
 
 
 def _variables(place: Place) -> dict[str, str]:

@@ -1,5 +1,5 @@
 """Checkpoints against the disk: saving and loading against plain writing and reading of the same bytes, and what a
-save beside the training costs the step.
+save beside the training costs the step; also what saving and loading take of memory.
 
 The two of a pair take turns. What is written is flushed to disk by both; before each reading the file's pages are
 dropped from the page cache, where the system allows it.
@@ -11,15 +11,18 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import psutil
 import torch
 
 from orchestrator.checkpoint.reader import read_into
@@ -96,8 +99,46 @@ def read_plainly(path: Path) -> None:
             pass
 
 
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """Resident memory at its highest while `action` runs, above what it was before."""
+    process, done = psutil.Process(), threading.Event()
+    before = highest = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        action()
+    finally:
+        done.set()
+        watcher.join()
+    return highest - before
+
+
+def memory(parts: list[Shard], folder: Path) -> None:
+    """What a synchronous save, a load and a load of every second column take beside the shards."""
+    largest = max(part.data.numel() * 4 for part in parts)
+    taken = {"save": peak_bytes(lambda: save(folder, 0, parts, Alone(), Contents({}, {})))}
+    path = folder / "step-00000000"
+    checkpoint = Checkpoint(path)
+    taken["load"] = peak_bytes(lambda: (checkpoint.verify(), read_into(checkpoint, parts)))
+    halves = []
+    for part in parts:
+        box = tuple(slice(0, size // 2 if dim else size) for dim, size in enumerate(part.shape))
+        halves.append(Shard(part.name, part.shape, box, torch.zeros_like(part.data[box])))
+    taken["load of half the columns"] = peak_bytes(lambda: read_into(checkpoint, halves))
+    for what, count in taken.items():
+        print(f"  {what}: {count / largest:.2f} times the largest tensor ({count / 2**20:.0f} MiB) beside the shards")
+    shutil.rmtree(path)
+
+
 def against_the_disk(gibibytes: float, folder: Path) -> None:
     parts, plain = shards(gibibytes), folder / "plain.safetensors"
+    memory(parts, folder)
     ours: dict[str, list[float]] = {"save": [], "load": []}
     theirs: dict[str, list[float]] = {"save": [], "load": []}
     for turn in range(TURNS):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint import catalogue
-from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, remove_uncommitted
+from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, removable, remove_uncommitted
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.verify import Checkpoint
 from tests.lab.checkpoints import write_whole
@@ -113,6 +113,7 @@ def test_pruning_keeps_the_last_and_the_multiples(tmp_path, keep_last, every, le
     assert not any(path.exists() for path in removed)
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 40), max_size=8), st.integers(0, 4), st.one_of(st.none(), st.integers(1, 7)))
 def test_pruning_twice_is_pruning_once(tmp_path_factory, steps, keep_last, every):
     parent = tmp_path_factory.mktemp("checkpoints")
@@ -176,3 +177,13 @@ def test_a_link_out_of_the_directory_is_not_followed(tmp_path):
     (parent / "step-00000001").symlink_to(outside)
     remove_uncommitted(parent)
     assert (outside / "precious").read_text() == "data"
+
+
+def test_what_would_be_removed_is_what_is_removed(tmp_path):
+    _fake(tmp_path, *(f"step-{step:08d}" for step in range(1, 8)))
+    for keep_last, every in ((0, None), (2, None), (1, 3), (9, 2)):
+        listed = removable(tmp_path, keep_last, every)
+        before = committed(tmp_path)
+        assert prune(tmp_path, keep_last, every) == listed
+        assert committed(tmp_path) == [path for path in before if path not in listed]
+        _fake(tmp_path, *(path.name for path in listed))

@@ -91,6 +91,7 @@ def test_boxes_that_do_not(tensor):
         check_cover("t", tensor)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
 def test_any_cut_covers_and_any_loss_or_double_is_found(shape, data):
     boxes = [(tuple([0] * len(shape)), tuple(shape))]

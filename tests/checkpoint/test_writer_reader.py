@@ -135,7 +135,7 @@ def test_other_readers_understand_the_files(tmp_path):
 def test_each_rank_writes_only_what_it_owns(tmp_path):
     path = _write(tmp_path, Layout(replicate=2, fsdp=2), {"model.a": TENSORS["model.a"]})
     assert sorted(files_of(path)) == sorted(
-        ["config.yaml", "rank-00000.safetensors", "rank-00001.safetensors", "state.json"]
+        ["config.yaml", "rank-00000.safetensors", "rank-00001.safetensors", "state.json", "sums.json"]
     )
     assert load_file(path / "rank-00001.safetensors")["model.a#0"].tolist() == TENSORS["model.a"][3:].tolist()
 
@@ -337,7 +337,7 @@ def saved(tmp_path):
     return _write(tmp_path, Layout(fsdp=2))
 
 
-FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "state.json", "config.yaml"]
+FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "state.json", "config.yaml", "sums.json"]
 
 
 def test_the_list_of_files_is_complete(saved):

@@ -55,3 +55,16 @@ def test_help_lists_every_option_with_its_default():
     assert (
         len({line.index(word) for line, word in zip(lines, ("where", "where", "how", "how", "say"), strict=True)}) == 1
     )
+
+
+def test_words_without_a_key_are_for_the_positions():
+    parse = lambda *argv: parse_options(Options, argv, ("output", "input"))  # noqa: E731
+    assert parse("a", "b") == Options("a", ("b",))
+    assert parse("input=b", "a") == parse("a", "input=b") == Options("a", ("b",))
+    assert parse("runs/lr=0.1/x", "b").output == "runs/lr=0.1/x", "a path may have an = in it"
+    with pytest.raises(ConfigErrors, match="there is no option 'inputs'"):
+        parse("a", "inputs=b")
+    with pytest.raises(ConfigErrors, match="written key=value"):
+        parse("a", "b", "c")
+    with pytest.raises(ConfigErrors, match="written key=value"):
+        parse("--verbose", "a", "b")

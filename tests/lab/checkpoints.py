@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.format import MANIFEST, _digest
+from orchestrator.checkpoint.tensorfile import TensorFile
+from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents, save
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
@@ -79,6 +82,7 @@ def write(
     extra: Mapping[str, bytes] | None = None,
     state: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    sign: Callable[[bytes], bytes] | None = None,
 ) -> list[Path | Exception]:
     """Save on `size` ranks; what each returned or raised."""
     peers = ThreadPeers(size)
@@ -88,7 +92,7 @@ def write(
         try:
             facts = {"step": step} if state is None else state
             about = {"name": "test", "seed": 1} if config is None else config
-            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}))
+            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}, sign))
         except Exception as error:
             return error
 
@@ -111,6 +115,26 @@ def tamper(directory: Path, change: Callable[[dict[str, Any]], object], sign: bo
     if sign:
         data["digest"] = _digest({key: value for key, value in data.items() if key != "digest"})
     path.write_text(json.dumps(data))
+
+
+def forge(directory: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
+    """Change a stored fp32 tensor, each of its shards in place, and make all hashes fit again."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    assert manifest["tensors"][name]["dtype"] == "F32"
+    for shard in manifest["tensors"][name]["shards"]:
+        path = directory / shard["file"]
+        content = bytearray(path.read_bytes())
+        entry = TensorFile(path).entries[shard["key"]]
+        part = torch.frombuffer(content, dtype=torch.float32, count=(entry.stop - entry.start) // 4, offset=entry.start)
+        change(part.view(entry.shape))
+        path.write_bytes(content)
+        offset, pieces = 0, []
+        for size, _ in manifest["files"][shard["file"]]["pieces"]:
+            pieces.append([size, hashlib.sha256(content[offset : offset + size]).hexdigest()])
+            offset += size
+        manifest["files"][shard["file"]]["pieces"] = pieces
+    tamper(directory, lambda data: data.update(files=manifest["files"]))
+    Checkpoint(directory).verify()
 
 
 def files_of(directory: Path) -> Iterable[str]:

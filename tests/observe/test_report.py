@@ -278,3 +278,32 @@ def test_a_chart_says_in_words_what_it_shows():
     chart = Chart("loss", "Loss", [Series("training", [(1.0, 8.0), (10.0, 3.0)], "train")])
     assert 'aria-label="Loss: training from 8 at step 1 to 3 at step 10"' in chart.render()
     assert "No data" in Chart("loss", "Loss", [Series("training", [], "train")]).render()
+
+
+def _check(verdict: str = "agrees", **other: Any) -> dict[str, Any]:
+    one = {"saved": 2.0, "measured": 2.0, "difference": 2e-7, "tolerance": 1e-5, "agrees": True}
+    side = {"target": "cpu", "layout": {"fsdp": 1}, "precision": "fp32", "software": {"torch": "2.13.0"}}
+    quantities = {"loss": one, "grad_norm": one, "logits": one, "tensors": {**one, "difference": 0.0}}
+    entry = {"step": 5, "leg": 1, "verdict": verdict, "changed": ["backend"], "went_on": verdict != "differs"}
+    return {**entry, **quantities, "from": side, "to": {**side, "target": "tpu"}} | other
+
+
+def test_a_leg_shows_its_hardware_and_its_handover(tmp_path: Path):
+    legs = [leg(0, 0, 5), leg(1, 5, 10, target="tpu", handover=_check()), leg(2, 10, 12, target="tpu")]
+    rows = [row(step, (step > 5) + (step > 10)) for step in range(1, 13)]
+    folder = write(tmp_path, rows, FACTS | {"legs": legs})
+    (folder / "handover.json").write_text(json.dumps([_check(), _check("differs", step=10)]))
+    text = page(folder)
+    for words in ("leg 1: tpu", "torch 2.13.0", "<h2>Handovers</h2>", "2e-7 of 1e-5", "differs, stopped", "backend"):
+        assert words in text
+    assert "leg 2" not in text, "nothing changed there"
+    assert text.count('class="mark"') >= 2
+
+
+def test_checks_that_are_no_checks(tmp_path: Path):
+    entries = [{}, {"loss": 1, "from": [], "changed": {}}, _check(HOSTILE, changed=[HOSTILE], step=HOSTILE), 7]
+    folder = write(tmp_path, [row(1)], FACTS | {"legs": [leg(0, 0, 1, handover=HOSTILE, software=HOSTILE)]})
+    (folder / "handover.json").write_text(json.dumps(entries))
+    assert "alert(1)</script>" not in page(folder)
+    (folder / "handover.json").write_text("[{")
+    assert "<h2>Handovers</h2>" not in page(folder)

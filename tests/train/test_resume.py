@@ -172,8 +172,14 @@ def _saved(**changes) -> dict:
     return to_dict(replace(compose(["model=tiny_gpt2", "optim.lr=1e-3", "train.seq_len=64"]).config, **changes))
 
 
-def _merge(*overrides: str, saved: dict | None = None) -> RunConfig:
-    return resume.merge(saved or _saved(), compose(overrides))
+def _point(saved: dict, run_dir: Path | None = None) -> resume.ResumePoint:
+    return resume.ResumePoint(Path("/carried/step-00000001"), run_dir, saved)
+
+
+def _merge(*overrides: str, saved: dict | None = None, run_dir: Path | None = None, said: list | None = None):
+    return resume.merge(
+        _point(saved or _saved(), run_dir), compose(overrides), [].append if said is None else said.append
+    )
 
 
 def test_without_overrides_nothing_changes_but_resume():
@@ -211,9 +217,51 @@ def test_a_key_of_a_group_that_is_replaced_too():
     assert (merged.hardware.target, merged.hardware.devices) == ("cpu", 3)
 
 
-def test_a_new_variable_of_the_environment():
-    saved = _saved(hardware=replace(RunConfig().hardware, environment={"OLD": "1"}))
-    assert _merge("+hardware.environment.NEW=x", saved=saved).hardware.environment == {"OLD": "1", "NEW": "x"}
+def _own(runs, **changes) -> tuple[dict, Path]:
+    run_dir = runs.add("1", 10, **changes)
+    return to_dict(replace(RunConfig(), runs_dir=str(runs.folder), **changes)), run_dir
+
+
+def test_a_new_variable_of_the_environment(runs):
+    saved, run_dir = _own(runs, hardware=replace(RunConfig().hardware, environment={"OLD": "1"}))
+    words = (f"runs_dir={runs.folder}", "+hardware.environment.NEW=x")
+    assert _merge(*words, saved=saved, run_dir=run_dir).hardware.environment == {"OLD": "1", "NEW": "x"}
+
+
+HOSTILE = {
+    "hardware": replace(RunConfig().hardware, environment={"LD_PRELOAD": "/tmp/evil.so"}),
+    "checkpoint": replace(RunConfig().checkpoint, signing_key="/home/me/key.pem", dir="s3://evil/place", keep_last=7),
+    "runs_dir": "/etc/cron.d",
+}
+
+
+def test_a_strangers_checkpoint_sets_no_environment_and_uses_no_key_and_no_place(runs):
+    said: list[str] = []
+    merged = _merge(saved=_saved(**HOSTILE), said=said)
+    assert merged.hardware.environment == {}
+    assert (merged.checkpoint.signing_key, merged.checkpoint.dir, merged.runs_dir) == (None, "auto", "runs")
+    assert (merged.checkpoint.keep_last, merged.train.seq_len) == (7, 64), "the rest is the saved run's"
+    assert [text.split()[2] for text in said] == ["hardware.environment", "checkpoint.signing_key", "checkpoint.dir"]
+
+
+def test_a_strangers_checkpoint_does_not_pass_for_one_of_a_run_here(runs):
+    """It names a run directory that is there; what counts is what that says, not the checkpoint."""
+    _, run_dir = _own(runs)
+    merged = _merge(f"runs_dir={runs.folder}", saved=_saved(**HOSTILE), run_dir=run_dir)
+    assert (merged.hardware.environment, merged.checkpoint.signing_key) == ({}, None)
+    elsewhere = _merge(saved=_saved(**HOSTILE), run_dir=run_dir)
+    assert elsewhere.hardware.environment == {}, "a run directory that is none of runs_dir is a stranger's too"
+
+
+def test_where_a_checkpoint_was_found_the_run_goes_on_keeping_others(runs, tmp_path):
+    place = replace(RunConfig().checkpoint, dir="/carried")
+    assert _merge(saved=_saved(checkpoint=place)).checkpoint.dir == "/carried"
+
+
+@pytest.mark.parametrize("junk", [{"hardware": 5}, {"checkpoint": []}, {"train": None}, {"optim": {"lr": {}}}])
+def test_a_saved_configuration_that_is_none(junk):
+    with pytest.raises(ConfigErrors):
+        _merge("train.max_steps=7", saved={**_saved(), **junk})
 
 
 def test_settings_of_hydra_are_not_the_runs():
@@ -231,11 +279,11 @@ def own(tmp_path):
 
 def test_a_resumed_run_keeps_its_experiment(own):
     saved = _saved(experiment="one")
-    assert resume.merge(saved, compose(["experiment=one", "seed=3"], own)).experiment == "one"
-    assert resume.merge(saved, compose(["experiment=one"], own)).train.seq_len == 64
+    assert resume.merge(_point(saved), compose(["experiment=one", "seed=3"], own)).experiment == "one"
+    assert resume.merge(_point(saved), compose(["experiment=one"], own)).train.seq_len == 64
     assert _merge(saved=saved).experiment == "one"
     with pytest.raises(ConfigError, match="a resumed run keeps its experiment") as caught:
-        resume.merge(saved, compose(["experiment=two"], own))
+        resume.merge(_point(saved), compose(["experiment=two"], own))
     assert (caught.value.got, caught.value.allowed) == ("experiment=two", "experiment=one")
 
 

@@ -140,6 +140,7 @@ def test_resume_is_bitwise_on_the_same_layout(runs, tmp_path, features):
     result = run("train", *words, f"resume={checkpoint(whole, 10)}")
     assert result.returncode == 0, result.stderr
     resumed = only_run(tmp_path)
-    assert losses(read_rows(resumed)) == losses(read_rows(whole))[10:]
+    # The rows of the first ten steps have come along with the checkpoint.
+    assert losses(read_rows(resumed)) == losses(read_rows(whole))
     before, after = read_all(checkpoint(whole)), read_all(checkpoint(resumed))
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,330 @@
+"""`python -m orchestrator checkpoint`: look into checkpoints, check, compare, convert and prune them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.cli.checkpoint_text import Progress, clean, difference_rows, inspect_rows, size_text, strict_json
+from orchestrator.config.options import describe_options, option, parse_options
+from orchestrator.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from orchestrator.checkpoint.storage import AnyPath
+    from orchestrator.checkpoint.verify import Checkpoint
+
+SUMMARY = "look into checkpoints, check, compare, convert and prune them"
+_PROGRAM = "python -m orchestrator checkpoint"
+_PATH_HELP = "latest, a run directory, a directory of checkpoints, or a checkpoint; s3://... too"
+_RUNS_HELP = "where latest looks"
+_PICKLE_HELP = "this format is pickle: allow it, for files whose maker you trust"
+_GB = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Options of `checkpoint inspect`."""
+
+    path: str = option(help=_PATH_HELP)
+    tensors: bool = option(False, help="list every tensor with its shape and shards")
+    json: bool = option(False, help="print JSON")
+    runs_dir: str = option("runs", help=_RUNS_HELP)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of `checkpoint verify`."""
+
+    path: str = option(help=f"{_PATH_HELP}; of several the newest")
+    trusted_keys: tuple[str, ...] = option((), help="public keys (PEM), comma-separated: another signature is damage")
+    require_signature: bool = option(False, help="no signature is damage, too")
+    progress: bool = option(True, help="show a progress bar")
+    runs_dir: str = option("runs", help=_RUNS_HELP)
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """Options of `checkpoint diff`."""
+
+    a: str = option(help=_PATH_HELP)
+    b: str = option(help="another one, of whatever layout")
+    prefix: str = option("", help="compare tensors of this prefix alone: model., optimizer.")
+    json: bool = option(False, help="print JSON")
+    progress: bool = option(True, help="show a progress bar")
+    runs_dir: str = option("runs", help=_RUNS_HELP)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `checkpoint export`."""
+
+    path: str = option(help=_PATH_HELP)
+    output: str = option(help="directory to write, new or empty")
+    format: Literal["hf", "dcp"] = option("hf", help="hf (transformers), dcp (torch.distributed.checkpoint; pickle)")
+    dtype: Literal["stored", "fp32", "bf16", "fp16"] = option("stored", help="of the weights: stored, fp32, bf16, fp16")
+    max_shard_gb: float = option(5.0, help="of one file of hf, in GB of 10^9 bytes")
+    names: Literal["own", "hf"] = option("own", help="of dcp's tensors: own, or hf (those of transformers)")
+    verify: bool = option(True, help="hash the checkpoint first")
+    allow_pickle: bool = option(False, help=_PICKLE_HELP)
+    progress: bool = option(True, help="show a progress bar")
+    runs_dir: str = option("runs", help=_RUNS_HELP)
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Options of `checkpoint import`."""
+
+    path: str = option(help="a Hugging Face directory, a torch.distributed.checkpoint directory, or a .ckpt file")
+    output: str = option(help="directory of the new checkpoint, new or empty")
+    format: Literal["auto", "hf", "dcp", "ckpt"] = option("auto", help="auto: what is there; hf, dcp, ckpt")
+    model: str | None = option(None, help="option of train's model group, for weights without a config.json")
+    config: str | None = option(None, help="config.json of transformers, or its directory, if not beside the weights")
+    tokenizer: str | None = option(None, help="tokenizer.json, or its directory, if not beside the weights")
+    allow_pickle: bool = option(False, help=_PICKLE_HELP)
+    progress: bool = option(True, help="show a progress bar")
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Options of `checkpoint prune`."""
+
+    path: str = option(help="a run directory, or a directory of checkpoints")
+    keep_last: int = option(help="the newest so many stay, 1 or more")
+    keep_every_steps: int | None = option(None, help="and those at multiples of this")
+    dry_run: bool = option(False, help="remove nothing, list what would go")
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; `argv` is what follows `checkpoint`. Returns the exit status.
+
+    Raises:
+        UserError: wrong options, or a checkpoint that cannot be used.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name in _MODULES:
+        code: int = importlib.import_module(f"orchestrator.cli.{_MODULES[name][0]}").main(rest)
+        return code
+    if name not in _SUBVERBS:
+        close = difflib.get_close_matches(name, [*_SUBVERBS, *_MODULES], n=1)
+        raise ConfigError(
+            f"there is no '{name}' under 'checkpoint'",
+            got=name,
+            allowed=", ".join([*_SUBVERBS, *_MODULES]),
+            fix=f"did you mean '{close[0]}'?" if close else f"see {_PROGRAM} --help",
+        )
+    subverb = _SUBVERBS[name]
+    places = " ".join(place.upper() for place in subverb.positional)
+    if any(word in ("-h", "--help") for word in rest):
+        print(f"usage: {_PROGRAM} {name} {places} [key=value ...]\n\n{subverb.summary}\n")
+        print(f"{describe_options(subverb.options)}\n\nExample: {_PROGRAM} {name} {subverb.example}")
+        return 0
+    words = ["json=true" if word == "--json" else word for word in rest]
+    return subverb.run(parse_options(subverb.options, words, subverb.positional))
+
+
+def _help() -> str:
+    summaries = {name: subverb.summary for name, subverb in _SUBVERBS.items()}
+    summaries |= {name: summary for name, (_, summary) in _MODULES.items()}
+    rows = "\n".join(f"  {name:<8}  {summary}" for name, summary in summaries.items())
+    return (
+        f"usage: {_PROGRAM} SUBVERB PATH [key=value ...]\n\n{SUMMARY}\n\n{rows}\n\nOptions: {_PROGRAM} SUBVERB --help"
+    )
+
+
+def _inspect(options: InspectOptions) -> int:
+    from orchestrator.checkpoint.inspect import facts
+    from orchestrator.train.rundir import read_history
+
+    checkpoint = _open(options.path, options.runs_dir)
+    found = {**facts(checkpoint, options.tensors), "legs": read_history(checkpoint)[0]}
+    print(strict_json(found) if options.json else "\n".join(inspect_rows(found)))
+    return 0
+
+
+def _verify(options: VerifyOptions) -> int:
+    from orchestrator.checkpoint.signing import trust
+    from orchestrator.checkpoint.verify import Checkpoint
+
+    trusted = trust(options.trusted_keys, options.require_signature)
+    path = _find(options.path, options.runs_dir, damaged=True)
+    try:
+        checkpoint = Checkpoint(path, trusted)
+        total = sum(file.bytes for file in checkpoint.manifest.files.values())
+        with Progress("verify", total, options.progress) as bar:
+            damage = list(checkpoint.damage(bar.add))
+    except CheckpointError as error:
+        print(f"damaged: {clean(str(error))}")
+        return 1
+    for one in damage:
+        print(f"damaged: {clean(str(one))}")
+    if damage:
+        print(f"\n{path}: {len(damage)} damaged ranges; the run falls back to an older checkpoint")
+        return 1
+    files = len(checkpoint.manifest.files)
+    print(f"{path}: whole; {files} files, {size_text(total)}, every byte as it was written")
+    return 0
+
+
+def _diff(options: DiffOptions) -> int:
+    from orchestrator.checkpoint.diff import common_elements, compare
+
+    first, second = _open(options.a, options.runs_dir), _open(options.b, options.runs_dir)
+    with Progress("compare", common_elements(first, second, options.prefix), options.progress, unit="") as bar:
+        found = compare(first, second, options.prefix, bar.add)
+    if options.json:
+        from dataclasses import asdict
+
+        about = {"a": str(first.directory), "b": str(second.directory), "equal": found.equal}
+        print(strict_json({**about, **asdict(found)}))
+    else:
+        print(f"a  {first.directory}, step {first.step}\nb  {second.directory}, step {second.step}\n")
+        print("\n".join(difference_rows(found)))
+    return 0 if found.equal else 1
+
+
+def _export(options: ExportOptions) -> int:
+    if options.format == "dcp":
+        _allow_pickle(options.allow_pickle, "a torch.distributed.checkpoint directory", "whoever loads it executes it")
+    if not options.max_shard_gb > 0:
+        raise ConfigError("'max_shard_gb' is out of range", got=options.max_shard_gb, allowed="more than 0")
+    from orchestrator.train.exporting import export_dcp, export_hf, weight_bytes
+
+    checkpoint = _open(options.path, options.runs_dir)
+    if options.verify:
+        total = sum(file.bytes for file in checkpoint.manifest.files.values())
+        with Progress("verify", total, options.progress) as bar:
+            checkpoint.verify(bar.add)
+    with Progress("export", weight_bytes(checkpoint, options.dtype), options.progress) as bar:
+        if options.format == "hf":
+            limit = max(1, int(min(options.max_shard_gb, 1e6) * _GB))
+            exported = export_hf(checkpoint, options.output, options.dtype, limit, bar.add)
+        else:
+            count = export_dcp(checkpoint, options.output, options.dtype, options.names, bar.add)
+    print(f"step {checkpoint.step} of {checkpoint.directory} is now {options.output}")
+    if options.format == "dcp":
+        print(f"{count} tensors, weights alone")
+        return 0
+    if not exported.tokenizer:
+        print("the checkpoint carries no tokenizer, so there is none in the output")
+    if exported.note:
+        print(f"note: {exported.note}")
+    print(f"\nLoad it ({exported.loader}):")
+    print(f"  transformers.AutoModelForCausalLM.from_pretrained({options.output!r})")
+    return 0
+
+
+def _import(options: ImportOptions) -> int:
+    from orchestrator.train.importing import detect_format, import_weights
+
+    source = Path(options.path).expanduser()
+    kind = detect_format(source)
+    if options.format not in ("auto", kind):
+        raise CheckpointError(f"this is not of format {options.format}", got=source, allowed=f"format={kind}")
+    if kind != "hf":
+        what = "a torch.distributed.checkpoint directory" if kind == "dcp" else "a .ckpt file"
+        _allow_pickle(options.allow_pickle, what, "only tensors and plain data of it are read, nothing is executed")
+    if options.model and options.config:
+        raise ConfigError("model= and config= both describe the weights", fix="leave out one of them")
+    with Progress("import", None, options.progress) as bar:
+        found = import_weights(source, options.output, kind, options.model, options.config, options.tokenizer, bar.at)
+    print(f"{options.output}: {found.parameters:,} parameters in {', '.join(found.dtypes)}, model {found.model.name}")
+    if found.left_out:
+        print(f"{found.left_out} other tensors of the source were left out")
+    if not found.tokenizer:
+        print("no tokenizer came along: give tokenizer=PATH, or see to it that the data has the model's")
+    print("\nTrain on from it (the model and the tokenizer are the checkpoint's; optimizer and step are new):")
+    print(f"  python -m orchestrator train train.init_from={options.output}")
+    return 0
+
+
+def _prune(options: PruneOptions) -> int:
+    for key, value in (("keep_last", options.keep_last), ("keep_every_steps", options.keep_every_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"'{key}' is out of range", got=value, allowed="1 or more")
+    from orchestrator.checkpoint.storage import locate
+    from orchestrator.train.pruning import prune_checkpoints
+
+    path = locate(options.path)
+    gone, kept = prune_checkpoints(path, options.keep_last, options.keep_every_steps, options.dry_run)
+    for one in gone:
+        print(f"{'would remove' if options.dry_run else 'removed'}  {one}")
+    print(f"{len(gone)} {'would be removed' if options.dry_run else 'removed'}, {len(kept)} kept")
+    return 0
+
+
+def _find(where: str, runs_dir: str, damaged: bool = False) -> AnyPath:
+    from orchestrator.train.stored_model import find_checkpoint
+
+    return find_checkpoint(where, runs_dir, lambda text: print(f"warning: {clean(text)}", file=sys.stderr), damaged)
+
+
+def _open(where: str, runs_dir: str) -> Checkpoint:
+    from orchestrator.checkpoint.verify import Checkpoint
+
+    return Checkpoint(_find(where, runs_dir))
+
+
+def _allow_pickle(allowed: bool, what: str, note: str) -> None:
+    if not allowed:
+        raise CheckpointError(
+            f"{what} is pickle, a format that can carry code",
+            fix="prefer format=hf; or add allow_pickle=true where you trust the maker of the file",
+        )
+    print(f"WARNING: {what} is pickle, a format that can carry code; {note}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Subverb:
+    summary: str
+    options: type[Any]
+    run: Callable[[Any], int]
+    example: str
+    positional: tuple[str, ...] = ("path",)
+
+
+_SUBVERBS = {
+    "inspect": _Subverb("step, provenance, tensors and data position", InspectOptions, _inspect, "latest tensors=true"),
+    "verify": _Subverb(
+        "hash every byte; exits with 1 where some are damaged, and names their tensors",
+        VerifyOptions,
+        _verify,
+        "runs/tiny/20261124-120000",
+    ),
+    "diff": _Subverb(
+        "compare two tensor by tensor; exits with 0 where they are bitwise equal, else with 1",
+        DiffOptions,
+        _diff,
+        "runs/a/1/checkpoints/step-00000100 latest prefix=model.",
+        ("a", "b"),
+    ),
+    "export": _Subverb(
+        "weights, configuration and tokenizer for transformers, or weights for torch.distributed.checkpoint",
+        ExportOptions,
+        _export,
+        "latest output=exported/mine dtype=bf16",
+    ),
+    "import": _Subverb(
+        "a Hugging Face directory (or DCP, .ckpt) as a checkpoint to train on from",
+        ImportOptions,
+        _import,
+        "models/Qwen3-0.6B output=imported/qwen3",
+    ),
+    "prune": _Subverb(
+        "remove old checkpoints of a run that is not running",
+        PruneOptions,
+        _prune,
+        "runs/tiny/20261124-120000 keep_last=1",
+    ),
+}
+# Sub-verbs with a module of their own in this package: name -> (module with `main(argv)`, summary).
+_MODULES: dict[str, tuple[str, str]] = {
+    "handover": ("handover", "whether a checkpoint computes the same on some hardware as where it was saved"),
+}

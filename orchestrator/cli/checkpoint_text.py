@@ -1,0 +1,169 @@
+"""How `checkpoint` shows what it found. Names come from strangers' files: nothing of them steers the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.checkpoint.diff import Difference
+
+_MAX_CHANGED_ROWS = 40
+_OF_A_LEG = ("start_step", "end_step", "target", "devices", "layout", "precision")
+
+
+class Progress:
+    """A bar on standard error, where that is a terminal. Several threads may report."""
+
+    def __init__(self, title: str, total: int | None, shown: bool, unit: str = "B"):
+        from tqdm import tqdm
+
+        # disable=None: no bar where nobody sees it.
+        hide = None if shown else True
+        self._bar: Any = tqdm(desc=title, total=total, unit=unit, unit_scale=True, disable=hide, leave=False)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._bar.close()
+
+    def add(self, done: int) -> None:
+        """So much more is done."""
+        with self._lock:
+            self._bar.update(done)
+
+    def at(self, done: int, total: int) -> None:
+        """So much is done in all."""
+        with self._lock:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+
+
+def clean(text: object) -> str:
+    """Printable: control characters, which could move the cursor or set colours, are written out."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in str(text)
+    )
+
+
+def strict_json(data: Any) -> str:
+    """JSON that every reader takes: numbers that are none are text."""
+    return json.dumps(_finite(data), indent=2)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def size_text(count: int) -> str:
+    """Bytes in words: `1.2 GB`."""
+    size, unit = float(count), "bytes"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{count:,} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What `checkpoint.inspect.facts` found, as lines."""
+    rows: list[tuple[str, object]] = [
+        ("checkpoint", facts["path"]),
+        ("step", f"{facts['step']:,}"),
+        ("format", f"version {facts['format_version']}, {'signed' if facts['signed'] else 'not signed'}"),
+        ("model", facts["model"] or "unknown"),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("tensors", f"{facts['tensors']:,}, {size_text(facts['tensor_bytes'])}"),
+        ("on disk", f"{facts['files']} files, {size_text(facts['bytes_on_disk'])}"),
+        ("tokenizer", "in it" if facts["tokenizer"] else "none"),
+    ]
+    rows += [(str(key).replace("_", " "), _plain(value)) for key, value in facts["provenance"].items()]
+    rows += [("data", _plain(facts["data"]) if facts["data"] else "no position: weights alone")]
+    rows += [("schedule", _plain(facts["schedule"]))] if facts["schedule"] else []
+    for number, leg in enumerate(facts["legs"]):
+        rows.append((f"leg {number}", _plain({key: leg[key] for key in _OF_A_LEG if key in leg})))
+    yield from _aligned([(name, clean(value)) for name, value in rows])
+    yield ""
+    header = ("tensors below", "count", "elements", "bytes", "dtype")
+    groups = [
+        (one["name"], f"{one['tensors']:,}", f"{one['elements']:,}", size_text(one["bytes"]), ", ".join(one["dtypes"]))
+        for one in facts["groups"]
+    ]
+    yield from _table(header, groups)
+    if "tensor_list" in facts:
+        yield ""
+        yield from _tensor_rows(facts["tensor_list"])
+
+
+def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    rows = []
+    for tensor in tensors:
+        files = sorted({shard["file"] for shard in tensor["shards"]})
+        where = files[0] if len(files) == 1 else f"{len(files)} files"
+        shape = " x ".join(map(str, tensor["shape"])) or "scalar"
+        rows.append((tensor["name"], tensor["dtype"], shape, f"{len(tensor['shards'])}", where))
+    yield from _table(("tensor", "dtype", "shape", "shards", "in"), rows)
+
+
+def difference_rows(found: Difference) -> Iterator[str]:
+    """What `checkpoint.diff.compare` found, as lines."""
+    for title, names in (("only in a", found.only_first), ("only in b", found.only_second)):
+        yield from (f"{title}  {clean(name)}" for name in names[:_MAX_CHANGED_ROWS])
+        if len(names) > _MAX_CHANGED_ROWS:
+            yield f"{title}  … {len(names) - _MAX_CHANGED_ROWS:,} more"
+    for one in found.mismatched[:_MAX_CHANGED_ROWS]:
+        yield f"differs    {clean(one.name)}: {one.first} in a, {one.second} in b"
+    if found.changed:
+        largest = sorted(found.changed, key=lambda one: -(one.relative_l2 or 0.0))[:_MAX_CHANGED_ROWS]
+        rows = [
+            (
+                one.name,
+                f"{one.differing:,} of {one.elements:,}",
+                f"{one.max_abs:.3g}",
+                "-" if one.relative_l2 is None else f"{one.relative_l2:.3g}",
+            )
+            for one in largest
+        ]
+        yield from _table(("tensor", "elements that differ", "max abs", "relative L2"), rows)
+        if len(found.changed) > len(largest):
+            yield f"… and {len(found.changed) - len(largest):,} more that differ less (json=true lists all)"
+    if found.equal:
+        yield f"bitwise equal: all {found.compared:,} tensors"
+        return
+    yield f"\ndifferent: {found.same:,} of {found.compared:,} tensors that both have are bitwise equal"
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    width = max(len(name) for name, _ in rows)
+    yield from (f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns of text; those of numbers lie right."""
+    cells = [list(header), *([clean(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    right = [all(row[column][:1].isdigit() for row in cells[1:]) for column in range(len(header))]
+    for row in cells:
+        padded = [
+            cell.rjust(width) if at_right else cell.ljust(width)
+            for cell, width, at_right in zip(row, widths, right, strict=True)
+        ]
+        yield "  ".join(padded).rstrip()
+
+
+def _plain(value: Any) -> str:
+    """A value of JSON in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) if len(value) <= 8 else f"{len(value)} entries"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

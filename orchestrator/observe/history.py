@@ -1,0 +1,75 @@
+"""The course of a run, small enough to travel in each of its checkpoints: a run that moves keeps one loss curve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+HISTORY, METRICS = "history.json", "metrics.jsonl"
+LIMIT = 2000
+"""Rows of each kind that are kept: as many as the report draws."""
+
+
+class History:
+    """Legs and rows so far. A sink of `Metrics`.
+
+    With more than `LIMIT` training rows only every second step is kept, then every fourth, and so on; the same for
+    evaluations. Rows are kept as text: putting them together at a save must cost nothing.
+
+    Args:
+        rows: of the legs before, by rising step.
+
+    Attributes:
+        legs: of the run, the one that is under way last.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        self.legs: Sequence[Mapping[str, Any]] = ()
+        self._kept = {"loss": _Thinned(), "val_loss": _Thinned()}
+        self.write(rows)
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            for key, kept in self._kept.items():
+                if key in row:
+                    kept.add(json.dumps(row).encode())
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def content(self, step: int) -> bytes:
+        """JSON of what a checkpoint of `step` carries: `legs`, the last of them up to this step, and `rows`."""
+        legs = [dict(leg) for leg in self.legs]
+        if legs:
+            legs[-1]["end_step"] = step
+        rows = b",\n".join(text for kept in self._kept.values() for text in kept.rows)
+        return b'{"legs": %b,\n"rows": [\n%b\n]}' % (json.dumps(legs).encode(), rows)
+
+
+def read_content(data: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Legs, and rows by rising step, of a checkpoint's JSON; what is no such thing is left out."""
+    legs, rows = (data.get(key) if isinstance(data, dict) else None for key in ("legs", "rows"))
+    good_legs = [leg for leg in legs if isinstance(leg, dict)] if isinstance(legs, list) else []
+    good_rows = [row for row in rows if isinstance(row, dict) and _step(row)] if isinstance(rows, list) else []
+    return good_legs, sorted(good_rows, key=lambda row: row["step"])
+
+
+def _step(row: Mapping[str, Any]) -> bool:
+    step = row.get("step")
+    return isinstance(step, int) and not isinstance(step, bool)
+
+
+class _Thinned:
+    """Rows whose number is a multiple of a stride that grows with them."""
+
+    def __init__(self) -> None:
+        self.rows: list[bytes] = []
+        self._stride, self._count = 1, 0
+
+    def add(self, row: bytes) -> None:
+        if self._count % self._stride == 0:
+            self.rows.append(row)
+        self._count += 1
+        if len(self.rows) > LIMIT:
+            self.rows, self._stride = self.rows[::2], 2 * self._stride

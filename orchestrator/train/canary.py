@@ -1,0 +1,146 @@
+"""The handover check alone: a checkpoint's model on some hardware and layout, and whether it computes what it did.
+
+Only the weights are loaded, and no data is needed: the checkpoint carries the batch. No torch in the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.checkpoint.handover import read_reference
+from orchestrator.checkpoint.storage import AnyPath, locate
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config.compose import Composed, read_config
+from orchestrator.config.schema import RunConfig
+from orchestrator.config.validate import validate
+from orchestrator.errors import CheckpointError, ConfigErrors, UserError
+from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
+from orchestrator.hardware.world import World, detect
+from orchestrator.launch.local import run_local
+from orchestrator.train import resume, rundir
+from orchestrator.train.check import check_run, resolve_model
+
+if TYPE_CHECKING:
+    from orchestrator.strategies.base import ParallelStrategy
+
+_EMBEDDING, _RESULT = "model.embed.weight", "result.json"
+Result = dict[str, Any]
+"""As `Handover.to_dict`, with `checkpoint`, the directory."""
+
+
+def run_check(composed: Composed, where: str) -> Result | None:
+    """Check the checkpoint that `where` names (as for a resume) with the hardware and the layout of `composed`.
+
+    Returns:
+        What was found; None in a process of `torchrun` or Slurm that is not the first.
+
+    Raises:
+        UserError: the checkpoint cannot be read or carries no reference, or does not fit the hardware or the layout.
+    """
+    world = find_world(composed.config.hardware, os.environ)
+    config, checkpoint = _settle(composed, where, verify=world is None or world.rank == 0)
+    target = resolve(config.hardware)
+    if world is None:
+        devices = device_count(config.hardware, target, target.probe())
+        check_run(config, devices)
+        processes = target.processes(devices)
+        return _in_processes(
+            config, checkpoint, [target.environment(config.hardware, rank, processes) for rank in range(processes)]
+        )
+    check_run(config, job_devices(config.hardware, target, world), slices=target.slices())
+    for key, value in target.environment(config.hardware, world.local_rank, world.local_size).items():
+        os.environ.setdefault(key, value)
+    result = _measure(config, world, checkpoint)
+    return result if world.rank == 0 else None
+
+
+def _settle(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, AnyPath]:
+    asked = composed.config
+    check = verify and asked.checkpoint.verify_on_load
+
+    def warn(text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
+    point = resume.find(where, asked.runs_dir, check, warn, asked.checkpoint)
+    config = resume.merge(point, composed, warn)
+    if problems := validate(config):
+        raise ConfigErrors(problems)
+    checkpoint = Checkpoint(point.checkpoint)
+    if read_reference(checkpoint) is None:
+        raise CheckpointError(
+            "the checkpoint carries no reference batch to compare with",
+            got=point.checkpoint,
+            fix="save it again with checkpoint.handover.enabled=true",
+        )
+    if _EMBEDDING not in checkpoint.manifest.tensors:
+        raise CheckpointError("the checkpoint is of another model", got=f"it has no {_EMBEDDING}")
+    vocabulary = checkpoint.manifest.tensors[_EMBEDDING].shape[0]
+    return replace(config, model=resolve_model(config.model, vocabulary)), point.checkpoint
+
+
+def _in_processes(config: RunConfig, checkpoint: AnyPath, environments: list[dict[str, str]]) -> Result:
+    """Measure with processes of this machine."""
+    with tempfile.TemporaryDirectory(prefix="handover-") as name:
+        folder = Path(name)
+        rundir.write_config(folder, config)
+        code = run_local([sys.executable, "-m", "orchestrator.train.canary", name, str(checkpoint)], environments)
+        if code == UserError.exit_code:
+            raise UserError((folder / "error").read_text())
+        if code:
+            raise UserError("the check was ended before it had a result", got=f"exit code {code}", fix="see above")
+        result: Result = json.loads((folder / _RESULT).read_text())
+        return result
+
+
+def _measure(config: RunConfig, world: World, where: AnyPath) -> Result:
+    """Be one process of the job, which measures."""
+    from orchestrator.train.build import make_strategy
+    from orchestrator.train.run import quiet
+
+    quiet(world.rank)
+    parallel = make_strategy(config, resolve(config.hardware), world)
+    parallel.join()
+    try:
+        return measure_checkpoint(config, parallel, where)
+    finally:
+        parallel.leave()
+
+
+def measure_checkpoint(config: RunConfig, parallel: ParallelStrategy, where: AnyPath) -> Result:
+    """Load the model of a checkpoint and check it, on a strategy that has joined the others."""
+    from orchestrator.checkpoint.reader import read_into
+    from orchestrator.train.build import place_model, provenance
+    from orchestrator.train.handover import check_handover
+
+    checkpoint = Checkpoint(where)
+    model = place_model(config, config.model, parallel)
+    shards = parallel.state_shards(model, None)
+    read_into(checkpoint, shards, ignore=["optimizer."])
+    parallel.adopt(model, None, shards)
+    result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
+    return {"checkpoint": str(where), **result.to_dict()}
+
+
+def worker_main(argv: list[str]) -> int:
+    """Entry point of a process that `run_check` started: `FOLDER CHECKPOINT`."""
+    folder, world = Path(argv[0]), detect(os.environ) or World()
+    try:
+        result = _measure(read_config(folder / rundir.CONFIG), world, locate(argv[1]))
+    except UserError as error:
+        # All ranks meet the same problem; one says so.
+        if world.rank == 0:
+            (folder / "error").write_text(str(error))
+        return error.exit_code
+    if world.rank == 0:
+        (folder / _RESULT).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(worker_main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""A run that starts from the weights of a checkpoint (`train.init_from`): its model and tokenizer. No torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from orchestrator.checkpoint.storage import is_remote, locate
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config.compose import Composed
+from orchestrator.config.convert import from_dict, to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.config.validate import validate
+from orchestrator.data.tokenize import TOKENIZER_FILE, Tokenizer
+from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.train import resume
+from orchestrator.train.stored_model import model_of, tokenizer_of
+
+
+def settle(composed: Composed, verify: bool, report: Callable[[str], object]) -> RunConfig:
+    """The configuration, with the model of the checkpoint where `train.init_from` names one.
+
+    Keys of `model` on the command line are set on top of it, and `model=` replaces it. A tokenizer that travels with
+    the checkpoint is used for text, unless the command line names one.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        ConfigErrors: keys do not fit the model.
+    """
+    config = composed.config
+    if config.train.init_from is None:
+        return config
+    found = resume.find(config.train.init_from, config.runs_dir, verify, report, config.checkpoint).checkpoint
+    checkpoint = Checkpoint(found)
+    # All processes read the same one, wherever they start and whatever is `latest` then.
+    where = str(found if is_remote(found) else found.resolve())
+    data = copy.deepcopy(to_dict(config))
+    if "model" not in composed.overrides:
+        data["model"] = to_dict(model_of(checkpoint))
+        resume.apply(composed, data, [key for key in composed.overrides if key.startswith("model.")])
+    names_tokenizer = any(key.startswith("data.tokenizer") for key in composed.overrides)
+    # One in a store has to be fetched by hand: `data.tokenizer.path` is a file.
+    if TOKENIZER_FILE in checkpoint.manifest.files and not names_tokenizer and not is_remote(found):
+        data["data"]["tokenizer"].update(kind="file", path=where)
+    data["train"]["init_from"] = where
+    result = from_dict(RunConfig, data)
+    if problems := validate(result):
+        raise ConfigErrors(problems)
+    return result
+
+
+def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Weights mean something only for the tokens that they were trained on.
+
+    Raises:
+        CheckpointError: the data has other tokens than the checkpoint of `train.init_from`.
+    """
+    if config.train.init_from is None:
+        return
+    checkpoint = Checkpoint(locate(config.train.init_from))
+    stored = tokenizer_of(checkpoint)
+    if stored is not None and not stored.agrees_with(tokenizer):
+        raise CheckpointError(
+            "the data has another tokenizer than the weights that the run starts from",
+            got=f"{tokenizer.vocab_size} tokens in the data, {stored.vocab_size} in {checkpoint.directory}",
+            fix=f"prepare the data with it: data prepare tokenizer={checkpoint.directory / TOKENIZER_FILE} ..., "
+            "or leave out data.tokenizer",
+        )

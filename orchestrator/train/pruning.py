@@ -1,0 +1,73 @@
+"""Removing checkpoints that nobody needs, from a run that is not running. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock
+
+from orchestrator.checkpoint.catalogue import committed, prune, removable
+from orchestrator.checkpoint.storage import AnyPath
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.errors import CheckpointError
+from orchestrator.train import resume, rundir
+from orchestrator.train.stored_model import checkpoints_of
+
+
+def prune_checkpoints(
+    path: AnyPath, keep_last: int, keep_every_steps: int | None, dry_run: bool
+) -> tuple[list[AnyPath], list[AnyPath]]:
+    """Remove all but the newest checkpoints and the ones at multiples of `keep_every_steps`.
+
+    Args:
+        path: a run directory, or a directory of checkpoints.
+        dry_run: remove nothing.
+
+    Returns:
+        The directories that were removed, or would be, and those that are kept.
+
+    Raises:
+        CheckpointError: there are none, a run is using them, or none that can be opened would be left.
+    """
+    parent = checkpoints_of(path)
+    found = committed(parent)
+    if not found:
+        raise CheckpointError(
+            "there are no checkpoints here", got=path, allowed="a run directory, or a directory of step-* checkpoints"
+        )
+    lock = _lock(path, parent, found[0])
+    try:
+        going = removable(parent, keep_last, keep_every_steps)
+        kept = [one for one in found if one not in going]
+        if going and not any(_opens(one) for one in kept):
+            raise CheckpointError(
+                "all the checkpoints that would be kept are damaged",
+                got=", ".join(one.name for one in kept),
+                fix="keep more: keep_last=...",
+            )
+        return (going if dry_run else prune(parent, keep_last, keep_every_steps)), kept
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(path: AnyPath, parent: AnyPath, checkpoint: AnyPath) -> FileLock | None:
+    """Hold the run that the checkpoints belong to, where it is on this machine."""
+    if isinstance(path, Path) and (path / rundir.CONFIG).is_file():
+        return rundir.lock(path)
+    if not isinstance(parent, Path):
+        return None
+    try:
+        saved = Checkpoint(checkpoint).config()
+    except CheckpointError:
+        saved = {}
+    run_dir = resume.run_of(checkpoint.resolve(), saved)
+    return None if run_dir is None else rundir.lock(run_dir)
+
+
+def _opens(path: AnyPath) -> bool:
+    try:
+        Checkpoint(path)
+    except CheckpointError:
+        return False
+    return True

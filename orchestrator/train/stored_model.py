@@ -1,0 +1,91 @@
+"""Which checkpoint a user means, and which model it holds. No torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.checkpoint.catalogue import committed, newest_valid
+from orchestrator.checkpoint.format import MANIFEST
+from orchestrator.checkpoint.storage import AnyPath, locate
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config.compose import read_config
+from orchestrator.config.convert import from_dict
+from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from orchestrator.errors import CheckpointError
+from orchestrator.train import resume, rundir
+
+EMBEDDING = "model.embed.weight"
+LATEST = "latest"
+MEANS = "latest, a run directory, a directory of checkpoints, or a checkpoint (step-...)"
+
+
+def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], damaged: bool = False) -> AnyPath:
+    """The checkpoint that `where` means: itself, or the newest valid one of a run or of a directory.
+
+    Args:
+        report: told of each one that is passed over.
+        damaged: take the newest one, valid or not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = locate(where) if where != LATEST else resume.find(LATEST, runs_dir, False, report).checkpoint.parent
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+        parent = checkpoints_of(path)
+        found = next(iter(committed(parent)), None) if damaged else newest_valid(parent, False, report)
+    except OSError as error:
+        raise CheckpointError(f"the place cannot be read: {error.strerror or error}", got=where) from None
+    if found is None:
+        raise CheckpointError("there is no checkpoint here", got=where, allowed=MEANS)
+    return found
+
+
+def checkpoints_of(path: AnyPath) -> AnyPath:
+    """The directory of the checkpoints of a run, or `path` itself where it is no run directory.
+
+    Raises:
+        ConfigErrors: the run's configuration is of another version.
+    """
+    if isinstance(path, Path) and (path / rundir.CONFIG).is_file():
+        return rundir.checkpoints_dir(path, read_config(path / rundir.CONFIG))
+    return path
+
+
+def model_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The model whose weights a checkpoint holds, with the size of its vocabulary.
+
+    Raises:
+        CheckpointError: it holds none.
+        ConfigErrors: its configuration is of another version.
+    """
+    embedding = checkpoint.manifest.tensors.get(EMBEDDING)
+    if embedding is None or not embedding.shape:
+        raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
+    config = from_dict(RunConfig, checkpoint.config())
+    if config.model.layers > len(checkpoint.manifest.tensors):
+        raise CheckpointError(
+            "the checkpoint does not hold the model that its configuration describes",
+            got=f"{len(checkpoint.manifest.tensors)} tensors, {config.model.layers} layers",
+        )
+    return replace(config.model, vocab_size=embedding.shape[0])
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer that travels with a checkpoint, if one does.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    names = [name for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE) if name in checkpoint.manifest.files]
+    if TOKENIZER_FILE not in names:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            Path(folder, name).write_bytes(checkpoint.read(name))
+        return load_tokenizer(folder)

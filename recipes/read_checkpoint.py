@@ -1,0 +1,81 @@
+"""Read a checkpoint with safetensors and NumPy alone: python recipes/read_checkpoint.py DIRECTORY [TENSOR]
+
+Checks the manifest's digest, every hash, and that the shards hold each element exactly once. The format is described in
+docs/checkpoint-format.md. bfloat16, which NumPy lacks, is given as uint16 with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors import deserialize
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
+DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
+
+
+def read_manifest(directory: Path) -> dict:
+    manifest = json.loads((directory / "manifest.json").read_bytes())
+    if (manifest["format"], manifest["version"]) != ("orchestrator-checkpoint", 2):
+        raise ValueError("not a checkpoint that this reader knows")
+    if manifest.get("requires"):
+        raise ValueError(f"needs a reader that knows {manifest['requires']}")
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    if hashlib.sha256(text.encode()).hexdigest() != manifest["digest"]:
+        raise ValueError("the manifest is damaged")
+    return manifest
+
+
+def read_file(directory: Path, name: str, listed: dict) -> bytes:
+    """The content of a file, checked piece by piece."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", name):
+        raise ValueError(f"a name that is not allowed: {name!r}")
+    content = (directory / name).read_bytes()
+    offset = 0
+    for size, sha256 in listed["pieces"]:
+        if hashlib.sha256(content[offset : offset + size]).hexdigest() != sha256:
+            raise ValueError(f"{name} is damaged in bytes {offset} to {offset + size}")
+        offset += size
+    if not offset == listed["bytes"] == len(content):
+        raise ValueError(f"{name} has {len(content)} bytes instead of {listed['bytes']}")
+    return content
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and value of every tensor, put together from its shards."""
+    manifest = read_manifest(directory)
+    stored: dict[str, dict[str, dict]] = {}
+    for name, listed in manifest["files"].items():
+        content = read_file(directory, name, listed)
+        if name.endswith(".safetensors"):
+            stored[name] = dict(deserialize(content))
+    for name, tensor in manifest["tensors"].items():
+        shape, dtype = tuple(tensor["shape"]), np.dtype(DTYPES[tensor["dtype"]])
+        whole, times = np.empty(shape, dtype), np.zeros(shape, np.uint8)
+        for shard in tensor["shards"]:
+            part = stored[shard["file"]][shard["key"]]
+            box = tuple(slice(a, b) for a, b in zip(shard["start"], shard["stop"], strict=True))
+            size = tuple(b - a for a, b in zip(shard["start"], shard["stop"], strict=True))
+            if (part["dtype"], tuple(part["shape"])) != (tensor["dtype"], size):
+                raise ValueError(f"a shard of {name} is not what the manifest says")
+            whole[box] = np.frombuffer(part["data"], dtype, math.prod(size)).reshape(size)
+            times[box] += 1
+        if not (times == 1).all():
+            raise ValueError(f"the shards do not cover {name} exactly once")
+        yield name, whole
+
+
+if __name__ == "__main__":
+    for found, value in read_tensors(Path(sys.argv[1])):
+        if len(sys.argv) < 3:
+            print(f"{found:60} {value.dtype} {list(value.shape)}")
+        elif found == sys.argv[2]:
+            print(value)

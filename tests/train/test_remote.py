@@ -1,0 +1,127 @@
+"""Runs that keep their checkpoints in an S3 store, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+
+from orchestrator.checkpoint import storage
+from orchestrator.checkpoint.catalogue import committed
+from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.storage import children, locate, write_file
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.sharding.shard import Shard
+from tests.lab.cli import only_run, run
+from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.store import BUCKET, reachable, serve
+from tests.lab.tensors import read_all
+
+DTYPES = {"F32": torch.float32, "I64": torch.int64}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve() as store, reachable(store):
+        yield store
+
+
+@pytest.fixture(autouse=True)
+def _healthy(server, monkeypatch):
+    monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.01)
+    server.faults.clear()
+
+
+def _everything(path) -> dict[str, torch.Tensor]:
+    found = Checkpoint(path)
+    found.verify()
+    shards = [
+        Shard(name, t.shape, tuple(slice(0, size) for size in t.shape), torch.zeros(t.shape, dtype=DTYPES[t.dtype]))
+        for name, t in found.manifest.tensors.items()
+    ]
+    read_into(found, shards)
+    return {shard.name: shard.data for shard in shards}
+
+
+def _train(*words, code=0):
+    result = run("train", *words)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def test_a_run_saves_to_s3_and_goes_on_from_there_also_on_another_machine(server, tmp_path):
+    """Ten steps, the machine is lost with its run directory, ten more on another layout: the weights of twenty."""
+    place = f"s3://{BUCKET}/moves"
+    words = small_overrides(tmp_path, "hardware.devices=2", "layout.fsdp=2", "optim.schedule.kind=constant")
+    _train(*words, f"runs_dir={tmp_path / 'whole'}")
+    whole = only_run(tmp_path / "whole")
+
+    first = _train(*words, f"checkpoint.dir={place}", "train.max_steps=10")
+    run_dir = only_run(tmp_path / "runs")
+    kept = locate(place) / run_dir.parent.name / run_dir.name
+    assert f"saved {kept}/step-00000010" in first.stdout
+    assert not (run_dir / "checkpoints").exists()
+    write_file(kept / "step-00000015" / "rank-00000.safetensors", [b"left by a save that was killed"])
+
+    # In place: the run directory is here.
+    again = _train(f"runs_dir={tmp_path / 'runs'}", "resume=latest", "train.max_steps=20")
+    assert "resumed at step 10" in again.stdout
+    assert only_run(tmp_path / "runs") == run_dir
+    assert [path.name for path in committed(kept)] == ["step-00000020", "step-00000010"]
+    assert not storage.there(kept / "step-00000015")
+    assert losses(read_rows(run_dir)) == losses(read_rows(whole))
+    found, wanted = _everything(kept / "step-00000020"), read_all(checkpoint(whole))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+    # Elsewhere: nothing is here but the address; by checkpoint, and as the newest of the store.
+    shutil.rmtree(tmp_path / "runs")
+    fresh = (f"runs_dir={tmp_path / 'elsewhere'}", "train.max_steps=22", "hardware.devices=1", "layout.fsdp=1")
+    named = _train(*fresh, f"resume={kept}/step-00000020")
+    assert "resumed at step 20" in named.stdout
+    moved = only_run(tmp_path / "elsewhere")
+    assert json.loads((moved / "run.json").read_text())["legs"][-1]["resumed_from"] == f"{kept}/step-00000020"
+    assert [path.name for path in committed(locate(place) / moved.parent.name / moved.name)] == ["step-00000022"]
+    shutil.rmtree(tmp_path / "elsewhere")
+    latest = _train(f"runs_dir={tmp_path / 'third'}", "resume=latest", f"checkpoint.dir={place}", "train.max_steps=24")
+    assert "resumed at step 22" in latest.stdout
+
+
+def test_a_store_that_fails_for_a_while_costs_that_checkpoint_and_no_more(server, tmp_path):
+    place = f"s3://{BUCKET}/fails"
+    server.fail(r"PUT .*/step-00000005/manifest\.json", status="403 Forbidden", code="AccessDenied")
+    words = small_overrides(tmp_path, f"checkpoint.dir={place}", "checkpoint.every_steps=5", "train.max_steps=10")
+    result = _train(*words)
+    assert "warning: the checkpoint of step 5 could not be written: told to fail" in result.stdout
+    run_dir = only_run(tmp_path / "runs")
+    assert [path.name for path in children(locate(place) / run_dir.parent.name / run_dir.name)] == [
+        "owner.json",
+        "step-00000010",
+    ]
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_training(server, tmp_path):
+    words = small_overrides(tmp_path, "checkpoint.dir=s3://no-such-bucket/x")
+    result = _train(*words, code=2)
+    assert "error: the directory of the checkpoints cannot be written: " in result.stderr
+    assert "bucket" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "model      " not in result.stdout
+
+
+def test_another_run_of_the_same_name_is_refused(server, tmp_path):
+    """Two machines that do not see each other, and started in the same second."""
+    place = f"s3://{BUCKET}/shared"
+    _train(*small_overrides(tmp_path, f"checkpoint.dir={place}", "train.max_steps=2", "checkpoint.every_steps=null"))
+    run_dir = only_run(tmp_path / "runs")
+    other = tmp_path / "other machine" / run_dir.parent.name / run_dir.name
+    other.mkdir(parents=True)
+    shutil.copy(run_dir / "config.yaml", other)
+    result = _train(f"resume={other}", f"runs_dir={other.parent.parent}", "train.max_steps=4", code=2)
+    assert "another run keeps its checkpoints there" in result.stderr
+    assert str(run_dir) in result.stderr
