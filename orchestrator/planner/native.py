@@ -23,8 +23,9 @@ XLA_BLOCK = 512  # queries whose scores exist at one time, as in `strategies/xla
 
 
 def covers(job: JobSpec, plan: ParallelPlan) -> bool:
-    """Whether the strategy can do this at all: no experts, no pipeline, fully sharded states."""
-    return not (job.model.experts or job.model.latent_kv) and plan.pipeline == 1 and plan.zero == 3
+    """Whether the strategies can do this at all: no experts, no pipeline, no offloading, fully sharded states."""
+    known = not job.model.experts and not job.model.latent_kv
+    return known and plan.pipeline == 1 and plan.zero == 3 and plan.remat != "offload"
 
 
 def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capacity: float | None) -> MemoryEstimate:
@@ -60,32 +61,34 @@ class _Moment:
 
 @dataclass(frozen=True)
 class _Sizes:
+    """Sizes of a step on one device, in elements and in bytes, and its moments made of them."""
+
     job: JobSpec
     plan: ParallelPlan
     constants: Calibration
 
     # --- elements ---------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def shape(self) -> ModelShape:
         return self.job.model
 
-    @property
+    @cached_property
     def wide(self) -> int:
         """Bytes of an element of the residual stream and of gathered weights: fp32 under XLA's autocast."""
         return FP32 if self.compiled else self.narrow
 
-    @property
+    @cached_property
     def narrow(self) -> int:
         """Bytes of an element that the matrix products take."""
         return self.job.element_bytes
 
-    @property
+    @cached_property
     def compiled(self) -> bool:
         """Whether the XLA strategy runs this, and a compiler decides what is kept when."""
         return self.constants.vendor in ("google", "aws")
 
-    @property
+    @cached_property
     def strip(self) -> float:
         """Scores and weights of one block of queries and the gradients of both, where no kernel does without them."""
         if not self.compiled:
@@ -93,60 +96,60 @@ class _Sizes:
         heads, rows = self.shape.heads / self.plan.tensor, min(XLA_BLOCK, self.job.seq_len)
         return 4 * FP32 * self.plan.micro_batch * heads * rows * self.job.seq_len
 
-    @property
+    @cached_property
     def tokens(self) -> float:
         return self.plan.micro_batch * self.job.seq_len / self.plan.context
 
-    @property
+    @cached_property
     def split(self) -> float:
         """Tokens of the residual stream. XLA's strategy leaves it whole over the tensor axis."""
         return self.tokens if self.compiled else self.tokens / self.plan.tensor
 
-    @property
+    @cached_property
     def wrapped(self) -> bool:
         """Whether parameters are split and gathered: not for a single device in fp32."""
         return self.plan.devices > 1 or self.wide < FP32
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """With what fills the vector registers of a TPU, where arrays are laid out by heads."""
         width = self.shape.head_dim
         return math.ceil(width / TPU_LANES) * TPU_LANES if self.constants.vendor == "google" else width
 
-    @property
+    @cached_property
     def queries(self) -> float:
         return self.shape.heads * self.head_dim / self.plan.tensor
 
-    @property
+    @cached_property
     def keys(self) -> float:
         return self.shape.kv_heads * self.head_dim / self.plan.tensor
 
-    @property
+    @cached_property
     def hidden(self) -> float:
         return self.shape.mlp_dim / self.plan.tensor
 
-    @property
+    @cached_property
     def vocabulary(self) -> float:
         """Elements of the embedding or of the head."""
         return self.shape.vocab * self.shape.dim / self.plan.tensor
 
-    @property
+    @cached_property
     def layer(self) -> float:
         """Parameters of a layer before fsdp splits them."""
         kind = layer_elements(self.shape, False)
         return (kind.attention + kind.mlp) / self.plan.tensor + kind.norms
 
-    @property
+    @cached_property
     def outside(self) -> float:
         """Parameters outside of the layers."""
         positions = self.shape.learned_positions * self.shape.dim / self.plan.tensor
         return (1 if self.shape.tied else 2) * self.vocabulary + positions + self.shape.dim
 
-    @property
+    @cached_property
     def whole(self) -> float:
         return self.shape.layers * self.layer + self.outside
 
-    @property
+    @cached_property
     def owned(self) -> float:
         return self.whole / self.plan.shards
 
@@ -156,7 +159,7 @@ class _Sizes:
         """A norm's input and, where no kernel fuses it, the input in fp32 and its normalised values instead."""
         return tokens * width * (self.wide if fused else 2 * FP32)
 
-    @property
+    @cached_property
     def _fused(self) -> bool:
         return self.shape.layer_norm or self.constants.fused_norms or self.compiled
 
@@ -170,7 +173,7 @@ class _Sizes:
         size += narrow * self.tokens * (2 * self.queries + 2 * self.keys * self.plan.context) + self._statistics
         return size + narrow * self.tokens * self.hidden * (4 if shape.gated else 2)
 
-    @property
+    @cached_property
     def _statistics(self) -> float:
         """The logarithm of each query's sum that flash attention keeps."""
         return FP32 * self.tokens * self.shape.heads / self.plan.tensor
@@ -196,7 +199,7 @@ class _Sizes:
         shared = self.queries + self.keys + (2 if self.shape.gated else 1) * self.hidden
         return self.everything - self.narrow * self.tokens * shared - self._statistics
 
-    @property
+    @cached_property
     def _shared(self) -> float:
         """What all layers use: the mask, which is there unless all is plainly causal, and the rotary tables."""
         job, shape, wide = self.job, self.shape, self.wide
@@ -209,7 +212,7 @@ class _Sizes:
 
     # --- moments ----------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def _accumulated(self) -> float:
         """Gradients that earlier micro-batches have left.
 
@@ -222,11 +225,11 @@ class _Sizes:
             return FP32 * self.owned
         return FP32 * (self.whole + (self.plan.tensor - 1) * self.vocabulary)
 
-    @property
+    @cached_property
     def _several(self) -> bool:
         return self.plan.micro_batches(self.job) > 1
 
-    @property
+    @cached_property
     def _root(self) -> float:
         """Parameters that stay gathered from the first use to the last: a tied matrix and learned positions."""
         if not self.wrapped:
@@ -237,12 +240,8 @@ class _Sizes:
         """In the last chunk of the loss: all activations, the gradients of head and hidden states, the logits."""
         wide, shape = self.wide, self.shape
         final = self._norm(shape.dim, self.split, self._fused) + 2 * wide * self.tokens * shape.dim
-        chunk = (
-            min(self.tokens, self.job.loss_chunk_tokens or self.constants.loss_chunk or math.inf)
-            * shape.vocab
-            / self.plan.tensor
-        )
-        narrow = self.narrow
+        chunk_tokens = self.job.loss_chunk_tokens or self.constants.loss_chunk or math.inf
+        chunk, narrow = min(self.tokens, chunk_tokens) * shape.vocab / self.plan.tensor, self.narrow
         if narrow == FP32:
             logits = FP32 * chunk
         else:

@@ -74,3 +74,4 @@ def test_what_the_strategy_cannot_do_is_left_to_the_general_model():
     assert not covers(job(), ParallelPlan(pipeline=2))
     assert not covers(job(MIXTRAL), ParallelPlan(fsdp=8))
     assert not covers(job(LLAMA_8B), ParallelPlan(fsdp=8, zero=1))
+    assert not covers(job(LLAMA_8B), ParallelPlan(fsdp=8, remat="offload"))
