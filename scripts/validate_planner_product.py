@@ -76,6 +76,10 @@ llama3_70b fsdp=32,tensor=8 seq=8192 batch=2 bf16 remat=selective
 llama3_70b fsdp=64,tensor=8 seq=8192 batch=4 bf16 remat=full
 llama3_70b fsdp=32,context=2,tensor=8 seq=16384 batch=1 bf16 remat=full
 llama3_405b fsdp=64,tensor=8 seq=8192 batch=1 bf16 remat=full
+qwen3_14b fsdp=16,tensor=4 seq=4096 batch=2 bf16 remat=selective
+qwen3_0_6b fsdp=4,tensor=2 seq=2048 batch=4 micro=2 bf16
+mistral_7b fsdp=8,context=2,tensor=2 seq=16384 batch=1 bf16 remat=full mask
+llama3_405b replicate=2,fsdp=32,tensor=8 seq=4096 batch=1 bf16 remat=selective
 """
 
 
