@@ -141,6 +141,7 @@ def test_bench_runs_each_in_its_environment(checkout):
         ".venv-xla/python scripts/benchmarks/xla_step.py",
         ".venv/python scripts/benchmarks/checkpoint.py",
         ".venv/python scripts/benchmarks/plan.py",
+        ".venv/python scripts/benchmarks/plan_product.py",
     ]
     assert [line for line in call(checkout, "bench", "step") if "benchmarks" in line] == both[:1]
 
@@ -162,6 +163,6 @@ def test_setup_says_which_python_is_missing(checkout):
     assert not (checkout / ".venv-xla").exists()
 
 
-@pytest.mark.parametrize("name", ["fit_planner", "validate_planner"])
+@pytest.mark.parametrize("name", ["fit_planner", "validate_planner", "validate_planner_product"])
 def test_the_planners_scripts_need_no_accelerator(checkout, name):
     assert call(checkout, name, "--write")[-1] == f".venv/python -m scripts.{name} --write"

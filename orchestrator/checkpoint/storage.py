@@ -50,6 +50,7 @@ class StoredFile:
 PIECE_BYTES = 1 << 24
 """A hash covers at most so many bytes: damage is found to that range, and all cores can look for it."""
 _MULTIPART_BYTES = 1 << 25
+_FLUSH_BYTES = 1 << 26
 _ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
 _WITHOUT_DIRECTORIES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 # What trying again does not change.
@@ -339,9 +340,10 @@ def _as_os_error(error: Exception) -> OSError:
 @contextlib.contextmanager
 def _open_whole(path: AnyPath) -> Iterator[Any]:
     if not is_remote(path):
-        with open(path, "wb", buffering=0) as file:
-            yield _Raw(file)
-            os.fsync(file.fileno())
+        with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher:
+            flushed = _Flushed(file, flusher)
+            yield flushed
+            flushed.finish()
         return
     # The store's library sends the parts of a large object one by one, and each again where that fails.
     file = retried(lambda: _store(path).open(_key(path), "wb", block_size=_MULTIPART_BYTES))
@@ -360,15 +362,33 @@ def _open_whole(path: AnyPath) -> Iterator[Any]:
         raise
 
 
-class _Raw:
-    """An unbuffered file that writes all it is given; a copy through a buffer costs as much as the hash."""
+class _Flushed:
+    """An unbuffered file that writes all it is given, and flushes it to disk while the rest is written and hashed.
 
-    def __init__(self, file: Any):
-        self._file = file
+    A copy through a buffer would cost as much as the hash, and flushing all of it at the end as much as both.
+    """
+
+    def __init__(self, file: Any, flusher: ThreadPoolExecutor):
+        self._file, self._flusher = file, flusher
+        self._unflushed = 0
+        self._flush: Future[None] | None = None
 
     def write(self, data: memoryview) -> None:
+        self._unflushed += len(data)
         while data:
             data = data[self._file.write(data) :]
+        if self._unflushed >= _FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            self._settle()
+            self._flush, self._unflushed = self._flusher.submit(os.fsync, self._file.fileno()), 0
+
+    def finish(self) -> None:
+        self._settle()
+        os.fsync(self._file.fileno())
+
+    def _settle(self) -> None:
+        # The system tells of a failed flush once: whoever asked must hear of it.
+        if self._flush is not None:
+            self._flush.result()
 
 
 def _pieces(parts: Iterable[Any]) -> Iterator[memoryview]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import yaml
 
@@ -266,7 +267,8 @@ def sum_bits(data: torch.Tensor) -> int:
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     words = data.detach().contiguous().reshape(-1).view(kinds[data.element_size()])
-    return int(words.sum(dtype=torch.int64)) % SUM_RANGE
+    # NumPy adds 32-bit words to a 64-bit sum several times as fast as torch does.
+    return int(words.cpu().numpy().sum(dtype=np.int64)) % SUM_RANGE
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -33,8 +33,8 @@ class AttentionCore(nn.Module):
             q: [B, H, T, head_dim].
             k: [B, H / n, S, head_dim]; each key head serves n query heads in a row.
             v: as `k`.
-            mask: bool, broadcastable to [B, H, T, S], True where attention may look. None: causal, and for
-                T = 1 everything.
+            mask: broadcastable to [B, H, T, S]: bool, True where attention may look, or as `mask.additive` makes
+                it. None: causal, and for T = 1 everything.
 
         Returns:
             [B, H, T, head_dim]

@@ -20,7 +20,7 @@ from orchestrator.models.cache import KVCache
 from orchestrator.models.init import Init
 from orchestrator.models.layers import Block, Mask, make_norm, resolved_head_dim
 from orchestrator.models.loss import HeadOps, default_head_ops
-from orchestrator.models.mask import attention_mask
+from orchestrator.models.mask import additive, attention_mask
 from orchestrator.models.rope import Rope, rope_tables
 from orchestrator.sharding.axes import ParameterAxes
 
@@ -161,6 +161,8 @@ class Decoder(nn.Module):
             device=tokens.device,
         )
         x, rope = self._embed(tokens, positions)
+        if isinstance(mask, Tensor):
+            mask = additive(mask, x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache.layers[index] if cache is not None else None)
         return self.head(self.norm(x), targets, last_only)

@@ -144,6 +144,7 @@ def _chunk_losses(
                 d_weight.addmm_(d_logits.T, hidden[rows])
             else:
                 d_weight.add_(d_logits.T @ hidden[rows])
+        del d_logits  # before the next chunk's logits are made
     return total
 
 

@@ -32,14 +32,14 @@ class CausalMask:
         return first, self.past + stop
 
     def part(self, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor | None:
-        """The mask of the queries [start, stop) over the keys [first, end), where end is past + stop.
+        """The mask of the queries [start, stop) over the keys [first, end).
 
         Returns:
             bool [B or 1, 1, stop - start, end - first], True where attention may look; None where plain causal
             attention (or, for one query, attention to everything) says the same.
         """
         (start, stop), (first, end) = queries, keys
-        plain = stop - start in (1, end - first)
+        plain = end == self.past + stop and stop - start in (1, end - first)
         if self.documents is None and plain and (self.window is None or end - first <= self.window):
             return None
         keys_at = torch.arange(first, end, device=self.device)
@@ -72,3 +72,12 @@ def attention_mask(
         (or, for one new position, attention to everything) says the same.
     """
     return CausalMask(queries=queries, past=past, documents=documents, window=window, device=device).whole()
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of bools as what is added to the scores: zero where attention may look, minus infinity elsewhere.
+
+    Attention kernels want it so, and torch would make and keep one for every layer.
+    """
+    look, away = (torch.full((), value, dtype=dtype, device=mask.device) for value in (0.0, float("-inf")))
+    return torch.where(mask, look, away)

@@ -60,6 +60,7 @@ class Calibration:
         keeps_gathered: sequence parallelism keeps the gathered inputs of the products, where others gather again.
         extra_in_flight: micro-batches that a pipeline stage holds beyond those of 1F1B.
         fragmentation: share of the activations that the allocator wastes.
+        fused_norms: a kernel normalises in one go and keeps its input alone (the product's own memory model).
         context_bytes: of the runtime and its communication libraries.
     """
 
@@ -110,6 +111,7 @@ class Calibration:
     kept: float = 1.0
     selective_kept: float | None = None
     fragmentation: float = 0.05
+    fused_norms: bool = False
     context_bytes: float = 1.0e9
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from orchestrator.planner.calibration import Calibration, calibration
+from orchestrator.planner.native import covers, native_memory
 from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 from orchestrator.planner.time import stage_elements
 from orchestrator.planner.work import layer_elements, sparse_layers
@@ -27,6 +28,8 @@ def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> Memor
 
 def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> MemoryEstimate:
     """`estimate_memory` with the constants given."""
+    if constants.stack.startswith("orchestrator") and covers(job, plan):
+        return native_memory(job, plan, constants, device_capacity(cluster))
     ends = {0, plan.pipeline - 1}
     estimates = [_stage(job, cluster, plan, constants, stage) for stage in sorted(ends)]
     return max(estimates, key=lambda estimate: estimate.total)

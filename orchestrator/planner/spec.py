@@ -31,6 +31,8 @@ class ModelShape:
         window: tokens that a position sees, itself included; None for all before it.
         global_layers: layers that see everything before them in a model that has a window.
         latent_q, latent_kv, rope_dim: ranks of multi-head latent attention (0 = ordinary attention).
+        qk_norm: queries and keys are normalised.
+        layer_norm: norms with a shift instead of RMS norms.
     """
 
     name: str
@@ -54,6 +56,8 @@ class ModelShape:
     latent_q: int = 0
     latent_kv: int = 0
     rope_dim: int = 0
+    qk_norm: bool = False
+    layer_norm: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig, vocab: int | None = None) -> ModelShape:
@@ -73,6 +77,8 @@ class ModelShape:
             tied=config.tied_embeddings,
             window=config.sliding_window,
             learned_positions=config.max_seq_len if config.positions == "learned" else 0,
+            qk_norm=config.qk_norm,
+            layer_norm=config.norm == "layer",
         )
 
 
@@ -84,6 +90,7 @@ class JobSpec:
         global_batch_tokens: per optimizer step, over all devices.
         total_tokens: of the whole run; None where only a step is asked for.
         precision: of the matrix products; master weights and optimizer state are fp32.
+        document_mask: attention does not cross documents, which takes a mask of every pair of positions.
         stack: software whose calibration applies (a key of `calibration.yaml`), or `auto`: the chip's vendor's.
         loss_chunk_tokens: tokens whose logits are alive at one time; None for what the stack does.
     """
@@ -95,6 +102,7 @@ class JobSpec:
     precision: Precision = "bf16"
     stack: str = "auto"
     loss_chunk_tokens: int | None = None
+    document_mask: bool = False
 
     @property
     def element_bytes(self) -> int:

@@ -1,8 +1,8 @@
 """Context parallelism: each rank of a context group holds a part of every sequence.
 
 Queries stay where they are, keys and values are gathered over the group (the all-gather variant of context
-parallelism; its backward pass reduce-scatters their gradients). The mask is built from the whole sequence's
-documents and cut to the rank's rows.
+parallelism; its backward pass reduce-scatters their gradients). The mask has the rank's rows and is built from the
+whole sequence's documents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 
 from orchestrator.models.decoder import Decoder
-from orchestrator.models.mask import attention_mask
+from orchestrator.models.mask import CausalMask
 
 _SEQUENCE_DIM = 2  # of keys and values [B, H, T, head_dim]
 
@@ -27,12 +27,11 @@ def parallelize_context(model: Decoder, group: dist.ProcessGroup) -> None:
 
     def make_mask(
         *, queries: int, past: int, documents: Tensor | None, window: int | None, device: torch.device
-    ) -> Tensor:
+    ) -> Tensor | None:
         whole = _gather(documents, group, dim=1) if documents is not None else None
-        mask = attention_mask(queries=queries * size, past=past, documents=whole, window=window, device=device)
-        if mask is None:
-            mask = torch.ones(queries * size, queries * size, dtype=torch.bool, device=device).tril()[None, None]
-        return mask[:, :, rank * queries : (rank + 1) * queries]
+        rule = CausalMask(queries=queries * size, past=past, documents=whole, window=window, device=device)
+        # Only this rank's rows: the whole mask of a sequence of 128k tokens would take 16 GiB.
+        return rule.part((rank * queries, (rank + 1) * queries), (0, past + queries * size))
 
     model.make_mask = make_mask
     for block in model.blocks:

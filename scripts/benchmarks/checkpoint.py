@@ -186,7 +186,7 @@ class Clock(lightning.Callback):
 
 
 def stall(asynchronous: bool, every: int, steps: int) -> None:
-    words = ["model=llama_20m", "hardware=cpu", f"train.max_steps={steps}", "train.global_batch_tokens=2048"]
+    words = ["model=llama_20m", "hardware=cpu", f"train.max_steps={steps}"]
     words += ["train.eval_every=null", f"checkpoint.every_steps={every}", f"checkpoint.asynchronous={asynchronous}"]
     config = compose([*words, "logger.progress=false", "checkpoint.keep_last=1"]).config
     data = prepare(config.data)
@@ -223,7 +223,7 @@ def main() -> None:
     print("checkpoints against plain files of the same bytes (flushed to disk; read with a cold page cache)")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         against_the_disk(gibibytes, Path(folder))
-    print("what saving costs the training (llama_20m, 2,048 tokens per step, fp32, one process)")
+    print("what saving costs the training (llama_20m, 4,096 tokens per step as by default, fp32, one process)")
     for asynchronous in (True, False):
         stall(asynchronous, every=5, steps=26)
 

@@ -113,7 +113,12 @@ def test_any_write_or_flush_that_fails(tmp_path, monkeypatch, operation):
 
         return run
 
-    for owner, name in ((storage._Raw, "write"), (os, "fsync"), (type(tmp_path), "rename"), (type(tmp_path), "mkdir")):
+    for owner, name in (
+        (storage._Flushed, "write"),
+        (os, "fsync"),
+        (type(tmp_path), "rename"),
+        (type(tmp_path), "mkdir"),
+    ):
         monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     (result,) = _write(tmp_path, 2, size=1)
     monkeypatch.undo()

@@ -228,7 +228,7 @@ def _die_at(operation: int) -> None:
         return run
 
     for owner, name in (
-        (storage._Raw, "write"),
+        (storage._Flushed, "write"),
         (os, "fsync"),
         (Path, "rename"),
         (Path, "mkdir"),

@@ -1,0 +1,80 @@
+"""The torch-native strategy as one rank of a world that is not there: no data, and nobody to send it to.
+
+Everything is done as in a run; the process group says that it has sent and received, and tensors know their
+shapes and how many bytes they would need (`FakeTensorMode`). So one process can go through the step of any rank of
+hundreds and be watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from orchestrator.models.decoder import Decoder
+from orchestrator.sharding.rules import Placement
+from orchestrator.strategies.dtensor import DTensorStrategy
+
+
+class TracedStrategy(DTensorStrategy):
+    """See `DTensorStrategy`.
+
+    Attributes:
+        fake: the mode under which the model's parts are allocated, and under which its step has to run.
+        before_update: called when the gradients are complete.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.before_update: Callable[[], None] = lambda: None
+
+    def join(self) -> None:
+        start = dist.init_process_group
+
+        def pretend(*args: Any, **kwargs: Any) -> None:
+            start("fake", store=FakeStore(), rank=self.world.rank, world_size=self.world.size)
+
+        # Whoever needs a group of its own beside the mesh's needs it for decisions, and nothing is decided here.
+        with (
+            mock.patch.object(dist, "init_process_group", pretend),
+            mock.patch.object(dist, "new_group", return_value=None),
+        ):
+            super().join()
+
+    def leave(self) -> None:
+        super().leave()
+        # It remembers the groups of this world, which the next one's equal mesh would be given.
+        _clear_sharding_prop_cache()
+
+    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+        allocate = model.to_empty
+
+        def allocate_nothing(**kwargs: Any) -> Decoder:
+            with self.fake:
+                return allocate(**kwargs)
+
+        # Only the allocation: what is done before on the meta device looks into the mesh's ranks, which are data.
+        with mock.patch.object(model, "to_empty", allocate_nothing):
+            super().shard(model, placements)
+
+    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
+        self.before_update()
+        return super().reduce_and_clip(model, max_norm)
+
+
+def local_storage(tensor: Any) -> Any:
+    """Where this rank's part of a tensor is kept."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
+
+def is_split(types: Iterable[type]) -> bool:
+    """Whether an operation on tensors of these types is one on whole tensors, of which a rank has parts."""
+    return any(issubclass(kind, DTensor) for kind in types)
