@@ -143,6 +143,7 @@ def _request(
         _precision(composed, options),
         stack="orchestrator" if ours and options.stack == "auto" else options.stack,
         loss_chunk_tokens=train.loss_chunk_tokens if ours else None,
+        document_mask=ours and composed.config.data.document_mask,
     )
     return Request(job, tokens, batch, space, widest, restricted, FailureOptions(**known))
 

@@ -66,8 +66,15 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     )
     precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
     shape = ModelShape.of(config.model, _NOMINAL_VOCABULARY)
-    chunk = train.loss_chunk_tokens
-    job = JobSpec(shape, train.seq_len, 0, precision=precision, stack="orchestrator", loss_chunk_tokens=chunk)
+    job = JobSpec(
+        shape,
+        train.seq_len,
+        0,
+        precision=precision,
+        stack="orchestrator",
+        loss_chunk_tokens=train.loss_chunk_tokens,
+        document_mask=config.data.document_mask,
+    )
     cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
     best = _best(job, cluster, train.global_batch_tokens, space)
     if best is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import os
 import sys
 import textwrap
@@ -9,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
@@ -192,5 +194,18 @@ def worker_main() -> int:
         return error.exit_code
 
 
+def end_process(code: int) -> NoReturn:
+    """End a process whose work is done, saved and closed: what libraries do at exit, and no more.
+
+    Taking the interpreter down would let threads of native libraries abort it now and then ("terminate called without
+    an active exception"), and a finished run would count as failed.
+    """
+    atexit._run_exitfuncs()  # such as torch_xla's, which ends the client of the chips
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(worker_main())
+    faulthandler.enable()  # where a native library aborts, the stacks say in which call
+    end_process(worker_main())
