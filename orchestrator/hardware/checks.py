@@ -35,8 +35,21 @@ _NEEDED: dict[str, str | None] = {
     "pyyaml": None,
     "filelock": None,
     "psutil": None,
+    "jsonschema-rs": None,
 }
-_OPTIONAL = ("wandb", "triton", "torch_xla", "libtpu", "torch-neuronx", "neuronx-cc", "torch_tpu")
+_OPTIONAL = (
+    "wandb",
+    "universal-pathlib",
+    "s3fs",
+    "gcsfs",
+    "cryptography",
+    "triton",
+    "torch_xla",
+    "libtpu",
+    "torch-neuronx",
+    "neuronx-cc",
+    "torch_tpu",
+)
 _BAD = {("lightning", "2.6.2"): "a compromised release", ("lightning", "2.6.3"): "a compromised release"}
 _LOW_DISK_BYTES = 5 * 2**30
 _LOW_SHM_BYTES = 64 * 2**20
