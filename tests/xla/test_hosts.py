@@ -61,7 +61,7 @@ def test_every_element_has_one_owner(tmp_path, layout, writers):
     for code, _, errors in finish(start_hosts(2, words)):
         assert code == 0, errors
     saved = checkpoint(only_run(tmp_path / "runs"), 1)
-    assert len(list(saved.glob("*.safetensors"))) == writers
+    assert len(list(saved.glob("rank-*.safetensors"))) == writers
     assert {name.partition(".")[0] for name in read_all(saved)} == {"model", "optimizer"}
 
 
@@ -70,7 +70,8 @@ def test_hosts_resume_what_hosts_have_saved(alone, tmp_path):
     for code, _, errors in finish(start_hosts(2, words, resume=str(checkpoint(alone, 3)))):
         assert code == 0, errors
     run_dir = only_run(tmp_path / "runs")
-    assert losses(read_rows(run_dir)) == losses(read_rows(alone))[3:]
+    # The rows of the first steps came along with the checkpoint: one curve.
+    assert losses(read_rows(run_dir)) == losses(read_rows(alone))
     same(checkpoint(run_dir, 6), checkpoint(alone, 6))
 
 
