@@ -74,6 +74,24 @@ class Peers(Protocol):
     def look(self, key: str) -> str | None: ...
 
 
+class Alone:
+    """The peers of a single process."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self._board: dict[str, str] = {}
+
+    def agree(self, text: str) -> str:
+        return text
+
+    def post(self, key: str, text: str) -> None:
+        self._board[key] = text
+
+    def look(self, key: str) -> str | None:
+        return self._board.get(key)
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a checkpoint holds beside the tensors.

@@ -17,7 +17,7 @@ import torch
 from orchestrator.checkpoint.format import MANIFEST, read_bounded
 from orchestrator.checkpoint.hf_files import map_tensors, read_json
 from orchestrator.checkpoint.outputs import written_aside
-from orchestrator.checkpoint.writer import DTYPE_NAMES, Begun, Contents, write
+from orchestrator.checkpoint.writer import DTYPE_NAMES, Alone, Begun, Contents, write
 from orchestrator.config.compose import compose
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig, TrainConfig
@@ -52,24 +52,6 @@ class Imported:
     dtypes: tuple[str, ...]
     left_out: int
     tokenizer: bool
-
-
-class _Alone:
-    """The only process of a save."""
-
-    rank, size = 0, 1
-
-    def __init__(self) -> None:
-        self._board: dict[str, str] = {}
-
-    def agree(self, text: str) -> str:
-        return text
-
-    def post(self, key: str, text: str) -> None:
-        self._board[key] = text
-
-    def look(self, key: str) -> str | None:
-        return self._board.get(key)
 
 
 def detect_format(source: Path) -> Format:
@@ -140,7 +122,7 @@ def import_weights(
     contents = Contents(state, {"name": described.name, "model": to_dict(described)}, files)
     total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     with written_aside(output) as folder, _watched(folder / "rank-00000.safetensors", total, progress):
-        write(Begun(folder, "import"), 0, shards, _Alone(), contents)
+        write(Begun(folder, "import"), 0, shards, Alone(), contents)
     parameters = sum(tensor.numel() for tensor in weights.values())
     return Imported(format, described, parameters, tuple(dtypes), len(given) - used, TOKENIZER_FILE in files)
 

@@ -27,7 +27,7 @@ import torch
 
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.checkpoint.writer import Contents, save
+from orchestrator.checkpoint.writer import Alone, Contents, save
 from orchestrator.config.compose import compose
 from orchestrator.data.prepare import prepare
 from orchestrator.hardware.registry import resolve
@@ -38,24 +38,6 @@ from orchestrator.train.run import Place
 
 TURNS = 5
 PIECE = 1 << 24
-
-
-class Alone:
-    """The peers of a single rank."""
-
-    rank, size = 0, 1
-
-    def __init__(self) -> None:
-        self._board: dict[str, str] = {}
-
-    def agree(self, text: str) -> str:
-        return text
-
-    def post(self, key: str, text: str) -> None:
-        self._board[key] = text
-
-    def look(self, key: str) -> str | None:
-        return self._board.get(key)
 
 
 def shards(gibibytes: float) -> list[Shard]:
