@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from orchestrator.checkpoint.peers import Peers
 from orchestrator.checkpoint.storage import AnyPath
-from orchestrator.checkpoint.writer import Contents, Peers, begin, write
+from orchestrator.checkpoint.writer import Contents, begin, write
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.shard import Shard
 

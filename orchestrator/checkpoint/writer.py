@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from orchestrator.checkpoint.format import (
     stored_from_dict,
     stored_to_dict,
 )
+from orchestrator.checkpoint.peers import Peers, exchange, new_topic
 from orchestrator.checkpoint.storage import (
     AnyPath,
     StoredFile,
@@ -57,39 +57,7 @@ DTYPE_NAMES = {
 _ALIGNMENT = 8
 SUM_RANGE = 1 << 64
 _LISTING = re.compile(r"rank-\d{5,}\.json")
-_POLL_SECONDS = 0.01
-TIMEOUT_SECONDS = 1800.0
 T = TypeVar("T")
-
-
-class Peers(Protocol):
-    """The other processes, as a strategy knows them. `post` and `look` may be called by a thread of its own."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def agree(self, text: str) -> str: ...
-    def post(self, key: str, text: str) -> None: ...
-    def look(self, key: str) -> str | None: ...
-
-
-class Alone:
-    """The peers of a single process."""
-
-    rank, size = 0, 1
-
-    def __init__(self) -> None:
-        self._board: dict[str, str] = {}
-
-    def agree(self, text: str) -> str:
-        return text
-
-    def post(self, key: str, text: str) -> None:
-        self._board[key] = text
-
-    def look(self, key: str) -> str | None:
-        return self._board.get(key)
 
 
 @dataclass(frozen=True)
@@ -139,8 +107,8 @@ def begin(parent: AnyPath, step: int, peers: Peers) -> Begun:
     if peers.rank == 0:
         name, error = _attempt(lambda: _free_directory(parent, step).name, name)
         problem = _reason(error) if error else ""
-    chosen = json.loads(peers.agree(json.dumps([name, problem, uuid.uuid4().hex])))
-    return Begun(parent / chosen[0], f"save/{chosen[2]}", chosen[1])
+    name, problem, topic = json.loads(peers.agree(json.dumps([name, problem, new_topic()])))
+    return Begun(parent / name, topic, problem)
 
 
 def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, contents: Contents) -> AnyPath:
@@ -150,20 +118,25 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
         CheckpointError: as `save`, the same on all ranks.
     """
     problem, error, directory = begun.problem, None, begun.directory
+
+    def commit(parts: list[str]) -> str:
+        nonlocal error
+        found = next((f"{text} (rank {rank})" for rank, text in enumerate(parts) if text), "")
+        if not found:
+            _, error = _attempt(lambda: _commit(directory, step, contents), None)
+            found = _reason(error) if error else ""
+        if found:
+            _attempt(lambda: remove_tree(directory), None)
+        return found
+
     if not problem:
         _, error = _attempt(lambda: _write_rank(directory, peers.rank, shards), None)
-        peers.post(f"{begun.topic}/{peers.rank}", _reason(error) if error else "")
-        if peers.rank == 0:
-            parts = [_await(peers, f"{begun.topic}/{rank}", f"rank {rank}") for rank in range(peers.size)]
-            problem = next((f"{text} (rank {rank})" for rank, text in enumerate(parts) if text), "")
-            if not problem:
-                _, error = _attempt(lambda: _commit(directory, step, contents), None)
-                problem = _reason(error) if error else ""
-            if problem:
+        try:
+            problem = exchange(peers, begun.topic, _reason(error) if error else "", commit)
+        except TimeoutError as late:
+            problem = str(late)
+            if peers.rank == 0:
                 _attempt(lambda: remove_tree(directory), None)
-            peers.post(f"{begun.topic}/outcome", problem)
-        else:
-            problem = _await(peers, f"{begun.topic}/outcome", "rank 0")
     if problem:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written: {problem}",
@@ -171,15 +144,6 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
             fix="free space or permissions there, or set checkpoint.dir; earlier checkpoints are untouched",
         ) from error
     return directory
-
-
-def _await(peers: Peers, key: str, who: str) -> str:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while (text := peers.look(key)) is None:
-        if time.monotonic() > deadline:
-            return f"{who} has said nothing for {TIMEOUT_SECONDS:g} s"
-        time.sleep(_POLL_SECONDS)
-    return text
 
 
 def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:
@@ -219,18 +183,21 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
     empty = [shard for shard in shards if shard.owned and 0 in shard.shape]
     file = f"rank-{rank:05d}.safetensors"
     keys = [f"{shard.name}#{number}" for number, shard in enumerate(owned)]
-    stored = write_safetensors(directory / file, keys, [shard.data for shard in owned]) if owned else None
+    with ThreadPoolExecutor(1) as adder:
+        # Beside the writing: the disk has most of it to do.
+        sums = adder.submit(lambda: [sum_bits(shard.data) for shard in owned])
+        stored = write_safetensors(directory / file, keys, [shard.data for shard in owned]) if owned else None
     entries = [
         {
             "name": shard.name,
             "dtype": DTYPE_NAMES[shard.data.dtype],
             "shape": list(shard.shape),
             "key": key,
-            "sum": sum_bits(shard.data),
+            "sum": total,
             "start": [part.start for part in shard.slices],
             "stop": [part.stop for part in shard.slices],
         }
-        for key, shard in zip(keys, owned, strict=True)
+        for key, shard, total in zip(keys, owned, sums.result(), strict=True)
     ]
     listing = {
         "file": file,

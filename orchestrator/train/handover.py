@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +31,7 @@ from orchestrator.checkpoint.handover import (
     signs,
     to_files,
 )
+from orchestrator.checkpoint.peers import exchange, new_topic
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import SUM_RANGE, sum_bits
 from orchestrator.config.schema import RunConfig
@@ -42,7 +42,6 @@ from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import ParallelStrategy, local_parameters
 
 HANDOVERS = MEASURED  # of a run directory: a list, one entry per start from a checkpoint
-_POLL_SECONDS = 0.01
 _STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
 
 
@@ -95,17 +94,17 @@ def sum_tensors(shards: Sequence[Shard], parallel: ParallelStrategy) -> dict[str
     for shard in shards:
         if shard.owned:
             mine[shard.name] = mine.get(shard.name, 0) + sum_bits(shard.data)
-    # The board holds text for all to see: whole numbers that no reduction rounds.
-    topic = parallel.agree(f"sums/{uuid.uuid4().hex}")
-    parallel.post(f"{topic}/{parallel.rank}", json.dumps(mine))
-    totals: dict[str, int] = {}
-    if parallel.rank == 0:
-        for rank in range(parallel.size):
-            while (text := parallel.look(f"{topic}/{rank}")) is None:
-                time.sleep(_POLL_SECONDS)
+
+    def add(told: list[str]) -> str:
+        totals: dict[str, int] = {}
+        for text in told:
             for name, part in json.loads(text).items():
                 totals[name] = (totals.get(name, 0) + part) % SUM_RANGE
-    result: dict[str, int] = json.loads(parallel.agree(json.dumps(totals)))
+        return json.dumps(totals)
+
+    # As text: whole numbers that no reduction rounds.
+    topic = parallel.agree(new_topic())
+    result: dict[str, int] = json.loads(exchange(parallel, topic, json.dumps(mine), add))
     return result
 
 

@@ -17,7 +17,8 @@ import torch
 from orchestrator.checkpoint.format import MANIFEST, read_bounded
 from orchestrator.checkpoint.hf_files import map_tensors, read_json
 from orchestrator.checkpoint.outputs import written_aside
-from orchestrator.checkpoint.writer import DTYPE_NAMES, Alone, Begun, Contents, write
+from orchestrator.checkpoint.peers import Alone
+from orchestrator.checkpoint.writer import DTYPE_NAMES, Begun, Contents, write
 from orchestrator.config.compose import compose
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig, TrainConfig

@@ -1,8 +1,10 @@
 """Checkpoints against the disk: saving and loading against plain writing and reading of the same bytes, and what a
 save beside the training costs the step; also what saving and loading take of memory.
 
-The two of a pair take turns. What is written is flushed to disk by both; before each reading the file's pages are
-dropped from the page cache, where the system allows it.
+The two of a pair take turns, and who is first changes. What is written is flushed to disk by both; before each reading
+the file's pages are dropped from the page cache, where the system allows it. Before each of them a file of that size is
+written and removed: what a virtual machine has not used of its memory for a second is taken by its host, and to get it
+back costs several times what writing to it does.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import lightning.pytorch as lightning
 import psutil
 import torch
 
+from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.checkpoint.writer import Alone, Contents, save
+from orchestrator.checkpoint.writer import Contents, save
 from orchestrator.config.compose import compose
 from orchestrator.data.prepare import prepare
 from orchestrator.hardware.registry import resolve
@@ -123,23 +126,27 @@ def against_the_disk(gibibytes: float, folder: Path) -> None:
     memory(parts, folder)
     ours: dict[str, list[float]] = {"save": [], "load": []}
     theirs: dict[str, list[float]] = {"save": [], "load": []}
+    scratch = folder / "scratch"
+
+    def load(path: Path) -> None:
+        checkpoint = Checkpoint(path)
+        checkpoint.verify()
+        read_into(checkpoint, parts)
+
     for turn in range(TURNS):
-        theirs["save"].append(timed(lambda: write_plainly(plain, parts)))
-        ours["save"].append(timed(lambda: save(folder, turn, parts, Alone(), Contents({}, {}))))  # noqa: B023
         path = folder / f"step-{turn:08d}"
-        drop(folder)
-        theirs["load"].append(timed(lambda: read_plainly(plain)))
-
-        def load(path: Path = path) -> None:
-            checkpoint = Checkpoint(path)
-            checkpoint.verify()
-            read_into(checkpoint, parts)
-
-        drop(folder)
-        ours["load"].append(timed(load))
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
+        saves = [(theirs, lambda: write_plainly(plain, parts))]
+        saves.append((ours, lambda: save(folder, turn, parts, Alone(), Contents({}, {}))))  # noqa: B023
+        loads = [(theirs, lambda: read_plainly(plain)), (ours, lambda: load(path))]  # noqa: B023
+        order = slice(None, None, -1 if turn % 2 else 1)
+        for what, pair in (("save", saves[order]), ("load", loads[order])):
+            for times, action in pair:
+                drop(folder)
+                write_plainly(scratch, parts)
+                scratch.unlink()
+                times[what].append(timed(action))
+        shutil.rmtree(path)
+        plain.unlink()
     for what in ("save", "load"):
         ratio = sum(theirs[what]) / sum(ours[what])
         rate = gibibytes / statistics.median(ours[what])

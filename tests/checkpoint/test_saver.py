@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from orchestrator.checkpoint import peers as peers_module
 from orchestrator.checkpoint import writer
 from orchestrator.checkpoint.catalogue import committed
 from orchestrator.checkpoint.saver import Saver
@@ -151,7 +152,7 @@ def test_ranks_of_a_thread_each_end_alike(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(peers_module, "TIMEOUT_SECONDS", 0.2)
     peers = ThreadPeers(1)
     peers.size = 2
     saver = Saver(tmp_path, peers.as_rank(0), True)

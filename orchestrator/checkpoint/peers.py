@@ -1,0 +1,78 @@
+"""The other processes, as saving and loading know them: what they tell each other, and how one answer comes of it."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from typing import Protocol
+
+_POLL_SECONDS = 0.01
+TIMEOUT_SECONDS = 1800.0
+
+
+class Peers(Protocol):
+    """The other processes, as a strategy knows them. `post` and `look` may be called by a thread of its own."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def agree(self, text: str) -> str: ...
+    def post(self, key: str, text: str) -> None: ...
+    def look(self, key: str) -> str | None: ...
+
+
+class Alone:
+    """The peers of a single process."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self._board: dict[str, str] = {}
+
+    def agree(self, text: str) -> str:
+        return text
+
+    def post(self, key: str, text: str) -> None:
+        self._board[key] = text
+
+    def look(self, key: str) -> str | None:
+        return self._board.get(key)
+
+
+def new_topic() -> str:
+    """A name for an `exchange` that nobody has used; the ranks have to agree on one."""
+    return f"exchange/{uuid.uuid4().hex}"
+
+
+def exchange(peers: Peers, topic: str, text: str, merge: Callable[[list[str]], str]) -> str:
+    """Tell rank 0 `text`, and hear what it makes of what all have told. All ranks call it for the same topic.
+
+    Args:
+        merge: called on rank 0 with the texts, by rank; what it returns is returned everywhere.
+
+    Raises:
+        TimeoutError: a rank has said nothing for `TIMEOUT_SECONDS`; raised on all of them.
+    """
+    peers.post(f"{topic}/{peers.rank}", text)
+    if peers.rank == 0:
+        try:
+            answer = ["", merge([_wait_for(peers, f"{topic}/{rank}", f"rank {rank}") for rank in range(peers.size)])]
+        except TimeoutError as error:
+            answer = [str(error), ""]
+        peers.post(f"{topic}/outcome", json.dumps(answer))
+    late, outcome = json.loads(_wait_for(peers, f"{topic}/outcome", "rank 0"))
+    if late:
+        raise TimeoutError(late)
+    return str(outcome)
+
+
+def _wait_for(peers: Peers, key: str, who: str) -> str:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while (text := peers.look(key)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{who} has said nothing for {TIMEOUT_SECONDS:g} s")
+        time.sleep(_POLL_SECONDS)
+    return text
