@@ -64,6 +64,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or does not fit the run."""
 
 
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are not what was written; an older checkpoint may be whole."""
+
+
 class HandoverError(CheckpointError):
     """A checkpoint computes something else where it was loaded than where it was saved."""
 

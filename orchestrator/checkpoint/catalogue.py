@@ -34,14 +34,27 @@ def _committed(parent: AnyPath) -> list[AnyPath]:
 
 
 def newest_valid(
-    parent: AnyPath, verify: bool, report: Callable[[str], object], trust: Trust = Trust()
+    parent: AnyPath,
+    verify: bool,
+    report: Callable[[str], object],
+    trust: Trust = Trust(),
+    before: AnyPath | None = None,
 ) -> AnyPath | None:
-    """The newest checkpoint that passes its checks; `report` is told of each one that does not."""
-    for path in committed(parent):
+    """The newest checkpoint whose manifest, files and their sizes are right; `report` is told of each that is not.
+
+    Args:
+        verify: hash what lies beside the tensors, too. Those are hashed by whoever reads them.
+        before: look only at those older than this one.
+    """
+    paths = committed(parent)
+    if before is not None:
+        names = [path.name for path in paths]
+        paths = paths[names.index(before.name) + 1 :] if before.name in names else []
+    for path in paths:
         try:
             checkpoint = Checkpoint(path, trust)
             if verify:
-                checkpoint.verify()
+                checkpoint.verify_beside()
         except CheckpointError as error:
             report(f"skipping {path}: {error}")
             continue

@@ -49,6 +49,8 @@ class StoredFile:
 
 PIECE_BYTES = 1 << 24
 """A hash covers at most so many bytes: damage is found to that range, and all cores can look for it."""
+READ_BYTES = 1 << 20
+"""What is read at a time where it is hashed on the way."""
 _MULTIPART_BYTES = 1 << 25
 _FLUSH_BYTES = 1 << 26
 _ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
@@ -226,8 +228,13 @@ def read_range(path: AnyPath, start: int, stop: int) -> bytes:
         return file.read(stop - start)
 
 
-def read_range_into(path: AnyPath, start: int, out: memoryview) -> int:
+def read_range_into(
+    path: AnyPath, start: int, out: memoryview, tell: Callable[[memoryview], object] = lambda part: None
+) -> int:
     """Fill `out` with the bytes of a file from `start` on. Returns how many there were.
+
+    Args:
+        tell: given each part of `out` as it is filled; on this machine so soon that it lies in the processor's cache.
 
     Raises:
         OSError: it cannot be read.
@@ -240,10 +247,15 @@ def read_range_into(path: AnyPath, start: int, out: memoryview) -> int:
             if not data:
                 break
             out[done : done + len(data)] = data
+            tell(out[done : done + len(data)])
             done += len(data)
         return done
     with open(path, "rb", buffering=0) as file:
-        while done < len(out) and (count := os.preadv(file.fileno(), [out[done:]], start + done)):
+        while done < len(out):
+            count = os.preadv(file.fileno(), [out[done : done + READ_BYTES]], start + done)
+            if not count:
+                break
+            tell(out[done : done + count])
             done += count
     return done
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from orchestrator.checkpoint.format import ITEM_BYTES, MAX_DIMS, parse_json
 from orchestrator.checkpoint.storage import AnyPath, is_remote, read_range, read_range_into, read_runs, size_of
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import DamagedError
 
 _MAX_HEADER_BYTES = 100_000_000  # as the format's own library
 _PART_BYTES = 1 << 24
@@ -38,7 +38,7 @@ class TensorFile:
     """The tensors of one file by key.
 
     Raises:
-        CheckpointError: it is no safetensors file, or its header claims what the file does not have.
+        DamagedError: it is no safetensors file, or its header claims what the file does not have.
         OSError: it cannot be read.
     """
 
@@ -132,23 +132,19 @@ class TensorFile:
                 rows = self._array(starts, length).reshape(high - low, lengths[dim], *shape[dim + 1 :], item)
                 yield (*outer, slice(low, high)), rows[(slice(None), slice(None), *inner)]
 
-    def read_into(self, key: str, box: tuple[slice, ...], out: memoryview) -> bool:
-        """Read a part straight into the memory that it is for.
-
-        Args:
-            out: as many bytes as the part has.
-
-        Returns:
-            False, and nothing is read, where the part is no single stretch of the file.
-        """
+    def stretch(self, key: str, box: tuple[slice, ...]) -> tuple[int, int] | None:
+        """The bytes `[start, stop)` of the file that a part of a tensor is; None where it is not in one stretch."""
         entry = self.entries[key]
         if any(part != slice(0, size) for part, size in zip(box[1:], entry.shape[1:], strict=True)):
-            return False
+            return None
         row = math.prod(entry.shape[1:]) * ITEM_BYTES[entry.dtype]
         start = entry.start + (box[0].start * row if box else 0)
-        if read_range_into(self._path, start, out) != len(out):
+        return start, start + (box[0].stop - box[0].start if box else 1) * row
+
+    def fill(self, start: int, out: memoryview, tell: Callable[[memoryview], object] = lambda part: None) -> None:
+        """Read the bytes from `start` on straight into the memory that they are for; `tell` gets them part by part."""
+        if read_range_into(self._path, start, out, tell) != len(out):
             raise self._damaged("it is shorter than it was")
-        return True
 
     def _array(self, starts: list[int], length: int) -> np.ndarray:
         data = np.empty(len(starts) * length, np.uint8)
@@ -162,5 +158,5 @@ class TensorFile:
             raise self._damaged("it is shorter than it was")
         return data
 
-    def _damaged(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"a file of the checkpoint is damaged: {reason}", got=self._path)
+    def _damaged(self, reason: str) -> DamagedError:
+        return DamagedError(f"a file of the checkpoint is damaged: {reason}", got=self._path)

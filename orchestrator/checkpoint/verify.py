@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from orchestrator.checkpoint.signing import MAX_BYTES as MAX_SIGNATURE_BYTES
 from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import (
     PIECE_BYTES,
+    READ_BYTES,
     AnyPath,
     Piece,
     is_remote,
@@ -37,9 +38,9 @@ from orchestrator.checkpoint.storage import (
     there,
 )
 from orchestrator.checkpoint.tensorfile import TensorFile
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DamagedError
 
-_READ_BYTES = 1 << 20
+_NO_MATCH, _MAX_LINES = "does not match its hash", 8
 _OWN = threading.local()
 _MAX_STATE_BYTES, _MAX_CONFIG_BYTES = 1 << 26, 1 << 16
 _MAX_YAML_MARKS = 2000
@@ -64,11 +65,24 @@ class Damage:
     start: int
     stop: int
     tensors: tuple[str, ...]
-    reason: str = "does not match its hash"
+    reason: str = _NO_MATCH
 
     def __str__(self) -> str:
         holds = f" ({', '.join(self.tensors)})" if self.tensors else ""
         return f"{self.file} bytes {self.start} to {self.stop} {self.reason}{holds}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A piece where it lies: `piece.bytes` of `file` from `start` on."""
+
+    file: str
+    start: int
+    piece: Piece
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.piece.bytes
 
 
 class Checkpoint:
@@ -76,24 +90,30 @@ class Checkpoint:
 
     Args:
         trust: whose checkpoints are believed; by default anybody's.
+        look: see whether every file is there with its size. False where that was done a moment ago.
 
     Raises:
-        CheckpointError: not a checkpoint, its manifest and files contradict each other, or it is not trusted.
+        CheckpointError: not a checkpoint, its manifest contradicts itself, or it is not trusted.
+        DamagedError: a file is missing or of another size.
     """
 
-    def __init__(self, directory: AnyPath, trust: Trust = Trust()):
+    def __init__(self, directory: AnyPath, trust: Trust = Trust(), look: bool = True):
         self.directory = directory
         content = read_manifest(directory)
         trust.check(content, self._signature(), directory)
         self.manifest = Manifest.parse(content, directory)
+        if look:
+            self._look()
+
+    def _look(self) -> None:
         with ThreadPoolExecutor(_THREADS) as pool:
             sizes = pool.map(self._size, self.manifest.files)
             for (name, file), size in zip(self.manifest.files.items(), sizes, strict=True):
                 if size != file.bytes:
                     got = "missing" if size is None else f"{size} bytes"
-                    raise CheckpointError(
+                    raise DamagedError(
                         f"file '{name}' of the checkpoint is damaged",
-                        got=f"{got} in {directory}",
+                        got=f"{got} in {self.directory}",
                         allowed=f"{file.bytes} bytes",
                     )
 
@@ -101,7 +121,7 @@ class Checkpoint:
         try:
             return size_of(self.directory / name)
         except OSError as error:
-            raise CheckpointError(
+            raise DamagedError(
                 f"file '{name}' of the checkpoint cannot be read: {error.strerror or error}", got=self.directory
             ) from None
 
@@ -116,6 +136,12 @@ class Checkpoint:
     def step(self) -> int:
         return self.manifest.step
 
+    def places(self) -> Iterator[Place]:
+        """Every piece of every file, in the order of the manifest."""
+        for name, file in self.manifest.files.items():
+            for offset, piece in file.ranges():
+                yield Place(name, offset, piece)
+
     def state(self) -> dict[str, Any]:
         """What travelled along: step, data position, provenance."""
         return self._mapping(STATE, _MAX_STATE_BYTES, parse_json)
@@ -128,16 +154,25 @@ class Checkpoint:
         """The content of one of its small files.
 
         Raises:
-            CheckpointError: there is no such file in the manifest, or it cannot be read.
+            CheckpointError: there is no such file in the manifest, or it is larger.
+            DamagedError: it cannot be read, or is not what was written.
         """
         if name not in self.manifest.files:
             raise CheckpointError(f"the checkpoint has no file '{name}'", got=self.directory)
         try:
-            return read_bounded(self.directory / name, limit)
+            content = read_bounded(self.directory / name, limit)
         except OSError as error:
-            raise CheckpointError(
-                f"file '{name}' of the checkpoint is damaged: {error!r}", got=self.directory
-            ) from None
+            raise DamagedError(f"file '{name}' of the checkpoint is damaged: {error!r}", got=self.directory) from None
+        stored = self.manifest.files[name]
+        # It was as large as that when the checkpoint was opened.
+        whole = len(content) == stored.bytes and all(
+            matches(content[start : start + piece.bytes], piece) for start, piece in stored.ranges()
+        )
+        if not whole:
+            raise DamagedError(
+                f"file '{name}' of the checkpoint is damaged: it does not match its hash", got=self.directory
+            )
+        return content
 
     def _mapping(self, name: str, limit: int, parse: Callable[[bytes], Any]) -> dict[str, Any]:
         try:
@@ -159,28 +194,33 @@ class Checkpoint:
             progress: told the number of bytes of each stretch that was read.
 
         Raises:
-            CheckpointError: a file does not have the content that was written; it names files, ranges and tensors.
+            DamagedError: a file does not have the content that was written; it names files, ranges and tensors.
         """
-        damaged = list(self.damage(progress))
-        if damaged:
-            files = ", ".join(dict.fromkeys(one.file for one in damaged))
-            shown = "\n           ".join(str(one) for one in damaged[:8])
-            more = f"\n           and {len(damaged) - 8} more ranges" if len(damaged) > 8 else ""
-            raise CheckpointError(
-                f"the checkpoint is damaged: {files} cannot be read or does not match its hash",
-                got=f"{shown}{more}\n           in {self.directory}",
-            )
+        self._refuse(self.damage(progress))
 
-    def damage(self, progress: Callable[[int], object] = lambda done: None) -> Iterator[Damage]:
-        """What `verify` finds, piece by piece, in the order of the manifest."""
+    def verify_beside(self) -> None:
+        """Hash what lies beside the tensors: little, and all of it is read at a start.
 
-        def check(task: tuple[str, int, Piece]) -> Damage | None:
-            name, offset, piece = task
-            reason = _compare(self.directory / name, offset, piece, progress)
-            stop = offset + piece.bytes
-            return Damage(name, offset, stop, self._tensors_at(name, offset, stop), reason) if reason else None
+        Raises:
+            DamagedError: as `verify`.
+        """
+        hold_tensors = {shard.file for tensor in self.manifest.tensors.values() for shard in tensor.shards}
+        self._refuse(self.damage(places=(place for place in self.places() if place.file not in hold_tensors)))
 
-        tasks = ((name, *place) for name, file in self.manifest.files.items() for place in file.ranges())
+    def _refuse(self, damage: Iterable[Damage]) -> None:
+        if found := list(damage):
+            raise damaged_error(self.directory, [one.file for one in found], [str(one) for one in found])
+
+    def damage(
+        self, progress: Callable[[int], object] = lambda done: None, places: Iterable[Place] | None = None
+    ) -> Iterator[Damage]:
+        """What `verify` finds, piece by piece, in the order of the manifest, or of `places`."""
+
+        def check(place: Place) -> Damage | None:
+            reason = _compare(self.directory / place.file, place.start, place.piece, progress)
+            return self.damage_at(place, reason) if reason else None
+
+        tasks = iter(self.places() if places is None else places)
         waiting: deque[Future[Damage | None]] = deque()
         with ThreadPoolExecutor(_THREADS) as pool:
             # Not all at once: a manifest can name millions of pieces.
@@ -190,6 +230,12 @@ class Checkpoint:
                 waiting.extend(pool.submit(check, task) for task in itertools.islice(tasks, 1))
                 if found:
                     yield found
+
+    def damage_at(self, place: Place, reason: str = _NO_MATCH) -> Damage:
+        """A damaged piece, with the tensors that lie in it."""
+        return Damage(
+            place.file, place.start, place.stop, self._tensors_at(place.file, place.start, place.stop), reason
+        )
 
     def _tensors_at(self, name: str, start: int, stop: int) -> tuple[str, ...]:
         try:
@@ -206,29 +252,46 @@ class Checkpoint:
         return tuple(found)
 
 
+def matches(content: bytes | memoryview, piece: Piece) -> bool:
+    """Whether a piece has the content that was written."""
+    return hashlib.sha256(content).hexdigest() == piece.sha256
+
+
+def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]) -> DamagedError:
+    """The error for damage in `files`, with the `lines` that describe it."""
+    shown = "\n           ".join(lines[:_MAX_LINES])
+    more = f"\n           and {len(lines) - _MAX_LINES} more ranges" if len(lines) > _MAX_LINES else ""
+    return DamagedError(
+        f"the checkpoint is damaged: {', '.join(dict.fromkeys(files))} cannot be read or does not match its hash",
+        got=f"{shown}{more}\n           in {directory}",
+    )
+
+
 def _compare(path: AnyPath, offset: int, piece: Piece, progress: Callable[[int], object]) -> str:
     """What is wrong with a piece; nothing where it is as it was written."""
     digest, left = hashlib.sha256(), piece.bytes
+
+    def tell(part: memoryview) -> None:
+        digest.update(part)
+        progress(len(part))
+
     try:
         # Of a store a piece at a time, which the writer keeps to 16 MiB: a request takes longer than to read that.
         if is_remote(path) and left <= PIECE_BYTES:
-            data = read_range(path, offset, offset + left)
-            progress(len(data))
-            return "" if hashlib.sha256(data).hexdigest() == piece.sha256 else "does not match its hash"
-        buffer = _buffer()
-        while left and (count := read_range_into(path, offset, buffer[:left])):
-            digest.update(buffer[:count])
-            offset, left = offset + count, left - count
-            progress(count)
+            tell(memoryview(read_range(path, offset, offset + left)))
+        else:
+            buffer = _buffer()
+            while left and (count := read_range_into(path, offset, buffer[:left], tell)):
+                offset, left = offset + count, left - count
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return "" if digest.hexdigest() == piece.sha256 else "does not match its hash"
+    return "" if digest.hexdigest() == piece.sha256 else _NO_MATCH
 
 
 def _buffer() -> memoryview:
     """Memory of this thread to read into: new pages for each stretch cost as much as its hash."""
     if not hasattr(_OWN, "buffer"):
-        _OWN.buffer = memoryview(bytearray(_READ_BYTES))
+        _OWN.buffer = memoryview(bytearray(READ_BYTES))
     buffer: memoryview = _OWN.buffer
     return buffer
 

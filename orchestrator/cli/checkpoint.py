@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.cli.checkpoint_text import Progress, clean, difference_rows, inspect_rows, size_text, strict_json
+from orchestrator.cli.checkpoint_text import clean, difference_rows, inspect_rows, size_text, strict_json
 from orchestrator.config.options import describe_options, option, parse_options
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.observe.bar import Bar
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.storage import AnyPath
@@ -158,7 +159,7 @@ def _verify(options: VerifyOptions) -> int:
     try:
         checkpoint = Checkpoint(path, trusted)
         total = sum(file.bytes for file in checkpoint.manifest.files.values())
-        with Progress("verify", total, options.progress) as bar:
+        with Bar("verify", total, options.progress) as bar:
             damage = list(checkpoint.damage(bar.add))
     except CheckpointError as error:
         print(f"damaged: {clean(str(error))}")
@@ -177,7 +178,7 @@ def _diff(options: DiffOptions) -> int:
     from orchestrator.checkpoint.diff import common_elements, compare
 
     first, second = _open(options.a, options.runs_dir), _open(options.b, options.runs_dir)
-    with Progress("compare", common_elements(first, second, options.prefix), options.progress, unit="") as bar:
+    with Bar("compare", common_elements(first, second, options.prefix), options.progress, unit="") as bar:
         found = compare(first, second, options.prefix, bar.add)
     if options.json:
         from dataclasses import asdict
@@ -200,9 +201,9 @@ def _export(options: ExportOptions) -> int:
     checkpoint = _open(options.path, options.runs_dir)
     if options.verify:
         total = sum(file.bytes for file in checkpoint.manifest.files.values())
-        with Progress("verify", total, options.progress) as bar:
+        with Bar("verify", total, options.progress) as bar:
             checkpoint.verify(bar.add)
-    with Progress("export", weight_bytes(checkpoint, options.dtype), options.progress) as bar:
+    with Bar("export", weight_bytes(checkpoint, options.dtype), options.progress) as bar:
         if options.format == "hf":
             limit = max(1, int(min(options.max_shard_gb, 1e6) * _GB))
             exported = export_hf(checkpoint, options.output, options.dtype, limit, bar.add)
@@ -233,7 +234,7 @@ def _import(options: ImportOptions) -> int:
         _allow_pickle(options.allow_pickle, what, "only tensors and plain data of it are read, nothing is executed")
     if options.model and options.config:
         raise ConfigError("model= and config= both describe the weights", fix="leave out one of them")
-    with Progress("import", None, options.progress) as bar:
+    with Bar("import", None, options.progress) as bar:
         found = import_weights(source, options.output, kind, options.model, options.config, options.tokenizer, bar.at)
     print(f"{options.output}: {found.parameters:,} parameters in {', '.join(found.dtypes)}, model {found.model.name}")
     if found.left_out:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,35 +12,6 @@ if TYPE_CHECKING:
 
 _MAX_CHANGED_ROWS = 40
 _OF_A_LEG = ("start_step", "end_step", "target", "devices", "layout", "precision")
-
-
-class Progress:
-    """A bar on standard error, where that is a terminal. Several threads may report."""
-
-    def __init__(self, title: str, total: int | None, shown: bool, unit: str = "B"):
-        from tqdm import tqdm
-
-        # disable=None: no bar where nobody sees it.
-        hide = None if shown else True
-        self._bar: Any = tqdm(desc=title, total=total, unit=unit, unit_scale=True, disable=hide, leave=False)
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._bar.close()
-
-    def add(self, done: int) -> None:
-        """So much more is done."""
-        with self._lock:
-            self._bar.update(done)
-
-    def at(self, done: int, total: int) -> None:
-        """So much is done in all."""
-        with self._lock:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
 
 
 def clean(text: object) -> str:

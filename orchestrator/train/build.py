@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 
-from orchestrator.checkpoint.signing import trust
 from orchestrator.checkpoint.storage import locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.chips.catalogue import load as load_chips
@@ -17,7 +16,7 @@ from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.data.prepare import PreparedData
 from orchestrator.data.stream import StepLoader, TokenStream, validation_batches
-from orchestrator.errors import CheckpointError, HardwareError
+from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import job_devices
 from orchestrator.hardware.world import World
@@ -33,12 +32,13 @@ from orchestrator.sharding import rules
 from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.check import resolve_model
-from orchestrator.train.checkpointing import Checkpoints, restore, restore_weights
+from orchestrator.train.checkpointing import Checkpoints
 from orchestrator.train.evaluation import Evaluation, Samples
 from orchestrator.train.handover import make_batch
 from orchestrator.train.layout import settle_layout
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
+from orchestrator.train.restoring import restore_run, restore_weights
 from orchestrator.train.run import Place
 from orchestrator.train.rundir import read_history
 from orchestrator.train.software import software
@@ -79,13 +79,12 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
     parallel.prepare_optimizer(model, optimizer)
     stream = _stream(config, data, "train")
-    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
-    restored = Checkpoint(place.resume_from, trusted) if place.resume_from else None
-    if restored is None:
+    restored = None
+    if place.resume_from is None:
         _initialize(model, config, parallel)
-        step = 0
     else:
-        step = _restore(restored, config, parallel, model, optimizer, stream)
+        restored = restore_run(place.resume_from, config, parallel, model, optimizer, stream)
+    step = restored.step if restored else 0
     loader, micro_batch = _loader(config, stream, parallel, step)
     module = LanguageModule(model, optimizer, parallel, config, micro_batch, step)
     return _assemble(config, parallel, data, place, leg, module, loader, restored)
@@ -107,7 +106,7 @@ def _initialize(model: Decoder, config: RunConfig, parallel: ParallelStrategy) -
     if config.train.init_from is None:
         parallel.initialize(model, config.seed)
     else:
-        restore_weights(Checkpoint(locate(config.train.init_from)), parallel, model)
+        restore_weights(Checkpoint(locate(config.train.init_from), look=False), config, parallel, model)
 
 
 def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:
@@ -180,7 +179,7 @@ def _assemble(
     samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics)
     callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
-    resumed_from = str(place.resume_from) if place.resume_from else None
+    resumed_from = str(restored.directory) if restored else None
     about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **side}
     seen = (metrics, progress, checkpoints, evaluation, samples, history, restored)
     return Job(trainer, module, loader, parallel, stop, *seen, facts, about, say)
@@ -214,28 +213,6 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
 def _precision(config: RunConfig, target: Target) -> str:
     chosen = config.hardware.precision
     return target.default_precision(target.probe()) if chosen == "auto" else chosen
-
-
-def _restore(
-    checkpoint: Checkpoint,
-    config: RunConfig,
-    parallel: ParallelStrategy,
-    model: Any,
-    optimizer: Any,
-    stream: TokenStream,
-) -> int:
-    state = restore(checkpoint, parallel, model, optimizer, stream)
-    step, train = int(state["step"]), config.train
-    sequences = train.global_batch_tokens // train.seq_len
-    if state["data"]["global_batch_sequences"] != sequences:
-        saved = state["data"]["global_batch_sequences"] * train.seq_len
-        raise CheckpointError(
-            "the global batch of a resumed run cannot change: a step's batch is a function of its number",
-            got=f"train.global_batch_tokens={train.global_batch_tokens}",
-            allowed=str(saved),
-            fix=f"set train.global_batch_tokens={saved}",
-        )
-    return step
 
 
 def _validation(

@@ -118,10 +118,10 @@ def measure_checkpoint(config: RunConfig, parallel: ParallelStrategy, where: Any
     from orchestrator.train.build import place_model, provenance
     from orchestrator.train.handover import check_handover
 
-    checkpoint = Checkpoint(where)
+    checkpoint = Checkpoint(where, look=False)
     model = place_model(config, config.model, parallel)
     shards = parallel.state_shards(model, None)
-    read_into(checkpoint, shards, ignore=["optimizer."])
+    read_into(checkpoint, shards, ignore=["optimizer."], check=parallel if config.checkpoint.verify_on_load else None)
     parallel.adopt(model, None, shards)
     result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
     return {"checkpoint": str(where), **result.to_dict()}

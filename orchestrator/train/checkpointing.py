@@ -10,67 +10,23 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
-import torch
 
 from orchestrator.checkpoint.catalogue import prune
-from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.signing import signer
 from orchestrator.checkpoint.storage import AnyPath
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.stream import StepLoader, TokenStream
+from orchestrator.data.stream import StepLoader
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import CheckpointError
-from orchestrator.models.decoder import Decoder
 from orchestrator.observe.history import HISTORY, History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.handover import measure, reference_files
 
 _GRACE_SECONDS = 60.0
-
-
-def restore(
-    checkpoint: Checkpoint,
-    parallel: ParallelStrategy,
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
-    stream: TokenStream,
-) -> dict[str, Any]:
-    """Fill model and optimizer from `checkpoint`, on whatever layout.
-
-    Returns:
-        The state that travelled along.
-
-    Raises:
-        CheckpointError: it is of another model, or of other data, where going on would not be the same run.
-    """
-    state = checkpoint.state()
-    if state["data"]["fingerprint"] != stream.fingerprint:
-        raise CheckpointError(
-            "the data is not what the checkpoint was trained on, so its position in it means nothing",
-            got=f"fingerprint {stream.fingerprint[:12]}",
-            allowed=f"fingerprint {state['data']['fingerprint'][:12]}",
-            fix="give the same data sources, tokenizer, train.seq_len and seed as the saved run",
-        )
-    shards = parallel.state_shards(model, optimizer)
-    read_into(checkpoint, shards)
-    parallel.adopt(model, optimizer, shards)
-    return state
-
-
-def restore_weights(checkpoint: Checkpoint, parallel: ParallelStrategy, model: Decoder) -> None:
-    """Fill the model alone from `checkpoint`, on whatever layout; weights in another format are converted.
-
-    Raises:
-        CheckpointError: it is of another model.
-    """
-    shards = parallel.state_shards(model, None)
-    read_into(checkpoint, shards, ignore=["optimizer."], cast=True)
-    parallel.adopt(model, None, shards)
 
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

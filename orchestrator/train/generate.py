@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
@@ -31,7 +32,6 @@ def generate(
         CheckpointError: the checkpoint is damaged.
     """
     checkpoint = Checkpoint(path)
-    checkpoint.verify()
     config = from_dict(RunConfig, checkpoint.config())
     tokenizer = _tokenizer(checkpoint)
     embedding = checkpoint.manifest.tensors.get("model.embed.weight")
@@ -68,5 +68,5 @@ def _load(checkpoint: Checkpoint, config: object, device: torch.device) -> Decod
         Shard(f"model.{name}", tuple(p.shape), tuple(slice(0, size) for size in p.shape), p.data)
         for name, p in model.named_parameters()
     ]
-    read_into(checkpoint, shards, ignore=["optimizer."], cast=True)
+    read_into(checkpoint, shards, ignore=["optimizer."], cast=True, check=Alone())
     return model.eval()

@@ -47,6 +47,7 @@ def find(
     """Find what `resume` means: `latest`, a run directory, a directory of checkpoints or a checkpoint; a path or a URL.
 
     Args:
+        verify: check the hashes of all but the tensors, which are checked when they are read.
         settings: as given on the command line. `latest` also looks below its `dir`, and its keys say who is trusted;
             a run directory's own configuration can add to that, a checkpoint's never.
 
@@ -60,10 +61,10 @@ def find(
         return _in_runs([*places, *elsewhere], runs_dir, verify, report, trusted)
     path = locate(resume)
     whole = path if is_remote(path) else path.resolve()
-    if DIRECTORY.fullmatch(whole.name) or _has(path, MANIFEST):
+    if is_checkpoint(resume):
         checkpoint = Checkpoint(path, trusted)
         if verify:
-            checkpoint.verify()
+            checkpoint.verify_beside()
         saved = checkpoint.config()
         newest = committed(whole.parent)
         goes_on = bool(newest) and str(newest[0]) == str(whole)
@@ -75,6 +76,19 @@ def find(
         got=resume,
         allowed="latest, a run directory, or a checkpoint directory (step-...)",
     )
+
+
+def is_checkpoint(resume: str) -> bool:
+    """Whether `resume` names a checkpoint itself, and not where to look for one.
+
+    Raises:
+        CheckpointError: the place cannot be read.
+    """
+    if resume == "latest":
+        return False
+    path = locate(resume)
+    name = path.name if is_remote(path) else path.resolve().name
+    return DIRECTORY.fullmatch(name) is not None or _has(path, MANIFEST)
 
 
 def _has(directory: AnyPath, name: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.checkpoint.catalogue import remove_uncommitted
+from orchestrator.checkpoint.catalogue import newest_valid, remove_uncommitted
 from orchestrator.checkpoint.signing import signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
@@ -18,7 +18,7 @@ from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
-from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors
+from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors, DamagedError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
@@ -49,16 +49,16 @@ def start(composed: Composed) -> int:
     """
     world = find_world(composed.config.hardware, os.environ)
     if world is None:
-        return _start_local(_settle(composed, verify=True))
-    return _join_external(_settle(composed, verify=world.rank == 0), world)
+        return _start_local(_settle(composed, main=True, alone=True))
+    return _join_external(_settle(composed, main=world.rank == 0, alone=False), world)
 
 
-def _settle(composed: Composed, verify: bool) -> Plan:
+def _settle(composed: Composed, main: bool, alone: bool) -> Plan:
     config = composed.config
-    check = verify and config.checkpoint.verify_on_load
+    check = main and config.checkpoint.verify_on_load
     if config.resume is None:
         started = initial.settle(composed, check, _warn)
-        _check_places(started, signs=verify)
+        _check_places(started, signs=main)
         return Plan(started, None, None)
     if "train.init_from" in composed.overrides:
         raise ConfigError(
@@ -70,7 +70,7 @@ def _settle(composed: Composed, verify: bool) -> Plan:
     merged = resume.merge(point, composed, _warn)
     if problems := validate(merged):
         raise ConfigErrors(problems)
-    _check_places(merged, signs=verify)
+    _check_places(merged, signs=main)
     checkpoint = Checkpoint(point.checkpoint)
     if "data" not in checkpoint.state():
         raise CheckpointError(
@@ -80,12 +80,27 @@ def _settle(composed: Composed, verify: bool) -> Plan:
         )
     step = checkpoint.step
     if step >= merged.train.max_steps:
+        if alone and check and (older := _before_damaged(point.checkpoint, merged)):
+            return Plan(merged, older, point.run_dir)
         raise CheckpointError(
             "the run is finished: there are no steps left to train",
             got=f"step {step} of train.max_steps={merged.train.max_steps} in {point.checkpoint}",
             fix=f"set train.max_steps to more than {step} to train on",
         )
     return Plan(merged, point.checkpoint, point.run_dir)
+
+
+def _before_damaged(last: AnyPath, config: RunConfig) -> AnyPath | None:
+    """An older checkpoint, where the last one of a finished run is damaged: what that held is trained again."""
+    if config.resume is None or resume.is_checkpoint(config.resume):
+        return None
+    try:
+        Checkpoint(last).verify()
+        return None
+    except DamagedError as error:
+        _warn(f"skipping {last}: {error}")
+    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+    return newest_valid(last.parent, True, _warn, trusted, before=last)
 
 
 def _warn(text: str) -> None:

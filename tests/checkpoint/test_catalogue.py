@@ -11,6 +11,7 @@ from orchestrator.checkpoint import catalogue
 from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, removable, remove_uncommitted
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.errors import DamagedError
 from tests.lab.checkpoints import write_whole
 
 TENSORS = {"model.a": torch.arange(6.0)}
@@ -26,8 +27,8 @@ def _fake(parent, *names: str) -> None:
         (parent / name / MANIFEST).write_text("{}")
 
 
-def _flip(path) -> None:
-    file = path / "rank-00000.safetensors"
+def _flip(path, name="config.yaml") -> None:
+    file = path / name
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
@@ -70,7 +71,7 @@ def test_the_newest_valid_one_is_found_and_the_others_reported(tmp_path):
     assert [text.split(":")[0] for text in said] == [f"skipping {path}" for path in reversed(paths[1:])]
     assert "state.json" in said[0]
     assert "manifest is damaged" in said[1]
-    assert "rank-00000.safetensors" in said[2]
+    assert "config.yaml" in said[2]
     assert all(path.is_dir() for path in paths), "nothing is removed"
 
 
@@ -79,6 +80,23 @@ def test_without_verification_content_is_not_read(tmp_path):
     _flip(path)
     assert newest_valid(tmp_path, False, pytest.fail) == path
     assert newest_valid(tmp_path, True, lambda text: None) is None
+
+
+def test_tensors_are_left_to_whoever_reads_them(tmp_path):
+    path = write_whole(tmp_path, TENSORS)
+    _flip(path, "rank-00000.safetensors")
+    assert newest_valid(tmp_path, True, pytest.fail) == path
+    with pytest.raises(DamagedError):
+        Checkpoint(path).verify()
+
+
+def test_older_ones_are_found(tmp_path):
+    paths = [write_whole(tmp_path, TENSORS, step=step) for step in (1, 2, 3, 3)]
+    _flip(paths[1])
+    assert newest_valid(tmp_path, True, pytest.fail, before=paths[3]) == paths[2]
+    assert newest_valid(tmp_path, True, lambda text: None, before=paths[2]) == paths[0]
+    assert newest_valid(tmp_path, True, pytest.fail, before=paths[0]) is None
+    assert newest_valid(tmp_path, True, pytest.fail, before=tmp_path / "step-00000009") is None
 
 
 def test_a_second_save_of_a_step_is_the_newer(tmp_path):

@@ -100,8 +100,8 @@ def test_the_newest_is_found_and_old_ones_go(parent):
     assert [path.name for path in committed(parent)] == ["step-00000003", "step-00000002", "step-00000001"]
     assert [str(path) for path in remove_uncommitted(parent)] == [f"{str(parent).rstrip('/')}/step-00000004"]
     assert not there(parent / "step-00000004")
-    content = read_range(paths[2] / "rank-00000.safetensors", 0, 1 << 20)
-    write_file(paths[2] / "rank-00000.safetensors", [content[:-1] + bytes([content[-1] ^ 1])])
+    content = read_range(paths[2] / "state.json", 0, 1 << 20)
+    write_file(paths[2] / "state.json", [content[:-1] + bytes([content[-1] ^ 1])])
     said = []
     assert str(newest_valid(parent, True, said.append)) == str(paths[1])
     assert "step-00000003" in said[0]

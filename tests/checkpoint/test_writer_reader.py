@@ -406,7 +406,7 @@ def test_a_state_or_configuration_that_is_none(saved, text):
 
 
 def test_verifying_reports_every_byte(saved, monkeypatch):
-    monkeypatch.setattr(verify_module, "_READ_BYTES", 64)
+    monkeypatch.setattr(verify_module, "READ_BYTES", 64)
     done: list[int] = []
     Checkpoint(saved).verify(done.append)
     assert sum(done) == sum((saved / name).stat().st_size for name in FILES)

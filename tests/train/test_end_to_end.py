@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,14 +107,21 @@ def test_generate_continues_a_prompt_from_a_checkpoint(whole):
     assert first.stdout == second.stdout
 
 
+def _damage(path: Path) -> bytes:
+    """Flip a bit of a file, and return what it holds then."""
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    return bytes(content)
+
+
 def test_resume_falls_back_to_the_newest_valid_checkpoint_and_says_so(whole, tmp_path):
+    """The last checkpoint of a run that has finished is damaged: its last steps are done again."""
     words = small_overrides(tmp_path)
     assert run("train", *words).returncode == 0
     run_dir = only_run(tmp_path / "runs")
     damaged = checkpoint(run_dir, 20) / "rank-00000.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-5] ^= 4
-    damaged.write_bytes(content)
+    content = _damage(damaged)
     result = run("train", f"runs_dir={tmp_path / 'runs'}", "resume=latest", "checkpoint.keep_last=5")
     assert result.returncode == 0, result.stderr
     assert "skipping" in result.stderr
@@ -192,14 +202,46 @@ def test_a_multirun_trains_once_per_value(tmp_path):
     assert len(list((tmp_path / "runs").glob("*/*"))) == 2
 
 
-def test_torchrun_starts_the_processes_as_well(tmp_path):
-    import subprocess
-    import sys
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_processes_that_read_damage_go_on_from_an_older_checkpoint_together(tmp_path, launcher):
+    """Of three checkpoints the newest two are damaged, each in the part of another process."""
+    words = small_overrides(tmp_path, "hardware.devices=2", "layout.fsdp=2", "checkpoint.keep_last=9")
+    assert run("train", *words, "train.max_steps=30").returncode == 0
+    run_dir = only_run(tmp_path / "runs")
+    damaged = [checkpoint(run_dir, 30) / "rank-00001.safetensors", checkpoint(run_dir, 20) / "rank-00000.safetensors"]
+    contents = [_damage(path) for path in damaged]
+    again = ["train", f"runs_dir={tmp_path / 'runs'}", f"resume={run_dir}", "train.max_steps=31"]
+    result = run(*again) if launcher == "local" else _torchrun(*again)
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if "skipping" in line]
+    assert [path.parent.name in line for path, line in zip(damaged, said, strict=True)] == [True, True]
+    assert "resumed at step 10" in result.stdout
+    leg = json.loads((run_dir / "run.json").read_text())["legs"][-1]
+    assert (leg["start_step"], leg["end_step"], Path(leg["resumed_from"]).name) == (10, 31, "step-00000010")
+    assert leg["handover"]["verdict"] == "agrees"
+    assert [path.read_bytes() for path in damaged] == contents, "a damaged checkpoint was written over"
+    steps = [row["step"] for row in read_rows(run_dir) if "loss" in row and row["leg"] == leg["leg"]]
+    assert steps == list(range(11, 32))
 
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "orchestrator"]
-    result = subprocess.run(
-        [*words, "train", *small_overrides(tmp_path, "train.max_steps=3")], capture_output=True, text=True, timeout=240
-    )
+
+def test_a_damaged_checkpoint_that_is_asked_for_stops_the_run(tmp_path):
+    words = small_overrides(tmp_path, "hardware.devices=2", "layout.fsdp=2")
+    assert run("train", *words).returncode == 0
+    named = checkpoint(only_run(tmp_path / "runs"), 10)
+    _damage(named / "rank-00001.safetensors")
+    result = run("train", f"runs_dir={tmp_path / 'runs'}", f"resume={named}")
+    assert result.returncode == 2
+    assert "error: the checkpoint is damaged: rank-00001.safetensors" in result.stderr
+    assert "skipping" not in result.stderr
+
+
+def _torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    engine = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "orchestrator"]
+    return subprocess.run([sys.executable, *engine, *words], capture_output=True, text=True, timeout=240)
+
+
+def test_torchrun_starts_the_processes_as_well(tmp_path):
+    result = _torchrun("train", *small_overrides(tmp_path, "train.max_steps=3"))
     assert result.returncode == 0, result.stderr
     facts = json.loads((only_run(tmp_path / "runs") / "run.json").read_text())
     assert (facts["legs"][0]["engine"], facts["legs"][0]["devices"], facts["status"]) == ("torchrun", 2, "finished")

@@ -94,11 +94,22 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path):
     assert f"train.init_from={found}" in str(caught.value)
     with pytest.raises(UserError, match="a resumed run has its weights"):
         start(compose(words(tmp_path, "resume=latest", f"train.init_from={found}")))
-    data = (found / "rank-00000.safetensors").read_bytes()
-    (found / "rank-00000.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    _flip(found / "config.yaml")
     with pytest.raises(CheckpointError, match="damaged"):
         start(compose(words(tmp_path, f"train.init_from={found}")))
     assert not (tmp_path / "runs").exists()
+
+
+def test_damaged_weights_are_not_trained_from(tmp_path, capfd):
+    found = imported(tmp_path)
+    _flip(found / "rank-00000.safetensors")
+    assert start(compose(words(tmp_path, f"train.init_from={found}"))) == UserError.exit_code
+    assert "the checkpoint is damaged: rank-00000.safetensors" in capfd.readouterr().err
+
+
+def _flip(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def test_tokenizers_that_end_documents_differently_agree():

@@ -47,8 +47,8 @@ def runs(tmp_path):
 
 
 def _damage(checkpoint: Path) -> None:
-    data = (checkpoint / "rank-00000.safetensors").read_bytes()
-    (checkpoint / "rank-00000.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    data = (checkpoint / "state.json").read_bytes()
+    (checkpoint / "state.json").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def _step(path: Path, step: int) -> Path:

@@ -1,0 +1,35 @@
+"""A bar for long work that is no training step."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+
+class Bar:
+    """A bar on standard error, where that is a terminal. Several threads may report."""
+
+    def __init__(self, title: str, total: int | None, shown: bool, unit: str = "B"):
+        from tqdm import tqdm
+
+        # disable=None: no bar where nobody sees it.
+        hide = None if shown else True
+        self._bar: Any = tqdm(desc=title, total=total, unit=unit, unit_scale=True, disable=hide, leave=False)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._bar.close()
+
+    def add(self, done: int) -> None:
+        """So much more is done."""
+        with self._lock:
+            self._bar.update(done)
+
+    def at(self, done: int, total: int) -> None:
+        """So much is done in all."""
+        with self._lock:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)

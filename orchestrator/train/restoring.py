@@ -1,0 +1,132 @@
+"""Filling a run from a checkpoint, and from an older one where that is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from orchestrator.checkpoint.catalogue import newest_valid
+from orchestrator.checkpoint.peers import Peers
+from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.signing import trust
+from orchestrator.checkpoint.storage import AnyPath
+from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import TokenStream
+from orchestrator.errors import CheckpointError, DamagedError
+from orchestrator.models.decoder import Decoder
+from orchestrator.observe.bar import Bar
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.train.resume import is_checkpoint
+
+
+def restore_run(
+    where: AnyPath,
+    config: RunConfig,
+    parallel: ParallelStrategy,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    stream: TokenStream,
+) -> Checkpoint:
+    """Fill model and optimizer from the checkpoint `where`, on whatever layout. All ranks call it together.
+
+    Its hashes are checked while it is read. Where it is damaged, and the user has not named it but a run, the run goes
+    on from the newest one before it that is whole.
+
+    Returns:
+        The checkpoint that it was.
+
+    Raises:
+        CheckpointError: it is of another model, or of other data, where going on would not be the same run.
+        DamagedError: it is damaged, and none before it is whole.
+    """
+    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+    while True:
+        try:
+            # Whoever chose it has looked at each file; a thousand processes need not.
+            checkpoint = Checkpoint(where, trusted, look=False)
+            _check_run(checkpoint, config, stream)
+            _fill(checkpoint, config, parallel, model, optimizer)
+            return checkpoint
+        except DamagedError as error:
+            if config.resume is None or is_checkpoint(config.resume):
+                raise
+            _warn_on_main(parallel)(f"skipping {where}: {error}")
+        older = ""
+        if parallel.rank == 0:
+            check, parent = config.checkpoint.verify_on_load, where.parent
+            older = str(newest_valid(parent, check, _warn_on_main(parallel), trusted, before=where) or "")
+        name = parallel.agree(older.rpartition("/")[2])
+        if not name:
+            raise CheckpointError(
+                "no valid checkpoint was found", got=where.parent, fix="resume another run, or start a new one"
+            )
+        where = where.parent / name
+
+
+def restore_weights(checkpoint: Checkpoint, config: RunConfig, parallel: ParallelStrategy, model: Decoder) -> None:
+    """Fill the model alone from `checkpoint`, on whatever layout; weights in another format are converted.
+
+    Raises:
+        CheckpointError: it is of another model, or damaged.
+    """
+    _fill(checkpoint, config, parallel, model, None)
+
+
+def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
+    """The data and the batch are those of the saved run: a step's batch is a function of its number."""
+    saved: dict[str, Any] = checkpoint.state()["data"]
+    if saved["fingerprint"] != stream.fingerprint:
+        raise CheckpointError(
+            "the data is not what the checkpoint was trained on, so its position in it means nothing",
+            got=f"fingerprint {stream.fingerprint[:12]}",
+            allowed=f"fingerprint {saved['fingerprint'][:12]}",
+            fix="give the same data sources, tokenizer, train.seq_len and seed as the saved run",
+        )
+    train = config.train
+    if saved["global_batch_sequences"] != train.global_batch_tokens // train.seq_len:
+        tokens = saved["global_batch_sequences"] * train.seq_len
+        raise CheckpointError(
+            "the global batch of a resumed run cannot change: a step's batch is a function of its number",
+            got=f"train.global_batch_tokens={train.global_batch_tokens}",
+            allowed=str(tokens),
+            fix=f"set train.global_batch_tokens={tokens}",
+        )
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    parallel: ParallelStrategy,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    shards = parallel.state_shards(model, optimizer)
+    check: Peers | None = parallel if config.checkpoint.verify_on_load else None
+    # A run goes on bit by bit; who takes weights alone may take them from another format.
+    wanted: dict[str, Any] = {"ignore": ["optimizer."], "cast": True} if optimizer is None else {}
+    with _progress(shards, config, parallel) as progress:
+        read_into(checkpoint, shards, check=check, progress=progress, **wanted)
+    parallel.adopt(model, optimizer, shards)
+
+
+@contextlib.contextmanager
+def _progress(
+    shards: Sequence[Shard], config: RunConfig, parallel: ParallelStrategy
+) -> Iterator[Callable[[int], object]]:
+    total = sum(shard.data.numel() * shard.data.element_size() for shard in shards)
+    with Bar("load", total, shown=config.logger.progress and parallel.rank == 0) as bar:
+        yield bar.add
+
+
+def _warn_on_main(parallel: ParallelStrategy) -> Callable[[str], None]:
+    def warn(text: str) -> None:
+        if parallel.rank == 0:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    return warn
