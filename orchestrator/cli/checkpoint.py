@@ -94,10 +94,13 @@ class ImportOptions:
 class PruneOptions:
     """Options of `checkpoint prune`."""
 
-    path: str = option(help="a run directory, or a directory of checkpoints")
+    path: str = option(help="latest, a run directory, or a directory of checkpoints; s3://... too")
     keep_last: int = option(help="the newest so many stay, 1 or more")
     keep_every_steps: int | None = option(None, help="and those at multiples of this")
     dry_run: bool = option(False, help="remove nothing, list what would go")
+    verify: bool = option(True, help="hash the newest that stays first: one that is whole must be left")
+    progress: bool = option(True, help="show a progress bar")
+    runs_dir: str = option("runs", help=_RUNS_HELP)
 
 
 def main(argv: list[str]) -> int:
@@ -252,9 +255,12 @@ def _prune(options: PruneOptions) -> int:
             raise ConfigError(f"'{key}' is out of range", got=value, allowed="1 or more")
     from orchestrator.checkpoint.storage import locate
     from orchestrator.train.pruning import prune_checkpoints
+    from orchestrator.train.resume import newest_run
 
-    path = locate(options.path)
-    gone, kept = prune_checkpoints(path, options.keep_last, options.keep_every_steps, options.dry_run)
+    path = newest_run(options.runs_dir) if options.path == "latest" else locate(options.path)
+    keep = (options.keep_last, options.keep_every_steps)
+    with Bar("verify", None, options.progress) as bar:
+        gone, kept = prune_checkpoints(path, *keep, options.dry_run, options.verify, bar.add)
     for one in gone:
         print(f"{'would remove' if options.dry_run else 'removed'}  {one}")
     print(f"{len(gone)} {'would be removed' if options.dry_run else 'removed'}, {len(kept)} kept")

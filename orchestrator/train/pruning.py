@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,19 +16,26 @@ from orchestrator.train.stored_model import checkpoints_of
 
 
 def prune_checkpoints(
-    path: AnyPath, keep_last: int, keep_every_steps: int | None, dry_run: bool
+    path: AnyPath,
+    keep_last: int,
+    keep_every_steps: int | None,
+    dry_run: bool,
+    verify: bool = True,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[list[AnyPath], list[AnyPath]]:
     """Remove all but the newest checkpoints and the ones at multiples of `keep_every_steps`.
 
     Args:
         path: a run directory, or a directory of checkpoints.
         dry_run: remove nothing.
+        verify: believe that one of those that stay is whole only by its hashes.
+        progress: told the number of bytes of each stretch that was hashed.
 
     Returns:
         The directories that were removed, or would be, and those that are kept.
 
     Raises:
-        CheckpointError: there are none, a run is using them, or none that can be opened would be left.
+        CheckpointError: there are none, a run is using them, or none that is whole would be left.
     """
     parent = checkpoints_of(path)
     found = committed(parent)
@@ -39,7 +47,7 @@ def prune_checkpoints(
     try:
         going = removable(parent, keep_last, keep_every_steps)
         kept = [one for one in found if one not in going]
-        if going and not any(_opens(one) for one in kept):
+        if going and not any(_is_whole(one, verify, progress) for one in kept):
             raise CheckpointError(
                 "all the checkpoints that would be kept are damaged",
                 got=", ".join(one.name for one in kept),
@@ -65,9 +73,11 @@ def _lock(path: AnyPath, parent: AnyPath, checkpoint: AnyPath) -> FileLock | Non
     return None if run_dir is None else rundir.lock(run_dir)
 
 
-def _opens(path: AnyPath) -> bool:
+def _is_whole(path: AnyPath, verify: bool, progress: Callable[[int], object]) -> bool:
     try:
-        Checkpoint(path)
+        checkpoint = Checkpoint(path)
+        if verify:
+            checkpoint.verify(progress)
     except CheckpointError:
         return False
     return True

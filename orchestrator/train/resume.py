@@ -128,6 +128,17 @@ def latest_runs(runs_dir: Path) -> list[Path]:
     return sorted(runs, key=worked_on, reverse=True)
 
 
+def newest_run(runs_dir: str) -> Path:
+    """The run directory that was worked on last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for run in latest_runs(Path(runs_dir)):
+        return run
+    raise CheckpointError("there are no runs here", got=runs_dir, fix="give runs_dir, or the run's directory")
+
+
 def _in_runs(
     places: Sequence[AnyPath], where: str, verify: bool, report: Callable[[str], object], trusted: Trust
 ) -> ResumePoint:

@@ -293,10 +293,22 @@ def test_prune_of_a_directory_elsewhere_finds_its_run(capsys, tmp_path):
     assert [path.name for path in place.iterdir()] == ["step-00000002"]
 
 
-def test_prune_never_leaves_damaged_ones_alone(capsys, run):
-    os.truncate(step(run, 30) / "rank-00000.safetensors", 10)
+@pytest.mark.parametrize("how", ["cut", "one bit"])
+def test_prune_never_leaves_damaged_ones_alone(capsys, run, how):
+    if how == "cut":
+        os.truncate(step(run, 30) / "rank-00000.safetensors", 10)
+    else:
+        flip(step(run, 30))
     code, _, err = call(capsys, "prune", run, "keep_last=1")
     assert (code, "are damaged" in err) == (2, True)
     assert step(run, 10).exists()
     assert call(capsys, "prune", run, "keep_last=2")[0] == 0
     assert not step(run, 10).exists()
+
+
+def test_prune_of_the_latest_run(capsys, run, tmp_path):
+    runs_dir = f"runs_dir={run.parent.parent}"
+    code, out, _ = call(capsys, "prune", "latest", "keep_last=2", runs_dir)
+    assert (code, "1 removed, 2 kept" in out) == (0, True)
+    code, _, err = call(capsys, "prune", "latest", "keep_last=2", f"runs_dir={tmp_path / 'none'}")
+    assert (code, "there are no runs here" in err) == (2, True)
