@@ -8,6 +8,7 @@ import os
 import random
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint.format import CONFIG, ITEM_BYTES, MANIFEST, STATE, _digest
+from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import PIECE_BYTES, Piece, StoredFile
 from orchestrator.checkpoint.tensorfile import TensorFile
@@ -97,16 +99,27 @@ def _resign(place: Path, names: list[str]) -> None:
     (place / MANIFEST).write_bytes(_sign(data))
 
 
+def _refusal(action: Callable[[], object]) -> CheckpointError | None:
+    try:
+        action()
+    except CheckpointError as error:
+        return error
+    return None
+
+
 def _look(place: Path) -> bool:
     """All that is ever done with a checkpoint. Whether it was taken; any error but the clean one escapes."""
     tracemalloc.start()
     begin = time.process_time()
     try:
         checkpoint = Checkpoint(place)
-        checkpoint.verify()
+        shards = shards_of({name: torch.zeros_like(t) for name, t in TENSORS.items()}, Layout(), 0)
+        wrong, damage = _refusal(lambda: read_into(checkpoint, shards, check=Alone())), _refusal(checkpoint.verify)
+        assert damage is None or wrong is not None, "reading finds what verifying does"
+        if damage:
+            raise damage
         checkpoint.state()
         checkpoint.config()
-        shards = shards_of({name: torch.zeros_like(t) for name, t in TENSORS.items()}, Layout(), 0)
         read_into(checkpoint, shards)
         for shard in shards:
             assert shard.data.isfinite().all() or shard.data.dtype != torch.int64
