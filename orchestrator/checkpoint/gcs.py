@@ -8,7 +8,7 @@ import re
 
 SCHEMES = ("gs", "gcs")
 _NO_LOGIN = "log in (gcloud auth application-default login) or set GOOGLE_APPLICATION_CREDENTIALS"
-_UPLOAD_TO = re.compile(r"/upload/storage/v1/b/([^/]+)/o(?!.*upload_id)")
+_UPLOAD_TO = re.compile(r"/upload/storage/v1/b/([^/]+)/o(.*upload_id=)?")
 
 
 def prepare() -> None:
@@ -33,11 +33,19 @@ def prepare() -> None:
 def understood(error: Exception) -> OSError | None:
     """The error of the system that an error of gcsfs stands for; None where it says itself what it is."""
     text = str(error)
+    upload = _UPLOAD_TO.search(text)
     if isinstance(error, FileNotFoundError):
-        found = _UPLOAD_TO.search(text)
-        return FileNotFoundError(errno.ENOENT, f"there is no bucket '{found[1]}'") if found else None
-    if text.startswith("Forbidden: "):
-        return PermissionError(errno.EACCES, " ".join(text.split("\n", 1)[-1].split()) or text)
+        if upload is None:
+            return None
+        if upload[2]:
+            return OSError(errno.EIO, "the store knows an upload in parts no more")
+        return FileNotFoundError(errno.ENOENT, f"there is no bucket '{upload[1]}'")
+    # The service's words are the second line. The first is the address, with which anybody could go on uploading.
+    kind, _, said = text.partition("\n")
+    if kind.startswith("Forbidden: "):
+        return PermissionError(errno.EACCES, said or "Forbidden")
+    if kind.startswith("Bad Request: "):
+        return OSError(errno.EINVAL, said or "Bad Request")
     if getattr(error, "code", None) == 401:
         return PermissionError(errno.EACCES, f"{text}: {_NO_LOGIN}")
     if "requester pays" in text:

@@ -311,7 +311,7 @@ def put_last(path: AnyPath, content: bytes) -> None:
 
 
 def remove_tree(directory: AnyPath) -> None:
-    """Remove a directory and what is in it.
+    """Remove a directory and what is in it; in a store it may be gone.
 
     Raises:
         OSError: something cannot be removed.
@@ -326,7 +326,7 @@ def remove_tree(directory: AnyPath) -> None:
 
 
 def remove_file(path: AnyPath) -> None:
-    """Remove a file.
+    """Remove a file; in a store it may be gone.
 
     Raises:
         OSError: it cannot be removed.

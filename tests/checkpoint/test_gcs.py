@@ -101,6 +101,18 @@ def test_default_credentials_are_used(private, no_settings, server, place, monke
     assert len(server.matching("^TOKEN$")) == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "said"), [(404, "knows an upload in parts no more"), (400, "an invalid part"), (403, "an invalid part")]
+)
+def test_an_upload_that_the_store_ends(server, place, status, said):
+    """The address of an upload in parts is as good as a password."""
+    server.fail("^COMMIT", status=status, message="an invalid part")
+    with pytest.raises(OSError, match=said) as caught:
+        write_file(locate(place) / "f", [b"content"])
+    assert "upload_id" not in str(caught.value)
+    assert server.unfinished() == []
+
+
 def test_a_bucket_whose_requester_pays(server, no_settings, place, monkeypatch):
     monkeypatch.setattr(server, "payer", "project")
     no_settings["token"] = "anon"
