@@ -162,13 +162,14 @@ def test_a_large_file_goes_in_parts_that_are_tried_again(remote, server, monkeyp
     once = [
         server.fail(r"^START .*safetensors", times=1),
         server.fail(r"^PART 2 .*safetensors", times=1),
+        server.fail(r"^PART 2 .*safetensors", status=0, times=1),
         server.fail(r"^COMMIT .*safetensors", times=1),
         server.fail(r"^COMMIT .*/manifest\.json", times=1),
         server.fail(r"^COMMIT .*/state\.json", times=1, status=500),
         server.fail(r"^LIST ", times=1),
     ]
     path = _write(remote, BIG, Layout())
-    assert [fault.seen for fault in once] == [1] * 6
+    assert [fault.seen for fault in once] == [1] * 7
     assert len(server.matching(r"^PART \d")) >= 2
     server.fail(r"^GET .*/rank-00000\.safetensors", times=1)
     _check(path, BIG)
@@ -178,7 +179,7 @@ def test_an_answer_that_was_lost_changes_nothing(remote, server, monkeypatch):
     """The store did what it was asked, and is asked again."""
     monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
     once = [
-        server.fail(pattern, times=1, answer_lost=True)
+        server.fail(pattern, status=0, times=1, answer_lost=True)
         for pattern in (r"^START ", r"^PART 1 ", r"^COMMIT .*/manifest\.json", r"^COMMIT .*/owner\.json", r"^DELETE ")
     ]
     assert claim(remote / "owner.json", b"mine") == b"mine"

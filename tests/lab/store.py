@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ class Fault:
     """Requests to refuse: those whose line (see `Store`) matches, so many of them.
 
     Attributes:
+    status: of the answer; 0: the connection is cut instead.
     answer_lost: the request is carried out, and only its answer is replaced.
     """
 
@@ -101,8 +103,10 @@ class Store(ABC):
                 self.requests.append((text, len(answer)))
             if fault is not None:
                 fault.seen += 1
+                if not fault.status:
+                    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
                 kind, content = self.error(fault)
-                start(f"{fault.status} Told To Fail", [("Content-Type", kind)])
+                start(f"{fault.status or 500} Told To Fail", [("Content-Type", kind)])
                 answer = content.encode()
             return [answer]
 
@@ -148,7 +152,7 @@ class S3Store(Store):
         return f"{method} {key}"
 
     def error(self, fault: Fault) -> tuple[str, str]:
-        code = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}[fault.status]
+        code = {403: "AccessDenied", 503: "SlowDown"}.get(fault.status, "InternalError")
         return "application/xml", f"<Error><Code>{code}</Code><Message>{fault.message}</Message></Error>"
 
     def unfinished(self) -> list[Any]:
