@@ -20,9 +20,9 @@ def prepare() -> None:
     from fsspec import register_implementation
     from gcsfs.core import GCSFileSystem
 
-    # The class it takes by itself asks by gRPC, before each request, what kind of bucket it has: a minute of waiting
-    # each time where only HTTP gets through. And in a zonal bucket it shows objects half written, and lets everybody
-    # claim what is claimed.
+    # The class it takes by itself first asks by gRPC what kind of bucket it has; where only HTTP gets through, for a
+    # minute and again at every request. And in a zonal bucket it shows objects half written, and lets everybody claim
+    # what is claimed.
     for scheme in SCHEMES:
         register_implementation(scheme, GCSFileSystem, clobber=True)
     logger = logging.getLogger("gcsfs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import re
@@ -190,7 +191,7 @@ def reachable(store: Store) -> Iterator[None]:
 
     from orchestrator.checkpoint.storage import locate
 
-    saved, settings = dict(os.environ), dict(fsspec.config.conf)
+    saved, settings = dict(os.environ), copy.deepcopy(fsspec.config.conf)
     os.environ.update(store.environment)
     fsspec.config.set_conf_env(fsspec.config.conf, store.environment)
     library = type(locate(store.place).fs)
