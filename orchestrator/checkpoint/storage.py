@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from orchestrator.checkpoint import gcs
 from orchestrator.errors import CheckpointError, MissingExtraError
 
 AnyPath: TypeAlias = Path
@@ -56,8 +58,7 @@ _FLUSH_BYTES = 1 << 26
 _ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
 _WITHOUT_DIRECTORIES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 # What trying again does not change.
-_FINAL: tuple[type[Exception], ...] = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-_FINAL += (PermissionError, NotImplementedError)
+_FINAL = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR, errno.ENOSYS)
 _HASHING_THREADS = min(4, os.cpu_count() or 1)
 
@@ -67,7 +68,7 @@ def locate(where: str | Path) -> AnyPath:
 
     Raises:
         MissingExtraError: a URL, and the libraries of its store are not installed.
-        CheckpointError: a URL of no known kind.
+        CheckpointError: a URL of no known kind, or its store cannot be used as it is set up.
     """
     text = str(where)
     if "://" not in text:
@@ -77,14 +78,19 @@ def locate(where: str | Path) -> AnyPath:
     except ImportError:
         raise MissingExtraError("universal-pathlib", "remote", f"a checkpoint at {text}") from None
     try:
+        if text.partition("://")[0] in gcs.SCHEMES:
+            gcs.prepare()
         # Without a cache of listings: other ranks and other runs write there too.
         path: Any = UPath(text, use_listings_cache=False)
         path.fs  # noqa: B018 - loads the store's library
     except ImportError as error:
-        raise MissingExtraError(str(error), "remote", f"a checkpoint at {text}") from None
-    except ValueError as error:
+        missing = getattr(error.__cause__ or error, "name", None) or str(error)
+        raise MissingExtraError(missing.partition(".")[0], "remote", f"a checkpoint at {text}") from None
+    except Exception as error:
         raise CheckpointError(
-            f"the address of a checkpoint is not understood: {error}", got=text, allowed="a path, s3://..., gs://..."
+            f"the address of a checkpoint is not understood, or its store not set up: {error}",
+            got=text,
+            allowed="a path, s3://..., gs://...",
         ) from None
     return path
 
@@ -152,8 +158,9 @@ def children(parent: AnyPath) -> list[AnyPath]:
         found = retried(lambda: _store(parent).ls(_key(parent), detail=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = {str(key).rstrip("/").rpartition("/")[2] for key in found}
-    return [parent / name for name in sorted(names) if name and name != parent.name]
+    # A file is listed as itself, and so is an object that stands for a directory.
+    keys = {str(key).strip("/") for key in found} - {_key(parent).strip("/")}
+    return [parent / name for name in sorted(key.rpartition("/")[2] for key in keys)]
 
 
 def modified(path: AnyPath) -> float:
@@ -304,25 +311,30 @@ def put_last(path: AnyPath, content: bytes) -> None:
 
 
 def remove_tree(directory: AnyPath) -> None:
-    """Remove a directory and what is in it.
+    """Remove a directory and what is in it; in a store it may be gone.
 
     Raises:
         OSError: something cannot be removed.
     """
     if is_remote(directory):
-        retried(lambda: _store(directory).rm(_key(directory), recursive=True))
+        # The libraries take a key for a pattern: it could match the directories of others.
+        key = glob.escape(_key(directory))
+        with contextlib.suppress(FileNotFoundError):  # as below
+            retried(lambda: _store(directory).rm(key, recursive=True))
     else:
         shutil.rmtree(directory)
 
 
 def remove_file(path: AnyPath) -> None:
-    """Remove a file.
+    """Remove a file; in a store it may be gone.
 
     Raises:
         OSError: it cannot be removed.
     """
     if is_remote(path):
-        retried(lambda: _store(path).rm_file(_key(path)))
+        # Not there any more where an answer was lost and it was tried again; and S3 never says so.
+        with contextlib.suppress(FileNotFoundError):
+            retried(lambda: _store(path).rm_file(_key(path)))
     else:
         path.unlink()
 
@@ -336,17 +348,19 @@ def retried(action: Callable[[], Any]) -> Any:
     for attempt in range(_ATTEMPTS):
         try:
             return action()
-        except _FINAL:
+        except NotImplementedError:
             raise
         except Exception as error:
-            if attempt == _ATTEMPTS - 1:
-                raise _as_os_error(error) from error
+            said = _as_os_error(error)
+            if isinstance(said, _FINAL) or attempt == _ATTEMPTS - 1:
+                raise said from error
             time.sleep(_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
 
 
 def _as_os_error(error: Exception) -> OSError:
-    return error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+    said = gcs.understood(error) or error
+    return said if isinstance(said, OSError) else OSError(f"{type(said).__name__}: {said}")
 
 
 @contextlib.contextmanager

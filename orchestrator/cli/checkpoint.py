@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "look into checkpoints, check, compare, convert and prune them"
 _PROGRAM = "python -m orchestrator checkpoint"
-_PATH_HELP = "latest, a run directory, a directory of checkpoints, or a checkpoint; s3://... too"
+_PATH_HELP = "latest, a run directory, a directory of checkpoints, or a checkpoint; s3://..., gs://... too"
 _RUNS_HELP = "where latest looks"
 _PICKLE_HELP = "this format is pickle: allow it, for files whose maker you trust"
 _GB = 1_000_000_000

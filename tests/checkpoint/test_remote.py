@@ -1,57 +1,91 @@
-"""Checkpoints in object stores: a real S3 server over HTTP, and fsspec's memory. The same rule: the manifest last."""
+"""Checkpoints in object stores: servers of S3 and of Google's over HTTP, and fsspec's memory. The manifest last."""
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
+import sys
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
+pytest.importorskip("gcp_storage_emulator")
 
 from orchestrator.checkpoint import storage, tensorfile
 from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, remove_uncommitted
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.checkpoint.storage import children, claim, is_remote, locate, read_range, size_of, there, write_file
+from orchestrator.checkpoint.storage import (
+    children,
+    claim,
+    is_remote,
+    locate,
+    read_range,
+    remove_file,
+    remove_tree,
+    size_of,
+    there,
+    write_file,
+)
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError, MissingExtraError
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.shard import Shard
 from tests.lab.checkpoints import shards_of, write
-from tests.lab.store import BUCKET, reachable, serve
+from tests.lab.store import reachable, serve
 
 TENSORS = {
     "model.a": torch.arange(20.0).reshape(5, 4),
     "model.b": torch.arange(7, dtype=torch.bfloat16),
     "optimizer.step.b": torch.tensor(3.0),
 }
-BIG = {"model.big": torch.arange(3 * 2**20, dtype=torch.float32).reshape(3072, 1024), "model.step": torch.tensor(1)}
+# Of 6 MiB each: parts of 5 MiB, the least that S3 allows, are parts of any store.
+BIG = {f"model.{number}": torch.arange(1536.0 * 1024).reshape(1536, 1024) + number for number in range(3)}
+
+
+# What waits before it tries again, of a store's library.
+_WAITS = {"s3": "aiobotocore.endpoint", "gs": "gcsfs.retry"}
+
+
+def pytest_generate_tests(metafunc):
+    """What asks for `remote` runs on each server, what asks for `parent` also in memory."""
+    if "server" in metafunc.fixturenames:
+        kinds = ["s3", "gs", "memory"] if "parent" in metafunc.fixturenames else ["s3", "gs"]
+        metafunc.parametrize("server", kinds, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def server():
-    with serve() as store, reachable(store):
+def server(request):
+    if request.param == "memory":
+        yield None
+        return
+    with serve(request.param) as store, reachable(store):
         yield store
 
 
 @pytest.fixture
-def s3(server, monkeypatch):
-    """An empty prefix of the server; faults of an earlier test are gone."""
+def remote(server, monkeypatch):
+    """An empty prefix of the server; faults of an earlier test are gone, and nobody waits long before trying again."""
     server.faults.clear()
     server.requests.clear()
     monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.01)
-    yield locate(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    where = locate(f"{server.place}/{uuid.uuid4().hex}")
+    hurried = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100))
+    monkeypatch.setattr(importlib.import_module(_WAITS[server.scheme]), "asyncio", hurried)
+    yield where
     server.faults.clear()
 
 
-@pytest.fixture(params=["s3", "memory"])
-def parent(request):
-    if request.param == "s3":
-        return request.getfixturevalue("s3")
-    return locate(f"memory://{uuid.uuid4().hex}")
+@pytest.fixture
+def parent(server, request):
+    if server is None:
+        return locate(f"memory://{uuid.uuid4().hex}")
+    return request.getfixturevalue("remote")
 
 
 def _write(parent, whole=TENSORS, layout=Layout(fsdp=2), step=1, **options):
@@ -84,9 +118,9 @@ def test_what_is_written_there_is_read_on_any_layout(parent, layout):
     assert Checkpoint(path).config() == {"name": "test", "seed": 1}
 
 
-def test_the_manifest_object_is_the_last(s3, server):
-    path = _write(s3, extra={"tokenizer.json": b"{}"})
-    puts = [text.split("?")[0].rpartition("/")[2] for text in server.matching("^(PUT|POST)")]
+def test_the_manifest_object_is_the_last(remote, server):
+    path = _write(remote, extra={"tokenizer.json": b"{}"})
+    puts = [text.rpartition("/")[2] for text in server.matching("^COMMIT")]
     assert puts[-1] == MANIFEST
     assert {"rank-00000.safetensors", "rank-00001.safetensors", "state.json", "config.yaml", "tokenizer.json"} < set(
         puts
@@ -123,64 +157,105 @@ def test_nothing_there(parent):
         Checkpoint(parent / "step-00000001")
 
 
-def test_a_large_file_goes_in_parts_that_are_tried_again(s3, server, monkeypatch):
-    monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)  # the least that S3 allows
+def test_a_large_file_goes_in_parts_that_are_tried_again(remote, server, monkeypatch):
+    monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
     once = [
-        server.fail(r"PUT .*safetensors\?.*partNumber=2", times=1),
-        server.fail(r"PUT .*/manifest\.json", times=1),
-        server.fail(r"PUT .*/state\.json", times=1, status="500 Internal Server Error", code="InternalError"),
-        server.fail(r"GET .*list-type=2", times=1),
+        server.fail(r"^START .*safetensors", times=1),
+        server.fail(r"^PART 2 .*safetensors", times=1),
+        server.fail(r"^PART 2 .*safetensors", status=0, times=1),
+        server.fail(r"^COMMIT .*safetensors", times=1),
+        server.fail(r"^COMMIT .*/manifest\.json", times=1),
+        server.fail(r"^COMMIT .*/state\.json", times=1, status=500),
+        server.fail(r"^LIST ", times=1),
     ]
-    path = _write(s3, BIG, Layout())
-    assert [fault.seen for fault in once] == [1, 1, 1, 1]
-    assert len(server.matching(r"PUT .*partNumber=\d")) >= 2
-    server.fail(r"GET .*/rank-00000\.safetensors", times=1)
+    path = _write(remote, BIG, Layout())
+    assert [fault.seen for fault in once] == [1] * 7
+    assert len(server.matching(r"^PART \d")) >= 2
+    server.fail(r"^GET .*/rank-00000\.safetensors", times=1)
     _check(path, BIG)
 
 
-@pytest.mark.parametrize("what", [r"PUT .*rank-00001\.safetensors\?.*partNumber=2", r"PUT .*/manifest\.json"])
-def test_a_writer_that_fails_midway_leaves_the_earlier_checkpoint_and_nothing_else(s3, server, monkeypatch, what):
+def test_an_answer_that_was_lost_changes_nothing(remote, server, monkeypatch):
+    """The store did what it was asked, and is asked again."""
     monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
-    part = torch.arange(3 * 2**20, dtype=torch.float32).reshape(3072, 1024)
-    whole = {f"model.{number}": part + number for number in range(3)}
-    earlier = _write(s3)
-    fault = server.fail(what, status="403 Forbidden", code="AccessDenied")
+    once = [
+        server.fail(pattern, status=0, times=1, answer_lost=True)
+        for pattern in (r"^START ", r"^PART 1 ", r"^COMMIT .*/manifest\.json", r"^COMMIT .*/owner\.json", r"^DELETE ")
+    ]
+    assert claim(remote / "owner.json", b"mine") == b"mine"
+    path = _write(remote, BIG, Layout())
+    _check(path, BIG)
+    remove_file(path / MANIFEST)
+    assert [fault.seen for fault in once] == [1] * 5
+    server.fail(r"^DELETE ", times=1, answer_lost=True)
+    remove_tree(path)
+    assert [child.name for child in children(remote)] == ["owner.json"]
+
+
+@pytest.mark.parametrize("what", [r"^PART 2 .*rank-00001\.safetensors", r"^COMMIT .*/manifest\.json"])
+def test_a_writer_that_fails_midway_leaves_the_earlier_checkpoint_and_nothing_else(remote, server, monkeypatch, what):
+    monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
+    whole = {name: tensor.repeat(2, 1) for name, tensor in BIG.items()}
+    earlier, unfinished = _write(remote), server.unfinished()
+    fault = server.fail(what, status=403)
     with pytest.raises(CheckpointError, match="step 2 could not be written") as caught:
-        _write(s3, whole, step=2)
+        _write(remote, whole, step=2)
     assert fault.seen
     assert "told to fail" in str(caught.value)
-    assert [child.name for child in children(s3)] == ["step-00000001"]
-    assert storage._store(s3).call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads", []) == []
-    assert str(newest_valid(s3, True, pytest.fail)) == str(earlier)
+    assert [child.name for child in children(remote)] == ["step-00000001"]
+    assert server.unfinished() == unfinished
+    assert bool(server.matching("^ABORT ")) == ("PART" in what)
+    assert str(newest_valid(remote, True, pytest.fail)) == str(earlier)
     server.faults.clear()
-    _check(_write(s3, whole, step=2), whole)
+    _check(_write(remote, whole, step=2), whole)
 
 
-def test_a_store_that_does_not_answer_is_a_clear_error(server, monkeypatch):
-    monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.01)
-    server.faults.clear()
-    nowhere = locate("s3://no-such-bucket/x")
-    with pytest.raises(CheckpointError, match=r"could not be written: .*bucket"):
+def test_a_store_that_does_not_answer_is_a_clear_error(remote, server):
+    nowhere = locate(f"{server.scheme}://no-such-bucket/x")
+    with pytest.raises(CheckpointError, match=r"could not be written: .*[Bb]ucket") as caught:
         _write(nowhere)
-    assert server.matching("PUT /no-such-bucket/?$") == [], "a bucket is not made by mistake"
+    assert "http" not in str(caught.value)
+    assert server.matching("^BUCKET") == [], "a bucket is not made by mistake"
     with pytest.raises(CheckpointError, match="no manifest"):
         Checkpoint(nowhere / "step-00000001")
-    server.fail(".", status="403 Forbidden", code="AccessDenied")
+    refused = server.fail(".", status=403)
+    with pytest.raises(OSError, match="told to fail") as denied:
+        claim(remote / "owner.json", b"mine")
+    assert isinstance(denied.value, PermissionError)
+    assert refused.seen == 1, "who may not is not asked again"
     with pytest.raises(CheckpointError, match="cannot be listed"):
-        committed(locate(f"s3://{BUCKET}/other"))
+        committed(remote)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Checkpoint(locate(f"s3://{BUCKET}/other"))
-    server.faults.clear()
+        Checkpoint(remote)
+
+
+def test_names_that_are_patterns_to_a_library_are_names(parent):
+    """A library that took `r[un]` for a pattern would remove the checkpoints of `ru`."""
+    path, other = parent / "r[un]" / "step-00000001", parent / "ru" / "step-00000001"
+    for directory in (path, other):
+        write_file(directory / "f", [b"content"])
+    remove_tree(path)
+    assert not there(path)
+    assert [child.name for child in children(other)] == ["f"]
+
+
+def test_a_directory_may_hold_one_of_its_own_name(parent):
+    write_file(parent / "run" / "run" / "f", [b"content"])
+    assert [str(child) for child in children(parent / "run")] == [str(parent / "run" / "run")]
+    assert children(parent / "run" / "run" / "f") == []
 
 
 def test_an_address_of_no_known_kind():
     with pytest.raises(CheckpointError, match="address of a checkpoint is not understood"):
         locate("nope://bucket/x")
-    try:
-        import gcsfs  # noqa: F401
-    except ImportError:
-        with pytest.raises(MissingExtraError, match="remote"):
-            locate("gs://bucket/x")
+
+
+@pytest.mark.parametrize(("address", "library"), [("gs://bucket/x", "gcsfs"), ("abfs://bucket/x", "adlfs")])
+def test_a_store_whose_library_is_missing(monkeypatch, address, library):
+    for module in (library, f"{library}.core"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"'{library}', which is not installed(.|\n)*\[remote\]"):
+        locate(address)
 
 
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", MANIFEST])
@@ -199,10 +274,10 @@ def test_of_two_who_claim_a_place_one_gets_it(parent):
     assert claim(parent / "owner.json", b"first") == b"first"
 
 
-def test_a_rank_fetches_only_what_it_needs(s3, server, monkeypatch):
+def test_a_rank_fetches_only_what_it_needs(remote, server, monkeypatch):
     """Rows of a quarter: a quarter of the bytes, the header and nothing else."""
     whole = torch.arange(2**20, dtype=torch.float32).reshape(64, 16384)
-    path = _write(s3, {"model.big": whole}, Layout(fsdp=2))
+    path = _write(remote, {"model.big": whole}, Layout(fsdp=2))
     checkpoint = Checkpoint(path)
     header = int(size_of(path / "rank-00000.safetensors") or 0) - whole.numel() * 2
 
@@ -212,7 +287,7 @@ def test_a_rank_fetches_only_what_it_needs(s3, server, monkeypatch):
         server.requests.clear()
         read_into(checkpoint, [Shard("model.big", (64, 16384), box, data)])
         assert torch.equal(data, whole[box])
-        return sum(count for text, count in server.requests if "safetensors" in text)
+        return sum(count for text, count in server.requests if text.startswith("GET ") and "safetensors" in text)
 
     assert read(slice(8, 24), slice(0, 16384)) == 16 * 65536 + header
     # Many short stretches are many requests: then rather with what lies between them.
@@ -221,6 +296,6 @@ def test_a_rank_fetches_only_what_it_needs(s3, server, monkeypatch):
     assert read(slice(0, 64), slice(4096, 8192)) == whole.numel() + 2 * header
 
 
-def test_the_manifest_is_readable_by_anybody(s3):
-    path = _write(s3)
+def test_the_manifest_is_readable_by_anybody(remote):
+    path = _write(remote)
     assert json.loads(read_range(path / MANIFEST, 0, 1 << 20))["step"] == 1

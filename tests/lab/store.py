@@ -1,52 +1,87 @@
-"""An S3 server of its own (moto's, over HTTP), which counts what it serves and fails when told to."""
+"""Servers of objects over HTTP, of S3 and of Google's kind, which count what they serve and fail when told to."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import os
 import re
+import socket
 import threading
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs
 
 BUCKET = "bucket"
 
 
 @dataclass
 class Fault:
-    """Requests to refuse: those whose `METHOD path?query` matches, so many of them."""
+    """Requests to refuse: those whose line (see `Store`) matches, so many of them.
+
+    Attributes:
+    status: of the answer; 0: the connection is cut instead.
+    answer_lost: the request is carried out, and only its answer is replaced.
+    """
 
     pattern: str
-    status: str = "503 Service Unavailable"
-    code: str = "SlowDown"
+    status: int = 503
+    message: str = "told to fail"
     times: int = 10**9
+    answer_lost: bool = False
     seen: int = 0
 
 
-@dataclass
-class Store:
-    """Attributes:
+class Store(ABC):
+    """A store and its log, one line a request, the same for all kinds of stores:
+
+    START KEY       an upload in parts begins
+    PART N KEY      a part that is not the last request of its upload
+    COMMIT KEY      an object appears
+    ABORT KEY       an upload in parts is given up
+    GET KEY, HEAD KEY, LIST PREFIX, DELETE KEY KEY ...
+    BUCKET NAME     a bucket is made
+
+    Attributes:
     url: of the server.
-    requests: `METHOD path?query` of each request, and the bytes of its answer.
+    requests: the line of each request that was carried out, and the bytes of its answer.
     faults: what is refused.
     """
 
-    url: str = ""
-    requests: list[tuple[str, int]] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    scheme: str
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.requests: list[tuple[str, int]] = []
+        self.faults: list[Fault] = []
 
     @property
+    @abstractmethod
     def environment(self) -> dict[str, str]:
         """What a user sets to reach it."""
-        return {
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+
+    @abstractmethod
+    def app(self) -> Callable[..., Iterable[bytes]]:
+        """The server as a WSGI application, with an empty bucket."""
+
+    @abstractmethod
+    def line(self, environ: Mapping[str, Any], query: Mapping[str, str], body: bytes) -> str:
+        """What is asked for, as said above."""
+
+    @abstractmethod
+    def error(self, fault: Fault) -> tuple[str, str]:
+        """Type and content of an answer of this kind of store."""
+
+    @abstractmethod
+    def unfinished(self) -> list[Any]:
+        """Uploads in parts that were begun and neither ended nor given up."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.scheme}://{BUCKET}"
 
     def fail(self, pattern: str, **options: Any) -> Fault:
         fault = Fault(pattern, **options)
@@ -56,46 +91,92 @@ class Store:
     def matching(self, pattern: str) -> list[str]:
         return [text for text, _ in self.requests if re.search(pattern, text)]
 
-    def wrap(self, app: Any) -> Callable[..., Iterable[bytes]]:
+    def wrap(self, app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
         def handle(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-            text = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}"
-            for fault in self.faults:
-                if fault.seen < fault.times and re.search(fault.pattern, text):
-                    fault.seen += 1
-                    # The body is read first: closing on a client that still sends is another error.
-                    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                    start(fault.status, [("Content-Type", "application/xml")])
-                    return [f"<Error><Code>{fault.code}</Code><Message>told to fail</Message></Error>".encode()]
-            body = b"".join(app(environ, start))
-            self.requests.append((text, len(body) if environ["REQUEST_METHOD"] == "GET" else 0))
-            return [body]
+            # The body is read first: closing on a client that still sends is another error.
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(body)
+            query = {key: values[0] for key, values in parse_qs(environ["QUERY_STRING"], True).items()}
+            text = self.line(environ, query, body)
+            fault = next((f for f in self.faults if f.seen < f.times and re.search(f.pattern, text)), None)
+            if fault is None or fault.answer_lost:
+                answer = b"".join(app(environ, start if fault is None else lambda *unused: None))
+                self.requests.append((text, len(answer)))
+            if fault is not None:
+                fault.seen += 1
+                if not fault.status:
+                    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                kind, content = self.error(fault)
+                start(f"{fault.status or 500} Told To Fail", [("Content-Type", kind)])
+                answer = content.encode()
+            return [answer]
 
         return handle
 
 
-@contextlib.contextmanager
-def serve() -> Iterator[Store]:
-    """Start the server with an empty bucket; it ends with the context."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-    from werkzeug.serving import make_server
+class S3Store(Store):
+    scheme = "s3"
 
-    class Quiet(MotoRequestHandler):
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def app(self) -> Callable[..., Iterable[bytes]]:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from moto.s3.models import s3_backends
+
+        self._backend = s3_backends["123456789012"]["aws"]
+        self._backend.reset()
+        self._backend.create_bucket(BUCKET, "us-east-1")
+        return DomainDispatcherApplication(create_backend_app)
+
+    def line(self, environ: Mapping[str, Any], query: Mapping[str, str], body: bytes) -> str:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        key = path.removeprefix(f"/{BUCKET}").strip("/")
+        if "uploads" in query:
+            return f"START {key}"
+        if "uploadId" in query:
+            verb = {"PUT": f"PART {query.get('partNumber')}", "POST": "COMMIT", "DELETE": "ABORT"}[method]
+            return f"{verb} {key}"
+        if "list-type" in query:
+            return f"LIST {query.get('prefix', '')}"
+        if "delete" in query:
+            return f"DELETE {' '.join(re.findall('<Key>(.*?)</Key>', body.decode()))}"
+        if method == "PUT":
+            return f"COMMIT {key}" if path.count("/") > 1 else f"BUCKET {path}"
+        return f"{method} {key}"
+
+    def error(self, fault: Fault) -> tuple[str, str]:
+        code = {403: "AccessDenied", 503: "SlowDown"}.get(fault.status, "InternalError")
+        return "application/xml", f"<Error><Code>{code}</Code><Message>{fault.message}</Message></Error>"
+
+    def unfinished(self) -> list[Any]:
+        return [upload.key_name for upload in self._backend.list_multipart_uploads(BUCKET).values()]
+
+
+@contextlib.contextmanager
+def serve(scheme: str) -> Iterator[Store]:
+    """Start the server of a kind of store, with an empty bucket; it ends with the context."""
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    from tests.lab.gcs import GoogleStore
+
+    class Quiet(WSGIRequestHandler):
         def log_request(self, *unused: Any) -> None:
             pass
 
-    store = Store()
-    app = store.wrap(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    store: Store = {"s3": S3Store, "gs": GoogleStore}[scheme]()
+    server = make_server("127.0.0.1", 0, store.wrap(store.app()), threaded=True, request_handler=Quiet)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     store.url = f"http://127.0.0.1:{server.server_port}"
     try:
-        for method, path in (("POST", "/moto-api/reset"), ("PUT", f"/{BUCKET}")):
-            request = urllib.request.Request(store.url + path, method=method)
-            # As S3's own library would sign it: moto finds the service in there.
-            request.add_header("Authorization", "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request")
-            urllib.request.urlopen(request).close()
-        store.requests.clear()
         yield store
     finally:
         server.shutdown()
@@ -106,14 +187,20 @@ def serve() -> Iterator[Store]:
 @contextlib.contextmanager
 def reachable(store: Store) -> Iterator[None]:
     """This process's own libraries go to `store`."""
-    import s3fs
+    import fsspec.config
 
-    saved = dict(os.environ)
+    from orchestrator.checkpoint.storage import locate
+
+    saved, settings = dict(os.environ), copy.deepcopy(fsspec.config.conf)
     os.environ.update(store.environment)
-    s3fs.S3FileSystem.clear_instance_cache()
+    fsspec.config.set_conf_env(fsspec.config.conf, store.environment)
+    library = type(locate(store.place).fs)
+    library.clear_instance_cache()
     try:
         yield
     finally:
-        s3fs.S3FileSystem.clear_instance_cache()
+        library.clear_instance_cache()
         os.environ.clear()
         os.environ.update(saved)
+        fsspec.config.conf.clear()
+        fsspec.config.conf.update(settings)

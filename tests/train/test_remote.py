@@ -1,4 +1,4 @@
-"""Runs that keep their checkpoints in an S3 store, through the command line."""
+"""Runs that keep their checkpoints in an object store, through the command line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
+pytest.importorskip("gcp_storage_emulator")
 
 from orchestrator.checkpoint import storage
 from orchestrator.checkpoint.catalogue import committed
@@ -19,15 +20,18 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.sharding.shard import Shard
 from tests.lab.cli import only_run, run
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
-from tests.lab.store import BUCKET, reachable, serve
+from tests.lab.store import reachable, serve
 from tests.lab.tensors import read_all
 
+# What a store's library does is tested in tests/checkpoint; here, once each, that runs get there.
+on_s3 = pytest.mark.parametrize("server", ["s3"], indirect=True)
+on_each = pytest.mark.parametrize("server", ["s3", "gs"], indirect=True)
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
 @pytest.fixture(scope="module")
-def server():
-    with serve() as store, reachable(store):
+def server(request):
+    with serve(request.param) as store, reachable(store):
         yield store
 
 
@@ -54,9 +58,10 @@ def _train(*words, code=0):
     return result
 
 
-def test_a_run_saves_to_s3_and_goes_on_from_there_also_on_another_machine(server, tmp_path):
+@on_s3
+def test_a_run_saves_there_and_goes_on_from_there_also_on_another_machine(server, tmp_path):
     """Ten steps, the machine is lost with its run directory, ten more on another layout: the weights of twenty."""
-    place = f"s3://{BUCKET}/moves"
+    place = f"{server.place}/moves"
     words = small_overrides(tmp_path, "hardware.devices=2", "layout.fsdp=2", "optim.schedule.kind=constant")
     _train(*words, f"runs_dir={tmp_path / 'whole'}")
     whole = only_run(tmp_path / "whole")
@@ -92,9 +97,10 @@ def test_a_run_saves_to_s3_and_goes_on_from_there_also_on_another_machine(server
     assert "resumed at step 22" in latest.stdout
 
 
+@on_s3
 def test_a_store_that_fails_for_a_while_costs_that_checkpoint_and_no_more(server, tmp_path):
-    place = f"s3://{BUCKET}/fails"
-    server.fail(r"PUT .*/step-00000005/manifest\.json", status="403 Forbidden", code="AccessDenied")
+    place = f"{server.place}/fails"
+    server.fail(r"^COMMIT .*/step-00000005/manifest\.json", status=403)
     words = small_overrides(tmp_path, f"checkpoint.dir={place}", "checkpoint.every_steps=5", "train.max_steps=10")
     result = _train(*words)
     assert "warning: the checkpoint of step 5 could not be written: told to fail" in result.stdout
@@ -105,23 +111,30 @@ def test_a_store_that_fails_for_a_while_costs_that_checkpoint_and_no_more(server
     ]
 
 
+@on_each
 def test_a_place_that_cannot_be_written_is_said_before_the_training(server, tmp_path):
-    words = small_overrides(tmp_path, "checkpoint.dir=s3://no-such-bucket/x")
+    words = small_overrides(tmp_path, f"checkpoint.dir={server.scheme}://no-such-bucket/x")
     result = _train(*words, code=2)
     assert "error: the directory of the checkpoints cannot be written: " in result.stderr
-    assert "bucket" in result.stderr
+    assert "bucket" in result.stderr.replace("no-such-bucket/x", "")
     assert "Traceback" not in result.stderr
     assert "model      " not in result.stdout
 
 
-def test_another_run_of_the_same_name_is_refused(server, tmp_path):
+@on_each
+def test_a_run_goes_on_and_another_of_its_name_is_refused(server, tmp_path):
     """Two machines that do not see each other, and started in the same second."""
-    place = f"s3://{BUCKET}/shared"
+    place = f"{server.place}/shared"
     _train(*small_overrides(tmp_path, f"checkpoint.dir={place}", "train.max_steps=2", "checkpoint.every_steps=null"))
+    again = _train(f"runs_dir={tmp_path / 'runs'}", "resume=latest", "train.max_steps=4")
+    assert "resumed at step 2" in again.stdout
     run_dir = only_run(tmp_path / "runs")
+    kept = locate(place) / run_dir.parent.name / run_dir.name
+    assert [path.name for path in committed(kept)] == ["step-00000004", "step-00000002"]
+    assert _everything(kept / "step-00000004")
     other = tmp_path / "other machine" / run_dir.parent.name / run_dir.name
     other.mkdir(parents=True)
     shutil.copy(run_dir / "config.yaml", other)
-    result = _train(f"resume={other}", f"runs_dir={other.parent.parent}", "train.max_steps=4", code=2)
+    result = _train(f"resume={other}", f"runs_dir={other.parent.parent}", "train.max_steps=6", code=2)
     assert "another run keeps its checkpoints there" in result.stderr
     assert str(run_dir) in result.stderr
