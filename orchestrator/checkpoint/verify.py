@@ -43,7 +43,7 @@ from orchestrator.errors import CheckpointError, DamagedError
 _NO_MATCH, _MAX_LINES = "does not match its hash", 8
 _OWN = threading.local()
 _MAX_STATE_BYTES, _MAX_CONFIG_BYTES = 1 << 26, 1 << 16
-_MAX_YAML_MARKS = 2000
+_MAX_YAML_MARKS, _MAX_YAML_OPENED = 2000, 300
 _NESTED = re.compile(rb"(?:[-?:][ \t]+){30}")
 # What the parsers of JSON and YAML raise where a text is none; PyYAML's constructors some more than they say.
 _NOT_PARSED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError)
@@ -298,7 +298,8 @@ def _buffer() -> memoryview:
 
 def _parse_yaml(content: bytes) -> Any:
     """YAML of no more nesting than a configuration has: PyYAML's time grows with its square."""
-    if sum(map(content.count, (b"[", b"{", b","))) > _MAX_YAML_MARKS or _NESTED.search(content):
+    opened = content.count(b"[") + content.count(b"{")
+    if opened > _MAX_YAML_OPENED or opened + content.count(b",") > _MAX_YAML_MARKS or _NESTED.search(content):
         raise ValueError("it is nested too deep or too long")
     return _PlainLoader(content).get_single_data()
 
