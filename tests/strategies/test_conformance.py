@@ -272,7 +272,7 @@ def test_bf16_stays_within_its_tolerance(runs):
     """Matrix products in bf16, everything that is summed in fp32: the declared tolerance is 1% of the loss."""
     short = ("train.max_steps=6", "hardware.precision=bf16", "train.eval_tokens=128")
     exact = losses(_rows(runs()))[:6]
-    for layout, size in ((), 1), (("layout.fsdp=2", "layout.tensor=2"), 4):
+    for layout, size in ((), 1), (("layout.fsdp=2", "layout.tensor=2"), 4), (("layout.fsdp=2", SEVERAL), 2):
         ours = losses(_rows(runs(*short, *layout, size=size)))
         # The schedule's length differs, which warm-up, the first five steps, does not feel.
         np.testing.assert_allclose(ours[:5], exact[:5], rtol=1e-2)
