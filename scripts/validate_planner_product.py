@@ -2,7 +2,8 @@
 
 Both were taken without devices and are kept as data (`tests/planner/data/product_*.yaml`), so that the comparison takes
 a second. A line of `CASES` reads: model, degrees of the layout, then `seq=` tokens, `batch=` sequences of a micro-batch
-and data-parallel group, `micro=` micro-batches, `vocab=` where the model leaves it to the tokenizer, precision,
+and data-parallel group, `micro=` micro-batches, `reduce=last` where only the last one's gradients are reduced (else
+each one's), `vocab=` where the model leaves it to the tokenizer, precision,
 `remat=`, and `mask` where attention stays within documents.
 """
 
@@ -51,6 +52,7 @@ gpt2 seq=1024 batch=4 fp32
 llama3_2_1b fsdp=8 seq=4096 batch=1 bf16
 llama3_2_1b fsdp=8 seq=4096 batch=2 bf16 remat=full
 llama3_2_1b fsdp=8 seq=4096 batch=1 micro=4 bf16
+llama3_2_1b fsdp=8 seq=4096 batch=1 micro=4 reduce=last bf16
 llama3_2_1b fsdp=4,context=4 seq=32768 batch=1 bf16 remat=selective
 llama3_2_1b fsdp=8,tensor=4 seq=8192 batch=2 bf16 remat=selective
 llama3_8b fsdp=8 seq=4096 batch=1 bf16 remat=full
@@ -65,7 +67,9 @@ llama3_8b replicate=4,fsdp=64 seq=8192 batch=1 bf16 remat=full
 llama3_8b replicate=4,fsdp=8,tensor=2 seq=4096 batch=2 bf16 remat=selective
 llama3_8b fsdp=16,context=4 seq=32768 batch=1 bf16 remat=full
 llama3_8b fsdp=64 seq=4096 batch=1 micro=4 bf16
+llama3_8b fsdp=64 seq=4096 batch=1 micro=4 reduce=last bf16
 llama3_8b fsdp=8,tensor=8 seq=8192 batch=1 micro=4 bf16 remat=full
+llama3_8b fsdp=8,tensor=8 seq=8192 batch=1 micro=4 reduce=last bf16 remat=full
 llama3_8b fsdp=64 seq=4096 batch=1 bf16 mask
 llama3_8b fsdp=64 seq=4096 batch=1 bf16 remat=full mask
 mistral_7b fsdp=32 seq=8192 batch=1 bf16 remat=selective
@@ -78,8 +82,14 @@ llama3_70b fsdp=32,context=2,tensor=8 seq=16384 batch=1 bf16 remat=full
 llama3_405b fsdp=64,tensor=8 seq=8192 batch=1 bf16 remat=full
 qwen3_14b fsdp=16,tensor=4 seq=4096 batch=2 bf16 remat=selective
 qwen3_0_6b fsdp=4,tensor=2 seq=2048 batch=4 micro=2 bf16
+qwen3_0_6b fsdp=4,tensor=2 seq=2048 batch=4 micro=2 reduce=last bf16
 mistral_7b fsdp=8,context=2,tensor=2 seq=16384 batch=1 bf16 remat=full mask
 llama3_405b replicate=2,fsdp=32,tensor=8 seq=4096 batch=1 bf16 remat=selective
+gpt2 replicate=2,fsdp=4 seq=1024 batch=4 micro=2 bf16 remat=full
+gpt2 replicate=2,fsdp=4 seq=1024 batch=4 micro=2 reduce=last bf16 remat=full
+llama_125m replicate=8 seq=1024 batch=2 micro=2 bf16
+llama3_8b replicate=4,fsdp=64 seq=8192 batch=1 micro=2 bf16 remat=full
+llama3_70b fsdp=64,tensor=8 seq=8192 batch=1 micro=4 bf16 remat=full
 """
 
 
@@ -101,7 +111,8 @@ class Case:
     def plan(self) -> ParallelPlan:
         degrees = {axis: self.number(axis) for axis in ("replicate", "fsdp", "context", "tensor")}
         remat: Any = self._words.get("remat", "none")
-        return ParallelPlan(**degrees, micro_batch=self.number("batch"), remat=remat)
+        reduce: Any = self._words.get("reduce", "each")
+        return ParallelPlan(**degrees, micro_batch=self.number("batch"), remat=remat, reduce_gradients=reduce)
 
     @cached_property
     def config(self) -> RunConfig:
@@ -117,6 +128,7 @@ class Case:
                 "model.dropout=0",
                 *(f"layout.{axis}={getattr(plan, axis)}" for axis in ("replicate", "fsdp", "context", "tensor")),
                 f"train.remat={plan.remat}",
+                f"train.reduce_gradients={plan.reduce_gradients}",
                 f"train.seq_len={seq_len}",
                 f"train.micro_batch_size={plan.micro_batch}",
                 f"train.global_batch_tokens={tokens}",

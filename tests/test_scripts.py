@@ -138,6 +138,7 @@ def test_bench_runs_each_in_its_environment(checkout):
     both = [line for line in call(checkout, "bench") if "benchmarks" in line]
     assert both == [
         ".venv/python scripts/benchmarks/step.py",
+        ".venv/python scripts/benchmarks/accumulation.py",
         ".venv-xla/python scripts/benchmarks/xla_step.py",
         ".venv/python scripts/benchmarks/checkpoint.py",
         ".venv/python scripts/benchmarks/plan.py",

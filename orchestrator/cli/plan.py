@@ -45,7 +45,8 @@ Examples
   {program} model=deepseek_v3 fleet=h100x2048 train.seq_len=4096 tokens=14.8T explain=cost
 
 train.seq_len is {seq_len} and the batch follows the fleet unless you set them (train.global_batch_tokens). train.remat,
-train.micro_batch_size and layout.* fix what the search may choose. Exits with 1 where the model fits no fleet."""
+train.micro_batch_size, train.reduce_gradients and layout.* fix what the search may choose. Exits with 1 where the model
+fits no fleet."""
 
 
 @dataclass(frozen=True)

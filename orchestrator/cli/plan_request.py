@@ -226,6 +226,9 @@ def _space(composed: Composed, keys: set[str], widest: Space) -> tuple[Space, tu
     if "train.micro_batch_size" in keys and train.micro_batch_size != "auto":
         fixed["micro_batch"] = train.micro_batch_size
         said.append(f"train.micro_batch_size={train.micro_batch_size}")
+    if train.reduce_gradients != widest.reduce_gradients:
+        fixed["reduce_gradients"] = train.reduce_gradients
+        said.append(f"train.reduce_gradients={train.reduce_gradients}")
     for axis in _AXES:
         degree = getattr(layout, axis)
         if degree != "auto" and keys & {f"layout.{axis}", "layout"}:

@@ -202,6 +202,7 @@ class TrainConfig:
     seq_len: int = 256
     global_batch_tokens: int = 4096  # per optimizer step, over all devices
     micro_batch_size: int | Auto = "auto"  # sequences per device and backward pass; auto: all of a step's
+    reduce_gradients: Literal["each", "last"] = "each"  # micro-batch of a step; the strategies say what it means
     remat: Literal["auto", "none", "selective", "full"] = "none"  # auto: with the layout, if that is planned; else none
     eval_every: int | None = 100  # steps
     eval_tokens: int = 65536

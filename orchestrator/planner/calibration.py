@@ -15,6 +15,8 @@ from orchestrator.chips.catalogue import Chip
 from orchestrator.errors import ConfigError
 
 FILE = Path(__file__).with_name("calibration.yaml")
+COMPILED = ("google", "aws")
+"""Vendors for whose chips a compiler lays out the whole step (XLA)."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def layout_text(plan: ParallelPlan) -> str:
         words += f", {plan.virtual_stages} chunks a stage"
     if plan.zero != 3 and plan.fsdp > 1:
         words += f", zero-{plan.zero}"
-    return f"{words}, micro-batch {plan.micro_batch}, remat {plan.remat}"
+    late = ", gradients reduced in the last one" if plan.reduce_gradients == "last" else ""
+    return f"{words}, micro-batch {plan.micro_batch}{late}, remat {plan.remat}"
 
 
 def link_of(axis: str, plan: ParallelPlan, cluster: Cluster) -> str:

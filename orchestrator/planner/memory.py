@@ -109,7 +109,9 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     dense, experts = stage_elements(job, plan, layers, ends)
     expert_shards = max(1.0, plan.shards / plan.expert)
     weights = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 3)
-    gradients = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 2)
+    # The stages of a pipeline sum whole gradients anyway: see `_buffers`.
+    split = plan.zero >= 2 and not (plan.pipeline == 1 and plan.keeps_whole_gradients(job))
+    gradients = _sharded(dense, experts, plan.shards, expert_shards, split)
     moments = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 1)
     tokens = plan.micro_batch * job.seq_len / plan.context
     kept, working = _activations(job, plan, constants, tokens, layers, stage)

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.planner.calibration import Calibration
+from orchestrator.planner.calibration import COMPILED, Calibration
 from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 from orchestrator.planner.work import layer_elements
 
@@ -86,7 +86,7 @@ class _Sizes:
     @cached_property
     def compiled(self) -> bool:
         """Whether the XLA strategy runs this, and a compiler decides what is kept when."""
-        return self.constants.vendor in ("google", "aws")
+        return self.constants.vendor in COMPILED
 
     @cached_property
     def strip(self) -> float:
@@ -214,20 +214,24 @@ class _Sizes:
 
     @cached_property
     def _accumulated(self) -> float:
-        """Gradients that earlier micro-batches have left.
+        """Gradients that earlier micro-batches have left, in fp32: cut as the parameters are, or whole.
 
-        Only the last one's are reduced, so these are whole, in fp32; with a tensor axis the embedding's even has the
-        rows of all ranks. On XLA they are cut as the parameters are.
+        With a tensor axis the embedding's even has the rows of all ranks as long as it is whole.
         """
         if not self._several:
             return 0.0
-        if self.compiled:
-            return FP32 * self.owned
-        return FP32 * (self.whole + (self.plan.tensor - 1) * self.vocabulary)
+        if self._whole_gradients:
+            return FP32 * (self.whole + (self.plan.tensor - 1) * self.vocabulary)
+        return FP32 * self.owned
 
     @cached_property
     def _several(self) -> bool:
         return self.plan.micro_batches(self.job) > 1
+
+    @cached_property
+    def _whole_gradients(self) -> bool:
+        """Whether gradients are summed whole before they are reduced; a compiler cuts them always."""
+        return self.plan.keeps_whole_gradients(self.job) and not (self.compiled and self.wrapped)
 
     @cached_property
     def _root(self) -> float:
@@ -270,16 +274,13 @@ class _Sizes:
 
     def last_layer(self) -> _Moment:
         """In the backward pass of the layer that goes first, while the head's gradient is being reduced."""
-        head, moving, gradients = self.vocabulary, 0.0, self._accumulated
+        moving, gradients = 0.0, self._accumulated
         if self.wrapped:
             moving = self._root + 2 * self.wide * self.layer
-        if not self._several:
-            if not self.wrapped:
-                gradients = FP32 * head
-            elif self.shape.tied:
-                gradients = self.wide * head
-            else:
-                gradients, moving = FP32 * head / self.plan.shards, moving + FP32 * head
+        if not self._whole_gradients:
+            gradients = self._reduced(0.0)
+            if self.wrapped and not self.shape.tied:
+                moving += FP32 * self.vocabulary
         activations = self.shape.layers * self.kept + self.again + self._shared + self._working()
         return _Moment(gradients, activations, 0.0, moving)
 
@@ -288,15 +289,20 @@ class _Sizes:
         moving, gradients = 0.0, self._accumulated
         if self.wrapped:
             moving = self._root + 2 * self.wide * self.layer
-        if not self._several:
-            done = (self.shape.layers - 1) * self.layer
-            if not self.wrapped:
-                gradients = FP32 * (done + self.vocabulary)
-            else:
+        if not self._whole_gradients:
+            gradients = self._reduced((self.shape.layers - 1) * self.layer)
+            if self.wrapped:
                 moving += FP32 * self.layer
-                head = (self.wide if self.shape.tied else FP32 / self.plan.shards) * self.vocabulary
-                gradients = FP32 * done / self.plan.shards + head
         return _Moment(gradients, self.kept + self.again + self._shared + self._working(), 0.0, moving)
+
+    def _reduced(self, layers: float) -> float:
+        """Gradients of the head and of so many elements of layers, added to what earlier micro-batches left."""
+        if not self.wrapped:
+            return FP32 * (layers + self.vocabulary)
+        # A tied matrix's waits for the embedding's.
+        waiting = self.wide * self.vocabulary if self.shape.tied else 0.0
+        done = layers if self.shape.tied else layers + self.vocabulary
+        return max(self._accumulated, FP32 * done / self.plan.shards) + waiting
 
     def embedding(self) -> _Moment:
         """In the backward pass of the embedding, whose gradient is whole, and then reduced."""
@@ -308,10 +314,10 @@ class _Sizes:
             return _Moment(done + FP32 * words * (2 if tied or self._several else 1), entry)
         # Of a tied matrix there are the head's gradient, the embedding's, and their sum.
         made = self.wide * (rows + (2 * words if tied else 0)) + max(self._root, self.wide * words)
-        if self._several:
+        if self._whole_gradients:
             return _Moment(self._accumulated, entry, 0.0, made)
         reduced = self.wide * words + FP32 * words * (1 + 1 / self.plan.shards)
-        return _Moment(done, entry, 0.0, max(made + FP32 * self.layer, reduced))
+        return _Moment(max(done, self._accumulated), entry, 0.0, max(made + FP32 * self.layer, reduced))
 
     def update(self) -> _Moment:
         return _Moment(gradients=FP32 * self.owned)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
-from orchestrator.planner.calibration import calibration
+from orchestrator.planner.calibration import COMPILED, calibration
 from orchestrator.planner.memory import device_capacity, estimate_memory
 from orchestrator.planner.spec import (
     Cluster,
@@ -32,6 +32,7 @@ from orchestrator.planner.spec import (
     MemoryEstimate,
     ModelShape,
     ParallelPlan,
+    Reduce,
     Remat,
     TimeEstimate,
 )
@@ -79,6 +80,7 @@ class Space:
         whole: every device works, as a training run of this product wants it.
         even: all axes divide what they split (this product's rules); else heads may be copied and stages be uneven.
         copies: replicate is a multiple of it.
+        reduce_gradients: as in a plan. Compilers for TPU and Trainium cut gradients always, whatever it says.
         reserve: share of a device's memory that stays free: the memory model is not better than that.
     """
 
@@ -95,6 +97,7 @@ class Space:
     even: bool = False
     compiled: bool = True
     copies: int = 1
+    reduce_gradients: Reduce = "each"
     reserve: float = 0.05
 
 
@@ -187,6 +190,7 @@ class _Walk:
         self._job, self._cluster, self._batch = job, cluster, batch
         self._estimators, self._space, self._domains = estimators, space, domains
         self._sequences = max(1, batch.tokens // job.seq_len)
+        self._reduce: Reduce = "each" if cluster.chip.vendor in COMPILED else space.reduce_gradients
         self._fast, self._parts = _fast_devices(cluster), cluster.chip.logical_devices_per_chip
         self.layouts = 0
         self.nearest: tuple[ParallelPlan, MemoryEstimate] | None = None
@@ -245,6 +249,7 @@ class _Walk:
                 zero=cast(Literal[1, 2, 3], zero),
                 virtual_stages=stages,
                 compiled=self._space.compiled,
+                reduce_gradients=self._reduce,
             )
             candidate = self._least_remat(job, plan)
             if candidate is None:

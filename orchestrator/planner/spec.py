@@ -14,6 +14,7 @@ from orchestrator.planner.flops import head_width
 
 Remat = Literal["none", "selective", "full", "offload"]
 Precision = Literal["fp32", "bf16", "fp8"]
+Reduce = Literal["each", "last"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class ParallelPlan:
         compiled: kernels between the matrix products are fused.
         attention: `flash` never holds the scores (`flash1`: its first version, half as fast); `fused` holds them
             and fuses mask and softmax; `eager` holds every step of it.
+        reduce_gradients: the micro-batches whose gradients are reduce-scattered over `fsdp`; with `last` those of
+            the others are summed whole on every device. Copies are summed once a step either way.
     """
 
     replicate: int = 1
@@ -162,6 +165,7 @@ class ParallelPlan:
     sequence_parallel: bool = True
     compiled: bool = True
     attention: Literal["flash", "flash1", "fused", "eager"] = "flash"
+    reduce_gradients: Reduce = "each"
 
     @property
     def devices(self) -> int:
@@ -182,6 +186,11 @@ class ParallelPlan:
         sequences, rest = divmod(job.global_batch_tokens, job.seq_len)
         per_step = self.data_parallel * self.micro_batch
         return 0 if rest or sequences % per_step else sequences // per_step
+
+    def keeps_whole_gradients(self, job: JobSpec) -> bool:
+        """Whether earlier micro-batches leave gradients that nothing has split."""
+        split = self.reduce_gradients == "each" and self.shards > 1
+        return self.micro_batches(job) > 1 and not split
 
 
 @dataclass(frozen=True)

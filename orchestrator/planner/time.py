@@ -340,10 +340,12 @@ def _data_parallel(
         gather, scatter = rings.fsdp.gather(job.element_bytes * elements), rings.fsdp.gather(reduced * elements)
         # A pipeline's stages keep their gathered weights and sum their gradients until the step's end.
         rounds = micro_batches if plan.zero == 3 and plan.pipeline == 1 else 1
-        traffic = rounds * ((2 if plan.zero == 3 else 1) * gather + scatter)
-        traffic += rounds * 2 * max(layers - 1, 0) * rings.fsdp.hops  # a collective per layer, not one
-        hidden = constants.fsdp_hidden * busy * rounds
-        fsdp = max(traffic / (rounds * (layers + 1)), traffic - hidden)
+        round_trip = (2 if plan.zero == 3 else 1) * gather
+        round_trip += 2 * max(layers - 1, 0) * rings.fsdp.hops  # a collective per layer, not one
+        scatters = 1 if plan.reduce_gradients == "last" else rounds
+        hidden = constants.fsdp_hidden * busy
+        seen = scatters * max(0.0, round_trip + scatter - hidden) + (rounds - scatters) * max(0.0, round_trip - hidden)
+        fsdp = max((round_trip + scatter) / (layers + 1), seen)
     if plan.replicate > 1:
         traffic = rings.replicate.reduce(reduced * elements / plan.shards)
         replicate = max(traffic / (layers + 1), traffic - constants.replicate_hidden * busy * 2 / 3)

@@ -102,7 +102,7 @@ class ParallelStrategy(Strategy):
 
     @abstractmethod
     def backward_context(self, model: Decoder, last: bool) -> AbstractContextManager[None]:
-        """Around the backward pass of a micro-batch: gradients are reduced only in the `last` of a step."""
+        """Around the backward pass of a micro-batch: the gradients of a step are complete after its `last`."""
 
     @abstractmethod
     def sum_over_data(self, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DTensorStrategy(ParallelStrategy):
-    """See `ParallelStrategy`. `timeout_seconds` bounds a collective, too; `compile` compiles every block."""
+    """See `ParallelStrategy`. `timeout_seconds` bounds a collective, too.
+
+    Args:
+        reduce_gradients: `each`: the shards of a step's gradients are summed over the micro-batches, each of which
+            is reduce-scattered; `last`: whole gradients are, in fp32 on every rank, and reduced once. Copies of the
+            model are summed once a step either way.
+        compile: compile every block.
+    """
 
     def __init__(
         self,
@@ -46,9 +53,12 @@ class DTensorStrategy(ParallelStrategy):
         precision: str,
         *,
         timeout_seconds: int = 600,
+        reduce_gradients: Literal["each", "last"] = "each",
         compile: bool = False,
     ):
         super().__init__(target, world, layout, precision, timeout_seconds)
+        # Where nothing is split a reduction of each micro-batch would save nothing.
+        self.reduce_each = reduce_gradients == "each" and layout.shards > 1
         self.compile = compile
         self.mesh: DeviceMesh | None = None
         self._placements: dict[str, Placement] = {}
@@ -169,7 +179,8 @@ class DTensorStrategy(ParallelStrategy):
     @contextmanager
     def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
+            model.set_requires_gradient_sync(last or self.reduce_each)
+            model.set_requires_all_reduce(last)
         yield
 
     def sum_over_data(self, values: Tensor) -> Tensor:

@@ -233,6 +233,10 @@ class XlaStrategy(ParallelStrategy):
     def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:
         yield
         if not last:
+            for name, parameter in local_parameters(model):
+                if parameter.grad is not None:
+                    # Left alone the compiler gives a whole gradient to every device of fsdp.
+                    xs.mark_sharding(parameter.grad, self._mesh, self._spec(name))
             torch_xla.sync()
 
     def finish_step(self) -> None:

@@ -203,7 +203,13 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
         from orchestrator.strategies.dtensor import DTensorStrategy
 
         return DTensorStrategy(
-            target, world, layout, precision, timeout_seconds=hardware.timeout_seconds, compile=hardware.compile
+            target,
+            world,
+            layout,
+            precision,
+            timeout_seconds=hardware.timeout_seconds,
+            reduce_gradients=config.train.reduce_gradients,
+            compile=hardware.compile,
         )
     raise HardwareError(
         f"the target '{target.name}' has no strategy in this version", got=target.strategy, allowed="dtensor, xla"

@@ -63,6 +63,7 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         even=True,
         compiled=config.hardware.compile,
         copies=slices,
+        reduce_gradients=train.reduce_gradients,
     )
     precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
     shape = ModelShape.of(config.model, _NOMINAL_VOCABULARY)

@@ -104,7 +104,9 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
     precision = "fp32" if config.hardware.precision == "auto" else config.hardware.precision
     layout = resolve_layout(config.layout, devices)
     target = resolve(HardwareConfig(target="cpu"))
-    parallel = TracedStrategy(target, World(rank, devices, 0, 1), layout, precision)
+    parallel = TracedStrategy(
+        target, World(rank, devices, 0, 1), layout, precision, reduce_gradients=config.train.reduce_gradients
+    )
     parallel.join()
     try:
         model = place_model(config, config.model, parallel)

@@ -36,12 +36,12 @@ def batches(config: RunConfig, data: PreparedData) -> Iterator[Any]:
     return iter(StepLoader(stream, sequences, 0, 1, 0, config.train.max_steps))
 
 
-def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns]) -> Turns:
+def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns], world: World = World()) -> Turns:
     """Train as the product does, with one more callback, which is returned."""
     data = prepare(config.data)
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder), Path(folder) / "checkpoints", None)
-        parallel = make_strategy(config, resolve(config.hardware), World())
+        parallel = make_strategy(config, resolve(config.hardware), world)
         parallel.join()
         job = build(config, parallel, data, place, leg=0)
         turns = make_turns(config, data)

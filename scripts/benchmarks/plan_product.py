@@ -50,6 +50,7 @@ QUIET = [
     "logger.progress=false",
 ]
 TINY = ["model=tiny", "train.seq_len=64", "train.global_batch_tokens=128"]
+EIGHT = ["layout.fsdp=2", "train.global_batch_tokens=16384", "train.micro_batch_size=4"]  # micro-batches
 CASES: dict[str, tuple[int, list[str]]] = {
     "tiny": (1, ["model=tiny", "train.seq_len=256", "train.global_batch_tokens=8192"]),
     "llama_20m": (1, ["model=llama_20m", "train.seq_len=256", "train.global_batch_tokens=2048"]),
@@ -59,19 +60,24 @@ CASES: dict[str, tuple[int, list[str]]] = {
         ["model=llama_20m", "train.global_batch_tokens=4096", "train.micro_batch_size=8"],
     ),
     "llama_20m, fsdp 2": (2, ["model=llama_20m", "train.global_batch_tokens=4096", "layout.fsdp=2"]),
+    "tiny, fsdp 2, reduced in each": (2, ["model=tiny", *EIGHT]),
+    "tiny, fsdp 2, in the last": (2, ["model=tiny", *EIGHT, "train.reduce_gradients=last"]),
+    "llama_20m, fsdp 2, reduced in each": (2, ["model=llama_20m", *EIGHT]),
+    "llama_20m, fsdp 2, in the last": (2, ["model=llama_20m", *EIGHT, "train.reduce_gradients=last"]),
 }
 
 
 def main() -> None:
     print("memory of a worker above its baseline and time of a step, predicted and measured (fp32)", flush=True)
-    for name, (processes, overrides) in CASES.items():
+    wanted = sys.argv[1:] or list(CASES)
+    for name, (processes, overrides) in [(name, CASES[name]) for name in wanted]:
         tight = measure(processes, overrides, {"MALLOC_MMAP_THRESHOLD_": "131072"})
         usual = measure(processes, overrides, {})
         memory, seconds = predict(compose([*QUIET, *overrides]).config, processes, usual)
         found, kept = (max(rank["bytes"] for rank in ranks) for ranks in (tight, usual))
         step = max(rank["seconds"] for rank in usual)
         print(
-            f"  {name:<27} memory {memory / MIB:6.0f} / {found / MIB:6.0f} MiB, ratio {memory / found:.3f} "
+            f"  {name:<34} memory {memory / MIB:6.0f} / {found / MIB:6.0f} MiB, ratio {memory / found:.3f} "
             f"(untold C library {kept / MIB:.0f} MiB, ratio {memory / kept:.3f}); "
             f"step {seconds:.2f} / {step:.2f} s, ratio {seconds / step:.2f}",
             flush=True,
@@ -111,7 +117,13 @@ def predict(config: RunConfig, processes: int, measured: list[dict[str, float]])
     sequences = train.global_batch_tokens // train.seq_len // processes
     micro_batch = sequences if train.micro_batch_size == "auto" else train.micro_batch_size
     fsdp = processes if layout.fsdp == "auto" else layout.fsdp
-    plan = ParallelPlan(fsdp=fsdp, micro_batch=micro_batch, remat=train.remat, compiled=False)
+    plan = ParallelPlan(
+        fsdp=fsdp,
+        micro_batch=micro_batch,
+        remat=train.remat,
+        compiled=False,
+        reduce_gradients=train.reduce_gradients,
+    )
     # What was measured is what can be had: nothing of it is lost on the way from a peak.
     constants = replace(calibration(cluster.chip, "orchestrator"), achievable=1.0, gemm=1.0)
     return estimate_memory(job, cluster, plan).total, step_time(job, cluster, plan, constants).step

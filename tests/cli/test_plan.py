@@ -99,6 +99,20 @@ def test_what_the_configuration_says_is_kept(data):
     assert best["plan"]["pipeline"] == 1
 
 
+def test_when_gradients_are_reduced_is_the_configurations(data, plan):
+    words = ("model=llama3_8b", "fleet=[h100x16,tpu_v5px16]", "axes=train", "train.micro_batch_size=1")
+    late = "train.reduce_gradients=last"
+    for answer, wanted in ((data(*words), "each"), (data(*words, late), "last")):
+        found = {fleet["chip"]: fleet["best"]["plan"]["reduce_gradients"] for fleet in answer["fleets"]}
+        assert found == {"h100-sxm": wanted, "tpu-v5p": "each"}, "a compiler cuts them always"
+    # Whole gradients of 70B fit no device, and the layout that fits is one without.
+    code, out, _ = plan("model=llama3_70b", "fleet=h100x64", "axes=train", "layout.tensor=1", late)
+    assert code == 1
+    assert "gradients reduced in the last one" in " ".join(out.split())
+    assert f"as asked   {late}, layout.tensor=1" in out
+    assert "it fits with fsdp" in out
+
+
 def test_precision_and_compilation_are_the_configurations(data):
     assert data("model=llama3_8b", "fleet=h100x64", "hardware.precision=fp32")["precision"] == "fp32"
     assert data("model=llama3_8b", "fleet=h100x64", "precision=fp8")["precision"] == "fp8"

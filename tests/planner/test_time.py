@@ -85,6 +85,27 @@ def test_zero_3_gathers_for_every_micro_batch_and_zero_1_once():
     assert one == pytest.approx(once * (2 + 4), rel=1e-4)
 
 
+def test_gradients_are_scattered_for_every_micro_batch_or_for_the_last():
+    """Eight micro-batches of Llama 8B, nothing hidden: two gathers in bf16 for each, and scatters in fp32."""
+    work = job(sequences=64)
+    constants = replace(IDEAL, fsdp_hidden=0.0)
+    each, last, once = (
+        step_time(work, NODE, plan, constants).fsdp
+        for plan in (
+            ParallelPlan(fsdp=8),
+            ParallelPlan(fsdp=8, reduce_gradients="last"),
+            ParallelPlan(fsdp=8, micro_batch=8, reduce_gradients="last"),
+        )
+    )
+    # In units of gathering the weights in bf16: a scatter in fp32 is two.
+    assert each / last == pytest.approx(8 * (2 + 2) / (8 * 2 + 2))
+    assert once == pytest.approx(each / 8)
+    hidden = replace(IDEAL, fsdp_hidden=1.0)
+    plan = ParallelPlan(fsdp=8)
+    late = step_time(work, NODE, replace(plan, reduce_gradients="last"), hidden).fsdp
+    assert late <= step_time(work, NODE, plan, hidden).fsdp
+
+
 def test_computation_hides_the_gathers_but_not_the_first():
     found = step_time(job(sequences=64), NODE, ParallelPlan(fsdp=8), replace(IDEAL, fsdp_hidden=1.0)).fsdp
     bare = step_time(job(sequences=64), NODE, ParallelPlan(fsdp=8), replace(IDEAL, fsdp_hidden=0.0)).fsdp

@@ -6,6 +6,7 @@ steps `test_reference_is_a_plain_loop` compares with a hand-written loop.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,35 @@ def test_features_agree_too(runs, name, feature):
     ours = _rows(runs(*FEATURES[feature], *CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*[word for word in FEATURES[feature] if "micro_batch" not in word and "remat" not in word]))
     np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
+
+
+SEVERAL = "train.micro_batch_size=1"
+ACCUMULATED = ["fsdp2", "fsdp3", "replicate2", "fsdp2_tensor2", "fsdp2_context2", "replicate2_fsdp2"]
+ACCUMULATED += ["replicate2_fsdp2_tensor2"]
+
+
+@pytest.mark.parametrize("when", ["each", "last"])
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_several_micro_batches_give_the_same_step_whenever_they_are_reduced(runs, name, when):
+    ours = _rows(runs(SEVERAL, f"train.reduce_gradients={when}", *CASES[name], size=SIZES[name]))
+    theirs = _rows(runs(*_reference(CASES[name])))
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
+    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["each", "last"])
+@pytest.mark.parametrize("name", ["fsdp2_tensor2", "replicate2_fsdp2"])
+def test_a_run_with_several_micro_batches_is_resumed_bitwise(runs, tmp_path, name, when):
+    words = (SEVERAL, f"train.reduce_gradients={when}", *CASES[name])
+    whole = runs(*words, size=SIZES[name])
+    rows = train(small_config(runs.tmp, *words), SIZES[name], tmp_path / "resumed", checkpoint(whole, 10))
+    assert losses(rows) == losses(_rows(whole))[10:]
+    before, after = (read_all(checkpoint(run_dir)) for run_dir in (whole, tmp_path / "resumed"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    (handover,) = json.loads((tmp_path / "resumed" / "handover.json").read_text())
+    assert [handover[key]["difference"] for key in ("loss", "grad_norm", "logits")] == [0, 0, 0]
 
 
 def _initial(world, data, layout_words):
@@ -242,7 +272,7 @@ def test_bf16_stays_within_its_tolerance(runs):
     """Matrix products in bf16, everything that is summed in fp32: the declared tolerance is 1% of the loss."""
     short = ("train.max_steps=6", "hardware.precision=bf16", "train.eval_tokens=128")
     exact = losses(_rows(runs()))[:6]
-    for layout, size in ((), 1), (("layout.fsdp=2", "layout.tensor=2"), 4):
+    for layout, size in ((), 1), (("layout.fsdp=2", "layout.tensor=2"), 4), (("layout.fsdp=2", SEVERAL), 2):
         ours = losses(_rows(runs(*short, *layout, size=size)))
         # The schedule's length differs, which warm-up, the first five steps, does not feel.
         np.testing.assert_allclose(ours[:5], exact[:5], rtol=1e-2)

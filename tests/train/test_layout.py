@@ -79,6 +79,14 @@ def test_what_is_set_stays():
     assert settled.why
 
 
+def test_whole_gradients_are_planned_for():
+    """Of 70B on 64 devices they do not fit beside the rest, unless a tensor axis cuts them."""
+    words = ["model=llama3_70b", "train.remat=full", "train.micro_batch_size=1", "layout.tensor=1", "layout.context=1"]
+    assert "planned" in settle_layout(_config(*words), _Target("h200"), 64).why
+    late = settle_layout(_config(*words, "train.reduce_gradients=last"), _Target("h200"), 64).why
+    assert "no layout is predicted to fit" in late
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [

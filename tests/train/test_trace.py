@@ -18,6 +18,8 @@ LIVE = [
     "llama_125m fsdp=8 seq=1024 batch=8 bf16 remat=selective",
     "gpt2 replicate=2,fsdp=4 seq=1024 batch=8 bf16 remat=full",
     "llama_20m seq=256 batch=8 micro=4 fp32",
+    "gpt2 replicate=2,fsdp=4 seq=1024 batch=4 micro=2 bf16 remat=full",
+    "gpt2 replicate=2,fsdp=4 seq=1024 batch=4 micro=2 reduce=last bf16 remat=full",
     "llama3_70b fsdp=64,tensor=8 seq=8192 batch=4 bf16 remat=full",
 ]
 

@@ -89,8 +89,20 @@ def test_features_agree_too(runs, feature):
     np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
 
 
-def test_nothing_is_compiled_after_the_second_step(runs):
-    words = ["checkpoint.every_steps=null", "train.remat=none", "optim.schedule.warmup_steps=3"]
+@pytest.mark.parametrize("name", ["fsdp4", "replicate4", "context2_fsdp2", "replicate2_fsdp2_tensor2"])
+def test_several_micro_batches_agree_on_every_kind_of_layout(runs, name):
+    ours, theirs = runs(*FEATURES["accumulation"], *XLA[name]), runs(python=NATIVE)
+    np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("micro_batch", ["auto", "1"])
+def test_nothing_is_compiled_after_the_second_step(runs, micro_batch):
+    words = [
+        f"train.micro_batch_size={micro_batch}",
+        "checkpoint.every_steps=null",
+        "train.remat=none",
+        "optim.schedule.warmup_steps=3",
+    ]
     rows = [row for row in read_rows(runs(*words, *XLA["fsdp2_tensor2"])) if "loss" in row]
     assert rows[1]["compilations"] > 0
     assert rows[-1]["compilations"] == rows[1]["compilations"]
