@@ -29,6 +29,7 @@ class Checks:
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._places = list(checkpoint.places())
+        self.algorithm = checkpoint.manifest.hash
         self._of_file: dict[str, range] = {}
         for file, group in itertools.groupby(range(len(self._places)), lambda index: self._places[index].file):
             indices = list(group)
@@ -51,10 +52,10 @@ class Checks:
             whole = start <= place.start and place.stop <= stop
             yield max(start, place.start), min(stop, place.stop), index if whole else None
 
-    def hold(self, number: int, sha256: str) -> None:
+    def hold(self, number: int, hash: str) -> None:
         """Hold the hash of what was read of a piece against that of what was written."""
         place = self._places[number]
-        if sha256 != place.piece.sha256:
+        if hash != place.piece.hash:
             self._damage.append(self._checkpoint.damage_at(place))
         self._seen[number] = True
 

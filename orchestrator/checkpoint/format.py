@@ -29,19 +29,21 @@ from typing import Any
 import jsonschema_rs
 import numpy as np
 
-from orchestrator.checkpoint.storage import AnyPath, Piece, StoredFile, read_bounded
+from orchestrator.checkpoint.hashing import Piece, StoredFile
+from orchestrator.checkpoint.storage import AnyPath, read_bounded
 from orchestrator.errors import CheckpointError
 
 FORMAT, VERSION = "orchestrator-checkpoint", 2
 MANIFEST, STATE, CONFIG, SIGNATURE = "manifest.json", "state.json", "config.yaml", "manifest.sig"
 SUMS = "sums.json"
 DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-FEATURES: frozenset[str] = frozenset()
-"""What a manifest may require of its reader: features without which it would be misread. None so far."""
+BLAKE3 = "blake3"
+FEATURES: frozenset[str] = frozenset({BLAKE3})
+"""What a manifest may require of its reader. `blake3`: the hashes of pieces are BLAKE3 instead of SHA-256."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 # Printable, and without what JSON escapes: nothing that a terminal obeys, and one spelling of each.
 _NAME = re.compile(r"[!#-\[\]-~]{1,512}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HASH = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 1 << 28
 _MAX_LOOSE_SHARDS = 1024
 _MAX_BESIDE_BYTES = 1 << 27  # of a file beside tensors: a header, or a tokenizer
@@ -68,11 +70,16 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds. Making one proves that its shards cover every tensor exactly once."""
+    """What a checkpoint holds. Making one proves that its shards cover every tensor exactly once.
+
+    Attributes:
+        hash: of the pieces of its files, `sha256` or `blake3`.
+    """
 
     step: int
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, StoredFile]
+    hash: str = "sha256"
 
     def __post_init__(self) -> None:
         room = {name: file.bytes for name, file in self.files.items()}
@@ -93,6 +100,7 @@ class Manifest:
         body = {
             "format": FORMAT,
             "version": VERSION,
+            **({"requires": [BLAKE3]} if self.hash == BLAKE3 else {}),
             "step": self.step,
             "tensors": {name: _tensor_to_dict(tensor) for name, tensor in self.tensors.items()},
             "files": {name: stored_to_dict(file) for name, file in self.files.items()},
@@ -212,7 +220,8 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
             allowed=str(VERSION),
             fix="read it with the version of the product that wrote it",
         )
-    unknown = sorted(set(map(str, data.get("requires", []))) - FEATURES)
+    required = set(map(str, data.get("requires", [])))
+    unknown = sorted(required - FEATURES)
     if unknown:
         raise CheckpointError(
             "the checkpoint needs what this version does not know",
@@ -233,7 +242,7 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
             )
         shards = tuple(_shard_from_dict(shard) for shard in entry["shards"])
         tensors[name] = StoredTensor(entry["dtype"], _counts(entry["shape"]), shards)
-    manifest = Manifest(_count(data["step"]), tensors, files)
+    manifest = Manifest(_count(data["step"]), tensors, files, BLAKE3 if BLAKE3 in required else "sha256")
     # What other readers go by: nothing that the schema forbids is read here either.
     if (problem := next(_schema().iter_errors(data), None)) is not None:
         where = _shown("/".join(map(str, problem.instance_path)))
@@ -253,13 +262,13 @@ def _schema() -> Any:
 
 
 def stored_to_dict(file: StoredFile) -> dict[str, Any]:
-    return {"bytes": file.bytes, "pieces": [[piece.bytes, piece.sha256] for piece in file.pieces]}
+    return {"bytes": file.bytes, "pieces": [[piece.bytes, piece.hash] for piece in file.pieces]}
 
 
 def stored_from_dict(name: str, entry: Mapping[str, Any]) -> StoredFile:
-    pieces = tuple(Piece(_count(size), sha256) for size, sha256 in entry["pieces"])
+    pieces = tuple(Piece(_count(size), text) for size, text in entry["pieces"])
     for piece in pieces:
-        if not piece.bytes or not _SHA256.fullmatch(piece.sha256):
+        if not piece.bytes or not _HASH.fullmatch(piece.hash):
             raise CheckpointError(f"a piece of file '{name}' has no bytes or no hash", got=_shown(piece))
     file = StoredFile(_count(entry["bytes"]), pieces)
     if sum(piece.bytes for piece in pieces) != file.bytes:

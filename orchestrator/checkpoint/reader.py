@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -18,6 +17,7 @@ import torch
 
 from orchestrator.checkpoint.checks import Checks
 from orchestrator.checkpoint.format import Manifest, StoredShard, StoredTensor
+from orchestrator.checkpoint.hashing import new_hash
 from orchestrator.checkpoint.peers import Peers
 from orchestrator.checkpoint.storage import PIECE_BYTES
 from orchestrator.checkpoint.tensorfile import TensorFile
@@ -167,7 +167,7 @@ class Reader:
         if piece is None or self._checks is None:
             file.fill(start, memory)
         else:
-            digest = hashlib.sha256()
+            digest = new_hash(self._checks.algorithm)
             file.fill(start, memory, digest.update)
             self._checks.hold(piece, digest.hexdigest())
         if not on_host:

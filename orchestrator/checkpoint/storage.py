@@ -8,45 +8,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import os
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from orchestrator.checkpoint import gcs
+from orchestrator.checkpoint.hashing import Piece, StoredFile, hash_of
 from orchestrator.errors import CheckpointError, MissingExtraError
 
 AnyPath: TypeAlias = Path
 """A `pathlib.Path`, or a `upath.UPath`, which has its methods and is no subclass of it."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a file and the hash of its content."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file's size, and the hashes of the pieces that it consists of, in order."""
-
-    bytes: int
-    pieces: tuple[Piece, ...]
-
-    def ranges(self) -> Iterator[tuple[int, Piece]]:
-        """Each piece with the offset where it begins."""
-        offset = 0
-        for piece in self.pieces:
-            yield offset, piece
-            offset += piece.bytes
 
 
 PIECE_BYTES = 1 << 24
@@ -202,8 +178,11 @@ def _key(path: AnyPath) -> str:
     return str(path.path)  # type: ignore[attr-defined]
 
 
-def write_file(path: AnyPath, parts: Iterable[Any]) -> StoredFile:
+def write_file(path: AnyPath, parts: Iterable[Any], hash: str = "sha256") -> StoredFile:
     """Write bytes-like parts one after the other, hashing beside it; flushed to disk, or put whole into the store.
+
+    Args:
+        hash: a name that `new_hash` takes.
 
     Returns:
         Size and the hashes of its pieces, each of one part or of `PIECE_BYTES` of it.
@@ -212,7 +191,7 @@ def write_file(path: AnyPath, parts: Iterable[Any]) -> StoredFile:
         hashes: list[tuple[int, Future[str]]] = []
         with _open_whole(path) as file:
             for piece in _pieces(parts):
-                hashes.append((len(piece), pool.submit(_sha256, piece)))
+                hashes.append((len(piece), pool.submit(hash_of, hash, piece)))
                 file.write(piece)
                 # The pieces wait for their hash in memory: not many of them.
                 if len(hashes) > 2 * _HASHING_THREADS:
@@ -421,10 +400,6 @@ def _pieces(parts: Iterable[Any]) -> Iterator[memoryview]:
     for part in parts:
         view = memoryview(part).cast("B")
         yield from (view[start : start + PIECE_BYTES] for start in range(0, len(view), PIECE_BYTES))
-
-
-def _sha256(data: memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _sync_directory(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -23,13 +22,13 @@ from orchestrator.checkpoint.format import (
     parse_json,
     read_manifest,
 )
+from orchestrator.checkpoint.hashing import Piece, hash_of, new_hash
 from orchestrator.checkpoint.signing import MAX_BYTES as MAX_SIGNATURE_BYTES
 from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import (
     PIECE_BYTES,
     READ_BYTES,
     AnyPath,
-    Piece,
     is_remote,
     read_bounded,
     read_range,
@@ -95,6 +94,7 @@ class Checkpoint:
     Raises:
         CheckpointError: not a checkpoint, its manifest contradicts itself, or it is not trusted.
         DamagedError: a file is missing or of another size.
+        MissingExtraError: its hashes are of a kind whose library is not installed.
     """
 
     def __init__(self, directory: AnyPath, trust: Trust = Trust(), look: bool = True):
@@ -102,6 +102,7 @@ class Checkpoint:
         content = read_manifest(directory)
         trust.check(content, self._signature(), directory)
         self.manifest = Manifest.parse(content, directory)
+        new_hash(self.manifest.hash)  # or say what is missing
         if look:
             self._look()
 
@@ -166,7 +167,8 @@ class Checkpoint:
         stored = self.manifest.files[name]
         # It was as large as that when the checkpoint was opened.
         whole = len(content) == stored.bytes and all(
-            matches(content[start : start + piece.bytes], piece) for start, piece in stored.ranges()
+            hash_of(self.manifest.hash, content[start : start + piece.bytes]) == piece.hash
+            for start, piece in stored.ranges()
         )
         if not whole:
             raise DamagedError(
@@ -217,7 +219,7 @@ class Checkpoint:
         """What `verify` finds, piece by piece, in the order of the manifest, or of `places`."""
 
         def check(place: Place) -> Damage | None:
-            reason = _compare(self.directory / place.file, place.start, place.piece, progress)
+            reason = _compare(self.directory / place.file, place, self.manifest.hash, progress)
             return self.damage_at(place, reason) if reason else None
 
         tasks = iter(self.places() if places is None else places)
@@ -252,11 +254,6 @@ class Checkpoint:
         return tuple(found)
 
 
-def matches(content: bytes | memoryview, piece: Piece) -> bool:
-    """Whether a piece has the content that was written."""
-    return hashlib.sha256(content).hexdigest() == piece.sha256
-
-
 def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]) -> DamagedError:
     """The error for damage in `files`, with the `lines` that describe it."""
     shown = "\n           ".join(lines[:_MAX_LINES])
@@ -267,9 +264,9 @@ def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]
     )
 
 
-def _compare(path: AnyPath, offset: int, piece: Piece, progress: Callable[[int], object]) -> str:
+def _compare(path: AnyPath, place: Place, algorithm: str, progress: Callable[[int], object]) -> str:
     """What is wrong with a piece; nothing where it is as it was written."""
-    digest, left = hashlib.sha256(), piece.bytes
+    digest, offset, left = new_hash(algorithm), place.start, place.piece.bytes
 
     def tell(part: memoryview) -> None:
         digest.update(part)
@@ -285,7 +282,7 @@ def _compare(path: AnyPath, offset: int, piece: Piece, progress: Callable[[int],
                 offset, left = offset + count, left - count
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return "" if digest.hexdigest() == piece.sha256 else _NO_MATCH
+    return "" if digest.hexdigest() == place.piece.hash else _NO_MATCH
 
 
 def _buffer() -> memoryview:

@@ -25,10 +25,10 @@ from orchestrator.checkpoint.format import (
     stored_from_dict,
     stored_to_dict,
 )
+from orchestrator.checkpoint.hashing import StoredFile
 from orchestrator.checkpoint.peers import Peers, exchange, new_topic
 from orchestrator.checkpoint.storage import (
     AnyPath,
-    StoredFile,
     children,
     make_directory,
     put_last,
@@ -69,12 +69,14 @@ class Contents:
         config: the resolved configuration.
         files: further files by name, such as the tokenizer's.
         sign: the signature file's content for a manifest, or None.
+        hash: of the files' pieces, `sha256` or `blake3`.
     """
 
     state: Mapping[str, Any]
     config: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     sign: Callable[[bytes], bytes] | None = None
+    hash: str = "sha256"
 
 
 def save(parent: AnyPath, step: int, shards: Sequence[Shard], peers: Peers, contents: Contents) -> AnyPath:
@@ -130,7 +132,7 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
         return found
 
     if not problem:
-        _, error = _attempt(lambda: _write_rank(directory, peers.rank, shards), None)
+        _, error = _attempt(lambda: _write_rank(directory, peers.rank, shards, contents.hash), None)
         try:
             problem = exchange(peers, begun.topic, _reason(error) if error else "", commit)
         except TimeoutError as late:
@@ -168,7 +170,7 @@ def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     return directory
 
 
-def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
+def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], hash: str) -> None:
     make_directory(directory)
     # A part without elements is not written; a tensor without any still has its place in the manifest.
     owned = [shard for shard in shards if shard.owned and shard.data.numel()]
@@ -186,7 +188,7 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard]) -> None:
     with ThreadPoolExecutor(1) as adder:
         # Beside the writing: the disk has most of it to do.
         sums = adder.submit(lambda: [sum_bits(shard.data) for shard in owned])
-        stored = write_safetensors(directory / file, keys, [shard.data for shard in owned]) if owned else None
+        stored = write_safetensors(directory / file, keys, [shard.data for shard in owned], hash) if owned else None
     entries = [
         {
             "name": shard.name,
@@ -217,7 +219,7 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
         CONFIG: yaml.dump(dict(contents.config), Dumper=_PlainDumper, sort_keys=False).encode(),
         **contents.files,
     }
-    files = {name: write_file(directory / name, [text]) for name, text in contained.items()}
+    files = {name: write_file(directory / name, [text], contents.hash) for name, text in contained.items()}
     tensors: dict[str, tuple[str, tuple[int, ...], list[StoredShard]]] = {}
     sums: dict[str, int] = {}
     listings = sorted(path for path in children(directory) if _LISTING.fullmatch(path.name))
@@ -234,9 +236,9 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
             if "key" in entry:
                 shards.append(StoredShard(listing["file"], entry["key"], tuple(entry["start"]), tuple(entry["stop"])))
     texts = {name: f"{total % SUM_RANGE:016x}" for name, total in sorted(sums.items())}
-    files[SUMS] = write_file(directory / SUMS, [json.dumps(texts).encode()])
+    files[SUMS] = write_file(directory / SUMS, [json.dumps(texts).encode()], contents.hash)
     stored = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
-    manifest = Manifest(step, stored, files).to_json().encode()
+    manifest = Manifest(step, stored, files, contents.hash).to_json().encode()
     for path in listings:
         remove_file(path)
     if contents.sign:
@@ -263,7 +265,9 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
-def write_safetensors(path: AnyPath, keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> StoredFile:
+def write_safetensors(
+    path: AnyPath, keys: Sequence[str], tensors: Sequence[torch.Tensor], hash: str = "sha256"
+) -> StoredFile:
     """Write tensors one after the other, hashing on the way: no second copy of them in memory or read from disk.
 
     The format is https://github.com/huggingface/safetensors#format; device tensors come to the host one by one.
@@ -279,7 +283,7 @@ def write_safetensors(path: AnyPath, keys: Sequence[str], tensors: Sequence[torc
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return write_file(path, _parts(text, tensors))
+    return write_file(path, _parts(text, tensors), hash)
 
 
 def _parts(header: bytes, tensors: Sequence[torch.Tensor]) -> Iterator[Any]:

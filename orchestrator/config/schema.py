@@ -159,6 +159,7 @@ class CheckpointConfig:
     at_end: bool = True
     asynchronous: bool = True  # the step waits for a copy in host memory only
     verify_on_load: bool = True
+    hash: Literal["sha256", "blake3"] = "sha256"  # of what is written; blake3 takes a fraction of the time
     handover: HandoverConfig = HandoverConfig()
     signing_key: str | None = None  # path of an Ed25519 private key (PEM): signs every manifest
     trusted_keys: tuple[str, ...] = ()  # paths of public keys (PEM); a signature by another is refused

@@ -43,6 +43,7 @@ _OPTIONAL = (
     "s3fs",
     "gcsfs",
     "cryptography",
+    "blake3",
     "triton",
     "torch_xla",
     "libtpu",

@@ -122,7 +122,9 @@ class Checkpoints(lightning.Callback):
         if self._reference is not None:
             files |= reference_files(pl_module.model, self._parallel, self._reference)
         shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
-        self._saver.save(step, shards, Contents(self._state(step), to_dict(self._config), files, self._sign))
+        settings = self._config.checkpoint
+        contents = Contents(self._state(step), to_dict(self._config), files, self._sign, settings.hash)
+        self._saver.save(step, shards, contents)
 
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint.catalogue import newest_valid, remove_uncommitted
+from orchestrator.checkpoint.hashing import new_hash
 from orchestrator.checkpoint.signing import signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
@@ -113,6 +114,7 @@ def _check_places(config: RunConfig, signs: bool) -> None:
         locate(config.checkpoint.dir)
     if config.checkpoint.signing_key and signs:
         signer(config.checkpoint.signing_key)
+    new_hash(config.checkpoint.hash)
     trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
 
 

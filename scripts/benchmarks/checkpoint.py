@@ -1,7 +1,7 @@
 """Checkpoints against the disk: saving and loading against plain writing and reading of the same bytes, and what a
 save beside the training costs the step; also what saving and loading take of memory.
 
-The two of a pair take turns, and who is first changes. What is written is flushed to disk by both; before each reading
+They take turns, and who is first changes. What is written is flushed to disk by both; before each reading
 the file's pages are dropped from the page cache, where the system allows it. Before each of them a file of that size is
 written and removed: what a virtual machine has not used of its memory for a second is taken by its host, and to get it
 back costs several times what writing to it does.
@@ -39,7 +39,8 @@ from orchestrator.sharding.shard import Shard
 from orchestrator.train.build import build, make_strategy
 from orchestrator.train.run import Place
 
-TURNS = 5
+TURNS = 9
+HASHES = ("sha256", "blake3")
 PIECE = 1 << 24
 
 
@@ -122,38 +123,45 @@ def memory(parts: list[Shard], folder: Path) -> None:
 
 
 def against_the_disk(gibibytes: float, folder: Path) -> None:
-    parts, plain = shards(gibibytes), folder / "plain.safetensors"
+    parts, plain, scratch = shards(gibibytes), folder / "plain.safetensors", folder / "scratch"
     memory(parts, folder)
-    ours: dict[str, list[float]] = {"save": [], "load": []}
-    theirs: dict[str, list[float]] = {"save": [], "load": []}
-    scratch = folder / "scratch"
+    names = ["plain", *HASHES]
+    took: dict[tuple[str, str], list[float]] = {(what, name): [] for what in ("save", "load") for name in names}
 
-    def load(path: Path) -> None:
-        read_into(Checkpoint(path), parts, check=Alone())
+    def one(what: str, name: str, turn: int) -> None:
+        path = folder / f"step-{turn:08d}"
+        actions = {
+            ("save", True): lambda: write_plainly(plain, parts),
+            ("load", True): lambda: read_plainly(plain),
+            ("save", False): lambda: save(folder, turn, parts, Alone(), Contents({}, {}, hash=name)),
+            ("load", False): lambda: read_into(Checkpoint(path), parts, check=Alone()),
+        }
+        drop(folder)
+        write_plainly(scratch, parts)
+        scratch.unlink()
+        took[what, name].append(timed(actions[what, name == "plain"]))
 
     for turn in range(TURNS):
-        path = folder / f"step-{turn:08d}"
-        saves = [(theirs, lambda: write_plainly(plain, parts))]
-        saves.append((ours, lambda: save(folder, turn, parts, Alone(), Contents({}, {}))))  # noqa: B023
-        loads = [(theirs, lambda: read_plainly(plain)), (ours, lambda: load(path))]  # noqa: B023
-        order = slice(None, None, -1 if turn % 2 else 1)
-        for what, pair in (("save", saves[order]), ("load", loads[order])):
-            for times, action in pair:
-                drop(folder)
-                write_plainly(scratch, parts)
-                scratch.unlink()
-                times[what].append(timed(action))
-        shutil.rmtree(path)
-        plain.unlink()
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            for what in ("save", "load"):
+                one(what, name, turn)
+            if name == "plain":
+                plain.unlink()
+            else:
+                shutil.rmtree(folder / f"step-{turn:08d}")
     for what in ("save", "load"):
-        ratio = sum(theirs[what]) / sum(ours[what])
-        rate = gibibytes / statistics.median(ours[what])
-        plainly = gibibytes / statistics.median(theirs[what])
-        print(
-            f"  {what}: {ratio:.2f} of the disk's speed (median {rate:.2f} against {plainly:.2f} GiB/s, "
-            f"{TURNS} turns of {gibibytes:g} GiB)",
-            flush=True,
-        )
+        for name in HASHES:
+            report(what, name, gibibytes, took[what, name], took[what, "plain"])
+
+
+def report(what: str, name: str, gibibytes: float, ours: list[float], plain: list[float]) -> None:
+    rates = [gibibytes / statistics.median(times) for times in (ours, plain)]
+    print(
+        f"  {what}, {name}: {rates[0] / rates[1]:.2f} of the disk's speed ({rates[0]:.2f} against {rates[1]:.2f} "
+        f"GiB/s, medians of {TURNS} turns of {gibibytes:g} GiB; by sums {sum(plain) / sum(ours):.2f})",
+        flush=True,
+    )
 
 
 class Clock(lightning.Callback):

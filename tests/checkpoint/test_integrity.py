@@ -22,9 +22,10 @@ from tests.lab.tensors import read_all
 FLIPS = 1000
 
 
-@pytest.mark.parametrize("how", ["verify", "read"])
-def test_every_bit_that_flips_is_detected(tmp_path, how):
+@pytest.mark.parametrize(("how", "hash"), [("verify", "sha256"), ("read", "blake3")])
+def test_every_bit_that_flips_is_detected(tmp_path, how, hash):
     """Random positions, spread over all files alike: manifest, signature, state, configuration, tokenizer, tensors."""
+    pytest.importorskip("blake3")
     signing = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
     from cryptography.hazmat.primitives import serialization
 
@@ -41,6 +42,7 @@ def test_every_bit_that_flips_is_detected(tmp_path, how):
         extra={"tokenizer.json": b'{"version": "1.0"}'},
         config={"name": "test", "nested": {"lr": 1e-3, "list": [1, 2]}},
         sign=signer(str(tmp_path / "key.pem")),
+        hash=hash,
     )
     path = results[0]
     files = {name: (path / name).read_bytes() for name in [*files_of(path), MANIFEST, SIGNATURE]}

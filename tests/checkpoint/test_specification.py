@@ -14,8 +14,10 @@ import torch
 
 from orchestrator.checkpoint import format as format_module
 from orchestrator.checkpoint.format import MANIFEST
+from orchestrator.checkpoint.peers import Alone
+from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DamagedError, MissingExtraError
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import files_of, shards_of, tamper, write
 
@@ -39,10 +41,13 @@ def reader():
     return module
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(params=["sha256", "blake3"])
+def saved(request, tmp_path):
+    if request.param != "sha256":
+        pytest.importorskip(request.param)
     layout = Layout(replicate=2, fsdp=2, tensor=2)
-    results = write(tmp_path, lambda rank: shards_of(TENSORS, layout, rank, {"model.a": 1}), layout.devices)
+    shards = {rank: shards_of(TENSORS, layout, rank, {"model.a": 1}) for rank in range(layout.devices)}
+    results = write(tmp_path, shards.__getitem__, layout.devices, hash=request.param)
     assert len(set(results)) == 1, results
     return results[0]
 
@@ -103,16 +108,40 @@ def test_unknown_keys_are_ignored_and_part_of_the_digest(saved, reader):
 
 
 def test_what_is_required_and_unknown_is_refused_by_name(saved, reader, monkeypatch):
-    tamper(saved, lambda data: data.update(requires=[]))
+    needs = json.loads((saved / MANIFEST).read_text()).get("requires", [])
+    tamper(saved, lambda data: data.update(requires=[*needs]))
     Checkpoint(saved).verify()
-    tamper(saved, lambda data: data.update(requires=["compressed-pieces"]))
+    tamper(saved, lambda data: data.update(requires=[*needs, "compressed-pieces"]))
     with pytest.raises(CheckpointError, match="needs what this version does not know") as caught:
         Checkpoint(saved)
     assert "compressed-pieces" in str(caught.value.got)
     with pytest.raises(ValueError, match="compressed-pieces"):
         dict(reader.read_tensors(saved))
-    monkeypatch.setattr(format_module, "FEATURES", frozenset({"compressed-pieces"}))
+    monkeypatch.setattr(format_module, "FEATURES", frozenset({"compressed-pieces", "blake3"}))
     Checkpoint(saved).verify()
+
+
+def test_the_kind_of_hash_is_part_of_what_is_required(saved, reader):
+    """Hashes of one kind are not taken for those of another, by nobody."""
+    blake3 = "requires" in json.loads((saved / MANIFEST).read_text())
+    tamper(saved, lambda data: data.pop("requires") if blake3 else data.update(requires=["blake3"]))
+    with pytest.raises(DamagedError):
+        Checkpoint(saved).verify()
+    with pytest.raises(DamagedError):
+        Checkpoint(saved).state()
+    with pytest.raises(DamagedError):
+        read_into(Checkpoint(saved), shards_of(TENSORS, Layout(), 0), check=Alone())
+    with pytest.raises(ValueError, match="is damaged in bytes"):
+        dict(reader.read_tensors(saved))
+
+
+def test_a_hash_whose_library_is_missing_is_named(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    if "requires" not in json.loads((saved / MANIFEST).read_text()):
+        Checkpoint(saved).verify()
+        return
+    with pytest.raises(MissingExtraError, match=r"BLAKE3[\s\S]*orchestrator\[blake3\]"):
+        Checkpoint(saved)
 
 
 @pytest.mark.parametrize("junk", [None, 5, "ab", {}, [1], [None], [[]]])

@@ -246,11 +246,11 @@ def test_a_rank_that_cannot_write(tmp_path, monkeypatch, failing, what):
     earlier = _write(tmp_path, layout, step=1)
     real = writer.write_safetensors
 
-    def full(path, keys, tensors):
+    def full(path, keys, tensors, *hash):
         if f"{failing:05d}" in path.name:
             real(path, keys[:1], tensors[:1])  # the disk is full in the middle of it
             raise what
-        return real(path, keys, tensors)
+        return real(path, keys, tensors, *hash)
 
     monkeypatch.setattr(writer, "write_safetensors", full)
     results = write(tmp_path, lambda rank: shards_of(TENSORS, layout, rank), 3, step=2)
@@ -268,10 +268,10 @@ def test_a_rank_that_cannot_write(tmp_path, monkeypatch, failing, what):
 def test_rank_0_cannot_commit(tmp_path, monkeypatch, name):
     real = storage.write_file
 
-    def full(path, parts):
+    def full(path, parts, *hash):
         if path.name == name:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-        return real(path, parts)
+        return real(path, parts, *hash)
 
     for module in (writer, storage):
         monkeypatch.setattr(module, "write_file", full)

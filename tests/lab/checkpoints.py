@@ -83,6 +83,7 @@ def write(
     state: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     sign: Callable[[bytes], bytes] | None = None,
+    hash: str = "sha256",
 ) -> list[Path | Exception]:
     """Save on `size` ranks; what each returned or raised."""
     peers = ThreadPeers(size)
@@ -92,7 +93,7 @@ def write(
         try:
             facts = {"step": step} if state is None else state
             about = {"name": "test", "seed": 1} if config is None else config
-            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}, sign))
+            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}, sign, hash))
         except Exception as error:
             return error
 

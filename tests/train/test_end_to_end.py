@@ -205,12 +205,15 @@ def test_a_multirun_trains_once_per_value(tmp_path):
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 def test_processes_that_read_damage_go_on_from_an_older_checkpoint_together(tmp_path, launcher):
     """Of three checkpoints the newest two are damaged, each in the part of another process."""
+    pytest.importorskip("blake3")
     words = small_overrides(tmp_path, "hardware.devices=2", "layout.fsdp=2", "checkpoint.keep_last=9")
+    words.append("checkpoint.hash=blake3")
     assert run("train", *words, "train.max_steps=30").returncode == 0
     run_dir = only_run(tmp_path / "runs")
     damaged = [checkpoint(run_dir, 30) / "rank-00001.safetensors", checkpoint(run_dir, 20) / "rank-00000.safetensors"]
     contents = [_damage(path) for path in damaged]
     again = ["train", f"runs_dir={tmp_path / 'runs'}", f"resume={run_dir}", "train.max_steps=31"]
+    again.append("checkpoint.hash=sha256")  # of what is written from now on
     result = run(*again) if launcher == "local" else _torchrun(*again)
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stderr.splitlines() if "skipping" in line]
@@ -219,6 +222,8 @@ def test_processes_that_read_damage_go_on_from_an_older_checkpoint_together(tmp_
     leg = json.loads((run_dir / "run.json").read_text())["legs"][-1]
     assert (leg["start_step"], leg["end_step"], Path(leg["resumed_from"]).name) == (10, 31, "step-00000010")
     assert leg["handover"]["verdict"] == "agrees"
+    manifests = [json.loads((checkpoint(run_dir, step) / "manifest.json").read_text()) for step in (10, 31)]
+    assert [manifest.get("requires") for manifest in manifests] == [["blake3"], None]
     assert [path.read_bytes() for path in damaged] == contents, "a damaged checkpoint was written over"
     steps = [row["step"] for row in read_rows(run_dir) if "loss" in row and row["leg"] == leg["leg"]]
     assert steps == list(range(11, 32))
