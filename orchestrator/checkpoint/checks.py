@@ -74,7 +74,9 @@ class Checks:
         told = {"problem": _describe(problem), "seen": np.packbits(self._seen).tobytes().hex()}
         answer = _exchange(peers, topic, told, _together)
         if answer["problem"]:
-            raise problem or _problem(answer["problem"])
+            # Of one kind everywhere: after damage all go on to another checkpoint, or none.
+            same = problem is not None and isinstance(problem, DamagedError) == answer["problem"]["damaged"]
+            raise (problem if same else None) or _problem(answer["problem"])
         seen = np.unpackbits(_bits(answer["seen"]), count=len(self._places))
         left = [self._places[index] for index in np.flatnonzero(seen == 0)]
         self._damage.extend(self._checkpoint.damage(progress, left[peers.rank :: peers.size]))

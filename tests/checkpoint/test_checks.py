@@ -44,13 +44,14 @@ def saved(tmp_path, monkeypatch):
     return paths[0]
 
 
-def _read(path, layout=Layout(), dims=None, whole=TENSORS, **options):
+def _read(path, layout=Layout(), dims=None, whole=TENSORS, of_rank_0=None, **options):
     """What each rank has read, or raised."""
     peers = ThreadPeers(layout.devices)
 
     def rank(number):
         peers.enter(number)
-        shards = shards_of({name: torch.full_like(t, 7) for name, t in whole.items()}, layout, number, dims)
+        wanted = of_rank_0 if of_rank_0 and not number else whole
+        shards = shards_of({name: torch.full_like(t, 7) for name, t in wanted.items()}, layout, number, dims)
         try:
             read_into(Checkpoint(path, look=False), shards, check=peers, **options)
         except CheckpointError as error:
@@ -163,8 +164,9 @@ def test_another_model_is_no_damage(saved):
 def test_damage_comes_before_another_problem(saved):
     """A rank whose file is gone says so, though another has been told of a dtype: an older checkpoint may do."""
     (saved / "rank-00002.safetensors").unlink()
-    errors = _read(saved, Layout(fsdp=3))
+    errors = _read(saved, Layout(fsdp=3), of_rank_0={**TENSORS, "model.b": torch.zeros(9)})
     assert all(isinstance(error, DamagedError) for error in errors)
+    assert all("it is missing" in str(error) for error in errors)
 
 
 def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(saved, monkeypatch):
