@@ -12,7 +12,7 @@ import torch
 from orchestrator.checkpoint.catalogue import newest_valid
 from orchestrator.checkpoint.peers import Peers
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.checkpoint.signing import trust
+from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.schema import RunConfig
@@ -48,8 +48,7 @@ def restore_run(
     trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
     while True:
         try:
-            # Whoever chose it has looked at each file; a thousand processes need not.
-            checkpoint = Checkpoint(where, trusted, look=False)
+            checkpoint = _open(where, trusted, parallel)
             _check_run(checkpoint, config, stream)
             _fill(checkpoint, config, parallel, model, optimizer)
             return checkpoint
@@ -76,6 +75,21 @@ def restore_weights(checkpoint: Checkpoint, config: RunConfig, parallel: Paralle
         CheckpointError: it is of another model, or damaged.
     """
     _fill(checkpoint, config, parallel, model, None)
+
+
+def _open(where: AnyPath, trusted: Trust, parallel: ParallelStrategy) -> Checkpoint:
+    """The checkpoint, on all ranks or on none: what one alone cannot read must not leave the others waiting."""
+    problem, checkpoint = None, None
+    try:
+        # Whoever chose it has looked at each file; a thousand processes need not.
+        checkpoint = Checkpoint(where, trusted, look=False)
+        checkpoint.state()
+    except CheckpointError as error:
+        problem = error
+    if parallel.any_raised(problem is not None) or checkpoint is None:
+        what = problem.what if problem else "another process cannot read the checkpoint"
+        raise DamagedError(what, got=problem.got if problem else where) from problem
+    return checkpoint
 
 
 def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
