@@ -170,7 +170,8 @@ def _verify(options: VerifyOptions) -> int:
     for one in damage:
         print(f"damaged: {clean(str(one))}")
     if damage:
-        print(f"\n{path}: {len(damage)} damaged ranges; the run falls back to an older checkpoint")
+        count = "1 damaged range" if len(damage) == 1 else f"{len(damage)} damaged ranges"
+        print(f"\n{path}: {count}; the run falls back to an older checkpoint")
         return 1
     files = len(checkpoint.manifest.files)
     print(f"{path}: whole; {files} files, {size_text(total)}, every byte as it was written")

@@ -115,10 +115,12 @@ def test_features_agree_too(runs, name, feature):
 SEVERAL = "train.micro_batch_size=1"
 ACCUMULATED = ["fsdp2", "fsdp3", "replicate2", "fsdp2_tensor2", "fsdp2_context2", "replicate2_fsdp2"]
 ACCUMULATED += ["replicate2_fsdp2_tensor2"]
+WHEN = [(name, "each") for name in ACCUMULATED] + [
+    (name, "last") for name in ("fsdp3", "fsdp2_tensor2", "replicate2_fsdp2")
+]
 
 
-@pytest.mark.parametrize("when", ["each", "last"])
-@pytest.mark.parametrize("name", ACCUMULATED)
+@pytest.mark.parametrize(("name", "when"), WHEN)
 def test_several_micro_batches_give_the_same_step_whenever_they_are_reduced(runs, name, when):
     ours = _rows(runs(SEVERAL, f"train.reduce_gradients={when}", *CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*_reference(CASES[name])))

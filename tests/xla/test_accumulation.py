@@ -25,7 +25,7 @@ WORDS = ["hardware=tpu", "hardware.simulate=4", "model.vocab_size=512", "train.s
 WORDS += ["train.global_batch_tokens=1024"]
 
 
-@pytest.mark.parametrize("layout", ["fsdp=4", "replicate=2 fsdp=2", "fsdp=2 tensor=2", "fsdp=2 context=2"])
+@pytest.mark.parametrize("layout", ["fsdp=4", "replicate=2 fsdp=2", "fsdp=2 tensor=2"])
 def test_they_are_cut_as_the_parameters_are(layout):
     words = [*WORDS, *(f"layout.{degree}" for degree in layout.split())]
     environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4", "OMP_NUM_THREADS": "1"}
