@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,18 @@ def write_plainly(path: Path, parts: list[Shard]) -> None:
 
 
 def read_plainly(path: Path) -> None:
-    buffer = bytearray(PIECE)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+    """As fast as the disk gives it: a thread for each core, each a part of the file."""
+    threads = os.cpu_count() or 1
+    part = -(-path.stat().st_size // threads)
+
+    def read(start: int) -> None:
+        buffer, stop = memoryview(bytearray(PIECE)), start + part
+        with open(path, "rb", buffering=0) as file:
+            while start < stop and (count := os.preadv(file.fileno(), [buffer[: stop - start]], start)):
+                start += count
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, range(0, part * threads, part)))
 
 
 def peak_bytes(action: Callable[[], Any]) -> int:
