@@ -29,7 +29,6 @@ class Checks:
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._places = list(checkpoint.places())
-        self.algorithm = checkpoint.manifest.hash
         self._of_file: dict[str, range] = {}
         for file, group in itertools.groupby(range(len(self._places)), lambda index: self._places[index].file):
             indices = list(group)

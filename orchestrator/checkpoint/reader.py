@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -73,7 +74,7 @@ class Reader:
         dtype = DTYPES[stored.dtype]
         if self._cast and dtype != shard.data.dtype and dtype.is_floating_point:
             return [functools.partial(self._fill_cast, shard, stored)]
-        return [self._told(job) for job in self._fill(shard, stored)]
+        return self._fill(shard, stored)
 
     def tensor(self, name: str, box: tuple[slice, ...] | None = None) -> torch.Tensor:
         """A tensor, or the part `box` of it, in host memory and as it is stored.
@@ -90,19 +91,18 @@ class Reader:
     def _fill_cast(self, shard: Shard, stored: StoredTensor) -> None:
         as_stored = torch.empty(shard.data.shape, dtype=DTYPES[stored.dtype])
         for job in self._fill(replace(shard, data=as_stored), stored):
-            self._told(job)()
+            job()
         shard.data.copy_(as_stored)
 
-    def _told(self, job: Job) -> Job:
-        """`job`, with what the system refuses told as what it is."""
-
-        def run() -> None:
-            try:
-                job()
-            except OSError as error:
-                raise self._unreadable(error) from error
-
-        return run
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Within it, what the system refuses to read is damage."""
+        try:
+            yield
+        except OSError as error:
+            raise DamagedError(
+                f"a file of the checkpoint is damaged: {error}", got=self._checkpoint.directory
+            ) from error
 
     def _fill(self, shard: Shard, stored: StoredTensor) -> list[Job]:
         dtype = DTYPE_NAMES[shard.data.dtype]
@@ -165,31 +165,28 @@ class Reader:
         content = out if on_host else torch.empty(out.shape, dtype=torch.uint8)
         memory = content.numpy().data
         if piece is None or self._checks is None:
-            file.fill(start, memory)
+            with self._reading():
+                file.fill(start, memory)
         else:
-            digest = new_hash(self._checks.algorithm)
-            file.fill(start, memory, digest.update)
+            digest = new_hash(self._checkpoint.manifest.hash)
+            with self._reading():
+                file.fill(start, memory, digest.update)
             self._checks.hold(piece, digest.hexdigest())
         if not on_host:
             out.copy_(content)
         self._progress(len(memory))
 
     def _read_rows(self, file: TensorFile, key: str, box: tuple[slice, ...], out: torch.Tensor) -> None:
-        for place, items in file.parts(key, box):
-            out[place].copy_(torch.from_numpy(np.ascontiguousarray(items)).view(out.dtype).squeeze(-1))
-            self._progress(items.nbytes)
+        with self._reading():
+            for place, items in file.parts(key, box):
+                out[place].copy_(torch.from_numpy(np.ascontiguousarray(items)).view(out.dtype).squeeze(-1))
+                self._progress(items.nbytes)
 
     def _source(self, file: str) -> TensorFile:
-        with self._opening:
+        with self._opening, self._reading():
             if file not in self._opened:
-                try:
-                    self._opened[file] = TensorFile(self._checkpoint.directory / file)
-                except OSError as error:
-                    raise self._unreadable(error) from error
+                self._opened[file] = TensorFile(self._checkpoint.directory / file)
             return self._opened[file]
-
-    def _unreadable(self, error: OSError) -> DamagedError:
-        return DamagedError(f"a file of the checkpoint is damaged: {error}", got=self._checkpoint.directory)
 
 
 def read_into(

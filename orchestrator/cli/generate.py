@@ -32,8 +32,9 @@ def main(argv: list[str]) -> int:
     from orchestrator.config.schema import HardwareConfig
     from orchestrator.hardware.registry import resolve
     from orchestrator.train.resume import find
+    from orchestrator.train.say import warn
 
-    found = find(options.checkpoint, options.runs_dir, False, lambda text: print(f"warning: {text}", file=sys.stderr))
+    found = find(options.checkpoint, options.runs_dir, False, warn)
     target = resolve(HardwareConfig(target=options.hardware, devices=1))
 
     from orchestrator.train.generate import generate

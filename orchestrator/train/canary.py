@@ -25,6 +25,7 @@ from orchestrator.hardware.world import World, detect
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
 from orchestrator.train.check import check_run, resolve_model
+from orchestrator.train.say import warn
 
 if TYPE_CHECKING:
     from orchestrator.strategies.base import ParallelStrategy
@@ -63,9 +64,6 @@ def run_check(composed: Composed, where: str) -> Result | None:
 def _settle(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, AnyPath]:
     asked = composed.config
     check = verify and asked.checkpoint.verify_on_load
-
-    def warn(text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr)
 
     point = resume.find(where, asked.runs_dir, check, warn, asked.checkpoint)
     config = resume.merge(point, composed, warn)
@@ -114,15 +112,13 @@ def _measure(config: RunConfig, world: World, where: AnyPath) -> Result:
 
 def measure_checkpoint(config: RunConfig, parallel: ParallelStrategy, where: AnyPath) -> Result:
     """Load the model of a checkpoint and check it, on a strategy that has joined the others."""
-    from orchestrator.checkpoint.reader import read_into
     from orchestrator.train.build import place_model, provenance
     from orchestrator.train.handover import check_handover
+    from orchestrator.train.restoring import restore_weights
 
     checkpoint = Checkpoint(where, look=False)
     model = place_model(config, config.model, parallel)
-    shards = parallel.state_shards(model, None)
-    read_into(checkpoint, shards, ignore=["optimizer."], check=parallel if config.checkpoint.verify_on_load else None)
-    parallel.adopt(model, None, shards)
+    restore_weights(checkpoint, config, parallel, model, cast=False)
     result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
     return {"checkpoint": str(where), **result.to_dict()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from orchestrator.observe.bar import Bar
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.resume import is_checkpoint
+from orchestrator.train.say import warn
 
 
 def restore_run(
@@ -55,11 +55,12 @@ def restore_run(
         except DamagedError as error:
             if config.resume is None or is_checkpoint(config.resume):
                 raise
-            _warn_on_main(parallel)(f"skipping {where}: {error}")
+            if parallel.rank == 0:
+                warn(f"skipping {where}: {error}")
         older = ""
         if parallel.rank == 0:
-            check, parent = config.checkpoint.verify_on_load, where.parent
-            older = str(newest_valid(parent, check, _warn_on_main(parallel), trusted, before=where) or "")
+            verify = config.checkpoint.verify_on_load
+            older = str(newest_valid(where.parent, verify, warn, trusted, before=where) or "")
         name = parallel.agree(older.rpartition("/")[2])
         if not name:
             raise CheckpointError(
@@ -68,13 +69,18 @@ def restore_run(
         where = where.parent / name
 
 
-def restore_weights(checkpoint: Checkpoint, config: RunConfig, parallel: ParallelStrategy, model: Decoder) -> None:
-    """Fill the model alone from `checkpoint`, on whatever layout; weights in another format are converted.
+def restore_weights(
+    checkpoint: Checkpoint, config: RunConfig, parallel: ParallelStrategy, model: Decoder, cast: bool = True
+) -> None:
+    """Fill the model alone from `checkpoint`, on whatever layout. All ranks call it together.
+
+    Args:
+        cast: weights in another format are converted, and no error.
 
     Raises:
         CheckpointError: it is of another model, or damaged.
     """
-    _fill(checkpoint, config, parallel, model, None)
+    _fill(checkpoint, config, parallel, model, None, cast)
 
 
 def _open(where: AnyPath, trusted: Trust, parallel: ParallelStrategy) -> Checkpoint:
@@ -119,13 +125,13 @@ def _fill(
     parallel: ParallelStrategy,
     model: Decoder,
     optimizer: torch.optim.Optimizer | None,
+    cast: bool = False,
 ) -> None:
     shards = parallel.state_shards(model, optimizer)
     check: Peers | None = parallel if config.checkpoint.verify_on_load else None
-    # A run goes on bit by bit; who takes weights alone may take them from another format.
-    wanted: dict[str, Any] = {"ignore": ["optimizer."], "cast": True} if optimizer is None else {}
+    ignore = ["optimizer."] if optimizer is None else []
     with _progress(shards, config, parallel) as progress:
-        read_into(checkpoint, shards, check=check, progress=progress, **wanted)
+        read_into(checkpoint, shards, ignore, cast, check, progress)
     parallel.adopt(model, optimizer, shards)
 
 
@@ -136,11 +142,3 @@ def _progress(
     total = sum(shard.data.numel() * shard.data.element_size() for shard in shards)
     with Bar("load", total, shown=config.logger.progress and parallel.rank == 0) as bar:
         yield bar.add
-
-
-def _warn_on_main(parallel: ParallelStrategy) -> Callable[[str], None]:
-    def warn(text: str) -> None:
-        if parallel.rank == 0:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    return warn

@@ -28,6 +28,7 @@ from orchestrator.train import initial, resume, rundir
 from orchestrator.train.check import check_run
 from orchestrator.train.layout import settle_layout
 from orchestrator.train.run import Place
+from orchestrator.train.say import warn
 
 if TYPE_CHECKING:
     from orchestrator.strategies.base import ParallelStrategy
@@ -58,7 +59,7 @@ def _settle(composed: Composed, main: bool, alone: bool) -> Plan:
     config = composed.config
     check = main and config.checkpoint.verify_on_load
     if config.resume is None:
-        started = initial.settle(composed, check, _warn)
+        started = initial.settle(composed, check, warn)
         _check_places(started, signs=main)
         return Plan(started, None, None)
     if "train.init_from" in composed.overrides:
@@ -67,8 +68,8 @@ def _settle(composed: Composed, main: bool, alone: bool) -> Plan:
             got=f"resume={config.resume} and train.init_from={config.train.init_from}",
             fix="leave out one of them",
         )
-    point = resume.find(config.resume, config.runs_dir, check, _warn, config.checkpoint)
-    merged = resume.merge(point, composed, _warn)
+    point = resume.find(config.resume, config.runs_dir, check, warn, config.checkpoint)
+    merged = resume.merge(point, composed, warn)
     if problems := validate(merged):
         raise ConfigErrors(problems)
     _check_places(merged, signs=main)
@@ -99,13 +100,9 @@ def _before_damaged(last: AnyPath, config: RunConfig) -> AnyPath | None:
         Checkpoint(last).verify()
         return None
     except DamagedError as error:
-        _warn(f"skipping {last}: {error}")
+        warn(f"skipping {last}: {error}")
     trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
-    return newest_valid(last.parent, True, _warn, trusted, before=last)
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    return newest_valid(last.parent, True, warn, trusted, before=last)
 
 
 def _check_places(config: RunConfig, signs: bool) -> None:
