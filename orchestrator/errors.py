@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# What a process tells the engine that started it: docs/running.md.
+DONE = 0
+FAILED = 1  # an internal error, a lost process, a full disk, a store that does not answer: may be tried again
+MISTAKE = 2  # of the user: the same command fails again
+DIVERGED = 3  # the numbers are not finite: the same command diverges again
+INTERRUPTED = 130  # SIGINT was obeyed and the run saved: it can go on
+TERMINATED = 143  # the same for SIGTERM
+STOPPED = (INTERRUPTED, TERMINATED)
+
 
 class UserError(Exception):
     """A problem that the user can mend.
@@ -19,7 +28,7 @@ class UserError(Exception):
         fix: what to do next.
     """
 
-    exit_code = 2
+    exit_code = MISTAKE
 
     def __init__(self, what: str, *, got: object = None, allowed: str | None = None, fix: str | None = None):
         self.what, self.got, self.allowed, self.fix = what, got, allowed, fix
@@ -70,6 +79,12 @@ class DamagedError(CheckpointError):
 
 class HandoverError(CheckpointError):
     """A checkpoint computes something else where it was loaded than where it was saved."""
+
+
+class RunFailedError(UserError):
+    """The run failed by no mistake of the user: the same command may succeed when it is tried again."""
+
+    exit_code = FAILED
 
 
 class MissingExtraError(UserError):

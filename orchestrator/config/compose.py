@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 from orchestrator.config.convert import from_dict, from_dict_partly
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import check_ranges, validate
-from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.errors import DONE, FAILED, MISTAKE, STOPPED, ConfigError, ConfigErrors, UserError
 
 CONFIG_NAME = "train"
 
@@ -44,35 +45,35 @@ def conf_dir() -> Path:
 def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]) -> int:
     """Compose from `argv` (overrides and Hydra's flags) and call `task`, once per job of a multirun.
 
+    A job of a multirun that fails is reported and the others run; one that a signal stopped is the last.
+
     Returns:
-        The largest exit code of the jobs.
+        The exit code of the job. Of a multirun: that of the stopped job; else `FAILED` where trying again may help
+        a job, else the largest.
 
     Raises:
-        ConfigErrors: all problems of the overrides and of the values. A job of a multirun prints its own.
+        ConfigErrors: all problems of the overrides and of the values.
+        Exception: whatever `task` raises, where it is the only job.
     """
     import hydra
     from omegaconf import DictConfig
 
     _check_overrides(argv)
-    codes = [0]
-    failure: list[UserError] = []
+    sweep = _Sweep()
+    failure: list[BaseException] = []
 
     def job(cfg: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         settings = HydraConfig.get()
         if settings.mode is not None and settings.mode.name == "MULTIRUN":
-            print(f"--- job {settings.job.num}: {settings.job.override_dirname}", flush=True)
+            sweep.run(f"{settings.job.num}: {settings.job.override_dirname}", lambda: task(_convert(cfg, settings)))
+            return
         try:
-            codes.append(task(_convert(cfg, settings)))
-        except UserError as error:
-            if settings.mode is not None and settings.mode.name == "MULTIRUN":
-                # The other jobs of the sweep go on.
-                print(f"error: {error}", file=sys.stderr)
-                codes.append(error.exit_code)
-            else:
-                # Raised again below: Hydra would print a traceback for it.
-                failure.append(error)
+            sweep.codes["0"] = task(_convert(cfg, settings))
+        except BaseException as error:
+            # Raised again below: Hydra would print a traceback of its own for it, and end with 1 whatever it is.
+            failure.append(error)
 
     # Hydra's parser wants its flags in front; `train key=value -m` is as good as `train -m key=value`.
     words, _ = _split_flags(argv)
@@ -82,12 +83,57 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]
     except SystemExit as stop:
         # Hydra has printed what is wrong; its code for that is 1, ours for the user's mistakes is 2.
         if stop.code not in (0, None):
-            return ConfigError.exit_code
+            return MISTAKE
+    except _SweepStopped:
+        pass
     finally:
         sys.argv = saved
     if failure:
         raise failure[-1]
-    return max(codes)
+    return sweep.conclude()
+
+
+class _SweepStopped(BaseException):
+    """Ends Hydra's loop over the jobs, which goes on after every `Exception`."""
+
+
+class _Sweep:
+    """What became of the jobs.
+
+    Attributes:
+        codes: number and overrides of a job -> its exit code.
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+
+    def run(self, name: str, task: Callable[[], int]) -> None:
+        print(f"--- job {name}", flush=True)
+        try:
+            code = task()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAILED
+        except Exception:
+            traceback.print_exc()
+            code = FAILED
+        self.codes[name] = code
+        if code in STOPPED:
+            print("the sweep was stopped: jobs after this one are not started", file=sys.stderr)
+            raise _SweepStopped
+
+    def conclude(self) -> int:
+        """Say which jobs failed, and return the exit code of all."""
+        failed = {name: code for name, code in self.codes.items() if code}
+        if len(self.codes) > 1 and failed:
+            jobs = "\n".join(f"  job {name}  (exit code {code})" for name, code in failed.items())
+            print(f"{len(failed)} of {len(self.codes)} jobs did not end well:\n{jobs}", file=sys.stderr)
+        codes = set(failed.values())
+        return next(
+            (code for code in STOPPED if code in codes), FAILED if FAILED in codes else max(codes, default=DONE)
+        )
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Composed:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import UserError
+from orchestrator.errors import INTERRUPTED, UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.train import rundir
@@ -23,8 +23,6 @@ from orchestrator.train import rundir
 if TYPE_CHECKING:
     from orchestrator.strategies.base import ParallelStrategy
     from orchestrator.train.build import Job
-
-INTERRUPTED = 130  # exit code of a run that a signal ended, after it was saved
 
 
 @dataclass(frozen=True)

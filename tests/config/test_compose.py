@@ -24,6 +24,12 @@ from orchestrator.config.compose import run_composed
 from orchestrator.errors import UserError
 def task(composed):
     print("task", composed.config.name, composed.config.optim.lr, composed.overrides)
+    if composed.config.name == "crash":
+        raise RuntimeError("a defect")
+    if composed.config.name.startswith("exit"):
+        sys.exit(int(composed.config.name[4:]))
+    if composed.config.name.startswith("code"):
+        return int(composed.config.name[4:])
     return 3 if composed.config.optim.lr < 5e-4 else 0
 try:
     sys.exit(run_composed(sys.argv[1:], "orchestrator train", task))
@@ -204,6 +210,38 @@ def test_a_wrong_job_of_a_multirun_is_said_once_and_the_others_run(run):
     assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("task")] == ["0.001", "0.002"]
     assert done.stderr.count("'optim.lr' is out of range") == 1
     assert done.returncode == 2
+
+
+def _names(done):
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("task")]
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_stopped_job_of_a_multirun_is_the_last(run, code):
+    done = run("-m", f"name=code0,code{code},code0,code1")
+    assert (_names(done), done.returncode) == (["code0", f"code{code}"], code)
+    assert "the sweep was stopped" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "code"), [("code0,crash,exit0,code2", 1), ("exit3,code2,code0", 3), ("exit0,code0", 0)]
+)
+def test_a_multirun_of_which_jobs_failed_says_which_and_is_no_success(run, names, code):
+    done = run("-m", f"name={names}")
+    assert (_names(done), done.returncode) == (names.split(","), code), "all of them were run"
+    failed = [name for name in names.split(",") if name not in ("code0", "exit0")]
+    assert (f"{len(failed)} of {len(names.split(','))} jobs did not end well" in done.stderr) is bool(failed)
+    assert all(f"name={name}  (exit code" in done.stderr for name in failed)
+    assert done.stderr.count("RuntimeError: a defect") == names.count("crash"), "every error is printed"
+    assert "HYDRA_FULL_ERROR" not in done.stderr
+
+
+def test_a_defect_keeps_its_own_traceback_and_exit_code(run):
+    done = run("name=crash")
+    assert done.returncode == 1
+    assert "RuntimeError: a defect" in done.stderr
+    assert "HYDRA_FULL_ERROR" not in done.stderr
 
 
 def test_cfg_job_prints_the_configuration_and_runs_nothing(run):
