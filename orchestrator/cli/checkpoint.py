@@ -256,7 +256,7 @@ def _prune(options: PruneOptions) -> int:
             raise ConfigError(f"'{key}' is out of range", got=value, allowed="1 or more")
     from orchestrator.checkpoint.storage import locate
     from orchestrator.train.pruning import prune_checkpoints
-    from orchestrator.train.resume import newest_run
+    from orchestrator.train.runs import newest_run
 
     path = newest_run(options.runs_dir) if options.path == "latest" else locate(options.path)
     keep = (options.keep_last, options.keep_every_steps)

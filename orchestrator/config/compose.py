@@ -33,6 +33,7 @@ class Composed:
     data: dict[str, Any]  # the same, as plain data
     choices: dict[str, str | None]  # option of each config group
     overrides: dict[str, bool]  # dotted keys given on the command line -> whether it is a group
+    job: int | None = None  # number of the job of a multirun
 
 
 def conf_dir() -> Path:
@@ -199,7 +200,8 @@ def _convert(cfg: Any, settings: Any) -> Composed:
     problems += check_ranges(config) if problems or elsewhere else validate(config)
     if problems:
         raise ConfigErrors(problems)
-    return Composed(config, data, choices, overrides)
+    multirun = settings.mode is not None and settings.mode.name == "MULTIRUN"
+    return Composed(config, data, choices, overrides, settings.job.num if multirun else None)
 
 
 def _compose_api(overrides: list[str], config_dir: str | None) -> Composed:

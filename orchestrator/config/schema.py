@@ -220,7 +220,8 @@ class RunConfig:
     name: str = "run"
     seed: int = 0
     runs_dir: str = "runs"
-    resume: str | None = None  # "latest", a run directory or a checkpoint directory; a path or a URL
+    run_id: str | None = None  # the last part of the run's directory, instead of the time; resume=auto finds it by that
+    resume: str | None = None  # "latest", "auto", a run directory or a checkpoint directory; a path or a URL
     experiment: str | None = None  # the option that was chosen, for the record
     hardware: HardwareConfig = HardwareConfig()
     model: ModelConfig = ModelConfig()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 from orchestrator.config.schema import CheckpointConfig, HardwareConfig, ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 
+_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _POSITIVE = (
     "hardware.devices",
     "hardware.threads",
@@ -96,6 +98,9 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
     problems += [_out(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
     if not config.data.sources:
         problems.append(_out("data.sources", "an empty list", "one source or more"))
+    if config.run_id is not None and not _RUN_ID.fullmatch(config.run_id):
+        allowed = "up to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
+        problems.append(_out("run_id", repr(config.run_id), allowed))
     if not config.name or "/" in config.name or "\0" in config.name or config.name in (".", ".."):
         problems.append(_out("name", repr(config.name), "a folder name"))
     return problems

@@ -37,6 +37,7 @@ class Metrics(lightning.Callback):
         leg: which start of the run this is, from 0.
         start_step: steps completed before this leg.
         run_config: the configuration, for W&B.
+        run_uuid: what W&B knows the run by: two runs that start in one second stay two, and one that moved stays one.
         history: what of the rows travels in checkpoints.
     """
 
@@ -55,6 +56,7 @@ class Metrics(lightning.Callback):
         leg: int,
         start_step: int,
         run_config: dict[str, Any],
+        run_uuid: str,
         history: History,
     ):
         self.every = config.every_steps
@@ -69,7 +71,7 @@ class Metrics(lightning.Callback):
             if config.tensorboard:
                 self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
             if config.wandb.enabled:
-                self._sinks.append(_Wandb(run_dir, config, run_config))
+                self._sinks.append(_Wandb(run_dir, config, run_config, run_uuid))
         self._since = time.perf_counter()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -176,19 +178,18 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run_dir: Path, config: LoggerConfig, run_config: dict[str, Any]):
+    def __init__(self, run_dir: Path, config: LoggerConfig, run_config: dict[str, Any], run_uuid: str):
         try:
             import wandb
         except ImportError:
             raise MissingExtraError("wandb", "wandb", "logger.wandb.enabled=true") from None
         settings = config.wandb
-        # One W&B run per run directory, whatever number of legs it takes.
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
             mode=settings.mode,
             dir=str(run_dir),
-            id=run_dir.name,
+            id=run_uuid,
             name=f"{run_dir.parent.name}/{run_dir.name}",
             resume="allow",
             config=run_config,

@@ -31,6 +31,7 @@ from orchestrator.resilience.preemption import StopOnSignal
 from orchestrator.sharding import rules
 from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.train import identity
 from orchestrator.train.check import resolve_model
 from orchestrator.train.checkpointing import Checkpoints
 from orchestrator.train.evaluation import Evaluation, Samples
@@ -150,6 +151,8 @@ def _assemble(
     train, step, main = config.train, module.step, parallel.rank == 0
     facts, utilisation = _facts(config, module.model.config, data, parallel)
     side = provenance(parallel)
+    # Rank 0 alone writes what carries it; the run directory may not be there on other hosts.
+    run_uuid = identity.uuid_of(place.run_dir) if main else ""
     history = History(read_history(restored)[1] if restored and main else ())
     metrics = Metrics(
         place.run_dir,
@@ -164,6 +167,7 @@ def _assemble(
         leg=leg,
         start_step=step,
         run_config=to_dict(config),
+        run_uuid=run_uuid,
         history=history,
     )
     progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
@@ -171,7 +175,7 @@ def _assemble(
     stop = StopOnSignal(parallel)
     held_out = _stream(config, data, "validation")
     reference = make_batch(config, held_out) if config.checkpoint.handover.enabled else None
-    keep = (data.tokenizer, side, metrics, history, reference, say)
+    keep = (data.tokenizer, {**side, "run": run_uuid}, metrics, history, reference, say)
     checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
     evaluation = Evaluation(
         parallel, metrics, train.eval_every, _validation(config, held_out, parallel, module.micro_batch), say

@@ -13,7 +13,7 @@ from torch import Tensor
 from orchestrator.config.schema import RunConfig
 from orchestrator.models.decoder import Decoder
 from orchestrator.strategies.base import Batch, ParallelStrategy
-from orchestrator.train.optim import learning_rate
+from orchestrator.train.schedule import learning_rate
 
 IGNORED = -100  # target of a position that does not count
 

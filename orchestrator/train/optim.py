@@ -1,13 +1,11 @@
-"""The optimizer and the learning rate, which is a function of the step and needs no state."""
+"""The optimizer."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
 
-from orchestrator.config.schema import OptimConfig, ScheduleConfig
+from orchestrator.config.schema import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -37,20 +35,3 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
-
-
-def learning_rate(step: int, max_steps: int, lr: float, schedule: ScheduleConfig) -> float:
-    """Learning rate of the step that follows `step` completed ones.
-
-    Linear warm-up to `lr`, then by `schedule.kind`, down to `min_lr_ratio * lr` at `max_steps`.
-    """
-    if step < schedule.warmup_steps:
-        return lr * (step + 1) / schedule.warmup_steps
-    if schedule.kind == "constant":
-        return lr
-    start = schedule.warmup_steps
-    if schedule.kind == "wsd":
-        start = max(start, round(max_steps * (1 - schedule.decay_fraction)))
-    progress = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
-    fall = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
-    return lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * fall)

@@ -17,7 +17,10 @@ from orchestrator.config.compose import Composed, read_plain
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import CheckpointConfig, RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, UserError
-from orchestrator.train import rundir
+from orchestrator.train import identity, rundir
+from orchestrator.train.runs import Wanted, is_empty, latest_runs, runs_below
+
+LATEST, AUTO = "latest", "auto"
 
 # Of a checkpoint's configuration, what could make this machine run, write or sign something for whoever wrote it.
 _OF_THIS_MACHINE = ("runs_dir", "data.cache_dir", "hardware.environment")
@@ -26,15 +29,20 @@ _TRUST = ("checkpoint.signing_key", "checkpoint.trusted_keys", "checkpoint.requi
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Attributes:
-    checkpoint: committed and checked.
-    run_dir: the run to go on in; None where the checkpoint is not that run's newest: a new run branches off.
-    saved: the configuration of the checkpoint's run, as plain data.
+    """A checkpoint to go on from.
+
+    Attributes:
+        checkpoint: committed and checked.
+        run_dir: the run to go on in; None where that is not here, or the checkpoint is not its newest: then a new
+            directory begins.
+        saved: the configuration of the checkpoint's run, as plain data.
+        newest: no later checkpoint lies beside it. An older one branches off: that is another run.
     """
 
     checkpoint: AnyPath
     run_dir: Path | None
     saved: dict[str, Any]
+    newest: bool = True
 
 
 def find(
@@ -43,10 +51,12 @@ def find(
     verify: bool,
     report: Callable[[str], object],
     settings: CheckpointConfig = CheckpointConfig(),
+    wanted: Wanted = Wanted(),
 ) -> ResumePoint:
-    """Find what `resume` means: `latest`, a run directory, a directory of checkpoints or a checkpoint; a path or a URL.
+    """Find what `resume` means: `latest`, a directory of a run, of runs or of checkpoints, or a checkpoint; path or URL.
 
     Args:
+        wanted: `latest` means the latest run of which this is true.
         verify: check the hashes of all but the tensors, which are checked when they are read.
         settings: as given on the command line. `latest` also looks below its `dir`, and its keys say who is trusted;
             a run directory's own configuration can add to that, a checkpoint's never.
@@ -55,10 +65,11 @@ def find(
         CheckpointError: there is no such thing, nothing valid in it, or it is not trusted.
     """
     trusted = trust(settings.trusted_keys, settings.require_signature)
-    if resume == "latest":
-        places = latest_runs(Path(runs_dir))
-        elsewhere = [] if settings.dir == "auto" else _kept_elsewhere(locate(settings.dir), places)
-        return _in_runs([*places, *elsewhere], runs_dir, verify, report, trusted)
+    if resume == LATEST:
+        places: list[AnyPath] = [*latest_runs(Path(runs_dir))]
+        if settings.dir != "auto":
+            places += _kept_elsewhere(locate(settings.dir), places)
+        return _in_runs(places, runs_dir, verify, report, trusted, wanted)
     path = locate(resume)
     whole = path if is_remote(path) else path.resolve()
     if is_checkpoint(resume):
@@ -66,16 +77,46 @@ def find(
         if verify:
             checkpoint.verify_beside()
         saved = checkpoint.config()
-        newest = committed(whole.parent)
-        goes_on = bool(newest) and str(newest[0]) == str(whole)
-        return ResumePoint(path, run_of(whole, saved) if goes_on else None, saved)
+        beside = [str(one) for one in committed(whole.parent)]
+        goes_on = beside[:1] == [str(whole)]
+        return ResumePoint(path, run_of(whole, saved) if goes_on else None, saved, goes_on or str(whole) not in beside)
     if _has(path, rundir.CONFIG) or committed(path):
         return _in_runs([path], resume, verify, report, trusted)
+    if not is_remote(path) and (places := [*runs_below(path)]):
+        return _in_runs(places, resume, verify, report, trusted)
     raise CheckpointError(
-        "there is nothing to resume from here",
+        "no checkpoint was found here",
         got=resume,
-        allowed="latest, a run directory, or a checkpoint directory (step-...)",
+        allowed="latest, a run directory, the folder of its name, or a checkpoint directory (step-...)",
     )
+
+
+def find_own(
+    composed: Composed, name: str, verify: bool, report: Callable[[str], object]
+) -> tuple[ResumePoint | None, Path]:
+    """Find where the run that is known by `name` is to go on.
+
+    Args:
+        verify: as in `find`.
+
+    Returns:
+        Its newest valid checkpoint, None where it has saved none yet; and its directory, which may not be there.
+
+    Raises:
+        CheckpointError: it has saved checkpoints, and none of them is valid.
+    """
+    config = composed.config
+    run_dir = rundir.named(config, name)
+    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+    if _has(run_dir, rundir.CONFIG):
+        place: AnyPath = run_dir
+        saved = rundir.checkpoints_dir(run_dir, from_dict(RunConfig, read_plain(run_dir / rundir.CONFIG)))
+    else:
+        # Its directory may have gone with the host that it was on.
+        place = saved = rundir.checkpoints_dir(run_dir, config)
+    if not committed(saved):
+        return None, run_dir
+    return _in_runs([place], str(saved), verify, report, trusted), run_dir
 
 
 def is_checkpoint(resume: str) -> bool:
@@ -84,7 +125,7 @@ def is_checkpoint(resume: str) -> bool:
     Raises:
         CheckpointError: the place cannot be read.
     """
-    if resume == "latest":
+    if resume in (LATEST, AUTO):
         return False
     path = locate(resume)
     name = path.name if is_remote(path) else path.resolve().name
@@ -107,7 +148,7 @@ def run_of(checkpoint: AnyPath, saved: Mapping[str, Any]) -> Path | None:
     return next((path for path in (*around, named) if (path / rundir.CONFIG).exists()), None)
 
 
-def _kept_elsewhere(parent: AnyPath, runs: Sequence[Path]) -> list[AnyPath]:
+def _kept_elsewhere(parent: AnyPath, runs: Sequence[AnyPath]) -> list[AnyPath]:
     """Directories of checkpoints `<parent>/<name>/<time>` of runs that are not here, the newest first."""
     here = {(run.parent.name, run.name) for run in runs}
     try:
@@ -118,48 +159,61 @@ def _kept_elsewhere(parent: AnyPath, runs: Sequence[Path]) -> list[AnyPath]:
     return [run for _, _, run in sorted(dated, reverse=True)]
 
 
-def latest_runs(runs_dir: Path) -> list[Path]:
-    """Run directories, the one that was worked on last first."""
-    runs = [path.parent for path in runs_dir.glob(f"*/*/{rundir.CONFIG}")]
-
-    def worked_on(run: Path) -> float:
-        return max(path.stat().st_mtime for path in (run / rundir.CONFIG, run / "metrics.jsonl") if path.exists())
-
-    return sorted(runs, key=worked_on, reverse=True)
-
-
-def newest_run(runs_dir: str) -> Path:
-    """The run directory that was worked on last.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for run in latest_runs(Path(runs_dir)):
-        return run
-    raise CheckpointError("there are no runs here", got=runs_dir, fix="give runs_dir, or the run's directory")
-
-
 def _in_runs(
-    places: Sequence[AnyPath], where: str, verify: bool, report: Callable[[str], object], trusted: Trust
+    places: Sequence[AnyPath],
+    where: str,
+    verify: bool,
+    report: Callable[[str], object],
+    trusted: Trust,
+    wanted: Wanted = Wanted(),
 ) -> ResumePoint:
-    """The newest valid checkpoint of the first of `places` that has one: run directories, or directories of them."""
+    """Find the newest valid checkpoint of the first of `places` that has one: run directories, or such of checkpoints.
+
+    A run that has none yet is passed over for an older one of its own name only: what is older and has another name is
+    another experiment, which nobody asked to train on.
+    """
+    others: list[str] = []
+    without: AnyPath | None = None
     for place in places:
-        run_dir, parent, trusted_here = None, place, trusted
-        if _has(place, rundir.CONFIG):
-            try:
-                config = from_dict(RunConfig, read_plain(place / rundir.CONFIG))
-            except UserError as error:
-                report(f"skipping {place}: {error}")
-                continue
-            run_dir, parent = place, rundir.checkpoints_dir(place, config)
-            if not trusted.keys:
-                own = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
-                trusted_here = Trust(own.keys, own.required or trusted.required)
-        found = newest_valid(parent, verify, report, trusted_here)
-        if found is not None:
-            return ResumePoint(found, run_dir, Checkpoint(found, trusted_here).config())
-        report(f"skipping {place}: it has no valid checkpoint")
+        point = _in_run(place, verify, report, trusted)
+        if point is None:
+            if isinstance(place, Path) and is_empty(place):
+                continue  # a start that failed before its first step: nothing was lost, so nothing is to be said
+            report(f"skipping {place}: it has no valid checkpoint")
+            without = without or place
+        elif miss := wanted.missed_by(point.saved):
+            others.append(f"{place} ({miss})")
+        elif without is not None and wanted.name is None and without.parent.name != place.parent.name:
+            raise CheckpointError(
+                "the newest run has no valid checkpoint yet, and the one before it has another name",
+                got=f"{without}; before it {place}",
+                fix=f"say which one you mean: resume={place}, or name=...",
+            )
+        else:
+            return point
+    if others:
+        raise CheckpointError(
+            f"no run here is the one that is asked for: {wanted}",
+            got="; ".join(others[:5]) + ("; ..." if len(others) > 5 else ""),
+            fix="start a new run: leave out resume. To go on with one of these: resume=DIRECTORY",
+        )
     raise CheckpointError("no valid checkpoint was found", got=where, fix="start a new run: leave out resume")
+
+
+def _in_run(place: AnyPath, verify: bool, report: Callable[[str], object], trusted: Trust) -> ResumePoint | None:
+    run_dir, parent = None, place
+    if _has(place, rundir.CONFIG):
+        try:
+            config = from_dict(RunConfig, read_plain(place / rundir.CONFIG))
+        except UserError as error:
+            report(f"skipping {place}: {error}")
+            return None
+        run_dir, parent = place, rundir.checkpoints_dir(place, config)
+        if not trusted.keys:
+            own = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+            trusted = Trust(own.keys, own.required or trusted.required)
+    found = newest_valid(parent, verify, report, trusted)
+    return None if found is None else ResumePoint(found, run_dir, Checkpoint(found, trusted).config())
 
 
 def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object] = lambda text: None) -> RunConfig:
@@ -181,6 +235,8 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
     result["resume"] = composed.config.resume
+    # What is allowed is allowed once.
+    result["resume_allow"] = list(composed.config.resume_allow)
     return from_dict(RunConfig, result)
 
 
@@ -191,7 +247,8 @@ def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> No
         ConfigError: an experiment is asked for that is not that of `result`.
     """
     for key in keys:
-        if key.split(".")[0] == "hydra":
+        # The weights that a run began with are behind it; the same command line is given at each start (resume=auto).
+        if key.split(".")[0] == "hydra" or key == "train.init_from":
             continue
         if key == "experiment":
             if composed.data["experiment"] != result.get("experiment"):

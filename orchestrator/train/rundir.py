@@ -1,4 +1,4 @@
-"""The directory of a run: `<runs_dir>/<name>/<time>/`.
+"""The directory of a run: `<runs_dir>/<name>/<time>/`, or `<runs_dir>/<name>/<run_id>/`.
 
 config.yaml      the resolved configuration
 run.json         facts of the run and its legs (one leg per start)
@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,23 @@ from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.observe.history import HISTORY, METRICS, read_content
+from orchestrator.train import identity
 
 CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.jsonl"
-IDENTITY, OWNER = ".run-id", "owner.json"
+OWNER = "owner.json"
+_PATIENCE_SECONDS = 60.0  # of a restarted job, whose last process may not have ended yet
 
 
-def create(config: RunConfig) -> Path:
-    """A new run directory, named by the time; never one that is there already.
+def named(config: RunConfig, name: str) -> Path:
+    """Return the directory of the run that is known by `name` and not by the time of its start."""
+    return Path(config.runs_dir) / config.name / name
+
+
+def create(config: RunConfig, name: str | None = None) -> Path:
+    """Make the directory of a new run, named by the time: never one that is there already.
+
+    Args:
+        name: instead of the time. A directory of that name is taken over: the caller has seen that it may be.
 
     Raises:
         ConfigError: `runs_dir` cannot be written.
@@ -47,6 +56,9 @@ def create(config: RunConfig) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            named(config, name).mkdir(exist_ok=True)
+            return named(config, name)
         for number in itertools.count(1):
             path = parent / (stamp if number == 1 else f"{stamp}-{number}")
             with contextlib.suppress(FileExistsError):
@@ -71,15 +83,19 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
     _replace(path, text)
 
 
-def lock(directory: Path, what: str = "run directory") -> FileLock:
+def lock(directory: Path, what: str = "run directory", patient: bool = False) -> FileLock:
     """Hold a directory for this process; the lock goes with the process, however it ends.
+
+    Args:
+        what: the directory is, in a message.
+        patient: wait a minute for another process to let go of it.
 
     Raises:
         CheckpointError: another process trains in it.
     """
     held = FileLock(directory / ".lock")
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=_PATIENCE_SECONDS if patient else 0)
     except Timeout:
         raise CheckpointError(
             f"another process is training in this {what}",
@@ -100,26 +116,23 @@ def checkpoints_dir(run_dir: Path, config: RunConfig) -> AnyPath:
     return locate(config.checkpoint.dir) / run_dir.parent.name / run_dir.name
 
 
-def hold(checkpoints: AnyPath, run_dir: Path) -> contextlib.AbstractContextManager[object]:
+def hold(checkpoints: AnyPath, run_dir: Path, name: str | None = None) -> contextlib.AbstractContextManager[object]:
     """Hold a directory of checkpoints that does not lie in the run's own, and see that it can be written.
 
-    A store knows no locks. There the first run leaves its name, which stays; another run is refused. Two processes
+    A store knows no locks. There the first run leaves its uuid, which stays; another run is refused. Two processes
     of the same run are told apart by the lock of its run directory.
+
+    Args:
+        name: by which the run is found at a restart; None for a run that has the time alone. A job that starts again
+            on a host without its run directory is known by it, and takes over the uuid that it left.
 
     Raises:
         CheckpointError: another run or process writes there, or nobody can.
     """
     try:
         if is_remote(checkpoints):
-            ours = _identity(run_dir)
-            owner = claim(checkpoints / OWNER, json.dumps({"run": ours, "run_dir": str(run_dir.resolve())}).encode())
-            if parse_json(owner).get("run") == ours:
-                return contextlib.nullcontext()
-            raise CheckpointError(
-                "another run keeps its checkpoints there",
-                got=f"{checkpoints}, of {ascii(owner.decode(errors='replace'))[:200]}",
-                fix="give another checkpoint.dir or name, or go on with that run's directory",
-            )
+            _claim(checkpoints, run_dir, name)
+            return contextlib.nullcontext()
         checkpoints.mkdir(parents=True, exist_ok=True)
         return lock(checkpoints, "directory of checkpoints")
     except (OSError, ValueError, AttributeError) as error:
@@ -130,12 +143,21 @@ def hold(checkpoints: AnyPath, run_dir: Path) -> contextlib.AbstractContextManag
         ) from error
 
 
-def _identity(run_dir: Path) -> str:
-    """A name that no other run has, made at the first call. Whoever calls holds the run directory."""
-    path = run_dir / IDENTITY
-    if not path.exists():
-        _replace(path, uuid.uuid4().hex)
-    return path.read_text().strip()
+def _claim(checkpoints: AnyPath, run_dir: Path, name: str | None) -> None:
+    ours = identity.uuid_of(run_dir)
+    entry = {"run": ours, "run_id": name, "run_dir": str(run_dir.resolve())}
+    owner = claim(checkpoints / OWNER, json.dumps(entry).encode())
+    there = parse_json(owner)
+    if there.get("run") == ours:
+        return
+    if name is not None and there.get("run_id") == name and identity.is_uuid(there.get("run")):
+        identity.adopt_uuid(run_dir, there["run"])
+        return
+    raise CheckpointError(
+        "another run keeps its checkpoints there",
+        got=f"{checkpoints}, of {ascii(owner.decode(errors='replace'))[:200]}",
+        fix="give another checkpoint.dir or name, or go on with that run's directory",
+    )
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import run_local
-from orchestrator.train import initial, resume, rundir
+from orchestrator.train import identity, initial, resume, rundir, runs
 from orchestrator.train.check import check_run
 from orchestrator.train.layout import settle_layout
 from orchestrator.train.run import Place
@@ -36,11 +37,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all processes must agree on."""
+    """What all processes must agree on.
+
+    Attributes:
+        run_dir: to go on in; None for a new one.
+        name: of the new run directory, by which a restarted job finds it; None to name it by the time.
+        uuid: of the run, where it began in another place.
+        patient: wait for an earlier process of the same job to end.
+        finished: why there is nothing left to do.
+    """
 
     config: RunConfig
-    resume_from: AnyPath | None
-    run_dir: Path | None  # None: a new one
+    resume_from: AnyPath | None = None
+    run_dir: Path | None = None
+    name: str | None = None
+    uuid: str | None = None
+    patient: bool = False
+    finished: str | None = None
 
 
 def start(composed: Composed) -> int:
@@ -50,46 +63,98 @@ def start(composed: Composed) -> int:
         UserError: what is wrong, before anything was started or written.
     """
     world = find_world(composed.config.hardware, os.environ)
-    if world is None:
-        return _start_local(_settle(composed, main=True, alone=True))
-    return _join_external(_settle(composed, main=world.rank == 0, alone=False), world)
+    main = world is None or world.rank == 0
+    plan = _settle(composed, main=main, alone=world is None)
+    if plan.finished is not None:
+        if main:
+            print(plan.finished, flush=True)
+        return 0
+    return _start_local(plan) if world is None else _join_external(plan, world)
 
 
 def _settle(composed: Composed, main: bool, alone: bool) -> Plan:
     config = composed.config
     check = main and config.checkpoint.verify_on_load
     if config.resume is None:
-        started = initial.settle(composed, check, warn)
-        _check_places(started, signs=main)
-        return Plan(started, None, None)
-    if "train.init_from" in composed.overrides:
+        if config.run_id is not None and main:
+            _refuse_taken(rundir.named(config, config.run_id))
+        return _new(composed, check, main, config.run_id)
+    if "train.init_from" in composed.overrides and config.resume != resume.AUTO:
         raise ConfigError(
             "a resumed run has its weights",
             got=f"resume={config.resume} and train.init_from={config.train.init_from}",
             fix="leave out one of them",
         )
-    point = resume.find(config.resume, config.runs_dir, check, warn, config.checkpoint)
+    if config.resume != resume.AUTO:
+        point = resume.find(
+            config.resume, config.runs_dir, check, warn, config.checkpoint, runs.wanted_by(composed)
+        )
+        return _going_on(composed, point, config.run_id, check, main, alone)
+    name = identity.name_of(config, composed.job)
+    own, run_dir = resume.find_own(composed, name, check, warn)
+    if main:
+        goes_on = f"goes on from {own.checkpoint.name}" if own else "starts: it has no checkpoint yet"
+        print(f"run        {run_dir} {goes_on}", file=sys.stderr)
+    if own is None:
+        return replace(_new(composed, check, main, name), patient=True)
+    return replace(_going_on(composed, own, name, check, main, alone), patient=True)
+
+
+def _refuse_taken(run_dir: Path) -> None:
+    if run_dir.exists() and not runs.is_empty(run_dir):
+        raise ConfigError(
+            "there is a run of this run_id already",
+            got=run_dir,
+            fix="resume=auto goes on with it; or give another run_id",
+        )
+
+
+def _new(composed: Composed, check: bool, main: bool, name: str | None) -> Plan:
+    started = initial.settle(composed, check, warn)
+    _check_places(started, signs=main)
+    return Plan(started, name=name)
+
+
+def _going_on(
+    composed: Composed, point: resume.ResumePoint, name: str | None, check: bool, main: bool, alone: bool
+) -> Plan:
+    """Go on from a checkpoint: in its run's directory, or in a new one called `name`."""
     merged = resume.merge(point, composed, warn)
+    if point.run_dir is None:
+        # What branches off is another run, and so is not found by the name of the one that it comes from.
+        merged = replace(merged, run_id=composed.config.run_id)
     if problems := validate(merged):
         raise ConfigErrors(problems)
     _check_places(merged, signs=main)
     checkpoint = Checkpoint(point.checkpoint)
-    if "data" not in checkpoint.state():
+    state = checkpoint.state()
+    if "data" not in state:
         raise CheckpointError(
             "the checkpoint holds weights alone: there is no run in it to resume",
             got=point.checkpoint,
             fix=f"start a new run from its weights: train.init_from={point.checkpoint}",
         )
+    plan = Plan(merged, point.checkpoint, point.run_dir, name, _moved(point, state.get("run"), merged.runs_dir))
     step = checkpoint.step
-    if step >= merged.train.max_steps:
-        if alone and check and (older := _before_damaged(point.checkpoint, merged)):
-            return Plan(merged, older, point.run_dir)
-        raise CheckpointError(
-            "the run is finished: there are no steps left to train",
-            got=f"step {step} of train.max_steps={merged.train.max_steps} in {point.checkpoint}",
-            fix=f"set train.max_steps to more than {step} to train on",
-        )
-    return Plan(merged, point.checkpoint, point.run_dir)
+    if step < merged.train.max_steps:
+        return plan
+    if alone and check and (older := _before_damaged(point.checkpoint, merged)):
+        return replace(plan, resume_from=older)
+    done = f"step {step} of train.max_steps={merged.train.max_steps} in {point.checkpoint}"
+    if composed.config.resume == resume.AUTO:
+        return replace(plan, finished=f"finished   the run has all its steps: {done}")
+    raise CheckpointError(
+        "the run is finished: there are no steps left to train",
+        got=done,
+        fix=f"set train.max_steps to more than {step} to train on",
+    )
+
+
+def _moved(point: resume.ResumePoint, uuid: object, runs_dir: str) -> str | None:
+    """Return the uuid of the checkpoint's run, where the run goes on here and its directory was left elsewhere."""
+    if point.run_dir is not None or not point.newest or not identity.is_uuid(uuid):
+        return None
+    return None if runs.with_uuid(Path(runs_dir), str(uuid)) else str(uuid)
 
 
 def _before_damaged(last: AnyPath, config: RunConfig) -> AnyPath | None:
@@ -127,7 +192,10 @@ def _start_local(plan: Plan) -> int:
         place = _open_run(plan, held)
         common, processes = _variables(place), target.processes(devices)
         environments = [{**target.environment(config.hardware, rank, processes), **common} for rank in range(processes)]
-        return run_local([sys.executable, "-m", "orchestrator.train.run"], environments)
+        try:
+            return run_local([sys.executable, "-m", "orchestrator.train.run"], environments)
+        finally:
+            runs.discard_empty(place.run_dir)
 
 
 def _join_external(plan: Plan, world: World) -> int:
@@ -144,7 +212,12 @@ def _join_external(plan: Plan, world: World) -> int:
     from orchestrator.train.run import work
 
     with contextlib.ExitStack() as held:
-        return work(plan.config, world, lambda parallel: _agree(plan, parallel, held))
+        opened: list[Place] = []
+        try:
+            return work(plan.config, world, lambda parallel: _agree(plan, parallel, held, opened))
+        finally:
+            for place in opened if world.rank == 0 else []:
+                runs.discard_empty(place.run_dir)
 
 
 def _planned(config: RunConfig, target: Target, devices: int, main: bool) -> RunConfig:
@@ -161,11 +234,12 @@ def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1
     check_run(config, devices, data.vocab_size, slices)
 
 
-def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:
-    """Rank 0 opens the run directory and tells the others."""
+def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack, opened: list[Place]) -> Place:
+    """Open the run directory on rank 0, which tells the others; what was opened is added to `opened`."""
     text = ""
     if parallel.rank == 0:
         place = _open_run(plan, held)
+        opened.append(place)
         text = json.dumps([str(place.run_dir), str(place.checkpoints), str(place.resume_from or "")])
     run_dir, checkpoints, resume_from = json.loads(parallel.agree(text))
     return Place(Path(run_dir), locate(checkpoints), locate(resume_from) if resume_from else None)
@@ -173,13 +247,17 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -
 
 def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
     """Make what the run is kept in and hold it for this process."""
-    run_dir = plan.run_dir or rundir.create(plan.config)
-    held.enter_context(rundir.lock(run_dir))
+    run_dir = plan.run_dir or rundir.create(plan.config, plan.name)
+    held.enter_context(rundir.lock(run_dir, patient=plan.patient))
+    if plan.run_dir is None and plan.uuid is not None:
+        identity.adopt_uuid(run_dir, plan.uuid)
     if plan.run_dir is None and plan.resume_from is not None:
         rundir.adopt_history(run_dir, Checkpoint(plan.resume_from))
     checkpoints = rundir.checkpoints_dir(run_dir, plan.config)
     if plan.config.checkpoint.dir != "auto":
-        held.enter_context(rundir.hold(checkpoints, run_dir))
+        held.enter_context(rundir.hold(checkpoints, run_dir, plan.name))
+    facts = {"id": identity.uuid_of(run_dir), "run_id": plan.name, "command": shlex.join(sys.argv[1:])}
+    rundir.write_run(run_dir, {**rundir.read_run(run_dir), **facts})
     rundir.write_config(run_dir, plan.config)
     remove_uncommitted(checkpoints)
     return Place(run_dir, checkpoints, plan.resume_from)

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path):
     found = imported(tmp_path)
     with pytest.raises(ConfigErrors, match=r"train\.seq_len=128"):
         start(compose(words(tmp_path, f"train.init_from={found}", "train.seq_len=128")))
-    with pytest.raises(CheckpointError, match="nothing to resume from"):
+    with pytest.raises(CheckpointError, match="no checkpoint was found here"):
         start(compose(words(tmp_path, f"train.init_from={tmp_path / 'nowhere'}")))
     with pytest.raises(CheckpointError, match="another tokenizer") as caught:
         start(compose(words(tmp_path, f"train.init_from={found}", "data.tokenizer.kind=bytes")))

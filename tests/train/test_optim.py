@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orchestrator.config.schema import OptimConfig, ScheduleConfig
-from orchestrator.train.optim import build_optimizer, learning_rate
+from orchestrator.train.optim import build_optimizer
+from orchestrator.train.schedule import learning_rate
 
 PEAK = 2.0
 KINDS = ("cosine", "wsd", "linear", "constant")

@@ -144,7 +144,7 @@ def test_nothing_there_at_all(runs, tmp_path):
         runs.find("latest")
     (tmp_path / "file").write_text("")
     for what in (tmp_path / "nowhere", tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(CheckpointError, match="nothing to resume from here") as caught:
+        with pytest.raises(CheckpointError, match="no checkpoint was found here") as caught:
             runs.find(what)
         assert "latest, a run directory" in caught.value.allowed
 

@@ -1,0 +1,141 @@
+"""The runs that are kept in a folder: which there are, which was worked on last, which the command line means. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoint.catalogue import committed
+from orchestrator.config.compose import Composed, read_config
+from orchestrator.errors import CheckpointError, UserError
+from orchestrator.observe.history import METRICS
+from orchestrator.train import identity, rundir
+
+# What a start leaves that ended before its first step.
+_OF_A_START = {
+    rundir.CONFIG,
+    f"{rundir.CONFIG}.partial",
+    rundir.RUN,
+    f"{rundir.RUN}.partial",
+    identity.IDENTITY,
+    METRICS,
+    rundir.SAMPLES,
+    ".lock",
+    "report.html",
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line says of the run that it means; None where it says nothing.
+
+    Attributes:
+        name: of the run, the folder that holds its directory.
+        experiment: the option of the experiment group.
+        model: the name of the model, where a model group was chosen.
+        run_id: the last part of the run's directory.
+    """
+
+    name: str | None = None
+    experiment: str | None = None
+    model: str | None = None
+    run_id: str | None = None
+
+    def missed_by(self, saved: Mapping[str, Any]) -> str | None:
+        """Return what of the configuration `saved`, as plain data, is not what is wanted; None where all is."""
+        model = saved.get("model")
+        has = {
+            "name": saved.get("name"),
+            "experiment": saved.get("experiment"),
+            "model": model.get("name") if isinstance(model, Mapping) else None,
+            "run_id": saved.get("run_id"),
+        }
+        for key, value in has.items():
+            wanted = getattr(self, key)
+            if wanted is not None and value != wanted:
+                return f"{key}={value}"
+        return None
+
+    def __str__(self) -> str:
+        keys = ("name", "experiment", "model", "run_id")
+        return " ".join(f"{key}={value}" for key in keys if (value := getattr(self, key)) is not None)
+
+
+def wanted_by(composed: Composed) -> Wanted:
+    """Return what a command line with `resume=latest` says of the run that it means."""
+    given, config = composed.overrides, composed.config
+    return Wanted(
+        name=config.name if "name" in given else None,
+        experiment=config.experiment if "experiment" in given else None,
+        model=config.model.name if given.get("model") else None,
+        run_id=config.run_id if "run_id" in given else None,
+    )
+
+
+def latest_runs(runs_dir: Path) -> list[Path]:
+    """Return the run directories `<runs_dir>/<name>/<time>`, the one that was worked on last first."""
+    return _by_time(path.parent for path in runs_dir.glob(f"*/*/{rundir.CONFIG}"))
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Return the run directories of a folder of one name (`<runs_dir>/<name>`) or of all, the newest first."""
+    return _by_time(path.parent for path in folder.glob(f"*/{rundir.CONFIG}")) or latest_runs(folder)
+
+
+def newest_run(runs_dir: str) -> Path:
+    """Return the run directory with checkpoints that was worked on last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for run in latest_runs(Path(runs_dir)):
+        try:
+            if committed(rundir.checkpoints_dir(run, read_config(run / rundir.CONFIG))):
+                return run
+        except UserError:
+            continue  # its configuration cannot be read, or its store: so nothing of it can be worked on
+    raise CheckpointError("there are no runs with checkpoints here", got=runs_dir, fix="give the run's directory")
+
+
+def is_empty(run_dir: Path) -> bool:
+    """Return whether nothing was trained in a run directory: its start failed, and it holds nothing of worth."""
+    try:
+        names = {path.name for path in run_dir.iterdir()}
+        if (run_dir / METRICS).exists() and (run_dir / METRICS).stat().st_size:
+            return False
+        folders = [path for name in names - _OF_A_START for path in [run_dir / name]]
+        return all(
+            path.name in ("checkpoints", "tensorboard") and path.is_dir() and not committed(path) for path in folders
+        )
+    except (OSError, CheckpointError):
+        return False
+
+
+def discard_empty(run_dir: Path) -> None:
+    """Remove a run directory in which nothing was trained, and the folder of its name if that is then empty."""
+    if is_empty(run_dir):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run_dir.parent.rmdir()
+
+
+def with_uuid(runs_dir: Path, value: str) -> Path | None:
+    """Return the run directory of the run `value`; None where it is not in this folder."""
+    for path in runs_dir.glob(f"*/*/{identity.IDENTITY}"):
+        try:
+            if path.read_text().strip() == value:
+                return path.parent
+        except OSError:
+            continue
+    return None
+
+
+def _by_time(runs: Iterable[Path]) -> list[Path]:
+    def worked_on(run: Path) -> float:
+        return max(path.stat().st_mtime for path in (run / rundir.CONFIG, run / METRICS) if path.exists())
+
+    return sorted(runs, key=worked_on, reverse=True)
