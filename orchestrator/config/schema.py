@@ -222,6 +222,7 @@ class RunConfig:
     runs_dir: str = "runs"
     run_id: str | None = None  # the last part of the run's directory, instead of the time; resume=auto finds it by that
     resume: str | None = None  # "latest", "auto", a run directory or a checkpoint directory; a path or a URL
+    resume_allow: tuple[Literal["batch", "data", "schedule"], ...] = ()  # what a resumed run may break of its promise
     experiment: str | None = None  # the option that was chosen, for the record
     hardware: HardwareConfig = HardwareConfig()
     model: ModelConfig = ModelConfig()

@@ -14,6 +14,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -113,14 +114,32 @@ class TokenStream:
         return _fields(windows, eos, self.document_mask)
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands in its data.
+
+    Attributes:
+        step: completed optimizer steps.
+        sequence: the first sequence of the stream that has not been trained on. `step` times the global batch, unless
+            the batch or the data was changed on the way.
+        tokens: that were trained on so far.
+    """
+
+    step: int = 0
+    sequence: int = 0
+    tokens: int = 0
+
+
 class StepLoader:
     """The share of one data rank of every optimizer step, read ahead by a thread.
 
     Step `s` gives `[global_batch / data_world, seq_len]` arrays: the sequences
-    `s * global_batch + data_rank + k * data_world`. Iterating again starts at `start_step` again.
+    `first + data_rank + k * data_world`, with `first = start.sequence + (s - start.step) * global_batch`. Iterating
+    again starts at `start` again.
 
     Args:
         global_batch: sequences per step over all ranks.
+        start: where the first step begins.
         steps: how many it yields.
         prefetch: steps that are read ahead; 0 reads when asked.
 
@@ -134,7 +153,7 @@ class StepLoader:
         global_batch: int,
         data_rank: int,
         data_world: int,
-        start_step: int,
+        start: Position,
         steps: int,
         prefetch: int = 2,
     ):
@@ -149,24 +168,35 @@ class StepLoader:
             raise ValueError(f"data rank {data_rank} of {data_world}")
         self.stream, self.global_batch = stream, global_batch
         self.data_rank, self.data_world = data_rank, data_world
-        self.start_step, self.steps, self.prefetch = start_step, max(0, steps), prefetch
+        self.start, self.steps, self.prefetch = start, max(0, steps), prefetch
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        steps = range(self.start_step, self.start_step + self.steps)
+        steps = range(self.start.step, self.start.step + self.steps)
         source = (self.step(step) for step in steps)
         return _read_ahead(source, self.prefetch) if self.prefetch > 0 else source
 
     def step(self, step: int) -> Batch:
         """This rank's share of one step."""
-        first = step * self.global_batch
+        first = self._first(step)
         return self.stream.batch(range(first + self.data_rank, first + self.global_batch, self.data_world))
 
+    def tokens_after(self, step: int) -> int:
+        """Return the tokens that were trained on after `step` optimizer steps."""
+        return self.start.tokens + (step - self.start.step) * self.global_batch * self.stream.seq_len
+
     def state(self, step: int) -> dict[str, Any]:
-        """JSON-able position after `step` optimizer steps: the first sequence that has not been trained on."""
-        return {"next_sequence": step * self.global_batch, "fingerprint": self.stream.fingerprint}
+        """Return the position after `step` optimizer steps, for JSON: the first sequence that was not trained on."""
+        return {
+            "next_sequence": self._first(step),
+            "tokens": self.tokens_after(step),
+            "fingerprint": self.stream.fingerprint,
+        }
+
+    def _first(self, step: int) -> int:
+        return self.start.sequence + (step - self.start.step) * self.global_batch
 
 
 class ValidationBatches:

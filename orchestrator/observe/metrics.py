@@ -31,6 +31,7 @@ class Metrics(lightning.Callback):
         fetch_sums: scalars of which each rank has a part, summed, to the host.
         compilations: graphs compiled so far; None where nothing is compiled.
         tokens_per_step: of the global batch.
+        tokens_after: tokens that were trained on after so many steps.
         mfu: tokens per second to model FLOPs utilisation; None where a figure is unknown.
         memory: bytes in use on this rank's device; None where unknown.
         main: whether this rank writes. All ranks flush together.
@@ -50,6 +51,7 @@ class Metrics(lightning.Callback):
         fetch_sums: Callable[[Sequence[Tensor]], list[float]],
         compilations: Callable[[], int | None],
         tokens_per_step: int,
+        tokens_after: Callable[[int], int],
         mfu: Callable[[float], float | None],
         memory: Callable[[], int | None],
         main: bool,
@@ -64,6 +66,7 @@ class Metrics(lightning.Callback):
         self._fetch, self._fetch_sums, self._mfu, self._memory = fetch, fetch_sums, mfu, memory
         self._compilations = compilations
         self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
+        self._tokens_after = tokens_after
         self._steps: list[dict[str, Any]] = []
         self._sinks: list[Any] = []
         if main:
@@ -107,7 +110,7 @@ class Metrics(lightning.Callback):
             shared["compilations"] = compiled
         rows = []
         for step, loss, norm in zip(self._steps, losses, norms, strict=True):
-            tokens = step["step"] * self._tokens_per_step
+            tokens = self._tokens_after(step["step"])
             row = {"step": step["step"], "loss": loss, "grad_norm": norm, "lr": step["lr"], "tokens": tokens}
             rows.append({**row, **shared, "time": step["time"], "leg": self._leg})
         self._steps.clear()

@@ -15,7 +15,7 @@ from orchestrator.chips.catalogue import load as load_chips
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.data.prepare import PreparedData
-from orchestrator.data.stream import StepLoader, TokenStream, validation_batches
+from orchestrator.data.stream import Position, StepLoader, TokenStream, validation_batches
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import job_devices
@@ -36,10 +36,10 @@ from orchestrator.train.check import resolve_model
 from orchestrator.train.checkpointing import Checkpoints
 from orchestrator.train.evaluation import Evaluation, Samples
 from orchestrator.train.handover import make_batch
-from orchestrator.train.layout import settle_layout
+from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
-from orchestrator.train.restoring import restore_run, restore_weights
+from orchestrator.train.restoring import data_position, restore_run, restore_weights
 from orchestrator.train.run import Place
 from orchestrator.train.rundir import read_history
 from orchestrator.train.software import software
@@ -86,7 +86,7 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     else:
         restored = restore_run(place.resume_from, config, parallel, model, optimizer, stream)
     step = restored.step if restored else 0
-    loader, micro_batch = _loader(config, stream, parallel, step)
+    loader, micro_batch = _loader(config, stream, parallel, data_position(restored, stream))
     module = LanguageModule(model, optimizer, parallel, config, micro_batch, step)
     return _assemble(config, parallel, data, place, leg, module, loader, restored)
 
@@ -117,12 +117,14 @@ def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:
     return TokenStream(data.stores, data.weights, split, seq_len, seed, mask, repeat=split == "train")
 
 
-def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, step: int) -> tuple[StepLoader, int]:
-    """This rank's share of the steps from `step` on, and how many sequences of it one backward pass takes."""
+def _loader(
+    config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, position: Position
+) -> tuple[StepLoader, int]:
+    """This rank's share of the steps from `position` on, and how many sequences of it one backward pass takes."""
     train = config.train
     sequences = train.global_batch_tokens // train.seq_len
-    (rank, shares), steps = parallel.data_share, train.max_steps - step
-    loader = StepLoader(stream, sequences, rank, shares, step, steps, config.data.prefetch)
+    (rank, shares), steps = parallel.data_share, train.max_steps - position.step
+    loader = StepLoader(stream, sequences, rank, shares, position, steps, config.data.prefetch)
     return loader, micro_batch_size(config, parallel)
 
 
@@ -161,6 +163,7 @@ def _assemble(
         fetch_sums=parallel.fetch_sums,
         compilations=parallel.compilations,
         tokens_per_step=train.global_batch_tokens,
+        tokens_after=loader.tokens_after,
         mfu=utilisation,
         memory=lambda: parallel.target.memory_bytes(parallel.root_device),
         main=main,
@@ -198,7 +201,7 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
     hardware = config.hardware
     devices = job_devices(hardware, target, world)
     layout = resolve_layout(settle_layout(config, target, devices).layout, devices)
-    precision = _precision(config, target)
+    precision = precision_of(config, target)
     if target.strategy == "xla":
         from orchestrator.strategies.xla import XlaStrategy
 
@@ -218,11 +221,6 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
     raise HardwareError(
         f"the target '{target.name}' has no strategy in this version", got=target.strategy, allowed="dtensor, xla"
     )
-
-
-def _precision(config: RunConfig, target: Target) -> str:
-    chosen = config.hardware.precision
-    return target.default_precision(target.probe()) if chosen == "auto" else chosen
 
 
 def _validation(

@@ -85,7 +85,8 @@ def precision_change(was: object, now: str) -> Change | None:
     """
     if not isinstance(was, str) or was == now:
         return None
-    return Change("precision", was, now, "losses agree to the tolerance of the lower one only, which the handover measures")
+    effect = "losses agree to the tolerance of the lower one only, which the handover check measures"
+    return Change("precision", was, now, effect)
 
 
 def _effect_on_rate(saved: RunConfig, now: RunConfig, step: int) -> tuple[str, str | None]:
@@ -94,7 +95,9 @@ def _effect_on_rate(saved: RunConfig, now: RunConfig, step: int) -> tuple[str, s
     factors = [_rate(config, step) / config.optim.lr for config in (saved, now)]
     jumps = abs(factors[1] - factors[0]) > _SAME_RATE * max(factors)
     effect = f"learning rate of step {step + 1} {_number(rates[0])} -> {_number(rates[1])}"
-    return effect + (", a jump that an uninterrupted run would not make" if jumps else ""), "schedule" if jumps else None
+    if not jumps:
+        return effect, None
+    return f"{effect}, a jump that an uninterrupted run would not make", "schedule"
 
 
 def _effect(key: str, saved: RunConfig, now: RunConfig, step: int) -> str:

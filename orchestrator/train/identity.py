@@ -1,4 +1,4 @@
-"""The identity of a run: a uuid that travels with it, and the name by which a restarted job finds it again. No torch."""
+"""The identity of a run: a uuid that travels with it, and the name by which a restarted job finds it. No torch."""
 
 from __future__ import annotations
 

@@ -87,6 +87,12 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     return Settled(layout, plan.micro_batch, plan.remat, why)
 
 
+def precision_of(config: RunConfig, target: Target) -> str:
+    """Return the precision of the matrix products: the configured one, else what suits the target's devices."""
+    chosen = config.hardware.precision
+    return target.default_precision(target.probe()) if chosen == "auto" else chosen
+
+
 @functools.lru_cache(maxsize=16)
 def _best(job: JobSpec, cluster: Cluster, batch_tokens: int, space: Space) -> Candidate | None:
     return search(job, cluster, Batch(batch_tokens), space, domains=space.copies).best

@@ -15,7 +15,7 @@ from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.stream import TokenStream
+from orchestrator.data.stream import Position, TokenStream
 from orchestrator.errors import CheckpointError, DamagedError
 from orchestrator.models.decoder import Decoder
 from orchestrator.observe.bar import Bar
@@ -101,22 +101,38 @@ def _open(where: AnyPath, trusted: Trust, parallel: ParallelStrategy) -> Checkpo
 def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
     """The data and the batch are those of the saved run: a step's batch is a function of its number."""
     saved: dict[str, Any] = checkpoint.state()["data"]
-    if saved["fingerprint"] != stream.fingerprint:
+    if saved["fingerprint"] != stream.fingerprint and "data" not in config.resume_allow:
         raise CheckpointError(
             "the data is not what the checkpoint was trained on, so its position in it means nothing",
             got=f"fingerprint {stream.fingerprint[:12]}",
             allowed=f"fingerprint {saved['fingerprint'][:12]}",
-            fix="give the same data sources, tokenizer, train.seq_len and seed as the saved run",
+            fix="give the same data sources, tokenizer, train.seq_len and seed as the saved run; or let the run go on "
+            "with other data, from its beginning: 'resume_allow=[data]'; or start a new run from the weights: "
+            f"train.init_from={checkpoint.directory}",
         )
     train = config.train
-    if saved["global_batch_sequences"] != train.global_batch_tokens // train.seq_len:
+    # With other sequences the number of them says nothing; the configurations have been held against each other.
+    same_data = saved["fingerprint"] == stream.fingerprint
+    changed = saved["global_batch_sequences"] != train.global_batch_tokens // train.seq_len
+    if same_data and changed and "batch" not in config.resume_allow:
         tokens = saved["global_batch_sequences"] * train.seq_len
         raise CheckpointError(
             "the global batch of a resumed run cannot change: a step's batch is a function of its number",
             got=f"train.global_batch_tokens={train.global_batch_tokens}",
             allowed=str(tokens),
-            fix=f"set train.global_batch_tokens={tokens}",
+            fix=f"set train.global_batch_tokens={tokens}; or, if that is what you want: 'resume_allow=[batch]'",
         )
+
+
+def data_position(checkpoint: Checkpoint | None, stream: TokenStream) -> Position:
+    """Return where a run goes on in `stream`: behind what it was trained on, or at the start of other data."""
+    if checkpoint is None:
+        return Position()
+    saved: dict[str, Any] = checkpoint.state()["data"]
+    read = saved.get("next_sequence", checkpoint.step * saved["global_batch_sequences"])
+    same_data = saved["fingerprint"] == stream.fingerprint
+    # Checkpoints of the first version do not count tokens; no key of theirs could change on the way.
+    return Position(checkpoint.step, read if same_data else 0, saved.get("tokens", read * stream.seq_len))
 
 
 def _fill(

@@ -17,7 +17,7 @@ from orchestrator.config.compose import Composed, read_plain
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import CheckpointConfig, RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, UserError
-from orchestrator.train import identity, rundir
+from orchestrator.train import rundir
 from orchestrator.train.runs import Wanted, is_empty, latest_runs, runs_below
 
 LATEST, AUTO = "latest", "auto"
@@ -53,7 +53,7 @@ def find(
     settings: CheckpointConfig = CheckpointConfig(),
     wanted: Wanted = Wanted(),
 ) -> ResumePoint:
-    """Find what `resume` means: `latest`, a directory of a run, of runs or of checkpoints, or a checkpoint; path or URL.
+    """Find what `resume` means: `latest`, or the path or URL of a run, of runs, of checkpoints or of a checkpoint.
 
     Args:
         wanted: `latest` means the latest run of which this is true.

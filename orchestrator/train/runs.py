@@ -1,4 +1,4 @@
-"""The runs that are kept in a folder: which there are, which was worked on last, which the command line means. No torch."""
+"""The runs in a folder: which there are, which was worked on last, which one the command line means. No torch."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.catalogue import newest_valid, remove_uncommitted
 from orchestrator.checkpoint.hashing import new_hash
@@ -17,6 +18,8 @@ from orchestrator.checkpoint.signing import signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed
+from orchestrator.config.convert import from_dict
+from orchestrator.config.paths import absolute
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
@@ -25,9 +28,9 @@ from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import run_local
-from orchestrator.train import identity, initial, resume, rundir, runs
+from orchestrator.train import changes, identity, initial, resume, rundir, runs
 from orchestrator.train.check import check_run
-from orchestrator.train.layout import settle_layout
+from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.run import Place
 from orchestrator.train.say import warn
 
@@ -86,9 +89,7 @@ def _settle(composed: Composed, main: bool, alone: bool) -> Plan:
             fix="leave out one of them",
         )
     if config.resume != resume.AUTO:
-        point = resume.find(
-            config.resume, config.runs_dir, check, warn, config.checkpoint, runs.wanted_by(composed)
-        )
+        point = resume.find(config.resume, config.runs_dir, check, warn, config.checkpoint, runs.wanted_by(composed))
         return _going_on(composed, point, config.run_id, check, main, alone)
     name = identity.name_of(config, composed.job)
     own, run_dir = resume.find_own(composed, name, check, warn)
@@ -110,7 +111,7 @@ def _refuse_taken(run_dir: Path) -> None:
 
 
 def _new(composed: Composed, check: bool, main: bool, name: str | None) -> Plan:
-    started = initial.settle(composed, check, warn)
+    started = absolute(initial.settle(composed, check, warn))
     _check_places(started, signs=main)
     return Plan(started, name=name)
 
@@ -119,7 +120,7 @@ def _going_on(
     composed: Composed, point: resume.ResumePoint, name: str | None, check: bool, main: bool, alone: bool
 ) -> Plan:
     """Go on from a checkpoint: in its run's directory, or in a new one called `name`."""
-    merged = resume.merge(point, composed, warn)
+    merged = absolute(resume.merge(point, composed, warn))
     if point.run_dir is None:
         # What branches off is another run, and so is not found by the name of the one that it comes from.
         merged = replace(merged, run_id=composed.config.run_id)
@@ -134,8 +135,9 @@ def _going_on(
             got=point.checkpoint,
             fix=f"start a new run from its weights: train.init_from={point.checkpoint}",
         )
-    plan = Plan(merged, point.checkpoint, point.run_dir, name, _moved(point, state.get("run"), merged.runs_dir))
     step = checkpoint.step
+    _check_changes(from_dict(RunConfig, point.saved), merged, state, step, main)
+    plan = Plan(merged, point.checkpoint, point.run_dir, name, _moved(point, state.get("run"), merged.runs_dir))
     if step < merged.train.max_steps:
         return plan
     if alone and check and (older := _before_damaged(point.checkpoint, merged)):
@@ -146,8 +148,24 @@ def _going_on(
     raise CheckpointError(
         "the run is finished: there are no steps left to train",
         got=done,
-        fix=f"set train.max_steps to more than {step} to train on",
+        fix=f"set train.max_steps to more than {step} to train on"
+        + (
+            ""
+            if merged.optim.schedule.kind == "constant"
+            else ", and 'resume_allow=[schedule]': the schedule ends there"
+        ),
     )
+
+
+def _check_changes(saved: RunConfig, merged: RunConfig, state: Mapping[str, Any], step: int, main: bool) -> None:
+    """Tell what the resumed run does otherwise than the saved one, and refuse what is not allowed."""
+    found = changes.changes(saved, merged, step)
+    target = resolve(merged.hardware)
+    if change := changes.precision_change(state.get("precision"), precision_of(merged, target)):
+        found.append(change)
+    for change in found if main else []:
+        print(f"changed    {change}", file=sys.stderr)
+    changes.check(found, merged.resume_allow)
 
 
 def _moved(point: resume.ResumePoint, uuid: object, runs_dir: str) -> str | None:
@@ -247,7 +265,7 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack, o
 
 def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
     """Make what the run is kept in and hold it for this process."""
-    run_dir = plan.run_dir or rundir.create(plan.config, plan.name)
+    run_dir = _from_here(plan.run_dir or rundir.create(plan.config, plan.name))
     held.enter_context(rundir.lock(run_dir, patient=plan.patient))
     if plan.run_dir is None and plan.uuid is not None:
         identity.adopt_uuid(run_dir, plan.uuid)
@@ -261,6 +279,11 @@ def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
     rundir.write_config(run_dir, plan.config)
     remove_uncommitted(checkpoints)
     return Place(run_dir, checkpoints, plan.resume_from)
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path as a person would write it, who is in this folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _variables(place: Place) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData, prepare
-from orchestrator.data.stream import StepLoader, TokenStream
+from orchestrator.data.stream import Position, StepLoader, TokenStream
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import World
 from orchestrator.train.build import build, make_strategy
@@ -33,7 +33,7 @@ def batches(config: RunConfig, data: PreparedData) -> Iterator[Any]:
     """Batches like the product's, in another order."""
     stream = TokenStream(data.stores, data.weights, "train", config.train.seq_len, 1, config.data.document_mask)
     sequences = config.train.global_batch_tokens // config.train.seq_len
-    return iter(StepLoader(stream, sequences, 0, 1, 0, config.train.max_steps))
+    return iter(StepLoader(stream, sequences, 0, 1, Position(), config.train.max_steps))
 
 
 def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns], world: World = World()) -> Turns:

@@ -156,11 +156,20 @@ def test_a_run_signs_and_only_goes_on_from_what_is_signed(tmp_path, keys):
 
     # What the run itself asks for holds for `latest`, and nothing that lies in the checkpoint can lift it.
     (newer / SIGNATURE).unlink()
-    result = run("train", f"runs_dir={tmp_path / 'runs'}", "resume=latest", "train.max_steps=6")
+    result = run(
+        "train", f"runs_dir={tmp_path / 'runs'}", "resume=latest", "train.max_steps=6", "resume_allow=[schedule]"
+    )
     assert result.returncode == 0, result.stderr
     assert "resumed at step 2" in result.stdout
     assert "step-00000004: the checkpoint is not signed" in result.stderr
-    result = run("train", f"runs_dir={tmp_path / 'new'}", f"resume={newer}", "train.max_steps=6", *asked)
+    result = run(
+        "train",
+        f"runs_dir={tmp_path / 'new'}",
+        f"resume={newer}",
+        "train.max_steps=6",
+        "resume_allow=[schedule]",
+        *asked,
+    )
     assert result.returncode == 2
     assert "error: the checkpoint is not signed" in result.stderr
 

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from orchestrator.data import stream as stream_module
 from orchestrator.data.store import TokenStore
-from orchestrator.data.stream import IGNORE, Batch, StepLoader, TokenStream, _fields, blank_batch, validation_batches
+from orchestrator.data.stream import (
+    IGNORE,
+    Batch,
+    Position,
+    StepLoader,
+    TokenStream,
+    _fields,
+    blank_batch,
+    validation_batches,
+)
 from orchestrator.errors import DataError
 
 from .conftest import MakeStore, numbered_texts
@@ -177,7 +186,7 @@ def test_too_little_data_is_explained_by_numbers(make_store: MakeStore) -> None:
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_ranks_together_see_the_global_batch(store: TokenStore, world: int, prefetch: int) -> None:
     stream = make_stream(store)
-    ranks = [list(StepLoader(stream, 8, rank, world, 3, 5, prefetch)) for rank in range(world)]
+    ranks = [list(StepLoader(stream, 8, rank, world, Position(3, 24), 5, prefetch)) for rank in range(world)]
     for number in range(5):
         whole = stream.batch(range((3 + number) * 8, (4 + number) * 8))
         for name, array in whole.items():
@@ -190,21 +199,33 @@ def test_ranks_together_see_the_global_batch(store: TokenStore, world: int, pref
 
 def test_starting_later_is_skipping(store: TokenStore) -> None:
     stream = make_stream(store)
-    loader = StepLoader(stream, 4, 1, 2, 0, 10)
-    later = StepLoader(stream, 4, 1, 2, 6, 4)
+    loader = StepLoader(stream, 4, 1, 2, Position(), 10)
+    later = StepLoader(stream, 4, 1, 2, Position(6, 24), 4)
     assert (len(loader), len(later)) == (10, 4)
     batches = list(loader)
     assert all(same(one, other) for one, other in zip(batches[6:], later, strict=True))
     assert all(same(one, other) for one, other in zip(batches, loader, strict=True)), "again from its start"
     state = json.loads(json.dumps(loader.state(6)))
-    assert state == {"next_sequence": 24, "fingerprint": stream.fingerprint}
+    assert state == {"next_sequence": 24, "tokens": 24 * stream.seq_len, "fingerprint": stream.fingerprint}
+
+
+def test_another_batch_goes_on_behind_the_last_sequence_that_was_read(store: TokenStore) -> None:
+    """Ten steps of 4 sequences, then 2 of 6: every sequence once, in the order of the stream."""
+    stream = make_stream(store)
+    before = StepLoader(stream, 4, 0, 1, Position(), 10)
+    state = before.state(10)
+    after = StepLoader(stream, 6, 0, 1, Position(10, state["next_sequence"], state["tokens"]), 2)
+    read = np.concatenate([batch["tokens"] for batch in (*before, *after)])
+    assert np.array_equal(read, stream.batch(range(52))["tokens"])
+    assert after.tokens_after(12) == 52 * stream.seq_len
+    assert after.state(12)["next_sequence"] == 52
 
 
 def test_an_indivisible_batch_is_explained_by_numbers(store: TokenStore) -> None:
     with pytest.raises(DataError, match=r"6 sequences[\s\S]*4 data ranks[\s\S]*train.global_batch_tokens=256"):
-        StepLoader(make_stream(store), 6, 0, 4, 0, 1)
+        StepLoader(make_stream(store), 6, 0, 4, Position(), 1)
     with pytest.raises(DataError, match="global_batch_tokens=64"):
-        StepLoader(make_stream(store), 0, 0, 2, 0, 1)
+        StepLoader(make_stream(store), 0, 0, 2, Position(), 1)
 
 
 def read_ahead_threads() -> list[threading.Thread]:
@@ -213,7 +234,7 @@ def read_ahead_threads() -> list[threading.Thread]:
 
 def test_errors_in_the_reading_thread_arrive(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = make_stream(store)
-    loader = StepLoader(stream, 2, 0, 1, 0, 5)
+    loader = StepLoader(stream, 2, 0, 1, Position(), 5)
     real = stream.batch
 
     def failing(indices: range) -> Batch:
@@ -231,7 +252,7 @@ def test_errors_in_the_reading_thread_arrive(store: TokenStore, monkeypatch: pyt
 
 
 def test_leaving_early_ends_the_thread(store: TokenStore) -> None:
-    iterator = iter(StepLoader(make_stream(store), 2, 0, 1, 0, 1_000_000))
+    iterator = iter(StepLoader(make_stream(store), 2, 0, 1, Position(), 1_000_000))
     next(iterator)
     assert read_ahead_threads()
     iterator.close()  # type: ignore[attr-defined]
@@ -257,7 +278,7 @@ def test_an_unfinished_iterator_does_not_hold_up_the_interpreter(store: TokenSto
     code = (
         "import sys; from orchestrator.data.store import TokenStore; from orchestrator.data.stream import *\n"
         "s = TokenStream([TokenStore.open(sys.argv[1])], [1.0], 'train', 32, 0)\n"
-        "kept = iter(StepLoader(s, 2, 0, 1, 0, 10**6)); next(kept); print('torch' in sys.modules)"
+        "kept = iter(StepLoader(s, 2, 0, 1, Position(), 10**6)); next(kept); print('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(store.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -225,11 +225,11 @@ def _load_and_save(world, data, source, target):
 def test_reference_is_a_plain_loop(runs):
     """One process gives, bit for bit, what a loop of a few lines on plain tensors gives."""
     from orchestrator.data.prepare import prepare
-    from orchestrator.data.stream import StepLoader, TokenStream
+    from orchestrator.data.stream import Position, StepLoader, TokenStream
     from orchestrator.models.decoder import Decoder
     from orchestrator.models.init import draw_slice
     from orchestrator.train.check import resolve_model
-    from orchestrator.train.optim import learning_rate
+    from orchestrator.train.schedule import learning_rate
 
     config = small_config(runs.tmp)
     data = prepare(config.data, progress=False)
@@ -246,7 +246,7 @@ def test_reference_is_a_plain_loop(runs):
     expected = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for step, batch in enumerate(StepLoader(stream, 8, 0, 1, 0, 20)):
+    for step, batch in enumerate(StepLoader(stream, 8, 0, 1, Position(), 20)):
         tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, 20, config.optim.lr, config.optim.schedule)

@@ -40,11 +40,13 @@ def whole(tmp_path_factory):
 LAYOUTS = [("model.dropout=0.1",), ("hardware.devices=4", "layout.fsdp=2", "layout.tensor=2", "model.dropout=0.1")]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["1 process", "4 processes"])
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, layout):
+@pytest.mark.parametrize(
+    ("layout", "how"), zip(LAYOUTS, ["latest", "auto"], strict=True), ids=["1 process", "4 processes"]
+)
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, layout, how):
+    """By the newest run, and by the command line that it was started with, as an engine repeats it."""
     reference, _ = whole(*layout)
-    # Twenty steps are over in a second: with many more there is time to hit it in the middle.
-    words = small_overrides(tmp_path, *layout)
+    words = small_overrides(tmp_path, *layout, *(["resume=auto", "run_id=job"] if how == "auto" else []))
     process = start("train", *words)
     runs = tmp_path / "runs"
     wait_until(lambda: any(runs.glob("*/*/checkpoints/step-00000010/manifest.json")), process)
@@ -53,10 +55,15 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, la
     if checkpoint(run_dir, 20).exists():
         # It was faster than the signal: take the last checkpoint away, as if the kill had come before it.
         (checkpoint(run_dir, 20) / "manifest.json").unlink(missing_ok=True)
-    result = run("train", f"runs_dir={runs}", "resume=latest")
+    again = words if how == "auto" else [f"runs_dir={runs}", "resume=latest"]
+    result = run("train", *again)
     assert result.returncode == 0, result.stderr
     assert only_run(runs) == run_dir
     assert "resumed at step 10" in result.stdout
+    if how == "auto":
+        assert run_dir.name == "job"
+        third = run("train", *again)
+        assert (third.returncode, "the run has all its steps" in third.stdout) == (0, True), "a requeue loop ends"
     assert losses(read_rows(run_dir)) == losses(read_rows(reference))
     assert _bits(checkpoint(run_dir)) == _bits(checkpoint(reference))
 
@@ -77,7 +84,10 @@ def test_a_signal_saves_at_a_step_boundary_and_the_run_goes_on(whole, tmp_path):
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     assert f"resume={run_dir}" in output
 
-    result = run("train", f"runs_dir={runs}", f"resume={run_dir}", f"train.max_steps={step + 3}", "hardware.devices=1")
+    words = [f"runs_dir={runs}", f"resume={run_dir}", f"train.max_steps={step + 3}", "hardware.devices=1"]
+    refused = run("train", *words)
+    assert (refused.returncode, "resume_allow=[schedule]" in refused.stderr) == (2, True), refused.stderr
+    result = run("train", *words, "resume_allow=[schedule]")
     assert result.returncode == 0, result.stderr
     facts = json.loads((run_dir / "run.json").read_text())
     assert [leg["devices"] for leg in facts["legs"]] == [2, 1]
@@ -178,7 +188,14 @@ def test_resuming_with_another_model_is_refused_before_anything_is_lost(whole, t
     assert run("train", *words).returncode == 0
     run_dir = only_run(tmp_path / "runs")
     before = {path: path.stat().st_size for path in (run_dir / "checkpoints").rglob("*")}
-    result = run("train", f"runs_dir={tmp_path / 'runs'}", "resume=latest", "model.layers=3", "train.max_steps=30")
+    result = run(
+        "train",
+        f"runs_dir={tmp_path / 'runs'}",
+        "resume=latest",
+        "model.layers=3",
+        "train.max_steps=30",
+        "resume_allow=[schedule]",
+    )
     assert result.returncode == 2
     assert "another model" in result.stderr
     assert {path: path.stat().st_size for path in (run_dir / "checkpoints").rglob("*")} == before
@@ -212,7 +229,13 @@ def test_processes_that_read_damage_go_on_from_an_older_checkpoint_together(tmp_
     run_dir = only_run(tmp_path / "runs")
     damaged = [checkpoint(run_dir, 30) / "rank-00001.safetensors", checkpoint(run_dir, 20) / "rank-00000.safetensors"]
     contents = [_damage(path) for path in damaged]
-    again = ["train", f"runs_dir={tmp_path / 'runs'}", f"resume={run_dir}", "train.max_steps=31"]
+    again = [
+        "train",
+        f"runs_dir={tmp_path / 'runs'}",
+        f"resume={run_dir}",
+        "train.max_steps=31",
+        "resume_allow=[schedule]",
+    ]
     again.append("checkpoint.hash=sha256")  # of what is written from now on
     result = run(*again) if launcher == "local" else _torchrun(*again)
     assert result.returncode == 0, result.stderr

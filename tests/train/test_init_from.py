@@ -156,7 +156,7 @@ def test_import_train_and_export_through_the_command_line(tmp_path):
     assert found[-1] < found[0]
     config = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
     assert config.model == model_config("llama", name="hf", head_dim=8)
-    done = cli.run("train", f"resume={run_dir}", "train.max_steps=8")
+    done = cli.run("train", f"resume={run_dir}", "train.max_steps=8", "resume_allow=[schedule]")
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "run.json").read_text())["legs"][1]["start_step"] == 6
     done = cli.run("checkpoint", "export", str(run_dir), f"output={tmp_path / 'out'}")
