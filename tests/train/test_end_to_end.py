@@ -41,7 +41,7 @@ LAYOUTS = [("model.dropout=0.1",), ("hardware.devices=4", "layout.fsdp=2", "layo
 
 
 @pytest.mark.parametrize(
-    ("layout", "how"), zip(LAYOUTS, ["latest", "auto"], strict=True), ids=["1 process", "4 processes"]
+    ("layout", "how"), list(zip(LAYOUTS, ["latest", "auto"], strict=True)), ids=["1 process", "4 processes"]
 )
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, layout, how):
     """By the newest run, and by the command line that it was started with, as an engine repeats it."""
