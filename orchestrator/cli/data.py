@@ -26,7 +26,10 @@ class PrepareOptions:
     output: str = option(help="directory of the new store")
     tokenizer: str = option("bpe", help="bpe (trained on the input), bytes, or the path of a tokenizer.json")
     vocab_size: int = option(4096, help="tokens of a trained BPE")
-    text_field: str = option("text", help="field of JSON Lines and Parquet rows")
+    text_field: str = option("text", help="field of rows; text.content: of a nested object")
+    text_template: str | None = option(None, help="several fields instead: '{title}\\n\\n{body}'")
+    messages: Literal["plain"] | None = option(None, help="plain: a list of messages becomes 'role: content' of each")
+    on_null: Literal["error", "skip"] = option("error", help="rows whose field is null or missing; skip: counted")
     validation_fraction: float = option(0.02, help="of the documents, held out")
     workers: int | Literal["auto"] = option("auto", help="threads that tokenise")
     progress: bool = option(True, help="show a progress bar")
@@ -65,7 +68,10 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         example = f"Example: {_PROGRAM} {name} {subverb.example}"
         print(f"usage: {_PROGRAM} {name} key=value ...\n\n{subverb.summary}\n")
-        print(f"{describe_options(subverb.options)}\n\n{example}")
+        print(describe_options(subverb.options))
+        if subverb.describe:
+            print(f"\n{subverb.describe()}")
+        print(f"\n{example}")
         return 0
     return subverb.run(parse_options(subverb.options, rest))
 
@@ -76,13 +82,21 @@ def _help() -> str:
 
 
 def _prepare(options: PrepareOptions) -> int:
+    from orchestrator.config.schema import DataConfig
+    from orchestrator.data.documents import spec_of
     from orchestrator.data.prepare import build_store
 
+    data = DataConfig(
+        text_field=options.text_field,
+        text_template=options.text_template,
+        messages=options.messages,
+        on_null=options.on_null,
+    )
     store = build_store(
         options.input,
         options.output,
         _tokenizer_config(options),
-        text_field=options.text_field,
+        spec=spec_of(data, data.sources[0]),
         validation_fraction=options.validation_fraction,
         workers=options.workers,
         progress=options.progress,
@@ -126,6 +140,8 @@ def _tokenizer_config(options: PrepareOptions) -> TokenizerConfig:
 
 
 def _print_facts(store: TokenStore) -> None:
+    from orchestrator.data.documents import describe_left_out
+
     index = store.index
     splits = list(index.splits.values())
     text_bytes, tokens = sum(split.text_bytes for split in splits), sum(split.tokens for split in splits)
@@ -142,8 +158,7 @@ def _print_facts(store: TokenStore) -> None:
         ("source", ", ".join(map(str, index.source.get("inputs", ()))) or "unknown"),
         ("fingerprint", index.fingerprint[:16]),
     ]
-    if index.skipped_files:
-        rows.append(("left out", f"{index.skipped_files} files that are not text"))
+    rows += [("left out", line) for line in describe_left_out(index.source.get("left_out") or {})]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
 
@@ -160,6 +175,13 @@ class _Subverb:
     options: type[Any]
     run: Callable[[Any], int]
     example: str
+    describe: Callable[[], str] | None = None
+
+
+def _formats() -> str:
+    from orchestrator.data.formats.registry import describe_formats
+
+    return f"What is read, known by its content and its name together:\n{describe_formats()}"
 
 
 _SUBVERBS = {
@@ -168,6 +190,7 @@ _SUBVERBS = {
         PrepareOptions,
         _prepare,
         "input='docs/*.jsonl' output=data/docs tokenizer=bpe",
+        _formats,
     ),
     "inspect": _Subverb("show what a store holds", InspectOptions, _inspect, "path=data/docs"),
 }

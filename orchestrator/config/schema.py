@@ -85,8 +85,10 @@ class TokenizerConfig:
 class SourceConfig:
     """One ingredient of the training mixture."""
 
-    path: str = "builtin"  # "builtin", a prepared store, or text/JSONL/Parquet files (glob)
+    path: str = "builtin"  # "builtin", a prepared store, or files and folders (glob)
     weight: float = 1.0
+    text_field: str | None = None  # of this source's rows; None: as in data.text_field and data.text_template
+    text_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation_fraction: float = 0.02  # of the documents, held out
     document_mask: bool = True  # attention does not cross documents packed into one sequence
-    text_field: str = "text"  # field of JSONL and Parquet rows
+    text_field: str = "text"  # field of rows (JSON, CSV, Parquet, Arrow); text.content: of a nested object
+    text_template: str | None = None  # several fields instead: "{title}\\n\\n{body}"
+    messages: Literal["plain"] | None = None  # what a list of messages becomes: "role: content", an empty line between
+    on_null: Literal["error", "skip"] = "error"  # rows whose field is null or missing
     cache_dir: str | Auto = "auto"
     workers: int | Auto = "auto"  # threads that tokenise
     prefetch: int = 2  # steps read ahead by the training process

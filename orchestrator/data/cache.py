@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.data.read import InputFile
+from orchestrator.data.formats.base import Input
 from orchestrator.data.store import hash_file
 from orchestrator.errors import DataError
 
@@ -36,23 +36,23 @@ def key_of(**facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def content_digest(files: Sequence[InputFile], root: Path) -> str:
-    """sha256 over the names and contents of the files, in order.
+def content_digest(inputs: Sequence[Input], root: Path) -> str:
+    """sha256 over the names, formats and contents of the inputs, in order.
 
     Large inputs are not read again while paths, sizes and times of modification are those of the last time.
     """
-    stats = [file.path.stat() for file in files]
-    large = sum(stat.st_size for stat in stats) >= _MEMO_FROM_BYTES
-    settled = all(abs(time.time() - stat.st_mtime) > _RACY_SECONDS for stat in stats)
+    files = [(item, file, file.stat()) for item in inputs for file in item.files]
+    large = sum(stat.st_size for *_, stat in files) >= _MEMO_FROM_BYTES
+    settled = all(abs(time.time() - stat.st_mtime) > _RACY_SECONDS for *_, stat in files)
     facts = [
-        [str(f.path.resolve()), f.name, f.kind, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)
+        [str(file.resolve()), item.name, item.format, stat.st_size, stat.st_mtime_ns] for item, file, stat in files
     ]
     memo = root / "digests" / key_of(files=facts)
     if large and memo.is_file() and len(text := memo.read_text(encoding="ascii", errors="replace")) == 64:
         return text
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{file.kind}\0{hash_file(file.path)}\n".encode("utf-8", "surrogateescape"))
+    for item, file, _ in files:
+        digest.update(f"{item.name}\0{item.format}\0{hash_file(file)}\n".encode("utf-8", "surrogateescape"))
     if large and settled:
         memo.parent.mkdir(parents=True, exist_ok=True)
         aside = memo.with_suffix(f".{os.getpid()}")

@@ -20,7 +20,10 @@ from typing import Any
 
 from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig
 from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
-from orchestrator.data.read import BUILTIN, InputFile, UnreadableFile, find_inputs, read_documents
+from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
+from orchestrator.data.formats.base import Input
+from orchestrator.data.formats.find import BUILTIN
+from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.store import FORMAT_VERSION, TokenStore, is_store
 from orchestrator.data.tokenize import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from orchestrator.data.write import write_store
@@ -73,7 +76,7 @@ class _Source:
 
     config: SourceConfig
     store: TokenStore | None = None
-    files: tuple[InputFile, ...] = ()
+    corpus: Corpus | None = None
     stamps: tuple[tuple[int, int], ...] = ()
     digest: str = ""
 
@@ -93,9 +96,12 @@ def prepare(config: DataConfig, *, progress: bool = True) -> PreparedData:
     _check_fraction(config.validation_fraction)
     _check_weights(config.sources)
     root = cache_root(config.cache_dir)
-    sources = [_resolve(source, root) for source in config.sources if source.weight > 0]
+    sources = [_resolve(source, config, root) for source in config.sources if source.weight > 0]
     tokenizer = _shared_tokenizer(sources, config, root, progress)
     stores = tuple(source.store or _cached_store(source, tokenizer, config, root, progress) for source in sources)
+    for source, store in zip(sources, stores, strict=True):
+        for line in describe_left_out(store.index.source.get("left_out") or {}):
+            note(f"left out of {source.config.path}: {line}", progress)
     total = sum(source.config.weight for source in sources)
     return PreparedData(stores, tuple(source.config.weight / total for source in sources), tokenizer)
 
@@ -104,7 +110,7 @@ def build_store(
     inputs: Sequence[str],
     output: str | os.PathLike[str],
     tokenizer_config: TokenizerConfig,
-    text_field: str = "text",
+    spec: TextSpec | None = None,
     validation_fraction: float = 0.02,
     workers: int | Auto = "auto",
     progress: bool = True,
@@ -125,19 +131,18 @@ def build_store(
             allowed="a path that does not exist yet",
             fix="choose another output, or move this one away",
         )
-    files = find_inputs(inputs)
-    tokenizer = _make_tokenizer(tokenizer_config, [files], text_field, progress)
+    corpus = find_corpus(inputs, spec or TextSpec())
+    tokenizer = _make_tokenizer(tokenizer_config, [corpus], progress)
     aside = target.with_name(f"{target.name}.building-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
         write_store(
             aside,
-            files,
+            corpus,
             tokenizer,
-            text_field=text_field,
             validation_fraction=validation_fraction,
             workers=_workers(workers),
-            source=_provenance(inputs, files),
+            source=_provenance(corpus),
             progress=progress,
         )
         os.rename(aside, target)
@@ -148,12 +153,12 @@ def build_store(
     return TokenStore.open(target)
 
 
-def _resolve(config: SourceConfig, root: Path) -> _Source:
-    if config.path != BUILTIN and is_store(config.path):
-        return _Source(config, store=TokenStore.open(Path(config.path).expanduser()))
-    files = tuple(find_inputs([config.path]))
-    stamps = _stamps(files)
-    return _Source(config, files=files, stamps=stamps, digest=content_digest(files, root))
+def _resolve(source: SourceConfig, config: DataConfig, root: Path) -> _Source:
+    if source.path != BUILTIN and is_store(source.path):
+        return _Source(source, store=TokenStore.open(Path(source.path).expanduser()))
+    corpus = find_corpus([source.path], spec_of(config, source))
+    stamps = _stamps(corpus.inputs)
+    return _Source(source, corpus=corpus, stamps=stamps, digest=content_digest(corpus.inputs, root))
 
 
 def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path, progress: bool) -> Tokenizer:
@@ -168,7 +173,7 @@ def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path
         return stores[0].tokenizer
     if config.tokenizer.kind == "bpe":
         return _cached_bpe(raw, config, root, progress)
-    tokenizer = _make_tokenizer(config.tokenizer, [], config.text_field, progress)
+    tokenizer = _make_tokenizer(config.tokenizer, [], progress)
     if stores and tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
         raise _mismatch(
             f"{stores[0].path} and data.tokenizer ({config.tokenizer.kind})",
@@ -189,35 +194,36 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
         version=FORMAT_VERSION,
         vocab_size=config.tokenizer.vocab_size,
         sample=BPE_SAMPLE_CHARACTERS,
-        text_field=config.text_field,
-        inputs=[source.digest for source in raw],
+        inputs=[[source.digest, source.corpus.spec.facts] for source in raw if source.corpus],
     )
-    groups = [source.files for source in raw]
-    make = lambda folder: _make_tokenizer(config.tokenizer, groups, config.text_field, progress).save(folder)  # noqa: E731
+    corpora = [source.corpus for source in raw if source.corpus]
+    make = lambda folder: _make_tokenizer(config.tokenizer, corpora, progress).save(folder)  # noqa: E731
     return cached(root, "tokenizers", key, load_tokenizer, make, progress)
 
 
 def _cached_store(source: _Source, tokenizer: Tokenizer, config: DataConfig, root: Path, progress: bool) -> TokenStore:
+    assert source.corpus is not None
+    corpus = source.corpus
     key = key_of(
         version=FORMAT_VERSION,
         inputs=source.digest,
+        left_out=[[entry.name, entry.reason] for entry in corpus.left_out],
         tokenizer=tokenizer.fingerprint,
-        text_field=config.text_field,
+        text=corpus.spec.facts,
         validation_fraction=config.validation_fraction,
     )
 
     def build(folder: Path) -> None:
         write_store(
             folder,
-            source.files,
+            corpus,
             tokenizer,
-            text_field=config.text_field,
             validation_fraction=config.validation_fraction,
             workers=_workers(config.workers),
-            source=_provenance([source.config.path], source.files),
+            source=_provenance(corpus),
             progress=progress,
         )
-        if _stamps(source.files) != source.stamps:
+        if _stamps(corpus.inputs) != source.stamps:
             raise DataError(
                 "an input was changed while it was read",
                 got=source.config.path,
@@ -228,9 +234,7 @@ def _cached_store(source: _Source, tokenizer: Tokenizer, config: DataConfig, roo
     return cached(root, "stores", key, TokenStore.open, build, progress)
 
 
-def _make_tokenizer(
-    config: TokenizerConfig, groups: Sequence[Sequence[InputFile]], text_field: str, progress: bool
-) -> Tokenizer:
+def _make_tokenizer(config: TokenizerConfig, corpora: Sequence[Corpus], progress: bool) -> Tokenizer:
     if config.kind == "bytes":
         return byte_tokenizer()
     if config.kind == "file":
@@ -243,27 +247,27 @@ def _make_tokenizer(
             )
         return load_tokenizer(config.path)
     note(f"training a vocabulary of {config.vocab_size} tokens", progress)
-    tokenizer = train_bpe(_sample(groups, text_field), config.vocab_size)
+    tokenizer = train_bpe(_sample(corpora), config.vocab_size)
     if tokenizer.vocab_size < config.vocab_size:
         note(f"the text gives only {tokenizer.vocab_size} of the {config.vocab_size} tokens", progress)
     return tokenizer
 
 
-def _sample(groups: Sequence[Sequence[InputFile]], text_field: str) -> Iterator[str]:
+def _sample(corpora: Sequence[Corpus]) -> Iterator[str]:
     """Texts to train a vocabulary on: everything, or of large inputs the beginnings of files in a fixed random order.
 
-    Every group has an equal part of the sample.
+    Every corpus has an equal part of the sample.
     """
-    for files in groups:
-        budget = BPE_SAMPLE_CHARACTERS // len(groups)
-        size = sum(file.path.stat().st_size for file in files)
-        small = size <= budget and not any(file.compression or file.kind == "parquet" for file in files)
-        ordered = files if small else sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
-        share = budget if small else max(_MIN_FILE_SAMPLE, budget // max(1, len(files)))
-        for file in ordered:
+    for corpus in corpora:
+        budget = BPE_SAMPLE_CHARACTERS // len(corpora)
+        small = corpus.is_plain and corpus.size_bytes <= budget
+        by_hash = lambda item: hashlib.sha256(item.name.encode("utf-8", "surrogateescape")).digest()  # noqa: E731
+        ordered = corpus.inputs if small else sorted(corpus.inputs, key=by_hash)
+        share = budget if small else max(_MIN_FILE_SAMPLE, budget // max(1, len(ordered)))
+        for item in ordered:
             taken = 0
-            for text in _texts(file, text_field):
-                text = text[: min(share - taken, budget)]
+            for document in read_documents(item, corpus.spec):
+                text = document.text[: min(share - taken, budget)]
                 taken += len(text)
                 budget -= len(text)
                 if text:
@@ -274,27 +278,19 @@ def _sample(groups: Sequence[Sequence[InputFile]], text_field: str) -> Iterator[
                 break
 
 
-def _texts(file: InputFile, text_field: str) -> Iterator[str]:
-    try:
-        for document in read_documents(file, text_field):
-            yield document.text
-    except UnreadableFile:
-        return
-
-
-def _provenance(inputs: Sequence[str], files: Sequence[InputFile]) -> dict[str, Any]:
+def _provenance(corpus: Corpus) -> dict[str, Any]:
     source: dict[str, Any] = {
-        "inputs": list(inputs),
-        "files": len(files),
-        "bytes": sum(file.path.stat().st_size for file in files),
+        "inputs": list(corpus.named),
+        "files": sum(len(item.files) for item in corpus.inputs),
+        "bytes": corpus.size_bytes,
     }
-    if BUILTIN in inputs:
+    if BUILTIN in corpus.named:
         source["python"] = platform.python_version()
     return source
 
 
-def _stamps(files: Sequence[InputFile]) -> tuple[tuple[int, int], ...]:
-    stats = [file.path.stat() for file in files]
+def _stamps(inputs: Sequence[Input]) -> tuple[tuple[int, int], ...]:
+    stats = [file.stat() for item in inputs for file in item.files]
     return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 

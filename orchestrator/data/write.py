@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from orchestrator.data.read import Document, InputFile, UnreadableFile, read_documents
+from orchestrator.data.documents import Corpus, Document, Tally
 from orchestrator.data.store import (
     INDEX_FILE,
     SPLITS,
@@ -65,17 +65,16 @@ class _Extents:
 
 def write_store(
     folder: Path,
-    files: Sequence[InputFile],
+    corpus: Corpus,
     tokenizer: Tokenizer,
     *,
-    text_field: str,
     validation_fraction: float,
     workers: int,
     source: dict[str, Any],
     progress: bool = False,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenStore:
-    """Tokenise the files into a store in `folder`, which exists and is empty. The index is written last.
+    """Tokenise a corpus into a store in `folder`, which exists and is empty. The index is written last.
 
     Args:
         validation_fraction: of the documents, held out by the hash of their content, so that copies stay together.
@@ -86,14 +85,12 @@ def write_store(
         DataError: an input cannot be read, or there is no document in any.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    skipped: list[Path] = []
-    extents = _spool(
-        folder / _SPOOL_FILE, _documents(files, text_field, skipped), files, tokenizer, dtype, workers, progress
-    )
+    tally = Tally()
+    extents = _spool(folder / _SPOOL_FILE, corpus, tally, tokenizer, dtype, workers, progress)
     if not extents.lengths.size:
         raise DataError(
             "the inputs have no text",
-            got=f"{len(files)} files, {len(skipped)} of them not text",
+            got=f"{', '.join(corpus.named)}: {len(corpus.inputs)} files",
             allowed="at least one document that is not empty",
         )
     tokenizer.save(folder)
@@ -108,8 +105,8 @@ def write_store(
         unigram_entropy_nats=entropy,
         tokenizer_fingerprint=tokenizer.fingerprint,
         fingerprint=store_fingerprint(shards, splits, tokenizer.fingerprint),
-        source=source,
-        skipped_files=len(skipped),
+        source={**source, "left_out": corpus.left_out_facts(tally)},
+        skipped_files=len(corpus.left_out),
     )
     write_atomically(folder / INDEX_FILE, index.to_json().encode())
     return TokenStore.open(folder)
@@ -134,18 +131,10 @@ def write_atomically(file: Path, content: bytes) -> None:
     os.replace(aside, file)
 
 
-def _documents(files: Sequence[InputFile], text_field: str, skipped: list[Path]) -> Iterator[Document]:
-    for file in files:
-        try:
-            yield from read_documents(file, text_field)
-        except UnreadableFile:
-            skipped.append(file.path)
-
-
 def _spool(
     path: Path,
-    documents: Iterable[Document],
-    files: Sequence[InputFile],
+    corpus: Corpus,
+    tally: Tally,
     tokenizer: Tokenizer,
     dtype: np.dtype,
     workers: int,
@@ -155,10 +144,10 @@ def _spool(
     lengths: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
     text_bytes: list[np.ndarray] = []
-    total = sum(file.path.stat().st_size for file in files)
+    total = corpus.size_bytes
     bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=not progress)
     with bar, open(path, "wb") as spool:
-        for chunk in _encode_all(documents, tokenizer, dtype, workers):
+        for chunk in _encode_all(corpus.documents(tally), tokenizer, dtype, workers):
             spool.write(chunk.tokens.tobytes())
             lengths.append(chunk.lengths)
             hashes.append(chunk.hashes)

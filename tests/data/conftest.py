@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.read import find_inputs
+from orchestrator.data.documents import find_corpus
+from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import byte_tokenizer
 from orchestrator.data.write import write_store
@@ -39,9 +40,8 @@ def store_of(
     (root / name).mkdir()
     return write_store(
         root / name,
-        find_inputs([str(inputs)]),
+        find_corpus([str(inputs)], TextSpec()),
         byte_tokenizer(),
-        text_field="text",
         validation_fraction=fraction,
         workers=2,
         source={},

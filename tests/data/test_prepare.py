@@ -12,6 +12,8 @@ import pytest
 from orchestrator.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from orchestrator.data import cache as cache_module
 from orchestrator.data import prepare as prepare_module
+from orchestrator.data.documents import find_corpus
+from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.prepare import build_store, prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import ConfigError, DataError
@@ -101,7 +103,14 @@ def test_large_inputs_are_not_read_again(docs: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "change",
-    [{"tokenizer": BPE}, {"validation_fraction": 0.3}, {"text_field": "body"}],
+    [
+        {"tokenizer": BPE},
+        {"validation_fraction": 0.3},
+        {"text_field": "body"},
+        {"text_template": "{body} {text}"},
+        {"on_null": "skip"},
+        {"messages": "plain"},
+    ],
     ids=lambda change: str(*change),
 )
 def test_settings_are_part_of_the_key(docs: Path, builds: list[Path], change: dict[str, Any]) -> None:
@@ -213,17 +222,15 @@ def test_a_tokenizer_file_is_used_as_it_is(docs: Path, tmp_path: Path) -> None:
 
 
 def test_large_inputs_give_a_bounded_sample(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.data.read import find_inputs
-
     for number in range(20):
         (docs / f"{number}.txt").write_text(f"{number} " * 5000)
     monkeypatch.setattr(prepare_module, "BPE_SAMPLE_CHARACTERS", 9000)
     monkeypatch.setattr(prepare_module, "_MIN_FILE_SAMPLE", 1000)
-    groups = [find_inputs([str(docs / "*.txt")]), find_inputs([str(docs / "a.jsonl")])]
-    sample = list(prepare_module._sample(groups, "text"))
+    corpora = [find_corpus([str(docs / name)], TextSpec()) for name in ("*.txt", "a.jsonl")]
+    sample = list(prepare_module._sample(corpora))
     assert 4500 < sum(map(len, sample)) <= 9000
     assert len({text.split()[0] for text in sample if not text.startswith("docs")}) >= 4
-    assert sample == list(prepare_module._sample(groups, "text"))
+    assert sample == list(prepare_module._sample(corpora))
 
 
 def test_nothing_is_overwritten(docs: Path, tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ def test_what_is_no_store_says_how_to_make_one(tmp_path: Path, make_store: MakeS
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.data.read import find_inputs
+    from orchestrator.data.documents import find_corpus
+    from orchestrator.data.formats.rows import TextSpec
     from orchestrator.data.tokenize import byte_tokenizer
 
     tokenizer = byte_tokenizer()
@@ -213,8 +214,9 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: [np.array([69_999, EOS, 65_536]) for _ in texts])
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "store").mkdir()
-    options: dict[str, Any] = {"text_field": "text", "validation_fraction": 0.0, "workers": 1, "source": {}}
-    store = write.write_store(tmp_path / "store", find_inputs([str(tmp_path / "a.txt")]), tokenizer, **options)
+    options: dict[str, Any] = {"validation_fraction": 0.0, "workers": 1, "source": {}}
+    corpus = find_corpus([str(tmp_path / "a.txt")], TextSpec())
+    store = write.write_store(tmp_path / "store", corpus, tokenizer, **options)
     assert store.index.dtype == "<u4"
     # An end-of-text token inside of a document would divide it.
     assert store.split("train").read(0, 3).tolist() == [69_999, 65_536, EOS]

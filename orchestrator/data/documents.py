@@ -1,0 +1,211 @@
+"""Documents out of the inputs of a source, one at a time, and what was left out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.config.schema import DataConfig, SourceConfig
+from orchestrator.data.formats.base import Input, LeftOut, Place
+from orchestrator.data.formats.find import find_inputs
+from orchestrator.data.formats.registry import FORMATS
+from orchestrator.data.formats.rows import TextSpec
+from orchestrator.errors import ConfigError, DataError, UserError
+
+_NAMES_KEPT = 20  # of what was left out, per reason
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document.
+
+    Attributes:
+        consumed: bytes of the input file that reading it took, for a progress bar.
+    """
+
+    text: str
+    consumed: int
+
+
+@dataclass
+class Tally:
+    """Rows that were read and gave no document."""
+
+    null_rows: int = 0
+    empty_documents: int = 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The files of one source, how their rows become text, and what of them is left out.
+
+    Attributes:
+        named: the inputs as the user wrote them.
+    """
+
+    named: tuple[str, ...]
+    inputs: tuple[Input, ...]
+    left_out: tuple[LeftOut, ...]
+    spec: TextSpec
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(item.size_bytes for item in self.inputs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether bytes of the files are bytes of text, nearly."""
+        return not any(item.compression or item.format in ("parquet", "arrow", "save_to_disk") for item in self.inputs)
+
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
+        """All documents in order; rows without text are counted in `tally`.
+
+        Raises:
+            DataError: an input is damaged, or a row is not as it should be; names the file and the row.
+        """
+        for item in self.inputs:
+            yield from read_documents(item, self.spec, tally)
+
+    def left_out_facts(self, tally: Tally) -> dict[str, Any]:
+        """What was left out, for the index of a store: counts, and names by reason. Empty if nothing was."""
+        reasons: dict[str, dict[str, Any]] = {}
+        for entry in self.left_out:
+            fact = reasons.setdefault(entry.reason, {"count": 0, "names": []})
+            fact["count"] += 1
+            if len(fact["names"]) < _NAMES_KEPT:
+                fact["names"].append(entry.name)
+        facts = {"files": reasons, "null_rows": tally.null_rows, "empty_documents": tally.empty_documents}
+        return facts if any(facts.values()) else {}
+
+
+def find_corpus(inputs: Sequence[str], spec: TextSpec) -> Corpus:
+    """The documents that inputs stand for.
+
+    Raises:
+        ConfigError: `spec` has a template that is none.
+        DataError: an input matches nothing, or is nothing that can be trained on.
+    """
+    if not spec.fields:
+        raise AssertionError("a template names a field")
+    found = find_inputs(inputs, spec)
+    for item in found.inputs:
+        entry = FORMATS[item.format]
+        if entry.read is None:
+            what = "tokens of other software" if entry.holds == "tokens" else "a data set of a kind"
+            raise DataError(
+                f"the input holds {what} that is not read: {item.path}",
+                got=entry.title,
+                allowed="documents of text",
+                fix="name the text that they were made from",
+            )
+    return Corpus(tuple(inputs), found.inputs, found.left_out, spec)
+
+
+def spec_of(config: DataConfig, source: SourceConfig) -> TextSpec:
+    """Where the text of a source's rows is: as the source says, else as the data says.
+
+    Raises:
+        ConfigError: a field and a template are given together.
+    """
+    for what, field, template in (
+        ("data", None if config.text_field == "text" else config.text_field, config.text_template),
+        (f"the source {source.path}", source.text_field, source.text_template),
+    ):
+        if field is not None and template is not None:
+            raise ConfigError(
+                f"{what} has a text_field and a text_template",
+                got=f"text_field={field} text_template={template!r}",
+                allowed="one of them",
+            )
+    if source.text_template is not None:
+        field, template = config.text_field, source.text_template
+    elif source.text_field is not None:
+        field, template = source.text_field, None
+    else:
+        field, template = config.text_field, config.text_template
+    return TextSpec(field, template, config.messages or "refuse", config.on_null)
+
+
+def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> Iterator[Document]:
+    """The documents of an input in order; empty ones are left out and counted.
+
+    Raises:
+        DataError: the input is damaged, or a row is not as it should be; names the file and the row.
+    """
+    read = FORMATS[item.format].read
+    if read is None:
+        raise AssertionError(f"{item.format} is not read as documents")
+    tally = tally if tally is not None else Tally()
+    place, rows, nulls = Place(item.path), 0, 0
+    for row, consumed in _guarded(read(item, spec, place), place):
+        rows += 1
+        text = row if isinstance(row, str) else spec.text_of(row, place)
+        if text is None:
+            nulls += 1
+        elif not text:
+            tally.empty_documents += 1
+        else:
+            yield Document(_encodable(text, place), consumed)
+    tally.null_rows += nulls
+    if rows and nulls == rows:
+        raise DataError(
+            f"no row has text in {', '.join(map(repr, spec.fields))}: {item.path}",
+            got=f"{rows:,} rows, null or without the field",
+            fix="name the field: text_field=... (data.text_field, or text_field of the source, in a run)",
+        )
+
+
+def describe_left_out(facts: Mapping[str, Any]) -> list[str]:
+    """What was left out as lines for people, from `Corpus.left_out_facts`."""
+    lines = []
+    files = facts.get("files") or {}
+    for reason, fact in files.items():
+        count, names = int(fact["count"]), [str(name) for name in fact["names"]]
+        shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if count > _NAMES_SHOWN else "")
+        lines.append(f"{count:,} {'file' if count == 1 else 'files'}: {reason} ({shown})")
+    for key, what in (("null_rows", "without text (null)"), ("empty_documents", "with empty text")):
+        if count := int(facts.get(key) or 0):
+            lines.append(f"{count:,} {'row' if count == 1 else 'rows'} {what}")
+    return lines
+
+
+def _guarded(rows: Iterator[Any], place: Place) -> Iterator[Any]:
+    """Whatever a decoder raises names the file and how far the reading had come."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except UserError:
+            raise
+        except Exception as error:
+            raise _damaged(place, error) from error
+        yield row
+
+
+def _damaged(place: Place, error: Exception) -> DataError:
+    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:300]
+    where = f"after {place}" if place.row or place.byte else str(place)
+    if isinstance(error, EOFError):
+        return DataError(f"the compressed file ends early: {where}", got=text, fix="fetch or write it again")
+    return DataError(
+        f"the input cannot be read: {where}",
+        got=f"{type(error).__name__}: {text}",
+        fix="check that the file is complete and may be read; fetch or write it again",
+    )
+
+
+def _encodable(text: str, place: Place) -> str:
+    """The text, if it is one: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text has half of a surrogate pair: {place}",
+            got=f"U+{ord(error.object[error.start]):04X} at character {error.start:,}",
+            allowed="Unicode text",
+            fix="mend the row",
+        ) from error
+    return text

@@ -1,0 +1,137 @@
+"""What the readers of all formats share: an input, its place of reading, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from orchestrator.data.formats.rows import TextSpec
+from orchestrator.errors import DataError
+
+MAX_ROW_BYTES = 64 << 20  # of one line, JSON object or cell: what reads a row holds all of it in memory
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file to read, or several files that are one data set.
+
+    Attributes:
+        path: the file, or the folder of the data set.
+        name: what identifies it independent of where it lies (relative to the input that named it).
+        format: name of a row of `registry.FORMATS`.
+        compression: gzip, bz2, xz, zstd or lz4 around a single file.
+        files: what is read, in order; of a single file the file itself.
+    """
+
+    path: Path
+    name: str
+    format: str
+    compression: str | None = None
+    parts: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.parts or (self.path,)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that a search found and that is not read.
+
+    Attributes:
+        reason: what it is, as a noun phrase ("dataset card", "not text: it holds NUL bytes").
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Place:
+    """How far the reading of an input has come; readers move it, and errors name it.
+
+    Attributes:
+        row: number of the line or row, from 1; 0 before the first one.
+        lines: rows are lines of a text file.
+        byte: offset in the file, where rows are not what is counted.
+    """
+
+    file: Path
+    row: int = 0
+    lines: bool = False
+    byte: int | None = None
+
+    def __str__(self) -> str:
+        if self.row:
+            return f"{self.file}:{self.row}" if self.lines else f"{self.file}, row {self.row}"
+        return f"{self.file}, byte {self.byte}" if self.byte is not None else str(self.file)
+
+
+# The rows of an input, or its texts where it has no rows, each with the bytes of the input that reading it took.
+Rows = Iterator[tuple[Mapping[str, Any] | str, int]]
+# reader(input, spec, place): `spec` names the fields that are wanted of every row.
+Reader = Callable[[Input, TextSpec, Place], Rows]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file or folder.
+
+    Attributes:
+        title: for people.
+        known_by: by what it is recognised, for people.
+        holds: documents; tokens (made by other software with a tokenizer); or nothing that can be trained on.
+        read: how; None for what is not read as documents.
+        advice: what to do with what is not read.
+    """
+
+    name: str
+    title: str
+    known_by: str
+    holds: Literal["documents", "tokens", "nothing"] = "documents"
+    read: Reader | None = None
+    advice: str = ""
+
+
+def too_long(place: Place, what: str = "line") -> NoReturn:
+    raise DataError(
+        f"the {what} is longer than {MAX_ROW_BYTES >> 20} MiB: {place}",
+        got=f"more than {MAX_ROW_BYTES:,} bytes",
+        allowed="rows that fit into memory several times over",
+        fix="divide the document into several rows",
+    )
+
+
+def decoded(data: bytes, place: Place) -> str:
+    """Bytes of a row as text.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        not_utf8(str(place), error.object[error.start], error.start, error.reason)
+
+
+def not_utf8(where: str, byte: int, at: int, reason: str) -> NoReturn:
+    raise DataError(
+        f"the file is not text in UTF-8: {where}",
+        got=f"byte 0x{byte:02x} at {at:,} ({reason})",
+        fix="convert it (iconv -f <its encoding> -t utf-8), or leave it out",
+    )
+
+
+def no_column(path: Path, wanted: str, found: str) -> NoReturn:
+    raise DataError(
+        f"the table has no text column '{wanted}': {path}",
+        got=f"columns {found}",
+        allowed="a column of text (a dot leads into a struct: text.content)",
+        fix="name the column: text_field=... (data.text_field, or text_field of the source, in a run)",
+    )
