@@ -87,6 +87,10 @@ class RunFailedError(UserError):
     exit_code = FAILED
 
 
+class LostPeerError(RunFailedError):
+    """Another process of the job has gone or does not answer."""
+
+
 class MissingExtraError(UserError):
     """An optional dependency is not installed."""
 

@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from orchestrator import __version__
-from orchestrator.errors import ConfigError, UserError
+from orchestrator import __version__, stopping
+from orchestrator.errors import INTERRUPTED, ConfigError, UserError
+from orchestrator.hardware.world import detect
 
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
 VERBS = {
@@ -27,13 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 2 for mistakes of the user, whose message goes to stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     _complete()
+    # Before anything is imported that takes time.
+    with stopping.listening(announce=_speaks()):
+        return _run_safely(words)
+
+
+def _run_safely(words: list[str]) -> int:
     try:
         return _run(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    except stopping.Stopped as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:  # outside of the main thread, where signals are not ours
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone; the interpreter must not complain when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +66,15 @@ def _run(words: list[str]) -> int:
         raise ConfigError("there is no such verb", got=verb, allowed=", ".join(VERBS), fix=fix)
     code: int = importlib.import_module(f"orchestrator.cli.{verb}").main(words[1:])
     return code
+
+
+def _speaks() -> bool:
+    """Whether this process speaks for the job: of those that an engine started, the first."""
+    try:
+        world = detect(os.environ)
+    except UserError:
+        return True  # said where it is asked for
+    return world is None or world.rank == 0
 
 
 def _usage() -> str:

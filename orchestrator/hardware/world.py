@@ -1,19 +1,21 @@
 """Which process of a job this is, as the engine that started it says.
 
-Three engines are recognised by their environment: the product's own launcher, torchrun, and Slurm's srun.
-Each is one function in `_DETECTORS`. Where none of them has started the process, the hosts of a TPU slice know each
-other by Google's variables: `tpu_world`, which the target asks for when it is to drive the chips.
+Recognised by their environment are the product's own launcher, torchrun, whoever sets the variables that
+torch.distributed reads, Slurm's srun, and MPI's launchers. Each is one function in `_DETECTORS`. Where none of them
+has started the process, the hosts of a TPU slice know each other by Google's variables: `tpu_world`, which the target
+asks for when it is to drive the chips.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.errors import HardwareError
 
 OWN_PREFIX = "ORCHESTRATOR_"
+DEFAULT_PORT = 29500  # where MASTER_PORT says no other; torchrun's usual one
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,11 @@ class World:
     """This process among those of the job.
 
     Attributes:
-        store: where the processes meet: `file:<path>`, `tcp:<host>:<port>`, or empty for a single process.
+        store: where the processes meet: `file:<path>`, `tcp:<host>:<port>`, or empty for a process that is alone.
         attempt: restarts so far; keeps a restarted job from meeting the ghosts of the last one.
         engine: who started the processes.
+        store_is_kept: the engine keeps the store at that address, for all its starts of the job; else the first
+            process opens it.
     """
 
     rank: int = 0
@@ -33,6 +37,7 @@ class World:
     store: str = ""
     attempt: int = 0
     engine: str = "none"
+    store_is_kept: bool = False
 
     @property
     def hosts(self) -> int:
@@ -50,15 +55,15 @@ def detect(environ: Mapping[str, str]) -> World | None:
     Raises:
         HardwareError: an engine is there and its variables are incomplete, no numbers, or contradict each other.
     """
-    for detector in _DETECTORS:
+    for engine, detector in _DETECTORS.items():
         try:
             world = detector(environ)
             if world is not None:
                 _check(world)
         except (LookupError, ValueError) as error:
             raise HardwareError(
-                f"the environment of {detector.__name__.removeprefix('_')} is incomplete or contradicts itself",
-                got=repr(error),
+                f"the environment of {engine} is incomplete or contradicts itself",
+                got=f"{error.args[0]} is not set" if isinstance(error, KeyError) else str(error),
                 fix="start the job through torchrun or srun, or unset their variables",
             ) from error
         if world is not None:
@@ -74,23 +79,42 @@ def _check(world: World) -> None:
 def _orchestrator(env: Mapping[str, str]) -> World | None:
     if OWN_PREFIX + "RANK" not in env:
         return None
-    numbers = {
-        field: int(env[OWN_PREFIX + field.upper()]) for field in ("rank", "size", "local_rank", "local_size", "attempt")
-    }
-    return World(**numbers, store=env[OWN_PREFIX + "STORE"], engine="orchestrator")
+    def number(field: str) -> int:
+        return int(env[OWN_PREFIX + field])
+
+    return World(
+        number("RANK"),
+        number("SIZE"),
+        number("LOCAL_RANK"),
+        number("LOCAL_SIZE"),
+        store=env[OWN_PREFIX + "STORE"],
+        attempt=number("ATTEMPT"),
+        engine="orchestrator",
+    )
 
 
 def _torchrun(env: Mapping[str, str]) -> World | None:
-    if "TORCHELASTIC_RUN_ID" not in env and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(env):
+    if "TORCHELASTIC_RUN_ID" not in env:
         return None
+    # TORCHELASTIC_RESTART_COUNT is each agent's own: one that joined later has counted less. With a store of the
+    # agents' the processes of one start find each other without it (`Council`); another store is new at every start.
+    kept = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+    return replace(_by_torch_variables(env), engine="torchrun", store_is_kept=kept)
+
+
+def _variables(env: Mapping[str, str]) -> World | None:
+    return _by_torch_variables(env) if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(env) else None
+
+
+def _by_torch_variables(env: Mapping[str, str]) -> World:
+    """What torch.distributed's `env://` reads, and who starts processes for it sets: Kubeflow, SageMaker, wrappers."""
     return World(
         rank=int(env["RANK"]),
         size=int(env["WORLD_SIZE"]),
         local_rank=int(env.get("LOCAL_RANK", "0")),
         local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
         store=f"tcp:{env['MASTER_ADDR']}:{env['MASTER_PORT']}",
-        attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        engine="torchrun",
+        engine=BY_VARIABLES,
     )
 
 
@@ -112,10 +136,32 @@ def _slurm(env: Mapping[str, str]) -> World | None:
     )
 
 
-_DETECTORS: tuple[Callable[[Mapping[str, str]], World | None], ...] = (_orchestrator, _torchrun, _slurm)
+# rank, size, rank and processes on this host: Open MPI; Intel MPI and MPICH, of which the first has the last two.
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
 
 
-TPU_PORT = 29500  # where MASTER_PORT says no other; torchrun's usual one
+def _mpi(env: Mapping[str, str]) -> World | None:
+    for names in _MPI:
+        if int(env.get(names[1], "1")) > 1:
+            rank, size, local_rank, local_size = (int(env[name]) for name in names)
+            # MPI says nobody's address. On one host none is needed.
+            address = "localhost" if local_size == size else env["MASTER_ADDR"]
+            store = f"tcp:{env.get('MASTER_ADDR', address)}:{int(env.get('MASTER_PORT', DEFAULT_PORT))}"
+            return World(rank, size, local_rank, local_size, store, engine="mpirun")
+    return None
+
+
+BY_VARIABLES = "the variables RANK, WORLD_SIZE and MASTER_ADDR"
+_DETECTORS: dict[str, Callable[[Mapping[str, str]], World | None]] = {
+    "orchestrator": _orchestrator,
+    "torchrun": _torchrun,
+    BY_VARIABLES: _variables,
+    "slurm": _slurm,
+    "mpirun": _mpi,
+}
 
 
 def tpu_world(env: Mapping[str, str]) -> World | None:
@@ -143,7 +189,7 @@ def tpu_world(env: Mapping[str, str]) -> World | None:
             first = env["MEGASCALE_COORDINATOR_ADDRESS"].partition(":")[0]
         if not (first and 0 <= worker < per_slice and 0 <= index < slices):
             raise ValueError(f"host {worker} of {per_slice} in slice {index} of {slices}, which meet at '{first}'")
-        store = f"tcp:{first}:{int(env.get('MASTER_PORT', TPU_PORT))}"
+        store = f"tcp:{first}:{int(env.get('MASTER_PORT', DEFAULT_PORT))}"
     except (LookupError, ValueError) as error:
         raise HardwareError(
             "the variables of the TPU slice (TPU_WORKER_*, MEGASCALE_*) are incomplete or contradict each other",

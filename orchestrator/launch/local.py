@@ -3,85 +3,185 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
+import psutil
+
+from orchestrator import stopping
+from orchestrator.errors import DONE, FAILED, STOPPED
+from orchestrator.hardware.beats import read_beat
 from orchestrator.hardware.world import World
+from orchestrator.launch import guard
 
 _GRACE_SECONDS = 15.0  # a process whose peer died cannot save: its collectives fail
+_SAVE_SECONDS = 120.0  # the others have stopped, and saved
 _POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
+_VMSTAT = Path("/proc/vmstat")
+
+Process = subprocess.Popen[bytes]
 
 
-def run_local(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+@dataclass(frozen=True)
+class Ended:
+    """How the processes of a job have ended.
+
+    Attributes:
+        code: the exit code for the whole job.
+        problems: one line for each process that failed or does not react, as a person reads it. What a process says
+            of itself, with an exit code of its own, is not repeated.
+        step: the last step that a process has completed; None where none has.
+    """
+
+    code: int
+    problems: tuple[str, ...] = ()
+    step: int | None = None
+
+
+def run_local(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
     """Run `command` once per entry of `environments` and wait for all.
 
-    A signal to this process is passed on once to each; when one process fails the others are ended. The
-    processes have sessions of their own, so that a Ctrl-C reaches them through here alone.
-
-    Returns:
-        0, or the exit code of the first process that failed (128 + n for a signal n).
+    A request to stop is passed on once to each; when one process fails the others are ended; when this process dies
+    they are ended, too. They have sessions of their own, so that a Ctrl-C reaches them through here alone.
     """
-    with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-        store = f"file:{Path(folder) / 'store'}" if len(environments) > 1 else ""
-        processes: list[subprocess.Popen[bytes]] = []
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(number)
-
-        for number in handlers:
-            signal.signal(number, forward)
+    processes: list[Process] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="orchestrator-", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as held,
+    ):
+        store = Path(folder) / "store"
+        held.enter_context(stopping.listening())
+        held.enter_context(stopping.deferred(watched=True))
         try:
             for rank, extra in enumerate(environments):
-                world = World(rank, len(environments), rank, len(environments), store)
+                world = World(rank, len(environments), rank, len(environments), f"file:{store}")
                 env = {**os.environ, **extra, **world.environment()}
-                processes.append(
-                    subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent)
-                )
-            return _wait(processes)
+                processes.append(subprocess.Popen(command, env=env, start_new_session=True))
+            held.enter_context(_guarded(processes))
+            return _watch(processes, store)
         finally:
-            _end(processes)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            # Some may be stopped, and what they were started for is over.
+            _end(processes, _GRACE_SECONDS)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+@contextlib.contextmanager
+def _guarded(processes: Sequence[Process]) -> Iterator[None]:
+    """A process beside, which ends the others should this one be killed."""
+    words = [sys.executable, "-I", "-S", guard.__file__, *(str(process.pid) for process in processes)]
+    watcher = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    assert watcher.stdin is not None
+    try:
+        yield
+    finally:
+        watcher.stdin.close()
+        watcher.wait()
+
+
+def _watch(processes: Sequence[Process], store: Path) -> Ended:
+    killed_before, passed_on = _out_of_memory_kills(), False
     while True:
         codes = [process.poll() for process in processes]
-        failed = [code for code in codes if code]
+        beats = (read_beat(store, rank) for rank in range(len(processes)))
+        step = max((beat.step for beat in beats if beat), default=None)
+        if stopping.insisted():
+            _kill(processes)
+            return Ended(stopping.exit_code(signal.SIGINT), ("ended without saving, as asked",), step)
+        if stopping.requested() and not passed_on:
+            passed_on = True
+            _send(processes, stopping.requested())
+        stopped = [code for code in codes if code in STOPPED]
+        failed = [code for code in codes if code and code not in STOPPED]
+        if stopped and not failed:
+            # All stop together and save; one that was alone with its signal takes the others along.
+            _end(processes, _SAVE_SECONDS)
+            return Ended(stopped[0], step=step)
         if failed:
-            return failed[0] if failed[0] > 0 else 128 - failed[0]
-        if all(code == 0 for code in codes):
-            return 0
+            memory = _out_of_memory_kills() > killed_before
+            code = _job_code(failed)
+            return Ended(code, tuple(_problems(processes, store, memory)) if code == FAILED else (), step)
+        if all(code == DONE for code in codes):
+            return Ended(DONE, step=step)
         time.sleep(_POLL_SECONDS)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask what still runs to stop, then make it."""
+def _job_code(failed: Sequence[int]) -> int:
+    """A process that was killed may live when it is tried again; else what the first one says."""
+    return FAILED if any(code < 0 for code in failed) else failed[0]
+
+
+def _problems(processes: Sequence[Process], store: Path, memory: bool) -> Iterator[str]:
+    for rank, process in enumerate(processes):
+        beat = read_beat(store, rank)
+        who = f"process {rank} of {len(processes)} (pid {process.pid})"
+        at = f", last seen after step {beat.step}" if beat else ""
+        code = process.poll()
+        if code is not None and code < 0:
+            yield f"{who} was ended by {_signal_name(-code)}{at}{_likely_cause(-code, memory)}"
+        elif code is None and _is_stopped(process):
+            yield f"{who} is stopped (SIGSTOP) and does not react{at}"
+        elif code not in (None, DONE):
+            yield f"{who} ended with exit code {code}{at}"
+
+
+def _likely_cause(number: int, memory: bool) -> str:
+    if number != signal.SIGKILL:
+        return ""
+    if memory:
+        return ": the kernel ran out of memory meanwhile and killed for it, so that is the likely cause"
+    return ": killed from outside, by somebody or for memory by what runs this machine"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _is_stopped(process: Process) -> bool:
+    try:
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
+
+
+def _out_of_memory_kills() -> int:
+    """How many processes the kernel has killed for memory, in whatever group; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _VMSTAT.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _send(processes: Sequence[Process], number: int) -> None:
     for process in processes:
         if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
 
 
-def _die_with_parent() -> None:
-    # Without it a killed launcher leaves its workers training. They are asked to save and stop.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end(processes: Sequence[Process], grace_seconds: float) -> None:
+    """Ask what still runs to stop, then make it."""
+    _send(processes, signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline or stopping.insisted() or all(map(_is_idle, processes)):
+            _kill(processes)
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_idle(process: Process) -> bool:
+    """Whether there is nothing to wait for: it has ended, or it is stopped and acts on no signal but SIGKILL."""
+    return process.poll() is not None or _is_stopped(process)
+
+
+def _kill(processes: Sequence[Process]) -> None:
+    _send(processes, signal.SIGKILL)

@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as lightning
 
+from orchestrator import stopping
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.strategies.council import Vote
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 class StopOnSignal(lightning.Callback):
-    """Ends training cleanly after SIGTERM or SIGINT to any rank; a second signal of the kind ends the process.
+    """Ends training cleanly after SIGTERM or SIGINT to any rank.
 
-    The handler only sets a flag. After each step the ranks vote without waiting: the answer of one step is
-    read at the end of the next, so no step waits for the slowest rank's signal state.
+    After each step the ranks vote without waiting: the answer of one step is read at the end of the next, so no step
+    waits for the slowest rank's signal state.
+
+    Args:
+        say: prints a line, on the rank that speaks for all.
+
+    Attributes:
+        stopped: the signal that ended the training, the same on all ranks; 0 where none did.
     """
 
-    def __init__(self, parallel: ParallelStrategy):
-        self._parallel = parallel
+    def __init__(self, parallel: ParallelStrategy, say: Callable[[str], None]):
+        self._parallel, self._say = parallel, say
         self._vote: Vote | None = None
-        self._previous: dict[int, Any] = {}
-        self.received: str | None = None
-        self.stopped = False
-
-    def install(self) -> None:
-        """Take over the signals; they may arrive from now on, before the first step too."""
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
-
-    def uninstall(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
+        self.stopped = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # Lightning's own handler broadcasts from inside the handler and raises without saving.
         trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        if self._vote is not None and self._vote.result():
-            self.stopped = True
+        if self._vote is not None and (number := self._vote.result()):
+            self.stopped = number
             trainer.should_stop = True
-        self._vote = self._parallel.start_vote(self.received is not None)
+            if not stopping.requested():
+                self._say(f"stopping   {signal.Signals(number).name} to another process of the job")
+        self._vote = self._parallel.start_vote(stopping.requested())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         # The last vote is still under way; its collective must not outlive the process group.

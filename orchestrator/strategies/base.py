@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from orchestrator.hardware.base import Target
+from orchestrator.hardware.beats import Beat
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding.layout import Layout
@@ -145,9 +146,9 @@ class ParallelStrategy(Strategy):
             self._council = Council(self.world, self.timeout_seconds)
         return self._council
 
-    def start_vote(self, flag: bool) -> Vote:
-        """Ask all ranks whether any raised `flag`, without waiting for the answer."""
-        return self.council.start_vote(flag)
+    def start_vote(self, value: int) -> Vote:
+        """Ask all ranks for the largest `value`, such as a flag, without waiting for the answer."""
+        return self.council.start_vote(value)
 
     def agree(self, text: str) -> str:
         """Rank 0's `text`, on every rank."""
@@ -155,7 +156,7 @@ class ParallelStrategy(Strategy):
 
     def any_raised(self, flag: bool) -> bool:
         """Whether any rank calls with `flag` set; waits for all of them."""
-        return self.start_vote(flag).result()
+        return bool(self.start_vote(flag).result())
 
     def post(self, key: str, text: str) -> None:
         """Put `text` up for all ranks to see, under a key that is used once. Any thread may call it."""
@@ -164,6 +165,18 @@ class ParallelStrategy(Strategy):
     def look(self, key: str) -> str | None:
         """What a rank has posted; None where it has not yet. Waits for nobody. Any thread may call it."""
         return self.council.look(key)
+
+    def count(self, key: str) -> int:
+        """Which process this is to count itself under `key`, from 1 on. Waits for nobody."""
+        return self.council.count(key)
+
+    def beat(self, text: str) -> None:
+        """Leave this process's sign of life (`Beat.to_text`). Any thread may call it."""
+        self.council.beat(text)
+
+    def beat_of(self, rank: int) -> Beat | None:
+        """The last sign of life of a process; None where there is none yet."""
+        return self.council.beat_of(rank)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""

@@ -5,26 +5,35 @@ Both strategies meet through it, each with its own process group for what the de
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from orchestrator.errors import HardwareError
+from orchestrator.hardware.address import reachable
+from orchestrator.hardware.beats import Beat, read_beat, write_beat
 from orchestrator.hardware.world import World
+
+_POLL_SECONDS = 0.05
 
 
 class Vote:
     """The answer to a vote, already known."""
 
-    def __init__(self, flag: bool):
-        self._flag = flag
+    def __init__(self, value: int):
+        self._value = int(value)
 
-    def result(self) -> bool:
-        """Whether any rank raised its flag. Waits for the ranks that have not voted."""
-        return self._flag
+    def result(self) -> int:
+        """The largest value that a rank voted for. Waits for the ranks that have not voted."""
+        return self._value
 
 
 class Council:
@@ -40,7 +49,9 @@ class Council:
     def __init__(self, world: World, timeout_seconds: float):
         self._world, self._timeout = world, timedelta(seconds=timeout_seconds)
         with self._waiting():
-            self._store = dist.PrefixStore(f"attempt{world.attempt}", _open_store(world, self._timeout))
+            store = _open_store(world, self._timeout)
+            start = _start_of_job(store, world, self._timeout) if world.store_is_kept else f"attempt{world.attempt}"
+            self._store = dist.PrefixStore(start, store)
         self._votes: dist.ProcessGroup | None = None
         self._agreements = 0
 
@@ -75,8 +86,8 @@ class Council:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def start_vote(self, flag: bool) -> Vote:
-        return Vote(flag) if self._votes is None else _GroupVote(flag, self._votes)
+    def start_vote(self, value: int) -> Vote:
+        return Vote(value) if self._votes is None else _GroupVote(value, self._votes)
 
     def agree(self, text: str) -> str:
         if self._world.size == 1:
@@ -93,19 +104,40 @@ class Council:
     def look(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
+    def count(self, key: str) -> int:
+        """Which process this is to count itself under `key`, from 1 on."""
+        return int(self._store.add(key, 1))
+
+    def beat(self, text: str) -> None:
+        """Leave this process's sign of life. Any thread may call it."""
+        kind, _, path = self._world.store.partition(":")
+        if kind == "file":
+            # torch's file store only ever grows.
+            write_beat(Path(path), self._world.rank, text)
+        elif kind:
+            self._store.set(f"beat{self._world.rank}", text)
+
+    def beat_of(self, rank: int) -> Beat | None:
+        """The last sign of life of a process; None where there is none yet."""
+        kind, _, path = self._world.store.partition(":")
+        if kind == "file":
+            return read_beat(Path(path), rank)
+        text = self.look(f"beat{rank}")
+        return Beat.from_text(text) if text else None
+
     def barrier(self) -> None:
         if self._votes is not None:
             dist.barrier(group=self._votes)
 
 
 class _GroupVote(Vote):
-    def __init__(self, flag: bool, group: dist.ProcessGroup):
-        self._votes = torch.tensor([int(flag)])
+    def __init__(self, value: int, group: dist.ProcessGroup):
+        self._votes = torch.tensor([int(value)])
         self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=group, async_op=True)
 
-    def result(self) -> bool:
+    def result(self) -> int:
         self._work.wait()
-        return bool(self._votes.item())
+        return int(self._votes.item())
 
 
 def _open_store(world: World, timeout: timedelta) -> dist.Store:
@@ -114,7 +146,36 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
         return dist.FileStore(rest, world.size)
     if kind == "tcp":
         host, _, port = rest.rpartition(":")
-        # torchrun's agent holds the store at this address already; elsewhere rank 0 opens it.
-        master = world.rank == 0 and world.engine != "torchrun"
+        host = reachable(host.strip("[]"), os.environ, timeout.total_seconds(), _warn)
+        master = world.rank == 0 and not world.store_is_kept
         return dist.TCPStore(host, int(port), world.size, is_master=master, timeout=timeout, wait_for_workers=False)
     return dist.HashStore()
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _start_of_job(store: dist.Store, world: World, timeout: timedelta) -> str:
+    """A name for this start of the job that all its processes share, where the store has seen other starts.
+
+    The first process makes the name up and greets each other one by it. Whoever reads the name of an earlier start
+    is not greeted, as its first process is gone, and reads again.
+    """
+    if world.rank == 0:
+        name = uuid.uuid4().hex
+        store.set("start", name)
+        for rank in range(1, world.size):
+            store.set(f"{name}/greeting{rank}", store.get(f"{name}/hello{rank}").decode())
+        return name
+    mine = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    name, greeting = "", ""
+    while time.monotonic() < deadline:
+        if (read := store.get("start").decode()) != name:
+            name, greeting = read, f"{read}/greeting{world.rank}"
+            store.set(f"{name}/hello{world.rank}", mine)
+        if store.check([greeting]) and store.get(greeting).decode() == mine:
+            return name
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError("the first process did not answer in time")

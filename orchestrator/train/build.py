@@ -31,6 +31,7 @@ from orchestrator.resilience.preemption import StopOnSignal
 from orchestrator.sharding import rules
 from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.strategies.environment import JobEnvironment
 from orchestrator.train import identity
 from orchestrator.train.check import resolve_model
 from orchestrator.train.checkpointing import Checkpoints
@@ -175,7 +176,7 @@ def _assemble(
     )
     progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
     say = progress.say if progress else _print_on_main(main)
-    stop = StopOnSignal(parallel)
+    stop = StopOnSignal(parallel, say)
     held_out = _stream(config, data, "validation")
     reference = make_batch(config, held_out) if config.checkpoint.handover.enabled else None
     keep = (data.tokenizer, {**side, "run": run_uuid}, metrics, history, reference, say)
@@ -273,6 +274,8 @@ def provenance(parallel: ParallelStrategy) -> dict[str, Any]:
 def make_trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic: bool) -> lightning.Trainer:
     return lightning.Trainer(
         strategy=parallel,
+        # Lightning would look for an engine itself, and refuses Slurm's --ntasks.
+        plugins=[JobEnvironment()],
         devices=1,
         max_epochs=1,
         callbacks=callbacks,

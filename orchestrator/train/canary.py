@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import stopping
 from orchestrator.checkpoint.handover import read_reference
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed, read_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
-from orchestrator.errors import CheckpointError, ConfigErrors, UserError
+from orchestrator.errors import MISTAKE, CheckpointError, ConfigErrors, RunFailedError, UserError
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import World, detect
 from orchestrator.launch.local import run_local
@@ -87,11 +88,14 @@ def _in_processes(config: RunConfig, checkpoint: AnyPath, environments: list[dic
     with tempfile.TemporaryDirectory(prefix="handover-") as name:
         folder = Path(name)
         rundir.write_config(folder, config)
-        code = run_local([sys.executable, "-m", "orchestrator.train.canary", name, str(checkpoint)], environments)
-        if code == UserError.exit_code:
+        worker = [sys.executable, "-m", "orchestrator.train.worker", "handover", name, str(checkpoint)]
+        ended = run_local(worker, environments)
+        stopping.check()
+        if ended.code == MISTAKE:
             raise UserError((folder / "error").read_text())
-        if code:
-            raise UserError("the check was ended before it had a result", got=f"exit code {code}", fix="see above")
+        if ended.code:
+            got = "; ".join(ended.problems) or f"exit code {ended.code}"
+            raise RunFailedError("the check was ended before it had a result", got=got, fix="see above")
         result: Result = json.loads((folder / _RESULT).read_text())
         return result
 
@@ -123,8 +127,8 @@ def measure_checkpoint(config: RunConfig, parallel: ParallelStrategy, where: Any
     return {"checkpoint": str(where), **result.to_dict()}
 
 
-def worker_main(argv: list[str]) -> int:
-    """Entry point of a process that `run_check` started: `FOLDER CHECKPOINT`."""
+def check_worker(argv: list[str]) -> int:
+    """Be one process of those that `run_check` started: `FOLDER CHECKPOINT`."""
     folder, world = Path(argv[0]), detect(os.environ) or World()
     try:
         result = _measure(read_config(folder / rundir.CONFIG), world, locate(argv[1]))
@@ -136,7 +140,3 @@ def worker_main(argv: list[str]) -> int:
     if world.rank == 0:
         (folder / _RESULT).write_text(json.dumps(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(worker_main(sys.argv[1:]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import faulthandler
 import os
 import sys
 import textwrap
@@ -11,16 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from orchestrator import stopping
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import INTERRUPTED, UserError
+from orchestrator.errors import DONE, LostPeerError, UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.train import rundir
 
 if TYPE_CHECKING:
+    from orchestrator.resilience.peers import Peers
     from orchestrator.strategies.base import ParallelStrategy
     from orchestrator.train.build import Job
 
@@ -41,25 +41,34 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         settle: called when the processes have met, to say where the run is kept.
 
     Returns:
-        0, or `INTERRUPTED` when a signal ended the run early; it can be resumed.
+        0, or `INTERRUPTED` or `TERMINATED` when a signal ended the run early; it can be resumed.
+
+    Raises:
+        Stopped: a signal came before the first step.
+        LostPeerError: another process has gone or does not answer.
     """
     from orchestrator.data.prepare import prepare
+    from orchestrator.resilience.peers import Peers
     from orchestrator.train.build import build, make_strategy
 
     quiet(world.rank)
-    parallel = make_strategy(config, resolve(config.hardware), world)
-    parallel.join()
-    try:
-        place = settle(parallel)
-        data = prepare(config.data, progress=False)
-        facts = rundir.read_run(place.run_dir)
-        job = build(config, parallel, data, place, leg=len(facts["legs"]))
-        # Every rank has read the number of legs before rank 0 adds this one.
-        parallel.barrier()
-        checked = _hand_over(config, job, place.run_dir)
-        return _drive(job, place.run_dir, facts, checked)
-    finally:
-        parallel.leave()
+    with stopping.listening():
+        parallel = make_strategy(config, resolve(config.hardware), world)
+        parallel.join()
+        peers = Peers(parallel)
+        try:
+            with peers.watched():
+                place = settle(parallel)
+                data = prepare(config.data, progress=False)
+                facts = rundir.read_run(place.run_dir)
+                job = build(config, parallel, data, place, leg=len(facts["legs"]))
+                peers.follow(lambda: job.module.step)
+                # Every rank has read the number of legs before rank 0 adds this one.
+                parallel.barrier()
+                checked = _hand_over(config, job, place.run_dir)
+                return _drive(job, place.run_dir, facts, checked, peers)
+        finally:
+            parallel.leave()
 
 
 def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
@@ -88,21 +97,28 @@ def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
     return str(result)
 
 
-def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None) -> int:
+def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, peers: Peers) -> int:
+    # From here on a signal is obeyed after a step, by all ranks at the same one. It may have come to one of them only.
+    with stopping.deferred():
+        if number := job.parallel.start_vote(stopping.requested()).result():
+            raise stopping.Stopped(number)
+        return _train(job, run_dir, facts, checked, peers)
+
+
+def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, peers: Peers) -> int:
     main = job.parallel.rank == 0
     leg = {**job.leg, "started": time.time()}
     legs = job.history.legs = [*facts["legs"], leg]
     if main:
         rundir.write_run(run_dir, {**facts, **job.facts, "status": "running", "legs": legs})
         _introduce(job, run_dir, checked)
-    job.stop.install()
     status = "failed"
     try:
-        job.trainer.fit(job.module, job.loader)
-        status = "interrupted" if job.stop.stopped else "finished"
-        _close(job, status)
+        with peers.explained():
+            job.trainer.fit(job.module, job.loader)
+            status = "interrupted" if job.stop.stopped else "finished"
+            _close(job, status)
     finally:
-        job.stop.uninstall()
         job.checkpoints.close()
         job.metrics.close()
         if job.progress:
@@ -113,7 +129,7 @@ def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None) 
             _report(run_dir)
     if main:
         _conclude(job, run_dir, status)
-    return INTERRUPTED if status == "interrupted" else 0
+    return stopping.exit_code(job.stop.stopped) if status == "interrupted" else DONE
 
 
 def _close(job: Job, status: str) -> None:
@@ -176,8 +192,8 @@ def quiet(rank: int) -> None:
         warnings.filterwarnings("ignore")
 
 
-def worker_main() -> int:
-    """Entry point of a process that the product's own launcher started."""
+def train_worker() -> int:
+    """Be one process of a run that the product's own launcher started."""
     from orchestrator.config.compose import read_config
 
     run_dir, checkpoints, resume = (os.environ[OWN_PREFIX + name] for name in ("RUN_DIR", "CHECKPOINTS_DIR", "RESUME"))
@@ -186,24 +202,7 @@ def worker_main() -> int:
         place = Place(Path(run_dir), locate(checkpoints), locate(resume) if resume else None)
         return work(read_config(place.run_dir / rundir.CONFIG), world, lambda parallel: place)
     except UserError as error:
-        # All ranks meet the same problem; one says so.
-        if world.rank == 0:
+        # All ranks meet the same problem; one says so. Who lost the others may be the only one that is left.
+        if world.rank == 0 or isinstance(error, LostPeerError):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def end_process(code: int) -> NoReturn:
-    """End a process whose work is done, saved and closed: what libraries do at exit, and no more.
-
-    Taking the interpreter down would let threads of native libraries abort it now and then ("terminate called without
-    an active exception"), and a finished run would count as failed.
-    """
-    atexit._run_exitfuncs()  # such as torch_xla's, which ends the client of the chips
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    faulthandler.enable()  # where a native library aborts, the stacks say in which call
-    end_process(worker_main())

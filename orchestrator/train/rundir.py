@@ -195,6 +195,20 @@ def write_run(run_dir: Path, facts: Mapping[str, Any]) -> None:
     _replace(run_dir / RUN, json.dumps(facts, indent=1))
 
 
+def mark_ended(run_dir: Path, status: str, step: int | None) -> None:
+    """Set the status of a run whose process was killed before it could; one that has ended by itself keeps its own.
+
+    Args:
+        step: the last one that is known to be completed.
+    """
+    facts = read_run(run_dir)
+    if facts.get("status") != "running":
+        return
+    if facts["legs"]:
+        facts["legs"][-1].update(ended=time.time(), end_step=step)
+    write_run(run_dir, {**facts, "status": status})
+
+
 def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.partial")
     aside.write_text(text)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.checkpoint.catalogue import newest_valid, remove_uncommitted
+from orchestrator.checkpoint.catalogue import committed, newest_valid, remove_uncommitted
 from orchestrator.checkpoint.hashing import new_hash
 from orchestrator.checkpoint.signing import signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
@@ -23,11 +23,11 @@ from orchestrator.config.paths import absolute
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
-from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors, DamagedError
+from orchestrator.errors import FAILED, STOPPED, CheckpointError, ConfigError, ConfigErrors, DamagedError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
-from orchestrator.launch.local import run_local
+from orchestrator.launch.local import Ended, run_local
 from orchestrator.train import changes, identity, initial, resume, rundir, runs
 from orchestrator.train.check import check_run
 from orchestrator.train.layout import precision_of, settle_layout
@@ -210,10 +210,24 @@ def _start_local(plan: Plan) -> int:
         place = _open_run(plan, held)
         common, processes = _variables(place), target.processes(devices)
         environments = [{**target.environment(config.hardware, rank, processes), **common} for rank in range(processes)]
-        try:
-            return run_local([sys.executable, "-m", "orchestrator.train.run"], environments)
-        finally:
-            runs.discard_empty(place.run_dir)
+        ended = run_local([sys.executable, "-m", "orchestrator.train.worker", "train"], environments)
+        _conclude(ended, place)
+        return ended.code
+
+
+def _conclude(ended: Ended, place: Place) -> None:
+    """What processes that were ended could not say: what has become of the run, and how it goes on."""
+    if ended.code in STOPPED and "status" not in rundir.read_run(place.run_dir):
+        print("stopped    before the first step: there is nothing to save", file=sys.stderr)
+    elif ended.code == FAILED or ended.problems:
+        for problem in ended.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        newest = committed(place.checkpoints)
+        print(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}", file=sys.stderr)
+        if newest:
+            print(f"continue   python -m orchestrator train resume={place.run_dir}", file=sys.stderr)
+    if ended.code:
+        rundir.mark_ended(place.run_dir, "interrupted" if ended.code in STOPPED else "failed", ended.step)
 
 
 def _join_external(plan: Plan, world: World) -> int:
@@ -230,12 +244,7 @@ def _join_external(plan: Plan, world: World) -> int:
     from orchestrator.train.run import work
 
     with contextlib.ExitStack() as held:
-        opened: list[Place] = []
-        try:
-            return work(plan.config, world, lambda parallel: _agree(plan, parallel, held, opened))
-        finally:
-            for place in opened if world.rank == 0 else []:
-                runs.discard_empty(place.run_dir)
+        return work(plan.config, world, lambda parallel: _agree(plan, parallel, held))
 
 
 def _planned(config: RunConfig, target: Target, devices: int, main: bool) -> RunConfig:
@@ -252,12 +261,11 @@ def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1
     check_run(config, devices, data.vocab_size, slices)
 
 
-def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack, opened: list[Place]) -> Place:
-    """Open the run directory on rank 0, which tells the others; what was opened is added to `opened`."""
+def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:
+    """Open the run directory on rank 0, which tells the others."""
     text = ""
     if parallel.rank == 0:
         place = _open_run(plan, held)
-        opened.append(place)
         text = json.dumps([str(place.run_dir), str(place.checkpoints), str(place.resume_from or "")])
     run_dir, checkpoints, resume_from = json.loads(parallel.agree(text))
     return Place(Path(run_dir), locate(checkpoints), locate(resume_from) if resume_from else None)
@@ -266,6 +274,8 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack, o
 def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
     """Make what the run is kept in and hold it for this process."""
     run_dir = _from_here(plan.run_dir or rundir.create(plan.config, plan.name))
+    # However this ends: a run directory in which nothing was trained does not stay.
+    held.callback(runs.discard_empty, run_dir)
     held.enter_context(rundir.lock(run_dir, patient=plan.patient))
     if plan.run_dir is None and plan.uuid is not None:
         identity.adopt_uuid(run_dir, plan.uuid)

@@ -58,7 +58,7 @@ def main() -> None:
         target = resolve(config.hardware)
         environments = [target.environment(config.hardware, rank, PROCESSES) for rank in range(PROCESSES)]
         with tempfile.TemporaryDirectory() as folder:
-            if run_local([sys.executable, __file__, "--worker", folder, *overrides(model, steps)], environments):
+            if run_local([sys.executable, __file__, "--worker", folder, *overrides(model, steps)], environments).code:
                 raise SystemExit("a worker failed")
             seconds = json.loads(Path(folder, "seconds.json").read_text())[WARMUP:]
         each, last = seconds[::2], seconds[1::2]

@@ -93,7 +93,7 @@ def measure(processes: int, overrides: list[str], environment: dict[str, str]) -
             {**target.environment(config.hardware, rank, processes), **environment} for rank in range(processes)
         ]
         command = [sys.executable, __file__, "--worker", folder, *overrides]
-        if run_local(command, environments):
+        if run_local(command, environments).code:
             raise SystemExit("a worker failed")
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(processes)]
 

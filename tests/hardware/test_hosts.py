@@ -12,7 +12,7 @@ from orchestrator.config.schema import HardwareConfig
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import tpu_host
 from orchestrator.hardware.registry import find_world, get_target, job_devices, resolve
-from orchestrator.hardware.world import TPU_PORT, World, tpu_world
+from orchestrator.hardware.world import DEFAULT_PORT, World, tpu_world
 from tests.hardware.conftest import Machine
 from tests.hardware.test_tpu import V5E, XLA_PACKAGES
 from tests.hardware.test_world import STEP, TORCHRUN
@@ -26,10 +26,10 @@ SLICES["MEGASCALE_COORDINATOR_ADDRESS"] = "job-0-0.job:8080"
 
 class TestVariables:
     def test_hosts_of_a_slice(self):
-        assert tpu_world(SLICE) == World(1, 3, 0, 1, f"tcp:job-0-0.job:{TPU_PORT}", 0, "tpu")
+        assert tpu_world(SLICE) == World(1, 3, 0, 1, f"tcp:job-0-0.job:{DEFAULT_PORT}", 0, "tpu")
 
     def test_slices_follow_each_other(self):
-        assert tpu_world(SLICES) == World(4, 6, 0, 1, f"tcp:job-0-0.job:{TPU_PORT}", 0, "tpu")
+        assert tpu_world(SLICES) == World(4, 6, 0, 1, f"tcp:job-0-0.job:{DEFAULT_PORT}", 0, "tpu")
         worlds = [
             tpu_world({**SLICES, "MEGASCALE_SLICE_ID": str(index), "TPU_WORKER_ID": str(worker)})
             for index in range(2)
@@ -132,11 +132,11 @@ class TestTheMachineKnows:
     def test_a_cloud_tpu_vm_has_metadata(self, v5e: Machine, metadata: dict[str, str]):
         metadata["worker-network-endpoints"] = "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"
         metadata["tpu-env"] = "ACCELERATOR_TYPE: 'v5litepod-8'\nWORKER_ID: '1'\nZONE: 'us-west4-a'\n"
-        assert find_world(TPU, {}) == World(1, 2, 0, 1, f"tcp:10.0.0.2:{TPU_PORT}", 0, "tpu")
+        assert find_world(TPU, {}) == World(1, 2, 0, 1, f"tcp:10.0.0.2:{DEFAULT_PORT}", 0, "tpu")
         assert resolve(TPU).slices() == 1
         metadata["tpu-env"] += "MEGASCALE_COORDINATOR_ADDRESS: '10.0.9.1'\nMEGASCALE_NUM_SLICES: '2'\n"
         metadata["tpu-env"] += "MEGASCALE_SLICE_ID: '1'\n"
-        assert find_world(TPU, {}) == World(3, 4, 0, 1, f"tcp:10.0.9.1:{TPU_PORT}", 0, "tpu")
+        assert find_world(TPU, {}) == World(3, 4, 0, 1, f"tcp:10.0.9.1:{DEFAULT_PORT}", 0, "tpu")
 
     def test_variables_win_over_metadata(self, v5e: Machine, metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch):
         metadata["worker-network-endpoints"] = "a:b:10.0.0.2,a:b:10.0.0.3"

@@ -97,13 +97,48 @@ def test_our_own_environment_says_the_same_again(world):
 
 
 def test_torchrun():
-    assert detect(TORCHRUN) == World(5, 8, 1, 4, "tcp:node-0:29511", 2, "torchrun")
+    assert detect(TORCHRUN) == World(5, 8, 1, 4, "tcp:node-0:29511", 0, "torchrun", store_is_kept=True)
     assert detect(TORCHRUN).hosts == 2
 
 
+def test_agents_that_have_counted_other_numbers_of_restarts_are_of_one_job():
+    assert detect({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "0"}) == detect(TORCHRUN)
+
+
+def test_without_a_store_of_the_agents_the_first_process_opens_one():
+    for said in ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, {}):
+        env = {key: value for key, value in TORCHRUN.items() if key != "TORCHELASTIC_USE_AGENT_STORE"}
+        assert not detect({**env, **said}).store_is_kept
+
+
+VARIABLES = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
 def test_the_variables_of_torch_distributed_without_torchrun():
-    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert detect(env) == World(1, 2, 0, 1, "tcp:10.0.0.1:29500", 0, "torchrun")
+    world = detect(VARIABLES)
+    assert world == World(1, 2, 0, 1, "tcp:10.0.0.1:29500", 0, "the variables RANK, WORLD_SIZE and MASTER_ADDR")
+    with pytest.raises(HardwareError, match=r"the environment of the variables RANK, .*\n.*MASTER_PORT is not set"):
+        detect({key: value for key, value in VARIABLES.items() if key != "MASTER_PORT"})
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+INTEL_MPI = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+
+
+@pytest.mark.parametrize("env", [OPEN_MPI, INTEL_MPI], ids=["Open MPI", "Intel MPI"])
+def test_mpirun(env):
+    assert detect(env) == World(1, 4, 1, 4, "tcp:localhost:29500", 0, "mpirun")
+    elsewhere = {"MASTER_ADDR": "n1", "MASTER_PORT": "3000"}
+    assert detect({**env, **elsewhere}).store == "tcp:n1:3000"
+    several_hosts = {key: "2" if value == "4" and "LOCAL" in key else value for key, value in env.items()}
+    with pytest.raises(HardwareError, match="MASTER_ADDR is not set"):
+        detect(several_hosts)
+    assert detect({**several_hosts, **elsewhere}).hosts == 2
 
 
 def test_a_slurm_step():
@@ -145,6 +180,7 @@ def test_the_innermost_engine_counts():
     """Our launcher below torchrun, torchrun below srun."""
     assert detect({**STEP, **TORCHRUN, **OWN}).engine == "orchestrator"
     assert detect({**STEP, **TORCHRUN}).engine == "torchrun"
+    assert detect({**STEP, **INTEL_MPI}).engine == "slurm"
 
 
 @pytest.mark.parametrize("env", [OWN, TORCHRUN, STEP], ids=["own", "torchrun", "slurm"])

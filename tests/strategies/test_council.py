@@ -83,7 +83,7 @@ def test_a_vote_waits_for_nobody_until_it_is_asked():
 def _see_ghost(world: World, store: str) -> str | None:
     council = Council(replace(world, attempt=1, store=store), timeout_seconds=20)
     if world.rank == 0:
-        ghost = Council(replace(world, attempt=0, store=store, engine="torchrun"), timeout_seconds=20)
+        ghost = Council(replace(world, rank=1, attempt=0, store=store), timeout_seconds=20)
         ghost.post("agree1", "of the last attempt")
     council.meet("gloo")
     council.barrier()
@@ -95,6 +95,35 @@ def _see_ghost(world: World, store: str) -> str | None:
 
 def test_a_restarted_job_does_not_meet_the_last_one():
     assert run_ranks(2, _see_ghost, f"tcp:localhost:{_free_port()}") == [None, None]
+
+
+def _start(world: World, port: int, store_of_agents: bool) -> str:
+    council = Council(
+        replace(world, store=f"tcp:localhost:{port}", engine="torchrun", store_is_kept=store_of_agents), 20
+    )
+    if world.rank == 0:
+        council.post("said", f"by {id(council)}")
+    council.meet("gloo")
+    council.barrier()
+    seen = council.look("said")
+    council.barrier()
+    council.leave()
+    return seen
+
+
+def test_starts_of_a_job_with_a_store_of_the_agents_do_not_meet_each_other():
+    """The store has seen other starts, and no number that the agents have counted tells them apart."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store.set("start", "that of a job whose first process is gone")
+    for _ in range(2):
+        first, second = run_ranks(2, _start, store.port, True)
+        assert first == second
+        assert first.startswith("by ")
+
+
+def test_where_the_engine_keeps_no_store_the_first_process_opens_it():
+    first, second = run_ranks(2, _start, _free_port(), False)
+    assert first == second is not None
 
 
 def _miss(world: World, store: str) -> str:

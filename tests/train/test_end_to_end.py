@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -73,9 +74,13 @@ def test_a_signal_saves_at_a_step_boundary_and_the_run_goes_on(whole, tmp_path):
     process = start("train", *small_overrides(tmp_path, *layout))
     runs = tmp_path / "runs"
     wait_until(lambda: any(path.stat().st_size > 1000 for path in runs.glob("*/*/metrics.jsonl")), process)
-    process.send_signal(signal.SIGTERM)
+    # To all of them, as a terminal and Slurm do, and once more by the launcher: one request.
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    for member in family:
+        member.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 143, output
+    assert output.count("stopping   SIGTERM") == 1
     run_dir = only_run(runs)
     saved = sorted((run_dir / "checkpoints").iterdir())
     assert len(saved) == 1
@@ -92,6 +97,63 @@ def test_a_signal_saves_at_a_step_boundary_and_the_run_goes_on(whole, tmp_path):
     facts = json.loads((run_dir / "run.json").read_text())
     assert [leg["devices"] for leg in facts["legs"]] == [2, 1]
     assert (facts["status"], facts["legs"][1]["start_step"]) == ("finished", step)
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM, as the kernel says: for SIGINT Python itself has one."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["SigCgt"], 16) >> signal.SIGTERM - 1 & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("moment", ["imports", "processes start"])
+def test_a_signal_in_start_up_is_obeyed_at_once_and_leaves_nothing(tmp_path, number, moment):
+    runs = tmp_path / "runs"
+    process = start("train", *small_overrides(tmp_path, "hardware.devices=2", "train.max_steps=4000"))
+    if moment == "imports":
+        wait_until(lambda: _listens(process.pid), process)
+    else:
+        wait_until(lambda: any(runs.glob("*/*/config.yaml")), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert [line.partition(":")[0] for line in output.splitlines() if line.startswith("stopping")] == [
+        f"stopping   {number.name}"
+    ]
+    assert "Traceback" not in output
+    assert not list(runs.glob("*/*")), "a run directory was left"
+
+
+def test_a_killed_process_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
+    layout = ("hardware.devices=2", "layout.fsdp=2", "train.max_steps=4000")
+    process = start("train", *small_overrides(tmp_path, *layout))
+    runs = tmp_path / "runs"
+    wait_until(lambda: any(runs.glob("*/*/checkpoints/*/manifest.json")), process)
+    workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
+    first = next(child for child in workers if child.environ()["ORCHESTRATOR_RANK"] == "0")
+    first.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    run_dir = only_run(runs)
+    assert f"error: process 0 of 2 (pid {first.pid}) was ended by SIGKILL, last seen after step" in output
+    assert f"checkpoint {run_dir / 'checkpoints' / 'step-'}" in output
+    assert f"continue   python -m orchestrator train resume={run_dir}" in output
+    assert "Traceback" not in output
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert facts["status"] == "failed"
+    assert facts["legs"][0]["end_step"] >= 10
+
+
+def test_a_stopped_multirun_starts_no_further_job(tmp_path):
+    words = small_overrides(tmp_path, "train.max_steps=4000", "checkpoint.every_steps=null")
+    process = start("train", *words, "-m", "optim.lr=1e-3,3e-4")
+    runs = tmp_path / "runs"
+    wait_until(lambda: any(path.stat().st_size > 1000 for path in runs.glob("*/*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert output.count("--- job") == 1
+    assert len(list((only_run(runs) / "checkpoints").iterdir())) == 1
 
 
 def test_the_run_directory_is_complete(whole):

@@ -1,0 +1,74 @@
+"""Where the first process of a job is reached, where its name alone does not say it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from orchestrator.errors import HardwareError
+
+_POLL_SECONDS = 1.0
+_SCONTROL_SECONDS = 10.0
+
+
+def reachable(host: str, environ: Mapping[str, str], wait_seconds: float, say: Callable[[str], object]) -> str:
+    """The name itself where it resolves; else the address that Slurm knows of it.
+
+    A name of Kubernetes may resolve only when its pod runs, so it is asked for again; Slurm's nodes are what they are.
+
+    Args:
+        wait_seconds: how long a name is asked for.
+        say: told once that the name does not resolve yet.
+
+    Raises:
+        HardwareError: it does not resolve.
+    """
+    if resolves(host):
+        return host
+    in_slurm = "SLURM_JOB_ID" in environ
+    if in_slurm:
+        for address in _slurm_addresses(host, environ):
+            if resolves(address):
+                say(f"the name '{host}' does not resolve here: taking {address}, which Slurm has for it")
+                return address
+    else:
+        say(f"the name '{host}' does not resolve here: trying for {wait_seconds:g} s (hardware.timeout_seconds)")
+        deadline = time.monotonic() + wait_seconds
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            if resolves(host):
+                return host
+    slurm = " and Slurm has no other address of it (scontrol show node)" if in_slurm else ""
+    raise HardwareError(
+        f"the name of the job's first host does not resolve on this one{slurm}",
+        got=host,
+        fix="give it an entry in DNS or /etc/hosts, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT "
+        "and MASTER_ADDR=<its address> for every process",
+    )
+
+
+def resolves(host: str) -> bool:
+    """Whether this machine knows an address of the name."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except (OSError, UnicodeError):
+        return False
+
+
+def _slurm_addresses(host: str, environ: Mapping[str, str]) -> Iterator[str]:
+    # Cloud nodes: name:address:host name, ...
+    for alias in environ.get("SLURM_NODE_ALIASES", "").split(","):
+        name, _, rest = alias.partition(":")
+        if name == host and rest:
+            yield rest.partition(":")[0].strip("[]")
+    if shutil.which("scontrol"):
+        try:
+            words = ["scontrol", "show", "node", "--oneliner", host]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=_SCONTROL_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            return
+        yield from re.findall(r"\bNode(?:Addr|HostName)=(\S+)", done.stdout)

@@ -1,0 +1,50 @@
+"""What each process of a job has done last: a sign of life, for those that look for the one that is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Attributes:
+    step: optimizer steps completed.
+    count: signs of life so far; a process whose count stays the same is not there, or does not run.
+    """
+
+    step: int
+    host: str
+    pid: int
+    count: int
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_text(text: str) -> Beat:
+        return Beat(**json.loads(text))
+
+
+def write_beat(store: Path, rank: int, text: str) -> None:
+    """Keep a process's beat beside the file where the processes meet. It counts for little: a full disk is no error."""
+    path = _path(store, rank)
+    with suppress(OSError):
+        aside = path.with_name(f"{path.name}.partial")
+        aside.write_text(text)
+        os.replace(aside, path)
+
+
+def read_beat(store: Path, rank: int) -> Beat | None:
+    """The last beat of a process; None where there is none yet."""
+    try:
+        return Beat.from_text(_path(store, rank).read_text())
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _path(store: Path, rank: int) -> Path:
+    return store.with_name(f"{store.name}-beat-{rank}")

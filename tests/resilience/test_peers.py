@@ -1,0 +1,92 @@
+"""Who is missing: a rank that has gone, one that does not come, one that has failed and says why."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from orchestrator.errors import FAILED, DataError, LostPeerError
+from orchestrator.hardware.world import World
+from orchestrator.resilience import peers
+from orchestrator.resilience.peers import Peers, is_lost_peer
+from orchestrator.strategies.council import Council
+from tests.lab.ranks import run_ranks
+
+
+@dataclass
+class _Parallel:
+    """What `Peers` needs of a strategy."""
+
+    council: Council
+    world: World
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.council, name) if name in ("post", "look", "count", "beat", "beat_of") else self._of(name)
+
+    def _of(self, name: str) -> int:
+        return {"rank": self.world.rank, "size": self.world.size}[name]
+
+
+def _lose(world: World, what: str) -> str:
+    peers.BEAT_SECONDS, peers._ROLL_CALL_SECONDS = 0.1, 1.5
+    council = Council(world, timeout_seconds=3 if what == "hangs" else 30)
+    council.meet("gloo")
+    watched = Peers(_Parallel(council, world))
+    try:
+        with watched.watched():
+            watched.follow(lambda: 40 + world.rank)
+            council.barrier()
+            time.sleep(0.3)
+            if world.rank == 2:
+                if what == "fails":
+                    raise DataError("the file has gone")
+                time.sleep(7 if what == "hangs" else 0)
+                return "not there"
+            dist.barrier()
+    except LostPeerError as error:
+        return f"{error}\nexit code {error.exit_code}"
+    except DataError as error:
+        return f"itself: {error}"
+    raise AssertionError("a barrier was passed that rank 2 never came to")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("goes", "which gives no sign of life, last seen after step 42"),
+        ("hangs", "which runs, but did not come, last seen after step 42"),
+        ("fails", "which ended with: the file has gone"),
+    ],
+)
+def test_the_process_that_is_missing_is_named(what, said):
+    *others, own = run_ranks(3, _lose, what)
+    speakers = [text for text in others if text.startswith("the job has lost process 2 (host ")]
+    assert len(speakers) == 1, others
+    assert said in speakers[0]
+    assert all(text.endswith(f"exit code {FAILED}") for text in others)
+    assert "process 0" not in speakers[0].splitlines()[0]
+    assert "process 1" not in speakers[0].splitlines()[0]
+    (other,) = [text for text in others if text not in speakers]
+    assert "lost the others: " in other
+    assert said in other
+    assert not own.startswith("the job has lost")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]"), 1),
+        (RuntimeError("[x/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation to complete"), 1),
+        (dist.DistNetworkError("The client socket has timed out after 600000ms while trying to connect to (n1, 1)"), 1),
+        (dist.DistStoreError("wait timeout after 20000ms, keys: /attempt0/agree1"), 1),
+        (RuntimeError("[enforce fail at ...] op.preamble.length <= op.nbytes. 8 vs 4"), 0),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 0),
+        (DataError("Connection closed by peer"), 0),
+    ],
+)
+def test_errors_of_a_connection_are_told_from_defects(error, lost):
+    assert is_lost_peer(error) is bool(lost)
