@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from orchestrator import __version__, stopping
 from orchestrator.errors import INTERRUPTED, ConfigError, UserError
-from orchestrator.hardware.world import detect
+from orchestrator.hardware.world import first_process
 
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
 VERBS = {
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     _complete()
     # Before anything is imported that takes time.
-    with stopping.listening(announce=_speaks()):
+    with stopping.listening(announce=first_process()):
         return _run_safely(words)
 
 
@@ -66,15 +66,6 @@ def _run(words: list[str]) -> int:
         raise ConfigError("there is no such verb", got=verb, allowed=", ".join(VERBS), fix=fix)
     code: int = importlib.import_module(f"orchestrator.cli.{verb}").main(words[1:])
     return code
-
-
-def _speaks() -> bool:
-    """Whether this process speaks for the job: of those that an engine started, the first."""
-    try:
-        world = detect(os.environ)
-    except UserError:
-        return True  # said where it is asked for
-    return world is None or world.rank == 0
 
 
 def _usage() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.config.compose import conf_dir, group_options, run_composed
+from orchestrator.hardware.world import first_process
 
 _HELP = """usage: python -m orchestrator train [group=option ...] [key=value ...] [flags]
 
@@ -29,11 +30,20 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(_help())
         return 0
+    from orchestrator.train.say import doing
+
+    if first_process() and not _FLAGS & {word.partition("=")[0] for word in argv}:
+        # What follows imports much.
+        doing("reading the configuration", argv)
     from orchestrator.planner.models import refuse_planned_only
     from orchestrator.train.start import start
 
     refuse_planned_only(argv, "train")
     return run_composed(argv, "orchestrator train", start)
+
+
+# Of Hydra: something is printed, and no run started.
+_FLAGS = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc", "--shell-completion"}
 
 
 def _help() -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator import stopping
 from orchestrator.config.convert import from_dict, from_dict_partly
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import check_ranges, validate
@@ -109,6 +110,7 @@ class _Sweep:
         self.codes: dict[str, int] = {}
 
     def run(self, name: str, task: Callable[[], int]) -> None:
+        stopping.check()  # a signal may have come when the last job was all but done
         print(f"--- job {name}", flush=True)
         try:
             code = task()

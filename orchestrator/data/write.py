@@ -145,7 +145,9 @@ def _spool(
     hashes: list[np.ndarray] = []
     text_bytes: list[np.ndarray] = []
     total = corpus.size_bytes
-    bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=not progress)
+    # A log would be filled with carriage returns: there the bar is shown on a terminal only.
+    hide = None if progress else True
+    bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=hide)
     with bar, open(path, "wb") as spool:
         for chunk in _encode_all(corpus.documents(tally), tokenizer, dtype, workers):
             spool.write(chunk.tokens.tobytes())

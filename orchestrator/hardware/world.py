@@ -8,6 +8,7 @@ asks for when it is to drive the chips.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -71,6 +72,15 @@ def detect(environ: Mapping[str, str]) -> World | None:
     return None
 
 
+def first_process() -> bool:
+    """Whether this process speaks for the job: of those that an engine started, it is the first."""
+    try:
+        world = detect(os.environ)
+    except HardwareError:
+        return True  # said where the world is asked for
+    return world is None or world.rank == 0
+
+
 def _check(world: World) -> None:
     if not (0 <= world.rank < world.size and 0 <= world.local_rank < world.local_size <= world.size):
         raise ValueError(f"rank {world.rank} of {world.size}, on this host {world.local_rank} of {world.local_size}")
@@ -79,6 +89,7 @@ def _check(world: World) -> None:
 def _orchestrator(env: Mapping[str, str]) -> World | None:
     if OWN_PREFIX + "RANK" not in env:
         return None
+
     def number(field: str) -> int:
         return int(env[OWN_PREFIX + field])
 

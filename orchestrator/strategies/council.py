@@ -146,7 +146,8 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
         return dist.FileStore(rest, world.size)
     if kind == "tcp":
         host, _, port = rest.rpartition(":")
-        host = reachable(host.strip("[]"), os.environ, timeout.total_seconds(), _warn)
+        say = _warn if world.local_rank == 0 else lambda text: None
+        host = reachable(host.strip("[]"), os.environ, timeout.total_seconds(), say)
         master = world.rank == 0 and not world.store_is_kept
         return dist.TCPStore(host, int(port), world.size, is_master=master, timeout=timeout, wait_for_workers=False)
     return dist.HashStore()

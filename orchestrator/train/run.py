@@ -18,6 +18,7 @@ from orchestrator.errors import DONE, LostPeerError, UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.train import rundir
+from orchestrator.train.say import doing
 
 if TYPE_CHECKING:
     from orchestrator.resilience.peers import Peers
@@ -47,6 +48,12 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         Stopped: a signal came before the first step.
         LostPeerError: another process has gone or does not answer.
     """
+
+    def tell(text: str) -> None:
+        if world.rank == 0:
+            doing(text, config)
+
+    tell("loading torch")
     from orchestrator.data.prepare import prepare
     from orchestrator.resilience.peers import Peers
     from orchestrator.train.build import build, make_strategy
@@ -54,6 +61,8 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
     quiet(world.rank)
     with stopping.listening():
         parallel = make_strategy(config, resolve(config.hardware), world)
+        if world.size > 1:
+            tell(f"waiting for {world.size} processes to meet")
         parallel.join()
         peers = Peers(parallel)
         try:
@@ -61,6 +70,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
                 place = settle(parallel)
                 data = prepare(config.data, progress=False)
                 facts = rundir.read_run(place.run_dir)
+                tell(f"restoring {place.resume_from}" if place.resume_from else "building the model")
                 job = build(config, parallel, data, place, leg=len(facts["legs"]))
                 peers.follow(lambda: job.module.step)
                 # Every rank has read the number of legs before rank 0 adds this one.
@@ -99,7 +109,8 @@ def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
 
 def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, peers: Peers) -> int:
     # From here on a signal is obeyed after a step, by all ranks at the same one. It may have come to one of them only.
-    with stopping.deferred():
+    # A runtime that was started meanwhile may have put handlers of its own into place.
+    with stopping.listening(), stopping.deferred():
         if number := job.parallel.start_vote(stopping.requested()).result():
             raise stopping.Stopped(number)
         return _train(job, run_dir, facts, checked, peers)

@@ -32,7 +32,7 @@ from orchestrator.train import changes, identity, initial, resume, rundir, runs
 from orchestrator.train.check import check_run
 from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.run import Place
-from orchestrator.train.say import warn
+from orchestrator.train.say import doing, warn
 
 if TYPE_CHECKING:
     from orchestrator.strategies.base import ParallelStrategy
@@ -205,11 +205,13 @@ def _start_local(plan: Plan) -> int:
     devices = device_count(config.hardware, target, target.probe())
     planned = _planned(config, target, devices, main=True)
     check_run(planned, devices)
+    doing("preparing the data", config)
     _check_data(planned, devices, progress=True)
     with contextlib.ExitStack() as held:
         place = _open_run(plan, held)
         common, processes = _variables(place), target.processes(devices)
         environments = [{**target.environment(config.hardware, rank, processes), **common} for rank in range(processes)]
+        doing(f"starting {processes} process{'es' if processes > 1 else ''}", config)
         ended = run_local([sys.executable, "-m", "orchestrator.train.worker", "train"], environments)
         _conclude(ended, place)
         return ended.code
@@ -239,6 +241,8 @@ def _join_external(plan: Plan, world: World) -> int:
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(plan.config.hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
+    if world.rank == 0:
+        doing("preparing the data", planned)
     _check_data(planned, devices, progress=world.local_rank == 0, slices=slices)
 
     from orchestrator.train.run import work

@@ -84,7 +84,7 @@ def test_a_signal_to_one_host_stops_all_at_one_step(tmp_path):
     time.sleep(2)
     processes[1].send_signal(signal.SIGTERM)
     for code, _, errors in finish(processes, 60):
-        assert code == 130, errors
+        assert code == 143, errors
     run_dir = only_run(tmp_path / "runs")
     (saved,) = (run_dir / "checkpoints").iterdir()
     assert read_all(saved)
