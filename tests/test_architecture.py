@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {"sharding", "chips"},
     "strategies": {"hardware", "sharding", "models"},
     "observe": {"chips", "hardware", "planner"},
-    "resilience": {"strategies"},
+    "resilience": {"hardware", "strategies"},
     "launch": {"hardware"},
     "train": {
         "chips",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from orchestrator.config.compose import conf_dir, group_options, run_composed
 from orchestrator.hardware.world import first_process
 
@@ -32,8 +34,8 @@ def main(argv: list[str]) -> int:
         return 0
     from orchestrator.train.say import doing
 
-    if first_process() and not _FLAGS & {word.partition("=")[0] for word in argv}:
-        # What follows imports much.
+    if first_process() and sys.stderr.isatty() and not _FLAGS & {word.partition("=")[0] for word in argv}:
+        # What follows imports much. In a log a mistake is better said alone.
         doing("reading the configuration", argv)
     from orchestrator.planner.models import refuse_planned_only
     from orchestrator.train.start import start
