@@ -6,6 +6,8 @@ them without a traceback and exits with `exit_code`; anything else that escapes 
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Sequence
 
 # What a process tells the engine that started it: docs/running.md.
@@ -16,6 +18,17 @@ DIVERGED = 3  # the numbers are not finite: the same command diverges again
 INTERRUPTED = 130  # SIGINT was obeyed and the run saved: it can go on
 TERMINATED = 143  # the same for SIGTERM
 STOPPED = (INTERRUPTED, TERMINATED)
+_MAX_SHOWN = 30  # problems of a configuration that are printed
+
+
+def printable(text: object) -> str:
+    """`text` as it may go to a terminal: what a terminal would obey, and what no encoding holds, is written out.
+
+    Names, prompts and configurations come from strangers' files; line breaks and tabs stay.
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in str(text)
+    )
 
 
 class UserError(Exception):
@@ -39,7 +52,29 @@ class UserError(Exception):
             lines.append(f"  allowed: {allowed}")
         if fix:
             lines.append(f"  do:      {fix}")
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))
+
+
+def describe_defect(error: BaseException) -> str:
+    """What to print of an error that is none of the user's: one paragraph; with `ORCHESTRATOR_TRACEBACK=1` the stack.
+
+    A system that refuses (a full disk, no memory) is named as that; whatever else escapes is a defect of the product.
+    """
+    if os.environ.get("ORCHESTRATOR_TRACEBACK") == "1":
+        return "".join(traceback.format_exception(error)).rstrip()
+    said = (str(error).strip() or "no message")[:1000]
+    if isinstance(error, MemoryError):
+        return "error: this machine has not enough memory for that"
+    if isinstance(error, OSError) and error.strerror:
+        named = f": {error.filename}" if error.filename else ""
+        return printable(f"error: the system refuses: {error.strerror}{named}")
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "orchestrator" in frame.filename.split(os.sep)[-3:]] or list(frames)
+    place = f" at {os.sep.join(ours[-1].filename.split(os.sep)[-3:])}:{ours[-1].lineno}" if ours else ""
+    return printable(
+        f"error: this is a defect of orchestrator: {type(error).__name__}: {said}{place}\n"
+        "  do:      run it again with ORCHESTRATOR_TRACEBACK=1, and report what that prints"
+    )
 
 
 class ConfigError(UserError):
@@ -52,8 +87,10 @@ class ConfigErrors(UserError):
     def __init__(self, problems: Sequence[UserError]):
         self.problems = list(problems)
         count = len(self.problems)
+        shown = self.problems[:_MAX_SHOWN]
         head = "1 problem in the configuration:" if count == 1 else f"{count} problems in the configuration:"
-        body = "\n".join(str(problem) for problem in self.problems)
+        body = "\n".join(str(problem) for problem in shown)
+        body += f"\nand {count - len(shown)} more" if count > len(shown) else ""
         super().__init__(f"{head}\n{body}")
 
 

@@ -61,7 +61,7 @@ ONLY_IN: dict[str, set[str]] = {
     "neuronx_distributed": XLA_FILES,
     "libneuronxla": XLA_FILES,
     "lightning": {"strategies/", "train/", "observe/", "resilience/"},
-    "hydra": {"config/compose.py"},
+    "hydra": {"config/compose.py", "config/words.py"},
     "omegaconf": {"config/compose.py"},
     "torch.distributed": {"strategies/", "checkpoint/dcp.py"},
 }

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from orchestrator import __version__, stopping
-from orchestrator.errors import INTERRUPTED, ConfigError, UserError
+from orchestrator.errors import FAILED, INTERRUPTED, ConfigError, UserError, describe_defect
 from orchestrator.hardware.world import first_process
 
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
@@ -25,7 +25,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 2 for mistakes of the user, whose message goes to stderr."""
+    """Run one verb. Returns the exit code: 2 for mistakes of the user, 1 for what is ours; both are said on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     _complete()
     # Before anything is imported that takes time.
@@ -47,6 +47,9 @@ def _run_safely(words: list[str]) -> int:
         # The reader (head, less) has gone; the interpreter must not complain when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        print(describe_defect(error), file=sys.stderr)
+        return FAILED
 
 
 def _run(words: list[str]) -> int:
@@ -60,6 +63,11 @@ def _run(words: list[str]) -> int:
         # The script that Hydra installs asks the program without a verb; its keys are those of `train`.
         words = ["train", *words]
     verb = words[0]
+    try:
+        os.getcwd()
+    except OSError:
+        what = "the folder that the command was started in is gone"
+        raise ConfigError(what, fix="cd to one that is there") from None
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         fix = f"did you mean '{close[0]}'?" if close else "see python -m orchestrator --help"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from orchestrator.config.compose import conf_dir, group_options, run_composed
+from orchestrator.config.words import BASE
 from orchestrator.hardware.world import first_process
 
 _HELP = """usage: python -m orchestrator train [group=option ...] [key=value ...] [flags]
@@ -52,7 +53,7 @@ def _help() -> str:
     groups = group_options([conf_dir()])
     width = max(map(len, groups))
     lines = [
-        f"  {group:<{width}}  {', '.join(option for option in options if option != 'base')}"
+        f"  {group:<{width}}  {', '.join(option for option in options if option != BASE)}"
         for group, options in groups.items()
     ]
     return _HELP.format(groups="\n".join(lines))

@@ -1,29 +1,35 @@
-"""Command line and YAML files to a `RunConfig`: the only file that imports Hydra or OmegaConf.
+"""Command line and YAML files to a `RunConfig`: with `words.py` the only file that imports Hydra or OmegaConf.
 
-Hydra reports the first wrong override and stops, and lets `+newkey=1` through. So the overrides are first
-checked against the schema here; with anything wrong, the rest is still composed and converted, and all
-problems are reported together.
+What is wrong with the words is found first (`words.py`); with anything wrong, the rest is still composed and converted,
+and all problems are reported together. Whatever Hydra, OmegaConf or YAML raise is one error, of the user.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import contextlib
+import os
 import sys
-import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator import stopping
 from orchestrator.config.convert import from_dict, from_dict_partly
+from orchestrator.config.files import check_option, read_plain
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import check_ranges, validate
-from orchestrator.errors import DONE, FAILED, MISTAKE, STOPPED, ConfigError, ConfigErrors, UserError
+from orchestrator.config.words import check_word, group_options, parse_words, split_flags
+from orchestrator.errors import DONE, FAILED, MISTAKE, STOPPED, ConfigError, ConfigErrors, UserError, describe_defect
+
+__all__ = ["Composed", "compose", "conf_dir", "group_options", "read_config", "read_plain", "run_composed"]
 
 CONFIG_NAME = "train"
+_MAX_FILES = 1000  # of --config-dir, that are looked into for what is wrong
+_SEE = "see python -m orchestrator train --help"
+# Of the exceptions of Hydra, OmegaConf, YAML and the system, whatever the user's files and words can cause.
+_OF_COMPOSING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,6 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]
         ConfigErrors: all problems of the overrides and of the values.
         Exception: whatever `task` raises, where it is the only job.
     """
-    import hydra
     from omegaconf import DictConfig
 
     _check_overrides(argv)
@@ -68,31 +73,52 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]
         from hydra.core.hydra_config import HydraConfig
 
         settings = HydraConfig.get()
+
+        def work() -> int:
+            with _environment("HYDRA_FULL_ERROR", full_error):
+                return task(_convert(cfg, settings))
+
         if settings.mode is not None and settings.mode.name == "MULTIRUN":
-            sweep.run(f"{settings.job.num}: {settings.job.override_dirname}", lambda: task(_convert(cfg, settings)))
+            sweep.run(f"{settings.job.num}: {settings.job.override_dirname}", work)
             return
         try:
-            sweep.codes["0"] = task(_convert(cfg, settings))
+            sweep.codes["0"] = work()
         except BaseException as error:
-            # Raised again below: Hydra would print a traceback of its own for it, and end with 1 whatever it is.
+            # Raised again below: Hydra would take it for its own.
             failure.append(error)
 
-    # Hydra's parser wants its flags in front; `train key=value -m` is as good as `train -m key=value`.
-    words, _ = _split_flags(argv)
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    if (code := _run_hydra(job, prog, argv)) != DONE:
+        return code
+    if failure:
+        raise failure[-1]
+    return sweep.conclude()
+
+
+def _run_hydra(job: Callable[[Any], None], prog: str, argv: Sequence[str]) -> int:
+    """Let Hydra read `argv` and call `job`. Returns `MISTAKE` where it has printed what is wrong."""
+    import hydra
+
+    # Its parser wants its flags in front; `train key=value -m` is as good as `train -m key=value`.
+    words, config_dir = split_flags(argv)
     saved, sys.argv = sys.argv, [prog, *(word for word in argv if word not in words), *words]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
+        # Else it prints a traceback, and ends the process.
+        with _environment("HYDRA_FULL_ERROR", "1"):
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
     except SystemExit as stop:
-        # Hydra has printed what is wrong; its code for that is 1, ours for the user's mistakes is 2.
+        # Its code for what it has printed is 1, ours for the user's mistakes is 2.
         if stop.code not in (0, None):
             return MISTAKE
     except _SweepStopped:
         pass
+    except BrokenPipeError:
+        raise  # the reader of what --cfg prints has gone
+    except Exception as error:
+        raise ConfigErrors(_problems_of(error, words, config_dir)) from error
     finally:
         sys.argv = saved
-    if failure:
-        raise failure[-1]
-    return sweep.conclude()
+    return DONE
 
 
 class _SweepStopped(BaseException):
@@ -119,8 +145,8 @@ class _Sweep:
             code = error.exit_code
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAILED
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            print(describe_defect(error), file=sys.stderr)
             code = FAILED
         self.codes[name] = code
         if code in STOPPED:
@@ -137,6 +163,19 @@ class _Sweep:
         return next(
             (code for code in STOPPED if code in codes), FAILED if FAILED in codes else max(codes, default=DONE)
         )
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Composed:
@@ -160,41 +199,17 @@ def read_config(path: Path) -> RunConfig:
     return from_dict(RunConfig, read_plain(path))
 
 
-def read_plain(path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain data.
-
-    Raises:
-        ConfigError: the file is missing, unreadable as YAML, or not a mapping.
-    """
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError("there is no configuration file", got=path) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {error}", got=path) from None
-    if not isinstance(data, dict):
-        raise ConfigError("the configuration is not a mapping", got=path)
-    return data
-
-
-def group_options(directories: Sequence[Path]) -> dict[str, list[str]]:
-    """Options of each config group found in the folders."""
-    groups: dict[str, set[str]] = {}
-    for directory in directories:
-        for file in sorted(directory.glob("*/*.yaml")):
-            groups.setdefault(file.parent.name, set()).add(file.stem)
-    return {group: sorted(options) for group, options in groups.items()}
-
-
 def _convert(cfg: Any, settings: Any) -> Composed:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    data: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    try:
+        data: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    except (OmegaConfBaseException, *_OF_COMPOSING) as error:
+        raise ConfigErrors([_problem_of(error)]) from error
     choices = {group: option for group, option in settings.runtime.choices.items() if not group.startswith("hydra")}
     data["experiment"] = choices.get("experiment")
-    given = _parse(settings.overrides.task)[0]
+    given = [override for _, override in parse_words(settings.overrides.task)[0]]
     overrides = {override.key_or_group: override.key_or_group in choices for override in given}
     config, problems = from_dict_partly(RunConfig, data)
     # Keys are held against each other only where each is right by itself; where a checkpoint brings some, beside those.
@@ -210,33 +225,37 @@ def _compose_api(overrides: list[str], config_dir: str | None) -> Composed:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
+    words = overrides
     if config_dir:
-        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+        words = [*overrides, f"hydra.searchpath=[{_quoted(f'file://{Path(config_dir).absolute()}')}]"]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = hydra_compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+            cfg = hydra_compose(CONFIG_NAME, overrides=words, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         settings = HydraConfig.get()
         plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        return _convert(plain, settings)
-    except (HydraException, OmegaConfBaseException) as error:
-        fix = "see python -m orchestrator train --help"
-        raise ConfigErrors([ConfigError(str(error), got=" ".join(overrides), fix=fix)]) from error
+    except Exception as error:
+        raise ConfigErrors(_problems_of(error, overrides, config_dir)) from error
+    return _convert(plain, settings)
+
+
+def _quoted(text: str) -> str:
+    """A value of Hydra's grammar that stands for `text` as it is."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
     if {"-sc", "--shell-completion"} & set(argv):
         return  # what follows is for the shell
-    words, config_dir = _split_flags(argv)
+    words, config_dir = split_flags(argv)
     groups = group_options([conf_dir(), *([Path(config_dir)] if config_dir else [])])
-    overrides, problems = _parse(words)
+    parsed, problems = parse_words(words)
     good = []
-    for word, override in zip([w for w in words if w not in {p.got for p in problems}], overrides, strict=True):
-        problem = _check(override, groups)
+    for word, override in parsed:
+        problem = check_word(override, groups, config_dir)
         if problem is None:
             good.append((word, override))
         else:
@@ -247,94 +266,35 @@ def _check_overrides(argv: Sequence[str]) -> None:
         # A sweep's first value stands for it, so that the other values are checked too.
         _compose_api([w for w, o in good if not o.is_sweep_override()], config_dir)
     except ConfigErrors as errors:
-        problems.extend(typing.cast(list[ConfigError], errors.problems))
-    except Exception as error:
-        problems.append(ConfigError(str(error)))
+        said = {str(problem) for problem in problems}
+        found = typing.cast(list[ConfigError], errors.problems)
+        problems.extend(problem for problem in found if str(problem) not in said)
     raise ConfigErrors(problems)
 
 
-def _split_flags(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Overrides among the words, and the value of --config-dir."""
-    words, config_dir, skip = [], None, False
-    for index, word in enumerate(argv):
-        flag, _, value = word.partition("=")
-        if skip:
-            skip = False
-        elif flag in ("--config-dir", "-cd"):
-            config_dir = value or (argv[index + 1] if index + 1 < len(argv) else None)
-            skip = not value
-        elif flag in ("--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c", "--info", "-i"):
-            skip = not value and not (flag in ("--info", "-i") and "=" in "".join(argv[index + 1 : index + 2]))
-        elif not word.startswith("-"):
-            words.append(word)
-    if config_dir and not Path(config_dir).is_dir():
-        raise ConfigError("--config-dir is not a folder", got=config_dir, fix="give a folder that holds group folders")
-    return words, config_dir
-
-
-def _parse(words: Sequence[str]) -> tuple[list[Any], list[ConfigError]]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    parsed, problems = [], []
-    for word in words:
+def _problems_of(error: Exception, words: Sequence[str], config_dir: str | None) -> Sequence[UserError]:
+    """What a failure to compose comes from: broken files of the user's, each with its line, else what was said."""
+    if isinstance(error, ConfigErrors):
+        return error.problems
+    if isinstance(error, UserError):
+        return [error]
+    problems = []
+    found = sorted(Path(config_dir).rglob("*.yaml"))[:_MAX_FILES] if config_dir else []
+    files = [file for file in found if file.is_file()]
+    for file in files:
         try:
-            parsed.append(parser.parse_override(word))
-        except HydraException as error:
-            fix = "quote special characters: 'key=\"value\"'" if "=" in word else "write key=value"
-            problems.append(ConfigError(f"not an override: {str(error).splitlines()[0]}", got=word, fix=fix))
-    return parsed, problems
+            check_option(file)
+        except ConfigError as broken:
+            problems.append(broken)
+    return problems or [_problem_of(error, " ".join(words))]
 
 
-def _check(override: Any, groups: dict[str, list[str]]) -> ConfigError | None:
-    from hydra.core.override_parser.types import Glob
-
-    key, written = override.key_or_group, override.input_line
-    if key.split(".")[0].split("/")[0] == "hydra":
-        return None
-    if key in groups and override.package is None:
-        if override.is_delete():
-            fix = f"choose another option: {key}=..."
-            return ConfigError("a group of the configuration cannot be removed", got=written, fix=fix)
-        value = override.value()
-        if isinstance(value, Glob):
-            return None
-        for choice in [str(item) for item in getattr(value, "list", [value])]:
-            # Only this group may be left empty.
-            if choice not in groups[key] and not (key == "experiment" and choice in ("None", "null")):
-                return ConfigError(
-                    f"there is no {key} '{choice}'",
-                    got=written,
-                    allowed=", ".join(groups[key]),
-                    fix=_hint(choice, groups[key]),
-                )
-        return None
-    known = _schema_keys(RunConfig)
-    if key in known or any(key.startswith(f"{parent}.") for parent, free in known.items() if free):
-        if override.is_delete():
-            return ConfigError(
-                "a key of the configuration cannot be removed", got=written, fix=f"give it a value: {key}=..."
-            )
-        return None
-    parent = key.rpartition(".")[0]
-    beside = [name for name in known if name.rpartition(".")[0] == (parent if parent in known else "")]
-    what, allowed = f"there is no key '{key}'", ", ".join(beside)
-    return ConfigError(what, got=written, allowed=allowed, fix=_hint(key, [*known, *groups]))
-
-
-def _schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
-    """Dotted keys of the schema -> whether any key may follow below (a free mapping)."""
-    keys: dict[str, bool] = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        keys[prefix + name] = typing.get_origin(hint) is dict
-        if dataclasses.is_dataclass(hint):
-            keys |= _schema_keys(typing.cast(type, hint), f"{prefix}{name}.")
-    return keys
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    # The right name in the wrong place, else a wrong name.
-    close = [key for key in known if "." in key and key.split(".")[-1] == word.split(".")[-1]][:1]
-    close = close or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else "see python -m orchestrator train --cfg job"
+def _problem_of(error: BaseException, got: str | None = None) -> ConfigError:
+    """An error of Hydra, OmegaConf or the system in this product's words."""
+    key = getattr(error, "full_key", None)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
+    if isinstance(error, RecursionError):
+        said = "it goes round in a circle: options that name each other in their defaults, or values in theirs"
+    what = f"'{key}' cannot be worked out: {said}" if key else f"the configuration cannot be put together: {said}"
+    return ConfigError(what[:1000], got=got or key, fix=f"give {key} a value" if key else _SEE)

@@ -1,59 +1,66 @@
-"""What the types of the schema cannot say: ranges, and keys that must fit each other. All problems at once."""
+"""What the types of the schema cannot say: ranges, and keys that must fit each other. All problems at once.
+
+The same rules hold for what a user writes and for what a checkpoint brings.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
 import re
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.config.schema import CheckpointConfig, HardwareConfig, ModelConfig, RunConfig
 from orchestrator.errors import ConfigError
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-_POSITIVE = (
-    "hardware.devices",
-    "hardware.threads",
-    "hardware.simulate",
-    "hardware.timeout_seconds",
-    "model.vocab_size",
-    "model.dim",
-    "model.layers",
-    "model.heads",
-    "model.kv_heads",
-    "model.head_dim",
-    "model.mlp_dim",
-    "model.max_seq_len",
-    "model.sliding_window",
-    "model.rope_scaling.original_max_seq_len",
-    "data.tokenizer.vocab_size",
-    "layout.replicate",
-    "layout.fsdp",
-    "layout.context",
-    "layout.tensor",
-    "data.workers",
-    "checkpoint.every_steps",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every_steps",
-    "checkpoint.handover.sequences",
-    "checkpoint.handover.seq_len",
-    "logger.every_steps",
-    "train.max_steps",
-    "train.eval_every",
-    "train.eval_tokens",
-    "train.loss_chunk_tokens",
-    "train.micro_batch_size",
-    "train.sample.tokens",
-    "train.sample.every_steps",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "model.init_std",
-    "data.prefetch",
-    "optim.weight_decay",
-    "optim.schedule.warmup_steps",
-    "train.sample.temperature",
-)
+_LARGEST = 1 << 63
+_STEPS = (1, 10**12)
+# Key -> the least and the largest whole number. The upper bounds are beyond anything that is built, and below what
+# overflows a counter, takes all memory, or asks a library for the impossible: a configuration can come from a stranger.
+_COUNTS: dict[str, tuple[int, int]] = {
+    "seed": (0, _LARGEST - 1),
+    "hardware.devices": (1, 1 << 16),
+    "hardware.threads": (1, 1 << 12),
+    "hardware.simulate": (1, 1 << 12),
+    "hardware.timeout_seconds": (1, 10**7),
+    "model.vocab_size": (1, 1 << 24),
+    "model.dim": (1, 1 << 20),
+    "model.layers": (1, 1 << 14),
+    "model.heads": (1, 1 << 14),
+    "model.kv_heads": (1, 1 << 14),
+    "model.head_dim": (1, 1 << 16),
+    "model.mlp_dim": (1, 1 << 22),
+    "model.max_seq_len": (1, 1 << 30),
+    "model.sliding_window": (1, 1 << 30),
+    "model.rope_scaling.original_max_seq_len": (1, 1 << 30),
+    "data.tokenizer.vocab_size": (1, 1 << 20),
+    "data.workers": (1, 1 << 12),
+    "data.prefetch": (0, 1 << 12),
+    "optim.schedule.warmup_steps": (0, 10**12),
+    "layout.replicate": (1, 1 << 20),
+    "layout.fsdp": (1, 1 << 20),
+    "layout.context": (1, 1 << 20),
+    "layout.tensor": (1, 1 << 20),
+    "checkpoint.every_steps": _STEPS,
+    "checkpoint.keep_last": _STEPS,
+    "checkpoint.keep_every_steps": _STEPS,
+    "checkpoint.handover.sequences": (1, 1 << 12),
+    "checkpoint.handover.seq_len": (1, 1 << 20),
+    "logger.every_steps": _STEPS,
+    "train.max_steps": _STEPS,
+    "train.seq_len": (2, 1 << 30),
+    "train.global_batch_tokens": (-_LARGEST, 1 << 40),  # its least is a sequence: see _batch
+    "train.eval_every": _STEPS,
+    "train.eval_tokens": (1, 10**12),
+    "train.loss_chunk_tokens": (1, 1 << 30),
+    "train.micro_batch_size": (1, 1 << 20),
+    "train.sample.tokens": (1, 1 << 20),
+    "train.sample.every_steps": _STEPS,
+}
+_NOT_NEGATIVE = ("model.init_std", "optim.weight_decay", "train.sample.temperature")
 _ABOVE_ZERO = (
     "model.norm_eps",
     "model.rope_theta",
@@ -66,6 +73,13 @@ _ABOVE_ZERO = (
     "optim.eps",
     "optim.grad_clip",
 )
+_LARGEST_FLOAT = 1e38  # an fp32 holds it
+_VOLATILE = ("memory",)
+_MAX_TEXT, _MAX_NAME_BYTES = 4096, 200
+# Text of several lines; of everything else each is one word, a path, or a line.
+_LINES = ("train.sample.prompt", "hardware.environment")
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, separators of lines
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # what is read would not be what is there
 
 
 def validate(config: RunConfig) -> list[ConfigError]:
@@ -75,19 +89,23 @@ def validate(config: RunConfig) -> list[ConfigError]:
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:
-    """Values that are wrong by themselves, each key looked at alone."""
+    """Values that are wrong by themselves, each key looked at alone. What a checkpoint brings is held to the same."""
     problems = [
-        _out(key, value, f"{least} or more")
-        for least, keys in ((1, _POSITIVE), (2, ("train.seq_len",)), (0, _NOT_NEGATIVE))
-        for key in keys
-        if isinstance(value := _get(config, key), (int, float)) and not least <= value < math.inf
+        _out(key, value, f"{least} or more" if value < least else f"{least} to {largest}")
+        for key, (least, largest) in _COUNTS.items()
+        if isinstance(value := _get(config, key), int) and not least <= value <= largest
+    ]
+    problems += [
+        _out(key, value, f"0 to {_LARGEST_FLOAT:g}")
+        for key in _NOT_NEGATIVE
+        if not 0 <= (value := _get(config, key)) <= _LARGEST_FLOAT
     ]
     above_zero = {key: _get(config, key) for key in _ABOVE_ZERO}
     above_zero |= {f"data.sources[{i}].weight": source.weight for i, source in enumerate(config.data.sources)}
     problems += [
-        _out(key, value, "more than 0, and finite")
+        _out(key, value, f"more than 0, at most {_LARGEST_FLOAT:g}")
         for key, value in above_zero.items()
-        if value is not None and not 0 < value < math.inf
+        if value is not None and not 0 < value <= _LARGEST_FLOAT
     ]
     below_one = {f"optim.betas[{i}]": beta for i, beta in enumerate(config.optim.betas)}
     below_one |= {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction")}
@@ -100,14 +118,53 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         problems.append(_out("data.sources", "an empty list", "one source or more"))
     if config.run_id is not None and not _RUN_ID.fullmatch(config.run_id):
         allowed = "up to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
-        problems.append(_out("run_id", repr(config.run_id), allowed))
-    if not config.name or "/" in config.name or "\0" in config.name or config.name in (".", ".."):
-        problems.append(_out("name", repr(config.name), "a folder name"))
-    return problems
+        problems.append(_out("run_id", ascii(config.run_id)[:300], allowed))
+    return [*problems, *_texts(config)]
 
 
 def _get(config: RunConfig, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
+
+
+def _texts(config: RunConfig) -> list[ConfigError]:
+    """Names and paths: what a file system, a terminal or an encoding takes for something else."""
+    problems = []
+    for key, text in _strings("", config):
+        allowed = "\n\r\t" if key.startswith(_LINES) or key.endswith("text_template") else ""
+        wrong = [char for char in text if _refused(char) and char not in allowed]
+        if wrong or len(text) > _MAX_TEXT:
+            what = f"the character U+{ord(wrong[0]):04X}" if wrong else f"{len(text)} characters"
+            problems.append(
+                ConfigError(
+                    f"'{key}' is no text that can be used",
+                    got=f"{what} in {ascii(text)[:80]}",
+                    allowed=f"printable characters, {_MAX_TEXT} at most",
+                    fix=f"set {key}=...",
+                )
+            )
+    name = config.name
+    too_long = len(name.encode(errors="replace")) > _MAX_NAME_BYTES
+    if not name or "/" in name or name in (".", "..") or too_long:
+        problems.append(_out("name", ascii(name)[:300], f"a folder name of at most {_MAX_NAME_BYTES} bytes"))
+    return problems
+
+
+def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _strings(f"{key}.{field.name}" if key else field.name, getattr(value, field.name))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from (*_strings(key, name), *_strings(f"{key}.{name}" if name.isprintable() else key, item))
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _strings(f"{key}[{index}]", item)
+
+
+def _refused(char: str) -> bool:
+    return not char.isprintable() and (unicodedata.category(char) in _UNPRINTABLE or char in _TURNING)
 
 
 def _hardware(hardware: HardwareConfig) -> list[ConfigError]:
@@ -157,6 +214,31 @@ def _model(model: ModelConfig) -> list[ConfigError]:
                 fix="change model.head_dim",
             )
         )
+    return problems + _rope_scaling(model)
+
+
+def _rope_scaling(model: ModelConfig) -> list[ConfigError]:
+    """Where a scaling divides by a difference or a logarithm, that is none of 0."""
+    scaling = model.rope_scaling
+    if model.positions != "rope":
+        return []
+    pairs = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_slow", "beta_fast"),
+    }
+    problems = []
+    if scaling.kind in pairs:
+        low, high = pairs[scaling.kind]
+        if not getattr(scaling, low) < getattr(scaling, high):
+            problems.append(
+                ConfigError(
+                    f"model.rope_scaling of kind {scaling.kind}: {low} is less than {high}",
+                    got=f"{low}={getattr(scaling, low)}, {high}={getattr(scaling, high)}",
+                    fix="change one of them",
+                )
+            )
+    if scaling.kind == "yarn" and model.rope_theta <= 1:
+        problems.append(_out("model.rope_theta", model.rope_theta, "more than 1, for a scaling of kind yarn"))
     return problems
 
 
@@ -197,7 +279,16 @@ def _checkpoint(checkpoint: CheckpointConfig) -> list[ConfigError]:
             )
         )
     scheme, separator, rest = checkpoint.dir.partition("://")
-    if not checkpoint.dir or (separator and not (scheme.isalnum() and rest)):
+    if separator and scheme in _VOLATILE:
+        problems.append(
+            ConfigError(
+                "checkpoints there would be gone with the process that wrote them",
+                got=f"checkpoint.dir={checkpoint.dir}",
+                allowed="auto, a path, s3://BUCKET/PREFIX, gs://...",
+                fix="set checkpoint.dir to a place that stays",
+            )
+        )
+    elif not checkpoint.dir or (separator and not (scheme.isalnum() and rest)):
         problems.append(_out("checkpoint.dir", repr(checkpoint.dir), "auto, a path, s3://BUCKET/PREFIX, gs://..."))
     return problems
 

@@ -109,13 +109,37 @@ def test_what_a_verb_raises_becomes_an_exit_code(monkeypatch, capsys, error, cod
     assert capsys.readouterr().err == said
 
 
-def test_a_defect_is_not_hidden(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("ours"), "defect of orchestrator: RuntimeError: ours at "),
+        (OSError(28, "No space left on device", "/full"), "the system refuses: No space left on device: /full"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_a_defect_is_one_paragraph_and_its_stack_is_to_be_had(monkeypatch, capsys, error, said):
     def fail(words):
-        raise RuntimeError("ours")
+        raise error
 
     monkeypatch.setattr(cli, "_run", fail)
-    with pytest.raises(RuntimeError, match="ours"):
-        main(["train"])
+    assert main(["train"]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+    monkeypatch.setenv("ORCHESTRATOR_TRACEBACK", "1")
+    assert main(["train"]) == 1
+    assert "Traceback" in (shown := capsys.readouterr().err)
+    assert "in fail" in shown
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "checkpoint"])
+def test_a_folder_that_has_gone(tmp_path, monkeypatch, capsys, verb):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main([verb]) == 2
+    assert "is gone" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_gone_is_no_error():

@@ -122,7 +122,17 @@ def test_variables_of_workers_are_a_free_mapping():
         ("train.max_steps=0", "'train.max_steps' is out of range", "1 or more", "train.max_steps"),
         ("optim.lr=nan", "'optim.lr' is out of range", "more than 0", "optim.lr"),
         ("seed=???", "seed", None, None),
-        ("optim.lr=${nope}", "nope", None, None),
+        ("optim.lr=${nope}", "'optim.lr' cannot be worked out", None, "give optim.lr a value"),
+        ("name=${oc.env:NO_SUCH_VARIABLE}", "'NO_SUCH_VARIABLE' not found", None, "give name a value"),
+        ("name=${evil:1}", "'name' cannot be worked out: Unsupported interpolation type evil", None, "give name"),
+        ("name=${name}", "cannot be", None, None),
+        ("seed=9999999999999999999999", "'seed' is out of range", "0 to 9223372036854775807", "seed"),
+        ("runs_dir='a\0b'", "'runs_dir' is no text", "printable", "runs_dir"),
+        ("train.sample=null", "'train.sample' is not a mapping", "tokens", "train.sample."),
+        ("train.sample=5", "'train.sample' is not a mapping", "tokens", "train.sample."),
+        ("checkpoint.dir=memory://x", "would be gone", "s3://", None),
+        ("hardware=gpu", "no hardware 'gpu'", "cuda", "hardware=rocm (AMD)"),
+        ("hardware=mps", "no hardware 'mps'", "cpu", "hardware=cpu"),
         ("optim.lr=1e-3,3e-4", "--multirun", None, None),
         ("model@foo=tiny", "model@foo", None, None),
         ("experiment=nothing_like_it", "nothing_like_it", None, None),
@@ -133,10 +143,76 @@ def test_variables_of_workers_are_a_free_mapping():
 def test_one_mistake_is_one_clear_error(override, what, allowed, fix):
     (problem,) = _problems(override)
     assert what in problem.what
-    assert str(problem.got) in override
+    assert str(problem.got) in override or "U+0000" in str(problem.got)
     assert allowed is None or allowed in problem.allowed
     assert problem.fix
     assert fix is None or fix in problem.fix
+
+
+BROKEN = {
+    "bracket": (b"defaults: [base, _self_]\nname: mine\ndim: [36\n", "line 4", "close the bracket"),
+    "tab": (b"name: mine\n\tdim: 3\n", "line 2", "spaces instead of a tab"),
+    "double key": (b"defaults: [base, _self_]\ndim: 3\ndim: 4\n", "line 3", "one of the two"),
+    "nested double key": (b"rope_scaling:\n  factor: 1\n  factor: 2\n", "line 3", "one of the two"),
+    "list": (b"- a\n- b\n", "a list in", "key: value"),
+    "scalar": (b"hello\n", "text in", "key: value"),
+    "number": (b"3\n", "int in", "key: value"),
+    "deep": (b"name: " + b"[" * 3000 + b"]" * 3000, "line 1", "mend"),
+    "deep and open": (b"name: " + b"{a: " * 3000, "line 1", "mend"),
+    "defaults are no list": (b"defaults: 3\n", "3 in", "defaults: [base"),
+    "another encoding": (b"dim: 3\nname: caf\xe9\n", "line 2", "UTF-8"),
+    "code": (b"name: !!python/object/apply:os.system [ls]\n", "line 1", "plain data"),
+    "an open quote": (b"name: 'mine\n", "line 2", "quote"),
+    "key of no kind": (b"name: a\n? [1]\n: 2\n", "line 2", "mend"),
+    "nul": (b"name: a\0b\n", "mine.yaml", "mend"),
+}
+
+
+@pytest.mark.parametrize(("content", "where", "fix"), BROKEN.values(), ids=BROKEN)
+def test_a_mistake_in_an_option_of_ones_own_has_its_file_and_line(tmp_path, content, where, fix):
+    """Also where another option brings the file in."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_bytes(content)
+    (tmp_path / "model" / "over.yaml").write_text("defaults: [mine, _self_]\ndim: 64\n")
+    for word in ("model=mine", *(["model=over"] if content != BROKEN["scalar"][0] else [])):
+        (problem,) = _problems(word, config_dir=tmp_path)
+        assert str(tmp_path / "model" / "mine.yaml") in str(problem.got)
+        assert where in str(problem.got)
+        assert fix in problem.fix
+
+
+def test_options_that_name_each_other_or_what_is_not_there(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name, text in (("a", "defaults: [b]\n"), ("b", "defaults: [a]\n"), ("c", "defaults: [nope]\n")):
+        (tmp_path / "model" / f"{name}.yaml").write_text(text)
+    os.mkfifo(tmp_path / "model" / "pipe.yaml")
+    (tmp_path / "model" / "folder.yaml").mkdir()
+    assert "circle" in _problems("model=a", config_dir=tmp_path)[0].what
+    assert "nope" in _problems("model=c", config_dir=tmp_path)[0].what
+    for word in ("pipe", "folder"):
+        assert f"no model '{word}'" in _problems(f"model={word}", config_dir=tmp_path)[0].what
+
+
+def test_a_base_is_no_choice():
+    for problem in _problems("model=nothing", "data=nothing", "hardware=nothing"):
+        assert "base" not in problem.allowed.split(", ")
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("--resume", "write resume=latest"),
+        ("--train.max-steps", "write train.max_steps=latest"),
+        ("--max_steps", "write train.max_steps=latest"),
+        ("--experimental-rerun", "compose the run again"),
+        ("--exper", "compose the run again"),
+        ("--experimental-rerun=x.pickle", "compose the run again"),
+    ],
+)
+def test_a_flag_that_is_a_key_or_reads_a_pickle(word, fix):
+    with pytest.raises(ConfigError) as caught:
+        compose([word, "latest"])
+    assert fix in caught.value.fix
 
 
 def test_several_mistakes_are_one_report():
@@ -269,6 +345,29 @@ def test_mistakes_on_the_command_line_are_the_users(run):
         assert (run(word).returncode, "Traceback" in run(word).stderr) == (2, False)
 
 
+def test_what_hydra_raises_is_one_error_of_the_users(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: a\n\tdim: 3\n")
+    (tmp_path / "model" / "over.yaml").write_text("defaults: [mine]\n")
+    (tmp_path / "evil.pickle").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    for words in (
+        ["--config-dir", str(tmp_path), "model=over"],
+        ["name=${oc.env:NO_SUCH_VARIABLE}"],
+        ["hydra.run.dir=${nope}"],
+        ["hydra.mode=RUNN"],
+        ["--config-name", "nothing"],
+        ["-m", "hydra/launcher=nothing"],
+        ["--cfg", "job", "--resolve", "optim.lr=${nope}"],
+        [f"--experimental-rerun={tmp_path / 'evil.pickle'}"],
+    ):
+        done = run(*words)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert done.stdout == ""
+        assert not (run.cwd / "pwned").exists()
+    done = run("-m", "optim.lr=1e-3", "name=${nope},good")
+    assert (done.returncode, done.stdout.count("task good"), "Traceback" in done.stderr) == (2, 1, False), done.stderr
+
+
 def test_a_saved_configuration_is_read_without_hydra(tmp_path):
     config = compose(["model=tiny_gpt2", "seed=5"]).config
     path = tmp_path / "config.yaml"
@@ -286,6 +385,14 @@ def test_a_saved_configuration_that_is_none(tmp_path, text, what):
         path.write_text(text)
     with pytest.raises(ConfigError, match=what):
         read_plain(path)
+
+
+def test_a_saved_configuration_that_is_no_plain_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"a: 1\n" * 300_000)
+    for path in (tmp_path / "pipe", tmp_path / "large", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ConfigError):
+            read_plain(path)
 
 
 def test_a_saved_configuration_is_never_code(tmp_path):

@@ -1,0 +1,176 @@
+"""The words of a command line against the schema: which keys and options there are, before Hydra composes.
+
+Hydra reports the first wrong override and stops, and lets `+newkey=1` through; here every mistake is found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.files import check_option
+from orchestrator.config.schema import RunConfig
+from orchestrator.errors import ConfigError
+
+_VALUED = ("--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c", "--info", "-i")
+_ANY_GPU = "say whose it is: hardware=cuda (NVIDIA) or hardware=rocm (AMD); hardware=auto takes what is there"
+_NO_MPS = "train on the Mac's processor: hardware=cpu"
+# What people call a target, and what to do.
+_HARDWARE = {
+    **dict.fromkeys(("gpu", "gpus"), _ANY_GPU),
+    **dict.fromkeys(("mps", "metal", "mac", "apple"), _NO_MPS),
+    **dict.fromkeys(("nvidia", "h100", "h200", "a100", "b200"), "hardware=cuda is NVIDIA"),
+    **dict.fromkeys(("amd", "hip", "mi300x"), "hardware=rocm is AMD"),
+    **dict.fromkeys(("neuron", "trn1", "trn2", "aws"), "hardware=trainium is AWS Trainium"),
+}
+BASE = "base"
+"""The option of a group that the others build on: every key with its comment, and no choice of its own."""
+
+
+def group_options(directories: Sequence[Path]) -> dict[str, list[str]]:
+    """Options of each config group found in the folders."""
+    groups: dict[str, set[str]] = {}
+    for directory in directories:
+        for file in sorted(directory.glob("*/*.yaml")):
+            if file.is_file():
+                groups.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(options) for group, options in groups.items()}
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Overrides among the words, and the value of --config-dir.
+
+    Raises:
+        ConfigError: a flag that is none here, or a --config-dir that is no folder.
+    """
+    words, config_dir, skip = [], None, False
+    for index, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if skip:
+            skip = False
+        elif flag in ("--config-dir", "-cd"):
+            config_dir = value or (argv[index + 1] if index + 1 < len(argv) else None)
+            skip = not value
+        elif flag in _VALUED:
+            skip = not value and not (flag in ("--info", "-i") and "=" in "".join(argv[index + 1 : index + 2]))
+        elif not word.startswith("-"):
+            words.append(word)
+        else:
+            _check_flag(flag, word, argv[index + 1 : index + 2])
+    if config_dir and not _is_folder(config_dir):
+        raise ConfigError("--config-dir is not a folder", got=config_dir, fix="give a folder that holds group folders")
+    return words, config_dir
+
+
+def _check_flag(flag: str, word: str, following: Sequence[str]) -> None:
+    # argparse takes the beginning of a flag for the flag.
+    if len(flag) > 2 and "--experimental-rerun".startswith(flag):
+        raise ConfigError(
+            "Hydra's rerun reads a pickle, a format that can carry code",
+            got=word,
+            fix="compose the run again: train with the same words, or resume=RUN_DIRECTORY",
+        )
+    key = flag.lstrip("-").replace("-", "_")
+    known = [name for name in schema_keys(RunConfig) if name == key or name.endswith(f".{key}")]
+    if flag.startswith("--") and known:
+        value = word.partition("=")[2] or "".join(next_word for next_word in following if not next_word.startswith("-"))
+        name = min(known, key=len)
+        raise ConfigError("a key is given without dashes", got=word, fix=f"write {name}={value or '...'}")
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def parse_words(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[ConfigError]]:
+    """Each word with Hydra's reading of it, and what is wrong with the others."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for word in words:
+        try:
+            parsed.append((word, parser.parse_override(word)))
+        except (HydraException, RecursionError, ValueError) as error:
+            problems.append(_not_parsed(word, error))
+    return parsed, problems
+
+
+def _not_parsed(word: str, error: Exception) -> ConfigError:
+    if "=" not in word:
+        return ConfigError("not an override: it sets nothing", got=word, fix="write key=value")
+    # Its parser speaks in names of tokens: where in the word it stopped is what helps.
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    if any(word in said for word in ("expecting", "token", "viable")) or isinstance(error, RecursionError):
+        said = "a bracket, a quote or a character is out of place"
+    return ConfigError(f"not an override: {said}"[:300], got=word, fix="quote special characters: 'key=\"value\"'")
+
+
+def check_word(override: Any, groups: dict[str, list[str]], config_dir: str | None) -> ConfigError | None:
+    """What is wrong with one override: an unknown key or option, or one that cannot be removed."""
+    key, written = override.key_or_group, override.input_line
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return None
+    if key in groups and override.package is None:
+        return _check_choice(override, groups[key], config_dir)
+    known = schema_keys(RunConfig)
+    if key in known or any(key.startswith(f"{parent}.") for parent, free in known.items() if free):
+        if override.is_delete():
+            return ConfigError(
+                "a key of the configuration cannot be removed", got=written, fix=f"give it a value: {key}=..."
+            )
+        return None
+    parent = key.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == (parent if parent in known else "")]
+    what, allowed = f"there is no key '{key}'", ", ".join(beside)
+    return ConfigError(what, got=written, allowed=allowed, fix=_hint(key, [*known, *groups]))
+
+
+def _check_choice(override: Any, options: list[str], config_dir: str | None) -> ConfigError | None:
+    from hydra.core.override_parser.types import Glob
+
+    key, written = override.key_or_group, override.input_line
+    if override.is_delete():
+        fix = f"choose another option: {key}=..."
+        return ConfigError("a group of the configuration cannot be removed", got=written, fix=fix)
+    value = override.value()
+    if isinstance(value, Glob):
+        return None
+    choices: list[Any] = getattr(value, "list", [value])
+    for choice in map(str, choices):
+        # Only this group may be left empty.
+        if choice not in options and not (key == "experiment" and choice in ("None", "null")):
+            allowed = [option for option in options if option != BASE]
+            fix = (_HARDWARE.get(choice.lower()) if key == "hardware" else None) or _hint(choice, allowed)
+            return ConfigError(f"there is no {key} '{choice}'", got=written, allowed=", ".join(allowed), fix=fix)
+        try:
+            if config_dir and (file := Path(config_dir, key, f"{choice}.yaml")).is_file():
+                check_option(file)
+        except ConfigError as error:
+            return error
+    return None
+
+
+def schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
+    """Dotted keys of the schema -> whether any key may follow below (a free mapping)."""
+    keys: dict[str, bool] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        keys[prefix + name] = typing.get_origin(hint) is dict
+        if dataclasses.is_dataclass(hint):
+            keys |= schema_keys(typing.cast(type, hint), f"{prefix}{name}.")
+    return keys
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    # The right name in the wrong place, else a wrong name.
+    close = [key for key in known if "." in key and key.split(".")[-1] == word.split(".")[-1]][:1]
+    close = close or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else "see python -m orchestrator train --cfg job"
