@@ -35,15 +35,20 @@ def read_arrow(item: Input, spec: TextSpec, place: Place) -> Rows:
     for file in item.files:
         place.file, place.row = file, 0
         with pyarrow.memory_map(str(file)) as source:
-            schema, batches = _batches(source)
-            wanted = [_column(schema, column, spec, file) for column in spec.fields]
-            roots = [column if column in schema.names else column.split(".")[0] for column in wanted]
-            for batch in batches:
-                share = batch.nbytes // max(1, batch.num_rows)
-                step = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, share)))
-                picked = batch.select(list(dict.fromkeys(roots)))
-                for start in range(0, picked.num_rows, step):
-                    yield from _rows(picked.slice(start, step), place, share)
+            yield from read_source(source, spec, place)
+
+
+def read_source(source: Any, spec: TextSpec, place: Place) -> Rows:
+    """Rows of an open Arrow file or stream, of which only the wanted columns are taken."""
+    schema, batches = _batches(source)
+    wanted = [_column(schema, column, spec, place.file) for column in spec.fields]
+    roots = list(dict.fromkeys(column if column in schema.names else column.split(".")[0] for column in wanted))
+    for batch in batches:
+        share = batch.nbytes // max(1, batch.num_rows)
+        step = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, share)))
+        picked = batch.select(roots)
+        for start in range(0, picked.num_rows, step):
+            yield from _rows(picked.slice(start, step), place, share)
 
 
 def _batches(source: Any) -> tuple[Any, Iterator[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.data.formats import arrow, delimited, jsonrows, text
+from orchestrator.data.formats import arrow, delimited, jsonrows, litdata, mds, text
 from orchestrator.data.formats.base import Format
 
 _SPLITTABLE = "name the folder of the data set instead; it knows what the file holds"
@@ -35,8 +35,13 @@ _TABLE = (
         "state.json, dataset_info.json; of several splits: train",
         read=arrow.read_arrow,
     ),
-    Format("mds", "MosaicML streaming (MDS) folder", "index.json that lists .mds shards with a column of text"),
-    Format("litdata", "LitData folder", "index.json that lists chunks of text"),
+    Format(
+        "mds",
+        "MosaicML streaming (MDS) folder",
+        "index.json that lists .mds shards with a column of text",
+        read=mds.read_mds,
+    ),
+    Format("litdata", "LitData folder", "index.json that lists chunks of text", read=litdata.read_litdata),
     Format("megatron", "Megatron tokens", "NAME.idx by content, with NAME.bin beside it", holds="tokens"),
     Format("nanogpt", "nanoGPT tokens", ".bin that is none of the others", holds="tokens"),
     Format("llmc", "llm.c tokens", ".bin, by content", holds="tokens"),
