@@ -10,6 +10,8 @@ import os
 import traceback
 from collections.abc import Sequence
 
+from orchestrator.installing import how_to_install
+
 # What a process tells the engine that started it: docs/running.md.
 DONE = 0
 FAILED = 1  # an internal error, a lost process, a full disk, a store that does not answer: may be tried again
@@ -134,5 +136,5 @@ class MissingExtraError(UserError):
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed",
-            fix=f"pip install 'orchestrator[{extra}]'",
+            fix=how_to_install(extra),
         )

@@ -20,7 +20,7 @@ MAX_LINES, MAX_FUNCTION_LINES = 450, 60
 LONGER: dict[tuple[str, str], int] = {}
 
 # Modules that import nothing of the product, and that all may import.
-LEAVES = {"errors.py", "stopping.py"}
+LEAVES = {"errors.py", "installing.py", "stopping.py"}
 # package -> packages of the product that it may import, beside itself, those and, for all, `config.schema`.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from orchestrator import __version__, stopping
 from orchestrator.errors import FAILED, INTERRUPTED, ConfigError, UserError, describe_defect
 from orchestrator.hardware.world import first_process
+from orchestrator.installing import how_to_install
 
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
 VERBS = {
@@ -39,6 +40,11 @@ def _run_safely(words: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "orchestrator":
+            raise
+        print(f"error: {_missing(error)}", file=sys.stderr)
+        return ConfigError.exit_code
     except stopping.Stopped as stop:
         return stop.exit_code
     except KeyboardInterrupt:  # outside of the main thread, where signals are not ours
@@ -74,6 +80,14 @@ def _run(words: list[str]) -> int:
         raise ConfigError("there is no such verb", got=verb, allowed=", ".join(VERBS), fix=fix)
     code: int = importlib.import_module(f"orchestrator.cli.{verb}").main(words[1:])
     return code
+
+
+def _missing(error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(
+        f"this Python lacks the package '{error.name}', which orchestrator needs",
+        got=sys.executable,
+        fix=how_to_install(),
+    )
 
 
 def _usage() -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.world import World
+from orchestrator.installing import how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -185,4 +186,4 @@ class Target(ABC):
 
 def missing_torch() -> Problem:
     """torch itself is not installed."""
-    return Problem("torch is not installed", "pip install orchestrator, in the environment that runs it")
+    return Problem("torch is not installed", how_to_install())

@@ -18,13 +18,14 @@ from orchestrator.hardware import host, tpu_host
 from orchestrator.hardware.base import Probe, Problem, Target, missing_torch
 from orchestrator.hardware.tpu import libtpu_problems
 from orchestrator.hardware.world import World, detect
+from orchestrator.installing import own_environment
 
 if TYPE_CHECKING:
     import torch
 
 TORCH_TPU = "0.2.0"
 _OLDEST_TORCH, _NEWEST_TORCH = (2, 11), (2, 13)  # it takes up to 2.15, this product up to 2.13
-_INSTALL = "in an environment of its own: pip install 'orchestrator[tpu-native]'"
+_INSTALL = own_environment("tpu-native")
 _TOPOLOGY, _ADDRESSES = "TORCH_TPU_TOPOLOGY", "TORCH_TPU_SLICEBUILDER_ADDRESSES"
 _BASE_PORT = 8070  # the library's own, where the processes cannot ask each other for free ones
 

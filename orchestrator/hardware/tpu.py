@@ -9,6 +9,7 @@ from orchestrator.hardware import host, tpu_host
 from orchestrator.hardware.base import Problem
 from orchestrator.hardware.world import World, tpu_world
 from orchestrator.hardware.xla import XlaTarget, torch_xla_problems
+from orchestrator.installing import own_environment
 
 
 class TpuTarget(XlaTarget):
@@ -38,7 +39,7 @@ class TpuTarget(XlaTarget):
         return int(text) if text.isdigit() else 1
 
     def _package_problems(self, runtime: dict[str, str]) -> tuple[Problem, ...]:
-        install = "pip install 'torch_xla[tpu]' in that environment"
+        install = own_environment("tpu")
         return (*torch_xla_problems(runtime), *libtpu_problems(runtime, install))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Probe, Problem, Target
+from orchestrator.installing import own_environment
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +105,7 @@ class XlaTarget(Target):
 def torch_xla_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
     """Whether torch_xla and the torch that it was built for are installed. `runtime` holds package versions."""
     torch, torch_xla = runtime.get("torch", "not installed"), runtime.get("torch_xla")
-    install = f"pip install torch=={TORCH_FOR_XLA}.0 torch_xla=={TORCH_XLA}"
-    fix = f"in an environment of its own, Python 3.10 to 3.12: {install}"
+    fix = f"with Python 3.11 or 3.12: {own_environment('xla')}"
     if torch_xla is None:
         return (Problem(f"torch_xla is not installed; {TORCH_XLA} needs torch {TORCH_FOR_XLA} (here: {torch})", fix),)
     if torch.split(".")[:2] != torch_xla.split(".")[:2]:

@@ -156,7 +156,7 @@ class TestTorchTpu:
         text = str(caught.value)
         for words in ("hardware.runtime=torch_tpu cannot be used", "no TPU found", "torch_tpu is not installed"):
             assert words in text
-        assert "pip install 'orchestrator[tpu-native]'" in text
+        assert "scripts/setup tpu-native" in text
 
     def test_runs_torch_native_with_a_process_per_device(self, native: Machine):
         target = resolve(NATIVE)
