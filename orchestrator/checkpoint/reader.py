@@ -234,7 +234,7 @@ def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) 
     if missing or extra:
         raise CheckpointError(
             "the checkpoint is of another model",
-            got=f"it lacks {_some(missing)}; it has beside {_some(extra)}",
+            got=f"it lacks {_some(missing)}; it has in addition: {_some(extra)}",
             fix="give the model configuration that it was trained with",
         )
 

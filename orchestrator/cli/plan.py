@@ -22,7 +22,8 @@ DOES_NOT_FIT = 1
 
 _HELP = """usage: {program} fleet=FLEET [model=NAME] [group=option ...] [key=value ...]
 
-What a run needs: whether it fits, how to shard it, how long it takes, how often it fails, what it costs and draws. For
+What a run needs: whether it fits, how to shard it, how long it takes, how often it fails, what it costs and how
+much power it draws. For
 one fleet or several side by side, in seconds, without a device. The configuration is that of `train`.
 
 Fleets

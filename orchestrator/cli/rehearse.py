@@ -29,7 +29,7 @@ EXIT_CODES = {"fits": 0, "does not fit": 1, "unknown": 3}
 _HELP = """usage: {program} topology=KIND:SIZE [group=option ...] [key=value ...]
 
 Compile the training step for a TPU on a machine without one, and say whether it fits its memory. The configuration is
-that of `train`; hardware=tpu goes without saying.
+that of `train`; hardware=tpu is implied.
 
 Options
 {options}

@@ -38,7 +38,7 @@ class TrainiumTarget(XlaTarget):
     state = (
         "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts: what their processes "
         "decide and save together is tested on CPUs, a program over two of them is not; never run on the real chip. "
-        "AWS supports PyTorch/XLA training up to torch 2.9 (Neuron 2.29), and up to 2.8 said that GSPMD was to come"
+        "AWS supports PyTorch/XLA training up to torch 2.9 (Neuron 2.29)"
     )
     pjrt_device = "NEURON"
     cache_variable = "NEURON_COMPILE_CACHE_URL"  # torch-neuronx has a cache of its own

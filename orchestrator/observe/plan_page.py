@@ -96,12 +96,13 @@ def _table(plans: Sequence[FleetPlan], objective: str) -> str:
         star = '<span class="star" title="no other is both faster and cheaper">★</span> '
         name = (star if any(plan is other for other in best) else "") + escape(plan.fleet.label)
         if plan.figures:
-            cells = "".join(f"<td>{escape(str(plan.figures[key]).removesuffix(' tokens/s'))}</td>" for key in _COLUMNS)
+            shown = {key: str(plan.figures[key]).removesuffix(" tokens/s") for key in _COLUMNS}
+            cells = "".join(f'<td data-label="{_COLUMNS[key]}">{escape(text)}</td>' for key, text in shown.items())
         else:
             cells = f'<td colspan="{len(_COLUMNS)}">does not fit</td>'
         rows.append(f"<tr><td>{name}</td>{cells}</tr>")
     note = f'<p class="lead">Ranked by {escape(objective)}; ★ no other fleet is both faster and cheaper.</p>'
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    table = f'<div class="scroll compare"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     return table + (note if len(plans) > 1 else "")
 
 
@@ -118,7 +119,7 @@ def _scatter(plans: Sequence[FleetPlan]) -> str:
         title = f"{plan.fleet.label}: {days}, {cost}"
         dots.append(Dot(days.value, cost.value, plan.fleet.label, title, index % _TONES, hollow))
     front = sorted((dot.x, dot.y) for dot in dots if not dot.hollow)
-    chart = log_chart("Cost against time", "days", "USD", [Line("not beaten in both", front, dashed=True)], dots)
+    chart = log_chart("Cost against time", "days (log scale)", "USD (log scale)", [Line("Pareto-optimal (no fleet is both faster and cheaper)", front, dashed=True)], dots)
     missing = [plan.fleet.label for plan in plans if plan.figures and plan.figures["cost"].value is None]
     left = f'<p class="lead">Without a price, not drawn: {escape(", ".join(missing))}.</p>' if missing else ""
     return f"<h2>Cost and time</h2>{chart}{left}"
@@ -149,10 +150,10 @@ def _scaling(plans: Sequence[FleetPlan], curves: Sequence[Sequence[ScalePoint]])
                     hollow=True,
                 )
             )
-            said.append(f"{chip}: {link} takes a tenth of the step or more from {point.chips:,} chips on")
+            said.append(f"{chip}: from {point.chips:,} chips on, {link} takes at least {BINDS:.0%} of the step")
     what = f"A link binds where the step waits for it at least {BINDS:.0%} of the time. The batch follows the fleet"
     what += " unless it was set; rates are per chip of the fleet, idle ones counted."
-    chart = log_chart("Scaling", "chips", "tokens per second and chip", lines, dots, 380.0)
+    chart = log_chart("Scaling", "chips (log scale)", "tokens per second and chip (log scale)", lines, dots, 380.0)
     items = "".join(f"<li>{escape(text)}</li>" for text in said)
     return f'<h2>Scaling</h2>{chart}<p class="lead">{what}</p><ul class="lead">{items}</ul>'
 
@@ -160,7 +161,7 @@ def _scaling(plans: Sequence[FleetPlan], curves: Sequence[Sequence[ScalePoint]])
 def _fleet(plan: FleetPlan) -> str:
     notes = "".join(f'<p class="notice">{escape(note)}</p>' for note in plan.notes)
     head = f'<section class="fleet"><h2>{escape(plan.fleet.label)}</h2>{notes}'
-    speed = f"with the speed of {stack_of(plan)}, of {plan.result.layouts:,} layouts"
+    speed = f"software: {stack_of(plan)}; best of {plan.result.layouts:,} layouts"
     best = plan.best
     if best is None:
         remedy = plan.remedy

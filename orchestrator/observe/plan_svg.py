@@ -149,9 +149,18 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers on a logarithmic axis: the fewer decades, the more of each."""
-    steps = (
-        (1.0,) if high - low > 4 else (1.0, 2.0, 5.0) if high - low > 0.8 else (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-    )
-    values = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
-    return [value for value in values if low <= math.log10(value) <= high]
+    """Round numbers on a logarithmic axis: the fewer decades, the more of each, and at least three."""
+    for steps in ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
+        values = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+        found = [value for value in values if low <= math.log10(value) <= high]
+        if len(found) >= 3:
+            return found
+    return _linear_ticks(10.0**low, 10.0**high)
+
+
+def _linear_ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers, equally spaced: on so short an axis the scale is nearly linear."""
+    raw = (high - low) / 4
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1.0, 2.0, 5.0, 10.0) if unit * factor >= raw)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -92,12 +92,12 @@ class PlanText:
         if kept.recovery == "replace":
             other = f"; with restarts {kept.restart}"
         rows += [
-            ("failures", f"one in {kept.mtbf}, {figures['interruptions']} in all; {how}{other}"),
+            ("failures", f"one every {kept.mtbf}, {figures['interruptions']} over the run; {how}{other}"),
             ("saves", f"every {kept.interval} (Young {kept.young}), each stops the step for {kept.stall}"),
             ("spares", f"{kept.spares} chips advised"),
             ("cost", f"{figures['cost']}, {figures['cost_per_trillion']} per trillion tokens, {rate}"),
             ("energy", f"{figures['energy']}; power of the facility {figures['power']}"),
-            ("searched", f"{plan.result.layouts:,} layouts, with the speed of {stack_of(plan)}"),
+            ("searched", f"{plan.result.layouts:,} layouts; software: {stack_of(plan)}"),
         ]
         rows += [
             ("runner-up" if index == 0 else "", f"{layout_text(other.plan)}: {loses(other, best)}")

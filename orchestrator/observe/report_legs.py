@@ -63,7 +63,7 @@ def legs_section(data: RunData) -> str:
                 _verdict(leg),
             )
         )
-    return _rows_section("Legs", head, rows, long="Hardware")
+    return _rows_section("Sessions (one per start)", head, rows, long="Hardware")
 
 
 def handovers_section(data: RunData) -> str:
