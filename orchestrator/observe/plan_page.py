@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.observe.plan_svg import Dot, Line, log_chart, stacked_bar
-from orchestrator.observe.plan_text import MEMORY_PARTS, stack_of
+from orchestrator.observe.plan_text import MEMORY_PARTS, stack_of, train_words
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
 from orchestrator.planner.plan import FleetPlan, Request, pareto
 from orchestrator.planner.scaling import BINDS, ScalePoint, binding, scale, sizes
@@ -102,7 +102,9 @@ def _table(plans: Sequence[FleetPlan], objective: str) -> str:
             cells = f'<td colspan="{len(_COLUMNS)}">does not fit</td>'
         rows.append(f"<tr><td>{name}</td>{cells}</tr>")
     note = f'<p class="lead">Ranked by {escape(objective)}; ★ no other fleet is both faster and cheaper.</p>'
-    table = f'<div class="scroll compare"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    table = (
+        f'<div class="scroll compare"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
     return table + (note if len(plans) > 1 else "")
 
 
@@ -119,7 +121,13 @@ def _scatter(plans: Sequence[FleetPlan]) -> str:
         title = f"{plan.fleet.label}: {days}, {cost}"
         dots.append(Dot(days.value, cost.value, plan.fleet.label, title, index % _TONES, hollow))
     front = sorted((dot.x, dot.y) for dot in dots if not dot.hollow)
-    chart = log_chart("Cost against time", "days (log scale)", "USD (log scale)", [Line("Pareto-optimal (no fleet is both faster and cheaper)", front, dashed=True)], dots)
+    chart = log_chart(
+        "Cost against time",
+        "days (log scale)",
+        "USD (log scale)",
+        [Line("Pareto-optimal (no fleet is both faster and cheaper)", front, dashed=True)],
+        dots,
+    )
     missing = [plan.fleet.label for plan in plans if plan.figures and plan.figures["cost"].value is None]
     left = f'<p class="lead">Without a price, not drawn: {escape(", ".join(missing))}.</p>' if missing else ""
     return f"<h2>Cost and time</h2>{chart}{left}"
@@ -182,8 +190,9 @@ def _fleet(plan: FleetPlan) -> str:
     others = "<thead><tr><th>Runner-up</th><th>Step</th><th>Why it loses</th></tr></thead>"
     figures = "\n\n".join(value.explain() for value in plan.figures.values())
     lead = "; ".join((layout_text(best.plan), bound(best, plan.fleet.cluster), speed))
+    train = f'<p class="lead">train: <code>{escape(train_words(best))}</code></p>'
     return (
-        f'{head}<p class="lead">{escape(lead)}</p>'
+        f'{head}<p class="lead">{escape(lead)}</p>{train}'
         f"<h3>Memory per device: {memory.total / _GIB:,.1f}{capacity}</h3>"
         f"{stacked_bar(held, max(memory.total, memory.capacity or 0.0), memory.capacity)}"
         f"<h3>Step: {escape(str(plan.figures['step']))}</h3>{stacked_bar(waits, step)}{_facts(plan)}"

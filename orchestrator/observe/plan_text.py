@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from orchestrator.planner.calibration import calibration
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
+from orchestrator.planner.models import planned_models
 from orchestrator.planner.plan import FleetPlan, pareto
 from orchestrator.planner.portfolio import Portfolio
+from orchestrator.planner.search import Candidate
 from orchestrator.planner.spec import MemoryEstimate
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication", "overhead")
@@ -17,6 +19,30 @@ _BAR, _WIDTH = 44, 118
 _GIB = 2**30
 _BLOCKS, _PLAIN = "█▓▒░▚▞▤", "#%*+=~:"
 _LETTERS = {"≥": ">=", "≤": "<=", "×": "x"}
+
+
+def train_words(best: Candidate) -> str:
+    """Return the overrides with which `train` runs a layout, or what of it this version of `train` does not have."""
+    plan, job = best.plan, best.job
+    lacks = [
+        name
+        for name, missing in (
+            ("mixtures of experts", job.model.experts > 0),
+            ("pipeline stages", plan.pipeline > 1),
+            (f"zero-{plan.zero}", plan.zero != 3 and plan.fsdp > 1),
+            ("activations kept in host memory", plan.remat == "offload"),
+            ("models that only the planner knows", job.model.name in planned_models()),
+        )
+        if missing
+    ]
+    if lacks:
+        return f"not yet: train has no {', no '.join(lacks)}; axes=train plans what it can run"
+    degrees = " ".join(f"layout.{axis}={getattr(plan, axis)}" for axis in ("replicate", "fsdp", "context", "tensor"))
+    return (
+        f"model={job.model.name} {degrees} train.seq_len={job.seq_len} "
+        f"train.global_batch_tokens={job.global_batch_tokens} "
+        f"train.micro_batch_size={plan.micro_batch} train.remat={plan.remat}"
+    )
 
 
 class PlanText:
@@ -98,6 +124,7 @@ class PlanText:
             ("cost", f"{figures['cost']}, {figures['cost_per_trillion']} per trillion tokens, {rate}"),
             ("energy", f"{figures['energy']}; power of the facility {figures['power']}"),
             ("searched", f"{plan.result.layouts:,} layouts; software: {stack_of(plan)}"),
+            ("train", train_words(best)),
         ]
         rows += [
             ("runner-up" if index == 0 else "", f"{layout_text(other.plan)}: {loses(other, best)}")

@@ -25,6 +25,9 @@ BATCH_LEAST, BATCH_MOST, BATCH_PER_CHIP = 2**22, 2**26, 1024
 chips (arXiv 2407.21783), within these bounds."""
 
 
+_SHORTEST_RUN_HOURS = 1.0  # of a fleet that a budget sizes: clouds reserve and bill large fleets by the hour at best
+
+
 @dataclass(frozen=True)
 class Request:
     """What is planned.
@@ -193,7 +196,10 @@ def _needs(request: Request, fleet: Fleet, result: SearchResult) -> str:
 
 
 def _within_budget(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
-    """The largest fleet whose run costs no more than the budget; more chips cost more, since they work less well."""
+    """The largest fleet whose run costs no more than the budget; more chips cost more, since they work less well.
+
+    A run that would be over within the hour is not counted: chips are rented, started and filled for longer than that.
+    """
     budget = fleet.entry.budget_usd or 0.0
     if not fleet.price.known:
         raise ConfigError(
@@ -207,7 +213,9 @@ def _within_budget(request: Request, fleet: Fleet, catalogue: Catalogue) -> Flee
         middle = (low + high) // 2
         tried = _plan(request, resolve_fleet(fleet.entry, catalogue, sizes[middle]), catalogue)
         cost = tried.figures["cost"].value if tried.figures else None
-        if cost is None or cost <= budget:
+        days = tried.figures["days"].value if tried.figures else None
+        too_short = days is not None and days * 24 < _SHORTEST_RUN_HOURS and middle > 0
+        if (cost is None or cost <= budget) and not too_short:
             best, low = (tried if cost is not None else best), middle + 1
         else:
             cheapest, high = tried, middle
