@@ -26,6 +26,7 @@ class HardwareConfig:
     runtime: Literal["auto", "torch_xla", "torch_tpu"] = "auto"  # of a TPU; auto: torch_xla
     compilation_cache: str | None = "auto"  # of XLA: where compiled graphs are kept; auto: per user, none to rehearse
     simulate: int | None = None  # virtual devices on the CPU in place of a TPU or Trainium: a rehearsal
+    check_memory: bool = True  # refuse a run that the memory model says does not fit
     timeout_seconds: int = 600  # of a collective, before the run is called hung
     environment: dict[str, str] = field(default_factory=dict)  # set in every worker before torch loads
 

@@ -156,6 +156,16 @@ def ram_bytes() -> int:
     return total
 
 
+def address_space_bytes() -> int | None:
+    """Return the limit on a process's address space (ulimit -v) in bytes; None where there is none."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
 def _cgroup_cores() -> float | None:
     """The cgroup's CPU quota in cores; None where there is none. Version 2 first, then version 1."""
     quota, period = (read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")[::2]

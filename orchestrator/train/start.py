@@ -30,6 +30,7 @@ from orchestrator.hardware.world import OWN_PREFIX, World
 from orchestrator.launch.local import Ended, run_local
 from orchestrator.train import changes, identity, initial, resume, rundir, runs
 from orchestrator.train.check import check_run
+from orchestrator.train.fits import check_memory
 from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.run import Place
 from orchestrator.train.say import doing, warn
@@ -206,7 +207,8 @@ def _start_local(plan: Plan) -> int:
     planned = _planned(config, target, devices, main=True)
     check_run(planned, devices)
     doing("preparing the data", config)
-    _check_data(planned, devices, progress=True)
+    vocab_size = _check_data(planned, devices, progress=True)
+    check_memory(planned, target, devices, target.processes(devices), vocab_size)
     with contextlib.ExitStack() as held:
         place = _open_run(plan, held)
         common, processes = _variables(place), target.processes(devices)
@@ -243,7 +245,8 @@ def _join_external(plan: Plan, world: World) -> int:
         os.environ.setdefault(key, value)
     if world.rank == 0:
         doing("preparing the data", planned)
-    _check_data(planned, devices, progress=world.local_rank == 0, slices=slices)
+    vocab_size = _check_data(planned, devices, progress=world.local_rank == 0, slices=slices)
+    check_memory(planned, target, devices, world.local_size, vocab_size)
 
     from orchestrator.train.run import work
 
@@ -259,10 +262,12 @@ def _planned(config: RunConfig, target: Target, devices: int, main: bool) -> Run
     return replace(config, layout=settled.layout)
 
 
-def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1) -> None:
+def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1) -> int:
+    """Check the data against the configuration; returns the tokens of its tokenizer."""
     data = prepare(config.data, progress=progress)
     initial.check_tokenizer(config, data.tokenizer)
     check_run(config, devices, data.vocab_size, slices)
+    return data.vocab_size
 
 
 def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Place:
