@@ -1,4 +1,4 @@
-"""Weights out of formats that are pickle: `torch.distributed.checkpoint` directories, and `.ckpt` files.
+"""Weights out of formats that are pickle: `torch.distributed.checkpoint` directories, and files of `torch.save`.
 
 The only module that reads pickle, and only on a user's word. Even then nothing of it is executed: the names that it may
 call are a short list, each stands for an empty record here, and tensors are read by torch's `weights_only`.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.format import StoredShard, StoredTensor, check_cover, read_bounded
+from orchestrator.checkpoint.hf_files import PICKLED, PICKLED_INDEX, file_names, read_json, regular_file
 from orchestrator.checkpoint.reader import DTYPES
 from orchestrator.checkpoint.storage import read_range
 from orchestrator.checkpoint.writer import DTYPE_NAMES
@@ -47,6 +48,8 @@ _RECORDS = {
     *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
 }
 _MAX_DIMS = 16
+# What Lightning, most training loops (nanoGPT, LitGPT) and DeepSpeed call the state dict in what they save.
+_WRAPPED = ("state_dict", "model_state_dict", "model", "module")
 
 
 class _Record:
@@ -106,12 +109,16 @@ class _Chunk:
 class DcpTensors(Mapping[str, torch.Tensor]):
     """The tensors of a `torch.distributed.checkpoint` directory, each read when it is asked for.
 
+    Attributes:
+        skipped: what else lies there by name, and why it is no weight.
+
     Raises:
         CheckpointError: it is damaged, incomplete, or names what it must not.
     """
 
     def __init__(self, directory: Path):
         self._directory = directory
+        self.skipped: dict[str, str] = {}
         metadata = self._read_metadata()
         try:
             self._tensors = self._parse(metadata)
@@ -131,6 +138,11 @@ class DcpTensors(Mapping[str, torch.Tensor]):
             part = self._read(name, chunk, dtype)
             whole[tuple(slice(a, a + size) for a, size in zip(chunk.start, chunk.sizes, strict=True))] = part
         return whole
+
+    def about(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype, as safetensors names it, and the shape of a tensor."""
+        dtype, shape, _ = self._tensors[name]
+        return DTYPE_NAMES[dtype], shape
 
     def _read_metadata(self) -> _Record:
         path = self._directory / DCP_METADATA
@@ -160,9 +172,11 @@ class DcpTensors(Mapping[str, torch.Tensor]):
         for name, entry in metadata.field("state_dict_metadata").items():
             properties = entry.field("properties")
             if properties is None:
-                continue  # an object that is no tensor: never read
+                self.skipped[str(name)[:200]] = "no tensor: never read"
+                continue
             dtype, shape = properties.state[0], _counts(entry.field("size"))
             if dtype not in DTYPE_NAMES or not dtype.is_floating_point:
+                self.skipped[str(name)[:200]] = f"{dtype}: no floating point numbers"
                 continue
             chunks = [self._chunk(name, chunk, places, dtype) for chunk in entry.field("chunks")]
             shards = [
@@ -202,30 +216,79 @@ class DcpTensors(Mapping[str, torch.Tensor]):
         return CheckpointError(f"the DCP directory is damaged: {reason}"[:400], got=self._directory)
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a `.ckpt` of Lightning, or of a file with a state dict, mapped into memory.
+class StateDict(dict[str, torch.Tensor]):
+    """Weights by name, mapped from their files.
+
+    Attributes:
+        notes: what is worth saying about where they lay.
+        skipped: what lay among them by name, and why it is none of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        self.skipped: dict[str, str] = {}
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """The weights of a file of `torch.save`: a state dict, or what training loops wrap around one.
+
+    A directory is one of transformers from before safetensors: `pytorch_model.bin`, or an index and its parts.
 
     Raises:
         CheckpointError: it cannot be read, or holds more than tensors and plain data.
     """
+    if not path.is_dir():
+        return _read_file(path)
+    index = path / PICKLED_INDEX
+    names = [PICKLED]
+    if not (path / PICKLED).exists():
+        names = file_names(read_json(index).get("weight_map"), index)
+    result = StateDict()
+    for name in names:
+        part = _read_file(regular_file(path / name))
+        if twice := next((key for key in part if key in result), None):
+            raise CheckpointError(f"tensor '{twice}' is there twice", got=f"{path / name} and another file")
+        result.update(part)
+        result.notes += part.notes
+        result.skipped |= part.skipped
+    return result
+
+
+def _read_file(path: Path) -> StateDict:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises anything, an OSError included
         raise CheckpointError(
-            f"the file cannot be read as weights alone: {str(error).splitlines()[0][:300]}",
+            f"the file cannot be read as weights alone: {(str(error).splitlines() or [repr(error)])[0][:300]}",
             got=path,
             allowed="a file of torch.save with tensors and plain data",
             fix="nothing of it was executed; where you trust it, save its state dict alone with torch.save",
         ) from None
-    state = data.get("state_dict", data) if isinstance(data, dict) else {}
-    tensors = (
-        {str(name): value for name, value in state.items() if _is_weight(value)} if hasattr(state, "items") else {}
-    )
-    if not tensors:
+    data = data if isinstance(data, Mapping) else {}
+    inner = [key for key in _WRAPPED if isinstance(data.get(key), Mapping)]
+    # Of several the fullest: beside a model there may be its average, or single tensors such as a loss.
+    where = max(["", *inner], key=lambda key: _count(data[key] if key else data))
+    state, result = data[where] if where else data, StateDict()
+    for name, value in state.items():
+        if _is_weight(value):
+            result[str(name)] = value
+        else:
+            result.skipped[str(name)[:200]] = f"{type(value).__name__}: no tensor of floating point numbers"
+    if not result:
         raise CheckpointError(
-            "the file holds no state dict", got=path, allowed="tensors by name, or below 'state_dict'"
+            "the file holds no state dict",
+            got=f"{path}: {', '.join(str(key)[:40] for key in list(data)[:6]) or 'no dictionary'}",
+            allowed=f"tensors by name, or below {', '.join(map(repr, _WRAPPED))}",
         )
-    return tensors
+    if where:
+        beside = ", ".join(sorted(str(key)[:40] for key in data if key != where)[:8])
+        result.notes.append(f"the weights are those below '{where}'{f'; left out: {beside}' if beside else ''}")
+    return result
+
+
+def _count(state: Mapping[Any, Any]) -> int:
+    return sum(_is_weight(value) for value in state.values())
 
 
 def _is_weight(value: object) -> bool:

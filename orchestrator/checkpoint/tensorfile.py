@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,19 @@ class Entry:
 class TensorFile:
     """The tensors of one file by key.
 
+    Args:
+        items: the dtypes that it may hold, and the bytes of an element of each.
+
+    Attributes:
+        metadata: what the header says beside the tensors; None where it says nothing.
+
     Raises:
         DamagedError: it is no safetensors file, or its header claims what the file does not have.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: AnyPath):
-        self._path = path
+    def __init__(self, path: AnyPath, items: Mapping[str, int] = ITEM_BYTES):
+        self._path, self._items = path, items
         size = size_of(path)
         if size is None:
             raise self._damaged("it is missing")
@@ -53,7 +59,7 @@ class TensorFile:
             raise self._damaged("its header does not fit into it")
         try:
             header = parse_json(self._bytes(8, 8 + length))
-            header.pop("__metadata__", None)
+            self.metadata: dict[str, Any] | None = header.pop("__metadata__", None)
             self.entries = {str(key): self._entry(value, 8 + length) for key, value in header.items()}
             self._check_tiling(8 + length)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -66,7 +72,7 @@ class TensorFile:
         numbers = (*shape, start, stop)
         if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
             raise ValueError("a shape or an offset is not a count")
-        if not start <= stop <= self._size - base or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        if not start <= stop <= self._size - base or stop - start != math.prod(shape) * self._items[dtype]:
             raise ValueError("an offset does not fit the shape or the file")
         return Entry(dtype, tuple(shape), base + start, base + stop)
 
@@ -89,7 +95,7 @@ class TensorFile:
         Returns:
             uint8 [*shape of the box, bytes of an item].
         """
-        item = ITEM_BYTES[self.entries[key].dtype]
+        item = self._items[self.entries[key].dtype]
         result = np.empty((*(part.stop - part.start for part in box), item), np.uint8)
         for place, items in self.parts(key, box):
             result[place] = items
@@ -102,7 +108,7 @@ class TensorFile:
             Where in the box, and its bytes: uint8 [*shape there, bytes of an item], of at most 16 MiB or one row.
         """
         entry = self.entries[key]
-        item, shape = ITEM_BYTES[entry.dtype], entry.shape
+        item, shape = self._items[entry.dtype], entry.shape
         lengths = [part.stop - part.start for part in box]
         if not shape or not math.prod(lengths):
             if not shape:
@@ -137,7 +143,7 @@ class TensorFile:
         entry = self.entries[key]
         if any(part != slice(0, size) for part, size in zip(box[1:], entry.shape[1:], strict=True)):
             return None
-        row = math.prod(entry.shape[1:]) * ITEM_BYTES[entry.dtype]
+        row = math.prod(entry.shape[1:]) * self._items[entry.dtype]
         start = entry.start + (box[0].start * row if box else 0)
         return start, start + (box[0].stop - box[0].start if box else 1) * row
 

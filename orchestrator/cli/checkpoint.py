@@ -7,10 +7,17 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.cli.checkpoint_text import clean, difference_rows, inspect_rows, size_text, strict_json
+from orchestrator.cli.checkpoint_text import (
+    PICKLE_HELP,
+    allow_pickle,
+    clean,
+    difference_rows,
+    inspect_rows,
+    size_text,
+    strict_json,
+)
 from orchestrator.config.options import describe_options, option, parse_options
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.observe.bar import Bar
@@ -23,7 +30,6 @@ SUMMARY = "look into checkpoints, check, compare, convert and prune them"
 _PROGRAM = "python -m orchestrator checkpoint"
 _PATH_HELP = "latest, a run directory, a directory of checkpoints, or a checkpoint; s3://..., gs://... too"
 _RUNS_HELP = "where latest looks"
-_PICKLE_HELP = "this format is pickle: allow it, for files whose maker you trust"
 _GB = 1_000_000_000
 
 
@@ -71,23 +77,9 @@ class ExportOptions:
     max_shard_gb: float = option(5.0, help="of one file of hf, in GB of 10^9 bytes")
     names: Literal["own", "hf"] = option("own", help="of dcp's tensors: own, or hf (those of transformers)")
     verify: bool = option(True, help="hash the checkpoint first")
-    allow_pickle: bool = option(False, help=_PICKLE_HELP)
+    allow_pickle: bool = option(False, help=PICKLE_HELP)
     progress: bool = option(True, help="show a progress bar")
     runs_dir: str = option("runs", help=_RUNS_HELP)
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """Options of `checkpoint import`."""
-
-    path: str = option(help="a Hugging Face directory, a torch.distributed.checkpoint directory, or a .ckpt file")
-    output: str = option(help="directory of the new checkpoint, new or empty")
-    format: Literal["auto", "hf", "dcp", "ckpt"] = option("auto", help="auto: what is there; hf, dcp, ckpt")
-    model: str | None = option(None, help="option of train's model group, for weights without a config.json")
-    config: str | None = option(None, help="config.json of transformers, or its directory, if not beside the weights")
-    tokenizer: str | None = option(None, help="tokenizer.json, or its directory, if not beside the weights")
-    allow_pickle: bool = option(False, help=_PICKLE_HELP)
-    progress: bool = option(True, help="show a progress bar")
 
 
 @dataclass(frozen=True)
@@ -197,7 +189,7 @@ def _diff(options: DiffOptions) -> int:
 
 def _export(options: ExportOptions) -> int:
     if options.format == "dcp":
-        _allow_pickle(options.allow_pickle, "a torch.distributed.checkpoint directory", "whoever loads it executes it")
+        allow_pickle(options.allow_pickle, "a torch.distributed.checkpoint directory", "whoever loads it executes it")
     if not options.max_shard_gb > 0:
         raise ConfigError("'max_shard_gb' is out of range", got=options.max_shard_gb, allowed="more than 0")
     from orchestrator.train.exporting import export_dcp, export_hf, weight_bytes
@@ -223,30 +215,6 @@ def _export(options: ExportOptions) -> int:
         print(f"note: {exported.note}")
     print(f"\nLoad it ({exported.loader}):")
     print(f"  transformers.AutoModelForCausalLM.from_pretrained({options.output!r})")
-    return 0
-
-
-def _import(options: ImportOptions) -> int:
-    from orchestrator.train.importing import detect_format, import_weights
-
-    source = Path(options.path).expanduser()
-    kind = detect_format(source)
-    if options.format not in ("auto", kind):
-        raise CheckpointError(f"this is not of format {options.format}", got=source, allowed=f"format={kind}")
-    if kind != "hf":
-        what = "a torch.distributed.checkpoint directory" if kind == "dcp" else "a .ckpt file"
-        _allow_pickle(options.allow_pickle, what, "only tensors and plain data of it are read, nothing is executed")
-    if options.model and options.config:
-        raise ConfigError("model= and config= both describe the weights", fix="leave out one of them")
-    with Bar("import", None, options.progress) as bar:
-        found = import_weights(source, options.output, kind, options.model, options.config, options.tokenizer, bar.at)
-    print(f"{options.output}: {found.parameters:,} parameters in {', '.join(found.dtypes)}, model {found.model.name}")
-    if found.left_out:
-        print(f"{found.left_out} other tensors of the source were left out")
-    if not found.tokenizer:
-        print("no tokenizer came along: give tokenizer=PATH, or see to it that the data has the model's")
-    print("\nTrain on from it (the model and the tokenizer are the checkpoint's; optimizer and step are new):")
-    print(f"  python -m orchestrator train train.init_from={options.output}")
     return 0
 
 
@@ -280,15 +248,6 @@ def _open(where: str, runs_dir: str) -> Checkpoint:
     return Checkpoint(_find(where, runs_dir))
 
 
-def _allow_pickle(allowed: bool, what: str, note: str) -> None:
-    if not allowed:
-        raise CheckpointError(
-            f"{what} is pickle, a format that can carry code",
-            fix="prefer format=hf; or add allow_pickle=true where you trust the maker of the file",
-        )
-    print(f"WARNING: {what} is pickle, a format that can carry code; {note}", file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class _Subverb:
     summary: str
@@ -319,12 +278,6 @@ _SUBVERBS = {
         _export,
         "latest output=exported/mine dtype=bf16",
     ),
-    "import": _Subverb(
-        "a Hugging Face directory (or DCP, .ckpt) as a checkpoint to train on from",
-        ImportOptions,
-        _import,
-        "models/Qwen3-0.6B output=imported/qwen3",
-    ),
     "prune": _Subverb(
         "remove old checkpoints of a run that is not running",
         PruneOptions,
@@ -334,5 +287,6 @@ _SUBVERBS = {
 }
 # Sub-verbs with a module of their own in this package: name -> (module with `main(argv)`, summary).
 _MODULES: dict[str, tuple[str, str]] = {
+    "import": ("import_checkpoint", "a Hugging Face directory (or DCP, .ckpt) as a checkpoint to train on from"),
     "handover": ("handover", "whether a checkpoint computes the same on some hardware as where it was saved"),
 }

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import CheckpointError
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.diff import Difference
 
+PICKLE_HELP = "this format is pickle: allow it, for files whose maker you trust"
 _MAX_CHANGED_ROWS = 40
 _OF_A_LEG = ("start_step", "end_step", "target", "devices", "layout", "precision")
 
@@ -137,3 +141,17 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) if len(value) <= 8 else f"{len(value)} entries"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def allow_pickle(allowed: bool, what: str, note: str) -> None:
+    """Warn of a format that can carry code.
+
+    Raises:
+        CheckpointError: the user has not allowed it.
+    """
+    if not allowed:
+        raise CheckpointError(
+            f"{what} is pickle, a format that can carry code",
+            fix="prefer format=hf; or add allow_pickle=true where you trust the maker of the file",
+        )
+    print(f"WARNING: {what} is pickle, a format that can carry code; {note}", file=sys.stderr)

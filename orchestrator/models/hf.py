@@ -73,8 +73,26 @@ _TABLES: dict[str, dict[str, _Source]] = {
     "qwen3": _LLAMA | _QK_NORM,
     "gpt2": _GPT2,
 }
+# The inner model of each family, which files may have been saved from without its prefix, and its embedding.
+_INNER = {"llama": "model.", "mistral": "model.", "qwen2": "model.", "qwen3": "model.", "gpt2": "transformer."}
+HEAD = "lm_head.weight"
 # Tables that old checkpoints carry although they follow from the configuration.
-_DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
+_DERIVED = re.compile(r"((^|\.)rotary_emb\.inv_freq|\.attn\.(masked_)?bias|(^|\.)position_ids)$")
+
+
+def is_derived(name: str) -> bool:
+    """Whether a foreign tensor follows from the configuration: a table of angles or positions, or a mask."""
+    return _DERIVED.search(name) is not None
+
+
+def embedding_of(family: Family) -> str:
+    """The name of the embedding in the family's files."""
+    return _source("embed.weight", family).name
+
+
+def without_prefix(name: str, family: Family) -> str:
+    """A foreign name as files that were saved from the inner model have it."""
+    return name.removeprefix(_INNER[family])
 
 
 def from_hf(state_dict: Mapping[str, Tensor], family: Family, config: ModelConfig) -> dict[str, Tensor]:
@@ -91,9 +109,11 @@ def from_hf(state_dict: Mapping[str, Tensor], family: Family, config: ModelConfi
     Raises:
         CheckpointError: a family that is not known; tensors that are missing, left over, or of another shape.
     """
-    given = {_with_prefix(name, family): tensor for name, tensor in state_dict.items() if not _DERIVED.search(name)}
-    if config.tied_embeddings:
-        given.pop("lm_head.weight", None)
+    given = {_with_prefix(name, family): tensor for name, tensor in state_dict.items() if not is_derived(name)}
+    if config.tied_embeddings and HEAD in given:
+        # Of a tied pair either may be stored; of two that differ the caller knows.
+        head = given.pop(HEAD)
+        given.setdefault(embedding_of(family), head)
     shapes = our_shapes(config)
     sources = {name: _source(name, family) for name in shapes}
     _refuse_other_names({source.name for source in sources.values()}, set(given), family)
@@ -190,10 +210,9 @@ def _source(name: str, family: str) -> _Source:
 
 
 def _with_prefix(name: str, family: str) -> str:
-    """GPT-2 files on the hub were saved from the inner model, without its prefix."""
-    if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-        return f"transformer.{name}"
-    return name
+    """Some files on the hub, as those of GPT-2, were saved from the inner model."""
+    inner = _INNER.get(family, "")
+    return name if name.startswith((inner, "lm_head.")) else f"{inner}{name}"
 
 
 def _take(tensor: Tensor, source: _Source) -> Tensor:

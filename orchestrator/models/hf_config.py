@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError
+from orchestrator.models import hf_rope
 from orchestrator.models.hf import Family
+from orchestrator.models.hf_keys import READ, Keys, unsupported
 from orchestrator.models.layers import resolved_head_dim
 
 # family -> its class, and what of our configuration is fixed in it.
@@ -31,24 +33,49 @@ _FIXED: dict[Family, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-_ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
-_ROPE_KEYS: dict[str, dict[str, str]] = {
-    "none": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-    },
-    "yarn": {
-        "factor": "factor",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "original_max_position_embeddings": "original_max_seq_len",
-    },
+CLASSES: dict[Family, str] = {family: name for family, (name, _) in _FIXED.items()}
+# Their key -> ours, where the value is the same; for the report.
+_SAME = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "n_embd": "dim",
+    "num_hidden_layers": "layers",
+    "n_layer": "layers",
+    "num_attention_heads": "heads",
+    "n_head": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp_dim",
+    "n_inner": "mlp_dim",
+    "max_position_embeddings": "max_seq_len",
+    "n_positions": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tied_embeddings",
+    "initializer_range": "init_std",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "sliding_window": "sliding_window",
+    "resid_pdrop": "dropout",
 }
-_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a `config.json` describes.
+
+    Attributes:
+        fields: of a `ModelConfig`; their values are not checked yet.
+        fates: what became of every key.
+        notes: what a user should know of them.
+    """
+
+    family: Family
+    fields: dict[str, Any]
+    fates: dict[str, str]
+    notes: tuple[str, ...]
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -88,206 +115,140 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
     return found
 
 
-def to_hf_config(config: ModelConfig, family: Family, eos_token_id: int | None, dtype: str) -> dict[str, Any]:
-    """The content of `config.json`, in the form that transformers 4 and 5 read.
+def from_hf_config(config: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> Description:
+    """Read a `config.json`.
 
     Args:
-        config: with `vocab_size` a number.
-        dtype: of the weights, as torch names it.
-    """
-    shared = {
-        "architectures": [_FIXED[family][0]],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tied_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
-    if family == "gpt2":
-        return {
-            **shared,
-            "n_embd": config.dim,
-            "n_layer": config.layers,
-            "n_head": config.heads,
-            "n_inner": config.mlp_dim,
-            "n_positions": config.max_seq_len,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": config.norm_eps,
-            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
-        }
-    result = {
-        **shared,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": resolved_head_dim(config),
-        "intermediate_size": config.mlp_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "attention_dropout": config.dropout,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _to_rope_scaling(config),
-    }
-    if family in ("llama", "qwen3"):
-        result["attention_bias"] = config.attention_bias
-    if family == "llama":
-        result["mlp_bias"] = config.mlp_bias
-    else:
-        result["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3"):
-        result |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    return result
-
-
-def _to_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-    scaling = config.rope_scaling
-    if scaling.kind == "none":
-        return None
-    values = {theirs: getattr(scaling, ours) for theirs, ours in _ROPE_KEYS[scaling.kind].items()}
-    return {"rope_type": scaling.kind, **values}
-
-
-def from_hf_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """The family, and the fields of a `ModelConfig`, that a `config.json` describes; values are not checked yet.
+        ignored: keys of which the user says that they change nothing.
 
     Raises:
-        CheckpointError: a model that this product cannot compute, or a key that is missing.
+        CheckpointError: a model that this product cannot compute, a key that is missing, or one that is not understood.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FIXED:
         raise CheckpointError(
-            "a model of this type cannot be imported",
-            got=f"model_type={str(family)[:100]}",
+            "a model of this type cannot be imported" if family else "config.json does not say the type of the model",
+            got=f"model_type={ascii(family)[:100].strip(chr(39))}",
             allowed=", ".join(get_args(Family)),
         )
-    if config.get("quantization_config"):
-        raise _unsupported("quantization_config", "set", "weights in fp32, bf16 or fp16")
-    fields = _gpt2_fields(config) if family == "gpt2" else _rope_model_fields(config, family)
+    keys = Keys(config)
+    keys.get("model_type")
+    _refuse_quantised(config)
+    fields = _gpt2_fields(keys) if family == "gpt2" else _rope_model_fields(keys, family)
     fixed = {key: value for key, value in _FIXED[family][1].items() if key not in fields}
-    return family, {**fixed, "vocab_size": _need(config, "vocab_size"), **fields}
+    fields = {**fixed, "vocab_size": keys.need("vocab_size"), **fields}
+    fates = keys.fates(ignored)
+    for key, ours in _SAME.items():
+        if fates.get(key) == READ and ours in fields:
+            fates[key] = f"model.{ours}={fields[ours]}"
+    return Description(family, fields, fates, tuple(keys.notes))
 
 
-def _gpt2_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    _expect(config, "activation_function", "gelu_new", "gelu_pytorch_tanh")
-    _expect(config, "scale_attn_weights", True)
-    _expect(config, "scale_attn_by_inverse_layer_idx", False)
-    _expect(config, "add_cross_attention", False)
-    dim, heads = _need(config, "n_embd"), _need(config, "n_head")
-    inner = config.get("n_inner")
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Say by which method the weights were quantised: they are whole, and no numbers that can be trained on."""
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if found := config.get(key):
+            method = found.get("quant_method", found.get("quant_algo")) if isinstance(found, Mapping) else None
+            if method is None and isinstance(found, Mapping) and "group_size" in found:
+                method = f"MLX, {found.get('bits')} bits"
+            method = str(method or "a method without a name")[:60]
+            raise CheckpointError(
+                f"the weights are quantised ({method}), and cannot be trained on",
+                got=f"{key} in config.json",
+                allowed="weights in fp32, bf16 or fp16",
+                fix="import the model that it was made from, which its card names",
+            )
+
+
+def _gpt2_fields(keys: Keys) -> dict[str, Any]:
+    keys.expect("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    keys.expect("scale_attn_weights", True)
+    keys.expect("scale_attn_by_inverse_layer_idx", False)
+    dim, heads = keys.need("n_embd"), keys.need("n_head")
+    inner = keys.get("n_inner")
+    dropout = keys.get("resid_pdrop", 0.1)
+    for key in ("attn_pdrop", "embd_pdrop"):
+        if keys.get(key, 0.1) != dropout:
+            keys.tell(key, f"not used: training here has one rate, model.dropout={dropout}")
+            keys.notes.append(
+                f"{key}={keys.get(key, 0.1)} becomes model.dropout={dropout} (resid_pdrop): there is one rate here"
+            )
     return {
         "dim": dim,
-        "layers": _need(config, "n_layer"),
+        "layers": keys.need("n_layer"),
         "heads": heads,
         "kv_heads": heads,
         "mlp_dim": inner if inner is not None or not isinstance(dim, int) else 4 * dim,
-        "max_seq_len": _need(config, "n_positions"),
-        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-        "dropout": config.get("resid_pdrop", 0.1),
-        "tied_embeddings": config.get("tie_word_embeddings", True),
-        "init_std": config.get("initializer_range", 0.02),
+        "max_seq_len": keys.need("n_positions"),
+        "norm_eps": keys.get("layer_norm_epsilon", 1e-5),
+        "dropout": dropout,
+        "tied_embeddings": keys.get("tie_word_embeddings", True),
+        "init_std": keys.get("initializer_range", 0.02),
     }
 
 
-def _rope_model_fields(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    _expect(config, "hidden_act", "silu", "swish")
-    heads = _need(config, "num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") if family == "llama" else _need(config, "num_key_value_heads")
-    head_dim = config.get("head_dim", 128 if family == "qwen3" else None)
-    max_seq_len = _need(config, "max_position_embeddings")
+def _rope_model_fields(keys: Keys, family: Family) -> dict[str, Any]:
+    keys.expect("hidden_act", "silu", "swish")
+    heads = keys.need("num_attention_heads")
+    kv_heads = keys.get("num_key_value_heads") if family == "llama" else keys.need("num_key_value_heads")
+    head_dim = keys.get("head_dim", 128 if family == "qwen3" else None)
+    max_seq_len = keys.need("max_position_embeddings")
     fields = {
-        "dim": _need(config, "hidden_size"),
-        "layers": _need(config, "num_hidden_layers"),
+        "dim": keys.need("hidden_size"),
+        "layers": keys.need("num_hidden_layers"),
         "heads": heads,
         "kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": "auto" if head_dim is None else head_dim,
-        "mlp_dim": _need(config, "intermediate_size"),
+        "mlp_dim": keys.need("intermediate_size"),
         "max_seq_len": max_seq_len,
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "tied_embeddings": config.get("tie_word_embeddings", False),
-        "init_std": config.get("initializer_range", 0.02),
-        **_rope_fields(config, max_seq_len),
+        "norm_eps": keys.get("rms_norm_eps", 1e-6),
+        "tied_embeddings": keys.get("tie_word_embeddings", False),
+        "init_std": keys.get("initializer_range", 0.02),
+        **hf_rope.read_rope(keys, max_seq_len),
     }
     if family in ("llama", "qwen3"):
-        bias = config.get("attention_bias", False)
+        bias = keys.get("attention_bias", False)
         fields |= {"attention_bias": bias, "output_bias": bias}
+    else:
+        keys.expect("attention_bias", family == "qwen2")
     if family == "llama":
-        fields["mlp_bias"] = config.get("mlp_bias", False)
+        fields["mlp_bias"] = keys.get("mlp_bias", False)
     else:
-        fields["sliding_window"] = _window(config, family, fields["layers"])
-    return fields
+        keys.expect("mlp_bias", False)
+    window = _window(keys, family, fields["layers"])
+    return fields if family == "llama" else fields | {"sliding_window": window}
 
 
-def _rope_fields(config: Mapping[str, Any], max_seq_len: Any) -> dict[str, Any]:
-    # Version 5 of transformers writes both into `rope_parameters`.
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise _unsupported("rope_scaling", given, "a mapping")
-    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = str(given.get("rope_type", given.get("type", "default")))
-    if kind not in _ROPE_KINDS:
-        raise _unsupported("rope_type", kind, ", ".join(_ROPE_KINDS))
-    if given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
-        raise _unsupported("partial_rotary_factor", "set", "1: all of a head is turned")
-    kind = _ROPE_KINDS[kind]
-    scaling = {ours: given[theirs] for theirs, ours in _ROPE_KEYS[kind].items() if given.get(theirs) is not None}
-    if kind != "none" and "factor" not in scaling:
-        raise CheckpointError("config.json lacks a key of rope_scaling", got=f"rope_type={kind}", allowed="factor")
-    if kind == "yarn":
-        scaling.setdefault("original_max_seq_len", max_seq_len)
-        _check_yarn(given, scaling["factor"])
-    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling}}
+def _window(keys: Keys, family: Family, layers: Any) -> Any:
+    """How far a position sees. A model whose layers do not all see as far is refused."""
+    window = keys.get("sliding_window", 4096 if family == "mistral" else None)
+    full = keys.get("max_window_layers", 28)
+    if family == "mistral" and window is not None:  # the class has no switch, and a window always
+        keys.expect("use_sliding_window", True)
+    elif not keys.get("use_sliding_window", family == "llama"):
+        window = None
+    if family == "llama" and window is not None:
+        raise unsupported("sliding_window", window, "none: the class has no window")
+    given = keys.get("layer_types")
+    kinds = _kinds_of_layers(family, window, full, layers) if given is None else given
+    if not isinstance(kinds, list) or len(set(map(str, kinds))) != 1:
+        raise unsupported("layer_types", "layers with and without a window", "all of a kind")
+    allowed = ["full_attention", "sliding_attention"]
+    if window is None:
+        allowed.remove("sliding_attention")
+    elif family == "mistral":
+        allowed.remove("full_attention")
+    if kinds[0] not in allowed:
+        raise unsupported("layer_types", kinds[0], f"{', '.join(allowed)}, with sliding_window={window}")
+    return window if kinds[0] == "sliding_attention" else None
 
 
-def _check_yarn(given: Mapping[str, Any], factor: Any) -> None:
-    """Only the amplitude and the rounding of the paper are computed here; see `models.rope`."""
-    amplitude = given.get("attention_factor")
-    usual = 0.1 * math.log(factor) + 1.0 if isinstance(factor, (int, float)) and factor > 1 else 1.0
-    if amplitude is not None and amplitude != usual:
-        raise _unsupported("attention_factor", amplitude, f"{usual}, or none")
-    for key in ("mscale", "mscale_all_dim"):
-        if given.get(key) is not None:
-            raise _unsupported(key, given[key], "none")
-    if given.get("truncate", True) is not True:
-        raise _unsupported("truncate", given["truncate"], "true")
-
-
-def _window(config: Mapping[str, Any], family: Family, layers: Any) -> Any:
+def _kinds_of_layers(family: Family, window: Any, full: Any, layers: Any) -> list[str]:
+    """The kinds that there are, where `layer_types` does not say: `full` layers, the first ones, see everything."""
+    if window is None:
+        return ["full_attention"]
     if family == "mistral":
-        return config.get("sliding_window", 4096)
-    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
-        return None
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list) and kinds:
-        windowed, mixed = kinds[0] == "sliding_attention", kinds.count(kinds[0]) != len(kinds)
-    else:
-        full = config.get("max_window_layers", 28)  # so many layers, the first ones, see everything
-        if not isinstance(full, int) or not isinstance(layers, int):
-            raise _unsupported("max_window_layers", full, "a whole number")
-        windowed, mixed = full <= 0, 0 < full < layers
-    if mixed:
-        raise _unsupported("layer_types", "layers with and without a window", "all of a kind")
-    return config["sliding_window"] if windowed else None
-
-
-def _need(config: Mapping[str, Any], key: str) -> Any:
-    value = config.get(key)
-    if value is None:
-        raise CheckpointError(f"config.json lacks '{key}'", got=f"model_type={config.get('model_type')}")
-    return value
-
-
-def _expect(config: Mapping[str, Any], key: str, *allowed: Any) -> None:
-    value = config.get(key, _MISSING)
-    if value is not _MISSING and value not in allowed:
-        raise _unsupported(key, value, " or ".join(map(str, allowed)))
-
-
-def _unsupported(key: str, value: object, allowed: str) -> CheckpointError:
-    return CheckpointError(
-        f"a model with this '{key}' cannot be computed here", got=f"{key}={str(value)[:100]}", allowed=allowed
-    )
+        return ["sliding_attention"]
+    if not isinstance(full, int) or not isinstance(layers, int):
+        raise unsupported("max_window_layers", full, "a whole number")
+    return ["full_attention"] * (full > 0) + ["sliding_attention"] * (full < layers)

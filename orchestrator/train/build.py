@@ -40,6 +40,7 @@ from orchestrator.train.handover import make_batch
 from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
+from orchestrator.train.origin import model_files
 from orchestrator.train.restoring import data_position, restore_run, restore_weights
 from orchestrator.train.run import Place
 from orchestrator.train.rundir import read_history
@@ -179,7 +180,8 @@ def _assemble(
     stop = StopOnSignal(parallel, say)
     held_out = _stream(config, data, "validation")
     reference = make_batch(config, held_out) if config.checkpoint.handover.enabled else None
-    keep = (data.tokenizer, {**side, "run": run_uuid}, metrics, history, reference, say)
+    sides = {**side, "run": run_uuid}
+    keep = (data.tokenizer, model_files(config, restored), sides, metrics, history, reference, say)
     checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
     evaluation = Evaluation(
         parallel, metrics, train.eval_every, _validation(config, held_out, parallel, module.micro_batch), say

@@ -41,6 +41,7 @@ class Checkpoints(lightning.Callback):
 
     Args:
         directory: of the run's checkpoints.
+        files: what else travels with the model, by name.
         provenance: what the state says of where it was written.
         metrics: flushed before a save, and told of the time that it took.
         history: the run so far; it travels along.
@@ -59,6 +60,7 @@ class Checkpoints(lightning.Callback):
         parallel: ParallelStrategy,
         loader: StepLoader,
         tokenizer: Tokenizer,
+        files: Mapping[str, bytes],
         provenance: Mapping[str, Any],
         metrics: Metrics,
         history: History,
@@ -68,7 +70,7 @@ class Checkpoints(lightning.Callback):
         self._config, self._parallel = config, parallel
         self._loader, self._provenance, self._say = loader, provenance, say
         self._metrics, self._history, self._reference = metrics, history, reference
-        self._extra = _tokenizer_files(tokenizer)
+        self._extra = {**_tokenizer_files(tokenizer), **files}
         key = config.checkpoint.signing_key
         # Only the process that writes manifests needs the key.
         self._sign = signer(key) if key and parallel.rank == 0 else None

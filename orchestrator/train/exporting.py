@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from orchestrator.checkpoint.hf_files import Spec, write_tensors
+from orchestrator.checkpoint.format import parse_json
+from orchestrator.checkpoint.hf_files import FileLayout
+from orchestrator.checkpoint.hf_write import Spec, write_tensors
 from orchestrator.checkpoint.outputs import written_aside
 from orchestrator.checkpoint.reader import DTYPES, Reader
 from orchestrator.checkpoint.storage import write_file
@@ -19,7 +21,10 @@ from orchestrator.config.schema import ModelConfig
 from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from orchestrator.errors import CheckpointError
 from orchestrator.models.hf import HFTensor, hf_tensors, our_shapes
-from orchestrator.models.hf_config import family_of, to_hf_config
+from orchestrator.models.hf_config import family_of, from_hf_config
+from orchestrator.models.hf_config_write import to_hf_config
+from orchestrator.train.import_report import read_layouts
+from orchestrator.train.origin import REPORT, SOURCE_CONFIG
 from orchestrator.train.stored_model import model_of, tokenizer_of
 
 Dtype = Literal["stored", "fp32", "bf16", "fp16"]
@@ -79,15 +84,40 @@ def export_hf(
 
     tokenizer = tokenizer_of(checkpoint)
     stored_as = str(DTYPES[max(specs, key=lambda spec: spec.bytes).dtype]).removeprefix("torch.")
-    config = to_hf_config(model, family_of(model), tokenizer.eos_id if tokenizer else None, stored_as)
+    original = _source_config(checkpoint)
+    config = to_hf_config(model, family_of(model), tokenizer.eos_id if tokenizer else None, stored_as, original)
     with written_aside(output) as folder:
-        write_tensors(folder, specs, produce, max_file_bytes, progress)
+        write_tensors(folder, specs, produce, max_file_bytes, progress, _layouts(checkpoint))
         for name in CARRIED:
             if name in checkpoint.manifest.files:
                 write_file(folder / name, [checkpoint.read(name)])
         write_file(folder / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
     note = _tokenizer_note(checkpoint, str(config["model_type"])) if tokenizer else ""
     return Exported(str(config["architectures"][0]), tokenizer is not None, note)
+
+
+def _source_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The `config.json` that the model was imported with, or None.
+
+    Raises:
+        CheckpointError: it is none that an import would have taken.
+    """
+    if SOURCE_CONFIG not in checkpoint.manifest.files:
+        return None
+    try:
+        config = parse_json(checkpoint.read(SOURCE_CONFIG))
+        from_hf_config(config, frozenset(config))
+    except (ValueError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
+        raise CheckpointError(
+            f"the config.json that travels with the checkpoint cannot be read: {error}"[:400],
+            got=checkpoint.directory / SOURCE_CONFIG,
+        ) from None
+    return dict(config)
+
+
+def _layouts(checkpoint: Checkpoint) -> tuple[FileLayout, ...]:
+    """The files that an imported model came in."""
+    return read_layouts(checkpoint.read(REPORT)) if REPORT in checkpoint.manifest.files else ()
 
 
 def _tokenizer_note(checkpoint: Checkpoint, model_type: str) -> str:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from orchestrator.checkpoint.format import MANIFEST, read_bounded
-from orchestrator.checkpoint.hf_files import map_tensors, read_json
+from orchestrator.checkpoint.hf_files import PICKLED, PICKLED_INDEX, HFTensors, read_json, regular_file
 from orchestrator.checkpoint.outputs import written_aside
 from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.writer import DTYPE_NAMES, Begun, Contents, write
@@ -25,17 +25,41 @@ from orchestrator.config.schema import ModelConfig, RunConfig, TrainConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, load_tokenizer
 from orchestrator.errors import CheckpointError, UserError
-from orchestrator.models.hf import Family, from_hf, hf_tensors, our_shapes
-from orchestrator.models.hf_config import family_of, from_hf_config
+from orchestrator.models.hf import Family
+from orchestrator.models.hf_config import Description, family_of, from_hf_config
+from orchestrator.models.layers import resolved_head_dim
 from orchestrator.sharding.shard import Shard
 from orchestrator.train.exporting import CARRIED
+from orchestrator.train.foreign_weights import Found, about, find_weights
+from orchestrator.train.import_report import ImportReport
+from orchestrator.train.logit_check import LogitCheck, check_logits
+from orchestrator.train.origin import REPORT, SOURCE_CONFIG
 from orchestrator.train.software import software
 
 Format = Literal["hf", "dcp", "ckpt"]
+CheckLogits = Literal["auto", "true", "false"]
 CONFIG_FILE = "config.json"
 _MAX_CARRIED_BYTES = 1 << 26
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
-_EMBEDDINGS = ("embed.weight", "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+# Of a model's description, what changes nothing that it computes.
+_OF_TRAINING = {"name", "init_std", "dropout"}
+_LENGTHS = {"rope": {"max_seq_len"}, "learned": set[str]()}
+
+
+@dataclass(frozen=True)
+class Described:
+    """The model that weights are of.
+
+    Attributes:
+        family: where transformers has one.
+        config: the `config.json` that says so, and where it lies.
+    """
+
+    model: ModelConfig
+    family: Family | None
+    config: Mapping[str, Any] | None = None
+    config_file: Path | None = None
+    fates: Mapping[str, str] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,7 @@ class Imported:
     Attributes:
         left_out: tensors of the source that are no weights of the model.
         tokenizer: whether one came along.
+        report: what became of each tensor and of each key of `config.json`.
     """
 
     format: Format
@@ -53,6 +78,7 @@ class Imported:
     dtypes: tuple[str, ...]
     left_out: int
     tokenizer: bool
+    report: ImportReport
 
 
 def detect_format(source: Path) -> Format:
@@ -62,6 +88,13 @@ def detect_format(source: Path) -> Format:
         CheckpointError: none that is known.
     """
     if source.is_file():
+        if source.suffix in (".safetensors", ".gguf"):
+            raise CheckpointError(
+                f"this is one file of a model ({source.suffix})",
+                got=source,
+                allowed="a directory with config.json and the weights in safetensors",
+                fix=f"give its directory: {source.parent}" if source.suffix == ".safetensors" else None,
+            )
         return "ckpt"
     if (source / MANIFEST).exists():
         raise CheckpointError(
@@ -72,11 +105,12 @@ def detect_format(source: Path) -> Format:
     if (source / ".metadata").exists():
         return "dcp"
     if source.is_dir():
-        return "hf"
+        pickled = any((source / name).exists() for name in (PICKLED, PICKLED_INDEX))
+        return "ckpt" if pickled and not any(source.glob("*.safetensors*")) else "hf"
     raise CheckpointError(
         "there is nothing to import here",
         got=source,
-        allowed="a Hugging Face directory, a torch.distributed.checkpoint directory, or a .ckpt file",
+        allowed="a Hugging Face directory, a torch.distributed.checkpoint directory, or a file of torch.save (.ckpt)",
     )
 
 
@@ -88,6 +122,8 @@ def import_weights(
     config: str | None = None,
     tokenizer: str | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    ignore_keys: tuple[str, ...] = (),
+    logits: CheckLogits = "auto",
 ) -> Imported:
     """Make a checkpoint of step 0 with the weights alone, each as it is stored in the source.
 
@@ -100,157 +136,179 @@ def import_weights(
         config: or a `config.json` that does, or its directory.
         tokenizer: a `tokenizer.json` or its directory; by default what lies beside the weights.
         progress: told bytes written and bytes in all.
+        ignore_keys: of `config.json`, which the user says to change nothing that is computed.
+        logits: whether they are held against those of transformers; `auto`: where it is installed and memory allows.
 
     Raises:
         UserError: what is missing, damaged, or of a model that this product cannot compute.
     """
-    beside = source if source.is_dir() else source.parent
+    described = describe(source, model, config, ignore_keys)
     given = _open(source, format)
-    described, family = _describe(beside, model, config)
-    weights, used, described = _find_weights(given, described, family)
-    files = _tokenizer_files(tokenizer, beside, described)
+    found = find_weights(given, described.model, described.family)
+    files = _tokenizer_files(tokenizer, source if source.is_dir() else source.parent, found.model)
+    checked = _check_logits(source, format, described, found, logits)
+    report = _report(source, format, described, given, found, checked)
+    files[REPORT] = report.to_json()
+    if described.config_file is not None:
+        files[SOURCE_CONFIG] = described.config_file.read_bytes()
+    dtypes = tuple(sorted({DTYPE_NAMES[tensor.dtype] for tensor in found.tensors.values()}))
+    _write(output, found, report, files, dtypes, progress)
+    parameters = sum(tensor.numel() for tensor in found.tensors.values())
+    has_tokenizer, left_out = TOKENIZER_FILE in files, len(given) - len(found.taken)
+    return Imported(format, found.model, parameters, dtypes, left_out, has_tokenizer, report)
+
+
+def _write(
+    output: str,
+    found: Found,
+    report: ImportReport,
+    files: Mapping[str, bytes],
+    dtypes: tuple[str, ...],
+    progress: Callable[[int, int], object],
+) -> None:
     shards = [
         Shard(f"model.{name}", tuple(tensor.shape), tuple(slice(0, size) for size in tensor.shape), tensor)
-        for name, tensor in weights.items()
+        for name, tensor in found.tensors.items()
     ]
-    dtypes = sorted({DTYPE_NAMES[tensor.dtype] for tensor in weights.values()})
+    origin = {"format": report.format, "source": report.source, "family": report.family, "dtypes": list(dtypes)}
     state = {
         "step": 0,
-        "imported": {"format": format, "source": str(source), "family": family, "dtypes": dtypes},
+        "imported": origin,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "software": software(),
     }
-    contents = Contents(state, {"name": described.name, "model": to_dict(described)}, files)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    contents = Contents(state, {"name": found.model.name, "model": to_dict(found.model)}, files)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
     with written_aside(output) as folder, _watched(folder / "rank-00000.safetensors", total, progress):
         write(Begun(folder, "import"), 0, shards, Alone(), contents)
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    return Imported(format, described, parameters, tuple(dtypes), len(given) - used, TOKENIZER_FILE in files)
 
 
 def _open(source: Path, format: Format) -> Mapping[str, torch.Tensor]:
     if format == "hf":
-        return map_tensors(source)
+        return HFTensors(source)
     from orchestrator.checkpoint.foreign_pickle import DcpTensors, read_state_dict
 
     return DcpTensors(source) if format == "dcp" else read_state_dict(source)
 
 
-def _describe(beside: Path, model: str | None, config: str | None) -> tuple[ModelConfig, Family | None]:
-    """The model, and its family where transformers has one."""
-    if model is not None:
-        described = compose([f"model={model}"]).config.model
-        try:
-            return described, family_of(described)
-        except CheckpointError:
-            return described, None
+def describe(
+    source: Path, model: str | None = None, config: str | None = None, ignore_keys: tuple[str, ...] = ()
+) -> Described:
+    """The model that the weights at `source` are of. Nothing of them is opened.
+
+    Args:
+        model, config, ignore_keys: as `import_weights` has them.
+
+    Raises:
+        UserError: nothing describes it, it cannot be computed here, or a preset and `config.json` say different things.
+    """
+    beside = source if source.is_dir() else source.parent
     file = Path(config).expanduser() if config else beside / CONFIG_FILE
     file = file / CONFIG_FILE if file.is_dir() else file
-    if not file.is_file():
+    if model is not None:
+        return _of_preset(model, file, frozenset(ignore_keys))
+    if not file.is_file() and not file.is_symlink():
         raise CheckpointError(
             "nothing says which model these weights are of",
             got=f"no {file}",
             fix="give model=PRESET (an option of the model group, as in train), or config=PATH of a config.json",
         )
-    family, fields = from_hf_config(read_json(file))
+    return _of_config(file, frozenset(ignore_keys))
+
+
+def _of_config(file: Path, ignored: frozenset[str]) -> Described:
+    content = read_json(file)
+    found = from_hf_config(content, ignored)
     try:
-        described = from_dict(ModelConfig, {"name": _name(file.parent), **fields})
+        described = from_dict(ModelConfig, {"name": _name(file.parent), **found.fields})
     except UserError as error:
         raise CheckpointError(f"{file} does not describe a model: {error}") from None
     # The smallest batch: only the model is in question.
     problems = validate(RunConfig(model=described, train=TrainConfig(seq_len=2, global_batch_tokens=2)))
     if problems:
         raise CheckpointError(f"{file} does not describe a model: {problems[0]}")
-    return described, family
+    return Described(described, found.family, content, file.resolve(), found.fates, _notes(found, content, file))
+
+
+def _notes(found: Description, content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+    notes = list(found.notes)
+    if file.is_symlink():
+        notes.append(f"{file.name} is a link to {file.resolve()}")
+    if content.get("auto_map"):
+        notes.append("config.json names code of its own (auto_map), which is not run: the class of transformers counts")
+    return tuple(notes)
+
+
+def _of_preset(model: str, file: Path, ignored: frozenset[str]) -> Described:
+    """A preset, held against the `config.json` beside the weights, where there is one."""
+    described = compose([f"model={model}"]).config.model
+    family: Family | None = None
+    with suppress(CheckpointError):
+        family = family_of(described)
+    if not file.is_file():
+        scaling = described.rope_scaling
+        scaled = f"{scaling.kind} x{scaling.factor:g}" if scaling.kind != "none" else "not scaled"
+        note = f"model={model} has rope_theta={described.rope_theta:g}, {scaled}: weights cannot show if so"
+        return Described(described, family, notes=(note,) if described.positions == "rope" else ())
+    beside = _of_config(file, ignored)
+    first, second = (_computed(one) for one in (described, beside.model))
+    differences = [
+        f"{key}={ours}, there {second[key]}" for key, ours in first.items() if ours not in ("auto", second[key])
+    ]
+    if differences:
+        raise CheckpointError(
+            f"model={model} is not the model that config.json describes",
+            got="; ".join(differences)[:500],
+            fix=f"leave out model=, so that {file} counts; or move that file away if it is wrong",
+        )
+    return replace(beside, model=replace(beside.model, name=described.name))
+
+
+def _computed(model: ModelConfig) -> dict[str, Any]:
+    """What decides what a model computes: not how it is trained, and not how long a text it may get."""
+    fields = {**vars(model), "head_dim": resolved_head_dim(model)}
+    return {key: value for key, value in fields.items() if key not in _OF_TRAINING | _LENGTHS[model.positions]}
 
 
 def _name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", folder.resolve().name) or "imported"
 
 
-def _find_weights(
-    given: Mapping[str, torch.Tensor], model: ModelConfig, family: Family | None
-) -> tuple[dict[str, torch.Tensor], int, ModelConfig]:
-    """Our parameters from a state dict with our names or the family's, below whatever prefix.
+def _check_logits(source: Path, format: Format, described: Described, found: Found, wanted: CheckLogits) -> LogitCheck:
+    if wanted == "false":
+        return LogitCheck(None, "not checked: check_logits=false")
+    if format != "hf" or described.config_file is None:
+        reason = "the weights are pickle" if format != "hf" else "there is no config.json"
+        if wanted == "true":
+            raise CheckpointError(f"check_logits=true, and transformers cannot load this: {reason}", got=source)
+        return LogitCheck(None, f"not checked: {reason}, and transformers was not asked to load it")
+    return check_logits(source, described.config_file, found.tensors, found.model, wanted == "true")
 
-    Returns:
-        The parameters by name, how many tensors of the state dict they took, and the model with its vocabulary.
 
-    Raises:
-        CheckpointError: they are not there, or not all of them, or of other shapes.
-    """
-    if model.layers > len(given):
-        raise CheckpointError(
-            "the tensors are not those of the configured model", got=f"{len(given)} tensors, {model.layers} layers"
-        )
-    plain = {_WRAPPERS.sub("", name): name for name in given}
-    if len(plain) != len(given):
-        twice = next(name for name in given if plain[_WRAPPERS.sub("", name)] != name)
-        raise CheckpointError("tensors differ only in what wrappers put into their names", got=twice)
-    failure = None
-    for anchor in _EMBEDDINGS:
-        if anchor != _EMBEDDINGS[0] and family is None:
-            continue
-        for prefix in sorted({name[: -len(anchor)] for name in plain if _ends_with(name, anchor)}, key=len):
-            below = {name[len(prefix) :]: full for name, full in plain.items() if name.startswith(prefix)}
-            if model.vocab_size == "auto" and (rows := given[below[anchor]].shape[:1]):
-                model = replace(model, vocab_size=rows[0])
-            try:
-                if anchor == _EMBEDDINGS[0]:
-                    tensors = _own(given, below, model)
-                    return tensors, len(tensors), model
-                assert family is not None
-                chosen = _foreign_names(below, family, model)
-                return from_hf({name: given[full] for name, full in chosen.items()}, family, model), len(chosen), model
-            except UserError as error:
-                failure = failure or error
-    raise failure or CheckpointError(
-        "the source has no embedding by a name that is known",
-        got=", ".join(list(given)[:3])[:300] or "no tensors",
-        allowed=f"{', '.join(_EMBEDDINGS)}, below any prefix",
-        fix="rename the tensors to those of transformers, or of this product",
+def _report(
+    source: Path,
+    format: Format,
+    described: Described,
+    given: Mapping[str, torch.Tensor],
+    found: Found,
+    checked: LogitCheck,
+) -> ImportReport:
+    tensors = {name: (*about(given, name), found.fates[name]) for name in given}
+    skipped: Mapping[str, str] = getattr(given, "skipped", {})
+    tensors |= {name: ("", (), fate) for name, fate in skipped.items() if name not in tensors}
+    config = described.config or {}
+    return ImportReport(
+        str(source),
+        format,
+        described.family,
+        tuple(getattr(given, "layouts", ())),
+        tensors,
+        found.taken,
+        {key: (config[key], fate) for key, fate in (described.fates or {}).items()},
+        (*described.notes, *getattr(given, "notes", ()), *found.notes),
+        checked.text,
+        checked.difference,
     )
-
-
-def _ends_with(name: str, anchor: str) -> bool:
-    return name == anchor or name.endswith(f".{anchor}")
-
-
-def _of_model(below: Mapping[str, str], wanted: set[str]) -> dict[str, str]:
-    """Those that may be weights: an optimizer's state, which has other first words, is not."""
-    roots = {name.split(".")[0] for name in wanted}
-    return {name: full for name, full in below.items() if name.split(".")[0] in roots}
-
-
-def _own(given: Mapping[str, torch.Tensor], below: Mapping[str, str], model: ModelConfig) -> dict[str, torch.Tensor]:
-    shapes = our_shapes(model)
-    chosen = _of_model(below, set(shapes) | {"head.weight"})
-    if model.tied_embeddings:
-        chosen.pop("head.weight", None)
-    problems = [f"missing: {name}" for name in shapes if name not in chosen]
-    problems += [f"left over: {name}" for name in chosen if name not in shapes]
-    tensors = {name: given[chosen[name]] for name in shapes if name in chosen}
-    problems += [
-        f"{name}: {tuple(tensor.shape)}, wanted {shapes[name]}"
-        for name, tensor in tensors.items()
-        if tuple(tensor.shape) != shapes[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            "the tensors are not those of the configured model",
-            got="; ".join(problems[:3]) + more,
-            fix="check model= against the run that wrote them",
-        )
-    return tensors
-
-
-def _foreign_names(below: Mapping[str, str], family: Family, model: ModelConfig) -> dict[str, str]:
-    wanted = {tensor.name for tensor in hf_tensors(family, model)} | {"lm_head.weight"}
-    if "wte.weight" in below:
-        # GPT-2 files on the hub were saved from the inner model, without its prefix.
-        wanted |= {name.removeprefix("transformer.") for name in wanted}
-    return _of_model(below, wanted)
 
 
 def _tokenizer_files(tokenizer: str | None, beside: Path, model: ModelConfig) -> dict[str, bytes]:
@@ -263,7 +321,9 @@ def _tokenizer_files(tokenizer: str | None, beside: Path, model: ModelConfig) ->
         return {}
     paths = {TOKENIZER_FILE: file, **{name: folder / name for name in CARRIED if name != TOKENIZER_FILE}}
     try:
-        files = {name: read_bounded(path, _MAX_CARRIED_BYTES) for name, path in paths.items() if path.is_file()}
+        files = {
+            name: read_bounded(regular_file(path), _MAX_CARRIED_BYTES) for name, path in paths.items() if path.is_file()
+        }
     except OSError as error:
         raise CheckpointError(f"the tokenizer cannot be read: {error.strerror}", got=folder) from None
     with tempfile.TemporaryDirectory() as copy:

@@ -11,6 +11,8 @@ from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
+from orchestrator.data.read import BUILTIN
+from orchestrator.data.store import is_store
 from orchestrator.data.tokenize import TOKENIZER_FILE, Tokenizer
 from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.train import resume
@@ -39,6 +41,8 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
         data["model"] = to_dict(model_of(checkpoint))
         resume.apply(composed, data, [key for key in composed.overrides if key.startswith("model.")])
     names_tokenizer = any(key.startswith("data.tokenizer") for key in composed.overrides)
+    if TOKENIZER_FILE not in checkpoint.manifest.files:
+        _refuse_new_tokens(config, checkpoint, names_tokenizer, report)
     # One in a store has to be fetched by hand: `data.tokenizer.path` is a file.
     if TOKENIZER_FILE in checkpoint.manifest.files and not names_tokenizer and not is_remote(found):
         data["data"]["tokenizer"].update(kind="file", path=where)
@@ -47,6 +51,24 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
     if problems := validate(result):
         raise ConfigErrors(problems)
     return result
+
+
+def _refuse_new_tokens(config: RunConfig, checkpoint: Checkpoint, named: bool, report: Callable[[str], object]) -> None:
+    """Weights that came without their tokenizer are not trained on one that is made on the spot.
+
+    Raises:
+        CheckpointError: the data is text, and nothing says which tokens to make of it.
+    """
+    text = [source.path for source in config.data.sources if source.path == BUILTIN or not is_store(source.path)]
+    if text and not named and config.data.tokenizer.kind != "file":
+        raise CheckpointError(
+            "the weights came without their tokenizer, and the data is text",
+            got=f"{checkpoint.directory}, data {text[0]}",
+            fix="name the model's: data.tokenizer.kind=file data.tokenizer.path=TOKENIZER.json, or import it again "
+            "with tokenizer=PATH. Other tokens than the model's, which mean nothing to it, are taken by name alone: "
+            "data.tokenizer.kind=...",
+        )
+    report("the weights came without their tokenizer: nothing can show whether the data has the same tokens")
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:

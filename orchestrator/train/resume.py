@@ -18,6 +18,7 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import CheckpointConfig, RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, UserError
 from orchestrator.train import rundir
+from orchestrator.train.origin import refuse_foreign
 from orchestrator.train.runs import Wanted, is_empty, latest_runs, runs_below
 
 LATEST, AUTO = "latest", "auto"
@@ -84,6 +85,7 @@ def find(
         return _in_runs([path], resume, verify, report, trusted)
     if not is_remote(path) and (places := [*runs_below(path)]):
         return _in_runs(places, resume, verify, report, trusted)
+    refuse_foreign(path)
     raise CheckpointError(
         "no checkpoint was found here",
         got=resume,

@@ -17,6 +17,7 @@ from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from orchestrator.errors import CheckpointError
 from orchestrator.train import resume, rundir
+from orchestrator.train.origin import refuse_foreign
 
 EMBEDDING = "model.embed.weight"
 LATEST = "latest"
@@ -42,6 +43,7 @@ def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], 
     except OSError as error:
         raise CheckpointError(f"the place cannot be read: {error.strerror or error}", got=where) from None
     if found is None:
+        refuse_foreign(path)
         raise CheckpointError("there is no checkpoint here", got=where, allowed=MEANS)
     return found
 

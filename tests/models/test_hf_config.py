@@ -9,7 +9,8 @@ import pytest
 from orchestrator.config.convert import from_dict
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError
-from orchestrator.models.hf_config import family_of, from_hf_config, to_hf_config
+from orchestrator.models.hf_config import family_of, from_hf_config
+from orchestrator.models.hf_config_write import to_hf_config
 from tests.lab.models import MODELS, model_config
 
 transformers = pytest.importorskip("transformers")
@@ -28,7 +29,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 64, "n_layer": 2, "n_
 
 
 def read(config: dict[str, Any], name: str = "small") -> ModelConfig:
-    return from_dict(ModelConfig, {"name": name, **from_hf_config(config)[1]})
+    return from_dict(ModelConfig, {"name": name, **from_hf_config(config).fields})
 
 
 def theirs(config: dict[str, Any]) -> Any:
@@ -58,7 +59,7 @@ def test_through_transformers_own_configuration(name):
     written = to_hf_config(model_config(name), family_of(model_config(name)), 7, "float32")
     saved = theirs(written).to_dict()
     assert read(saved) == expected(name)
-    assert from_hf_config(saved)[0] == family_of(model_config(name))
+    assert from_hf_config(saved).family == family_of(model_config(name))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from orchestrator.checkpoint import hf_files
+from orchestrator.checkpoint import hf_write
 from orchestrator.checkpoint.reader import Reader
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.convert import from_dict
@@ -121,21 +121,28 @@ def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_import_then_export_gives_the_same_bytes_back(tmp_path, name, dtype):
-    """From files that transformers itself wrote, in several parts."""
+    """Of files that transformers itself wrote, one and several: the same files, in the same order, byte for byte."""
     config = transformers.AutoConfig.from_pretrained(export(save(tmp_path, name), tmp_path / "first"))
     theirs = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
-    given = load_all(tmp_path / "theirs")
-    imported = bring(tmp_path / "theirs", tmp_path / "imported")
-    assert {tensor.dtype for tensor in read_all(imported).values()} == {dtype}
-    again = export(imported, tmp_path / "again", limit=15_000)
-    same(load_all(again), given)
-    assert len(list(again.glob("*.safetensors"))) > 2
-    assert json.loads((again / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
-    first, loaded = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / one) for one in ("theirs", "again"))
-    assert loaded.dtype == dtype
-    assert torch.equal(logits_of(loaded.eval(), tokens()), logits_of(first.eval(), tokens()))
+    for size in ("20KB", "1GB"):
+        given, imported, again = (tmp_path / f"{kind}-{size}" for kind in ("theirs", "imported", "again"))
+        theirs.save_pretrained(given, max_shard_size=size)
+        assert (given / "model.safetensors.index.json").exists() == (size == "20KB")
+        bring(given, imported)
+        assert {tensor.dtype for tensor in read_all(imported).values()} == {dtype}
+        export(imported, again)
+        for file in given.iterdir():
+            if file.name != "generation_config.json":
+                assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+    smaller = export(imported, tmp_path / "smaller", limit=15_000)
+    same(load_all(smaller), load_all(given))
+    assert len(list(smaller.glob("*.safetensors"))) > 2
+    assert export_json(export(imported, tmp_path / "half", "fp16"))["dtype"] == "float16"
+
+
+def export_json(exported: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((exported / "config.json").read_text())
+    return content
 
 
 def save(tmp_path: Path, name: str, **options: Any) -> Path:
@@ -286,7 +293,7 @@ def test_nothing_is_written_over_and_nothing_half_done_stays(tmp_path, monkeypat
     def full(*unused):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_files, "write_file", full)
+    monkeypatch.setattr(hf_write, "write_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         export(saved, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "run-llama"]
@@ -357,13 +364,15 @@ def _integers(exported: Path) -> None:
 
 
 def _index(exported: Path, weight_map: Any) -> None:
+    """An index in place of the single file, which would count."""
+    (exported / "model.safetensors").rename(exported / "part.safetensors")
     (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_pickle_only, ["no weights in safetensors", "pytorch_model.bin", "save_pretrained"]),
+        (_pickle_only, ["cannot be read as weights alone", "pytorch_model.bin"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no weights in safetensors"]),
         (lambda folder: (folder / "config.json").unlink(), ["nothing says which model", "model=PRESET"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["not JSON"]),
@@ -381,7 +390,7 @@ def _index(exported: Path, weight_map: Any) -> None:
         (lambda folder: _index(folder, {"a": "../x.safetensors"}), ["does not name files of its directory"]),
         (lambda folder: _index(folder, {"a": 3}), ["does not name files"]),
         (lambda folder: _index(folder, {}), ["does not name files"]),
-        (lambda folder: _index(folder, {"a": "model.safetensors"}), ["not hold what their index lists"]),
+        (lambda folder: _index(folder, {"a": "part.safetensors"}), ["not hold what their index lists"]),
         (lambda folder: _index(folder, {"a": "gone.safetensors"}), ["gone.safetensors"]),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), ["damaged"]),
     ],
@@ -399,8 +408,9 @@ def test_sources_that_cannot_be_imported(tmp_path, damage, words):
 def test_a_tensor_in_two_files(tmp_path):
     exported = export(save(tmp_path, "llama"), tmp_path / "hf", limit=20_000)
     shutil.copy(next(exported.glob("model-00001-of-*.safetensors")), exported / "again.safetensors")
-    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
-    _index(exported, {**index, "more": "again.safetensors"})
+    path = exported / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+    path.write_text(json.dumps({"weight_map": {**index, "more": "again.safetensors"}}))
     with pytest.raises(CheckpointError, match="is there twice"):
         bring(exported, tmp_path / "back")
 

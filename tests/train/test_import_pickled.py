@@ -12,7 +12,8 @@ import torch
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.models.hf import to_hf
-from orchestrator.models.hf_config import family_of, to_hf_config
+from orchestrator.models.hf_config import family_of
+from orchestrator.models.hf_config_write import to_hf_config
 from orchestrator.train.exporting import export_dcp
 from orchestrator.train.importing import detect_format, import_weights
 from tests.lab.models import model_config, random_model, save_model
