@@ -19,6 +19,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PUBLISHED = {
     "gpt2": 124_439_808,
     "llama3_2_1b": 1_235_814_400,
+    "llama3_0_8b": 8_030_261_248,
+    "llama3_1_8b": 8_030_261_248,
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "llama3_405b": 405_853_388_800,

@@ -74,7 +74,7 @@ def tried(tmp_path_factory) -> Path:
     plain = [word for word in runs.SMALL if not word.startswith(("model.", "data.tokenizer", "train."))]
     corpus = runs.write_corpus(tmp / "corpus")
     more = ["train.seq_len=32", "train.global_batch_tokens=64", f"train.max_steps={STEPS}", "train.eval_every=null"]
-    more += ["train.eval_tokens=64", "train.sample.tokens=0", "checkpoint.every_steps=null", "optim.lr=1e-3"]
+    more += ["train.eval_tokens=64", "train.sample.tokens=1", "checkpoint.every_steps=null", "optim.lr=1e-3"]
     places = [f"runs_dir={tmp}", f"data.cache_dir={tmp / 'cache'}", f"data.sources=[{{path:'{corpus}',weight:1}}]"]
     jobs = []
     for name in DIRECTORIES:
