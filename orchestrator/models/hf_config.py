@@ -78,16 +78,19 @@ class Description:
     notes: tuple[str, ...]
 
 
-def family_of(config: ModelConfig) -> Family:
+def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
     """The Hugging Face family that computes what `config` describes.
+
+    Args:
+        preferred: of several that do, this one, as which the model came; else the plainest.
 
     Raises:
         CheckpointError: none does.
     """
     differences = {family: _differences(config, family) for family in _FIXED}
-    for family, found in differences.items():
-        if not found:
-            return family
+    able = [family for family, found in differences.items() if not found]
+    if able:
+        return next((family for family in able if family == preferred), able[0])
     fewest = min(map(len, differences.values()))
     closest = [
         f"{_FIXED[family][0]} ({', '.join(found)})" for family, found in differences.items() if len(found) == fewest

@@ -72,7 +72,9 @@ def export_hf(
         CheckpointError: no class of transformers computes this model, or the output is in use or cannot be written.
     """
     model = model_of(checkpoint)
-    tensors = {tensor.name: tensor for tensor in hf_tensors(family_of(model), model)}
+    original = _source_config(checkpoint)
+    family = family_of(model, original["model_type"] if original else None)
+    tensors = {tensor.name: tensor for tensor in hf_tensors(family, model)}
     reader = Reader(checkpoint)
     dtypes = _dtypes(checkpoint, model, dtype)
     specs = [Spec(name, DTYPE_NAMES[_common(tensor, dtypes)], tensor.shape) for name, tensor in tensors.items()]
@@ -84,8 +86,7 @@ def export_hf(
 
     tokenizer = tokenizer_of(checkpoint)
     stored_as = str(DTYPES[max(specs, key=lambda spec: spec.bytes).dtype]).removeprefix("torch.")
-    original = _source_config(checkpoint)
-    config = to_hf_config(model, family_of(model), tokenizer.eos_id if tokenizer else None, stored_as, original)
+    config = to_hf_config(model, family, tokenizer.eos_id if tokenizer else None, stored_as, original)
     with written_aside(output) as folder:
         write_tensors(folder, specs, produce, max_file_bytes, progress, _layouts(checkpoint))
         for name in CARRIED:

@@ -13,7 +13,13 @@ def read_all(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor, whole."""
     manifest = json.loads((directory / "manifest.json").read_text())
     files = {name: load_file(directory / name) for name in manifest["files"] if name.endswith(".safetensors")}
-    dtypes = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "I64": torch.int64}
+    dtypes = {
+        "F32": torch.float32,
+        "F64": torch.float64,
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "I64": torch.int64,
+    }
     result = {}
     for name, entry in manifest["tensors"].items():
         whole = torch.full(entry["shape"], float("nan"), dtype=dtypes[entry["dtype"]])
