@@ -60,7 +60,8 @@ def _refuse_new_tokens(config: RunConfig, checkpoint: Checkpoint, named: bool, r
         CheckpointError: the data is text, and nothing says which tokens to make of it.
     """
     text = [source.path for source in config.data.sources if source.path == BUILTIN or not is_store(source.path)]
-    if text and not named and config.data.tokenizer.kind != "file":
+    imported = "imported" in checkpoint.state()
+    if imported and text and not named and config.data.tokenizer.kind != "file":
         raise CheckpointError(
             "the weights came without their tokenizer, and the data is text",
             got=f"{checkpoint.directory}, data {text[0]}",

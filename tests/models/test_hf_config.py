@@ -141,3 +141,51 @@ def test_more_of_one_feature_is_another_family():
     assert family_of(model_config("llama", sliding_window=8)) == "mistral"
     assert family_of(model_config("llama", attention_bias=True)) == "qwen2"
     assert family_of(model_config("llama", qk_norm=True)) == "qwen3"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"is_causal": False},
+        {"is_causal": 1},
+        {"is_encoder_decoder": True},
+        {"use_bidirectional_attention": True},
+        {"rope_interleaved": True},
+        {"transformers_weights": "other.safetensors"},
+        {"sliding_window": 8},
+        {"layer_types": ["sliding_attention", "sliding_attention"]},
+        {"logits_scaling": 8.0},
+        {"embedding_multiplier": 12},
+    ],
+)
+def test_a_key_that_may_change_what_is_computed_is_refused(change):
+    (key,) = change
+    with pytest.raises(CheckpointError) as caught:
+        from_hf_config({**LLAMA, **change})
+    assert key in str(caught.value)
+
+
+def test_what_became_of_every_key():
+    given = {**LLAMA, "attention_dropout": 0.1, "auto_map": {"a": "b"}, "bos_token_id": 1, "new": None, "odd": 3}
+    with pytest.raises(CheckpointError, match="not known what they change") as caught:
+        from_hf_config(given)
+    assert "ignore_keys=odd" in str(caught.value)
+    found = from_hf_config(given, frozenset({"odd"}))
+    assert set(found.fates) == set(given)
+    assert found.fates["hidden_size"] == "model.dim=64"
+    assert "command line" in found.fates["odd"]
+    assert "never run" in found.fates["auto_map"]
+    assert found.notes == ("attention_dropout=0.1 is not applied in training here; see model.dropout",)
+
+
+def test_rates_of_dropout_that_become_one_are_said():
+    found = from_hf_config(GPT2 | {"attn_pdrop": 0.2, "resid_pdrop": 0.1})
+    assert found.fields["dropout"] == 0.1
+    assert len(found.notes) == 1
+    assert "attn_pdrop=0.2" in found.notes[0]
+
+
+def test_a_model_keeps_its_family_where_several_compute_it():
+    assert family_of(model_config("mistral", sliding_window=None)) == "llama"
+    assert family_of(model_config("mistral", sliding_window=None), "mistral") == "mistral"
+    assert family_of(model_config("qwen3"), "mistral") == "qwen3"

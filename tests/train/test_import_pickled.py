@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.cli import checkpoint as cli
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.models.hf import to_hf
 from orchestrator.models.hf_config import family_of
@@ -145,6 +146,70 @@ def test_a_bias_that_the_model_does_not_have_is_not_dropped(tmp_path, llama):
     state["model.model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
     with pytest.raises(CheckpointError, match=r"left over: model\.layers\.0\.self_attn\.q_proj\.bias"):
         bring(tmp_path, state, llama)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "module"])
+def test_what_training_loops_wrap_around_the_weights(tmp_path, llama, wrapper):
+    """nanoGPT has a loss beside them, which is a tensor too; DeepSpeed calls them `module`."""
+    beside = {"best_val_loss": torch.tensor(3.2), "iter_num": 7, "optimizer": {"state": {0: torch.ones(3)}}}
+    torch.save({wrapper: foreign(llama), **beside}, tmp_path / "w.pt")
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(llama.config, "llama", None, "float32")))
+    found = import_weights(tmp_path / "w.pt", str(tmp_path / "out"), "ckpt")
+    same({name.removeprefix("model."): tensor for name, tensor in read_all(tmp_path / "out").items()}, llama)
+    note = next(note for note in found.report.notes if f"below '{wrapper}'" in note)
+    assert "best_val_loss" in note
+    assert "iter_num" in note
+
+
+def test_a_directory_from_before_safetensors(tmp_path, llama, capsys):
+    """One file or several with an index: read by the same reader, when the user allows it."""
+    state = foreign(llama)
+    names = sorted(state)
+    parts = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
+    config = json.dumps(to_hf_config(llama.config, "llama", None, "float32"))
+    for kind in ("one", "several"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+        if kind == "one":
+            torch.save(state, folder / "pytorch_model.bin")
+        else:
+            for file, held in parts.items():
+                torch.save({name: state[name].clone() for name in held}, folder / file)
+            index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        words = ["import", str(folder), f"output={folder / 'out'}", "progress=false"]
+        with pytest.raises(CheckpointError, match="allow_pickle=true"):
+            cli.main(words)
+        assert cli.main([*words, "allow_pickle=true"]) == 0
+        assert "the weights are pickle" in capsys.readouterr().out
+        same({name.removeprefix("model."): tensor for name, tensor in read_all(folder / "out").items()}, llama)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../one/pytorch_model.bin"}}))
+    with pytest.raises(CheckpointError, match="does not name files of its directory"):
+        import_weights(folder, str(tmp_path / "no"), "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("names", "word"),
+    [
+        (("transformer.wte.weight", "transformer.h.0.attn.attn.weight", "transformer.h.0.norm_1.weight"), "LitGPT"),
+        (("transformer.wte.weight", "transformer.h.0.attn.qkv.weight"), "LitGPT"),
+        (("tok_embeddings.weight", "layers.0.attention.wq.weight"), "Meta's and Mistral's own code, or torchtitan"),
+        (("language_model.embedding.word_embeddings.weight",), "Megatron"),
+        (("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",), "an adapter of peft"),
+        (("model.layers.0.self_attn.q_proj.weight.absmax",), "bitsandbytes"),
+    ],
+)
+def test_weights_of_other_software_are_named_for_what_they_are(tmp_path, llama, names, word):
+    with pytest.raises(CheckpointError, match=word):
+        bring(tmp_path, {name: torch.ones(4, 4) for name in names}, llama)
+
+
+def test_nanogpts_matrices_are_not_taken_for_gpt2s(tmp_path):
+    model = random_model(model_config("gpt2"))
+    state = {name: tensor.T.contiguous() if ".c_" in name else tensor for name, tensor in foreign(model).items()}
+    with pytest.raises(CheckpointError, match="nanoGPT"):
+        bring(tmp_path, state, model)
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path, llama):
