@@ -76,11 +76,11 @@ def find_weights(given: Mapping[str, Tensor], model: ModelConfig, family: Family
     Raises:
         CheckpointError: they are not there, not all of them, of other shapes, or not finite.
     """
+    refuse_quantised(given)
     if model.layers > len(given):
-        raise CheckpointError(
+        raise known_layout((name, about(given, name)[1]) for name in given) or CheckpointError(
             "the tensors are not those of the configured model", got=f"{len(given)} tensors, {model.layers} layers"
         )
-    refuse_quantised(given)
     plain = {_WRAPPERS.sub("", name): name for name in given}
     if len(plain) != len(given):
         twice = next(name for name in given if plain[_WRAPPERS.sub("", name)] != name)

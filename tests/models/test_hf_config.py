@@ -175,7 +175,7 @@ def test_what_became_of_every_key():
     assert found.fates["hidden_size"] == "model.dim=64"
     assert "command line" in found.fates["odd"]
     assert "never run" in found.fates["auto_map"]
-    assert found.notes == ("attention_dropout=0.1 is not applied in training here; see model.dropout",)
+    assert found.notes == ("attention_dropout=0.1 is not applied in training here; model.dropout=... is the own key",)
 
 
 def test_rates_of_dropout_that_become_one_are_said():
