@@ -11,7 +11,7 @@ from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
-from orchestrator.data.read import BUILTIN
+from orchestrator.data.formats.find import BUILTIN
 from orchestrator.data.store import is_store
 from orchestrator.data.tokenize import TOKENIZER_FILE, Tokenizer
 from orchestrator.errors import CheckpointError, ConfigErrors
