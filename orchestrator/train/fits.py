@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import HardwareError
@@ -15,15 +16,15 @@ from orchestrator.hardware import host
 from orchestrator.hardware.base import Target
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.native import native_memory
-from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan, Remat
+from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 from orchestrator.sharding.layout import Layout, resolve_layout
 from orchestrator.train.layout import precision_of, settle_layout
 
 _GIB = 2**30
-_PROCESS_BYTES = 0.5 * _GIB  # torch and the product, imported; measured as the resident memory of a worker
+_PROCESS_BYTES = 0.4 * _GIB  # torch and the product, imported
 _BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in fp32
 _BYTES_OF_A_SAVE = 12  # weight and two moments, kept in host memory until they are written
-_REMATS: tuple[Remat, ...] = ("none", "selective", "full")
+_REMATS: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def _fit(config: RunConfig, target: Target, devices: int, local: int, vocab_size
     layout = resolve_layout(config.layout, devices)
     estimate = _estimate(config, target, layout, vocab_size)
     if target.name != "cpu":
-        has = target.probe().device_memory_bytes
-        return None if has is None else Fit(estimate.total, has, f"each {target.name} device", estimate)
+        capacity = target.probe().device_memory_bytes
+        return None if capacity is None else Fit(estimate.total, capacity, f"each {target.name} device", estimate)
     # An asynchronous save keeps a copy of weights and optimizer state until it is written.
     copy = estimate.parameters + estimate.optimizer if config.checkpoint.asynchronous else 0.0
     has = min(host.ram_bytes(), host.address_space_bytes() or math.inf)
@@ -99,7 +100,10 @@ def _estimate(config: RunConfig, target: Target, layout: Layout, vocab_size: int
     share = train.global_batch_tokens // train.seq_len // layout.data_parallel
     micro_batch = share if settled.micro_batch == "auto" else min(share, settled.micro_batch)
     plan = ParallelPlan(
-        **layout.as_dict(),
+        replicate=layout.replicate,
+        fsdp=layout.fsdp,
+        context=layout.context,
+        tensor=layout.tensor,
         micro_batch=max(1, micro_batch),
         remat=settled.remat,
         reduce_gradients=train.reduce_gradients,
