@@ -92,7 +92,7 @@ def _watch(processes: Sequence[Process], store: Path) -> Ended:
         step = max((beat.step for beat in beats if beat), default=None)
         if stopping.insisted():
             _kill(processes)
-            return Ended(stopping.exit_code(signal.SIGINT), ("ended without saving, as asked",), step)
+            return Ended(stopping.exit_code(signal.SIGINT), ("the run was ended without saving, as asked",), step)
         if stopping.requested() and not passed_on:
             passed_on = True
             _send(processes, stopping.requested())
@@ -134,8 +134,8 @@ def _likely_cause(number: int, memory: bool) -> str:
     if number != signal.SIGKILL:
         return ""
     if memory:
-        return ": the kernel ran out of memory meanwhile and killed for it, so that is the likely cause"
-    return ": killed from outside, by somebody or for memory by what runs this machine"
+        return ". The likely cause is memory: the kernel has killed a process for want of it meanwhile"
+    return ". It was killed from outside: by a person or by what runs the job, such as a container's limit of memory"
 
 
 def _signal_name(number: int) -> str:

@@ -225,7 +225,7 @@ def _conclude(ended: Ended, place: Place) -> None:
         print("stopped    before the first step: there is nothing to save", file=sys.stderr)
     elif ended.code == FAILED or ended.problems:
         for problem in ended.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"{'stopped   ' if ended.code in STOPPED else 'error:'} {problem}", file=sys.stderr)
         newest = committed(place.checkpoints)
         print(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}", file=sys.stderr)
         if newest:

@@ -309,3 +309,8 @@ def test_a_file_that_changes_meanwhile_is_noticed(
     monkeypatch.setattr(prepare_module, "write_store", growing)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(config(docs), progress=False)
+
+
+def test_progress_in_a_log_has_no_carriage_returns(docs: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    build_store([str(docs)], tmp_path / "store", BYTES, progress=True)
+    assert "\r" not in capfd.readouterr().err

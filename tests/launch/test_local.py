@@ -104,11 +104,11 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_ended(tmp_path, mo
     (problem,) = ended.problems
     assert problem.startswith("process 1 of 2 (pid ")
     assert "was ended by SIGKILL, last seen after step 7" in problem
-    assert "for memory" in problem
+    assert "from outside" in problem
 
 
 @pytest.mark.parametrize(
-    ("number", "memory", "said"), [(9, True, "ran out of memory"), (9, False, "from outside"), (11, True, "")]
+    ("number", "memory", "said"), [(9, True, "likely cause is memory"), (9, False, "from outside"), (11, True, "")]
 )
 def test_memory_is_named_where_the_kernel_has_killed_for_it(number, memory, said):
     cause = local._likely_cause(number, memory)

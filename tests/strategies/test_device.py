@@ -11,6 +11,7 @@ from orchestrator.hardware.cpu import CpuTarget
 from orchestrator.hardware.world import World
 from orchestrator.sharding.layout import Layout
 from orchestrator.strategies import dtensor
+from orchestrator.train.build import make_trainer
 
 
 class _NamedTarget(CpuTarget):
@@ -61,3 +62,15 @@ def test_batches_are_pinned_where_the_target_has_it(joined, monkeypatch, pinned)
     batch = strategy.prepare_batch({"tokens": np.zeros((2, 8), dtype=np.int64)})
     assert batch["tokens"].device.type == "meta"
     assert len(calls) == pinned
+
+
+@pytest.mark.parametrize("step", [{"SLURM_STEP_ID": "0"}, {}], ids=["srun -n 2", "sbatch --ntasks=2"])
+def test_the_trainer_asks_no_engine(joined, monkeypatch, step):
+    """Lightning knows Slurm, and refuses `--ntasks`."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", **step}
+    for key, value in slurm.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(dtensor.DTensorStrategy, "root_device", torch.device("cpu"))
+    strategy, _ = joined("fp32")
+    trainer = make_trainer(strategy, [], deterministic=False)
+    assert (trainer.world_size, trainer.global_rank, trainer.num_nodes) == (1, 0, 1)
