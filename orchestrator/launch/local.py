@@ -48,7 +48,7 @@ class Ended:
 def run_local(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
     """Run `command` once per entry of `environments` and wait for all.
 
-    A request to stop is passed on once to each; when one process fails the others are ended; when this process dies
+    A request to stop is passed on once to each, as SIGTERM; when one process fails the others are ended; when this process dies
     they are ended, too. They have sessions of their own, so that a Ctrl-C reaches them through here alone.
     """
     processes: list[Process] = []
@@ -94,14 +94,16 @@ def _watch(processes: Sequence[Process], store: Path) -> Ended:
             _kill(processes)
             return Ended(stopping.exit_code(signal.SIGINT), ("the run was ended without saving, as asked",), step)
         if stopping.requested() and not passed_on:
+            # SIGTERM for SIGINT, too: a process whose handlers are not there yet dies of it without a traceback.
             passed_on = True
-            _send(processes, stopping.requested())
-        stopped = [code for code in codes if code in STOPPED]
-        failed = [code for code in codes if code and code not in STOPPED]
+            _send(processes, signal.SIGTERM)
+        obeyed = (*STOPPED, -signal.SIGTERM) if passed_on else STOPPED
+        stopped = [code for code in codes if code in obeyed]
+        failed = [code for code in codes if code and code not in obeyed]
         if stopped and not failed:
             # All stop together and save; one that was alone with its signal takes the others along.
             _end(processes, _SAVE_SECONDS)
-            return Ended(stopped[0], step=step)
+            return Ended(stopping.exit_code(stopping.requested()) if passed_on else stopped[0], step=step)
         if failed:
             memory = _out_of_memory_kills() > killed_before
             code = _job_code(failed)

@@ -83,8 +83,16 @@ def test_a_request_that_is_delivered_twice_is_passed_on_once(tmp_path, capfd, nu
             time.sleep(0.05)
 
     assert _run(tmp_path, "save", "save", then=ask) == Ended(128 + number)
-    assert [(tmp_path / f"signals-{rank}").read_text().split()[0] for rank in (0, 1)] == [str(int(number))] * 2
+    assert [(tmp_path / f"signals-{rank}").read_text().split()[0] for rank in (0, 1)] == ["15"] * 2
     assert capfd.readouterr().err.count("stopping   ") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_process_that_has_no_handlers_yet_obeys_as_well(number, capfd):
+    thread = _meanwhile(lambda: time.sleep(0.3) or os.kill(os.getpid(), number))
+    assert run_local(["sleep", "60"], [{}, {}]) == Ended(128 + number)
+    thread.join()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_process_that_stops_alone_takes_the_others_along(tmp_path):
@@ -185,4 +193,4 @@ def test_a_second_ctrl_c_ends_processes_that_do_not_stop(tmp_path):
     launcher.send_signal(signal.SIGINT)
     assert launcher.communicate(timeout=20)[0] == "130\n"
     assert not any(map(_alive, pids))
-    assert (tmp_path / "signals-0").read_text() == "2\n"
+    assert (tmp_path / "signals-0").read_text() == "15\n"
