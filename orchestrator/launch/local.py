@@ -48,8 +48,8 @@ class Ended:
 def run_local(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
     """Run `command` once per entry of `environments` and wait for all.
 
-    A request to stop is passed on once to each, as SIGTERM; when one process fails the others are ended; when this process dies
-    they are ended, too. They have sessions of their own, so that a Ctrl-C reaches them through here alone.
+    A request to stop is passed on once to each, as SIGTERM; when one process fails the others are ended; when this
+    process dies they are ended, too. They have sessions of their own, so that a Ctrl-C reaches them through here alone.
     """
     processes: list[Process] = []
     with (
