@@ -98,7 +98,7 @@ def _watch(processes: Sequence[Process], store: Path) -> Ended:
             passed_on = True
             _send(processes, signal.SIGTERM)
         obeyed = (*STOPPED, -signal.SIGTERM) if passed_on else STOPPED
-        stopped = [code for code in codes if code in obeyed]
+        stopped = [code for code in codes if code is not None and code in obeyed]
         failed = [code for code in codes if code and code not in obeyed]
         if stopped and not failed:
             # All stop together and save; one that was alone with its signal takes the others along.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from orchestrator import stopping
-from orchestrator.errors import LostPeerError, UserError
+from orchestrator.errors import FAILED, LostPeerError, UserError
 from orchestrator.hardware.beats import Beat
 from orchestrator.strategies.base import ParallelStrategy
 
@@ -80,7 +80,13 @@ class Peers:
                     self._parallel.post(f"failed{self._parallel.rank}", _first_line(error))
                 raise
             with stopping.at_once():
-                raise self._explain(error) from error
+                try:
+                    lost = self._explain(error)
+                except stopping.Stopped as stop:
+                    # The launcher ends those that are left. Nothing was saved, and it says what has happened.
+                    stop.exit_code = FAILED
+                    raise
+                raise lost from error
 
     def _beat(self) -> None:
         host, pid, count = platform.node(), os.getpid(), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from orchestrator.errors import DONE, LostPeerError, UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.train import rundir
-from orchestrator.train.say import doing
+from orchestrator.train.say import doing, warn
 
 if TYPE_CHECKING:
     from orchestrator.resilience.peers import Peers
@@ -54,6 +55,8 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
             doing(text, config)
 
     tell("loading torch")
+    if threading.current_thread() is not threading.main_thread():
+        warn("signals are not seen outside of the main thread: a request to stop ends this process unsaved")
     from orchestrator.data.prepare import prepare
     from orchestrator.resilience.peers import Peers
     from orchestrator.train.build import build, make_strategy

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from orchestrator import stopping
 from orchestrator.errors import FAILED, DataError, LostPeerError
 from orchestrator.hardware.world import World
 from orchestrator.resilience import peers
@@ -90,3 +94,22 @@ def test_the_process_that_is_missing_is_named(what, said):
 )
 def test_errors_of_a_connection_are_told_from_defects(error, lost):
     assert is_lost_peer(error) is bool(lost)
+
+
+def _stopped_in_the_roll_call(world: World) -> int:
+    council = Council(world, timeout_seconds=30)
+    council.meet("gloo")
+    try:
+        with stopping.listening(announce=False), stopping.deferred(), Peers(_Parallel(council, world)).watched():
+            council.barrier()
+            if world.rank == 1:
+                return 0
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            dist.barrier()
+    except stopping.Stopped as stop:
+        return stop.exit_code
+    raise AssertionError("a barrier was passed that rank 1 never came to")
+
+
+def test_who_is_ended_while_looking_for_others_has_failed_and_saved_nothing():
+    assert run_ranks(2, _stopped_in_the_roll_call) == [FAILED, 0]
