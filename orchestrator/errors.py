@@ -108,6 +108,10 @@ class DataError(UserError):
     """The data is missing, unreadable or does not fit the run."""
 
 
+class DamagedDataError(DataError):
+    """A token store is not what was written. Perhaps one process alone meets it."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged or does not fit the run."""
 

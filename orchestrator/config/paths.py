@@ -14,6 +14,7 @@ _PATHS: dict[str, tuple[str, ...]] = {
     "runs_dir": (),
     "data.cache_dir": ("auto",),
     "data.tokenizer.path": (),
+    "data.validation": ("builtin",),
     "checkpoint.dir": ("auto",),
     "checkpoint.signing_key": (),
     "hardware.compilation_cache": ("auto",),

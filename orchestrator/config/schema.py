@@ -99,7 +99,8 @@ class DataConfig:
     name: str = "builtin"
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     tokenizer: TokenizerConfig = TokenizerConfig()
-    validation_fraction: float = 0.02  # of the documents, held out
+    validation_fraction: float = 0.02  # of the tokens, held out
+    validation: str | None = None  # files or a store to evaluate on; then nothing is held out of the sources
     document_mask: bool = True  # attention does not cross documents packed into one sequence
     text_field: str = "text"  # field of rows (JSON, CSV, Parquet, Arrow); text.content: of a nested object
     text_template: str | None = None  # several fields instead: "{title}\\n\\n{body}"

@@ -61,6 +61,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.sample.every_steps": _STEPS,
 }
 _NOT_NEGATIVE = ("model.init_std", "optim.weight_decay", "train.sample.temperature")
+MIN_SHARE = 1e-6  # of a source in a mixture
 _ABOVE_ZERO = (
     "model.norm_eps",
     "model.rope_theta",
@@ -107,6 +108,7 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         for key, value in above_zero.items()
         if value is not None and not 0 < value <= _LARGEST_FLOAT
     ]
+    problems += _weights([source.weight for source in config.data.sources])
     below_one = {f"optim.betas[{i}]": beta for i, beta in enumerate(config.optim.betas)}
     below_one |= {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction")}
     problems += [
@@ -120,6 +122,21 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         allowed = "up to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
         problems.append(_out("run_id", ascii(config.run_id)[:300], allowed))
     return [*problems, *_texts(config)]
+
+
+def _weights(weights: list[float]) -> list[ConfigError]:
+    if not weights or not all(0 < weight <= _LARGEST_FLOAT for weight in weights):
+        return []  # said by check_ranges
+    if min(weights) / sum(weights) >= MIN_SHARE:
+        return []
+    return [
+        ConfigError(
+            "the weights of data.sources are too far apart",
+            got=", ".join(f"{weight:g}" for weight in weights),
+            allowed=f"each at least {MIN_SHARE:g} of their sum",
+            fix="give shares such as 0.7 and 0.3, and leave out a source that would hardly be seen",
+        )
+    ]
 
 
 def _get(config: RunConfig, key: str) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.data.files import read_bounded
 from orchestrator.data.formats.base import Input
 from orchestrator.data.store import hash_file
 from orchestrator.errors import DataError
@@ -40,6 +41,9 @@ def content_digest(inputs: Sequence[Input], root: Path) -> str:
     """sha256 over the names, formats and contents of the inputs, in order.
 
     Large inputs are not read again while paths, sizes and times of modification are those of the last time.
+
+    Raises:
+        DataError: a file cannot be read.
     """
     files = [(item, file, file.stat()) for item in inputs for file in item.files]
     large = sum(stat.st_size for *_, stat in files) >= _MEMO_FROM_BYTES
@@ -48,17 +52,36 @@ def content_digest(inputs: Sequence[Input], root: Path) -> str:
         [str(file.resolve()), item.name, item.format, stat.st_size, stat.st_mtime_ns] for item, file, stat in files
     ]
     memo = root / "digests" / key_of(files=facts)
-    if large and memo.is_file() and len(text := memo.read_text(encoding="ascii", errors="replace")) == 64:
-        return text
+    if large and (known := _remembered(memo)):
+        return known
     digest = hashlib.sha256()
     for item, file, _ in files:
-        digest.update(f"{item.name}\0{item.format}\0{hash_file(file)}\n".encode("utf-8", "surrogateescape"))
+        try:
+            content = hash_file(file)
+        except OSError as error:
+            raise DataError(
+                f"the input cannot be read: {file}",
+                got=error.strerror or str(error),
+                allowed="a regular file that this user may read",
+                fix="check the path",
+            ) from error
+        digest.update(f"{item.name}\0{item.format}\0{content}\n".encode("utf-8", "surrogateescape"))
     if large and settled:
         memo.parent.mkdir(parents=True, exist_ok=True)
         aside = memo.with_suffix(f".{os.getpid()}")
         aside.write_text(digest.hexdigest(), encoding="ascii")
         os.replace(aside, memo)
     return digest.hexdigest()
+
+
+def _remembered(memo: Path) -> str | None:
+    if not memo.is_file():
+        return None
+    try:
+        text = read_bounded(memo, 64).decode("ascii", "replace")
+    except DataError:
+        return None
+    return text if len(text) == 64 and set(text) <= set("0123456789abcdef") else None
 
 
 def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Callable[[Path], object], say: bool) -> T:
@@ -68,9 +91,9 @@ def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Ca
     nothing that looks complete; what a crash left is removed by the next build of the same key.
 
     Args:
-        load: reads the directory; a DataError means that it has to be built again.
+        load: reads the directory; a DataError means that it is damaged. It is built again, and that is said.
         build: fills an empty directory.
-        say: tell on standard error when another process is waited for.
+        say: tell on standard error when another process is waited for, or something is built again.
 
     Raises:
         DataError: the cache cannot be written.
@@ -78,7 +101,7 @@ def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Ca
     from filelock import FileLock, Timeout
 
     target = root / kind / key
-    if (found := _try_load(target, load)) is not None:
+    if (found := _try_load(target, load, say=False)) is not None:
         return found
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +112,7 @@ def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Ca
             note(f"waiting for another process that prepares the same data ({target})", say)
             lock.acquire()
         try:
-            if (found := _try_load(target, load)) is not None:
+            if (found := _try_load(target, load, say)) is not None:
                 return found
             _build_aside(target, build)
             return load(target)
@@ -110,13 +133,14 @@ def note(text: str, say: bool) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _try_load(target: Path, load: Callable[[Path], T]) -> T | None:
-    if not target.is_dir():
+def _try_load(target: Path, load: Callable[[Path], T], say: bool) -> T | None:
+    if not os.path.lexists(target):
         return None
     try:
         return load(target)
-    except DataError:
-        return None  # damaged: it is built again
+    except DataError as error:
+        note(f"warning: the cache is damaged, and is prepared again: {error}", say)
+        return None
 
 
 def _build_aside(target: Path, build: Callable[[Path], object]) -> None:
@@ -126,8 +150,10 @@ def _build_aside(target: Path, build: Callable[[Path], object]) -> None:
     aside.mkdir()
     try:
         build(aside)
-        if target.exists():
+        if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
+        elif os.path.lexists(target):
+            target.unlink()
         os.rename(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,48 @@ from typing import Any
 from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig
 from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
 from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
+from orchestrator.data.files import read_bounded, regular_size
 from orchestrator.data.formats.base import Input
 from orchestrator.data.formats.find import BUILTIN
 from orchestrator.data.formats.rows import TextSpec
-from orchestrator.data.store import FORMAT_VERSION, TokenStore, is_store
-from orchestrator.data.tokenize import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from orchestrator.data.holdout import nothing_left
+from orchestrator.data.store import TokenStore, is_store
+from orchestrator.data.store_index import FORMAT_VERSION
+from orchestrator.data.tokenize import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    byte_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from orchestrator.data.write import write_store
 from orchestrator.errors import ConfigError, DataError
 
 BPE_SAMPLE_CHARACTERS = 20_000_000
+WHOLE_CHECK_BYTES = 1 << 30  # of tokens: up to here the launcher reads a store whole, which takes seconds
+_FINGERPRINT_FILE = "fingerprint"
+_BPE_VERSION = 2  # of how a vocabulary is made and kept
 _MIN_FILE_SAMPLE = 1 << 18
 _MAX_AUTO_WORKERS = 32
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run learns from: stores with one tokenizer and the weight of each in the mixture (they sum to 1)."""
+    """What a run learns from.
+
+    Attributes:
+        stores: with one tokenizer.
+        weights: of each store in the mixture; they sum to 1.
+        validation: a store to evaluate on in place of what the others hold out.
+        names: what the user calls each store.
+    """
 
     stores: tuple[TokenStore, ...]
     weights: tuple[float, ...]
     tokenizer: Tokenizer
+    validation: TokenStore | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -67,6 +89,7 @@ class PreparedData:
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "unigram_entropy_nats": self.unigram_entropy_nats,
             "stores": [{"weight": weight, **store.describe()} for store, weight in pairs],
+            "validation": self.validation.describe() if self.validation else None,
         }
 
 
@@ -81,13 +104,15 @@ class _Source:
     digest: str = ""
 
 
-def prepare(config: DataConfig, *, progress: bool = True) -> PreparedData:
+def prepare(config: DataConfig, *, progress: bool = True, verify: bool = True) -> PreparedData:
     """Make the sources of `config` ready. The second call with the same inputs finds everything in the cache.
 
     Several processes may call this together: one builds, the others wait.
 
     Args:
         progress: show bars and messages on standard error.
+        verify: read stores of up to `WHOLE_CHECK_BYTES` whole; of others a block is checked when it is first read.
+            What is damaged in the cache is prepared again.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -96,14 +121,19 @@ def prepare(config: DataConfig, *, progress: bool = True) -> PreparedData:
     _check_fraction(config.validation_fraction)
     _check_weights(config.sources)
     root = cache_root(config.cache_dir)
-    sources = [_resolve(source, config, root) for source in config.sources if source.weight > 0]
+    if config.validation is not None:
+        config = replace(config, validation_fraction=0.0)
+    maker = _Maker(config, root, progress, verify)
+    sources = [maker.resolve(source) for source in config.sources if source.weight > 0]
     tokenizer = _shared_tokenizer(sources, config, root, progress)
-    stores = tuple(source.store or _cached_store(source, tokenizer, config, root, progress) for source in sources)
+    stores = tuple(maker.store(source, tokenizer) for source in sources)
+    validation = None if config.validation is None else _validation_store(config.validation, maker, tokenizer)
     for source, store in zip(sources, stores, strict=True):
         for line in describe_left_out(store.index.source.get("left_out") or {}):
             note(f"left out of {source.config.path}: {line}", progress)
     total = sum(source.config.weight for source in sources)
-    return PreparedData(stores, tuple(source.config.weight / total for source in sources), tokenizer)
+    weights = tuple(source.config.weight / total for source in sources)
+    return PreparedData(stores, weights, tokenizer, validation, tuple(source.config.path for source in sources))
 
 
 def build_store(
@@ -153,12 +183,83 @@ def build_store(
     return TokenStore.open(target)
 
 
-def _resolve(source: SourceConfig, config: DataConfig, root: Path) -> _Source:
-    if source.path != BUILTIN and is_store(source.path):
-        return _Source(source, store=TokenStore.open(Path(source.path).expanduser()))
-    corpus = find_corpus([source.path], spec_of(config, source))
-    stamps = _stamps(corpus.inputs)
-    return _Source(source, corpus=corpus, stamps=stamps, digest=content_digest(corpus.inputs, root))
+@dataclass(frozen=True)
+class _Maker:
+    """Opens and makes the stores of a configuration, whose cache lies at `root`."""
+
+    config: DataConfig
+    root: Path
+    progress: bool
+    verify: bool
+
+    def resolve(self, source: SourceConfig) -> _Source:
+        """What a source is: a store, or files."""
+        if source.path != BUILTIN and is_store(source.path):
+            return _Source(source, store=self._open(Path(source.path).expanduser()))
+        corpus = find_corpus([source.path], spec_of(self.config, source))
+        digest = content_digest(corpus.inputs, self.root)
+        return _Source(source, corpus=corpus, stamps=_stamps(corpus.inputs), digest=digest)
+
+    def store(self, source: _Source, tokenizer: Tokenizer) -> TokenStore:
+        """The store of a source; from the cache, where it is made from files."""
+        if source.store is not None:
+            return source.store
+        assert source.corpus is not None
+        config, corpus = self.config, source.corpus
+        key = key_of(
+            version=FORMAT_VERSION,
+            inputs=source.digest,
+            left_out=[[entry.name, entry.reason] for entry in corpus.left_out],
+            tokenizer=tokenizer.fingerprint,
+            text=corpus.spec.facts,
+            validation_fraction=config.validation_fraction,
+        )
+
+        def build(folder: Path) -> None:
+            write_store(
+                folder,
+                corpus,
+                tokenizer,
+                validation_fraction=config.validation_fraction,
+                workers=_workers(config.workers),
+                source=_provenance(corpus),
+                progress=self.progress,
+            )
+            if _stamps(corpus.inputs) != source.stamps:
+                raise DataError(
+                    "an input was changed while it was read",
+                    got=source.config.path,
+                    allowed="files that stay as they are",
+                    fix="wait until they are complete, and start again",
+                )
+
+        return cached(self.root, "stores", key, self._open, build, self.progress)
+
+    def _open(self, path: Path) -> TokenStore:
+        store = TokenStore.open(path)
+        if not self.verify:
+            return store
+        if store.index.bytes <= WHOLE_CHECK_BYTES:
+            return TokenStore.open(path, verify=True)
+        if store.index.version == 1:
+            note(
+                f"{path} was written by an earlier version, without checksums of its parts: of its"
+                f" {store.index.bytes:,} bytes only the size is checked. To check them all:"
+                f" python -m orchestrator data inspect path={path} verify=true",
+                self.progress,
+            )
+        return store
+
+
+def _validation_store(path: str, maker: _Maker, tokenizer: Tokenizer) -> TokenStore:
+    store = maker.store(maker.resolve(SourceConfig(path)), tokenizer)
+    if store.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise _mismatch(
+            f"data.validation={path} and the sources",
+            f"prepare it with theirs, give its text files, or train with its: data.tokenizer.kind=file"
+            f" data.tokenizer.path={path}",
+        )
+    return store
 
 
 def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path, progress: bool) -> Tokenizer:
@@ -191,47 +292,32 @@ def _mismatch(got: str, fix: str) -> DataError:
 def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress: bool) -> Tokenizer:
     key = key_of(
         kind="bpe",
-        version=FORMAT_VERSION,
+        version=_BPE_VERSION,
         vocab_size=config.tokenizer.vocab_size,
         sample=BPE_SAMPLE_CHARACTERS,
         inputs=[[source.digest, source.corpus.spec.facts] for source in raw if source.corpus],
     )
     corpora = [source.corpus for source in raw if source.corpus]
-    make = lambda folder: _make_tokenizer(config.tokenizer, corpora, progress).save(folder)  # noqa: E731
-    return cached(root, "tokenizers", key, load_tokenizer, make, progress)
+
+    def make(folder: Path) -> None:
+        tokenizer = _make_tokenizer(config.tokenizer, corpora, progress)
+        tokenizer.save(folder)
+        (folder / _FINGERPRINT_FILE).write_text(tokenizer.fingerprint, encoding="ascii")
+
+    return cached(root, "tokenizers", key, _load_made, make, progress)
 
 
-def _cached_store(source: _Source, tokenizer: Tokenizer, config: DataConfig, root: Path, progress: bool) -> TokenStore:
-    assert source.corpus is not None
-    corpus = source.corpus
-    key = key_of(
-        version=FORMAT_VERSION,
-        inputs=source.digest,
-        left_out=[[entry.name, entry.reason] for entry in corpus.left_out],
-        tokenizer=tokenizer.fingerprint,
-        text=corpus.spec.facts,
-        validation_fraction=config.validation_fraction,
-    )
-
-    def build(folder: Path) -> None:
-        write_store(
-            folder,
-            corpus,
-            tokenizer,
-            validation_fraction=config.validation_fraction,
-            workers=_workers(config.workers),
-            source=_provenance(corpus),
-            progress=progress,
+def _load_made(folder: Path) -> Tokenizer:
+    """A tokenizer of the cache: another vocabulary than the one that was made must not pass for it."""
+    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+        regular_size(folder / name, within=folder)
+    tokenizer = load_tokenizer(folder)
+    made = read_bounded(folder / _FINGERPRINT_FILE, 64, within=folder).decode("ascii", "replace")
+    if tokenizer.fingerprint != made:
+        raise DataError(
+            f"the tokenizer is not the one that was made: {folder}", got=tokenizer.fingerprint, allowed=ascii(made)
         )
-        if _stamps(corpus.inputs) != source.stamps:
-            raise DataError(
-                "an input was changed while it was read",
-                got=source.config.path,
-                allowed="files that stay as they are",
-                fix="wait until they are complete, and start again",
-            )
-
-    return cached(root, "stores", key, TokenStore.open, build, progress)
+    return tokenizer
 
 
 def _make_tokenizer(config: TokenizerConfig, corpora: Sequence[Corpus], progress: bool) -> Tokenizer:
@@ -307,11 +393,7 @@ def _workers(workers: int | Auto) -> int:
 
 def _check_fraction(fraction: float) -> None:
     if not 0.0 <= fraction < 1.0:
-        raise ConfigError(
-            "the held-out fraction must leave something to train on",
-            got=f"data.validation_fraction={fraction}",
-            allowed="from 0 to below 1",
-        )
+        raise nothing_left(f"data.validation_fraction={fraction}")
 
 
 def _check_weights(sources: Sequence[SourceConfig]) -> None:
@@ -321,3 +403,5 @@ def _check_weights(sources: Sequence[SourceConfig]) -> None:
     for source in sources:
         if not (math.isfinite(source.weight) and source.weight >= 0):
             raise ConfigError(f"the weight of '{source.path}' is no weight", got=source.weight, allowed=allowed)
+    if not math.isfinite(total := sum(source.weight for source in sources)):
+        raise ConfigError("the weights of the sources have no sum", got=total, allowed="shares such as 0.7 and 0.3")

@@ -5,99 +5,63 @@ index.json            written last, by atomic rename: a directory without it is 
 tokenizer.json        and tokenizer_config.json: a store always carries its tokenizer
 tokens-00000.bin      little-endian uint16, or uint32 for more than 65536 tokens; every document ends with eos
 offsets-00000.bin     little-endian int64: where in the shard each document starts
+checks-00000.bin      little-endian uint32: CRC-32 of each 64 KiB of the token file
 ```
 
 The documents of a split are in a shuffled order, so that any window mixes what the inputs held apart.
+
+Nothing is taken on trust: the index is checked as a whole and every file's kind and size before one is opened; a
+block's checksum and its token ids when the block is first read. So a store of terabytes opens at once, and a flipped
+bit is an error that names the file, never a token that is trained on.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from orchestrator.data.tokenize import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from orchestrator.data.files import regular_size
+from orchestrator.data.store_index import (
+    BLOCK_BYTES,
+    OFFSET_BYTES,
+    SPLITS,
+    ShardInfo,
+    StoreIndex,
+    damaged,
+    has_index,
+    read_index,
+)
+from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from orchestrator.errors import DataError
 
-FORMAT, FORMAT_VERSION = "orchestrator-token-store", 1
-INDEX_FILE = "index.json"
-SplitName = Literal["train", "validation"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation")
-_OFFSET_BYTES = 8
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One shard as the index lists it.
-
-    Attributes:
-        tokens: how many, the end-of-text tokens included.
-        bytes: size of the token file.
-    """
-
-    file: str
-    offsets_file: str
-    tokens: int
-    documents: int
-    bytes: int
-    sha256: str
-    offsets_sha256: str
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """One split as the index lists it: its shards in order, and the UTF-8 bytes of its text."""
-
-    shards: tuple[int, ...]
-    tokens: int
-    documents: int
-    text_bytes: int
-
-
-@dataclass(frozen=True)
-class StoreIndex:
-    """The content of `index.json`.
-
-    Attributes:
-        unigram_entropy_nats: of the training split's tokens; a model that has learnt anything has a lower loss.
-        fingerprint: of every token, of the order of the documents and of the tokenizer.
-        skipped_files: files that a search found and that are not text.
-    """
-
-    dtype: str
-    vocab_size: int
-    eos_id: int
-    shards: tuple[ShardInfo, ...]
-    splits: dict[str, SplitInfo]
-    unigram_entropy_nats: float
-    tokenizer_fingerprint: str
-    fingerprint: str
-    source: dict[str, Any] = field(default_factory=dict)
-    skipped_files: int = 0
-
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+MAX_TOKENIZER_BYTES = 1 << 27
+_READ_TOKENS = 1 << 20
 
 
 class Split:
     """One long sequence of tokens over several shards.
+
+    Args:
+        folder: of the store.
+        shards: those of the split, in order.
+        index: of the store.
 
     Attributes:
         tokens: its length.
         documents: how many end-of-text tokens it has.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[ShardInfo], dtype: str):
-        self._folder, self._shards, self._dtype = folder, list(shards), np.dtype(dtype)
-        self._maps: dict[int, np.memmap] = {}
+    def __init__(self, folder: Path, shards: Sequence[ShardInfo], index: StoreIndex):
+        self._folder, self._shards = folder, list(shards)
+        self._dtype, self._vocab_size = np.dtype(index.dtype), index.vocab_size
+        self._open: dict[int, _Shard] = {}
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)]).tolist()
         self.tokens: int = self._starts[-1]
         self.documents: int = sum(shard.documents for shard in shards)
@@ -107,6 +71,7 @@ class Split:
 
         Raises:
             IndexError: the range is not within the split.
+            DataError: a file is not what was written; names it.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of a split that has {self.tokens}")
@@ -116,7 +81,7 @@ class Split:
         while position < stop:
             low = self._starts[shard]
             end = min(stop, self._starts[shard + 1])
-            result[position - start : end - start] = self._map(shard)[position - low : end - low]
+            result[position - start : end - start] = self._shard(shard).read(position - low, end - low)
             position, shard = end, shard + 1
         return result
 
@@ -126,20 +91,76 @@ class Split:
             raise IndexError(f"document {index} of a split that has {self.documents}")
         for number, shard in enumerate(self._shards):
             if index < shard.documents:
-                offsets = np.memmap(self._folder / shard.offsets_file, dtype="<i8", mode="r")
-                stop = int(offsets[index + 1]) if index + 1 < shard.documents else shard.tokens
-                return self.read(self._starts[number] + int(offsets[index]), self._starts[number] + stop)
+                start, stop = self._extent(shard, index)
+                return self.read(self._starts[number] + start, self._starts[number] + stop)
             index -= shard.documents
         raise AssertionError("the shards have all the documents")
 
-    def _map(self, shard: int) -> np.memmap:
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self._folder / self._shards[shard].file, dtype=self._dtype, mode="r")
-        return self._maps[shard]
+    def _extent(self, shard: ShardInfo, index: int) -> tuple[int, int]:
+        """Where in its shard a document starts and ends."""
+        file = self._folder / shard.offsets_file
+        _check_file(self._folder, shard.offsets_file, shard.documents * OFFSET_BYTES)
+        offsets = np.memmap(file, dtype="<i8", mode="r")
+        start = int(offsets[index])
+        stop = int(offsets[index + 1]) if index + 1 < shard.documents else shard.tokens
+        if not 0 <= start < stop <= shard.tokens:
+            raise damaged(file, f"document {index} from {start} to {stop}", f"within 0 to {shard.tokens}")
+        return start, stop
+
+    def _shard(self, number: int) -> _Shard:
+        if number not in self._open:
+            self._open[number] = _Shard(self._folder, self._shards[number], self._dtype, self._vocab_size)
+        return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process maps the files itself instead of receiving a copy of them.
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_open": {}}
+
+
+class _Shard:
+    """The tokens of one shard. Each block is compared with its checksum when it is first read."""
+
+    def __init__(self, folder: Path, info: ShardInfo, dtype: np.dtype, vocab_size: int):
+        for name, size, _ in info.files():
+            _check_file(folder, name, size)
+        self._file = folder / info.file
+        self._tokens = np.memmap(self._file, dtype=dtype, mode="r")
+        self._bytes = self._tokens.view(np.uint8)
+        self._largest = vocab_size - 1
+        self._checks: np.ndarray | None = None
+        if info.checks_file is not None:
+            # A few kilobytes: read whole and compared with the index, so that what is compared with is right.
+            _check_file(folder, info.checks_file, info.blocks * 4, info.checks_sha256)
+            self._checks = np.fromfile(folder / info.checks_file, dtype="<u4")
+            self._seen = np.zeros(info.blocks, dtype=bool)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` of the shard."""
+        width = self._tokens.itemsize
+        if self._checks is not None and stop > start:
+            self._check(start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES)
+        tokens = self._tokens[start:stop]
+        # Also where the checksums agree: whoever wrote the store may have been wrong.
+        if tokens.size and (largest := int(tokens.max())) > self._largest:
+            at = start + int(np.argmax(tokens))
+            raise damaged(
+                self._file, f"token id {largest} at token {at}", f"0 to {self._largest}, the ids of its vocabulary"
+            )
+        return tokens
+
+    def _check(self, first: int, last: int) -> None:
+        assert self._checks is not None
+        for block in range(first, last + 1):
+            if self._seen[block]:
+                continue
+            low = block * BLOCK_BYTES
+            found = zlib.crc32(self._bytes[low : low + BLOCK_BYTES].data)
+            if found != int(self._checks[block]):
+                high = min(low + BLOCK_BYTES, self._bytes.size)
+                raise damaged(
+                    self._file, f"bytes {low} to {high} with checksum {found:08x}", f"{int(self._checks[block]):08x}"
+                )
+            self._seen[block] = True
 
 
 class TokenStore:
@@ -159,21 +180,22 @@ class TokenStore:
             DataError: not a store, of another version, or damaged; names the file.
         """
         folder = Path(path)
-        index = _read_index(folder)
+        index = read_index(folder)
         for shard in index.shards:
-            _check_file(folder / shard.file, shard.bytes, shard.sha256 if verify else None)
-            offsets_hash = shard.offsets_sha256 if verify else None
-            _check_file(folder / shard.offsets_file, shard.documents * _OFFSET_BYTES, offsets_hash)
+            for name, size, sha256 in shard.files():
+                _check_file(folder, name, size, sha256 if verify else None)
         store = cls(folder, index)
-        if verify or not (folder / TOKENIZER_FILE).is_file():
+        store._check_tokenizer_files()
+        if verify:
             _ = store.tokenizer
+            store._check_ids()
         return store
 
     def split(self, name: str) -> Split:
         """The split `train` or `validation`; it may be empty."""
         if name not in self.index.splits:
             raise DataError("there is no such split", got=name, allowed=", ".join(SPLITS))
-        return Split(self.path, [self.index.shards[i] for i in self.index.splits[name].shards], self.index.dtype)
+        return Split(self.path, [self.index.shards[i] for i in self.index.splits[name].shards], self.index)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -182,14 +204,33 @@ class TokenStore:
         Raises:
             DataError: it is missing or is another one.
         """
+        self._check_tokenizer_files()
         tokenizer = load_tokenizer(self.path)
         if tokenizer.fingerprint != self.index.tokenizer_fingerprint:
-            raise _damaged(
+            raise damaged(
                 self.path / TOKENIZER_FILE,
                 f"fingerprint {tokenizer.fingerprint[:12]}",
                 f"fingerprint {self.index.tokenizer_fingerprint[:12]}, with which the tokens were made",
             )
         return tokenizer
+
+    def _check_tokenizer_files(self) -> None:
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+            file = self.path / name
+            if name == TOKENIZER_CONFIG_FILE and not os.path.lexists(file):
+                continue  # the tokenizer's own names tell the end-of-text token
+            try:
+                size = regular_size(file, within=self.path)
+            except DataError as error:
+                raise damaged(file, str(error.got), "a regular file in the store") from error
+            if size > MAX_TOKENIZER_BYTES:
+                raise damaged(file, f"{size} bytes", f"at most {MAX_TOKENIZER_BYTES} bytes")
+
+    def _check_ids(self) -> None:
+        for name in SPLITS:
+            split = self.split(name)
+            for start in range(0, split.tokens, _READ_TOKENS):
+                split.read(start, min(start + _READ_TOKENS, split.tokens))
 
     @property
     def vocab_size(self) -> int:
@@ -226,21 +267,7 @@ class TokenStore:
 def is_store(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a directory that a store was written to; it may be damaged or incomplete."""
     folder = Path(path).expanduser()
-    if (folder / "tokens-00000.bin").is_file():
-        return True
-    try:
-        content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
-
-
-def store_fingerprint(shards: Sequence[ShardInfo], splits: dict[str, SplitInfo], tokenizer_fingerprint: str) -> str:
-    """sha256 over the hashes of the tokens, split by split, and the tokenizer's."""
-    parts = [tokenizer_fingerprint]
-    for name in SPLITS:
-        parts += [name, *(shards[i].sha256 for i in splits[name].shards)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return (folder / "tokens-00000.bin").is_file() or has_index(folder)
 
 
 def hash_file(path: Path) -> str:
@@ -249,73 +276,13 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_index(folder: Path) -> StoreIndex:
-    file = folder / INDEX_FILE
+def _check_file(folder: Path, name: str, size: int, sha256: str | None = None) -> None:
+    file = folder / name
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"this is not a token store: {folder}",
-            got=f"{error.strerror}: {file}",
-            allowed="a directory that 'python -m orchestrator data prepare' has completed",
-            fix="prepare it: python -m orchestrator data prepare input='docs/*.jsonl' output=data/docs",
-        ) from error
-    except ValueError as error:
-        raise _damaged(file, f"not JSON ({error})", "the index as it was written") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"this is not a token store: {folder}", got=f"{file} without format={FORMAT}")
-    if content.get("version") != FORMAT_VERSION:
-        raise DataError(
-            f"the store was written in another version of the format: {folder}",
-            got=content.get("version"),
-            allowed=str(FORMAT_VERSION),
-            fix="prepare it again with this version of orchestrator",
-        )
-    try:
-        index = _parse_index(content)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _damaged(file, f"{type(error).__name__}: {error}", "the index as it was written") from error
-    if store_fingerprint(index.shards, index.splits, index.tokenizer_fingerprint) != index.fingerprint:
-        raise _damaged(file, "a fingerprint that is not that of the shards it lists", "the index as it was written")
-    return index
-
-
-def _parse_index(content: dict[str, Any]) -> StoreIndex:
-    values = {key: value for key, value in content.items() if key not in ("format", "version")}
-    values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
-    values["splits"] = {
-        name: SplitInfo(**{**values["splits"][name], "shards": tuple(values["splits"][name]["shards"])})
-        for name in SPLITS
-    }
-    index = StoreIndex(**values)
-    if index.dtype not in ("<u2", "<u4"):
-        raise ValueError(f"dtype {index.dtype}")
-    width = np.dtype(index.dtype).itemsize
-    for shard in index.shards:
-        # The names come from a file that others may have written: they stay inside the directory.
-        if Path(shard.file).name != shard.file or Path(shard.offsets_file).name != shard.offsets_file:
-            raise ValueError(f"file name {shard.file}")
-        if shard.bytes != shard.tokens * width or shard.documents < 1:
-            raise ValueError(f"{shard.tokens} tokens in {shard.bytes} bytes of {shard.file}")
-    for name, split in index.splits.items():
-        if split.tokens != sum(index.shards[i].tokens for i in split.shards):
-            raise ValueError(f"{split.tokens} tokens in the split {name}")
-    return index
-
-
-def _check_file(file: Path, size: int, sha256: str | None) -> None:
-    if not file.is_file():
-        raise _damaged(file, "no such file", f"{size} bytes")
-    if file.stat().st_size != size:
-        raise _damaged(file, f"{file.stat().st_size} bytes", f"{size} bytes")
+        found_size = regular_size(file, within=folder)
+    except DataError as error:
+        raise damaged(file, str(error.got), f"a regular file of {size} bytes in the store") from error
+    if found_size != size:
+        raise damaged(file, f"{found_size} bytes", f"{size} bytes")
     if sha256 is not None and (found := hash_file(file)) != sha256:
-        raise _damaged(file, f"sha256 {found[:12]}", f"sha256 {sha256[:12]}")
-
-
-def _damaged(file: Path, got: str, wanted: str) -> DataError:
-    return DataError(
-        f"the token store is damaged: {file}",
-        got=got,
-        allowed=wanted,
-        fix="copy the store again from where it is whole, or move it away and prepare it again",
-    )
+        raise damaged(file, f"sha256 {found[:12]}", f"sha256 {sha256[:12]}")

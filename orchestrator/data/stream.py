@@ -41,7 +41,8 @@ class TokenStream:
         split: `train` or `validation`.
         seq_len: tokens per sequence.
         document_mask: number the documents of a sequence; otherwise it is one, and has no `documents`.
-        repeat: start new epochs for ever; otherwise the stream ends before any store would repeat.
+        repeat: start new epochs for ever; otherwise the stream has every window of every store once, in the proportion
+            of the weights for as long as all have some left.
 
     Raises:
         DataError: a store has less than one window in this split.
@@ -60,10 +61,10 @@ class TokenStream:
         self.seq_len, self.split, self.document_mask = seq_len, split, document_mask
         self._splits = [store.split(split) for store in stores]
         self._eos_ids = [store.eos_id for store in stores]
-        self.windows = tuple(max(0, (part.tokens - 1) // seq_len) for part in self._splits)
+        self.windows = tuple(windows_of(part.tokens, seq_len) for part in self._splits)
         for store, part, windows in zip(stores, self._splits, self.windows, strict=True):
             if not windows:
-                raise _too_short(store, split, part.tokens, seq_len)
+                raise too_short(store, split, part.tokens, seq_len)
         self._order = _order(self.windows, weights, seed, repeat)
         self._length: int = len(self._order)
         self._facts = {
@@ -80,6 +81,11 @@ class TokenStream:
     def __len__(self) -> int:
         """Sequences before the end; practically endless with `repeat`."""
         return self._length
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """JSON-able: everything that the order depends on."""
+        return dict(self._facts)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -193,6 +199,7 @@ class StepLoader:
             "next_sequence": self._first(step),
             "tokens": self.tokens_after(step),
             "fingerprint": self.stream.fingerprint,
+            "facts": self.stream.facts,
         }
 
     def _first(self, step: int) -> int:
@@ -238,6 +245,11 @@ def blank_batch(sequences: int, seq_len: int, document_mask: bool) -> Batch:
     return {name: np.zeros_like(array) for name, array in fields.items()}
 
 
+def windows_of(tokens: int, seq_len: int) -> int:
+    """Windows of `seq_len` tokens and one target that a split of so many tokens has."""
+    return max(0, (tokens - 1) // seq_len)
+
+
 def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:
     """A grain dataset: index of the sequence to (store, window)."""
     logger = logging.getLogger("absl")
@@ -251,7 +263,43 @@ def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: 
     for number, count in enumerate(windows):
         part = grain.MapDataset.source(_Windows(number, count)).seed(_derive(seed, number)).shuffle()
         parts.append(part.repeat() if repeat else part)
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(weights))
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, list(weights)) if repeat else _EachOnce(parts, weights)
+
+
+def mixture_shares(weights: Sequence[float]) -> list[float]:
+    """The share of the sequences that each source really has: grain makes whole numbers of the weights.
+
+    Its rule (grain 0.2): the smallest weight becomes 100, the others are cut to whole numbers.
+    """
+    scale = 100 / min(weights)
+    whole = [int(weight * scale) for weight in weights]
+    return [number / sum(whole) for number in whole]
+
+
+class _EachOnce:
+    """Every element of several datasets once: the one that is furthest behind its weight gives the next.
+
+    A dataset that has no more is passed over; grain's own mixture ends with the first one that does.
+    """
+
+    def __init__(self, parts: Sequence[Any], weights: Sequence[float]):
+        self._parts, self._weights = parts, weights
+        self._taken = [0] * len(parts)
+        self._plan: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, index: int) -> Any:
+        while len(self._plan) <= index:
+            left = [number for number, part in enumerate(self._parts) if self._taken[number] < len(part)]
+            part = min(left, key=lambda number: (self._taken[number] + 1) / self._weights[number])
+            self._plan.append((part, self._taken[part]))
+            self._taken[part] += 1
+        part, position = self._plan[index]
+        return self._parts[part][position]
 
 
 class _Windows:
@@ -335,16 +383,13 @@ def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
         atexit.unregister(end)
 
 
-def _too_short(store: TokenStore, split: str, tokens: int, seq_len: int) -> DataError:
-    if split == "validation":
-        fix = "raise data.validation_fraction, lower train.seq_len, or bring more data"
-    else:
-        fix = "lower train.seq_len, or bring more data"
+def too_short(store: TokenStore, split: str, tokens: int, seq_len: int) -> DataError:
+    """The error for a split that has not one window."""
     return DataError(
         f"the {split} split is shorter than one sequence: {store.path}",
         got=f"{tokens} tokens",
         allowed=f"at least {seq_len + 1} (train.seq_len={seq_len} and the target of the last position)",
-        fix=fix,
+        fix="lower train.seq_len, or bring more data",
     )
 
 

@@ -7,8 +7,8 @@ the documents in their final order, one shard at a time.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,14 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from orchestrator.data.documents import Corpus, Document, Tally
-from orchestrator.data.store import (
+from orchestrator.data.holdout import Extents, hold_out
+from orchestrator.data.store import TokenStore, hash_file
+from orchestrator.data.store_index import (
+    BLOCK_BYTES,
     INDEX_FILE,
     SPLITS,
     ShardInfo,
     SplitInfo,
     StoreIndex,
-    TokenStore,
-    hash_file,
     store_fingerprint,
 )
 from orchestrator.data.tokenize import Tokenizer, library_threads
@@ -50,19 +51,6 @@ class _Chunk:
     consumed: int
 
 
-@dataclass(frozen=True)
-class _Extents:
-    """Where documents lie in the spool, each field of shape [documents]."""
-
-    starts: np.ndarray
-    lengths: np.ndarray
-    hashes: np.ndarray
-    text_bytes: np.ndarray
-
-    def take(self, which: np.ndarray) -> _Extents:
-        return _Extents(self.starts[which], self.lengths[which], self.hashes[which], self.text_bytes[which])
-
-
 def write_store(
     folder: Path,
     corpus: Corpus,
@@ -77,12 +65,13 @@ def write_store(
     """Tokenise a corpus into a store in `folder`, which exists and is empty. The index is written last.
 
     Args:
-        validation_fraction: of the documents, held out by the hash of their content, so that copies stay together.
+        validation_fraction: of the tokens, held out by the hash of each document's content; copies stay together.
         workers: threads that tokenise (the library works outside of the interpreter's lock).
         source: where the documents come from, for the index.
 
     Raises:
         DataError: an input cannot be read, or there is no document in any.
+        ConfigError: the fraction leaves nothing to train on.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     tally = Tally()
@@ -113,10 +102,8 @@ def write_store(
 
 
 def entropy_nats(counts: np.ndarray) -> float:
-    """Entropy of the distribution that the counts describe."""
+    """Entropy of the distribution that the counts, of which one is above 0, describe."""
     total = int(counts.sum())
-    if total == 0:
-        return 0.0
     share = counts[counts > 0] / total
     return float(-(share * np.log(share)).sum())
 
@@ -139,7 +126,7 @@ def _spool(
     dtype: np.dtype,
     workers: int,
     progress: bool,
-) -> _Extents:
+) -> Extents:
     """Tokenise into one file in the order of the input."""
     lengths: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
@@ -157,9 +144,9 @@ def _spool(
             bar.update(chunk.consumed)
         bar.update(max(0, total - bar.n))
     if not lengths:
-        return _Extents(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
+        return Extents(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
     joined = np.concatenate(lengths)
-    return _Extents(np.cumsum(joined) - joined, joined, np.concatenate(hashes), np.concatenate(text_bytes))
+    return Extents(np.cumsum(joined) - joined, joined, np.concatenate(hashes), np.concatenate(text_bytes))
 
 
 def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[_Chunk]:
@@ -207,14 +194,14 @@ def _encode_chunk(documents: list[Document], tokenizer: Tokenizer, dtype: np.dty
 
 
 def _write_splits(
-    folder: Path, extents: _Extents, tokenizer: Tokenizer, dtype: np.dtype, fraction: float, shard_tokens: int
+    folder: Path, extents: Extents, tokenizer: Tokenizer, dtype: np.dtype, fraction: float, shard_tokens: int
 ) -> tuple[list[ShardInfo], dict[str, SplitInfo], float]:
     """The second pass: the spool into shards in their final order. Also returns the unigram entropy in nats."""
     spool = np.memmap(folder / _SPOOL_FILE, dtype=dtype, mode="r")
     shards: list[ShardInfo] = []
     splits: dict[str, SplitInfo] = {}
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for name, part in zip(SPLITS, _hold_out(extents, fraction), strict=True):
+    for name, part in zip(SPLITS, hold_out(extents, fraction), strict=True):
         first = len(shards)
         for shard in _shard_plan(_shuffled(part), shard_tokens):
             tokens = _gather(spool, shard, tokenizer.eos_id)
@@ -227,42 +214,7 @@ def _write_splits(
     return shards, splits, entropy_nats(counts)
 
 
-def _hold_out(extents: _Extents, fraction: float) -> tuple[_Extents, _Extents]:
-    """The documents to train on, and those held out.
-
-    Of very few documents the choice by hash may take none, or most of the text. Then the tail of the longest one
-    is held out instead: a single text file has a validation split too.
-    """
-    chosen = extents.hashes < np.uint64(min(math.ceil(fraction * 2.0**64), 2**64 - 1))
-    tokens = int(extents.lengths.sum())
-    held = int(extents.lengths[chosen].sum())
-    if fraction <= 0.0:
-        chosen[:] = False
-    elif held == 0 or held > 0.5 * max(tokens, 1) > fraction * tokens:
-        return _hold_out_tail(extents, max(1, round(fraction * tokens)))
-    return extents.take(~chosen), extents.take(chosen)
-
-
-def _hold_out_tail(extents: _Extents, wanted: int) -> tuple[_Extents, _Extents]:
-    longest = int(np.argmax(extents.lengths))
-    length = int(extents.lengths[longest])
-    tail = min(wanted, length - 1)
-    if tail < 1:
-        return extents, extents.take(np.zeros(0, dtype=np.int64))
-    text_bytes = int(extents.text_bytes[longest]) * tail // length
-    held = _Extents(
-        extents.starts[[longest]] + length - tail,
-        np.array([tail]),
-        extents.hashes[[longest]],
-        np.array([text_bytes]),
-    )
-    lengths, sizes = extents.lengths.copy(), extents.text_bytes.copy()
-    lengths[longest] -= tail
-    sizes[longest] -= text_bytes
-    return _Extents(extents.starts, lengths, extents.hashes, sizes), held
-
-
-def _shuffled(extents: _Extents) -> _Extents:
+def _shuffled(extents: Extents) -> Extents:
     """A fixed pseudo-random order (splitmix64 of the position), the same for every version of NumPy."""
     with np.errstate(over="ignore"):
         key = (np.arange(extents.lengths.size, dtype=np.uint64) + np.uint64(_ORDER_SEED)) * np.uint64(
@@ -273,7 +225,7 @@ def _shuffled(extents: _Extents) -> _Extents:
     return extents.take(np.argsort(key ^ (key >> np.uint64(31)), kind="stable"))
 
 
-def _shard_plan(extents: _Extents, shard_tokens: int) -> Iterator[_Extents]:
+def _shard_plan(extents: Extents, shard_tokens: int) -> Iterator[Extents]:
     """Whole documents into shards of about `shard_tokens`."""
     if not extents.lengths.size:
         return
@@ -283,7 +235,7 @@ def _shard_plan(extents: _Extents, shard_tokens: int) -> Iterator[_Extents]:
         yield extents.take(which)
 
 
-def _gather(spool: np.ndarray, extents: _Extents, eos_id: int) -> np.ndarray:
+def _gather(spool: np.ndarray, extents: Extents, eos_id: int) -> np.ndarray:
     """The documents back to back, each followed by eos."""
     eos = np.array([eos_id], dtype=spool.dtype)
     parts: list[np.ndarray] = []
@@ -292,20 +244,29 @@ def _gather(spool: np.ndarray, extents: _Extents, eos_id: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _write_shard(folder: Path, number: int, tokens: np.ndarray, extents: _Extents) -> ShardInfo:
-    file, offsets_file = f"tokens-{number:05d}.bin", f"offsets-{number:05d}.bin"
+def _write_shard(folder: Path, number: int, tokens: np.ndarray, extents: Extents) -> ShardInfo:
+    tokens_file, offsets_file, checks_file = (f"{kind}-{number:05d}.bin" for kind in ("tokens", "offsets", "checks"))
     ends = np.cumsum(extents.lengths + 1)
-    for name, array in ((file, tokens), (offsets_file, (ends - extents.lengths - 1).astype("<i8"))):
+    content = tokens.tobytes()
+    checks = [zlib.crc32(content[low : low + BLOCK_BYTES]) for low in range(0, len(content), BLOCK_BYTES)]
+    offsets = (ends - extents.lengths - 1).astype("<i8").tobytes()
+    for name, data in (
+        (tokens_file, content),
+        (offsets_file, offsets),
+        (checks_file, np.array(checks, dtype="<u4").tobytes()),
+    ):
         with open(folder / name, "wb") as stream:
-            stream.write(array.tobytes())
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
     return ShardInfo(
-        file=file,
+        file=tokens_file,
         offsets_file=offsets_file,
         tokens=int(tokens.size),
         documents=int(extents.lengths.size),
         bytes=int(tokens.nbytes),
-        sha256=hash_file(folder / file),
+        sha256=hash_file(folder / tokens_file),
         offsets_sha256=hash_file(folder / offsets_file),
+        checks_file=checks_file,
+        checks_sha256=hash_file(folder / checks_file),
     )

@@ -16,6 +16,7 @@ from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.data.prepare import PreparedData
 from orchestrator.data.stream import Position, StepLoader, TokenStream, validation_batches
+from orchestrator.data.validation import ValidationData, mixture_lines, validation_data
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import job_devices
@@ -81,7 +82,7 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     model = place_model(config, model_config, parallel)
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
     parallel.prepare_optimizer(model, optimizer)
-    stream = _stream(config, data, "train")
+    stream = _stream(config, data)
     restored = None
     if place.resume_from is None:
         _initialize(model, config, parallel)
@@ -112,11 +113,9 @@ def _initialize(model: Decoder, config: RunConfig, parallel: ParallelStrategy) -
         restore_weights(Checkpoint(locate(config.train.init_from), look=False), config, parallel, model)
 
 
-def _stream(config: RunConfig, data: PreparedData, split: str) -> TokenStream:
+def _stream(config: RunConfig, data: PreparedData) -> TokenStream:
     seq_len, mask = config.train.seq_len, config.data.document_mask
-    # The held-out sequences are the same ones whatever the seed, so that runs can be compared.
-    seed = config.seed if split == "train" else 0
-    return TokenStream(data.stores, data.weights, split, seq_len, seed, mask, repeat=split == "train")
+    return TokenStream(data.stores, data.weights, "train", seq_len, config.seed, mask)
 
 
 def _loader(
@@ -178,14 +177,14 @@ def _assemble(
     progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
     say = progress.say if progress else _print_on_main(main)
     stop = StopOnSignal(parallel, say)
-    held_out = _stream(config, data, "validation")
-    reference = make_batch(config, held_out) if config.checkpoint.handover.enabled else None
+    validation = validation_data(config, data)
+    held_out = validation.stream(config.data.document_mask)
+    reference = make_batch(config, held_out or loader.stream) if config.checkpoint.handover.enabled else None
     sides = {**side, "run": run_uuid}
     keep = (data.tokenizer, model_files(config, restored), sides, metrics, history, reference, say)
     checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
-    evaluation = Evaluation(
-        parallel, metrics, train.eval_every, _validation(config, held_out, parallel, module.micro_batch), say
-    )
+    batches = _validation(validation, held_out, parallel, module.micro_batch)
+    evaluation = Evaluation(parallel, metrics, train.eval_every, batches, say)
     samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics)
     callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
@@ -227,9 +226,11 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
 
 
 def _validation(
-    config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, micro_batch: int
-) -> Callable[[], Iterable[dict[str, Any]]]:
-    sequences = max(1, min(config.train.eval_tokens // config.train.seq_len, len(stream)))
+    validation: ValidationData, stream: TokenStream | None, parallel: ParallelStrategy, micro_batch: int
+) -> Callable[[], Iterable[dict[str, Any]]] | None:
+    if stream is None:
+        return None
+    sequences = validation.sequences
     rank, shares = parallel.data_share
     batch = min(micro_batch, -(-sequences // shares))
     return lambda: validation_batches(stream, sequences, batch, rank, shares)
@@ -254,6 +255,8 @@ def _facts(
         "vocab_size": model.vocab_size,
         "unigram_entropy_nats": data.unigram_entropy_nats,
         "data": data.describe(),
+        "mixture": mixture_lines(data),
+        "validation": validation_data(config, data).lines(),
     }
     return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)
 

@@ -22,14 +22,14 @@ from orchestrator.train.rundir import SAMPLES
 
 
 class Evaluation(lightning.Callback):
-    """Loss and perplexity on the held-out split, every so many steps and at the end."""
+    """Loss and perplexity on the held-out data, every so many steps and at the end; nothing where there is none."""
 
     def __init__(
         self,
         parallel: ParallelStrategy,
         metrics: Metrics,
         every: int | None,
-        batches: Callable[[], Iterable[dict[str, Any]]],
+        batches: Callable[[], Iterable[dict[str, Any]]] | None,
         say: Callable[[str], None],
     ):
         self._parallel, self._metrics, self._every, self._batches, self._say = parallel, metrics, every, batches, say
@@ -41,7 +41,7 @@ class Evaluation(lightning.Callback):
 
     def run(self, pl_module: Any) -> None:
         """Evaluate now, unless this step has been."""
-        if self._done_at == pl_module.step:
+        if self._batches is None or self._done_at == pl_module.step:
             return
         self._done_at = pl_module.step
         self._metrics.flush()

@@ -45,13 +45,13 @@ HANDOVERS = MEASURED  # of a run directory: a list, one entry per start from a c
 _STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
 
 
-def make_batch(config: RunConfig, held_out: TokenStream) -> dict[str, np.ndarray]:
-    """The reference batch of a run: the first sequences of the held-out split, cut short."""
+def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
+    """The reference batch of a run: the first sequences of the held-out data (else of the training data), cut short."""
     settings, train = config.checkpoint.handover, config.train
     # A save holds the training for as long as it takes to measure.
     auto = min(_MAX_LENGTH, max(_MIN_LENGTH, train.global_batch_tokens // _STEP_PARTS))
     length = auto if settings.seq_len == "auto" else settings.seq_len
-    rows = held_out.batch(range(min(settings.sequences, len(held_out))))
+    rows = stream.batch(range(min(settings.sequences, len(stream))))
     return reference_batch(rows, min(length, train.seq_len))
 
 

@@ -106,9 +106,8 @@ def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -
             "the data is not what the checkpoint was trained on, so its position in it means nothing",
             got=f"fingerprint {stream.fingerprint[:12]}",
             allowed=f"fingerprint {saved['fingerprint'][:12]}",
-            fix="give the same data sources, tokenizer, train.seq_len and seed as the saved run; or let the run go on "
-            "with other data, from its beginning: 'resume_allow=[data]'; or start a new run from the weights: "
-            f"train.init_from={checkpoint.directory}",
+            fix=f"{_other_data(saved.get('facts'), stream)}; or let the run go on with other data, from its beginning: "
+            f"'resume_allow=[data]'; or start a new run from the weights: train.init_from={checkpoint.directory}",
         )
     train = config.train
     # With other sequences the number of them says nothing; the configurations have been held against each other.
@@ -133,6 +132,28 @@ def data_position(checkpoint: Checkpoint | None, stream: TokenStream) -> Positio
     same_data = saved["fingerprint"] == stream.fingerprint
     # Checkpoints of the first version do not count tokens; no key of theirs could change on the way.
     return Position(checkpoint.step, read if same_data else 0, saved.get("tokens", read * stream.seq_len))
+
+
+# What the order of the data depends on, and the keys that say it.
+_DATA_KEYS = {
+    "version": "the version of orchestrator: it orders data otherwise; go on with the one that saved",
+    "stores": "the content of data.sources, their number or order, or the tokenizer",
+    "weights": "data.sources[...].weight",
+    "seq_len": "train.seq_len",
+    "seed": "seed",
+    "document_mask": "data.document_mask",
+}
+
+
+def _other_data(saved: Any, stream: TokenStream) -> str:
+    """What to change so that the data is that of the saved run."""
+    facts = stream.facts
+    if not isinstance(saved, dict):
+        keys = ", ".join(_DATA_KEYS[key] for key in facts if key in _DATA_KEYS and key != "version")
+        return f"give the same values as the saved run: {keys}"
+    other = [key for key in _DATA_KEYS if saved.get(key) != facts[key]]
+    values = {key: f" (saved {ascii(saved.get(key))[:80]}, now {facts[key]})" for key in other if key != "stores"}
+    return "make it what it was in the saved run: " + "; ".join(_DATA_KEYS[key] + values.get(key, "") for key in other)
 
 
 def _fill(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import stopping
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import DONE, LostPeerError, UserError
+from orchestrator.errors import DONE, DamagedDataError, LostPeerError, UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.train import rundir
@@ -71,7 +71,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         try:
             with peers.watched():
                 place = settle(parallel)
-                data = prepare(config.data, progress=False)
+                data = prepare(config.data, progress=False, verify=False)
                 facts = rundir.read_run(place.run_dir)
                 tell(f"restoring {place.resume_from}" if place.resume_from else "building the model")
                 job = build(config, parallel, data, place, leg=len(facts["legs"]))
@@ -163,6 +163,9 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     job.say(f"hardware   {leg['target']}: {devices}, {leg['precision']}, layout {job.parallel.layout}")
     entropy = facts["unigram_entropy_nats"]
     job.say(f"baseline   unigram entropy {entropy:.3f} nats per token: a model that learns gets below it")
+    for name in ("mixture", "validation"):
+        for number, line in enumerate(facts[name]):
+            job.say(f"{'' if number else name:<10} {line}")
     job.say(f"run        {run_dir}" + (f", resumed at step {leg['start_step']}" if leg["resumed_from"] else ""))
     if checked:
         job.say(f"handover   {checked}")
@@ -216,7 +219,8 @@ def train_worker() -> int:
         place = Place(Path(run_dir), locate(checkpoints), locate(resume) if resume else None)
         return work(read_config(place.run_dir / rundir.CONFIG), world, lambda parallel: place)
     except UserError as error:
-        # All ranks meet the same problem; one says so. Who lost the others may be the only one that is left.
-        if world.rank == 0 or isinstance(error, LostPeerError):
+        # All ranks meet the same problem; one says so. Who lost the others may be the only one that is left, and a
+        # damaged part of the data is met by whoever reads it.
+        if world.rank == 0 or isinstance(error, (LostPeerError, DamagedDataError)):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -23,6 +23,7 @@ from orchestrator.config.paths import absolute
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
+from orchestrator.data.validation import check_data
 from orchestrator.errors import FAILED, STOPPED, CheckpointError, ConfigError, ConfigErrors, DamagedError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
@@ -264,7 +265,11 @@ def _planned(config: RunConfig, target: Target, devices: int, main: bool) -> Run
 
 def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1) -> int:
     """Check the data against the configuration; returns the tokens of its tokenizer."""
-    data = prepare(config.data, progress=progress)
+    data = prepare(config.data, progress=progress, verify=progress)
+    warnings = check_data(config, data)
+    if progress:
+        for text in warnings:
+            warn(text)
     initial.check_tokenizer(config, data.tokenizer)
     check_run(config, devices, data.vocab_size, slices)
     return data.vocab_size

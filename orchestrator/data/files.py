@@ -1,0 +1,72 @@
+"""Files that others may have written: looked at before they are opened, and read no further than they may be long.
+
+Opening a FIFO waits for a writer that may never come, a device has no end, and a link may lead out of the directory
+that was named.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from orchestrator.errors import DataError
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def regular_size(file: Path, within: Path | None = None) -> int:
+    """Size in bytes of a regular file.
+
+    Args:
+        within: a directory that links may not lead out of.
+
+    Raises:
+        DataError: it is missing, is no regular file, or lies elsewhere.
+    """
+    try:
+        status = file.stat()
+        outside = within is not None and not file.resolve().is_relative_to(within.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"there is no such file: {file}", got=reason, allowed="a regular file") from error
+    if outside:
+        raise DataError(
+            f"the file is a link to another place: {file}",
+            got=os.path.realpath(file),
+            allowed=f"a file in {within}",
+            fix="copy the file there in place of the link",
+        )
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for test, name in _KINDS if test(status.st_mode)), "no regular file")
+        raise DataError(f"this is not a file that can be read: {file}", got=kind, allowed="a regular file")
+    return status.st_size
+
+
+def read_bounded(file: Path, limit: int, within: Path | None = None) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Args:
+        within: a directory that links may not lead out of.
+
+    Raises:
+        DataError: it is missing, too large, no regular file, or cannot be read.
+    """
+    size = regular_size(file, within)
+    if size > limit:
+        raise DataError(f"the file is too large for what it should hold: {file}", got=size, allowed=f"{limit} bytes")
+    try:
+        # What was a file a moment ago may be something else now: this does not wait for a FIFO's writer.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+            content = stream.read(limit + 1)
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {file}", got=error.strerror or str(error)) from error
+    if len(content) > limit:
+        raise DataError(f"the file has no end, or grows: {file}", got="more bytes", allowed=f"{limit} bytes")
+    return content

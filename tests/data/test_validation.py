@@ -1,0 +1,147 @@
+"""What a run is evaluated on, known before anything is started."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.schema import DataConfig, RunConfig, SourceConfig, TokenizerConfig
+from orchestrator.data.prepare import PreparedData, build_store, prepare
+from orchestrator.data.store import TokenStore
+from orchestrator.data.stream import TokenStream, mixture_shares
+from orchestrator.data.validation import check_data, mixture_lines, validation_data
+from orchestrator.errors import DataError
+
+from .conftest import MakeStore, numbered_texts
+
+SEQ = 16
+BYTES = TokenizerConfig(kind="bytes")
+
+
+def run_config(eval_every: int | None = 10, eval_tokens: int = 4096, **data: Any) -> RunConfig:
+    plain = RunConfig()
+    train = replace(plain.train, seq_len=SEQ, eval_every=eval_every, eval_tokens=eval_tokens)
+    return replace(plain, train=train, data=replace(plain.data, **data))
+
+
+def of(*stores: TokenStore, weights: tuple[float, ...] = (1.0,)) -> PreparedData:
+    names = tuple(store.path.name for store in stores)
+    return PreparedData(stores, weights, stores[0].tokenizer, names=names)
+
+
+def test_no_held_out_data_is_allowed_where_none_is_used(make_store: MakeStore) -> None:
+    data = of(make_store(numbered_texts(30)))
+    with pytest.raises(DataError, match=r"nothing to evaluate on[\s\S]*data\.validation=[\s\S]*eval_every=null"):
+        check_data(run_config(), data)
+    config = run_config(eval_every=None)
+    assert check_data(config, data) == []
+    validation = validation_data(config, data)
+    assert validation.stream(True) is None
+    assert validation.lines() == ["none: held out are 0 tokens of store; no evaluation is made"]
+
+
+def test_a_small_source_does_not_veto_a_mixture(make_store: MakeStore) -> None:
+    large, small = make_store(numbered_texts(200), "large", 0.1), make_store(["x" * 40], "small", 0.1)
+    tiny = make_store(numbered_texts(20), "tiny", 0.02)
+    data = of(large, small, tiny, weights=(0.2, 0.4, 0.4))
+    assert check_data(run_config(), data) == []
+    validation = validation_data(run_config(), data)
+    lines = validation.lines()
+    assert "of large (" in lines[0]
+    assert lines[1].startswith("none of small: what it holds out (5 tokens) is shorter than a sequence")
+    stream = validation.stream(True)
+    assert stream is not None
+    windows = {part.name: part.sequences for part in validation.used}
+    assert len(stream) == sum(windows.values()) > 40
+    located = [stream.locate(index) for index in range(len(stream))]
+    assert len(set(located)) == len(located), "every window once, though one source ends early"
+    both = min(windows.values())
+    early = Counter(store for store, _ in located[: both // 2])
+    assert early[1] == pytest.approx(2 * early[0], abs=1)
+
+
+def test_one_source_is_evaluated_on_as_it_always_was(make_store: MakeStore) -> None:
+    store = make_store(numbered_texts(200), fraction=0.2)
+    stream = validation_data(run_config(), of(store)).stream(True)
+    assert stream is not None
+    old = TokenStream([store], [1.0], "validation", SEQ, 0, True, repeat=False)
+    assert [stream.locate(i) for i in range(len(old))] == [old.locate(i) for i in range(len(old))]
+
+
+def test_a_source_without_a_sequence_to_train_on_is_named_before_the_start(make_store: MakeStore) -> None:
+    data = of(make_store(numbered_texts(50)), make_store(["ab"], "short"), weights=(0.5, 0.5))
+    with pytest.raises(DataError, match=r"train split is shorter than one sequence: .*short"):
+        check_data(run_config(eval_every=None), data)
+
+
+def test_a_split_that_is_hardly_enough_is_warned_of(make_store: MakeStore) -> None:
+    data = of(make_store(numbered_texts(40), fraction=0.02))
+    (warning,) = check_data(run_config(), data)
+    assert "too few for more than a rough figure" in warning
+    assert check_data(run_config(eval_tokens=SEQ), data) == [], "no more was asked for"
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> dict[str, str]:
+    places = {}
+    for name, count in (("train", 60), ("held", 20)):
+        places[name] = str(tmp_path / f"{name}.jsonl")
+        rows = [json.dumps({"text": f"{name} {text}"}) for text in numbered_texts(count)]
+        Path(places[name]).write_text("\n".join(rows))
+    return places
+
+
+def text_of(stream: TokenStream, data: PreparedData) -> str:
+    return "".join(data.tokenizer.decode(stream.sequence(index)["tokens"]) for index in range(len(stream)))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_validation_data_of_its_own(docs: dict[str, str], tmp_path: Path, prepared: bool) -> None:
+    place = docs["held"]
+    if prepared:
+        place = str(build_store([place], tmp_path / "held", BYTES, validation_fraction=0.0, progress=False).path)
+    settings = DataConfig(sources=(SourceConfig(docs["train"]),), tokenizer=BYTES, validation=place)
+    data = prepare(settings, progress=False)
+    assert data.stores[0].index.splits["validation"].tokens == 0, "nothing is held out of the sources"
+    config = run_config(validation=place, eval_tokens=1024)
+    assert check_data(config, data) == []
+    validation = validation_data(config, data)
+    assert place in validation.lines()[0]
+    stream = validation.stream(True)
+    assert stream is not None
+    text = text_of(stream, data)
+    assert "held 3" in text
+    assert "train 3" not in text
+    assert data.describe()["validation"]["splits"]["train"]["documents"] == 20
+
+
+def test_a_store_with_a_held_out_part_is_evaluated_on_that(docs: dict[str, str], tmp_path: Path) -> None:
+    store = build_store([docs["held"]], tmp_path / "held", BYTES, validation_fraction=0.3, progress=False)
+    settings = DataConfig(sources=(SourceConfig(docs["train"]),), tokenizer=BYTES, validation=str(store.path))
+    (part,) = validation_data(run_config(validation=str(store.path)), prepare(settings, progress=False)).used
+    assert part.split == "validation"
+
+
+def test_validation_data_of_another_tokenizer_is_refused(docs: dict[str, str], tmp_path: Path) -> None:
+    store = build_store([docs["held"]], tmp_path / "held", TokenizerConfig(vocab_size=300), progress=False)
+    settings = DataConfig(sources=(SourceConfig(docs["train"]),), tokenizer=BYTES, validation=str(store.path))
+    with pytest.raises(DataError, match=r"different tokenizers[\s\S]*data\.validation="):
+        prepare(settings, progress=False)
+
+
+@pytest.mark.parametrize("weights", [(0.665, 0.335), (0.5, 0.3, 0.2), (0.7, 0.3), (1.0, 0.1)])
+def test_the_shares_that_are_said_are_those_of_the_stream(make_store: MakeStore, weights: tuple[float, ...]) -> None:
+    stores = [make_store(numbered_texts(20), f"s{number}") for number in range(len(weights))]
+    stream = TokenStream(stores, weights, "train", SEQ, 0)
+    shares = mixture_shares(weights)
+    period = 100 * round(1 / min(shares))
+    counts = Counter(stream.locate(index)[0] for index in range(period))
+    assert [counts[number] / period for number in range(len(weights))] == pytest.approx(shares, abs=2 / period)
+    if weights[0] == 0.665:
+        lines = mixture_lines(of(*stores, weights=weights))
+        assert lines[0] == "66.67% of the sequences from s0 (asked for 66.50%: shares are ratios of whole numbers)"
