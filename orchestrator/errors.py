@@ -116,8 +116,23 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or does not fit the run."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be written. The run may be tried again: it is no mistake of the user's."""
+
+    exit_code = FAILED
+
+
 class DamagedError(CheckpointError):
     """Files of a checkpoint are not what was written; an older checkpoint may be whole."""
+
+
+class RunDirectoryError(UserError):
+    """A run directory cannot be written, such as on a full disk. The run may be tried again when it can."""
+
+    exit_code = FAILED
+
+    def __init__(self, what: str, directory: object):
+        super().__init__(what, got=directory, fix="make room or get permission there, or set runs_dir to another place")
 
 
 class HandoverError(CheckpointError):

@@ -35,6 +35,7 @@ from orchestrator.errors import CheckpointError
 
 FORMAT, VERSION = "orchestrator-checkpoint", 2
 MANIFEST, STATE, CONFIG, SIGNATURE = "manifest.json", "state.json", "config.yaml", "manifest.sig"
+NOT_COVERED = "do not cover it exactly once"
 SUMS = "sums.json"
 DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 BLAKE3 = "blake3"
@@ -163,7 +164,7 @@ def check_cover(name: str, tensor: StoredTensor) -> None:
     size = math.prod(tensor.shape)
     if held != size or _overlap(tensor, dims):
         raise CheckpointError(
-            f"the shards of '{name}' do not cover it exactly once",
+            f"the shards of '{name}' {NOT_COVERED}",
             got=f"{held} elements in {len(tensor.shards)} shards for shape {tensor.shape} = {size} elements",
         )
 

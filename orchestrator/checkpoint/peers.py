@@ -10,6 +10,7 @@ from typing import Protocol
 
 _POLL_SECONDS = 0.01
 TIMEOUT_SECONDS = 1800.0
+SAID_NOTHING = "has said nothing"
 
 
 class Peers(Protocol):
@@ -73,6 +74,6 @@ def _wait_for(peers: Peers, key: str, who: str) -> str:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while (text := peers.look(key)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{who} has said nothing for {TIMEOUT_SECONDS:g} s")
+            raise TimeoutError(f"{who} {SAID_NOTHING} for {TIMEOUT_SECONDS:g} s")
         time.sleep(_POLL_SECONDS)
     return text

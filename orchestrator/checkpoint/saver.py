@@ -11,7 +11,7 @@ import torch
 from orchestrator.checkpoint.peers import Peers
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.writer import Contents, begin, write
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, SaveError
 from orchestrator.sharding.shard import Shard
 
 
@@ -77,7 +77,7 @@ class Saver:
         if isinstance(result, CheckpointError):
             raise result
         if isinstance(result, Exception):
-            raise CheckpointError(f"the checkpoint could not be written: {result!r}", got=self._parent) from result
+            raise SaveError(f"the checkpoint could not be written: {result!r}", got=self._parent) from result
         return result
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ import yaml
 from orchestrator.checkpoint.format import (
     CONFIG,
     MANIFEST,
+    NOT_COVERED,
     SIGNATURE,
     STATE,
     SUMS,
@@ -26,10 +29,11 @@ from orchestrator.checkpoint.format import (
     stored_to_dict,
 )
 from orchestrator.checkpoint.hashing import StoredFile
-from orchestrator.checkpoint.peers import Peers, exchange, new_topic
+from orchestrator.checkpoint.peers import SAID_NOTHING, Peers, exchange, new_topic
 from orchestrator.checkpoint.storage import (
     AnyPath,
     children,
+    is_remote,
     make_directory,
     put_last,
     read_range,
@@ -39,7 +43,7 @@ from orchestrator.checkpoint.storage import (
     there,
     write_file,
 )
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, SaveError
 from orchestrator.sharding.shard import Shard
 
 DTYPE_NAMES = {
@@ -56,6 +60,8 @@ DTYPE_NAMES = {
 }
 _ALIGNMENT = 8
 SUM_RANGE = 1 << 64
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LISTING = re.compile(r"rank-\d{5,}\.json")
 T = TypeVar("T")
 
@@ -89,7 +95,7 @@ def save(parent: AnyPath, step: int, shards: Sequence[Shard], peers: Peers, cont
         The directory, committed.
 
     Raises:
-        CheckpointError: a rank could not write; nothing was committed and the partial files are gone.
+        SaveError: a rank could not write; nothing was committed and the partial files are gone.
     """
     return write(begin(parent, step, peers), step, shards, peers, contents)
 
@@ -117,7 +123,7 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
     """Write this rank's part; rank 0 commits when all have. Waits for the others by `post` and `look` alone.
 
     Raises:
-        CheckpointError: as `save`, the same on all ranks.
+        SaveError: as `save`, the same on all ranks.
     """
     problem, error, directory = begun.problem, None, begun.directory
 
@@ -140,10 +146,10 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
             if peers.rank == 0:
                 _attempt(lambda: remove_tree(directory), None)
     if problem:
-        raise CheckpointError(
+        raise SaveError(
             f"the checkpoint of step {step} could not be written: {problem}",
             got=directory,
-            fix="free space or permissions there, or set checkpoint.dir; earlier checkpoints are untouched",
+            fix=f"{_remedy(problem, directory)}; earlier checkpoints are untouched",
         ) from error
     return directory
 
@@ -157,6 +163,21 @@ def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or repr(error)
+
+
+def _remedy(problem: str, directory: AnyPath) -> str:
+    """What helps against a problem, of which the ranks tell each other the words alone."""
+    if any(os.strerror(number) in problem for number in _NO_ROOM):
+        return "free space there, or set checkpoint.dir to a place with more"
+    if any(os.strerror(number) in problem for number in _NOT_ALLOWED):
+        return "get permission to write there, or set checkpoint.dir to a place that you may write"
+    if SAID_NOTHING in problem:
+        return "look for the error of that rank: it has ended, or its disk or store does not answer"
+    if NOT_COVERED in problem:
+        return "let all hosts see one directory: a shared folder, or checkpoint.dir=s3://BUCKET/PREFIX"
+    if is_remote(directory):
+        return "see that the store can be reached and written from every host"
+    return "see that every host can write there; if that is so, this is a defect: please report it"
 
 
 def _free_directory(parent: AnyPath, step: int) -> AnyPath:

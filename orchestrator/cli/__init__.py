@@ -12,6 +12,7 @@ from orchestrator import __version__, stopping
 from orchestrator.errors import FAILED, INTERRUPTED, ConfigError, UserError, describe_defect
 from orchestrator.hardware.world import first_process
 from orchestrator.installing import how_to_install
+from orchestrator.observe.console import guarded
 
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
 VERBS = {
@@ -29,9 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 2 for mistakes of the user, 1 for what is ours; both are said on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     _complete()
-    # Before anything is imported that takes time.
-    with stopping.listening(announce=first_process()):
-        return _run_safely(words)
+    # Before anything is imported that takes time, and the standard streams before anything is opened in their place.
+    with guarded(quits=True) as output:
+        with stopping.listening(announce=first_process()):
+            code = _run_safely(words)
+        printed = output.close()
+    # What a verb prints is its result, but for a training, whose result is kept elsewhere.
+    return code if printed or words[:1] == ["train"] else code or FAILED
 
 
 def _run_safely(words: list[str]) -> int:
@@ -49,10 +54,6 @@ def _run_safely(words: list[str]) -> int:
         return stop.exit_code
     except KeyboardInterrupt:  # outside of the main thread, where signals are not ours
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has gone; the interpreter must not complain when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         print(describe_defect(error), file=sys.stderr)
         return FAILED

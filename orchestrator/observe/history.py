@@ -12,7 +12,7 @@ LIMIT = 2000
 
 
 class History:
-    """Legs and rows so far. A sink of `Metrics`.
+    """Legs and rows so far.
 
     With more than `LIMIT` training rows only every second step is kept, then every fourth, and so on; the same for
     evaluations. Rows are kept as text: putting them together at a save must cost nothing.
@@ -35,8 +35,10 @@ class History:
                 if key in row:
                     kept.add(json.dumps(row).encode())
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def rows(self) -> list[dict[str, Any]]:
+        """What is kept of the rows, by rising step."""
+        found = [json.loads(text) for kept in self._kept.values() for text in kept.rows]
+        return sorted(found, key=lambda row: int(row["step"]))
 
     def content(self, step: int) -> bytes:
         """JSON of what a checkpoint of `step` carries: `legs`, the last of them up to this step, and `rows`."""

@@ -2,12 +2,11 @@
 
 A `self.log` per step and key costs Lightning more than the rest of its loop, and every fetch waits for the
 device. So a step only appends tensors to a buffer; a flush stacks them, reduces them over the ranks in one
-go, and writes `metrics.jsonl`, TensorBoard and W&B.
+go, and hands rows to `metrics.jsonl`, TensorBoard and W&B: each a side channel, which may fail.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ import lightning.pytorch as lightning
 from torch import Tensor
 
 from orchestrator.config.schema import LoggerConfig
-from orchestrator.errors import MissingExtraError
 from orchestrator.observe.history import METRICS, History
+from orchestrator.observe.sink import Channel, JsonLines, SideChannels
+from orchestrator.observe.trackers import TensorBoard, Wandb
 
 
 class Metrics(lightning.Callback):
-    """Collects what each step records and hands it to the sinks.
+    """Collects what each step records and hands it to the side channels.
 
     Args:
         run_dir: where `metrics.jsonl` is; rows are only ever added.
@@ -37,9 +37,10 @@ class Metrics(lightning.Callback):
         main: whether this rank writes. All ranks flush together.
         leg: which start of the run this is, from 0.
         start_step: steps completed before this leg.
-        run_config: the configuration, for W&B.
+        run_config: the configuration, for TensorBoard and W&B.
         run_uuid: what W&B knows the run by: two runs that start in one second stay two, and one that moved stays one.
-        history: what of the rows travels in checkpoints.
+        history: what of the rows travels in checkpoints. Its rows so far begin a new TensorBoard directory or W&B run.
+        channels: those of the run; tried again at each flush.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Metrics(lightning.Callback):
         run_config: dict[str, Any],
         run_uuid: str,
         history: History,
+        channels: SideChannels,
     ):
         self.every = config.every_steps
         self.latest: dict[str, Any] = {}
@@ -68,14 +70,22 @@ class Metrics(lightning.Callback):
         self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
         self._tokens_after = tokens_after
         self._steps: list[dict[str, Any]] = []
-        self._sinks: list[Any] = []
-        if main:
-            self._sinks += [_JsonLines(run_dir / METRICS), history]
-            if config.tensorboard:
-                self._sinks.append(_TensorBoard(run_dir / "tensorboard", start_step))
-            if config.wandb.enabled:
-                self._sinks.append(_Wandb(run_dir, config, run_config, run_uuid))
+        self._history, self._channels = history, channels
+        self._sinks = self._open(run_dir, config, start_step, run_config, run_uuid) if main else []
         self._since = time.perf_counter()
+
+    def _open(
+        self, run_dir: Path, config: LoggerConfig, start_step: int, run_config: dict[str, Any], run_uuid: str
+    ) -> list[Channel[Any]]:
+        opened = [self._channels.open(METRICS, JsonLines(run_dir / METRICS).write)]
+        earlier = self._history.rows()
+        if config.tensorboard:
+            board = TensorBoard(run_dir / "tensorboard", start_step, run_config, earlier)
+            opened.append(self._channels.open("tensorboard", board.write))
+        if config.wandb.enabled:
+            tracker = Wandb(run_dir, config.wandb, run_config, run_uuid, earlier)
+            opened.append(self._channels.open("W&B", tracker.write, close=tracker.close))
+        return opened
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.record = self.record
@@ -126,81 +136,9 @@ class Metrics(lightning.Callback):
         """A row of held-out metrics."""
         self._write([{"step": step, **values, "time": time.time(), "leg": self._leg}])
 
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        if self._main:
+            self._history.write(rows)
         for sink in self._sinks:
-            sink.write(rows)
-
-
-class _JsonLines:
-    def __init__(self, path: Path):
-        self._file = open(path, "a+b")  # noqa: SIM115
-        # A crash may have cut the last line; the next row must not be glued to it.
-        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-            self._file.write(b"\n")
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-_SCALARS = (
-    "loss",
-    "grad_norm",
-    "lr",
-    "tokens_per_second",
-    "step_seconds",
-    "mfu",
-    "memory_bytes",
-    "val_loss",
-    "val_perplexity",
-)
-
-
-class _TensorBoard:
-    def __init__(self, path: Path, start_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Events of a leg that went beyond the step that the run resumed from are hidden.
-        self._writer = SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            for key in _SCALARS:
-                if row.get(key) is not None:
-                    self._writer.add_scalar(key, row[key], row["step"], row["time"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, run_dir: Path, config: LoggerConfig, run_config: dict[str, Any], run_uuid: str):
-        try:
-            import wandb
-        except ImportError:
-            raise MissingExtraError("wandb", "wandb", "logger.wandb.enabled=true") from None
-        settings = config.wandb
-        self._run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            mode=settings.mode,
-            dir=str(run_dir),
-            id=run_uuid,
-            name=f"{run_dir.parent.name}/{run_dir.name}",
-            resume="allow",
-            config=run_config,
-        )
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            self._run.log({key: row[key] for key in _SCALARS if row.get(key) is not None}, step=row["step"])
-
-    def close(self) -> None:
-        self._run.finish()
+            sink.put(rows)
+        self._channels.retry()

@@ -232,7 +232,8 @@ def _exp(value: float | None) -> float | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        # A pipe or a device in its place may have no end.
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     except OSError:
         return ""
 

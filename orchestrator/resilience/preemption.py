@@ -43,6 +43,11 @@ class StopOnSignal(lightning.Callback):
                 self._say(f"stopping   {signal.Signals(number).name} to another process of the job")
         self._vote = self._parallel.start_vote(stopping.requested())
 
+    def ask(self) -> int:
+        """Return the signal that asked any rank to stop; 0 where none did. All ranks call it, after the training."""
+        self.stopped = self.stopped or self._parallel.start_vote(stopping.requested()).result()
+        return self.stopped
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         # The last vote is still under way; its collective must not outlive the process group.
         if self._vote is not None:

@@ -126,7 +126,10 @@ class ParallelStrategy(Strategy):
         return [float(value) for value in torch.stack(list(values)).tolist()]
 
     def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
-        """Scalars of which each rank has the part of its tokens: their sums, on the host."""
+        """Scalars of which each rank has the part of its tokens: their sums, on the host.
+
+        A sum's bits do not depend on what else is fetched with it.
+        """
         return [float(value) for value in self.sum_over_data(torch.stack(list(values))).tolist()]
 
     def uncompiled(self) -> AbstractContextManager[Any]:

@@ -8,7 +8,8 @@ costs about 5% of a step of 20M parameters on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -147,6 +148,10 @@ class DTensorStrategy(ParallelStrategy):
                 local.copy_(draw_slice(init, name, seed, self._placements[name].shape, self._slices(name)))
 
     def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A forward pass without a backward one (evaluation, a sample) leaves some units gathered.
+                module.reshard()
         shards = []
         for name, parameter in local_parameters(model):
             placement, slices = self._placements[name], self._slices(name)
@@ -189,6 +194,17 @@ class DTensorStrategy(ParallelStrategy):
             values = values * int(self.layout.coordinates(self.world.rank)["tensor"] == 0)
             dist.all_reduce(values)
         return values
+
+    def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
+        # A reduction adds up in an order that depends on the place of an element among the others, so a loss would
+        # depend on how many steps are fetched together. Here the ranks' parts are gathered and added by rank.
+        parts = torch.stack(list(values)) * int(self.layout.coordinates(self.world.rank)["tensor"] == 0)
+        if self.world.size == 1:
+            return [float(value) for value in parts.tolist()]
+        gathered = parts.new_empty(self.world.size * len(parts))
+        dist.all_gather_into_tensor(gathered, parts)
+        by_rank = gathered.double().cpu().numpy().reshape(self.world.size, -1)
+        return [float(value) for value in functools.reduce(np.add, by_rank)]
 
     def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
         grads, owned = [], []

@@ -26,6 +26,7 @@ from orchestrator.models.remat import apply_remat
 from orchestrator.observe.history import History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
+from orchestrator.observe.sink import SideChannels
 from orchestrator.observe.throughput import mfu, peak_flops
 from orchestrator.planner.flops import flops_per_token, parameter_count
 from orchestrator.resilience.preemption import StopOnSignal
@@ -45,6 +46,7 @@ from orchestrator.train.origin import model_files
 from orchestrator.train.restoring import data_position, restore_run, restore_weights
 from orchestrator.train.run import Place
 from orchestrator.train.rundir import read_history
+from orchestrator.train.say import say, warn
 from orchestrator.train.software import software
 
 
@@ -57,6 +59,7 @@ class Job:
     loader: StepLoader
     parallel: ParallelStrategy
     stop: StopOnSignal
+    channels: SideChannels
     metrics: Metrics
     progress: Progress | None
     checkpoints: Checkpoints
@@ -157,6 +160,7 @@ def _assemble(
     # Rank 0 alone writes what carries it; the run directory may not be there on other hosts.
     run_uuid = identity.uuid_of(place.run_dir) if main else ""
     history = History(read_history(restored)[1] if restored and main else ())
+    channels = SideChannels(warn)
     metrics = Metrics(
         place.run_dir,
         config.logger,
@@ -173,25 +177,26 @@ def _assemble(
         run_config=to_dict(config),
         run_uuid=run_uuid,
         history=history,
+        channels=channels,
     )
     progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
-    say = progress.say if progress else _print_on_main(main)
-    stop = StopOnSignal(parallel, say)
+    tell = progress.say if progress else (say if main else _silent)
+    stop = StopOnSignal(parallel, tell)
     validation = validation_data(config, data)
     held_out = validation.stream(config.data.document_mask)
     reference = make_batch(config, held_out or loader.stream) if config.checkpoint.handover.enabled else None
     sides = {**side, "run": run_uuid}
-    keep = (data.tokenizer, model_files(config, restored), sides, metrics, history, reference, say)
+    keep = (data.tokenizer, model_files(config, restored), sides, metrics, history, reference, tell)
     checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
     batches = _validation(validation, held_out, parallel, module.micro_batch)
-    evaluation = Evaluation(parallel, metrics, train.eval_every, batches, say)
-    samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics)
+    evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell)
+    samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels)
     callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
     resumed_from = str(restored.directory) if restored else None
     about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **side}
-    seen = (metrics, progress, checkpoints, evaluation, samples, history, restored)
-    return Job(trainer, module, loader, parallel, stop, *seen, facts, about, say)
+    seen = (channels, metrics, progress, checkpoints, evaluation, samples, history, restored)
+    return Job(trainer, module, loader, parallel, stop, *seen, facts, about, tell)
 
 
 def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelStrategy:
@@ -295,5 +300,5 @@ def make_trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic
     )
 
 
-def _print_on_main(main: bool) -> Callable[[str], None]:
-    return (lambda text: print(text, flush=True)) if main else (lambda text: None)
+def _silent(text: str) -> None:
+    """Of the processes one speaks."""

@@ -23,8 +23,10 @@ from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import CheckpointError
 from orchestrator.observe.history import HISTORY, History
 from orchestrator.observe.metrics import Metrics
+from orchestrator.observe.sink import reason
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.handover import measure, reference_files
+from orchestrator.train.say import warn
 
 _GRACE_SECONDS = 60.0
 
@@ -113,6 +115,15 @@ class Checkpoints(lightning.Callback):
             self.saved = (step, path)
         return self.saved[1]
 
+    def settle(self) -> None:
+        """Wait for the save that is under way.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if path := self._saver.wait():
+            self.saved = (self._started, path)
+
     def close(self) -> None:
         """Let the save that is under way end, for a while: what it waits for may have gone."""
         self._saver.join(_GRACE_SECONDS)
@@ -131,15 +142,18 @@ class Checkpoints(lightning.Callback):
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""
         try:
-            if path := self._saver.wait():
-                self.saved = (self._started, path)
+            self.settle()
         except CheckpointError as error:
             # Training is worth more than this one checkpoint; the end of the run insists.
             if self._parallel.rank == 0:
                 self._say(f"warning: {error}")
 
     def _prune(self, path: AnyPath) -> None:
-        prune(path.parent, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every_steps)
+        """Remove old checkpoints. Where that fails, the new one is no less written."""
+        try:
+            prune(path.parent, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every_steps)
+        except Exception as error:
+            warn(f"old checkpoints could not be removed: {reason(error)} ({path.parent})")
 
     def _state(self, step: int) -> dict[str, Any]:
         config = self._config

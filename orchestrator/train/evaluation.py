@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.models.generate import choose
 from orchestrator.observe.metrics import Metrics
+from orchestrator.observe.sink import Channel, JsonLines, SideChannels
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.module import evaluate
 from orchestrator.train.rundir import SAMPLES
@@ -57,10 +57,16 @@ class Samples(lightning.Callback):
     """Text that the sharded model writes, all ranks computing together."""
 
     def __init__(
-        self, parallel: ParallelStrategy, tokenizer: Tokenizer, config: RunConfig, run_dir: Path, metrics: Metrics
+        self,
+        parallel: ParallelStrategy,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        run_dir: Path,
+        metrics: Metrics,
+        channels: SideChannels,
     ):
-        self._parallel, self._tokenizer, self._config = parallel, tokenizer, config
-        self._path, self._metrics = run_dir / SAMPLES, metrics
+        self._parallel, self._tokenizer, self._config, self._metrics = parallel, tokenizer, config, metrics
+        self._kept: Channel[dict[str, Any]] = channels.open(SAMPLES, JsonLines(run_dir / SAMPLES).write, unit="samples")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         every = self._config.train.sample.every_steps
@@ -76,8 +82,7 @@ class Samples(lightning.Callback):
         text = settings.prompt + self._tokenizer.decode(self._continue(pl_module.model, ids)[len(ids) :])
         if self._parallel.rank == 0:
             row = {"step": pl_module.step, "prompt": settings.prompt, "text": text, "time": time.time()}
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._kept.put([row])
         return text
 
     @torch.no_grad()

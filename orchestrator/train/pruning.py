@@ -43,7 +43,8 @@ def prune_checkpoints(
         raise CheckpointError(
             "there are no checkpoints here", got=path, allowed="a run directory, or a directory of step-* checkpoints"
         )
-    lock = _lock(path, parent, found[0])
+    # Who only looks needs no lock, and the directory may be read-only.
+    lock = None if dry_run else _lock(path, parent, found[0])
     try:
         going = removable(parent, keep_last, keep_every_steps)
         kept = [one for one in found if one not in going]

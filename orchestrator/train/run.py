@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from orchestrator.errors import DONE, DamagedDataError, LostPeerError, UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.train import rundir
-from orchestrator.train.say import doing, warn
+from orchestrator.train.record import Record
+from orchestrator.train.say import doing, say, warn
+from orchestrator.train.shared import check_shared
 
 if TYPE_CHECKING:
     from orchestrator.resilience.peers import Peers
@@ -71,13 +74,13 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         try:
             with peers.watched():
                 place = settle(parallel)
+                check_shared(place.checkpoints, parallel)
                 data = prepare(config.data, progress=False, verify=False)
-                facts = rundir.read_run(place.run_dir)
+                # As rank 0 reads it: not every host need see the run directory.
+                facts = json.loads(parallel.agree(json.dumps(rundir.read_run(place.run_dir))))
                 tell(f"restoring {place.resume_from}" if place.resume_from else "building the model")
                 job = build(config, parallel, data, place, leg=len(facts["legs"]))
                 peers.follow(lambda: job.module.step)
-                # Every rank has read the number of legs before rank 0 adds this one.
-                parallel.barrier()
                 checked = _hand_over(config, job, place.run_dir)
                 return _drive(job, place.run_dir, facts, checked, peers)
         finally:
@@ -121,38 +124,66 @@ def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, 
 
 def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, peers: Peers) -> int:
     main = job.parallel.rank == 0
-    leg = {**job.leg, "started": time.time()}
-    legs = job.history.legs = [*facts["legs"], leg]
-    if main:
-        rundir.write_run(run_dir, {**facts, **job.facts, "status": "running", "legs": legs})
-        _introduce(job, run_dir, checked)
-    status = "failed"
-    try:
-        with peers.explained():
-            job.trainer.fit(job.module, job.loader)
-            status = "interrupted" if job.stop.stopped else "finished"
-            _close(job, status)
-    finally:
-        job.checkpoints.close()
-        job.metrics.close()
-        if job.progress:
-            job.progress.close()
+    record = Record(run_dir, {**facts, **job.facts}, job.leg, job.channels, main)
+    job.history.legs = record.legs
+    status, left_out = "failed", list[str]()
+    with contextlib.ExitStack() as ending:  # in reverse order, each of it whatever becomes of the others
         if main:
-            leg.update(ended=time.time(), end_step=job.module.step)
-            rundir.write_run(run_dir, {**facts, **job.facts, "status": status, "legs": legs})
-            _report(run_dir)
+            ending.callback(_report, run_dir)
+        ending.callback(job.progress.close if job.progress else int)
+        ending.callback(job.channels.close)
+        ending.callback(lambda: record.end(status, job.module.step, left_out))
+        ending.callback(job.checkpoints.close)
+        record.begin()
+        if main:
+            _introduce(job, run_dir, checked)
+        with peers.explained():
+            if not _all_steps_done(job):
+                job.trainer.fit(job.module, job.loader)
+            _save(job)
+            if _all_steps_done(job):
+                left_out += ["evaluation", "sample"]
+                _look_back(job, left_out)
+            status = "finished" if _all_steps_done(job) else "interrupted"
     if main:
-        _conclude(job, run_dir, status)
-    return stopping.exit_code(job.stop.stopped) if status == "interrupted" else DONE
+        _conclude(job, run_dir, status, left_out)
+    return stopping.exit_code(job.stop.stopped) if status == "interrupted" or left_out else DONE
 
 
-def _close(job: Job, status: str) -> None:
-    """The last evaluation, checkpoint and sample. An interrupted run is only saved: its time is short."""
-    if status == "interrupted" or job.checkpoints.at_end:
+def _all_steps_done(job: Job) -> bool:
+    return job.module.step >= job.module.config.train.max_steps
+
+
+def _save(job: Job) -> None:
+    """The last checkpoint. A run is finished or interrupted when it is written, and failed where it cannot be.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    trained = job.module.step > job.leg["start_step"]
+    if trained and (job.checkpoints.at_end or not _all_steps_done(job)):
         job.say(f"saved {job.checkpoints.save_now(job.module)}")
-    if status == "finished":
-        job.evaluation.run(job.module)
-        sample = textwrap.indent(job.samples.run(job.module), "  | ", lambda line: True)
+    else:
+        job.checkpoints.settle()
+
+
+def _look_back(job: Job, left_out: list[str]) -> None:
+    """The last evaluation and sample; what is done leaves the list. With a signal to stop the time for it is short."""
+    for what, action in (("evaluation", _evaluate), ("sample", _sample)):
+        if job.stop.ask():
+            return
+        action(job)
+        left_out.remove(what)
+
+
+def _evaluate(job: Job) -> None:
+    job.evaluation.run(job.module)
+
+
+def _sample(job: Job) -> None:
+    sample = job.samples.run(job.module)
+    if sample is not None:
+        sample = textwrap.indent(sample, "  | ", lambda line: True)
         job.say(f"\nsample of generated text\n{sample}\n")
 
 
@@ -171,15 +202,16 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
         job.say(f"handover   {checked}")
 
 
-def _conclude(job: Job, run_dir: Path, status: str) -> None:
+def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None:
     latest = job.metrics.latest
-    if latest:
-        rate = f"{latest['tokens_per_second']:,.0f} tokens/s"
-        print(f"\n{status} at step {job.module.step}: loss {latest['loss']:.4f}, {rate}")
-    print(f"report     {run_dir / 'report.html'}")
-    print(f"run        {run_dir}")
-    if status == "interrupted":
-        print(f"continue   python -m orchestrator train resume={run_dir}")
+    numbers = f": loss {latest['loss']:.4f}, {latest['tokens_per_second']:,.0f} tokens/s" if latest else ""
+    say(f"\n{status} at step {job.module.step}{numbers}")
+    say(f"report     {run_dir / 'report.html'}")
+    say(f"run        {run_dir}")
+    if left_out:
+        say(f"left out   the last {' and '.join(left_out)}: asked to stop. Resuming does that, and trains no more")
+    if left_out or status == "interrupted":
+        say(f"continue   python -m orchestrator train resume={run_dir}")
 
 
 def _report(run_dir: Path) -> None:
@@ -189,7 +221,7 @@ def _report(run_dir: Path) -> None:
         write_report(run_dir)
     except Exception as error:
         # The run is done and saved; a report that cannot be drawn must not turn it into a failure.
-        print(f"warning: the report could not be written: {error!r}", file=sys.stderr)
+        warn(f"the report could not be written: {error!r}")
 
 
 def quiet(rank: int) -> None:

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ from orchestrator.checkpoint.storage import AnyPath, claim, is_remote, locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.errors import CheckpointError, ConfigError, RunDirectoryError
 from orchestrator.observe.history import HISTORY, METRICS, read_content
+from orchestrator.observe.sink import reason
 from orchestrator.train import identity
+from orchestrator.train.say import warn
 
 CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.jsonl"
 OWNER = "owner.json"
+_SPARE_BYTES = 256
 _PATIENCE_SECONDS = 60.0  # of a restarted job, whose last process may not have ended yet
 
 
@@ -92,6 +95,7 @@ def lock(directory: Path, what: str = "run directory", patient: bool = False) ->
 
     Raises:
         CheckpointError: another process trains in it.
+        RunDirectoryError: no lock can be made there: it is read-only, or its disk is full.
     """
     held = FileLock(directory / ".lock")
     try:
@@ -102,6 +106,8 @@ def lock(directory: Path, what: str = "run directory", patient: bool = False) ->
             got=directory,
             fix="wait for it, stop it, or start a new run",
         ) from None
+    except (OSError, NotImplementedError) as error:
+        raise RunDirectoryError(f"the {what} cannot be held: {reason(error)}", directory) from error
     return held
 
 
@@ -160,6 +166,19 @@ def _claim(checkpoints: AnyPath, run_dir: Path, name: str | None) -> None:
     )
 
 
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Around what a start writes into the run directory before there is anything to lose.
+
+    Raises:
+        RunDirectoryError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(f"the run directory cannot be written: {reason(error)}", run_dir) from error
+
+
 def read_run(run_dir: Path) -> dict[str, Any]:
     """Facts and legs so far; empty for a new run or where the file was cut."""
     try:
@@ -192,7 +211,28 @@ def adopt_history(run_dir: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_run(run_dir: Path, facts: Mapping[str, Any]) -> None:
-    _replace(run_dir / RUN, json.dumps(facts, indent=1))
+    """Write run.json anew. The file has some room to spare, so that a status fits into it when the disk is full.
+
+    Raises:
+        OSError: it is as it was.
+    """
+    path = run_dir / RUN
+    text = json.dumps(facts, indent=1)
+    try:
+        _replace(path, text + " " * _SPARE_BYTES + "\n")
+    except OSError:
+        if not _overwritten(path, text.encode()):
+            raise
+
+
+def _overwritten(path: Path, data: bytes) -> bool:
+    """Whether `data` could be written over a file that is no smaller. It needs no room, but no crash in its middle."""
+    with contextlib.suppress(OSError):
+        size = path.stat().st_size
+        if len(data) < size:
+            with open(path, "r+b", buffering=0) as file:
+                return file.write(data.ljust(size - 1) + b"\n") == size
+    return False
 
 
 def mark_ended(run_dir: Path, status: str, step: int | None) -> None:
@@ -206,10 +246,18 @@ def mark_ended(run_dir: Path, status: str, step: int | None) -> None:
         return
     if facts["legs"]:
         facts["legs"][-1].update(ended=time.time(), end_step=step)
-    write_run(run_dir, {**facts, "status": status})
+    try:
+        write_run(run_dir, {**facts, "status": status})
+    except OSError as error:
+        warn(f"the status '{status}' cannot be written to {run_dir / RUN}: {reason(error)}")
 
 
 def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+    try:
+        aside.write_text(text)
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise

@@ -6,13 +6,19 @@ import sys
 from collections.abc import Sequence
 
 from orchestrator.config.schema import RunConfig
+from orchestrator.errors import printable
 
 _QUIET = ("logger=quiet", "logger.progress=false")
 
 
+def say(text: str) -> None:
+    """Print a line of the run's own."""
+    print(text, flush=True)
+
+
 def warn(text: str) -> None:
     """Say on standard error what went otherwise than asked."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def doing(text: str, config: RunConfig | Sequence[str]) -> None:

@@ -140,7 +140,7 @@ def _going_on(
     step = checkpoint.step
     _check_changes(from_dict(RunConfig, point.saved), merged, state, step, main)
     plan = Plan(merged, point.checkpoint, point.run_dir, name, _moved(point, state.get("run"), merged.runs_dir))
-    if step < merged.train.max_steps:
+    if step < merged.train.max_steps or (point.run_dir and rundir.read_run(point.run_dir).get("left_out")):
         return plan
     if alone and check and (older := _before_damaged(point.checkpoint, merged)):
         return replace(plan, resume_from=older)
@@ -286,10 +286,19 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -
 
 
 def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
-    """Make what the run is kept in and hold it for this process."""
+    """Make what the run is kept in and hold it for this process.
+
+    Raises:
+        UserError: it cannot be written, or another process holds it.
+    """
     run_dir = _from_here(plan.run_dir or rundir.create(plan.config, plan.name))
     # However this ends: a run directory in which nothing was trained does not stay.
     held.callback(runs.discard_empty, run_dir)
+    with rundir.writing(run_dir):
+        return _hold_run(plan, run_dir, held)
+
+
+def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> Place:
     held.enter_context(rundir.lock(run_dir, patient=plan.patient))
     if plan.run_dir is None and plan.uuid is not None:
         identity.adopt_uuid(run_dir, plan.uuid)

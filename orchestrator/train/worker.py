@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from orchestrator import stopping
+from orchestrator.observe.console import guarded
 
 
 def main(argv: list[str]) -> int:
@@ -33,10 +34,12 @@ if __name__ == "__main__":
     import faulthandler
     import traceback
 
-    faulthandler.enable()  # where a native library aborts, the stacks say in which call
-    try:
-        code = main(sys.argv[1:])
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    with guarded() as output:
+        faulthandler.enable()  # where a native library aborts, the stacks say in which call
+        try:
+            code = main(sys.argv[1:])
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        output.close()
     stopping.end_process(code)

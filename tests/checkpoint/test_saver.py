@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,10 +14,11 @@ import torch
 from orchestrator.checkpoint import peers as peers_module
 from orchestrator.checkpoint import writer
 from orchestrator.checkpoint.catalogue import committed
+from orchestrator.checkpoint.format import NOT_COVERED
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, SaveError
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import ThreadPeers, shards_of
 from tests.lab.tensors import read_all
@@ -160,3 +162,28 @@ def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path, monkeypat
     with pytest.raises(CheckpointError, match=r"rank 1 has said nothing for 0\.2 s"):
         saver.wait()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "free space there"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "free space there"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "get permission to write there"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "get permission to write there"),
+        (CheckpointError(f"the shards of 'x' {NOT_COVERED}"), "let all hosts see one directory"),
+        (ValueError("a mistake of ours"), "this is a defect: please report it"),
+    ],
+)
+def test_the_advice_fits_the_cause(tmp_path, monkeypatch, error, remedy):
+    def refuse(*args):
+        raise error
+
+    monkeypatch.setattr(writer, "_write_rank", refuse)
+    saver = _saver(tmp_path)
+    saver.save(1, _shards(), CONTENTS)
+    with pytest.raises(SaveError, match=f"could not be written: {re.escape(str(error.args[-1]))}") as caught:
+        saver.wait()
+    assert caught.value.fix.startswith((remedy, "see that every host can write there"))
+    assert remedy in caught.value.fix
+    assert caught.value.fix.endswith("earlier checkpoints are untouched")

@@ -67,9 +67,14 @@ def small_config(tmp: Path, *overrides: str) -> RunConfig:
 
 def train(config: RunConfig, size: int, run_dir: Path, resume_from: Path | None = None) -> list[dict[str, Any]]:
     """Train on `size` forked ranks; returns the rows of metrics.jsonl."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    run_ranks(size, _work, to_dict(config), run_dir, resume_from)
+    work_ranks(config, size, run_dir, resume_from)
     return read_rows(run_dir)
+
+
+def work_ranks(config: RunConfig, size: int, run_dir: Path, resume_from: Path | None = None) -> list[int]:
+    """Train on `size` forked ranks; returns their exit codes."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_ranks(size, _work, to_dict(config), run_dir, resume_from)
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,10 @@ import yaml
 
 from orchestrator.config.compose import read_config
 from orchestrator.config.schema import CheckpointConfig, RunConfig
-from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.train import rundir
+from orchestrator.errors import CheckpointError, ConfigError, RunDirectoryError
+from orchestrator.observe.sink import SideChannels
+from orchestrator.train import record, rundir
+from orchestrator.train.record import Record
 
 HOLD = """
 import sys
@@ -94,8 +96,76 @@ def test_facts_of_a_run_survive_and_a_cut_file_is_a_new_start(tmp_path):
     rundir.write_run(tmp_path, {"legs": [{"start_step": 0}], "parameters": 7})
     assert rundir.read_run(tmp_path) == {"legs": [{"start_step": 0}], "parameters": 7}
     path = tmp_path / rundir.RUN
-    path.write_text(path.read_text()[:-5])
+    path.write_text(path.read_text().rstrip()[:-5])
     assert rundir.read_run(tmp_path) == {"legs": []}
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk on which no file can be made or grow."""
+    full = [False]
+    write_text = rundir.Path.write_text
+
+    def refuse(path, *args, **options):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *args, **options)
+
+    monkeypatch.setattr(rundir.Path, "write_text", refuse)
+    return full
+
+
+def test_on_a_full_disk_the_status_is_written_over_the_old_one(tmp_path, full_disk):
+    said = []
+    kept = Record(
+        tmp_path, {"legs": [], "name": "mine", "left_out": ["sample"]}, {"leg": 0}, SideChannels(said.append), True
+    )
+    kept.begin()
+    assert rundir.read_run(tmp_path)["status"] == "running"
+    assert "left_out" not in rundir.read_run(tmp_path)
+    full_disk[0] = True
+    kept.end("finished", 20, ["evaluation"])
+    facts = rundir.read_run(tmp_path)
+    assert (facts["status"], facts["left_out"], facts["legs"][0]["end_step"]) == ("finished", ["evaluation"], 20)
+    assert said == []
+    assert [path.name for path in tmp_path.iterdir()] == [rundir.RUN]
+
+
+def test_a_status_that_cannot_be_written_is_tried_again_and_said(tmp_path, full_disk, monkeypatch, capsys):
+    said, channels = [], None
+    channels = SideChannels(said.append)
+    kept = Record(tmp_path, {"legs": []}, {"leg": 0}, channels, True)
+    full_disk[0] = True
+    kept.begin()
+    assert said == ["run.json cannot be written: No space left on device; the run goes on and it is tried again"]
+    monkeypatch.setattr(record, "LAST_TRIES_SECONDS", 0.6)
+    kept.end("failed", 3, [])
+    assert "the status 'failed' cannot be written to run.json; trying for 0.6 s" in capsys.readouterr().err
+    channels.close()
+    assert said[1:] == ["run.json could not be written to the end: No space left on device"]
+    full_disk[0] = False
+    kept.end("failed", 3, [])
+    assert rundir.read_run(tmp_path)["status"] == "failed"
+
+
+def test_no_room_at_the_start_is_one_clear_error(tmp_path, config, full_disk):
+    full_disk[0] = True
+    with (
+        pytest.raises(RunDirectoryError, match="cannot be written: No space left on device") as caught,
+        rundir.writing(tmp_path),
+    ):
+        rundir.write_config(tmp_path, config)
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == [], "nothing half written"
+
+
+def test_a_directory_in_which_no_lock_can_be_made(tmp_path, monkeypatch):
+    def refuse(self, **options):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(rundir.FileLock, "acquire", refuse)
+    with pytest.raises(RunDirectoryError, match="the run directory cannot be held: Read-only file system"):
+        rundir.lock(tmp_path)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
