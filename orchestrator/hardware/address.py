@@ -51,6 +51,23 @@ def reachable(host: str, environ: Mapping[str, str], wait_seconds: float, say: C
     )
 
 
+def await_listener(host: str, port: int, wait_seconds: float) -> None:
+    """Wait until somebody listens there.
+
+    Raises:
+        TimeoutError: nobody does in time; with the reason of the last attempt.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(_POLL_SECONDS, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nobody answers at {host}:{port}: {error.strerror or error}") from error
+            time.sleep(min(_POLL_SECONDS, 0.2))
+
+
 def resolves(host: str) -> bool:
     """Whether this machine knows an address of the name."""
     try:

@@ -144,6 +144,8 @@ class Target(ABC):
             "GOMP_SPINCOUNT": "10000",
             # A vendor's plugin that happens to be installed would load with torch and may claim devices.
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+            # Warnings of torch's stores and sockets, a page of C++ frames each; what is wrong is said in our words.
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
             # The processes tokenise before they train, and the tokenizer's warning about forks is noise.
             "TOKENIZERS_PARALLELISM": "false",
         }

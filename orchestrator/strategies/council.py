@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import HardwareError
-from orchestrator.hardware.address import reachable
+from orchestrator.hardware.address import await_listener, reachable
 from orchestrator.hardware.beats import Beat, read_beat, write_beat
 from orchestrator.hardware.world import World
 
@@ -72,7 +72,7 @@ class Council:
     def _waiting(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # of torch's stores and of gloo, which say it each in its own class
+        except (RuntimeError, TimeoutError) as error:  # torch's stores and gloo say it each in a class of its own
             world = self._world
             raise HardwareError(
                 "the processes of the job did not meet",
@@ -149,6 +149,9 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
         say = _warn if world.local_rank == 0 else lambda text: None
         host = reachable(host.strip("[]"), os.environ, timeout.total_seconds(), say)
         master = world.rank == 0 and not world.store_is_kept
+        if not master:
+            # torch would print its C++ frames for every attempt.
+            await_listener(host, int(port), timeout.total_seconds())
         return dist.TCPStore(host, int(port), world.size, is_master=master, timeout=timeout, wait_for_workers=False)
     return dist.HashStore()
 
