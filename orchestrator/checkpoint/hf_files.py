@@ -27,7 +27,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # What transformers takes of a directory, first match first: modeling_utils._get_resolved_checkpoint_files.
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_MAX_JSON_BYTES = 1 << 26
+_MAX_JSON_BYTES, _MAX_DEPTH = 1 << 26, 64
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Formats of whole elements that safetensors knows and no checkpoint of this product holds: quantised weights, masks.
 _FOREIGN_ITEMS = {**ITEM_BYTES, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
@@ -93,7 +93,18 @@ def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
         raise CheckpointError(f"'{path.name}' is not JSON: {error}"[:300], got=path) from None
     if not isinstance(data, dict):
         raise CheckpointError(f"'{path.name}' is not a JSON object", got=path)
+    if _depth(data) > _MAX_DEPTH:
+        raise CheckpointError(f"'{path.name}' is nested too deep", got=path, allowed=f"{_MAX_DEPTH} levels")
     return data
+
+
+def _depth(data: Any) -> int:
+    levels, layer = 0, [data]
+    while layer:
+        levels += 1
+        inner = [one for one in layer if isinstance(one, (dict, list))]
+        layer = [item for one in inner for item in (one.values() if isinstance(one, dict) else one)]
+    return levels
 
 
 class HFTensors(Mapping[str, torch.Tensor]):
@@ -114,6 +125,7 @@ class HFTensors(Mapping[str, torch.Tensor]):
         self.notes: list[str] = []
         self.layouts: list[FileLayout] = []
         self._files: dict[str, tuple[Path, TensorFile]] = {}
+        self._mapped: dict[Path, np.ndarray] = {}
         for name in self._weight_files():
             self._open(name)
 
@@ -135,8 +147,10 @@ class HFTensors(Mapping[str, torch.Tensor]):
             )
         if entry.start == entry.stop:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        # Copy on write: torch wants memory that it could write to, and nobody does.
-        items = np.memmap(path, np.uint8, "c", entry.start, (entry.stop - entry.start,))
+        if path not in self._mapped:
+            # Copy on write: torch wants memory that it could write to, and nobody does.
+            self._mapped[path] = np.memmap(path, np.uint8, "c")
+        items = self._mapped[path][entry.start : entry.stop]
         return torch.from_numpy(items).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def about(self, name: str) -> tuple[str, tuple[int, ...]]:

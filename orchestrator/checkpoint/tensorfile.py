@@ -67,6 +67,8 @@ class TensorFile:
 
     def _entry(self, value: dict[str, Any], base: int) -> Entry:
         dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        if dtype not in self._items:
+            raise ValueError(f"dtype {ascii(dtype)[:20]} is not known")
         if len(shape) > MAX_DIMS:
             raise ValueError("a tensor has too many dims")
         numbers = (*shape, start, stop)

@@ -154,7 +154,7 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
             method = found.get("quant_method", found.get("quant_algo")) if isinstance(found, Mapping) else None
             if method is None and isinstance(found, Mapping) and "group_size" in found:
                 method = f"MLX, {found.get('bits')} bits"
-            method = str(method or "a method without a name")[:60]
+            method = ascii(method)[:60].strip("'") if method else "a method without a name"
             raise CheckpointError(
                 f"the weights are quantised ({method}), and cannot be trained on",
                 got=f"{key} in config.json",

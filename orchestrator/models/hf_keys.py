@@ -129,7 +129,7 @@ class Keys(Mapping[str, Any]):
                 self._fates[key] = LEFT_OUT[key]
             elif _is_dropout(key):
                 self._fates[key] = f"{KEPT}; training here does not apply it"
-                if value:
+                if value and isinstance(value, (int, float)):
                     self.notes.append(
                         f"{key}={value} is not applied in training here; model.dropout=... is the own key"
                     )
@@ -138,8 +138,8 @@ class Keys(Mapping[str, Any]):
         if unknown:
             raise CheckpointError(
                 "config.json has keys of which it is not known what they change",
-                got=", ".join(f"{ascii(key)[1:-1]}={str(self._config[key])[:60]}" for key in unknown[:6])[:400],
-                fix=f"where the model computes the same without them: ignore_keys={','.join(unknown)[:200]}",
+                got=", ".join(f"{_shown(key, 60)}={_shown(self._config[key], 60)}" for key in unknown[:6])[:400],
+                fix=f"where the model computes the same without them: ignore_keys={_shown(','.join(unknown), 200)}",
             )
         return {key: self._fates[key] for key in self._config}
 
@@ -148,8 +148,15 @@ def _is_dropout(key: str) -> bool:
     return key.endswith(("_dropout", "_pdrop", "_dropout_prob"))
 
 
+def _shown(value: object, length: int) -> str:
+    """What a stranger wrote, short and without what a terminal would obey."""
+    return ascii(str(value))[1:-1][:length]
+
+
 def unsupported(key: str, value: object, allowed: str) -> CheckpointError:
     """The error for a value that changes what is computed in a way that is not known here."""
     return CheckpointError(
-        f"a model with this '{key}' cannot be computed here", got=f"{key}={str(value)[:100]}", allowed=allowed
+        f"a model with this '{_shown(key, 60)}' cannot be computed here",
+        got=f"{_shown(key, 60)}={_shown(value, 100)}",
+        allowed=allowed,
     )

@@ -46,7 +46,7 @@ class ImportReport:
                 {"name": name, "dtype": dtype, "shape": list(shape), "fate": fate}
                 for name, (dtype, shape, fate) in self.tensors.items()
             ],
-            "config": [{"key": key, "value": value, "fate": fate} for key, (value, fate) in self.keys.items()],
+            "config": [{"key": key, "value": _strict(value), "fate": fate} for key, (value, fate) in self.keys.items()],
             "files": [asdict(one) for one in self.files],
         }
         return json.dumps(content, indent=1).encode() + b"\n"
@@ -69,6 +69,11 @@ class ImportReport:
         return (
             [*_aligned("tensor", rows), "", *_aligned("key of config.json", keys)] if keys else _aligned("tensor", rows)
         )
+
+
+def _strict(value: Any) -> Any:
+    """What every reader of JSON takes: a number that is none, which some configurations have, is a text."""
+    return json.loads(json.dumps(value), parse_constant=str)
 
 
 def _short(value: Any) -> str:

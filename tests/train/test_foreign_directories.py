@@ -385,3 +385,34 @@ def test_a_changed_model_is_exported_in_its_own_generation_of_config_json(tmp_pa
     assert written["eos_token_id"] == [0, 9, 8], "the token that ends documents here is put before the model's"
     assert (written["bos_token_id"], written["pad_token_id"]) == (1, 3)
     assert transformers.AutoConfig.for_model(**written).rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"rope_scaling": {"rope_type": {"a": 1}, "factor": [2]}}, "rope_type"),
+        ({"rope_scaling": {"type": "yarn", "factor": "four"}}, "factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "mrope_section"),
+        ({"layer_types": [{}, []]}, "layer_types"),
+        ({"quantization_config": ["fp8"]}, "quantised"),
+        ({"task_specific_params": json.loads("[" * 90 + "]" * 90)}, "nested too deep"),
+        ({"\x1b[2J": 1}, "not known what they change"),
+    ],
+)
+def test_values_of_config_json_that_nobody_means(llama, tmp_path, change, word):
+    edit(llama, **{"rope_scaling": None, **change})
+    with pytest.raises(CheckpointError, match=word) as caught:
+        bring(llama, tmp_path / "out")
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_number_in_config_json_that_is_none(llama, tmp_path):
+    """Some published ones have NaN; the report stays JSON that every reader takes."""
+    edit(llama, bad_words_ids=float("nan"))
+    bring(llama, tmp_path / "out", logits="false")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.loads((tmp_path / "out" / "import.json").read_text(), parse_constant=refuse)
