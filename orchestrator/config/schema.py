@@ -196,8 +196,8 @@ class LoggerConfig:
 class SampleConfig:
     """Text generated at the end of the run, and on the way."""
 
-    prompt: str = "def __init__(self"
-    tokens: int = 64
+    prompt: str | None = None  # null: the beginning of a held-out document
+    tokens: int = 64  # 0: no samples
     temperature: float = 0.8
     every_steps: int | None = None
 

@@ -57,7 +57,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.eval_tokens": (1, 10**12),
     "train.loss_chunk_tokens": (1, 1 << 30),
     "train.micro_batch_size": (1, 1 << 20),
-    "train.sample.tokens": (1, 1 << 20),
+    "train.sample.tokens": (0, 1 << 20),
     "train.sample.every_steps": _STEPS,
 }
 _NOT_NEGATIVE = ("model.init_std", "optim.weight_decay", "train.sample.temperature")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
 
 import lightning.pytorch as lightning
 from tqdm import tqdm
 
 from orchestrator.observe.metrics import Metrics
 
+T = TypeVar("T")
 _LINE_SECONDS = 10.0
 _BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps{postfix}  {elapsed}, ETA {remaining}"
 _FALLBACK_COLUMNS = 100
@@ -57,6 +59,20 @@ class Progress(lightning.Callback):
 
     def _remaining(self, step: int) -> float:
         return (time.monotonic() - self._started) / max(1, step - self._first) * (self._max_steps - step)
+
+    def watch(self, what: str, items: Iterable[T]) -> Iterator[T]:
+        """The same items, while a person sees how many of them have been taken: work that is no step."""
+        total, pause = len(items) if isinstance(items, Sized) else "?", _LINE_SECONDS if self._bar is None else 0.2
+        due = time.monotonic() + pause
+        for number, item in enumerate(items, start=1):
+            if time.monotonic() >= due:
+                due = time.monotonic() + pause
+                if self._bar is not None:
+                    self._bar.set_postfix_str(f"{what} {number}/{total}")
+                else:
+                    self.say(f"{what} {number}/{total}")
+            yield item
+        self._shown = {}
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""

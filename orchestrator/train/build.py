@@ -37,7 +37,7 @@ from orchestrator.strategies.environment import JobEnvironment
 from orchestrator.train import identity
 from orchestrator.train.check import resolve_model
 from orchestrator.train.checkpointing import Checkpoints
-from orchestrator.train.evaluation import Evaluation, Samples
+from orchestrator.train.evaluation import Evaluation, Samples, opening
 from orchestrator.train.handover import make_batch
 from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.module import LanguageModule
@@ -189,8 +189,10 @@ def _assemble(
     keep = (data.tokenizer, model_files(config, restored), sides, metrics, history, reference, tell)
     checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
     batches = _validation(validation, held_out, parallel, module.micro_batch)
-    evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell)
-    samples = Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels)
+    evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell, progress)
+    samples = Samples(
+        parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(held_out or loader.stream)
+    )
     callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
     resumed_from = str(restored.directory) if restored else None

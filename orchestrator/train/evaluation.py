@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import numpy as np
 import torch
 
 from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import TokenStream
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.models.generate import choose
 from orchestrator.observe.metrics import Metrics
+from orchestrator.observe.progress import Progress
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
 from orchestrator.strategies.base import ParallelStrategy
 from orchestrator.train.module import evaluate
 from orchestrator.train.rundir import SAMPLES
+from orchestrator.train.say import warn
+
+_OPENING_TOKENS = 16
+
+
+def opening(stream: TokenStream) -> list[int]:
+    """The first tokens of a document of `stream`: of the second in its first sequence, where that has two."""
+    sequence = stream.sequence(0)
+    starts = np.flatnonzero(sequence["positions"] == 0).tolist()
+    begin = starts[1] if len(starts) > 1 else 0
+    end = starts[2] - 1 if len(starts) > 2 else len(sequence["tokens"])  # what ends a document is left out
+    return [int(token) for token in sequence["tokens"][begin : min(max(end, begin + 1), begin + _OPENING_TOKENS)]]
 
 
 class Evaluation(lightning.Callback):
@@ -31,8 +46,10 @@ class Evaluation(lightning.Callback):
         every: int | None,
         batches: Callable[[], Iterable[dict[str, Any]]] | None,
         say: Callable[[str], None],
+        progress: Progress | None = None,
     ):
         self._parallel, self._metrics, self._every, self._batches, self._say = parallel, metrics, every, batches, say
+        self._progress = progress
         self._done_at: int | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -45,7 +62,9 @@ class Evaluation(lightning.Callback):
             return
         self._done_at = pl_module.step
         self._metrics.flush()
-        loss = evaluate(pl_module.model, self._parallel, self._batches()).item()
+        batches = self._batches()
+        shown = self._progress.watch("validating", batches) if self._progress else batches
+        loss = evaluate(pl_module.model, self._parallel, shown).item()
         # exp of a diverged loss does not fit a float.
         perplexity = math.exp(min(loss, 700.0))
         self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity)
@@ -54,7 +73,12 @@ class Evaluation(lightning.Callback):
 
 
 class Samples(lightning.Callback):
-    """Text that the sharded model writes, all ranks computing together."""
+    """Text that the sharded model writes, all ranks computing together.
+
+    Args:
+        channels: those of the run; samples are one of them.
+        opening: tokens to continue where the configuration names no prompt.
+    """
 
     def __init__(
         self,
@@ -64,8 +88,10 @@ class Samples(lightning.Callback):
         run_dir: Path,
         metrics: Metrics,
         channels: SideChannels,
+        opening: Sequence[int],
     ):
         self._parallel, self._tokenizer, self._config, self._metrics = parallel, tokenizer, config, metrics
+        self._opening, self._written = list(opening), (-1, "")
         self._kept: Channel[dict[str, Any]] = channels.open(SAMPLES, JsonLines(run_dir / SAMPLES).write, unit="samples")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -75,15 +101,40 @@ class Samples(lightning.Callback):
             self.run(pl_module)
             self._metrics.pause()
 
-    def run(self, pl_module: Any) -> str:
-        """Write a sample, keep it, and return prompt and continuation."""
+    def run(self, pl_module: Any) -> str | None:
+        """Write a sample, keep it, and return prompt and continuation; None where samples are off or none came out.
+
+        What goes wrong on all ranks alike ends no training. Where one rank alone fails the others wait for it, and the
+        run ends.
+        """
         settings = self._config.train.sample
-        ids = self._tokenizer.encode(settings.prompt) or [self._tokenizer.eos_id]
-        text = settings.prompt + self._tokenizer.decode(self._continue(pl_module.model, ids)[len(ids) :])
+        if not settings.tokens:
+            return None
+        if self._written[0] == pl_module.step:
+            return self._written[1]
+        prompt, text, problem = settings.prompt, "", None
+        try:
+            prompt, text = self._sample(pl_module.model)
+        except Exception as error:
+            problem = error
+            pl_module.model.train()
+        if self._parallel.any_raised(problem is not None):
+            if self._parallel.rank == 0:
+                warn(f"the sample of step {pl_module.step} failed: {problem!r}")
+            return None
         if self._parallel.rank == 0:
-            row = {"step": pl_module.step, "prompt": settings.prompt, "text": text, "time": time.time()}
-            self._kept.put([row])
+            self._kept.put([{"step": pl_module.step, "prompt": prompt, "text": text, "time": time.time()}])
+        self._written = (pl_module.step, text)
         return text
+
+    def _sample(self, model: Any) -> tuple[str, str]:
+        prompt, ids = self._config.train.sample.prompt, self._opening
+        if prompt is None:
+            prompt = self._tokenizer.decode(ids)
+        else:
+            ids = self._tokenizer.encode(prompt)
+        ids = ids or [self._tokenizer.eos_id]
+        return prompt, prompt + self._tokenizer.decode(self._continue(model, ids)[len(ids) :])
 
     @torch.no_grad()
     def _continue(self, model: Any, ids: list[int]) -> list[int]:

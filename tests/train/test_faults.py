@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.verify import Checkpoint
+from tests.lab import fault_table
 from tests.lab.cli import only_run, run
 from tests.lab.faults import campaign
 from tests.lab.runs import small_overrides
@@ -20,6 +21,12 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path):
     assert tally.kills == 8
     assert tally.within_saves >= 1
     assert tally.checked >= 4
+
+
+@pytest.mark.parametrize("name", ["the reader of standard output goes"])
+def test_a_row_of_the_table_of_faults(tmp_path, name):
+    """One of those that `scripts/fault_table` runs; most have a faster test of their own."""
+    fault_table.ROWS[name](tmp_path)
 
 
 @pytest.fixture

@@ -82,6 +82,30 @@ def test_what_can_be_written_again_is_complete(tmp_path, monkeypatch):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
+def test_samples_can_be_left_out_and_begin_as_the_corpus_does(tmp_path):
+    assert work_ranks(small_config(tmp_path, *SHORT, "train.sample.tokens=0"), 1, tmp_path / "none") == [0]
+    assert not (tmp_path / "none" / "samples.jsonl").exists()
+    config = small_config(tmp_path, *SHORT, "train.sample.tokens=2", "train.sample.every_steps=3")
+    assert work_ranks(config, 1, tmp_path / "run") == [0]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6], "at the end not a second time"
+    text = "".join(path.read_text() for path in sorted((tmp_path / "corpus").iterdir()))
+    assert all(row["prompt"] and row["prompt"] in text for row in rows)
+    assert all(row["text"].startswith(row["prompt"]) for row in rows)
+
+
+def test_a_sample_that_fails_on_all_ranks_is_said(tmp_path, monkeypatch, capfd):
+    from orchestrator.train import evaluation
+
+    def fail(*args):
+        raise RuntimeError("probability tensor contains nan")
+
+    monkeypatch.setattr(evaluation, "choose", fail)
+    assert work_ranks(small_config(tmp_path, *SHORT), 2, tmp_path / "run") == [0, 0]
+    assert status(tmp_path / "run") == "finished"
+    assert "warning: the sample of step 6 failed: RuntimeError('probability" in capfd.readouterr().err
+
+
 def test_a_run_whose_last_save_fails_has_failed(tmp_path, monkeypatch):
     from orchestrator.checkpoint import writer
 
