@@ -24,13 +24,17 @@ class PrepareOptions:
 
     input: tuple[str, ...] = option(help="files, globs or directories, comma-separated; or builtin")
     output: str = option(help="directory of the new store")
-    tokenizer: str = option("bpe", help="bpe (trained on the input), bytes, or the path of a tokenizer.json")
-    vocab_size: int = option(4096, help="tokens of a trained BPE")
+    tokenizer: str = option("bpe", help="bpe (trained on the input), bytes, the path of a tokenizer.json, or none")
+    vocab_size: int | None = option(None, help="tokens of a trained BPE (4096), or of the input's without tokenizer")
+    eos_id: int | None = option(None, help="of an input of tokens: which of them ends a document")
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = option(None, help="of tokens in files without header")
+    column: str | None = option(None, help="column of token ids: tables and data sets are read as tokens")
+    packed: bool = option(False, help="rows of tokens were cut from one sequence: documents end at eos_id alone")
     text_field: str = option("text", help="field of rows; text.content: of a nested object")
     text_template: str | None = option(None, help="several fields instead: '{title}\\n\\n{body}'")
     messages: Literal["plain"] | None = option(None, help="plain: a list of messages becomes 'role: content' of each")
     on_null: Literal["error", "skip"] = option("error", help="rows whose field is null or missing; skip: counted")
-    validation_fraction: float = option(0.02, help="of the documents, held out")
+    validation_fraction: float = option(0.02, help="of the tokens, held out")
     workers: int | Literal["auto"] = option("auto", help="threads that tokenise")
     progress: bool = option(True, help="show a progress bar")
 
@@ -82,7 +86,7 @@ def _help() -> str:
 
 
 def _prepare(options: PrepareOptions) -> int:
-    from orchestrator.config.schema import DataConfig
+    from orchestrator.config.schema import DataConfig, TokensConfig
     from orchestrator.data.documents import spec_of
     from orchestrator.data.prepare import build_store
 
@@ -100,6 +104,13 @@ def _prepare(options: PrepareOptions) -> int:
         validation_fraction=options.validation_fraction,
         workers=options.workers,
         progress=options.progress,
+        tokens=TokensConfig(
+            vocab_size=options.vocab_size if options.tokenizer == "none" else None,
+            eos_id=options.eos_id,
+            dtype=options.dtype,
+            column=options.column,
+            packed=options.packed,
+        ),
     )
     _print_facts(store)
     print("\nTrain on it:")
@@ -133,7 +144,9 @@ def _tokenizer_config(options: PrepareOptions) -> TokenizerConfig:
     from orchestrator.config.schema import TokenizerConfig
 
     if options.tokenizer == "bpe":
-        return TokenizerConfig(kind="bpe", vocab_size=options.vocab_size)
+        return TokenizerConfig(kind="bpe", vocab_size=options.vocab_size or TokenizerConfig().vocab_size)
+    if options.tokenizer == "none":
+        return TokenizerConfig(kind="none")
     if options.tokenizer == "bytes":
         return TokenizerConfig(kind="bytes")
     return TokenizerConfig(kind="file", path=options.tokenizer)
@@ -151,13 +164,14 @@ def _print_facts(store: TokenStore) -> None:
             (name, f"{split.tokens:,} tokens in {split.documents:,} documents, {split.text_bytes:,} bytes of text")
         )
     rows += [
-        ("bytes per token", f"{text_bytes / max(1, tokens):.2f}"),
+        ("bytes per token", f"{text_bytes / max(1, tokens):.2f}" if text_bytes else "unknown"),
         ("vocabulary", f"{index.vocab_size:,} tokens, end of text is {index.eos_id}"),
         ("unigram entropy", f"{index.unigram_entropy_nats:.3f} nats (a model has to reach a lower loss)"),
         ("shards", f"{len(index.shards)}, {sum(shard.bytes for shard in index.shards):,} bytes, {index.dtype}"),
         ("source", ", ".join(map(str, index.source.get("inputs", ()))) or "unknown"),
         ("fingerprint", index.fingerprint[:16]),
     ]
+    rows += [("tokens", str(line)) for line in index.source.get("tokens") or ()]
     rows += [("left out", line) for line in describe_left_out(index.source.get("left_out") or {})]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))

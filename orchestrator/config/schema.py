@@ -77,9 +77,20 @@ class ModelConfig:
 class TokenizerConfig:
     """How text becomes tokens when the source is not a prepared store."""
 
-    kind: Literal["bpe", "file", "bytes"] = "bpe"
+    kind: Literal["bpe", "file", "bytes", "none"] = "bpe"
     vocab_size: int = 4096  # of a trained BPE, special tokens included
     path: str | None = None  # tokenizer.json for kind=file
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """How sources that hold tokens already are to be understood."""
+
+    vocab_size: int | None = None  # ids are below it; null: the tokenizer's
+    eos_id: int | None = None  # the token that ends a document; null: the tokenizer's
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None  # of files without it; null: as small as fits
+    column: str | None = None  # of tables and data sets, which are read as tokens then
+    packed: bool = False  # rows are cut from one sequence: documents end at eos_id alone
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class DataConfig:
     name: str = "builtin"
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     tokenizer: TokenizerConfig = TokenizerConfig()
+    tokens: TokensConfig = TokensConfig()
     validation_fraction: float = 0.02  # of the tokens, held out
     validation: str | None = None  # files or a store to evaluate on; then nothing is held out of the sources
     document_mask: bool = True  # attention does not cross documents packed into one sequence

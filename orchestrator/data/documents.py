@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config.schema import DataConfig, SourceConfig
+from orchestrator.config.schema import DataConfig, SourceConfig, TokensConfig
 from orchestrator.data.formats.base import Input, LeftOut, Place
 from orchestrator.data.formats.find import find_inputs
 from orchestrator.data.formats.registry import FORMATS
@@ -15,6 +15,7 @@ from orchestrator.errors import ConfigError, DataError, UserError
 
 _NAMES_KEPT = 20  # of what was left out, per reason
 _NAMES_SHOWN = 3
+_COLUMNS = ("parquet", "arrow", "save_to_disk", "mds", "mds-tokens", "litdata", "litdata-tokens")  # may hold ids
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Corpus:
 
     Attributes:
         named: the inputs as the user wrote them.
+        holds_tokens: they were made by other software; there are no documents of text.
     """
 
     named: tuple[str, ...]
     inputs: tuple[Input, ...]
     left_out: tuple[LeftOut, ...]
     spec: TextSpec
+    holds_tokens: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -80,8 +83,11 @@ class Corpus:
         return facts if any(facts.values()) else {}
 
 
-def find_corpus(inputs: Sequence[str], spec: TextSpec) -> Corpus:
+def find_corpus(inputs: Sequence[str], spec: TextSpec, tokens: TokensConfig | None = None) -> Corpus:
     """The documents that inputs stand for.
+
+    Args:
+        tokens: with a column, tables and data sets are read as tokens.
 
     Raises:
         ConfigError: `spec` has a template that is none.
@@ -90,17 +96,35 @@ def find_corpus(inputs: Sequence[str], spec: TextSpec) -> Corpus:
     if not spec.fields:
         raise AssertionError("a template names a field")
     found = find_inputs(inputs, spec)
-    for item in found.inputs:
-        entry = FORMATS[item.format]
-        if entry.read is None:
-            what = "tokens of other software" if entry.holds == "tokens" else "a data set of a kind"
-            raise DataError(
-                f"the input holds {what} that is not read: {item.path}",
-                got=entry.title,
-                allowed="documents of text",
-                fix="name the text that they were made from",
-            )
-    return Corpus(tuple(inputs), found.inputs, found.left_out, spec)
+    column = tokens.column if tokens else None
+    kinds = {_holds_tokens(item, column): item for item in found.inputs}
+    if len(kinds) > 1:
+        raise DataError(
+            "the input holds documents of text and tokens of other software",
+            got=" and ".join(f"{item.path} ({FORMATS[item.format].title})" for item in kinds.values()),
+            allowed="one of the two in one source",
+            fix="name them as two sources",
+        )
+    return Corpus(tuple(inputs), found.inputs, found.left_out, spec, True in kinds)
+
+
+def _holds_tokens(item: Input, column: str | None) -> bool:
+    """Whether an input is read as tokens.
+
+    Raises:
+        DataError: it is not read at all.
+    """
+    entry = FORMATS[item.format]
+    if entry.holds == "tokens" or (column is not None and item.format in _COLUMNS):
+        return True
+    if column is not None or entry.read is None:
+        raise DataError(
+            f"the input holds no tokens that are read: {item.path}",
+            got=entry.title + (f", with data.tokens.column={column}" if column is not None else ""),
+            allowed=f"a column of ids in one of {', '.join(FORMATS[name].title for name in _COLUMNS)}",
+            fix="leave out data.tokens.column to read text",
+        )
+    return False
 
 
 def spec_of(config: DataConfig, source: SourceConfig) -> TextSpec:

@@ -6,6 +6,7 @@ under a key of everything that their tokens depend on.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,12 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig
+from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
 from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
 from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
 from orchestrator.data.files import read_bounded, regular_size
 from orchestrator.data.formats.base import Input
 from orchestrator.data.formats.find import BUILTIN
+from orchestrator.data.formats.registry import FORMATS
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.holdout import nothing_left
 from orchestrator.data.store import TokenStore, is_store
@@ -36,6 +38,7 @@ from orchestrator.data.tokenize import (
     load_tokenizer,
     train_bpe,
 )
+from orchestrator.data.tokens.nameless import nameless_tokenizer
 from orchestrator.data.write import write_store
 from orchestrator.errors import ConfigError, DataError
 
@@ -131,6 +134,8 @@ def prepare(config: DataConfig, *, progress: bool = True, verify: bool = True) -
     for source, store in zip(sources, stores, strict=True):
         for line in describe_left_out(store.index.source.get("left_out") or {}):
             note(f"left out of {source.config.path}: {line}", progress)
+        for line in store.index.source.get("tokens") or ():
+            note(f"tokens of {source.config.path}: {line}", progress)
     total = sum(source.config.weight for source in sources)
     weights = tuple(source.config.weight / total for source in sources)
     return PreparedData(stores, weights, tokenizer, validation, tuple(source.config.path for source in sources))
@@ -144,6 +149,7 @@ def build_store(
     validation_fraction: float = 0.02,
     workers: int | Auto = "auto",
     progress: bool = True,
+    tokens: TokensConfig | None = None,
 ) -> TokenStore:
     """Tokenise inputs into a store that stays, in the directory `output`, which may not hold anything yet.
 
@@ -161,8 +167,9 @@ def build_store(
             allowed="a path that does not exist yet",
             fix="choose another output, or move this one away",
         )
-    corpus = find_corpus(inputs, spec or TextSpec())
-    tokenizer = _make_tokenizer(tokenizer_config, [corpus], progress)
+    tokens = tokens or TokensConfig()
+    corpus = find_corpus(inputs, spec or TextSpec(), tokens)
+    tokenizer = _make_tokenizer(tokenizer_config, tokens, [corpus], progress)
     aside = target.with_name(f"{target.name}.building-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -174,6 +181,7 @@ def build_store(
             workers=_workers(workers),
             source=_provenance(corpus),
             progress=progress,
+            tokens=tokens,
         )
         os.rename(aside, target)
     except OSError as error:
@@ -196,7 +204,7 @@ class _Maker:
         """What a source is: a store, or files."""
         if source.path != BUILTIN and is_store(source.path):
             return _Source(source, store=self._open(Path(source.path).expanduser()))
-        corpus = find_corpus([source.path], spec_of(self.config, source))
+        corpus = find_corpus([source.path], spec_of(self.config, source), self.config.tokens)
         digest = content_digest(corpus.inputs, self.root)
         return _Source(source, corpus=corpus, stamps=_stamps(corpus.inputs), digest=digest)
 
@@ -211,7 +219,7 @@ class _Maker:
             inputs=source.digest,
             left_out=[[entry.name, entry.reason] for entry in corpus.left_out],
             tokenizer=tokenizer.fingerprint,
-            text=corpus.spec.facts,
+            text=dataclasses.asdict(config.tokens) if corpus.holds_tokens else corpus.spec.facts,
             validation_fraction=config.validation_fraction,
         )
 
@@ -224,6 +232,7 @@ class _Maker:
                 workers=_workers(config.workers),
                 source=_provenance(corpus),
                 progress=self.progress,
+                tokens=config.tokens,
             )
             if _stamps(corpus.inputs) != source.stamps:
                 raise DataError(
@@ -274,7 +283,7 @@ def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path
         return stores[0].tokenizer
     if config.tokenizer.kind == "bpe":
         return _cached_bpe(raw, config, root, progress)
-    tokenizer = _make_tokenizer(config.tokenizer, [], progress)
+    tokenizer = _make_tokenizer(config.tokenizer, config.tokens, _corpora(raw), progress)
     if stores and tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
         raise _mismatch(
             f"{stores[0].path} and data.tokenizer ({config.tokenizer.kind})",
@@ -297,10 +306,11 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
         sample=BPE_SAMPLE_CHARACTERS,
         inputs=[[source.digest, source.corpus.spec.facts] for source in raw if source.corpus],
     )
-    corpora = [source.corpus for source in raw if source.corpus]
+    corpora = _corpora(raw)
+    _check_made(config.tokenizer, corpora)
 
     def make(folder: Path) -> None:
-        tokenizer = _make_tokenizer(config.tokenizer, corpora, progress)
+        tokenizer = _make_tokenizer(config.tokenizer, config.tokens, corpora, progress)
         tokenizer.save(folder)
         (folder / _FINGERPRINT_FILE).write_text(tokenizer.fingerprint, encoding="ascii")
 
@@ -320,7 +330,38 @@ def _load_made(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _make_tokenizer(config: TokenizerConfig, corpora: Sequence[Corpus], progress: bool) -> Tokenizer:
+def _corpora(sources: Sequence[_Source]) -> list[Corpus]:
+    return [source.corpus for source in sources if source.corpus]
+
+
+def _check_made(config: TokenizerConfig, corpora: Sequence[Corpus]) -> None:
+    """Tokens need the tokenizer that made them, or the word that there is none; text needs one."""
+    tokens = [corpus for corpus in corpora if corpus.holds_tokens]
+    text = [corpus for corpus in corpora if not corpus.holds_tokens]
+    if tokens and config.kind == "bpe":
+        raise DataError(
+            f"the input holds tokens, and which tokenizer made them is not known: {', '.join(tokens[0].named)}",
+            got=FORMATS[tokens[0].inputs[0].format].title,
+            allowed="the tokenizer.json that made them, or none",
+            fix="name it: data.tokenizer.kind=file data.tokenizer.path=... (data prepare: tokenizer=...); or say"
+            " data.tokenizer.kind=none data.tokens.vocab_size=... data.tokens.eos_id=... (data prepare: tokenizer=none"
+            " vocab_size=... eos_id=...)",
+        )
+    if text and config.kind == "none":
+        raise DataError(
+            f"text cannot become tokens without a tokenizer: {', '.join(text[0].named)}",
+            got="data.tokenizer.kind=none",
+            allowed="bpe, bytes, or the path of a tokenizer.json",
+            fix="choose one of them; for a column of ids in a table or data set, set data.tokens.column=...",
+        )
+
+
+def _make_tokenizer(
+    config: TokenizerConfig, tokens: TokensConfig, corpora: Sequence[Corpus], progress: bool
+) -> Tokenizer:
+    _check_made(config, corpora)
+    if config.kind == "none":
+        return nameless_tokenizer(tokens)
     if config.kind == "bytes":
         return byte_tokenizer()
     if config.kind == "file":

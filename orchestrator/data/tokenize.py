@@ -81,13 +81,29 @@ class Tokenizer:
         """Whether a token is a byte, which needs no library to encode."""
         return self.fingerprint == _byte_fingerprint()
 
+    @property
+    def is_nameless(self) -> bool:
+        """Whether ids stand for no text: the tokens were made elsewhere, and nobody said by what."""
+        return self.eos_token == f"<id {self.eos_id}>"
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without an end-of-text token and without any other special one."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of every text, each int64 of shape [tokens]. Other threads run meanwhile."""
+        """Token ids of every text, each int64 of shape [tokens]. Other threads run meanwhile.
+
+        Raises:
+            DataError: the vocabulary has ids alone.
+        """
+        if self.is_nameless:
+            raise DataError(
+                "no text has ids here: the model was trained on tokens whose tokenizer was not named",
+                got="data.tokenizer.kind=none",
+                allowed="a tokenizer",
+                fix="train with the tokenizer that made the tokens: data.tokenizer.kind=file data.tokenizer.path=...",
+            )
         if self.is_bytes:
             return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) for text in texts]
         # Lone surrogates (possible in JSON) have no UTF-8 form.

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from orchestrator.config.schema import TokensConfig
 from orchestrator.data.documents import Corpus, Document, Tally
 from orchestrator.data.holdout import Extents, hold_out
 from orchestrator.data.store import TokenStore, hash_file
@@ -32,6 +33,8 @@ from orchestrator.data.store_index import (
     store_fingerprint,
 )
 from orchestrator.data.tokenize import Tokenizer, library_threads
+from orchestrator.data.tokens.base import TokenTally, token_batches, token_spec
+from orchestrator.data.tokens.registry import TOKEN_FORMATS
 from orchestrator.errors import DataError
 
 SHARD_TOKENS = 1 << 26
@@ -61,6 +64,7 @@ def write_store(
     source: dict[str, Any],
     progress: bool = False,
     shard_tokens: int = SHARD_TOKENS,
+    tokens: TokensConfig | None = None,
 ) -> TokenStore:
     """Tokenise a corpus into a store in `folder`, which exists and is empty. The index is written last.
 
@@ -68,17 +72,22 @@ def write_store(
         validation_fraction: of the tokens, held out by the hash of each document's content; copies stay together.
         workers: threads that tokenise (the library works outside of the interpreter's lock).
         source: where the documents come from, for the index.
+        tokens: how a corpus of tokens is to be understood.
 
     Raises:
         DataError: an input cannot be read, or there is no document in any.
         ConfigError: the fraction leaves nothing to train on.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    tally = Tally()
-    extents = _spool(folder / _SPOOL_FILE, corpus, tally, tokenizer, dtype, workers, progress)
+    tally, token_tally = Tally(), TokenTally()
+    if corpus.holds_tokens:
+        chunks = _token_chunks(corpus, tokens or TokensConfig(), tokenizer, token_tally, dtype)
+    else:
+        chunks = _encode_all(corpus.documents(tally), tokenizer, dtype, workers)
+    extents = _spool(folder / _SPOOL_FILE, chunks, corpus.size_bytes, progress)
     if not extents.lengths.size:
         raise DataError(
-            "the inputs have no text",
+            f"the inputs have no {'tokens' if corpus.holds_tokens else 'text'}",
             got=f"{', '.join(corpus.named)}: {len(corpus.inputs)} files",
             allowed="at least one document that is not empty",
         )
@@ -94,7 +103,7 @@ def write_store(
         unigram_entropy_nats=entropy,
         tokenizer_fingerprint=tokenizer.fingerprint,
         fingerprint=store_fingerprint(shards, splits, tokenizer.fingerprint),
-        source={**source, "left_out": corpus.left_out_facts(tally)},
+        source={**source, "left_out": corpus.left_out_facts(tally), "tokens": token_tally.lines()},
         skipped_files=len(corpus.left_out),
     )
     write_atomically(folder / INDEX_FILE, index.to_json().encode())
@@ -118,25 +127,16 @@ def write_atomically(file: Path, content: bytes) -> None:
     os.replace(aside, file)
 
 
-def _spool(
-    path: Path,
-    corpus: Corpus,
-    tally: Tally,
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
-    workers: int,
-    progress: bool,
-) -> Extents:
-    """Tokenise into one file in the order of the input."""
+def _spool(path: Path, chunks: Iterable[_Chunk], total: int, progress: bool) -> Extents:
+    """Write tokens into one file in the order of the input, which has `total` bytes."""
     lengths: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
     text_bytes: list[np.ndarray] = []
-    total = corpus.size_bytes
     # A log would be filled with carriage returns: there the bar is shown on a terminal only.
     hide = None if progress else True
     bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=hide)
     with bar, open(path, "wb") as spool:
-        for chunk in _encode_all(corpus.documents(tally), tokenizer, dtype, workers):
+        for chunk in chunks:
             spool.write(chunk.tokens.tobytes())
             lengths.append(chunk.lengths)
             hashes.append(chunk.hashes)
@@ -147,6 +147,20 @@ def _spool(
         return Extents(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
     joined = np.concatenate(lengths)
     return Extents(np.cumsum(joined) - joined, joined, np.concatenate(hashes), np.concatenate(text_bytes))
+
+
+def _token_chunks(
+    corpus: Corpus, config: TokensConfig, tokenizer: Tokenizer, tally: TokenTally, dtype: np.dtype
+) -> Iterator[_Chunk]:
+    """Documents that are tokens already."""
+    spec = token_spec(config, tokenizer.vocab_size, tokenizer.eos_id)
+    tally.eos_id, tally.stored_eos_id = spec.eos_id, tokenizer.eos_id
+    for item in corpus.inputs:
+        form = TOKEN_FORMATS[item.format]
+        tally.by.add("by the end-of-text token" if spec.packed else form.delimited)
+        for chunk in token_batches(form.read(item, spec), spec, tally, dtype):
+            # How many bytes of text they stand for is not known.
+            yield _Chunk(chunk.tokens, chunk.lengths, chunk.hashes, np.zeros_like(chunk.lengths), chunk.consumed)
 
 
 def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[_Chunk]:

@@ -94,6 +94,8 @@ def export_hf(
                 write_file(folder / name, [checkpoint.read(name)])
         write_file(folder / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
     note = _tokenizer_note(checkpoint, str(config["model_type"])) if tokenizer else ""
+    if tokenizer and tokenizer.is_nameless:
+        note = "nobody has named the tokenizer of the training data: tokenizer.json gives ids names, and no text ids"
     return Exported(str(config["architectures"][0]), tokenizer is not None, note)
 
 

@@ -66,7 +66,9 @@ def test_index_mutants_are_refused_or_harmless(make_store: MakeStore, capsys: py
     store = make_store(numbered_texts(12), fraction=0.2)
     file = store.path / "index.json"
     whole = json.loads(file.read_text())
-    whole["source"] = {"inputs": ["a"], "files": 1, "bytes": 2, "python": "3"}
+    left_out = {"files": {"card": {"count": 1, "names": ["README.md"]}}, "null_rows": 2, "empty_documents": 3}
+    facts = {"files": 1, "bytes": 2, "python": "3", "tokens": ["by rows"]}
+    whole["source"] = {"inputs": ["a"], "left_out": left_out, **facts}
     mutants = [(path, value) for path in leaves(whole) for value in WRONG if len(path) < 3 or path[1] in (0, "train")]
     assert len(mutants) > 450
     accepted, refusals = [], []

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from orchestrator.config.schema import TokensConfig
 from orchestrator.data.files import regular_size
-from orchestrator.errors import DataError
+from orchestrator.errors import ConfigError, DataError
 
 PIECE_TOKENS = 1 << 22  # longer documents are divided, so that memory stays bounded
 _BATCH_TOKENS = 1 << 20
@@ -41,6 +42,24 @@ class TokenSpec:
         return np.dtype(self.dtype or ("uint16" if self.vocab_size <= 1 << 16 else "uint32")).newbyteorder("<")
 
 
+def token_spec(config: TokensConfig, vocab_size: int, eos_id: int) -> TokenSpec:
+    """What the configuration says, with the rest from the tokenizer.
+
+    Raises:
+        ConfigError: a value contradicts the tokenizer.
+    """
+    size = config.vocab_size if config.vocab_size is not None else vocab_size
+    eos = config.eos_id if config.eos_id is not None else eos_id
+    if not 0 < size <= vocab_size or not 0 <= eos < size:
+        raise ConfigError(
+            "data.tokens does not fit the tokenizer",
+            got=f"vocab_size={size} eos_id={eos}",
+            allowed=f"at most the {vocab_size} ids of the tokenizer, and an end-of-text token below it",
+            fix="leave them out: null takes the tokenizer's",
+        )
+    return TokenSpec(size, eos, config.dtype, config.column, config.packed)
+
+
 @dataclass(frozen=True)
 class TokenRow:
     """One document, or one row of a packed data set, as the file has it.
@@ -66,14 +85,21 @@ class TokenTally:
     empty: int = 0  # without a token: left out
     divided: int = 0
     by: set[str] = field(default_factory=set)
+    eos_id: int = 0  # in the data
+    stored_eos_id: int = 0
 
-    def lines(self, eos_id: int) -> list[str]:
+    def lines(self) -> list[str]:
         """What a user has to know."""
+        eos_id = self.eos_id
         lines = [f"documents are delimited {' and '.join(sorted(self.by))}"] if self.by else []
+        if self.stored_eos_id != eos_id:
+            lines.append(
+                f"documents end with token {eos_id} in the data, and with the tokenizer's {self.stored_eos_id} here"
+            )
         if self.given_an_end:
             lines.append(
                 f"{self.given_an_end:,} of {self.given_an_end + self.ended:,} documents had no token {eos_id} at their"
-                " end: it was added"
+                " end: one was added"
             )
         if self.inner_ends:
             lines.append(
@@ -97,7 +123,9 @@ class TokenChunk:
     consumed: int
 
 
-def chunks(rows: Iterable[TokenRow], spec: TokenSpec, tally: TokenTally, dtype: np.dtype) -> Iterator[TokenChunk]:
+def token_batches(
+    rows: Iterable[TokenRow], spec: TokenSpec, tally: TokenTally, dtype: np.dtype
+) -> Iterator[TokenChunk]:
     """Rows of a reader as batches of documents of `dtype`.
 
     Raises:
