@@ -126,6 +126,10 @@ class DamagedError(CheckpointError):
     """Files of a checkpoint are not what was written; an older checkpoint may be whole."""
 
 
+class NonFiniteError(CheckpointError):
+    """Weights, optimizer state or logits are not finite: NaN or infinite."""
+
+
 class RunDirectoryError(UserError):
     """A run directory cannot be written, such as on a full disk. The run may be tried again when it can."""
 

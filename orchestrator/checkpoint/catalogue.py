@@ -5,11 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
+from orchestrator.checkpoint.format import DIRECTORY, MANIFEST, parse_json
+from orchestrator.checkpoint.handover import MEASURED
 from orchestrator.checkpoint.signing import Trust
-from orchestrator.checkpoint.storage import AnyPath, children, remove_file, remove_tree, size_of, there
+from orchestrator.checkpoint.storage import (
+    AnyPath,
+    children,
+    read_bounded,
+    remove_file,
+    remove_tree,
+    size_of,
+    there,
+)
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError
+
+_MAX_MEASURED_BYTES = 1 << 16
 
 
 def committed(parent: AnyPath) -> list[AnyPath]:
@@ -55,6 +66,9 @@ def newest_valid(
             checkpoint = Checkpoint(path, trust)
             if verify:
                 checkpoint.verify_beside()
+            if diverged(path):
+                report(f"skipping {path}: the run that saved it had diverged, its model is not finite")
+                continue
         except CheckpointError as error:
             report(f"skipping {path}: {error}")
             continue
@@ -62,10 +76,27 @@ def newest_valid(
     return None
 
 
+def diverged(path: AnyPath) -> bool:
+    """Whether the model of a checkpoint gave a loss or gradients that are not finite when it was saved.
+
+    So say saves of earlier versions; today's are refused. Where nothing was measured, or it cannot be read: no.
+    """
+    try:
+        numbers = parse_json(read_bounded(path / MEASURED, _MAX_MEASURED_BYTES))
+        return numbers["loss"] is None or numbers["grad_norm"] is None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
-    """All but the `keep_last` newest checkpoints, at least one, and those at multiples of `keep_every_steps`."""
-    found = []
-    for path in committed(parent)[max(1, keep_last) :]:
+    """What is older than the `keep_last` newest checkpoints, at least one, but for multiples of `keep_every_steps`.
+
+    One whose model was not finite counts for nothing: no good one goes because of it.
+    """
+    found, paths, kept = [], committed(parent), 0
+    while paths and kept < max(1, keep_last):
+        kept += not diverged(paths.pop(0))
+    for path in paths:
         match = DIRECTORY.fullmatch(path.name)
         assert match
         if not keep_every_steps or int(match[1]) % keep_every_steps:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from orchestrator.checkpoint.finite import finite_flags
 from orchestrator.checkpoint.format import StoredTensor
 from orchestrator.checkpoint.reader import Reader
 from orchestrator.checkpoint.verify import Checkpoint
@@ -51,6 +52,7 @@ class Difference:
     Attributes:
         compared: tensors that both have in the same shape.
         same: those of them that are bitwise equal.
+        nonfinite_first, nonfinite_second: those of them that hold NaN or infinity in the first, in the second.
     """
 
     only_first: tuple[str, ...]
@@ -59,6 +61,8 @@ class Difference:
     changed: tuple[Changed, ...]
     compared: int
     same: int
+    nonfinite_first: tuple[str, ...] = ()
+    nonfinite_second: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -92,7 +96,8 @@ def compare(
     ]
     comparable = _comparable(first, second, prefix)
     readers = Reader(first), Reader(second)
-    found = [_compare_tensor(readers, name, ours[name].shape, progress) for name in comparable]
+    bad: tuple[list[str], list[str]] = ([], [])
+    found = [_compare_tensor(readers, name, ours[name].shape, progress, bad) for name in comparable]
     return Difference(
         tuple(sorted(names[0] - names[1])),
         tuple(sorted(names[1] - names[0])),
@@ -102,6 +107,8 @@ def compare(
         sum(
             one is None and ours[name].dtype == theirs[name].dtype for name, one in zip(comparable, found, strict=True)
         ),
+        tuple(dict.fromkeys(bad[0])),
+        tuple(dict.fromkeys(bad[1])),
     )
 
 
@@ -113,12 +120,19 @@ def _comparable(first: Checkpoint, second: Checkpoint, prefix: str) -> list[str]
 
 
 def _compare_tensor(
-    readers: tuple[Reader, Reader], name: str, shape: tuple[int, ...], progress: Callable[[int], object]
+    readers: tuple[Reader, Reader],
+    name: str,
+    shape: tuple[int, ...],
+    progress: Callable[[int], object],
+    bad: tuple[list[str], list[str]],
 ) -> Changed | None:
     differing, max_abs, difference_squares, squares = 0, 0.0, 0.0, 0.0
     equal: list[Box] = []
     for box in boxes(shape, CHUNK_ELEMENTS):
         a, b = (reader.tensor(name, box) for reader in readers)
+        for names, good in zip(bad, finite_flags([a, b]), strict=True):
+            if not good:
+                names.append(name)
         other = _other(a, b)
         if count := int(other.sum()):
             values = a.double()

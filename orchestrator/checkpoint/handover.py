@@ -152,8 +152,7 @@ def compare(saved: Measurement, measured: Measurement, allowed: Tolerance) -> li
 
 def _relative(saved: float | None, measured: float | None, least: float) -> float:
     if saved is None or measured is None:
-        # A run that diverged is handed over as it is.
-        return 0.0 if saved is measured else math.inf
+        return math.inf  # what is not finite agrees with nothing, itself included
     return abs(measured - saved) / max(abs(saved), least)
 
 
@@ -162,7 +161,7 @@ def _digest_difference(saved: np.ndarray, measured: np.ndarray) -> float:
     rows, scale = len(saved), max(_rms(saved), 1e-30)
     copies = measured.reshape(-1, rows, *saved.shape[1:])
     if not np.isfinite(saved).all():
-        return 0.0 if all(np.array_equal(np.isfinite(copy), np.isfinite(saved)) for copy in copies) else math.inf
+        return math.inf
     parts = [_rms(copy - saved) / scale for copy in copies]
     return max(parts) if np.isfinite(parts).all() else math.inf
 
@@ -339,6 +338,12 @@ class Handover:
 
     def error(self) -> HandoverError:
         """What to raise where it differs."""
+        if unmeasured := [_NAMES[one.quantity] for one in self._computed if not math.isfinite(one.difference)]:
+            return HandoverError(
+                "the model of the checkpoint gives numbers that are not finite: its run had diverged, or it does here",
+                got=f"{', '.join(unmeasured)} of step {self.step}",
+                fix="take an earlier checkpoint of that run, or another precision",
+            )
         beyond = [one for one in self._computed if not one.agrees]
         got = [f"{_NAMES[one.quantity]} {one.values()}differs by {one.difference:.2g}" for one in beyond]
         got += [f"{name} has other bits" for name in self.tensors[:_NAMED]]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 
+from orchestrator.checkpoint.finite import describe_nonfinite, finite_flags
 from orchestrator.checkpoint.format import (
     CONFIG,
     MANIFEST,
@@ -43,7 +44,7 @@ from orchestrator.checkpoint.storage import (
     there,
     write_file,
 )
-from orchestrator.errors import CheckpointError, SaveError
+from orchestrator.errors import CheckpointError, NonFiniteError, SaveError
 from orchestrator.sharding.shard import Shard
 
 DTYPE_NAMES = {
@@ -63,6 +64,7 @@ SUM_RANGE = 1 << 64
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LISTING = re.compile(r"rank-\d{5,}\.json")
+_NOT_FINITE = "not finite: "  # begins the text that ranks tell each other, where that is the reason
 T = TypeVar("T")
 
 
@@ -96,6 +98,7 @@ def save(parent: AnyPath, step: int, shards: Sequence[Shard], peers: Peers, cont
 
     Raises:
         SaveError: a rank could not write; nothing was committed and the partial files are gone.
+        NonFiniteError: a tensor holds NaN or infinity; the same.
     """
     return write(begin(parent, step, peers), step, shards, peers, contents)
 
@@ -145,6 +148,12 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
             problem = str(late)
             if peers.rank == 0:
                 _attempt(lambda: remove_tree(directory), None)
+    if problem.startswith(_NOT_FINITE):
+        raise NonFiniteError(
+            f"no checkpoint of step {step} is written: {problem}",
+            got=directory,
+            fix="nothing can be made of such weights; what was saved before is untouched",
+        ) from error
     if problem:
         raise SaveError(
             f"the checkpoint of step {step} could not be written: {problem}",
@@ -208,7 +217,7 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], hash: st
     keys = [f"{shard.name}#{number}" for number, shard in enumerate(owned)]
     with ThreadPoolExecutor(1) as adder:
         # Beside the writing: the disk has most of it to do.
-        sums = adder.submit(lambda: [sum_bits(shard.data) for shard in owned])
+        sums = adder.submit(lambda: [sum_bits(shard.data) for shard in _refuse_nonfinite(owned)])
         stored = write_safetensors(directory / file, keys, [shard.data for shard in owned], hash) if owned else None
     entries = [
         {
@@ -231,6 +240,13 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], hash: st
         ],
     }
     write_file(directory / f"rank-{rank:05d}.json", [json.dumps(listing).encode()])
+
+
+def _refuse_nonfinite(shards: Sequence[Shard]) -> Sequence[Shard]:
+    for shard, good in zip(shards, finite_flags([shard.data for shard in shards]), strict=True):
+        if not good:
+            raise NonFiniteError(f"{_NOT_FINITE}tensor '{shard.name}' holds {describe_nonfinite(shard.data)}")
+    return shards
 
 
 def _commit(directory: AnyPath, step: int, contents: Contents) -> None:

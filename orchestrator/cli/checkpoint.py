@@ -50,6 +50,7 @@ class VerifyOptions:
     path: str = option(help=f"{_PATH_HELP}; of several the newest")
     trusted_keys: tuple[str, ...] = option((), help="public keys (PEM), comma-separated: another signature is damage")
     require_signature: bool = option(False, help="no signature is damage, too")
+    deep: bool = option(False, help="read the tensors, too: NaN and infinity in them")
     progress: bool = option(True, help="show a progress bar")
     runs_dir: str = option("runs", help=_RUNS_HELP)
 
@@ -167,6 +168,20 @@ def _verify(options: VerifyOptions) -> int:
         return 1
     files = len(checkpoint.manifest.files)
     print(f"{path}: whole; {files} files, {size_text(total)}, every byte as it was written")
+    return _verify_deep(checkpoint, options.progress) if options.deep else 0
+
+
+def _verify_deep(checkpoint: Checkpoint, progress: bool) -> int:
+    from orchestrator.checkpoint.deep import element_count, nonfinite_tensors
+
+    with Bar("look", element_count(checkpoint), progress, unit="") as bar:
+        found = nonfinite_tensors(checkpoint, bar.add)
+    for one in found:
+        print(f"not finite: {clean(str(one))}")
+    if found:
+        print(f"\n{len(found)} of {len(checkpoint.manifest.tensors)} tensors are not finite: the run had diverged")
+        return 1
+    print("every number in its tensors is finite")
     return 0
 
 
@@ -260,7 +275,7 @@ class _Subverb:
 _SUBVERBS = {
     "inspect": _Subverb("step, provenance, tensors and data position", InspectOptions, _inspect, "latest tensors=true"),
     "verify": _Subverb(
-        "hash every byte; exits with 1 where some are damaged, and names their tensors",
+        "hash every byte; exits with 1 where some are damaged or, with deep=true, not finite, and names their tensors",
         VerifyOptions,
         _verify,
         "runs/tiny/20261124-120000",

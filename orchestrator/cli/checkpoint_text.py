@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from orchestrator.checkpoint.diff import Difference
+    from orchestrator.checkpoint.diff import Changed, Difference
 
 PICKLE_HELP = "this format is pickle: allow it, for files whose maker you trust"
-_MAX_CHANGED_ROWS = 40
+_MAX_CHANGED_ROWS, _MAX_NAMED = 40, 4
 _OF_A_LEG = ("start_step", "end_step", "target", "devices", "layout", "precision")
 
 
@@ -97,7 +97,7 @@ def difference_rows(found: Difference) -> Iterator[str]:
     for one in found.mismatched[:_MAX_CHANGED_ROWS]:
         yield f"differs    {clean(one.name)}: {one.first} in a, {one.second} in b"
     if found.changed:
-        largest = sorted(found.changed, key=lambda one: -(one.relative_l2 or 0.0))[:_MAX_CHANGED_ROWS]
+        largest = sorted(found.changed, key=_size_of_change, reverse=True)[:_MAX_CHANGED_ROWS]
         rows = [
             (
                 one.name,
@@ -110,10 +110,19 @@ def difference_rows(found: Difference) -> Iterator[str]:
         yield from _table(("tensor", "elements that differ", "max abs", "relative L2"), rows)
         if len(found.changed) > len(largest):
             yield f"… and {len(found.changed) - len(largest):,} more that differ less (json=true lists all)"
+    for side, bad in (("a", found.nonfinite_first), ("b", found.nonfinite_second)):
+        if bad:
+            more = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
+            yield f"warning: {side} holds NaN or infinity in {clean(', '.join(bad[:_MAX_NAMED]))}{more}"
     if found.equal:
         yield f"bitwise equal: all {found.compared:,} tensors"
         return
     yield f"\ndifferent: {found.same:,} of {found.compared:,} tensors that both have are bitwise equal"
+
+
+def _size_of_change(one: Changed) -> float:
+    relative = one.relative_l2 or 0.0
+    return math.inf if math.isnan(relative) else relative
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> Iterator[str]:

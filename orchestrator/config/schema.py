@@ -228,6 +228,8 @@ class TrainConfig:
     eval_tokens: int = 65536
     loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
     deterministic: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a step does whose loss or gradient norm is not finite
+    max_skips: int = 10  # steps in a row that on_nonfinite=skip leaves out; one more, and the run stops
     init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
     sample: SampleConfig = SampleConfig()
 

@@ -51,6 +51,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "checkpoint.handover.seq_len": (1, 1 << 20),
     "logger.every_steps": _STEPS,
     "train.max_steps": _STEPS,
+    "train.max_skips": _STEPS,
     "train.seq_len": (2, 1 << 30),
     "train.global_batch_tokens": (-_LARGEST, 1 << 40),  # its least is a sequence: see _batch
     "train.eval_every": _STEPS,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from orchestrator.errors import NonFiniteError
 from orchestrator.models.cache import KVCache
 from orchestrator.models.decoder import Decoder
 
@@ -19,13 +21,24 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator, top_k
         temperature: 0 takes the likeliest token.
         generator: of the CPU.
         top_k: draw among the k likeliest only; None: among all.
+
+    Raises:
+        NonFiniteError: logits are NaN or +inf, or all of them -inf: they are no distribution.
     """
     logits = logits.detach().float().cpu()
+    if not math.isfinite(highest := float(logits.max())):
+        raise NonFiniteError(
+            "the model gives logits that are not finite",
+            got=f"{int(logits.isnan().sum())} NaN and {int(logits.isinf().sum())} infinite of {logits.numel()}",
+            fix="its run has diverged, or its weights are damaged: take an earlier checkpoint (checkpoint verify "
+            "deep=true names the tensors)",
+        )
     if temperature <= 0.0:
         return int(logits.argmax())
     if top_k is not None and top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    probabilities = torch.softmax(logits / temperature, -1)
+    # The highest is taken off first: at a small temperature the quotients would overflow.
+    probabilities = torch.softmax((logits - highest) / temperature, -1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

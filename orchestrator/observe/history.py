@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ class History:
     evaluations. Rows are kept as text: putting them together at a save must cost nothing.
 
     Args:
-        rows: of the legs before, by rising step.
+        rows: of the legs before, by rising step, as `finite_row` makes them.
 
     Attributes:
         legs: of the run, the one that is under way last.
@@ -33,7 +34,7 @@ class History:
         for row in rows:
             for key, kept in self._kept.items():
                 if key in row:
-                    kept.add(json.dumps(row).encode())
+                    kept.add(json.dumps(row, allow_nan=False).encode())
 
     def rows(self) -> list[dict[str, Any]]:
         """What is kept of the rows, by rising step."""
@@ -49,11 +50,27 @@ class History:
         return b'{"legs": %b,\n"rows": [\n%b\n]}' % (json.dumps(legs).encode(), rows)
 
 
+NONFINITE = "nonfinite"
+
+
+def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it: a number that is not finite is null, and `nonfinite` says what it was.
+
+    `{"loss": nan}` becomes `{"loss": null, "nonfinite": {"loss": "nan"}}`.
+    """
+    wrong = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    if not wrong:
+        return dict(row)
+    return {**row, **dict.fromkeys(wrong), NONFINITE: {**(row.get(NONFINITE) or {}), **wrong}}
+
+
 def read_content(data: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Legs, and rows by rising step, of a checkpoint's JSON; what is no such thing is left out."""
     legs, rows = (data.get(key) if isinstance(data, dict) else None for key in ("legs", "rows"))
     good_legs = [leg for leg in legs if isinstance(leg, dict)] if isinstance(legs, list) else []
-    good_rows = [row for row in rows if isinstance(row, dict) and _step(row)] if isinstance(rows, list) else []
+    found = rows if isinstance(rows, list) else []
+    # Earlier versions wrote NaN as it is.
+    good_rows = [finite_row(row) for row in found if isinstance(row, dict) and _step(row)]
     return good_legs, sorted(good_rows, key=lambda row: row["step"])
 
 

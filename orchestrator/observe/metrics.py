@@ -7,6 +7,7 @@ go, and hands rows to `metrics.jsonl`, TensorBoard and W&B: each a side channel,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import lightning.pytorch as lightning
 from torch import Tensor
 
 from orchestrator.config.schema import LoggerConfig
-from orchestrator.observe.history import METRICS, History
+from orchestrator.observe.history import METRICS, History, finite_row
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
 from orchestrator.observe.trackers import TensorBoard, Wandb
 
@@ -28,7 +29,6 @@ class Metrics(lightning.Callback):
         run_dir: where `metrics.jsonl` is; rows are only ever added.
         config: what else is written, and how often.
         fetch: scalars that are the same on all ranks, to the host.
-        fetch_sums: scalars of which each rank has a part, summed, to the host.
         compilations: graphs compiled so far; None where nothing is compiled.
         tokens_per_step: of the global batch.
         tokens_after: tokens that were trained on after so many steps.
@@ -41,6 +41,7 @@ class Metrics(lightning.Callback):
         run_uuid: what W&B knows the run by: two runs that start in one second stay two, and one that moved stays one.
         history: what of the rows travels in checkpoints. Its rows so far begin a new TensorBoard directory or W&B run.
         channels: those of the run; tried again at each flush.
+        skips: steps that are not finite are left out, and their rows say so.
     """
 
     def __init__(
@@ -49,7 +50,6 @@ class Metrics(lightning.Callback):
         config: LoggerConfig,
         *,
         fetch: Callable[[Sequence[Tensor]], list[float]],
-        fetch_sums: Callable[[Sequence[Tensor]], list[float]],
         compilations: Callable[[], int | None],
         tokens_per_step: int,
         tokens_after: Callable[[int], int],
@@ -62,13 +62,14 @@ class Metrics(lightning.Callback):
         run_uuid: str,
         history: History,
         channels: SideChannels,
+        skips: bool = False,
     ):
         self.every = config.every_steps
         self.latest: dict[str, Any] = {}
-        self._fetch, self._fetch_sums, self._mfu, self._memory = fetch, fetch_sums, mfu, memory
+        self._fetch, self._mfu, self._memory = fetch, mfu, memory
         self._compilations = compilations
         self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
-        self._tokens_after = tokens_after
+        self._tokens_after, self._skips = tokens_after, skips
         self._steps: list[dict[str, Any]] = []
         self._history, self._channels = history, channels
         self._sinks = self._open(run_dir, config, start_step, run_config, run_uuid) if main else []
@@ -92,7 +93,7 @@ class Metrics(lightning.Callback):
         self._since = time.perf_counter()
 
     def record(self, **values: Any) -> None:
-        """One step: `step`, `loss_part` (this rank's share of the mean), `grad_norm`, `lr`."""
+        """One step: `step`, `loss`, `grad_norm`, `lr`."""
         self._steps.append({**values, "time": time.time()})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -106,7 +107,7 @@ class Metrics(lightning.Callback):
         """Fetch and write what has gathered. All ranks call it at the same step."""
         if not self._steps:
             return
-        losses = self._fetch_sums([step["loss_part"] for step in self._steps])
+        losses = self._fetch([step["loss"] for step in self._steps])
         norms = self._fetch([step["grad_norm"] for step in self._steps])
         seconds = (time.perf_counter() - self._since) / len(self._steps)
         rate = self._tokens_per_step / seconds
@@ -122,11 +123,16 @@ class Metrics(lightning.Callback):
         for step, loss, norm in zip(self._steps, losses, norms, strict=True):
             tokens = self._tokens_after(step["step"])
             row = {"step": step["step"], "loss": loss, "grad_norm": norm, "lr": step["lr"], "tokens": tokens}
-            rows.append({**row, **shared, "time": step["time"], "leg": self._leg})
+            skipped = {"skipped": True} if self._skips and not math.isfinite(loss + norm) else {}
+            rows.append(finite_row({**row, **skipped, **shared, "time": step["time"], "leg": self._leg}))
         self._steps.clear()
         self.latest = rows[-1]
         self._write(rows)
         self._since = time.perf_counter()
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was recorded of later steps and is not written yet: they were computed and had no effect."""
+        self._steps = [values for values in self._steps if values["step"] <= step]
 
     def pause(self) -> None:
         """Start the clock again: what was done since the last flush is not training."""
@@ -134,7 +140,7 @@ class Metrics(lightning.Callback):
 
     def write_evaluation(self, step: int, **values: float) -> None:
         """A row of held-out metrics."""
-        self._write([{"step": step, **values, "time": time.time(), "leg": self._leg}])
+        self._write([finite_row({"step": step, **values, "time": time.time(), "leg": self._leg})])
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self._main:

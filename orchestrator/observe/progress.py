@@ -93,7 +93,8 @@ def _width() -> dict[str, Any]:
 
 
 def _numbers(row: dict[str, Any]) -> str:
-    text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    text = f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s"
     return text + (f"  MFU {row['mfu']:.0%}" if row["mfu"] is not None else "")
 
 

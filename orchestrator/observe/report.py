@@ -60,8 +60,9 @@ def render(data: RunData) -> str:
     """The page as HTML."""
     facts = headline(data)
     name, status = escape(str(facts["name"])), escape(str(facts["status"]))
+    shown = f"{status} at step {facts['diverged']['step']}" if facts["diverged"] else status
     parts = [
-        f'<h1>{name}<span class="status {status}">{status}</span></h1>',
+        f'<h1>{name}<span class="status {status}">{shown}</span></h1>',
         f'<p class="lead">{escape(_lead(data, facts))}</p>',
         _notices(facts),
         _cards(data, facts),
@@ -99,10 +100,17 @@ def _lead(data: RunData, facts: Mapping[str, Any]) -> str:
 
 def _notices(facts: Mapping[str, Any]) -> str:
     texts = []
+    if diverged := facts["diverged"]:
+        found = diverged.get("found")
+        said = [diverged.get("what"), *(found if isinstance(found, list) else [])]
+        texts.append(f"Diverged at step {diverged['step']}: {escape('; '.join(str(one) for one in said if one))}.")
+        advice = diverged.get("advice")
+        tries = [f"{one[0]} ({one[1]})".strip() for one in advice if _is_pair(one)] if isinstance(advice, list) else []
+        texts += [f"To try: {escape('; '.join(tries))}."] if tries else []
     if facts["skipped_lines"]:
         texts.append(f"{facts['skipped_lines']} line(s) of the run's files could not be read and are left out.")
     if facts["non_finite_losses"]:
-        texts.append(f"{facts['non_finite_losses']} step(s) have a loss that is not a finite number.")
+        texts.append(f"{facts['non_finite_losses']} step(s) have a loss or gradients that are not finite numbers.")
     return "".join(f'<p class="notice">{text}</p>' for text in texts)
 
 
@@ -120,7 +128,7 @@ def _cards(data: RunData, facts: Mapping[str, Any]) -> str:
     on = f"{facts['target']}, {hosts} host{'s' if hosts != 1 else ''}" if hosts else facts["target"]
     memory = facts["peak_memory_bytes"]
     rows: list[tuple[str, str | None, str]] = [
-        ("Training loss", fixed(loss), f"last {MEAN_STEPS} steps: {fixed(mean)}" if mean is not None else ""),
+        _loss_card(loss, mean, facts),
         ("Validation loss", fixed(val), f"perplexity {format_number(perplexity)}" if perplexity is not None else ""),
         ("Tokens", short(facts["tokens"]), f"in {facts['step']:,} steps" if facts["step"] is not None else ""),
         ("Tokens per second", whole(facts["tokens_per_second"]), step_time(facts["step_seconds"])),
@@ -134,6 +142,18 @@ def _cards(data: RunData, facts: Mapping[str, Any]) -> str:
         note = f"<small>{escape(small)}</small>" if small else ""
         cells.append(f"<div><dt>{label}</dt><dd{style}>{escape(value or 'unknown')}{note}</dd></div>")
     return f'<dl class="cards">{"".join(cells)}</dl>'
+
+
+def _loss_card(loss: float | None, mean: float | None, facts: Mapping[str, Any]) -> tuple[str, str | None, str]:
+    if facts["diverged"]:
+        # The last number that was one is not where the run is.
+        small = f"{fixed(loss)} at step {facts['loss_step']}, the last finite one" if loss is not None else ""
+        return "Training loss", "not finite", small
+    return "Training loss", fixed(loss), f"last {MEAN_STEPS} steps: {fixed(mean)}" if mean is not None else ""
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _charts(data: RunData, facts: Mapping[str, Any]) -> str:

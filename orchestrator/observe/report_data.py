@@ -27,7 +27,7 @@ class RunData:
         config_text: `config.yaml` as it is.
         skipped: lines that could not be read.
         handovers: entries of `handover.json`.
-        non_finite: training rows whose loss is not a finite number.
+        non_finite: training rows whose loss or gradient norm is not a finite number.
     """
 
     run_dir: Path
@@ -72,7 +72,7 @@ def read_run_data(run_dir: Path) -> RunData:
         samples=[row for row in samples if isinstance(row.get("text"), str)],
         config_text=_read_text(run_dir / "config.yaml"),
         skipped=bad_metrics + bad_samples + len(metrics) - len(steps),
-        non_finite=sum(number(row.get("loss")) is None for row in train),
+        non_finite=sum(any(number(row.get(key, 0)) is None for key in ("loss", "grad_norm")) for row in train),
         handovers=_read_list(run_dir / "handover.json"),
     )
 
@@ -96,7 +96,7 @@ def headline(data: RunData) -> dict[str, Any]:
     names = last_leg.get("device_names") or []
     return {
         "name": data.facts.get("name") or data.run_dir.name,
-        "status": data.facts.get("status") or "unknown",
+        "status": _status(data),
         "step": data.train[-1]["step"] if data.train else None,
         "loss": losses[-1][1] if losses else None,
         "loss_mean": statistics.fmean(value for _, value in losses[-MEAN_STEPS:]) if losses else None,
@@ -117,7 +117,25 @@ def headline(data: RunData) -> dict[str, Any]:
         "legs": max(len(data.legs), 1),
         "skipped_lines": data.skipped,
         "non_finite_losses": data.non_finite,
+        "diverged": _diverged(data),
+        "loss_step": int(losses[-1][0]) if losses else None,
     }
+
+
+def _status(data: RunData) -> str:
+    """What `run.json` says; of a run of an earlier version that ended with numbers that are not finite: diverged."""
+    status = str(data.facts.get("status") or "unknown")
+    ended_so = bool(data.train) and number(data.train[-1].get("loss")) is None and not data.train[-1].get("skipped")
+    return "diverged" if status == "finished" and ended_so else status
+
+
+def _diverged(data: RunData) -> Mapping[str, Any]:
+    """What the last leg says of how it diverged; empty where it did not."""
+    said = data.legs[-1].get("diverged") if data.legs else None
+    if isinstance(said, Mapping) and number(said.get("step")) is not None:
+        return said
+    bad = [row["step"] for row in data.train if number(row.get("loss")) is None]
+    return {"step": bad[0]} if _status(data) == "diverged" and bad else {}
 
 
 def number(value: Any) -> float | None:

@@ -213,7 +213,9 @@ class JsonLines:
         Raises:
             OSError: none was.
         """
-        self._file.append(b"".join(json.dumps(row).encode() + b"\n" for row in rows), newline_before=True)
+        self._file.append(
+            b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows), newline_before=True
+        )
 
 
 def write_all(file: int, data: bytes) -> None:

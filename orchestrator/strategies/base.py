@@ -110,8 +110,27 @@ class ParallelStrategy(Strategy):
         """Sum over the ranks that hold different tokens, counting each token once."""
 
     @abstractmethod
-    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
-        """Global L2 norm of the gradients; scale them so that it is at most `max_norm`. Returns the norm before."""
+    def reduce_and_clip(self, model: Decoder, loss_part: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
+        """Sum up what a step needs to know, in one reduction, and clip the gradients by it.
+
+        Args:
+            loss_part: this rank's part of the loss, a scalar.
+            max_norm: scale the gradients so that their norm is at most this; None: leave them.
+
+        Returns:
+            The global loss, and the global L2 norm of the gradients before they were scaled: fp32 scalars, the same
+            bits on all ranks, so that what depends on them is decided alike everywhere.
+        """
+
+    @abstractmethod
+    def update_unless(
+        self, model: Decoder, optimizer: torch.optim.Optimizer, bad: Tensor
+    ) -> AbstractContextManager[None]:
+        """Around an optimizer's step: where `bad` is true weights and state stay to the bit as they are.
+
+        Args:
+            bad: bool scalar on the device, the same on all ranks. The host need not know it, and does not wait for it.
+        """
 
     def seed_masks(self, key: str) -> None:
         """Let what is drawn next (dropout) be a function of `key` and of the part of the batch that is here."""
@@ -122,15 +141,12 @@ class ParallelStrategy(Strategy):
         """After the optimizer's step, and after each batch of an evaluation."""
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
-        """Scalars that are the same on all ranks, on the host."""
-        return [float(value) for value in torch.stack(list(values)).tolist()]
+        """Scalars on the host."""
+        return [float(value) for value in torch.stack(list(values)).tolist()] if values else []
 
-    def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
-        """Scalars of which each rank has the part of its tokens: their sums, on the host.
-
-        A sum's bits do not depend on what else is fetched with it.
-        """
-        return [float(value) for value in self.sum_over_data(torch.stack(list(values))).tolist()]
+    def fetch_later(self, value: Tensor) -> Callable[[], float]:
+        """A scalar that is asked for when work that follows it has been started: the host waits for it alone."""
+        return lambda: float(value.item())
 
     def uncompiled(self) -> AbstractContextManager[Any]:
         """Around a forward pass of another shape than the step's, for which nothing shall be compiled."""

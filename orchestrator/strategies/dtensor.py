@@ -8,8 +8,7 @@ costs about 5% of a step of 20M parameters on a CPU.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -190,23 +189,16 @@ class DTensorStrategy(ParallelStrategy):
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         if self.world.size > 1:
-            # The ranks of a tensor group hold the same tokens: one of them speaks.
-            values = values * int(self.layout.coordinates(self.world.rank)["tensor"] == 0)
+            values = self._counted(values)
             dist.all_reduce(values)
         return values
 
-    def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
-        # A reduction adds up in an order that depends on the place of an element among the others, so a loss would
-        # depend on how many steps are fetched together. Here the ranks' parts are gathered and added by rank.
-        parts = torch.stack(list(values)) * int(self.layout.coordinates(self.world.rank)["tensor"] == 0)
-        if self.world.size == 1:
-            return [float(value) for value in parts.tolist()]
-        gathered = parts.new_empty(self.world.size * len(parts))
-        dist.all_gather_into_tensor(gathered, parts)
-        by_rank = gathered.double().cpu().numpy().reshape(self.world.size, -1)
-        return [float(value) for value in functools.reduce(np.add, by_rank)]
+    def _counted(self, values: Tensor) -> Tensor:
+        """A copy of `values`, or zeros: the ranks of a tensor group hold the same tokens, and one of them speaks."""
+        speaks = self.layout.coordinates(self.world.rank)["tensor"] == 0
+        return values.clone() if speaks else torch.zeros_like(values)
 
-    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
+    def reduce_and_clip(self, model: Decoder, loss_part: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
         grads, owned = [], []
         for name, parameter in local_parameters(model):
             if parameter.grad is not None:
@@ -216,12 +208,36 @@ class DTensorStrategy(ParallelStrategy):
         squares = torch.zeros((), device=self.root_device)
         if counted:
             squares = torch.stack(torch._foreach_norm(counted)).square().sum()
+        loss = loss_part
         if self.world.size > 1:
-            dist.all_reduce(squares)
+            sums = torch.stack((self._counted(loss_part), squares))
+            dist.all_reduce(sums)
+            loss, squares = sums.unbind()
         norm = squares.sqrt()
         if max_norm is not None:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return loss, norm
+
+    @contextmanager
+    def update_unless(self, model: Decoder, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
+        # What torch's gradient scaler tells a fused optimizer: its kernel then writes nothing, and step counts stay.
+        setattr(optimizer, "found_inf", bad.float())  # noqa: B010
+        yield
+
+    def fetch_later(self, value: Tensor) -> Callable[[], float]:
+        if value.device.type == "cpu":
+            return super().fetch_later(value)
+        # A plain read waits for all that was started since.
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=self.target.pin_memory)
+        host.copy_(value, non_blocking=True)
+        copied = torch.Event(device=value.device)
+        copied.record()
+
+        def read() -> float:
+            copied.synchronize()
+            return float(host.item())
+
+        return read
 
     def uncompiled(self) -> AbstractContextManager[Any]:
         # A second shape would make torch compile the blocks again, for any shape, and run the step by those.

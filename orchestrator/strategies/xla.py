@@ -246,23 +246,30 @@ class XlaStrategy(ParallelStrategy):
         # A tensor is global here: what a rank has is already the sum.
         return values
 
-    def reduce_and_clip(self, model: Decoder, max_norm: float | None) -> Tensor:
+    def reduce_and_clip(self, model: Decoder, loss_part: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
         grads = [parameter.grad for _, parameter in local_parameters(model) if parameter.grad is not None]
         norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for grad in grads:
                 grad.mul_(scale)
-        return norm
+        return loss_part, norm
+
+    @contextmanager
+    def update_unless(self, model: Decoder, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
+        # Part of the step's graph: the compiler chooses element by element where it computes the update, in place.
+        state = [tensor for _, tensor in self._named(model, optimizer)]
+        before = [tensor.detach().clone() for tensor in state]
+        yield
+        with torch.no_grad():
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(torch.where(bad, old, tensor))
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
         # One by one: each is on the device already, while stacking them would compile a graph. Scalars are whole on
         # every device, so a host reads its own copy; of a tensor that is split, a read would be a collective.
         assert all(value.dim() == 0 for value in values)
         return [value.item() for value in values]
-
-    def fetch_sums(self, values: Sequence[Tensor]) -> list[float]:
-        return self.fetch(values)
 
     def seed_masks(self, key: str) -> None:
         # A mask is drawn for the global tensor: the same seed on every host. torch.manual_seed does not reach it.

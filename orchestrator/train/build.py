@@ -165,7 +165,6 @@ def _assemble(
         place.run_dir,
         config.logger,
         fetch=parallel.fetch,
-        fetch_sums=parallel.fetch_sums,
         compilations=parallel.compilations,
         tokens_per_step=train.global_batch_tokens,
         tokens_after=loader.tokens_after,
@@ -178,6 +177,7 @@ def _assemble(
         run_uuid=run_uuid,
         history=history,
         channels=channels,
+        skips=train.on_nonfinite == "skip",
     )
     progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
     tell = progress.say if progress else (say if main else _silent)
@@ -193,7 +193,11 @@ def _assemble(
     samples = Samples(
         parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(held_out or loader.stream)
     )
-    callbacks = [metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
+    periods = (config.logger.every_steps, train.eval_every, train.sample.every_steps, config.checkpoint.every_steps)
+    guard = module.guard
+    guard.due = lambda step: any(period and step % period == 0 for period in periods)
+    guard.say = tell
+    callbacks = [guard, metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
     resumed_from = str(restored.directory) if restored else None
     about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **side}

@@ -47,7 +47,7 @@ def changes(saved: RunConfig, now: RunConfig, step: int) -> list[Change]:
     Whether the data is the same is told by its fingerprint, not by its path; see `restoring`.
     """
     found = []
-    for key, was, is_now in _differing(to_dict(saved), to_dict(now)):
+    for key, was, is_now in differing(to_dict(saved), to_dict(now)):
         if key == "train.global_batch_tokens":
             effect = f"{is_now:,} tokens per step; the data goes on behind the last sequence that was trained on"
             found.append(Change(key, was, is_now, effect, "batch"))
@@ -118,10 +118,11 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _differing(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differing(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield each key whose value differs between two configurations as plain data: name, value before, value now."""
     for key, value in now.items():
         before = was.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            yield from _differing(before, value, f"{prefix}{key}.")
+            yield from differing(before, value, f"{prefix}{key}.")
         elif value != before:
             yield prefix + key, before, value

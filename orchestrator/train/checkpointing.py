@@ -20,11 +20,12 @@ from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import StepLoader
 from orchestrator.data.tokenize import Tokenizer
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, NonFiniteError
 from orchestrator.observe.history import HISTORY, History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.sink import reason
 from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.train.divergence import Diverged
 from orchestrator.train.handover import measure, reference_files
 from orchestrator.train.say import warn
 
@@ -51,6 +52,7 @@ class Checkpoints(lightning.Callback):
         say: prints a line.
 
     Attributes:
+        directory: of the run's checkpoints.
         saved: step and directory of the last save that is known to be kept.
         stalls: seconds that each save on the way kept the training waiting.
     """
@@ -80,6 +82,8 @@ class Checkpoints(lightning.Callback):
         self.saved: tuple[int, AnyPath] | None = None
         self.stalls: list[float] = []
         self._started = 0
+        self._refused: NonFiniteError | None = None
+        self.directory = directory
         self._saver = Saver(directory, parallel, config.checkpoint.asynchronous, self._prune)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -105,24 +109,34 @@ class Checkpoints(lightning.Callback):
 
         Raises:
             CheckpointError: it could not be written.
+            Diverged: weights or optimizer state are not finite.
         """
         self._settle()
+        self._stop_if_refused()
         step = pl_module.step
         if self.saved is None or self.saved[0] != step:
             self._save(pl_module)
-            path = self._saver.wait()
+            try:
+                path = self._saver.wait()
+            except NonFiniteError as error:
+                raise Diverged(step, {}, "weights") from error
             assert path is not None
             self.saved = (step, path)
         return self.saved[1]
 
     def settle(self) -> None:
-        """Wait for the save that is under way.
+        """Wait for the save that is under way. All ranks call it together.
 
         Raises:
             CheckpointError: it could not be written.
+            Diverged: it was refused, as weights or optimizer state were not finite.
         """
-        if path := self._saver.wait():
-            self.saved = (self._started, path)
+        try:
+            if path := self._saver.wait():
+                self.saved = (self._started, path)
+        except NonFiniteError as error:
+            self._refused = error
+        self._stop_if_refused()
 
     def close(self) -> None:
         """Let the save that is under way end, for a while: what it waits for may have gone."""
@@ -130,10 +144,14 @@ class Checkpoints(lightning.Callback):
 
     def _save(self, pl_module: Any) -> None:
         self._settle()
+        self._stop_if_refused()
         step = self._started = pl_module.step
         files = {**self._extra, HISTORY: self._history.content(step)}
         if self._reference is not None:
-            files |= reference_files(pl_module.model, self._parallel, self._reference)
+            try:
+                files |= reference_files(pl_module.model, self._parallel, self._reference)
+            except NonFiniteError as error:
+                raise Diverged(step, {}, "weights") from error
         shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
         settings = self._config.checkpoint
         contents = Contents(self._state(step), to_dict(self._config), files, self._sign, settings.hash)
@@ -142,11 +160,22 @@ class Checkpoints(lightning.Callback):
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""
         try:
-            self.settle()
+            if path := self._saver.wait():
+                self.saved = (self._started, path)
+        except NonFiniteError as error:
+            # Ranks come here at different steps; they stop together where all of them wait for it.
+            self._refused = error
+            if self._parallel.rank == 0:
+                self._say(f"warning: {error}")
         except CheckpointError as error:
             # Training is worth more than this one checkpoint; the end of the run insists.
             if self._parallel.rank == 0:
                 self._say(f"warning: {error}")
+
+    def _stop_if_refused(self) -> None:
+        if self._refused is not None:
+            error, self._refused = self._refused, None
+            raise Diverged(self._started, {}, "weights") from error
 
     def _prune(self, path: AnyPath) -> None:
         """Remove old checkpoints. Where that fails, the new one is no less written."""

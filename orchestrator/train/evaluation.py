@@ -20,6 +20,7 @@ from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
 from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.train.divergence import Diverged
 from orchestrator.train.module import evaluate
 from orchestrator.train.rundir import SAMPLES
 from orchestrator.train.say import warn
@@ -57,7 +58,11 @@ class Evaluation(lightning.Callback):
             self.run(pl_module)
 
     def run(self, pl_module: Any) -> None:
-        """Evaluate now, unless this step has been."""
+        """Evaluate now, unless this step has been.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
         if self._batches is None or self._done_at == pl_module.step:
             return
         self._done_at = pl_module.step
@@ -70,6 +75,8 @@ class Evaluation(lightning.Callback):
         self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity)
         self._say(f"step {pl_module.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
         self._metrics.pause()
+        if not math.isfinite(loss):
+            raise Diverged(pl_module.step, {"val_loss": loss}, "validation")
 
 
 class Samples(lightning.Callback):
@@ -120,7 +127,7 @@ class Samples(lightning.Callback):
             pl_module.model.train()
         if self._parallel.any_raised(problem is not None):
             if self._parallel.rank == 0:
-                warn(f"the sample of step {pl_module.step} failed: {problem!r}")
+                warn(f"the sample of step {pl_module.step} failed: {getattr(problem, 'what', None) or repr(problem)}")
             return None
         if self._parallel.rank == 0:
             self._kept.put([{"step": pl_module.step, "prompt": prompt, "text": text, "time": time.time()}])
@@ -146,6 +153,13 @@ class Samples(lightning.Callback):
         generator = torch.Generator().manual_seed(self._config.seed)
         ids = ids[-(length - 1) :]
         model.eval()
+        try:
+            return self._draw(model, ids, length, generator)
+        finally:
+            model.train()
+
+    def _draw(self, model: Any, ids: list[int], length: int, generator: torch.Generator) -> list[int]:
+        settings = self._config.train.sample
         for _ in range(min(settings.tokens, length - len(ids))):
             padded = torch.full((1, length), self._tokenizer.eos_id)
             padded[0, : len(ids)] = torch.tensor(ids)
@@ -159,5 +173,4 @@ class Samples(lightning.Callback):
             ids.append(token)
             if token == self._tokenizer.eos_id:
                 break
-        model.train()
         return ids

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from orchestrator.checkpoint.finite import describe_nonfinite, finite_flags
 from orchestrator.checkpoint.format import parse_json
 from orchestrator.checkpoint.hf_files import FileLayout
 from orchestrator.checkpoint.hf_write import Spec, write_tensors
@@ -19,7 +20,7 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import DTYPE_NAMES
 from orchestrator.config.schema import ModelConfig
 from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, NonFiniteError
 from orchestrator.models.hf import HFTensor, hf_tensors, our_shapes
 from orchestrator.models.hf_config import family_of, from_hf_config
 from orchestrator.models.hf_config_write import to_hf_config
@@ -70,6 +71,7 @@ def export_hf(
 
     Raises:
         CheckpointError: no class of transformers computes this model, or the output is in use or cannot be written.
+        NonFiniteError: a weight is not finite, or too large for `dtype`.
     """
     model = model_of(checkpoint)
     original = _source_config(checkpoint)
@@ -81,8 +83,7 @@ def export_hf(
 
     def produce(spec: Spec) -> torch.Tensor:
         wanted = DTYPES[spec.dtype]
-        parts = [reader.tensor(f"model.{part}").to(wanted) for part in tensors[spec.name].parts]
-        return tensors[spec.name].join(parts)
+        return tensors[spec.name].join([_read(reader, part, wanted) for part in tensors[spec.name].parts])
 
     tokenizer = tokenizer_of(checkpoint)
     stored_as = str(DTYPES[max(specs, key=lambda spec: spec.bytes).dtype]).removeprefix("torch.")
@@ -161,7 +162,7 @@ def export_dcp(
 
     def produce(name: str) -> torch.Tensor:
         wanted = _common(tensors[name], dtypes)
-        return tensors[name].join([reader.tensor(f"model.{part}").to(wanted) for part in tensors[name].parts])
+        return tensors[name].join([_read(reader, part, wanted) for part in tensors[name].parts])
 
     described = {
         name: torch.empty(tensor.shape, dtype=_common(tensor, dtypes), device="meta")
@@ -170,6 +171,25 @@ def export_dcp(
     with written_aside(output) as folder:
         write_dcp(folder, described, produce, progress)
     return len(tensors)
+
+
+def _read(reader: Reader, name: str, wanted: torch.dtype) -> torch.Tensor:
+    """A weight in the dtype that is written.
+
+    Raises:
+        NonFiniteError: it is not finite, or not in that dtype.
+    """
+    stored = reader.tensor(f"model.{name}")
+    weight = stored.to(wanted)
+    if not finite_flags([weight])[0]:
+        before = finite_flags([stored])[0]
+        kind = str(wanted).removeprefix("torch.")
+        raise NonFiniteError(
+            f"a weight does not fit {kind}" if before else "a weight of the checkpoint is not finite: its run diverged",
+            got=f"model.{name}: {describe_nonfinite(weight)}{f' in {kind}' if before else ''}",
+            fix="export with dtype=bf16 or dtype=stored" if before else "export an earlier checkpoint of that run",
+        )
+    return weight
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: Dtype) -> int:

@@ -36,6 +36,7 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import SUM_RANGE, sum_bits
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import TokenStream
+from orchestrator.errors import NonFiniteError
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.loss import IGNORE
 from orchestrator.sharding.shard import Shard
@@ -56,8 +57,18 @@ def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
 
 
 def reference_files(model: Decoder, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """What a checkpoint carries for the check: `batch`, and what `model` gives for it. All ranks call it together."""
+    """What a checkpoint carries for the check: `batch`, and what `model` gives for it. All ranks call it together.
+
+    Raises:
+        NonFiniteError: its loss or the norm of its gradients is not finite, on all ranks.
+    """
     measured = measure(model, parallel, batch)
+    if measured.loss is None or measured.grad_norm is None:
+        given = {"loss": measured.loss, "gradient norm": measured.grad_norm}
+        raise NonFiniteError(
+            "the model to be saved gives numbers that are not finite for its reference batch",
+            got=", ".join(f"{name} {value or 'not finite'}" for name, value in given.items()),
+        )
     first = {name: array[: len(batch["tokens"])] for name, array in measured.digest.items()}
     return to_files(Reference(batch, replace(measured, digest=first)))
 
@@ -141,10 +152,9 @@ def measure(model: Decoder, parallel: ParallelStrategy, batch: Mapping[str, np.n
         with parallel.forward_context():
             loss = model(**placed) / targets
         loss.backward()
-    norm = parallel.reduce_and_clip(model, None)
+    total, norm = parallel.reduce_and_clip(model, loss.detach(), None)
     for _, parameter in local_parameters(model):
         parameter.grad = None
-    total = parallel.sum_over_data(loss.detach().clone())
     gathered = _gather(digests[0], parallel, rank, shares)
     parallel.finish_step()
     model.train(training)

@@ -13,6 +13,7 @@ from torch import Tensor
 from orchestrator.config.schema import RunConfig
 from orchestrator.models.decoder import Decoder
 from orchestrator.strategies.base import Batch, ParallelStrategy
+from orchestrator.train.divergence import FiniteGuard
 from orchestrator.train.schedule import learning_rate
 
 IGNORED = -100  # target of a position that does not count
@@ -32,6 +33,9 @@ class LanguageModule(lightning.LightningModule):
         config: the run.
         micro_batch: sequences per backward pass on this process.
         step: optimizer steps completed.
+
+    Attributes:
+        guard: keeps what is not finite from the weights.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class LanguageModule(lightning.LightningModule):
         self.micro_batch, self.step = micro_batch, step
         self.lr = 0.0
         self.record: Callable[..., None] = lambda **values: None  # set by the metrics callback
+        self.guard = FiniteGuard(parallel, config.train)
         self._optimizer = optimizer
         self._dropout = model.config.dropout > 0
 
@@ -61,19 +66,20 @@ class LanguageModule(lightning.LightningModule):
         self._set_learning_rate()
         targets = self.parallel.sum_over_data((batch["targets"] != IGNORED).sum()).clamp(min=1)
         total = torch.zeros((), device=self.parallel.root_device)
-        for index, (part, last) in enumerate(self._micro_batches(batch)):
-            self._seed_dropout(index)
+        for part, last in self.micro_batches(batch):
             with self.parallel.backward_context(self.model, last):
                 with self.parallel.forward_context():
                     loss = self.model(**part) / targets
                 self.manual_backward(loss)
             total += loss.detach()
-        norm = self.parallel.reduce_and_clip(self.model, self.config.optim.grad_clip)
-        optimizer.step()
+        loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
+        bad = self.guard.judge(self.step + 1, loss, norm)
+        with self.parallel.update_unless(self.model, self._optimizer, bad):
+            optimizer.step()
         optimizer.zero_grad()
         self.parallel.finish_step()
         self.step += 1
-        self.record(step=self.step, loss_part=total, grad_norm=norm, lr=self.lr)
+        self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr)
 
     def _set_learning_rate(self) -> None:
         optim = self.config.optim
@@ -81,9 +87,11 @@ class LanguageModule(lightning.LightningModule):
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
+        """The parts of a step's batch, and whether each is the last one; dropout is seeded for each as it comes."""
         size = batch["targets"].shape[0]
-        for start in range(0, size, self.micro_batch):
+        for index, start in enumerate(range(0, size, self.micro_batch)):
+            self._seed_dropout(index)
             part = {name: value[start : start + self.micro_batch] for name, value in batch.items()}
             yield part, start + self.micro_batch >= size
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from orchestrator.checkpoint.catalogue import committed, prune, removable
+from orchestrator.checkpoint.catalogue import committed, diverged, prune, removable
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError
@@ -35,7 +35,7 @@ def prune_checkpoints(
         The directories that were removed, or would be, and those that are kept.
 
     Raises:
-        CheckpointError: there are none, a run is using them, or none that is whole would be left.
+        CheckpointError: there are none, a run is using them, or none that is whole and finite would be left.
     """
     parent = checkpoints_of(path)
     found = committed(parent)
@@ -50,7 +50,7 @@ def prune_checkpoints(
         kept = [one for one in found if one not in going]
         if going and not any(_is_whole(one, verify, progress) for one in kept):
             raise CheckpointError(
-                "all the checkpoints that would be kept are damaged",
+                "all the checkpoints that would be kept are damaged or not finite",
                 got=", ".join(one.name for one in kept),
                 fix="keep more: keep_last=...",
             )
@@ -81,4 +81,4 @@ def _is_whole(path: AnyPath, verify: bool, progress: Callable[[int], object]) ->
             checkpoint.verify(progress)
     except CheckpointError:
         return False
-    return True
+    return not diverged(path)

@@ -44,6 +44,10 @@ class Record:
         self._leg["started"] = time.time()
         self._put({"status": "running"})
 
+    def note(self, **facts: Any) -> None:
+        """Say more of this leg, which is written when it ends."""
+        self._leg.update(facts)
+
     def end(self, status: str, step: int, left_out: list[str]) -> None:
         """The run has ended. On a full disk this takes some seconds of trying again.
 

@@ -156,7 +156,7 @@ def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np
     """One step by the trainer of a run. Returns its loss and the norm of its gradients."""
     # An iterator, as the trainer takes a list for several loaders.
     seen: list[Tensor] = []
-    module.record = lambda *, loss_part, grad_norm, **values: seen.extend((loss_part, grad_norm))
+    module.record = lambda *, loss, grad_norm, **values: seen.extend((loss, grad_norm))
     make_trainer(parallel, [], deterministic=False).fit(module, iter([batch]))
     return seen
 

@@ -16,13 +16,16 @@ from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import Position, TokenStream
-from orchestrator.errors import CheckpointError, DamagedError
+from orchestrator.errors import CheckpointError, DamagedError, NonFiniteError
 from orchestrator.models.decoder import Decoder
 from orchestrator.observe.bar import Bar
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.train.diagnosis import find_nonfinite
 from orchestrator.train.resume import is_checkpoint
 from orchestrator.train.say import warn
+
+_NAMED = 4  # tensors that are listed
 
 
 def restore_run(
@@ -43,7 +46,7 @@ def restore_run(
 
     Raises:
         CheckpointError: it is of another model, or of other data, where going on would not be the same run.
-        DamagedError: it is damaged, and none before it is whole.
+        DamagedError, NonFiniteError: it is damaged, or its numbers are not finite, and none before it is whole.
     """
     trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
     while True:
@@ -52,7 +55,7 @@ def restore_run(
             _check_run(checkpoint, config, stream)
             _fill(checkpoint, config, parallel, model, optimizer)
             return checkpoint
-        except DamagedError as error:
+        except (DamagedError, NonFiniteError) as error:
             if config.resume is None or is_checkpoint(config.resume):
                 raise
             if parallel.rank == 0:
@@ -78,7 +81,7 @@ def restore_weights(
         cast: weights in another format are converted, and no error.
 
     Raises:
-        CheckpointError: it is of another model, or damaged.
+        CheckpointError: it is of another model, or damaged, or its weights are not finite.
     """
     _fill(checkpoint, config, parallel, model, None, cast)
 
@@ -169,6 +172,13 @@ def _fill(
     ignore = ["optimizer."] if optimizer is None else []
     with _progress(shards, config, parallel) as progress:
         read_into(checkpoint, shards, ignore, cast, check, progress)
+    if names := find_nonfinite(shards, parallel):
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        raise NonFiniteError(
+            "tensors of the checkpoint are not finite: the run that saved it had diverged",
+            got=f"{', '.join(names[:_NAMED])}{more} in {checkpoint.directory}",
+            fix="take an earlier checkpoint of that run",
+        )
     parallel.adopt(model, optimizer, shards)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import stopping
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import DONE, DamagedDataError, LostPeerError, UserError
+from orchestrator.errors import DIVERGED, DONE, DamagedDataError, LostPeerError, UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.train import rundir
@@ -46,7 +46,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         settle: called when the processes have met, to say where the run is kept.
 
     Returns:
-        0, or `INTERRUPTED` or `TERMINATED` when a signal ended the run early; it can be resumed.
+        0; `DIVERGED`; or `INTERRUPTED` or `TERMINATED` when a signal ended the run early; it can be resumed.
 
     Raises:
         Stopped: a signal came before the first step.
@@ -138,16 +138,37 @@ def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, 
         if main:
             _introduce(job, run_dir, checked)
         with peers.explained():
-            if not _all_steps_done(job):
-                job.trainer.fit(job.module, job.loader)
-            _save(job)
-            if _all_steps_done(job):
-                left_out += ["evaluation", "sample"]
-                _look_back(job, left_out)
-            status = "finished" if _all_steps_done(job) else "interrupted"
-    if main:
+            status = _work_through(job, run_dir, record, left_out)
+    if main and status == "diverged":
+        _conclude_diverged(run_dir, record)
+    elif main:
         _conclude(job, run_dir, status, left_out)
+    if status == "diverged":
+        return DIVERGED
     return stopping.exit_code(job.stop.stopped) if status == "interrupted" or left_out else DONE
+
+
+def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) -> str:
+    """Train, save and look back. Returns the run's status; what there was no time for is in `left_out`."""
+    from orchestrator.train.aftermath import examine
+    from orchestrator.train.divergence import Diverged
+
+    try:
+        if not _all_steps_done(job):
+            job.trainer.fit(job.module, job.loader)
+        _save(job)
+        if _all_steps_done(job):
+            left_out += ["evaluation", "sample"]
+            _look_back(job, left_out)
+        status = "finished" if _all_steps_done(job) else "interrupted"
+    except Diverged as found:
+        left_out.clear()
+        job.stop.on_train_end(job.trainer, job.module)
+        record.note(diverged=examine(job, found, run_dir))
+        status = "diverged"
+    if skipped := job.module.guard.skipped:
+        record.note(skipped_steps=skipped)
+    return status
 
 
 def _all_steps_done(job: Job) -> bool:
@@ -208,7 +229,10 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
 
 def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None:
     latest = job.metrics.latest
-    numbers = f": loss {latest['loss']:.4f}, {latest['tokens_per_second']:,.0f} tokens/s" if latest else ""
+    numbers = ""
+    if latest:
+        loss = "not finite" if latest["loss"] is None else f"{latest['loss']:.4f}"  # of a step that was left out
+        numbers = f": loss {loss}, {latest['tokens_per_second']:,.0f} tokens/s"
     say(f"\n{status} at step {job.module.step}{numbers}")
     say(f"report     {run_dir / 'report.html'}")
     say(f"run        {run_dir}")
@@ -216,6 +240,14 @@ def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None
         say(f"left out   the last {' and '.join(left_out)}: asked to stop. Resuming does that, and trains no more")
     if left_out or status == "interrupted":
         say(f"continue   python -m orchestrator train resume={run_dir}")
+
+
+def _conclude_diverged(run_dir: Path, record: Record) -> None:
+    from orchestrator.train.aftermath import text
+
+    print(f"\n{text(record.legs[-1]['diverged'])}", file=sys.stderr, flush=True)
+    say(f"report     {run_dir / 'report.html'}")
+    say(f"run        {run_dir}")
 
 
 def _report(run_dir: Path) -> None:

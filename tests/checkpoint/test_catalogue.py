@@ -53,6 +53,29 @@ def test_newest_first_by_number_not_by_name(tmp_path):
     ]
 
 
+def _diverged(path):
+    (path / "handover.json").write_text('{"loss": null, "grad_norm": null}')
+
+
+def test_retention_counts_only_finite_checkpoints(tmp_path):
+    names = [f"step-{number:08d}" for number in range(1, 7)]
+    _fake(tmp_path, *names)
+    for name in names[3:]:
+        _diverged(tmp_path / name)
+    assert _names(removable(tmp_path, 2, None)) == names[:1], "the two newest finite ones stay"
+    assert _names(removable(tmp_path, 9, None)) == []
+    (tmp_path / names[5] / "handover.json").write_text("cut")
+    assert _names(removable(tmp_path, 1, None)) == names[4::-1], "what cannot be read counts as before"
+
+
+def test_a_checkpoint_of_a_run_that_had_diverged_is_passed_over(tmp_path):
+    whole, poisoned = (write_whole(tmp_path, TENSORS, step=step) for step in (1, 2))
+    _diverged(poisoned)
+    told = []
+    assert newest_valid(tmp_path, False, told.append) == whole
+    assert "not finite" in told[0]
+
+
 def test_only_committed_directories_count(tmp_path):
     _fake(tmp_path, "step-00000001", "step-1", "epoch-00000001", "step-00000002-copy", "step-00000003.x")
     (tmp_path / "step-00000004").mkdir()

@@ -80,7 +80,7 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
         targets = parallel.sum_over_data((placed["targets"] != -100).sum())
         with torch.no_grad(), parallel.forward_context():
             part = job.module.model(**placed) / targets
-        (loss,) = parallel.fetch_sums([part.detach()])
+        (loss,) = parallel.fetch([parallel.sum_over_data(part.detach())])
         results.append({"path": str(path), "loss": loss, "tokens": [row.tobytes().hex() for row in batch["tokens"]]})
         job.metrics.close()
     parallel.leave()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from orchestrator.errors import NonFiniteError
 from orchestrator.models.cache import KVCache
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.generate import choose, generate_tokens
@@ -48,6 +49,21 @@ def test_cache_filled_piece_by_piece_gives_the_same_logits(make_model: Make, tok
             model(tokens[:, :1], cache=cache)
         with pytest.raises(ValueError, match="documents"):
             model(tokens, cache=cache, documents=tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_one_clear_error(value: float, temperature: float) -> None:
+    logits = torch.tensor([1.0, value, 2.0])
+    with pytest.raises(NonFiniteError, match="logits that are not finite"):
+        choose(logits, temperature, torch.Generator())
+    with pytest.raises(NonFiniteError):
+        choose(torch.full((3,), float("-inf")), temperature, torch.Generator())
+
+
+def test_logits_may_be_ruled_out_and_a_temperature_small() -> None:
+    logits = torch.tensor([1.0, float("-inf"), 2.0])
+    assert choose(logits, 1e-30, torch.Generator().manual_seed(0)) == 2
 
 
 def test_a_seed_gives_one_text(make_model: Make) -> None:

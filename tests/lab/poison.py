@@ -1,0 +1,61 @@
+"""A layer that gives NaN at chosen steps: the forward or the backward pass goes wrong in a place that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from orchestrator.models.layers import Block
+from orchestrator.train.module import LanguageModule
+
+
+@contextmanager
+def poisoned(steps: Sequence[int], layer: int, phase: str, here: bool = True) -> Iterator[None]:
+    """Within it block `layer` spoils its output (`forward`) or the gradient of it (`backward`) at `steps`.
+
+    Args:
+        steps: from 1; a step that is computed again is spoilt again.
+        here: whether this rank takes part.
+    """
+    spoilt: list[Block] = []
+    micro_batches, forward = LanguageModule.micro_batches, Block.forward
+
+    def watched(self: LanguageModule, batch: Any) -> Iterator[Any]:
+        spoilt[:] = [self.model.blocks[layer]] if self.step + 1 in steps else []
+        yield from micro_batches(self, batch)
+        spoilt.clear()
+
+    def spoil(self: Block, *args: Any, **options: Any) -> Any:
+        output = forward(self, *args, **options)
+        if not here or not any(block is self for block in spoilt):
+            return output
+        if phase == "forward":
+            return output * torch.nan
+        output = output.clone()
+        output.register_hook(lambda gradient: gradient * torch.nan)
+        return output
+
+    with mock.patch.object(LanguageModule, "micro_batches", watched), mock.patch.object(Block, "forward", spoil):
+        yield
+
+
+@contextmanager
+def left_out(steps: Sequence[int]) -> Iterator[None]:
+    """Within it the module does nothing at `steps` but count them: what a skipped step must be equal to."""
+    training_step = LanguageModule.training_step
+
+    def step(self: LanguageModule, batch: Any, index: int) -> None:
+        if self.step + 1 not in steps:
+            return training_step(self, batch, index)
+        self._set_learning_rate()
+        self.step += 1
+        nothing = torch.zeros((), device=self.parallel.root_device)
+        self.record(step=self.step, loss=nothing, grad_norm=nothing, lr=self.lr)
+        return None
+
+    with mock.patch.object(LanguageModule, "training_step", step):
+        yield
