@@ -296,7 +296,9 @@ def _report(
     tensors = {name: (*about(given, name), found.fates[name]) for name in given}
     skipped: Mapping[str, str] = getattr(given, "skipped", {})
     tensors |= {name: ("", (), fate) for name, fate in skipped.items() if name not in tensors}
-    config = described.config or {}
+    config, fates = described.config or {}, dict(described.fates or {})
+    if found.model.tied_embeddings != described.model.tied_embeddings and "tie_word_embeddings" in fates:
+        fates["tie_word_embeddings"] = "model.tied_embeddings=False: the file has a head of its own"
     return ImportReport(
         str(source),
         format,
@@ -304,7 +306,7 @@ def _report(
         tuple(getattr(given, "layouts", ())),
         tensors,
         found.taken,
-        {key: (config[key], fate) for key, fate in (described.fates or {}).items()},
+        {key: (config[key], fate) for key, fate in fates.items()},
         (*described.notes, *getattr(given, "notes", ()), *found.notes),
         checked.text,
         checked.difference,

@@ -69,6 +69,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_flag_says(tied, tmp_path):
     found = bring(tied, tmp_path / "out")
     assert not found.model.tied_embeddings
     assert any("head of its own" in note for note in found.report.notes)
+    assert "False" in found.report.keys["tie_word_embeddings"][1]
     export_hf(Checkpoint(tmp_path / "out"), str(tmp_path / "again"), "stored", 10**9, print)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")["lm_head.weight"], head())
