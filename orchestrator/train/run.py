@@ -214,10 +214,6 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     job.say(f"model      {facts['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}")
     job.say(f"hardware   {leg['target']}: {devices}, {leg['precision']}, layout {job.parallel.layout}")
     entropy = facts["unigram_entropy_nats"]
-    train = job.module.config.train
-    if train.eval_every:
-        share = f"{train.eval_tokens / train.global_batch_tokens:g} batches"
-        job.say(f"evaluation every {train.eval_every} steps, on {train.eval_tokens:,} tokens at most ({share})")
     job.say(f"baseline   unigram entropy {entropy:.3f} nats per token: a model that learns gets below it")
     for name in ("mixture", "validation"):
         for number, line in enumerate(facts[name]):
