@@ -145,3 +145,14 @@ def test_the_shares_that_are_said_are_those_of_the_stream(make_store: MakeStore,
     if weights[0] == 0.665:
         lines = mixture_lines(of(*stores, weights=weights))
         assert lines[0] == "66.67% of the sequences from s0 (asked for 66.50%: shares are ratios of whole numbers)"
+
+
+def test_no_evaluation_is_made_where_there_is_nothing_for_it() -> None:
+    from orchestrator.train.build import _validation
+
+    class Never:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+    never: Any = Never()
+    assert _validation(never, None, never, 1) is None
