@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +25,16 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8",
 DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 
 
+def read_plain(path: Path, limit: int) -> bytes:
+    """The content of a plain file: a link leads elsewhere, and a pipe or a device has no end."""
+    about = os.lstat(path)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > limit:
+        raise ValueError(f"{path.name} is no plain file of at most {limit} bytes")
+    return path.read_bytes()
+
+
 def read_manifest(directory: Path) -> dict:
-    manifest = json.loads((directory / "manifest.json").read_bytes())
+    manifest = json.loads(read_plain(directory / "manifest.json", 1 << 28))
     if (manifest["format"], manifest["version"]) != ("orchestrator-checkpoint", 2):
         raise ValueError("not a checkpoint that this reader knows")
     if set(manifest.get("requires", [])) - {"blake3"}:
@@ -48,7 +58,7 @@ def read_file(directory: Path, name: str, listed: dict, new_hash: Callable[[byte
     """The content of a file, checked piece by piece."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", name):
         raise ValueError(f"a name that is not allowed: {name!r}")
-    content = (directory / name).read_bytes()
+    content = read_plain(directory / name, listed["bytes"])
     offset = 0
     for size, expected in listed["pieces"]:
         if new_hash(content[offset : offset + size]).hexdigest() != expected:

@@ -49,6 +49,9 @@ MAX_MANIFEST_BYTES = 1 << 28
 _MAX_LOOSE_SHARDS = 1024
 _MAX_BESIDE_BYTES = 1 << 27  # of a file beside tensors: a header, or a tokenizer
 MAX_DIMS = 16
+MAX_TENSORS, MAX_SHARDS, MAX_FILES = 1 << 20, 1 << 22, 1 << 17
+# Of a file: so many pieces, one more for each shard in it, and one more for so many bytes.
+MIN_PIECES, LEAST_PIECE_BYTES = 1024, 1 << 16
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -83,6 +86,7 @@ class Manifest:
     hash: str = "sha256"
 
     def __post_init__(self) -> None:
+        self._check_counts()
         room = {name: file.bytes for name, file in self.files.items()}
         for name, tensor in self.tensors.items():
             _check_name(name, "the name of a tensor")
@@ -96,6 +100,22 @@ class Manifest:
         if wrong := [name for name, left in room.items() if not 0 <= left <= _MAX_BESIDE_BYTES]:
             # No file is read, which may be a hole of any size, for more than the tensors need and a header.
             raise CheckpointError("the size of a file does not fit the tensors in it", got=", ".join(wrong[:3]))
+
+    def _check_counts(self) -> None:
+        """No more than can be looked at one by one: a few megabytes could keep a reader busy for hours."""
+        shards: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            for shard in tensor.shards:
+                shards[shard.file] = shards.get(shard.file, 0) + 1
+        counts = [("tensors", len(self.tensors), MAX_TENSORS), ("shards", sum(shards.values()), MAX_SHARDS)]
+        counts.append(("files", len(self.files), MAX_FILES))
+        counts += [
+            (f"pieces of file '{name}'", len(file.pieces), _most_pieces(file, shards.get(name, 0)))
+            for name, file in self.files.items()
+        ]
+        for what, count, most in counts:
+            if count > most:
+                raise CheckpointError(f"the manifest lists too many {what}", got=count, allowed=f"{most} at most")
 
     def to_json(self) -> str:
         body = {
@@ -130,6 +150,10 @@ class Manifest:
             raise CheckpointError(f"the manifest is damaged: {error!r}"[:300], got=directory / MANIFEST) from None
 
 
+def _most_pieces(file: StoredFile, shards: int) -> int:
+    return MIN_PIECES + shards + file.bytes // LEAST_PIECE_BYTES
+
+
 def read_manifest(directory: AnyPath) -> bytes:
     """The bytes of `manifest.json`.
 
@@ -160,8 +184,10 @@ def check_cover(name: str, tensor: StoredTensor) -> None:
             raise CheckpointError(
                 f"a shard of '{name}' does not lie in the tensor", got=f"{shard.start}:{shard.stop} of {tensor.shape}"
             )
-    held = sum(_elements(shard) for shard in tensor.shards)
     size = math.prod(tensor.shape)
+    if not size and not tensor.shards:
+        return
+    held = sum(_elements(shard) for shard in tensor.shards)
     if held != size or _overlap(tensor, dims):
         raise CheckpointError(
             f"the shards of '{name}' {NOT_COVERED}",
@@ -175,7 +201,7 @@ def _elements(shard: StoredShard) -> int:
 
 def _overlap(tensor: StoredTensor, dims: int) -> bool:
     count = len(tensor.shards)
-    if dims == 0:
+    if dims == 0 or count == 1:
         return count > 1
     starts = np.array([shard.start for shard in tensor.shards], dtype=np.int64).reshape(count, dims)
     stops = np.array([shard.stop for shard in tensor.shards], dtype=np.int64).reshape(count, dims)
@@ -256,9 +282,22 @@ def _shard_from_dict(entry: Mapping[str, Any]) -> StoredShard:
     return StoredShard(_safe(entry["file"]), key, _counts(entry["start"]), _counts(entry["stop"]))
 
 
+def check_state(state: Mapping[str, Any], step: int) -> None:
+    """Hold `state.json` against its schema: the types that a run which goes on relies on.
+
+    Raises:
+        ValueError: it does not fit, or is of another step than the manifest.
+    """
+    if (problem := next(_schema("state").iter_errors(state), None)) is not None:
+        where = "/".join(map(str, problem.instance_path))
+        raise ValueError(_shown(f"{where}: {problem.message}"))
+    if state.get("step", step) != step:
+        raise ValueError(f"it is of step {state['step']}, the manifest of step {step}")
+
+
 @functools.cache
-def _schema() -> Any:
-    text = resources.files(__package__).joinpath("manifest.schema.json").read_text()
+def _schema(name: str = "manifest") -> Any:
+    text = resources.files(__package__).joinpath(f"{name}.schema.json").read_text()
     return jsonschema_rs.Draft202012Validator(json.loads(text))
 
 

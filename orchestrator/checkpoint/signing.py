@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from orchestrator.errors import CheckpointError, ConfigError, MissingExtraError
 
 FORMAT, VERSION, ALGORITHM = "orchestrator-signature", 1, "ed25519"
 MAX_BYTES = 4096
+_MAX_KEY_BYTES = 1 << 16
 _MAKE_KEY = "openssl genpkey -algorithm ed25519 -out key.pem"
 _MAKE_PUBLIC = "openssl pkey -in key.pem -pubout -out key.pub.pem"
 
@@ -142,11 +145,18 @@ def _public(path: str) -> bytes:
 
 def _read(path: str, setting: str, make: str) -> bytes:
     try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"the key of {setting} cannot be read: {error.strerror}", got=path, fix=f"make one: {make}"
-        ) from None
+        # A device would be read, and a pipe waited for, without end. A link may be: keys are often mounted so.
+        handle = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK)
+        with open(handle, "rb") as file:
+            content = file.read(_MAX_KEY_BYTES + 1) if stat.S_ISREG(os.fstat(handle).st_mode) else None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fix = f"make one: {make}"
+        raise ConfigError(f"the key of {setting} cannot be read: {reason}", got=path, fix=fix) from None
+    if content is None or len(content) > _MAX_KEY_BYTES:
+        allowed = f"a plain file of at most {_MAX_KEY_BYTES} bytes"
+        raise ConfigError(f"{setting} is no key", got=path, allowed=allowed, fix=f"make one: {make}")
+    return content
 
 
 def _no_key(path: str, kind: str, setting: str, why: object, make: str) -> ConfigError:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from orchestrator.checkpoint import gcs
 from orchestrator.checkpoint.hashing import Piece, StoredFile, hash_of
+from orchestrator.checkpoint.patience import Patience, PatientFile, within
 from orchestrator.errors import CheckpointError, MissingExtraError
 
 AnyPath: TypeAlias = Path
@@ -73,6 +74,18 @@ def locate(where: str | Path) -> AnyPath:
 
 def is_remote(path: AnyPath) -> bool:
     return not isinstance(path, Path)
+
+
+def resolved(path: Path) -> Path:
+    """An absolute path of this machine, without links.
+
+    Raises:
+        CheckpointError: links that lead back to themselves.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: Python before 3.13
+        raise CheckpointError("the path is a link that leads back to itself", got=path) from None
 
 
 def size_of(path: AnyPath) -> int | None:
@@ -319,19 +332,20 @@ def remove_file(path: AnyPath) -> None:
 
 
 def retried(action: Callable[[], Any]) -> Any:
-    """What `action` returns; after an error of the store it is tried again a few times.
+    """What `action` returns; after an error of the store it is tried again a few times, as long as its time lasts.
 
     Raises:
         OSError: it keeps failing; whatever a store's library raises is one.
     """
+    patience = Patience(_ATTEMPTS)
     for attempt in range(_ATTEMPTS):
         try:
-            return action()
+            return patience.attempt(action)
         except NotImplementedError:
             raise
         except Exception as error:
             said = _as_os_error(error)
-            if isinstance(said, _FINAL) or attempt == _ATTEMPTS - 1:
+            if isinstance(said, _FINAL) or attempt == _ATTEMPTS - 1 or patience.over:
                 raise said from error
             time.sleep(_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
@@ -351,17 +365,18 @@ def _open_whole(path: AnyPath) -> Iterator[Any]:
             flushed.finish()
         return
     # The store's library sends the parts of a large object one by one, and each again where that fails.
-    file = retried(lambda: _store(path).open(_key(path), "wb", block_size=_MULTIPART_BYTES))
+    remote = PatientFile(retried(lambda: _store(path).open(_key(path), "wb", block_size=_MULTIPART_BYTES)))
     try:
-        yield file
-        file.close()
+        yield remote
+        remote.close()
     except BaseException as error:
         with contextlib.suppress(Exception):
-            file.discard()  # ends an upload in parts; closing it would make an object of what there is,
+            remote.discard()
         with contextlib.suppress(Exception):
-            file.closed = True  # and its destructor closes what is open
-        with contextlib.suppress(Exception):
-            _store(path).rm_file(_key(path))  # some stores show an object while it is written
+            remote.abandon()
+        if not isinstance(error, TimeoutError):
+            with contextlib.suppress(Exception):
+                within(lambda: _store(path).rm_file(_key(path)))  # some stores show an object while it is written
         if isinstance(error, Exception):
             raise _as_os_error(error) from error
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import os
 import re
@@ -19,6 +20,7 @@ from orchestrator.checkpoint.format import (
     SIGNATURE,
     STATE,
     Manifest,
+    check_state,
     parse_json,
     read_manifest,
 )
@@ -40,6 +42,7 @@ from orchestrator.checkpoint.tensorfile import TensorFile
 from orchestrator.errors import CheckpointError, DamagedError
 
 _NO_MATCH, _MAX_LINES = "does not match its hash", 8
+_MAX_TENSORS = 20  # that are named of one damaged range
 _OWN = threading.local()
 _MAX_STATE_BYTES, _MAX_CONFIG_BYTES = 1 << 26, 1 << 16
 _MAX_YAML_MARKS, _MAX_YAML_OPENED = 2000, 300
@@ -99,6 +102,7 @@ class Checkpoint:
 
     def __init__(self, directory: AnyPath, trust: Trust = Trust(), look: bool = True):
         self.directory = directory
+        self._spans: dict[str, list[tuple[int, int, str]]] = {}
         content = read_manifest(directory)
         trust.check(content, self._signature(), directory)
         self.manifest = Manifest.parse(content, directory)
@@ -145,7 +149,14 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """What travelled along: step, data position, provenance."""
-        return self._mapping(STATE, _MAX_STATE_BYTES, parse_json)
+
+        def parse(content: bytes) -> Any:
+            data = parse_json(content)
+            if isinstance(data, dict):
+                check_state(data, self.step)
+            return data
+
+        return self._mapping(STATE, _MAX_STATE_BYTES, parse)
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run that wrote it, as plain data."""
@@ -240,18 +251,27 @@ class Checkpoint:
         )
 
     def _tensors_at(self, name: str, start: int, stop: int) -> tuple[str, ...]:
+        if name not in self._spans:
+            self._spans[name] = self._spans_of(name)
+        spans = self._spans[name]
+        # They lie one behind the other.
+        first = bisect.bisect_right(spans, start, key=lambda span: span[1])
+        hit = itertools.takewhile(lambda span: span[0] < stop, itertools.islice(spans, first, None))
+        return tuple(text for _, _, text in itertools.islice(hit, _MAX_TENSORS))
+
+    def _spans_of(self, name: str) -> list[tuple[int, int, str]]:
+        """First byte, last and name of each shard of a tensor file, in order; none where its header is damaged."""
         try:
             spans = TensorFile(self.directory / name).spans() if name.endswith(".safetensors") else {}
         except (CheckpointError, OSError):
-            return ()  # the header itself is damaged
-        hit = {key for key, (first, last) in spans.items() if first < stop and last > start}
+            return []
         found = []
         for tensor_name, tensor in self.manifest.tensors.items():
             for shard in tensor.shards:
-                if shard.file == name and shard.key in hit:
+                if shard.file == name and shard.key in spans:
                     box = ", ".join(f"{a}:{b}" for a, b in zip(shard.start, shard.stop, strict=True))
-                    found.append(f"{tensor_name}[{box}]")
-        return tuple(found)
+                    found.append((*spans[shard.key], f"{tensor_name}[{box}]"))
+        return sorted(found)
 
 
 def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]) -> DamagedError:

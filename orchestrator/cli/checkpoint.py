@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from orchestrator.cli.checkpoint_text import (
     strict_json,
 )
 from orchestrator.config.options import describe_options, option, parse_options
-from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors, UserError
 from orchestrator.observe.bar import Bar
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _PROGRAM = "python -m orchestrator checkpoint"
 _PATH_HELP = "latest, a run directory, a directory of checkpoints, or a checkpoint; s3://..., gs://... too"
 _RUNS_HELP = "where latest looks"
 _GB = 1_000_000_000
+_SHOWN = 20  # damaged ranges, or contradictions, that are printed
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,22 @@ def _verify(options: VerifyOptions) -> int:
     except CheckpointError as error:
         print(f"damaged: {clean(str(error))}")
         return 1
-    for one in damage:
+    for one in damage[:_SHOWN]:
         print(f"damaged: {clean(str(one))}")
+    if len(damage) > _SHOWN:
+        print(f"... and {len(damage) - _SHOWN} more ranges")
     if damage:
         count = "1 damaged range" if len(damage) == 1 else f"{len(damage)} damaged ranges"
         print(f"\n{path}: {count}; the run falls back to an older checkpoint")
         return 1
-    files = len(checkpoint.manifest.files)
-    print(f"{path}: whole; {files} files, {size_text(total)}, every byte as it was written")
+    files = f"{len(checkpoint.manifest.files)} files, {size_text(total)}, all hashes match"
+    if wrong := list(itertools.islice(_contradictions(checkpoint), _SHOWN)):
+        for text in wrong:
+            print(f"wrong: {clean(text)}")
+        print(f"\n{path}: {files}, but they do not mean a checkpoint that can be used")
+        return 1
+    tensors = f"{len(checkpoint.manifest.tensors)} tensors"
+    print(f"{path}: whole; {files}; {tensors} where the manifest says, state, configuration and model fit each other")
     return _verify_deep(checkpoint, options.progress) if options.deep else 0
 
 
@@ -183,6 +193,23 @@ def _verify_deep(checkpoint: Checkpoint, progress: bool) -> int:
         return 1
     print("every number in its tensors is finite")
     return 0
+
+
+def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
+    """What the hashes do not tell: parts that do not fit each other."""
+    from orchestrator.checkpoint.meaning import contradictions
+    from orchestrator.train.rundir import read_history
+    from orchestrator.train.stored_model import model_of, tokenizer_of
+
+    yield from contradictions(checkpoint)
+    looks: tuple[Callable[[Checkpoint], object], ...] = (model_of, tokenizer_of, read_history)
+    for look in looks:
+        try:
+            look(checkpoint)
+        except ConfigErrors as error:
+            yield from (f"config.yaml: {problem.what}" for problem in error.problems)
+        except UserError as error:
+            yield error.what
 
 
 def _diff(options: DiffOptions) -> int:
@@ -275,7 +302,7 @@ class _Subverb:
 _SUBVERBS = {
     "inspect": _Subverb("step, provenance, tensors and data position", InspectOptions, _inspect, "latest tensors=true"),
     "verify": _Subverb(
-        "hash every byte; exits with 1 where some are damaged or, with deep=true, not finite, and names their tensors",
+        "hash every byte and hold the parts against each other; exits with 1 where something is wrong, and names it",
         VerifyOptions,
         _verify,
         "runs/tiny/20261124-120000",

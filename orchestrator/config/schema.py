@@ -179,6 +179,7 @@ class CheckpointConfig:
     asynchronous: bool = True  # the step waits for a copy in host memory only
     verify_on_load: bool = True
     hash: Literal["sha256", "blake3"] = "sha256"  # of what is written; blake3 takes a fraction of the time
+    store_timeout_seconds: int = 180  # of one operation of an object store, all its attempts together
     handover: HandoverConfig = HandoverConfig()
     signing_key: str | None = None  # path of an Ed25519 private key (PEM): signs every manifest
     trusted_keys: tuple[str, ...] = ()  # paths of public keys (PEM); a signature by another is refused

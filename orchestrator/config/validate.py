@@ -47,6 +47,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "checkpoint.every_steps": _STEPS,
     "checkpoint.keep_last": _STEPS,
     "checkpoint.keep_every_steps": _STEPS,
+    "checkpoint.store_timeout_seconds": (1, 10**6),
     "checkpoint.handover.sequences": (1, 1 << 12),
     "checkpoint.handover.seq_len": (1, 1 << 20),
     "logger.every_steps": _STEPS,
@@ -88,6 +89,14 @@ def validate(config: RunConfig) -> list[ConfigError]:
     """Everything that is wrong with `config` by itself, before hardware or data are looked at."""
     parts = (_hardware(config.hardware), _model(config.model), _batch(config), _checkpoint(config.checkpoint))
     return [*check_ranges(config), *(problem for part in parts for problem in part)]
+
+
+def check_stored(config: RunConfig) -> list[ConfigError]:
+    """What is wrong with the configuration that a checkpoint brings, before a model of it is built.
+
+    How the run was to be started is not looked at: other hardware, another batch and other places may be meant.
+    """
+    return [*check_ranges(config), *_model(config.model)]
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:

@@ -25,13 +25,14 @@ from orchestrator.hardware.registry import device_count, find_world, job_devices
 from orchestrator.hardware.world import World, detect
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
-from orchestrator.train.check import check_run, resolve_model
+from orchestrator.train.check import check_run
 from orchestrator.train.say import warn
+from orchestrator.train.stored_model import holds_model
 
 if TYPE_CHECKING:
     from orchestrator.strategies.base import ParallelStrategy
 
-_EMBEDDING, _RESULT = "model.embed.weight", "result.json"
+_RESULT = "result.json"
 Result = dict[str, Any]
 """As `Handover.to_dict`, with `checkpoint`, the directory."""
 
@@ -77,10 +78,7 @@ def _settle(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, An
             got=point.checkpoint,
             fix="save it again with checkpoint.handover.enabled=true",
         )
-    if _EMBEDDING not in checkpoint.manifest.tensors:
-        raise CheckpointError("the checkpoint is of another model", got=f"it has no {_EMBEDDING}")
-    vocabulary = checkpoint.manifest.tensors[_EMBEDDING].shape[0]
-    return replace(config, model=resolve_model(config.model, vocabulary)), point.checkpoint
+    return replace(config, model=holds_model(checkpoint, config.model)), point.checkpoint
 
 
 def _in_processes(config: RunConfig, checkpoint: AnyPath, environments: list[dict[str, str]]) -> Result:

@@ -12,15 +12,12 @@ from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.config.convert import from_dict
-from orchestrator.config.schema import RunConfig
 from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
-from orchestrator.errors import CheckpointError
 from orchestrator.hardware.base import Target
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.generate import generate_tokens
 from orchestrator.sharding.shard import Shard
-from orchestrator.train.check import resolve_model
+from orchestrator.train.stored_model import model_of
 
 
 def generate(
@@ -32,12 +29,9 @@ def generate(
         CheckpointError: the checkpoint is damaged.
     """
     checkpoint = Checkpoint(path)
-    config = from_dict(RunConfig, checkpoint.config())
+    config = model_of(checkpoint)
     tokenizer = _tokenizer(checkpoint)
-    embedding = checkpoint.manifest.tensors.get("model.embed.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError("the checkpoint is of another model: it has no embedding", got=path)
-    model = _load(checkpoint, resolve_model(config.model, embedding.shape[0]), target.device(0))
+    model = _load(checkpoint, config, target.device(0))
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     shown, drawn = "", []
     for token in generate_tokens(model, ids, count, temperature, seed, tokenizer.eos_id, top_k):

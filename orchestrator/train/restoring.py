@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.catalogue import newest_valid
+from orchestrator.checkpoint.format import STATE
 from orchestrator.checkpoint.peers import Peers
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.signing import Trust, trust
@@ -103,7 +104,12 @@ def _open(where: AnyPath, trusted: Trust, parallel: ParallelStrategy) -> Checkpo
 
 def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
     """The data and the batch are those of the saved run: a step's batch is a function of its number."""
-    saved: dict[str, Any] = checkpoint.state()["data"]
+    saved: dict[str, Any] = checkpoint.state().get("data", {})
+    if lacking := {"fingerprint", "global_batch_sequences"} - saved.keys():
+        raise CheckpointError(
+            "the state of the checkpoint does not say where in the data it is",
+            got=f"no {', '.join(sorted(lacking))} in {checkpoint.directory / STATE}",
+        )
     if saved["fingerprint"] != stream.fingerprint and "data" not in config.resume_allow:
         raise CheckpointError(
             "the data is not what the checkpoint was trained on, so its position in it means nothing",

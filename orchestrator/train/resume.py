@@ -11,12 +11,13 @@ from typing import Any
 from orchestrator.checkpoint.catalogue import committed, newest_valid
 from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
 from orchestrator.checkpoint.signing import Trust, trust
-from orchestrator.checkpoint.storage import AnyPath, children, is_remote, locate, modified, there
+from orchestrator.checkpoint.storage import AnyPath, children, is_remote, locate, modified, resolved, there
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import Composed, read_plain
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import CheckpointConfig, RunConfig
-from orchestrator.errors import CheckpointError, ConfigError, UserError
+from orchestrator.config.validate import check_stored
+from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors, UserError
 from orchestrator.train import rundir
 from orchestrator.train.origin import refuse_foreign
 from orchestrator.train.runs import Wanted, is_empty, latest_runs, runs_below
@@ -72,7 +73,7 @@ def find(
             places += _kept_elsewhere(locate(settings.dir), places)
         return _in_runs(places, runs_dir, verify, report, trusted, wanted)
     path = locate(resume)
-    whole = path if is_remote(path) else path.resolve()
+    whole = path if is_remote(path) else resolved(path)
     if is_checkpoint(resume):
         checkpoint = Checkpoint(path, trusted)
         if verify:
@@ -130,7 +131,7 @@ def is_checkpoint(resume: str) -> bool:
     if resume in (LATEST, AUTO):
         return False
     path = locate(resume)
-    name = path.name if is_remote(path) else path.resolve().name
+    name = path.name if is_remote(path) else resolved(path).name
     return DIRECTORY.fullmatch(name) is not None or _has(path, MANIFEST)
 
 
@@ -232,7 +233,8 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
         ConfigError: an experiment is asked for that the saved run is not.
         ConfigErrors: what was saved is no configuration of this version.
     """
-    from_dict(RunConfig, point.saved)
+    if problems := check_stored(from_dict(RunConfig, point.saved)):
+        raise ConfigErrors(problems)
     result = copy.deepcopy(dict(point.saved))
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
@@ -268,7 +270,7 @@ def _localize(result: dict[str, Any], point: ResumePoint, composed: Composed, re
     """Put what may not come from a checkpoint into `result`."""
     ours: Mapping[str, Any] = composed.data
     run_dir, runs_dir = point.run_dir, Path(composed.config.runs_dir).resolve()
-    if run_dir is not None and run_dir.resolve().is_relative_to(runs_dir):
+    if run_dir is not None and resolved(run_dir).is_relative_to(runs_dir):
         ours = to_dict(from_dict(RunConfig, read_plain(run_dir / rundir.CONFIG)))
     keys = [*_OF_THIS_MACHINE, *_TRUST]
     saved_dir = str(_at(result, "checkpoint.dir") or "auto")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import stopping
+from orchestrator.checkpoint.patience import wait_for_stores
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import DIVERGED, DONE, DamagedDataError, LostPeerError, UserError
@@ -57,6 +58,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         if world.rank == 0:
             doing(text, config)
 
+    wait_for_stores(config.checkpoint.store_timeout_seconds)
     tell("loading torch")
     if threading.current_thread() is not threading.main_thread():
         warn("signals are not seen outside of the main thread: a request to stop ends this process unsaved")

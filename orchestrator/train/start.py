@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.catalogue import committed, newest_valid, remove_uncommitted
 from orchestrator.checkpoint.hashing import new_hash
+from orchestrator.checkpoint.patience import wait_for_stores
 from orchestrator.checkpoint.signing import signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
@@ -35,6 +36,7 @@ from orchestrator.train.fits import check_memory
 from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.run import Place
 from orchestrator.train.say import doing, warn
+from orchestrator.train.stored_model import holds_model
 
 if TYPE_CHECKING:
     from orchestrator.strategies.base import ParallelStrategy
@@ -69,6 +71,7 @@ def start(composed: Composed) -> int:
     """
     world = find_world(composed.config.hardware, os.environ)
     main = world is None or world.rank == 0
+    wait_for_stores(composed.config.checkpoint.store_timeout_seconds)
     plan = _settle(composed, main=main, alone=world is None)
     if plan.finished is not None:
         if main:
@@ -137,6 +140,7 @@ def _going_on(
             got=point.checkpoint,
             fix=f"start a new run from its weights: train.init_from={point.checkpoint}",
         )
+    holds_model(checkpoint, merged.model)
     step = checkpoint.step
     _check_changes(from_dict(RunConfig, point.saved), merged, state, step, main)
     plan = Plan(merged, point.checkpoint, point.run_dir, name, _moved(point, state.get("run"), merged.runs_dir))

@@ -14,8 +14,10 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import read_config
 from orchestrator.config.convert import from_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.config.validate import check_stored
 from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.models.shapes import parameter_shapes
 from orchestrator.train import resume, rundir
 from orchestrator.train.origin import refuse_foreign
 
@@ -69,13 +71,57 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
     embedding = checkpoint.manifest.tensors.get(EMBEDDING)
     if embedding is None or not embedding.shape:
         raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
+    model = stored_config(checkpoint).model
+    return holds_model(checkpoint, model)
+
+
+def stored_config(checkpoint: Checkpoint) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint, which may come from a stranger.
+
+    Raises:
+        CheckpointError: it is damaged.
+        ConfigErrors: it is of another version, or has values that no run can have.
+    """
     config = from_dict(RunConfig, checkpoint.config())
-    if config.model.layers > len(checkpoint.manifest.tensors):
+    if problems := check_stored(config):
+        raise ConfigErrors(problems)
+    return config
+
+
+def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
+    """Hold every parameter of `model` against the manifest: nothing is built, nor memory taken, for what is not there.
+
+    Args:
+        model: checked by `config.validate`.
+
+    Returns:
+        The model, with the size of the vocabulary that the checkpoint has.
+
+    Raises:
+        CheckpointError: the checkpoint holds another model.
+    """
+    tensors = checkpoint.manifest.tensors
+    embedding = tensors.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2 or not all(embedding.shape):
+        raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
+    model = replace(model, vocab_size=embedding.shape[0])
+    count = 0
+    for name, shape in parameter_shapes(model):
+        stored, count = tensors.get(f"model.{name}"), count + 1
+        if stored is None or stored.shape != shape:
+            raise CheckpointError(
+                "the checkpoint does not hold the model that the configuration describes",
+                got=f"{f'shape {stored.shape}' if stored else 'nothing'} for model.{name} in {checkpoint.directory}",
+                allowed=f"shape {shape}",
+                fix="leave model= and model.KEY= to the checkpoint",
+            )
+    others = sum(name.startswith("model.") for name in tensors) - count
+    if others:
         raise CheckpointError(
-            "the checkpoint does not hold the model that its configuration describes",
-            got=f"{len(checkpoint.manifest.tensors)} tensors, {config.model.layers} layers",
+            "the checkpoint does not hold the model that the configuration describes",
+            got=f"{others} tensors beside the model's in {checkpoint.directory}",
         )
-    return replace(config.model, vocab_size=embedding.shape[0])
+    return model
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import json
 import sys
+import time
 import uuid
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 pytest.importorskip("gcp_storage_emulator")
 
-from orchestrator.checkpoint import storage, tensorfile
+from orchestrator.checkpoint import patience, storage, tensorfile
 from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, remove_uncommitted
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.reader import read_into
@@ -227,6 +228,40 @@ def test_a_store_that_does_not_answer_is_a_clear_error(remote, server):
         committed(remote)
     with pytest.raises(CheckpointError, match="cannot be read"):
         Checkpoint(remote)
+
+
+WAITS = {
+    "no answer to the manifest": {"pattern": r"^COMMIT .*/manifest\.json", "hold_seconds": 6},
+    "no manifest for ever": {"pattern": r"^COMMIT .*/manifest\.json", "status": 503},
+    "no answer to a tensor file": {"pattern": r"^COMMIT .*safetensors", "hold_seconds": 6},
+}
+
+
+@pytest.mark.parametrize("fault", WAITS.values(), ids=WAITS)
+def test_a_store_that_keeps_silent_is_waited_for_a_while(remote, server, monkeypatch, fault):
+    """The save fails in a bounded time, with one error; what was there stays, and a later save goes well."""
+    earlier = _write(remote)
+    monkeypatch.setattr(patience, "_limit", 1.5)
+    server.fail(**fault)
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match="step 2 could not be written: ") as caught:
+        _write(remote, step=2)
+    assert time.monotonic() - begin < 20
+    assert str(remote) in str(caught.value)
+    server.faults.clear()
+    monkeypatch.setattr(patience, "_limit", 60)
+    assert str(newest_valid(remote, True, pytest.fail)) == str(earlier)
+
+
+def test_a_store_that_never_gives_an_answer_is_waited_for_a_while(remote, server, monkeypatch):
+    path = _write(remote)
+    monkeypatch.setattr(patience, "_limit", 1.5)
+    server.fail("^(GET|HEAD|LIST)", hold_seconds=6)
+    begin = time.monotonic()
+    for look in (lambda: Checkpoint(path), lambda: committed(remote)):
+        with pytest.raises(CheckpointError, match="has not answered within"):
+            look()
+    assert time.monotonic() - begin < 20
 
 
 def test_names_that_are_patterns_to_a_library_are_names(parent):

@@ -14,7 +14,8 @@ from orchestrator.checkpoint.diff import Difference
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.cli import checkpoint_text, main
 from orchestrator.config.convert import to_dict
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.models.shapes import parameter_shapes
 from orchestrator.train import rundir
 from tests.lab.checkpoints import write_whole
 from tests.lab.models import model_config, random_model, save_model, tokenizer_files
@@ -50,7 +51,8 @@ def run(tmp_path):
     run_dir.mkdir(parents=True)
     rundir.write_config(run_dir, RunConfig(runs_dir=str(tmp_path / "runs")))
     for step in (10, 20, 30):
-        write_whole(run_dir / "checkpoints", TENSORS, step=step, state=STATE, config={"name": "tiny"}, extra=HISTORY)
+        state = {**STATE, "step": step}
+        write_whole(run_dir / "checkpoints", TENSORS, step=step, state=state, config={"name": "tiny"}, extra=HISTORY)
     return run_dir
 
 
@@ -160,17 +162,34 @@ def test_names_of_strangers_do_not_steer_the_terminal(capsys, tmp_path):
 # verify
 
 
-def test_verify(capsys, run):
-    code, out, _ = call(capsys, "verify", run)
-    assert code == 0
-    assert "whole" in out
-    flip(step(run, 30))
-    code, out, err = call(capsys, "verify", run)
+def test_verify(capsys, tmp_path):
+    model = {"vocab_size": 32, "dim": 8, "layers": 1, "heads": 2, "kv_heads": 1, "mlp_dim": 16}
+    config = to_dict(RunConfig())
+    config["model"].update(model)
+    weights = {f"model.{name}": torch.ones(shape) for name, shape in parameter_shapes(ModelConfig(**model))}
+    path = write_whole(tmp_path, weights, config=config)
+    code, out, err = call(capsys, "verify", path)
+    assert (code, err) == (0, "")
+    assert "whole; 4 files, " in out
+    assert f"all hashes match; {len(weights)} tensors where the manifest says" in out
+    # Hashes that fit, and a model that is not in it.
+    config["model"]["layers"] = 2
+    other = write_whole(tmp_path, weights, 2, config=config)
+    code, out, _ = call(capsys, "verify", other)
     assert code == 1
-    assert "rank-00000.safetensors bytes" in out
-    assert "optimizer.step.embed.weight[]" in out
-    assert err == ""
-    assert call(capsys, "verify", step(run, 20))[0] == 0
+    assert out.startswith("wrong: the checkpoint does not hold the model")
+    assert "all hashes match, but they do not mean" in out
+    # One flipped bit, and damage everywhere.
+    flip(path)
+    code, out, _ = call(capsys, "verify", path)
+    assert (code, out.count("damaged: rank-00000.safetensors bytes")) == (1, 1)
+    assert "model.head.weight[0:32, 0:8]" in out
+    many = write_whole(tmp_path, {f"model.{n}": torch.ones(1) for n in range(100)}, 3)
+    (many / "rank-00000.safetensors").write_bytes(bytes((many / "rank-00000.safetensors").stat().st_size))
+    code, out, _ = call(capsys, "verify", many)
+    assert code == 1
+    assert out.count("damaged: ") == 20
+    assert "... and 81 more ranges" in out
 
 
 def test_verify_of_a_file_that_is_cut(capsys, run):
@@ -311,4 +330,4 @@ def test_prune_of_the_latest_run(capsys, run, tmp_path):
     code, out, _ = call(capsys, "prune", "latest", "keep_last=2", runs_dir)
     assert (code, "1 removed, 2 kept" in out) == (0, True)
     code, _, err = call(capsys, "prune", "latest", "keep_last=2", f"runs_dir={tmp_path / 'none'}")
-    assert (code, "there are no runs here" in err) == (2, True)
+    assert (code, "there are no runs" in err) == (2, True)

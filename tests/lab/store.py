@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Fault:
     Attributes:
     status: of the answer; 0: the connection is cut instead.
     answer_lost: the request is carried out, and only its answer is replaced.
+    hold_seconds: how long the answer is kept back.
     """
 
     pattern: str
@@ -32,6 +34,7 @@ class Fault:
     message: str = "told to fail"
     times: int = 10**9
     answer_lost: bool = False
+    hold_seconds: float = 0
     seen: int = 0
 
 
@@ -104,6 +107,7 @@ class Store(ABC):
                 self.requests.append((text, len(answer)))
             if fault is not None:
                 fault.seen += 1
+                time.sleep(fault.hold_seconds)
                 if not fault.status:
                     environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
                 kind, content = self.error(fault)

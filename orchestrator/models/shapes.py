@@ -1,0 +1,57 @@
+"""The names and shapes of a model's parameters, from its description alone: no torch, no model built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.config.schema import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Every parameter of the `Decoder` of `config`, a tied head left out, one by one: there may be very many.
+
+    Args:
+        config: checked by `config.validate`, with `vocab_size` a number.
+    """
+    assert config.vocab_size != "auto"
+    dim = config.dim
+    yield "embed.weight", (config.vocab_size, dim)
+    if config.positions == "learned":
+        yield "positions.weight", (config.max_seq_len, dim)
+    layer = list(_layer(config))
+    for number in range(config.layers):
+        yield from ((f"layers.{number}.{name}", shape) for name, shape in layer)
+    yield from _norm(config, "norm")
+    if not config.tied_embeddings:
+        yield "head.weight", (config.vocab_size, dim)
+
+
+def _layer(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    dim, mlp = config.dim, config.mlp_dim
+    head = dim // config.heads if config.head_dim == "auto" else config.head_dim
+    width, kv_width = config.heads * head, config.kv_heads * head
+    yield from _norm(config, "attn_norm")
+    for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
+        yield from _linear(f"attn.{name}", rows, dim, config.attention_bias)
+    yield from _linear("attn.o", dim, width, config.output_bias)
+    if config.qk_norm:
+        yield "attn.q_norm.weight", (head,)
+        yield "attn.k_norm.weight", (head,)
+    yield from _norm(config, "mlp_norm")
+    for name in ("gate", "up") if config.activation == "swiglu" else ("up",):
+        yield from _linear(f"mlp.{name}", mlp, dim, config.mlp_bias)
+    yield from _linear("mlp.down", dim, mlp, config.mlp_bias)
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (rows, columns)
+    if bias:
+        yield f"{name}.bias", (rows,)
+
+
+def _norm(config: ModelConfig, name: str) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (config.dim,)
+    if config.norm == "layer":
+        yield f"{name}.bias", (config.dim,)

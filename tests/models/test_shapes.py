@@ -1,0 +1,42 @@
+"""Names and shapes from the description alone are those of the model that is built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from orchestrator.config.convert import from_dict
+from orchestrator.config.schema import ModelConfig
+from orchestrator.models.decoder import Decoder
+from orchestrator.models.shapes import parameter_shapes
+
+PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+FEATURES = (
+    {"attention_bias": True, "output_bias": True, "mlp_bias": True},
+    {"norm": "layer", "activation": "gelu", "positions": "learned"},
+    {"qk_norm": True, "head_dim": 48, "kv_heads": 2},
+    {"tied_embeddings": True},
+)
+
+
+def _check(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Decoder(config)
+    assert dict(parameter_shapes(config)) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_of_every_preset(path):
+    data = yaml.safe_load(path.read_text())
+    data.pop("defaults", None)
+    config = from_dict(ModelConfig, data)
+    _check(replace(config, layers=2, vocab_size=96 if config.vocab_size == "auto" else config.vocab_size))
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=lambda features: "-".join(features))
+def test_of_every_feature(features):
+    _check(replace(ModelConfig(vocab_size=96, layers=3), **features))
