@@ -231,8 +231,13 @@ def _conclude(ended: Ended, place: Place) -> None:
     elif ended.code == FAILED or ended.problems:
         for problem in ended.problems:
             print(f"{'stopped   ' if ended.code in STOPPED else 'error:'} {problem}", file=sys.stderr)
-        newest = committed(place.checkpoints)
-        print(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}", file=sys.stderr)
+        try:
+            newest = committed(place.checkpoints)
+        except CheckpointError as error:  # a store that has gone; the exit code is that of the run
+            newest = []
+            print(f"checkpoint unknown: {error.what}", file=sys.stderr)
+        else:
+            print(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}", file=sys.stderr)
         if newest:
             print(f"continue   python -m orchestrator train resume={place.run_dir}", file=sys.stderr)
     if ended.code:

@@ -309,7 +309,7 @@ def store_outage(folder: Path) -> None:
             run.process.send_signal(signal.SIGTERM)
             run.end(1)
             assert run.facts["status"] == "failed"
-            assert run.said.count("error: ") == 1, run.said[-2000:]
+            assert run.said.count("error: the checkpoint of step") == 1, run.said[-2000:]
 
 
 def main(words: list[str], folder: Path, report: Callable[[str, str, float], object]) -> int:
