@@ -13,7 +13,7 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.cli import main
 from orchestrator.errors import NonFiniteError
 from orchestrator.sharding.layout import Layout
-from tests.lab.checkpoints import forge, shards_of, write, write_whole
+from tests.lab.checkpoints import forge, shards_of, small_model, write, write_whole
 
 NAN, INF = float("nan"), float("inf")
 BAD = [[NAN], [INF], [-INF], [INF, -INF], [1.0, NAN, INF]]
@@ -57,7 +57,7 @@ def poisoned(tmp_path):
     return whole, bad
 
 
-def test_verify_deep_reads_the_tensors_and_names_those_that_are_not_finite(poisoned, capsys):
+def test_the_tensors_are_read_and_those_that_are_not_finite_named(poisoned):
     whole, bad = poisoned
     assert nonfinite_tensors(Checkpoint(whole)) == []
     seen = []
@@ -65,9 +65,14 @@ def test_verify_deep_reads_the_tensors_and_names_those_that_are_not_finite(poiso
     assert (found.name, found.nan, found.infinite, found.elements) == ("model.a", 1, 1, 120)
     assert sum(seen) == element_count(Checkpoint(bad)) == 126
 
+
+def test_the_verb_looks_when_it_is_asked(tmp_path, capsys):
+    tensors, config = small_model()
+    whole, bad = (write_whole(tmp_path, tensors, step=step, config=config) for step in (1, 2))
+    forge(bad, "model.norm.weight", lambda part: part.view(-1)[1:3].copy_(torch.tensor([NAN, INF])))
     assert main(["checkpoint", "verify", str(bad)]) == 0, "its bytes are whole"
     assert main(["checkpoint", "verify", str(bad), "deep=true", "progress=false"]) == 1
-    assert "not finite: model.a: 1 NaN, 1 infinite of 120 elements" in capsys.readouterr().out
+    assert "not finite: model.norm.weight: 1 NaN, 1 infinite of 4 elements" in capsys.readouterr().out
     assert main(["checkpoint", "verify", str(whole), "deep=true", "progress=false"]) == 0
 
 

@@ -19,7 +19,7 @@ from orchestrator.checkpoint.signing import Trust, signer, trust
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.cli import main
 from orchestrator.errors import CheckpointError, ConfigError
-from tests.lab.checkpoints import tamper, write_whole
+from tests.lab.checkpoints import small_model, tamper, write_whole
 from tests.lab.cli import only_run, run
 from tests.lab.runs import small_overrides
 
@@ -174,7 +174,9 @@ def test_a_run_signs_and_only_goes_on_from_what_is_signed(tmp_path, keys):
     assert "error: the checkpoint is not signed" in result.stderr
 
 
-def test_verify_takes_the_keys_that_are_trusted(saved, keys, capsys):
+def test_verify_takes_the_keys_that_are_trusted(tmp_path, keys, capsys):
+    tensors, config = small_model()
+    saved = write_whole(tmp_path, tensors, config=config, sign=signer(keys["ours"][0]))
     words = ["checkpoint", "verify", str(saved), "progress=false", "require_signature=true"]
     assert main([*words, f"trusted_keys={keys['ours'][1]}"]) == 0
     capsys.readouterr()

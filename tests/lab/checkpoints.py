@@ -17,6 +17,9 @@ from orchestrator.checkpoint.format import MANIFEST, _digest
 from orchestrator.checkpoint.tensorfile import TensorFile
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents, save
+from orchestrator.config.convert import to_dict
+from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.models.shapes import parameter_shapes
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
@@ -106,6 +109,13 @@ def write_whole(parent: Path, tensors: Mapping[str, torch.Tensor], step: int = 1
     (path,) = write(parent, lambda rank: shards_of(tensors, Layout(), rank), step=step, **options)
     assert isinstance(path, Path), path
     return path
+
+
+def small_model() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights of a small model, and the configuration of a run that it is of."""
+    model = ModelConfig(vocab_size=8, dim=4, layers=1, heads=1, kv_heads=1, mlp_dim=4)
+    weights = {f"model.{name}": torch.ones(shape) for name, shape in parameter_shapes(model)}
+    return weights, {**to_dict(RunConfig()), "model": to_dict(model)}
 
 
 def tamper(directory: Path, change: Callable[[dict[str, Any]], object], sign: bool = True) -> None:
