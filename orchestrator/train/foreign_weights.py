@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orchestrator.checkpoint.writer import DTYPE_NAMES
 from orchestrator.config.schema import ModelConfig
-from orchestrator.errors import CheckpointError, UserError
+from orchestrator.errors import CheckpointError, NonFiniteError, UserError
 from orchestrator.models.hf import (
     HEAD,
     Family,
@@ -225,7 +225,7 @@ def _refuse_nonfinite(found: Found) -> None:
     """Name the weights that are not numbers: nothing trained on them would be.
 
     Raises:
-        CheckpointError: there are some.
+        NonFiniteError: there are some.
     """
     broken = []
     for name, tensor in found.tensors.items():
@@ -234,7 +234,7 @@ def _refuse_nonfinite(found: Found) -> None:
             broken.append(f"model.{name} ({count:,} of {tensor.numel():,})")
     if broken:
         more = f" and {len(broken) - 6} more tensors" if len(broken) > 6 else ""
-        raise CheckpointError(
+        raise NonFiniteError(
             "weights are not finite (NaN or infinite)",
             got="; ".join(broken[:6]) + more,
             fix="download them again, or take an older checkpoint of whoever trained them",

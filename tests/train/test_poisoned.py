@@ -90,7 +90,7 @@ def test_import_refuses_weights_that_are_not_finite(tmp_path):
     tensors = load_file(file)
     tensors["model.norm.weight"][0] = float("inf")
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(NonFiniteError, match=r"'model.norm.weight' holds 1 inf"):
+    with pytest.raises(NonFiniteError, match=r"not finite(.|\n)*model.norm.weight \(1 of"):
         import_weights(tmp_path / "hf", str(tmp_path / "out"), "hf")
     assert not (tmp_path / "out").exists()
     assert Reader(Checkpoint(path)).tensor("model.norm.weight").isfinite().all()
