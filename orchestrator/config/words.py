@@ -131,7 +131,12 @@ def check_word(override: Any, groups: dict[str, list[str]], config_dir: str | No
     parent = key.rpartition(".")[0]
     beside = [name for name in known if name.rpartition(".")[0] == (parent if parent in known else "")]
     what, allowed = f"there is no key '{key}'", ", ".join(beside)
-    return ConfigError(what, got=written, allowed=allowed, fix=_hint(key, [*known, *groups]))
+    fix = _own_data(str(override.value())) if key == "data.path" else _hint(key, [*known, *groups])
+    return ConfigError(what, got=written, allowed=allowed, fix=fix)
+
+
+def _own_data(path: str) -> str:
+    return f"name files, a folder or a prepared store as a source: data.sources='[{{path: {path}, weight: 1}}]'"
 
 
 def _check_choice(override: Any, options: list[str], config_dir: str | None) -> ConfigError | None:
@@ -150,6 +155,8 @@ def _check_choice(override: Any, options: list[str], config_dir: str | None) -> 
         if choice not in options and not (key == "experiment" and choice in ("None", "null")):
             allowed = [option for option in options if option != BASE]
             fix = (_HARDWARE.get(choice.lower()) if key == "hardware" else None) or _hint(choice, allowed)
+            if key == "data" and ("/" in choice or "." in choice or Path(choice).exists()):
+                fix = _own_data(choice)
             return ConfigError(f"there is no {key} '{choice}'", got=written, allowed=", ".join(allowed), fix=fix)
         try:
             if config_dir and (file := Path(config_dir, key, f"{choice}.yaml")).is_file():

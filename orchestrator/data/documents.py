@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.config.schema import DataConfig, SourceConfig, TokensConfig
 from orchestrator.data.formats.base import Input, LeftOut, Place
@@ -166,12 +166,12 @@ def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> I
     for row, consumed in _guarded(read(item, spec, place), place):
         rows += 1
         text = row if isinstance(row, str) else spec.text_of(row, place)
-        if text is None:
+        if text is None or (spec.on_null == "skip" and not _is_unicode(text)):
             nulls += 1
         elif not text:
             tally.empty_documents += 1
         else:
-            yield Document(_encodable(text, place), consumed)
+            yield Document(text if _is_unicode(text) else _no_unicode(text, place), consumed)
     tally.null_rows += nulls
     if rows and nulls == rows:
         raise DataError(
@@ -186,13 +186,20 @@ def describe_left_out(facts: Mapping[str, Any]) -> list[str]:
     lines = []
     files = facts.get("files") or {}
     for reason, fact in files.items():
-        count, names = int(fact["count"]), [str(name) for name in fact["names"]]
+        count, names = int(fact["count"]), [_printable(name) for name in fact["names"]]
         shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if count > _NAMES_SHOWN else "")
-        lines.append(f"{count:,} {'file' if count == 1 else 'files'}: {reason} ({shown})")
-    for key, what in (("null_rows", "without text (null)"), ("empty_documents", "with empty text")):
+        lines.append(f"{count:,} {'file' if count == 1 else 'files'}: {_printable(reason)} ({shown})")
+    for key, what in (
+        ("null_rows", "without text (null, or without the field)"),
+        ("empty_documents", "with empty text"),
+    ):
         if count := int(facts.get(key) or 0):
             lines.append(f"{count:,} {'row' if count == 1 else 'rows'} {what}")
     return lines
+
+
+def _printable(name: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in name)[:200]
 
 
 def _guarded(rows: Iterator[Any], place: Place) -> Iterator[Any]:
@@ -221,15 +228,22 @@ def _damaged(place: Place, error: Exception) -> DataError:
     )
 
 
-def _encodable(text: str, place: Place) -> str:
-    """The text, if it is one: JSON can spell half of a surrogate pair."""
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half of a surrogate pair, which no encoding of text has."""
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text has half of a surrogate pair: {place}",
-            got=f"U+{ord(error.object[error.start]):04X} at character {error.start:,}",
-            allowed="Unicode text",
-            fix="mend the row",
-        ) from error
-    return text
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_unicode(text: str, place: Place) -> NoReturn:
+    at = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    raise DataError(
+        f"the text has half of a surrogate pair: {place}",
+        got=f"U+{ord(text[at]):04X} at character {at:,}",
+        allowed="Unicode text",
+        fix="mend the row, or skip and count such rows: on_null=skip (data.on_null=skip in a run)",
+    )

@@ -47,6 +47,7 @@ WHOLE_CHECK_BYTES = 1 << 30  # of tokens: up to here the launcher reads a store 
 _FINGERPRINT_FILE = "fingerprint"
 _BPE_VERSION = 2  # of how a vocabulary is made and kept
 _MIN_FILE_SAMPLE = 1 << 18
+_SAMPLE_PART = 1 << 16  # characters that are given to the training at once: it keeps many times what it is given
 _MAX_AUTO_WORKERS = 32
 
 
@@ -397,8 +398,7 @@ def _sample(corpora: Sequence[Corpus]) -> Iterator[str]:
                 text = document.text[: min(share - taken, budget)]
                 taken += len(text)
                 budget -= len(text)
-                if text:
-                    yield text
+                yield from (text[start : start + _SAMPLE_PART] for start in range(0, len(text), _SAMPLE_PART))
                 if taken >= share or budget <= 0:
                     break
             if budget <= 0:

@@ -39,6 +39,7 @@ from orchestrator.errors import DataError
 
 SHARD_TOKENS = 1 << 26
 _CHUNK_CHARACTERS = 1 << 19
+_PART_CHARACTERS = 1 << 20  # of a document that are encoded at once
 _ORDER_SEED = 0x5EED
 _SPOOL_FILE = "spool.tmp"
 
@@ -165,17 +166,23 @@ def _token_chunks(
 
 def _encode_all(documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[_Chunk]:
     """Tokenise chunks of documents on `workers` threads; the results come in order and only a few are alive."""
-    pending: deque[Future[_Chunk]] = deque()
+    pending: deque[tuple[Future[_Chunk], int]] = deque()
+    waiting, most = 0, 4 * workers * _CHUNK_CHARACTERS
     with library_threads(False), ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
         try:
             for chunk in _chunks(documents):
-                pending.append(pool.submit(_encode_chunk, chunk, tokenizer, dtype))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
+                characters = sum(len(document.text) for document in chunk)
+                # A chunk is as long as its last document, so their number alone does not bound memory.
+                while pending and (len(pending) > 2 * workers or waiting + characters > most):
+                    future, done = pending.popleft()
+                    waiting -= done
+                    yield future.result()
+                pending.append((pool.submit(_encode_chunk, chunk, tokenizer, dtype), characters))
+                waiting += characters
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()[0].result()
         finally:
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()
 
 
@@ -192,14 +199,35 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _encode_chunk(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> _Chunk:
-    encoded = tokenizer.encode_batch([document.text for document in documents])
+def _encode_texts(texts: list[str], tokenizer: Tokenizer, dtype: np.dtype) -> list[np.ndarray]:
+    """Tokens of every text. What the tokenizer keeps is many times the text, so a long one is encoded in parts."""
+    if len(texts) > 1 and all(len(text) <= _PART_CHARACTERS for text in texts):
+        batches = tokenizer.encode_batch(texts)
+    else:
+        parts = ([tokenizer.encode_batch([part])[0].astype(dtype) for part in _parts(text)] for text in texts)
+        batches = [np.concatenate(part) for part in parts]
     # A foreign tokenizer may still produce its end-of-text token from text; only ours may end a document.
-    encoded = [ids[ids != tokenizer.eos_id] for ids in encoded]
+    return [ids[ids != tokenizer.eos_id].astype(dtype) for ids in batches]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of at most `_PART_CHARACTERS`, cut after a line end or before a space where there is one."""
+    start = 0
+    while len(text) - start > _PART_CHARACTERS:
+        limit = start + _PART_CHARACTERS
+        cut = text.rfind("\n", start + 1, limit) + 1 or text.rfind(" ", start + 1, limit)
+        cut = cut if cut > start else limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _encode_chunk(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> _Chunk:
+    encoded = _encode_texts([document.text for document in documents], tokenizer, dtype)
     raw = [document.text.encode("utf-8", "replace") for document in documents]
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in raw)
     return _Chunk(
-        tokens=np.concatenate(encoded).astype(dtype),
+        tokens=np.concatenate(encoded),
         lengths=np.array([ids.size for ids in encoded], dtype=np.int64),
         hashes=np.frombuffer(digests, dtype="<u8"),
         text_bytes=np.array([len(text) for text in raw], dtype=np.int64),

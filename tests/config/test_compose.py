@@ -111,6 +111,8 @@ def test_variables_of_workers_are_a_free_mapping():
         ("++train.newkey=1", "no key 'train.newkey'", "max_steps", None),
         ("optim.lr.x=1", "no key 'optim.lr.x'", None, "optim.lr"),
         ("model=tinyy", "no model 'tinyy'", "tiny_gpt2", "did you mean 'tiny'?"),
+        ("data=/my/files", "no data '/my/files'", "builtin", "data.sources='[{path: /my/files, weight: 1}]'"),
+        ("data.path=docs", "no key 'data.path'", "sources", "data.sources='[{path: docs, weight: 1}]'"),
         ("modle=tiny", "no key 'modle'", "model", "did you mean 'model'?"),
         ("model=null", "no model 'None'", "tiny_gpt2", None),
         ("~model", "cannot be removed", None, "model="),

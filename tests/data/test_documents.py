@@ -12,8 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from orchestrator.config.schema import DataConfig, SourceConfig
 from orchestrator.data import documents
-from orchestrator.data.documents import Tally, find_corpus, read_documents
+from orchestrator.data.documents import Tally, find_corpus, read_documents, spec_of
 from orchestrator.data.formats import base, text
 from orchestrator.data.formats.base import Input
 from orchestrator.data.formats.find import find_inputs
@@ -211,6 +212,9 @@ def test_nulls_are_errors_or_counted(tmp_path: Path, suffix: str) -> None:
     corpus, tally = find_corpus([str(file)], TextSpec(on_null="skip")), Tally()
     assert [document.text for document in corpus.documents(tally)] == ["x", "y"]
     assert tally.null_rows == (1 if suffix == "parquet" else 2)
+    if suffix == "jsonl":
+        file.write_text('{"text": "x"}\n{"text": "\\ud800"}')
+        assert texts(file, on_null="skip") == ["x"], "half of a surrogate pair is no text"
     with pytest.raises(DataError, match=r"no row has text in 'nope'|no text column"):
         texts(file, field="nope", on_null="skip")
 
@@ -528,3 +532,36 @@ def test_sources_are_read_in_their_declared_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\ns = 'é'\n".encode("latin-1"))
     (document,) = read_documents(Input(tmp_path / "a.py", "a.py", "python"), TextSpec())
     assert "é" in document.text
+
+
+def test_what_was_left_out_is_grouped_and_printable(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02}.png").write_bytes(bytes(number + 1))
+    (tmp_path / "\x1b[31m.zip").write_bytes(b"PK\x03\x04")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n{"text": ""}')
+    corpus, tally = find_corpus([str(tmp_path)], TextSpec(on_null="skip")), Tally()
+    list(corpus.documents(tally))
+    facts = json.loads(json.dumps(corpus.left_out_facts(tally)))
+    assert len(facts["files"]["not text in UTF-8"]["names"]) == 20
+    assert documents.describe_left_out(facts) == [
+        "1 file: zip archive (?[31m.zip)",
+        "30 files: not text in UTF-8 (00.png, 01.png, 02.png, ...)",
+        "1 row without text (null, or without the field)",
+        "1 row with empty text",
+    ]
+
+
+def test_a_source_may_say_where_its_text_is() -> None:
+    own = DataConfig(text_field="body", on_null="skip", messages="plain")
+    assert spec_of(own, SourceConfig()) == TextSpec("body", None, "plain", "skip")
+    assert spec_of(own, SourceConfig(text_field="x")).field == "x"
+    assert spec_of(own, SourceConfig(text_template="{x}")).fields == ("x",)
+    shared = DataConfig(text_template="{a}{b}")
+    assert spec_of(shared, SourceConfig()).fields == ("a", "b")
+    assert spec_of(shared, SourceConfig(text_field="x")).fields == ("x",)
+    for data, source in (
+        (DataConfig(text_field="a", text_template="{b}"), SourceConfig()),
+        (DataConfig(), SourceConfig("s", text_field="a", text_template="{b}")),
+    ):
+        with pytest.raises(ConfigError, match="one of them"):
+            spec_of(data, source)

@@ -222,3 +222,17 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, monkeypatch: pytest.
     assert store.index.dtype == "<u4"
     # An end-of-text token inside of a document would divide it.
     assert store.split("train").read(0, 3).tolist() == [69_999, 65_536, EOS]
+
+
+def test_long_texts_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.data.tokenize import byte_tokenizer
+
+    monkeypatch.setattr(write, "_PART_CHARACTERS", 10)
+    for text in ("x" * 35, "a word\nand another line\nthen more words", "ü " * 20, "12345678\n", ""):
+        parts = list(write._parts(text))
+        assert "".join(parts) == text
+        assert all(len(part) <= 10 for part in parts)
+    assert list(write._parts("one\ntwo three four"))[:2] == ["one\n", "two three"]
+    texts = ["short", "long " * 10]
+    tokens = write._encode_texts(texts, byte_tokenizer(), np.dtype("<u2"))
+    assert [bytes(ids.astype("u1")).decode() for ids in tokens] == texts

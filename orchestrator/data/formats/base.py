@@ -45,11 +45,16 @@ class LeftOut:
     """Something that a search found and that is not read.
 
     Attributes:
-        reason: what it is, as a noun phrase ("dataset card", "not text: it holds NUL bytes").
+        reason: what it is, as a noun phrase ("dataset card"); what was left out is counted by it.
+        detail: of this one ("it holds NUL bytes").
     """
 
     name: str
     reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason}{': ' if self.detail else ''}{self.detail})"
 
 
 @dataclass

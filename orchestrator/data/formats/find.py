@@ -190,8 +190,7 @@ class _Search:
         elif detected.format == "part" and path.suffix == ".idx" and path.with_suffix(".bin").is_file():
             pass  # read with its .bin
         elif FORMATS[detected.format].holds == "nothing":
-            title = FORMATS[detected.format].title
-            self.left_out.append(LeftOut(name, f"{title}: {detected.detail}" if detected.detail else title))
+            self.left_out.append(LeftOut(name, FORMATS[detected.format].title, detected.detail))
         else:
             self.inputs.append(Input(path, name, detected.format, detected.compression))
             if detected.beside_data:
@@ -253,11 +252,12 @@ def _without_strays(text: str, items: list[Input], left_out: list[LeftOut]) -> l
 
 def _nothing(text: str, left_out: Sequence[LeftOut]) -> DataError:
     if left_out:
-        shown = "; ".join(f"{entry.name} ({entry.reason})" for entry in left_out[:5])
+        shown = "; ".join(map(str, left_out[:5]))
         more = f"; and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         got = f"{text}: {len(left_out)} left out: {shown}{more}"
         return DataError("there is nothing to train on in the input", got=got, allowed=_ALLOWED)
     fix = "check the path; quote a glob so that the shell leaves it alone"
+    text = text.removeprefix(f"{Path.cwd()}{os.sep}")
     if _ADDRESS.match(text):
         fix = "fetch the files first; data is read from files of this machine"
     elif _HUB_NAME.fullmatch(text) and not re.search(r"\.[a-z]\w{1,6}$", text):
