@@ -69,6 +69,6 @@ def main(about: dict[str, Any], words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from orchestrator.train.run import end_process
+    from orchestrator.stopping import end_process
 
     end_process(main(json.loads(sys.argv[1]), sys.argv[2:]))
