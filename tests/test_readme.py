@@ -45,7 +45,9 @@ def clone(tmp_path):
             (folder / name).write_bytes((ROOT / name).read_bytes())
             (folder / name).chmod((ROOT / name).stat().st_mode)
     (folder / ".venv").mkdir()
-    (folder / ".venv" / "bin").symlink_to(Path(sys.prefix) / "bin")
+    for part in Path(sys.prefix).iterdir():
+        if not part.name.startswith(".installed-"):
+            (folder / ".venv" / part.name).symlink_to(part)
     content = (folder / "pyproject.toml").read_bytes() + (folder / "constraints.txt").read_bytes()
     (folder / ".venv" / ".installed-base").write_text(hashlib.sha256(content).hexdigest() + "\n")
     return folder
