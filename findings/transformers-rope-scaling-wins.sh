@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: a rope_scaling beside rope_parameters in config.json silently replaces it.
 # Version 5 writes rope_parameters; model cards still tell people to add rope_scaling for long contexts. A file with
-# both is read with the older key, whatever the newer one says, without a warning: software that reads rope_parameters
-# first computes another model from the same file.
-# Seen: rope_parameters says default, rope_scaling says linear x 4, and the configuration is linear x 4.
+# both is read with the older key, and what the newer one said is lost with it, the base frequency too: whoever adds the
+# scaling to a file that version 5 saved gets a model with the default theta of 10,000.
+# Seen: rope_parameters says default with a theta of 1,000,000, rope_scaling says linear x 4; the configuration is
+# linear x 4 with a theta of 10,000.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -21,13 +22,13 @@ config = {
     "model_type": "llama",
     **sizes,
     "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "rope_scaling": {"rope_type": "linear", "factor": 4.0},
 }
 pathlib.Path("model").mkdir()
 pathlib.Path("model/config.json").write_text(json.dumps(config))
 seen = AutoConfig.from_pretrained("model").rope_parameters
 print("read as:", seen)
-assert (seen["rope_type"], seen["factor"]) == ("linear", 4.0), "it has changed"
+assert (seen["rope_type"], seen["factor"], seen["rope_theta"]) == ("linear", 4.0, 10000.0), "it has changed"
 PY
 "$work/venv/bin/python" check.py
