@@ -30,6 +30,13 @@ class PrepareOptions:
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = option(None, help="of tokens in files without header")
     column: str | None = option(None, help="column of token ids: tables and data sets are read as tokens")
     packed: bool = option(False, help="rows of tokens were cut from one sequence: documents end at eos_id alone")
+    bos: bool | Literal["auto"] = option("auto", help="BOS in front of documents; auto: as the tokenizer's files say")
+    bos_token: str | None = option(None, help="another token to put there")
+    eos: bool | Literal["auto"] = option("auto", help="the end-of-text token after documents; auto: yes")
+    eos_token: str | None = option(None, help="another token to put there than the tokenizer's files name")
+    special_tokens_in_text: Literal["text", "token", "error"] = option(
+        "text", help="a special token that a text spells is text (plain), token (what it spells) or error"
+    )
     text_field: str = option("text", help="field of rows; text.content: of a nested object")
     text_template: str | None = option(None, help="several fields instead: '{title}\\n\\n{body}'")
     messages: Literal["plain"] | None = option(None, help="plain: a list of messages becomes 'role: content' of each")
@@ -143,13 +150,17 @@ def _inspect(options: InspectOptions) -> int:
 def _tokenizer_config(options: PrepareOptions) -> TokenizerConfig:
     from orchestrator.config.schema import TokenizerConfig
 
-    if options.tokenizer == "bpe":
-        return TokenizerConfig(kind="bpe", vocab_size=options.vocab_size or TokenizerConfig().vocab_size)
-    if options.tokenizer == "none":
-        return TokenizerConfig(kind="none")
-    if options.tokenizer == "bytes":
-        return TokenizerConfig(kind="bytes")
-    return TokenizerConfig(kind="file", path=options.tokenizer)
+    own = options.tokenizer in ("bpe", "bytes", "none")
+    return TokenizerConfig(
+        kind=options.tokenizer if own else "file",  # type: ignore[arg-type]
+        vocab_size=options.vocab_size or TokenizerConfig().vocab_size,
+        path=None if own else options.tokenizer,
+        bos=options.bos,
+        bos_token=options.bos_token,
+        eos=options.eos,
+        eos_token=options.eos_token,
+        special_tokens_in_text=options.special_tokens_in_text,
+    )
 
 
 def _print_facts(store: TokenStore) -> None:
@@ -166,6 +177,7 @@ def _print_facts(store: TokenStore) -> None:
     rows += [
         ("bytes per token", f"{text_bytes / max(1, tokens):.2f}" if text_bytes else "unknown"),
         ("vocabulary", f"{index.vocab_size:,} tokens, end of text is {index.eos_id}"),
+        ("documents", store.tokenizer.describe_documents()),
         ("unigram entropy", f"{index.unigram_entropy_nats:.3f} nats (a model has to reach a lower loss)"),
         ("shards", f"{len(index.shards)}, {sum(shard.bytes for shard in index.shards):,} bytes, {index.dtype}"),
         ("source", ", ".join(map(str, index.source.get("inputs", ()))) or "unknown"),

@@ -80,8 +80,10 @@ def _import(options: ImportOptions) -> int:
         print("\n" + clean("\n".join(found.report.table())) + "\n")
     print(clean("\n".join(found.report.summary())))
     print(f"every tensor and key, and what became of it: {Path(options.output) / 'import.json'}")
+    if found.no_tokenizer:
+        print(f"tokenizer  {clean(found.no_tokenizer)}")
     print(f"\nTrain on from it ({_which(found.tokenizer)}; optimizer and step are new):")
-    more = "" if found.tokenizer else " data.tokenizer.kind=file data.tokenizer.path=TOKENIZER.json"
+    more = "" if found.tokenizer else " data.tokenizer.path=TOKENIZER.json"
     print(f"  python -m orchestrator train train.init_from={options.output}{more}")
     return 0
 

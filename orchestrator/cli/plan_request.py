@@ -198,10 +198,10 @@ def _planned_shape(words: list[str], problems: list[UserError]) -> tuple[ModelSh
 
 def _shape(composed: Composed) -> ModelShape:
     model, tokenizer = composed.config.model, composed.config.data.tokenizer
-    if model.vocab_size == "auto" and tokenizer.kind != "bpe":
+    if model.vocab_size == "auto" and tokenizer.made_from != "bpe":
         raise ConfigError(
             "the size of the vocabulary is not known without the data",
-            got=f"model.vocab_size=auto with data.tokenizer.kind={tokenizer.kind}",
+            got=f"model.vocab_size=auto with data.tokenizer.kind={tokenizer.made_from}",
             fix="set model.vocab_size",
         )
     return ModelShape.of(model, -(-tokenizer.vocab_size // 128) * 128)

@@ -75,11 +75,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes tokens when the source is not a prepared store."""
+    """How text becomes tokens when the source is not a prepared store, and what prepared ones have to be."""
 
-    kind: Literal["bpe", "file", "bytes", "none"] = "bpe"
+    kind: Literal["auto", "bpe", "file", "bytes", "none"] = "auto"  # auto: file where a path is given, else bpe
     vocab_size: int = 4096  # of a trained BPE, special tokens included
     path: str | None = None  # tokenizer.json for kind=file
+    bos: bool | Auto = "auto"  # BOS in front of every document and prompt; auto: as the tokenizer's own files say
+    bos_token: str | None = None  # another token to put there
+    eos: bool | Auto = "auto"  # the end-of-text token after every document; auto: yes
+    eos_token: str | None = None  # another token to put there; null: the one that the tokenizer's files name
+    special_tokens_in_text: Literal["text", "token", "error"] = "text"  # what a text that spells one means
+
+    @property
+    def made_from(self) -> str:
+        """`kind`, with `auto` filled in."""
+        return self.kind if self.kind != "auto" else "bpe" if self.path is None else "file"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.config.schema import CheckpointConfig, HardwareConfig, ModelConfig, RunConfig
+from orchestrator.config.schema import CheckpointConfig, HardwareConfig, ModelConfig, RunConfig, TokenizerConfig
 from orchestrator.errors import ConfigError
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -87,7 +87,13 @@ _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # what is r
 
 def validate(config: RunConfig) -> list[ConfigError]:
     """Everything that is wrong with `config` by itself, before hardware or data are looked at."""
-    parts = (_hardware(config.hardware), _model(config.model), _batch(config), _checkpoint(config.checkpoint))
+    parts = (
+        _hardware(config.hardware),
+        _model(config.model),
+        _tokenizer(config.data.tokenizer),
+        _batch(config),
+        _checkpoint(config.checkpoint),
+    )
     return [*check_ranges(config), *(problem for part in parts for problem in part)]
 
 
@@ -266,6 +272,35 @@ def _rope_scaling(model: ModelConfig) -> list[ConfigError]:
             )
     if scaling.kind == "yarn" and model.rope_theta <= 1:
         problems.append(_out("model.rope_theta", model.rope_theta, "more than 1, for a scaling of kind yarn"))
+    return problems
+
+
+def _tokenizer(tokenizer: TokenizerConfig) -> list[ConfigError]:
+    problems = []
+    if tokenizer.path is not None and tokenizer.kind not in ("auto", "file"):
+        problems.append(
+            ConfigError(
+                "data.tokenizer.path names a tokenizer, and data.tokenizer.kind another one",
+                got=f"kind={tokenizer.kind} with path={tokenizer.path}",
+                fix="leave out data.tokenizer.kind to use the file, or data.tokenizer.path",
+            )
+        )
+    if tokenizer.eos is False and tokenizer.bos is False:
+        problems.append(
+            ConfigError(
+                "without a token at either end, documents cannot be told apart",
+                got="data.tokenizer.bos=false with data.tokenizer.eos=false",
+                fix="leave out one of them",
+            )
+        )
+    if tokenizer.bos is False and tokenizer.bos_token is not None:
+        problems.append(
+            ConfigError(
+                "a BOS token is named that is not to be put",
+                got=f"data.tokenizer.bos=false with data.tokenizer.bos_token={tokenizer.bos_token}",
+                fix="leave out one of them",
+            )
+        )
     return problems
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
 from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
+from orchestrator.data.document_format import DocumentFormat
 from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
 from orchestrator.data.files import read_bounded, regular_size
 from orchestrator.data.formats.base import Input
@@ -28,16 +29,10 @@ from orchestrator.data.formats.find import BUILTIN
 from orchestrator.data.formats.registry import FORMATS
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.holdout import nothing_left
+from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from orchestrator.data.store import TokenStore, is_store
 from orchestrator.data.store_index import FORMAT_VERSION
-from orchestrator.data.tokenize import (
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-    byte_tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from orchestrator.data.tokenize import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from orchestrator.data.tokens.nameless import nameless_tokenizer
 from orchestrator.data.write import write_store
 from orchestrator.errors import ConfigError, DataError
@@ -170,7 +165,9 @@ def build_store(
         )
     tokens = tokens or TokensConfig()
     corpus = find_corpus(inputs, spec or TextSpec(), tokens)
-    tokenizer = _make_tokenizer(tokenizer_config, tokens, [corpus], progress)
+    tokenizer = _make_tokenizer(tokenizer_config, tokens, [corpus], progress).decided(tokenizer_config)
+    tokenizer = _of_corpus(tokenizer, tokenizer_config, corpus)
+    note(f"documents: {tokenizer.describe_documents()}", progress)
     aside = target.with_name(f"{target.name}.building-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -215,11 +212,13 @@ class _Maker:
             return source.store
         assert source.corpus is not None
         config, corpus = self.config, source.corpus
+        tokenizer = _of_corpus(tokenizer, config.tokenizer, corpus)
         key = key_of(
             version=FORMAT_VERSION,
             inputs=source.digest,
             left_out=[[entry.name, entry.reason] for entry in corpus.left_out],
             tokenizer=tokenizer.fingerprint,
+            documents=tokenizer.record(),
             text=dataclasses.asdict(config.tokens) if corpus.holds_tokens else corpus.spec.facts,
             validation_fraction=config.validation_fraction,
         )
@@ -263,12 +262,12 @@ class _Maker:
 
 def _validation_store(path: str, maker: _Maker, tokenizer: Tokenizer) -> TokenStore:
     store = maker.store(maker.resolve(SourceConfig(path)), tokenizer)
-    if store.tokenizer.fingerprint != tokenizer.fingerprint:
+    if not store.tokenizer.agrees_with(tokenizer):
         raise _mismatch(
             f"data.validation={path} and the sources",
-            f"prepare it with theirs, give its text files, or train with its: data.tokenizer.kind=file"
-            f" data.tokenizer.path={path}",
+            f"prepare it with theirs, give its text files, or train with its: data.tokenizer.path={path}",
         )
+    _check_documents(store, tokenizer, "the sources", "prepare it again as they are, or give its text files")
     return store
 
 
@@ -278,19 +277,67 @@ def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path
     for other in stores[1:]:
         if other.tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
             raise _mismatch(f"{stores[0].path} and {other.path}", "prepare them again with one tokenizer.json")
-    raw = [source for source in sources if not source.store]
-    if stores and (not raw or config.tokenizer.kind == "bpe"):
+        _check_documents(other, stores[0].tokenizer, str(stores[0].path), "prepare one of them again as the other is")
+    for store in stores:
+        _check_store(store, config.tokenizer)
+    raw, kind = [source for source in sources if not source.store], config.tokenizer.made_from
+    if stores and (not raw or kind == "bpe"):
         # A vocabulary trained here could not agree with that of the store.
         return stores[0].tokenizer
-    if config.tokenizer.kind == "bpe":
+    if kind == "bpe":
         return _cached_bpe(raw, config, root, progress)
-    tokenizer = _make_tokenizer(config.tokenizer, config.tokens, _corpora(raw), progress)
-    if stores and tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
+    tokenizer = _make_tokenizer(config.tokenizer, config.tokens, _corpora(raw), progress).decided(config.tokenizer)
+    if stores and not tokenizer.agrees_with(stores[0].tokenizer):
         raise _mismatch(
-            f"{stores[0].path} and data.tokenizer ({config.tokenizer.kind})",
-            f"use the store's: data.tokenizer.kind=file data.tokenizer.path={stores[0].path}",
+            f"{stores[0].path} and data.tokenizer ({kind})",
+            f"use the store's: data.tokenizer.path={stores[0].path}",
+        )
+    if stores:
+        _check_documents(
+            stores[0], tokenizer, "data.tokenizer", "set data.tokenizer.bos, eos, eos_token as the store has"
         )
     return tokenizer
+
+
+def _check_documents(store: TokenStore, tokenizer: Tokenizer, other: str, fix: str) -> None:
+    if store.tokenizer.record() != tokenizer.record():
+        raise DataError(
+            "the sources of a mixture begin or end their documents differently",
+            got=f"{store.path}: {store.tokenizer.describe_documents()}; {other}: {tokenizer.describe_documents()}",
+            allowed="documents of one form",
+            fix=fix,
+        )
+
+
+def _check_store(store: TokenStore, config: TokenizerConfig) -> None:
+    """What the configuration asks for by name, a prepared store has to be; `auto` takes it as it is.
+
+    Raises:
+        DataError: it is otherwise.
+    """
+    documents, tokenizer = store.documents, store.tokenizer
+    wanted = {
+        "bos": (config.bos, bool(documents.bos_ids)),
+        "eos": (config.eos, documents.eos),
+        "bos_token": (config.bos_token, tokenizer.bos_token),
+        "eos_token": (config.eos_token, tokenizer.eos_token),
+    }
+    for key, (asked, found) in wanted.items():
+        if asked not in (None, "auto") and asked != found:
+            shown, has = (_word(key, value) for value in (asked, found))
+            raise DataError(
+                f"the token store was prepared otherwise than asked for: {store.path}",
+                got=f"its documents are {tokenizer.describe_documents()}",
+                allowed=f"{shown}, from the command line or the model that the run starts from",
+                fix=f"prepare it again with that, or train on it as it is: {has}",
+            )
+
+
+def _word(key: str, value: object) -> str:
+    """A key of the tokenizer as a word of a command line."""
+    if isinstance(value, str):
+        return f"""'data.tokenizer.{key}="{value}"'"""
+    return f"data.tokenizer.{key}={'null' if value is None else str(value).lower()}"
 
 
 def _mismatch(got: str, fix: str) -> DataError:
@@ -315,7 +362,7 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
         tokenizer.save(folder)
         (folder / _FINGERPRINT_FILE).write_text(tokenizer.fingerprint, encoding="ascii")
 
-    return cached(root, "tokenizers", key, _load_made, make, progress)
+    return cached(root, "tokenizers", key, _load_made, make, progress).decided(config.tokenizer)
 
 
 def _load_made(folder: Path) -> Tokenizer:
@@ -331,6 +378,13 @@ def _load_made(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _of_corpus(tokenizer: Tokenizer, config: TokenizerConfig, corpus: Corpus) -> Tokenizer:
+    """Tokens that were made elsewhere get no BOS of themselves: they may have one already."""
+    if corpus.holds_tokens and config.bos == "auto" and tokenizer.documents.eos:
+        return tokenizer.with_documents(DocumentFormat())
+    return tokenizer
+
+
 def _corpora(sources: Sequence[_Source]) -> list[Corpus]:
     return [source.corpus for source in sources if source.corpus]
 
@@ -339,7 +393,7 @@ def _check_made(config: TokenizerConfig, corpora: Sequence[Corpus]) -> None:
     """Tokens need the tokenizer that made them, or the word that there is none; text needs one."""
     tokens = [corpus for corpus in corpora if corpus.holds_tokens]
     text = [corpus for corpus in corpora if not corpus.holds_tokens]
-    if tokens and config.kind == "bpe":
+    if tokens and config.made_from == "bpe":
         raise DataError(
             f"the input holds tokens, and which tokenizer made them is not known: {', '.join(tokens[0].named)}",
             got=FORMATS[tokens[0].inputs[0].format].title,
@@ -348,7 +402,7 @@ def _check_made(config: TokenizerConfig, corpora: Sequence[Corpus]) -> None:
             " data.tokenizer.kind=none data.tokens.vocab_size=... data.tokens.eos_id=... (data prepare: tokenizer=none"
             " vocab_size=... eos_id=...)",
         )
-    if text and config.kind == "none":
+    if text and config.made_from == "none":
         raise DataError(
             f"text cannot become tokens without a tokenizer: {', '.join(text[0].named)}",
             got="data.tokenizer.kind=none",
@@ -361,11 +415,11 @@ def _make_tokenizer(
     config: TokenizerConfig, tokens: TokensConfig, corpora: Sequence[Corpus], progress: bool
 ) -> Tokenizer:
     _check_made(config, corpora)
-    if config.kind == "none":
+    if config.made_from == "none":
         return nameless_tokenizer(tokens)
-    if config.kind == "bytes":
+    if config.made_from == "bytes":
         return byte_tokenizer()
-    if config.kind == "file":
+    if config.made_from == "file":
         if not config.path:
             raise ConfigError(
                 "data.tokenizer.kind=file needs the file",
@@ -373,7 +427,10 @@ def _make_tokenizer(
                 allowed="a tokenizer.json or the directory that holds one",
                 fix="add data.tokenizer.path=<file>",
             )
-        return load_tokenizer(config.path)
+        tokenizer = load_tokenizer(config.path, config)
+        for text in tokenizer.notes:
+            note(text, progress)
+        return tokenizer
     note(f"training a vocabulary of {config.vocab_size} tokens", progress)
     tokenizer = train_bpe(_sample(corpora), config.vocab_size)
     if tokenizer.vocab_size < config.vocab_size:

@@ -2,8 +2,9 @@
 
 ```
 index.json            written last, by atomic rename: a directory without it is not a store
-tokenizer.json        and tokenizer_config.json: a store always carries its tokenizer
-tokens-00000.bin      little-endian uint16, or uint32 for more than 65536 tokens; every document ends with eos
+tokenizer.json        and the files that belong to it: a store always carries its tokenizer
+tokens-00000.bin      little-endian uint16, or uint32 for more than 65536 tokens; every document begins and ends as
+                      the index says, with the end-of-text token at its end by default
 offsets-00000.bin     little-endian int64: where in the shard each document starts
 checks-00000.bin      little-endian uint32: CRC-32 of each 64 KiB of the token file
 ```
@@ -27,7 +28,9 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.data.document_format import DocumentFormat
 from orchestrator.data.files import regular_size
+from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from orchestrator.data.store_index import (
     BLOCK_BYTES,
     OFFSET_BYTES,
@@ -38,7 +41,7 @@ from orchestrator.data.store_index import (
     has_index,
     read_index,
 )
-from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from orchestrator.data.tokenize import Tokenizer, load_tokenizer
 from orchestrator.errors import DataError
 
 MAX_TOKENIZER_BYTES = 1 << 27
@@ -205,7 +208,8 @@ class TokenStore:
             DataError: it is missing or is another one.
         """
         self._check_tokenizer_files()
-        tokenizer = load_tokenizer(self.path)
+        record = {**self.index.document_format.record(), "eos_id": self.index.eos_id}
+        tokenizer = load_tokenizer(self.path, record=record)
         if tokenizer.fingerprint != self.index.tokenizer_fingerprint:
             raise damaged(
                 self.path / TOKENIZER_FILE,
@@ -241,6 +245,10 @@ class TokenStore:
         return self.index.eos_id
 
     @property
+    def documents(self) -> DocumentFormat:
+        return self.index.document_format
+
+    @property
     def fingerprint(self) -> str:
         return self.index.fingerprint
 
@@ -256,6 +264,7 @@ class TokenStore:
             "vocab_size": index.vocab_size,
             "unigram_entropy_nats": index.unigram_entropy_nats,
             "fingerprint": index.fingerprint,
+            "documents": {**index.document_format.record(), "eos_id": index.eos_id},
             "splits": {
                 name: {"tokens": split.tokens, "documents": split.documents, "text_bytes": split.text_bytes}
                 for name, split in index.splits.items()

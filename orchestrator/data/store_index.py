@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 import jsonschema_rs
 import numpy as np
 
+from orchestrator.data.document_format import DocumentFormat, from_record
 from orchestrator.data.files import read_bounded
 from orchestrator.errors import DamagedDataError, DataError
 
@@ -86,6 +87,8 @@ class StoreIndex:
         fingerprint: of every token, of the order of the documents and of the tokenizer.
         skipped_files: files that a search found and that are not text.
         version: of the format.
+        documents: what documents are in tokens, as `DocumentFormat.record` says; of older stores nothing, which is
+            the end-of-text token after each.
     """
 
     dtype: str
@@ -99,6 +102,12 @@ class StoreIndex:
     source: dict[str, Any] = field(default_factory=dict)
     skipped_files: int = 0
     version: int = FORMAT_VERSION
+    documents: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def document_format(self) -> DocumentFormat:
+        """What documents are in tokens."""
+        return from_record(self.documents, self.vocab_size) if self.documents else DocumentFormat()
 
     @property
     def bytes(self) -> int:
@@ -137,8 +146,11 @@ def read_index(folder: Path) -> StoreIndex:
     index = _parse(content)
     try:
         _check(index)
+        _ = index.document_format
     except ValueError as error:
         raise damaged(file, str(error), "the index as it was written") from error
+    except DataError as error:
+        raise damaged(file, f"documents: {shown(error.got)}", "the index as it was written") from error
     return index
 
 

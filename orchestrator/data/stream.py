@@ -60,7 +60,7 @@ class TokenStream:
     ):
         self.seq_len, self.split, self.document_mask = seq_len, split, document_mask
         self._splits = [store.split(split) for store in stores]
-        self._eos_ids = [store.eos_id for store in stores]
+        self._boundaries = [_boundary(store) for store in stores]
         self.windows = tuple(windows_of(part.tokens, seq_len) for part in self._splits)
         for store, part, windows in zip(stores, self._splits, self.windows, strict=True):
             if not windows:
@@ -111,13 +111,13 @@ class TokenStream:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Several sequences: the arrays of `sequence`, of shape [len(indices), seq_len]."""
         windows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
-        eos = np.empty((len(indices), 1), dtype=np.int64)
+        boundaries = np.empty((len(indices), 2), dtype=np.int64)
         for row, index in enumerate(indices):
             store, window = self.locate(index)
             start = window * self.seq_len
             windows[row] = self._splits[store].read(start, start + self.seq_len + 1)
-            eos[row] = self._eos_ids[store]
-        return _fields(windows, eos, self.document_mask)
+            boundaries[row] = self._boundaries[store]
+        return _fields(windows, boundaries, self.document_mask)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def validation_batches(
 def blank_batch(sequences: int, seq_len: int, document_mask: bool) -> Batch:
     """A batch of zeros of the names, shapes and types that a stream of these settings gives."""
     windows = np.zeros((sequences, seq_len + 1), dtype=np.int64)
-    fields = _fields(windows, np.ones((sequences, 1), dtype=np.int64), document_mask)
+    fields = _fields(windows, np.ones((sequences, 2), dtype=np.int64), document_mask)
     return {name: np.zeros_like(array) for name, array in fields.items()}
 
 
@@ -320,14 +320,25 @@ def _derive(seed: int, store: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{store}".encode()).digest()[:4], "little")
 
 
-def _fields(windows: np.ndarray, eos: np.ndarray, document_mask: bool) -> Batch:
-    """Windows [rows, seq_len + 1] to the arrays of a batch [rows, seq_len].
+def _boundary(store: TokenStore) -> tuple[int, int]:
+    """Which tokens are the last and the first one of a document where two meet; -1: whichever."""
+    documents = store.documents
+    if not documents.eos:
+        return -1, documents.bos_ids[0]
+    # One token for both stands within the pair as well as around it: only the pair is an end.
+    return store.eos_id, store.eos_id if documents.bos_ids[:1] == (store.eos_id,) else -1
 
+
+def _fields(windows: np.ndarray, boundaries: np.ndarray, document_mask: bool) -> Batch:
+    """Windows [rows, seq_len + 1], with the boundary of each row's documents, to the arrays of a batch [rows, seq_len].
+
+    Where documents have no token at their end, the BOS of the next one is the target of the last, and ends it.
     Without `document_mask` there are no `documents`: plain causal attention needs no mask, and has faster kernels.
     """
     tokens, targets = windows[:, :-1], windows[:, 1:].copy()
-    ends = tokens == eos
-    targets[ends] = IGNORE
+    last, first = boundaries[:, :1], boundaries[:, 1:]
+    ends = ((tokens == last) | (last < 0)) & ((targets == first) | (first < 0))
+    targets[ends & (last >= 0)] = IGNORE
     index = np.arange(tokens.shape[1], dtype=np.int64)
     if not document_mask:
         positions = np.broadcast_to(index, tokens.shape).copy()

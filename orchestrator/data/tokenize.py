@@ -1,78 +1,160 @@
 """Text to tokens and back: one wrapper over Hugging Face `tokenizers`, whatever the vocabulary came from.
 
-A tokenizer is a `tokenizer.json` and, beside it, a `tokenizer_config.json` that names the end-of-text token. Both
-are the formats of Hugging Face, so a tokenizer from there is used as it is and one from here is read there.
+A tokenizer is a `tokenizer.json` and the files beside it that say which tokens begin and end a text. These are formats
+of Hugging Face, so a tokenizer from there is used as it is and one from here is read there.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from orchestrator.config.schema import TokenizerConfig
+from orchestrator.data.document_format import DocumentFormat, from_record
+from orchestrator.data.model_files import (
+    MERGES_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    VOCAB_FILE,
+    collect,
+    limit_of,
+    read_regular,
+)
+from orchestrator.data.tokenizer_files import (
+    ALLOWED,
+    Beside,
+    complete,
+    from_vocab_and_merges,
+    parse_json,
+    pieces_of,
+    refuse_foreign,
+    template_prefix,
+    without_special_tokens,
+)
+from orchestrator.data.vocabulary import EOS, byte_json, train_bpe_json
 from orchestrator.errors import ConfigError, DataError
 
-EOS = "<|endoftext|>"
-TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-MIN_BPE_VOCAB = 257  # every byte and the end-of-text token
 # What models in the field call the end of a document, most specific first.
 _KNOWN_EOS = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>", "[EOS]", "<|im_end|>")
+_CONTEXT = 64  # tokens before a continuation whose text may change the beginning of its own
 
 
 class Tokenizer:
-    """A vocabulary with an end-of-text token.
+    """A vocabulary, and what a document is in its tokens.
 
     Args:
         text: the content of a `tokenizer.json`.
-        eos_token: the token that ends every document.
+        eos_token: the token that ends a text.
+        documents: what documents and prompts are in tokens.
+        files: what travels with the model, this `tokenizer.json` among them; None: it was made here.
 
     Attributes:
         vocab_size: one more than the largest token id, so that it sizes an embedding.
         eos_id: id of the end-of-text token.
+        files: what `save` writes, by name.
+        notes: what of the files was not taken as it stands, in sentences.
 
     Raises:
         DataError: the content is no tokenizer, or does not have `eos_token`.
     """
 
-    def __init__(self, text: str, eos_token: str = EOS):
-        from tokenizers import Tokenizer as Backend
+    def __init__(
+        self,
+        text: str,
+        eos_token: str = EOS,
+        documents: DocumentFormat = DocumentFormat(),
+        files: Mapping[str, bytes] | None = None,
+    ):
+        self._content = parse_json(text, TOKENIZER_FILE)
+        if complete(self._content, Beside(files or {})):
+            text = json.dumps(self._content, ensure_ascii=False)
+        self._backend = _load_backend(text)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        for token in self._content.get("added_tokens") or ():
+            if vocabulary.get(token["content"]) != token.get("id"):
+                raise DataError(
+                    "the library reads another id for an added token than its file says",
+                    got=f"{token['content'][:100]!r}: {vocabulary.get(token['content'])}, the file {token.get('id')}",
+                    allowed="added tokens whose ids follow on those of the vocabulary, without holes",
+                )
+        self.vocab_size = 1 + max(vocabulary.values(), default=0)
+        self.notes: tuple[str, ...] = ()
+        self._set(eos_token, documents)
+        self.files = dict(files) if files is not None else self._made_files()
 
-        try:
-            self._content = json.loads(text)
-            self._backend: Any = Backend.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(
-                "this is not a tokenizer that can be read",
-                got=str(error)[:200],
-                allowed="a Hugging Face tokenizer.json",
-            ) from error
+    def _set(self, eos_token: str, documents: DocumentFormat) -> None:
         eos_id = self._backend.token_to_id(eos_token)
         if eos_id is None:
             raise DataError("the tokenizer does not have its end-of-text token", got=eos_token)
+        self.eos_token, self.eos_id, self.documents = eos_token, int(eos_id), documents
         # Text that merely spells a special token is text: otherwise a document about tokenizers would fall apart.
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.eos_token = eos_token
-        self.eos_id = int(eos_id)
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self._backend.encode_special_tokens = documents.special_tokens_in_text == "text"
+
+    def with_documents(self, documents: DocumentFormat, eos_token: str | None = None) -> Tokenizer:
+        """The same vocabulary with other documents."""
+        result = copy.copy(self)
+        result.__dict__.pop("fingerprint", None)
+        result._backend = copy.deepcopy(self._backend)
+        result._set(eos_token or self.eos_token, documents)
+        return result
+
+    def decided(self, config: TokenizerConfig) -> Tokenizer:
+        """With the documents that a configuration asks for, where `auto` is what the tokenizer's own files say.
+
+        Raises:
+            ConfigError: it has no such token, or nothing would separate documents.
+        """
+        eos_token = config.eos_token or self.eos_token
+        self._need(eos_token, "data.tokenizer.eos_token")
+        documents = DocumentFormat(self._bos_ids(config), config.eos is not False, config.special_tokens_in_text)
+        return self.with_documents(documents, eos_token)
+
+    def _bos_ids(self, config: TokenizerConfig) -> tuple[int, ...]:
+        """The tokens in front of a text: the named one, those of the template, or the BOS token of the files."""
+        beside = Beside(self.files)
+        if config.bos is False:
+            return ()
+        if config.bos_token is not None:
+            return (self._need(config.bos_token, "data.tokenizer.bos_token"),)
+        template, named = template_prefix(self._content), beside.token("bos_token")
+        if template:
+            if max(template) >= self.vocab_size:
+                raise DataError("the template of the tokenizer puts a token that it does not have", got=max(template))
+            return template
+        if config.bos is True or beside.config.get("add_bos_token") is True:
+            if named is not None:
+                return (self._need(named, "bos_token"),)
+            if config.bos is True:
+                raise ConfigError(
+                    "the tokenizer names no BOS token to put in front of documents",
+                    got="data.tokenizer.bos=true",
+                    fix="name one of its tokens: data.tokenizer.bos_token=..., or leave out data.tokenizer.bos",
+                )
+        return ()
+
+    def _need(self, token: str, key: str) -> int:
+        number = self._backend.token_to_id(token)
+        if number is None:
+            raise ConfigError("the tokenizer does not have this token", got=f"{key}={token}", allowed="one of its own")
+        return int(number)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the content, independent of the layout of the JSON and of the library's version."""
         canonical = json.dumps(self._content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(f"{self.eos_token}\n{canonical}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.eos_token}\n{canonical}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def agrees_with(self, other: Tokenizer) -> bool:
-        """Whether both turn any text into the same tokens; they may end documents with different ones."""
+        """Whether both turn any text into the same tokens; they may begin and end documents with different ones."""
         keys = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         return all(self._content.get(key) == other._content.get(key) for key in keys)
 
@@ -86,131 +168,277 @@ class Tokenizer:
         """Whether ids stand for no text: the tokens were made elsewhere, and nobody said by what."""
         return self.eos_token == f"<id {self.eos_id}>"
 
+    @property
+    def bos_token(self) -> str | None:
+        """The first of the tokens in front of a text, if any are put there."""
+        return self.token_of(self.documents.bos_ids[0]) if self.documents.bos_ids else None
+
+    def token_of(self, number: int) -> str:
+        """The text of a token, special or not, as the vocabulary writes it."""
+        return str(self._backend.id_to_token(number))
+
+    def record(self) -> dict[str, Any]:
+        """What documents are in tokens, as a store or a checkpoint keeps it."""
+        return {"eos_id": self.eos_id, **self.documents.record()}
+
+    def describe_documents(self) -> str:
+        """What documents are in tokens, in a line."""
+        first = [f"{self.token_of(number)} ({number})" for number in self.documents.bos_ids]
+        last = [f"{self.eos_token} ({self.eos_id})"] if self.documents.eos else []
+        spelt = {"text": "are plain text", "token": "become these tokens", "error": "are an error"}
+        end = f"special tokens spelled in it {spelt[self.documents.special_tokens_in_text]}"
+        return f"{' '.join([*first, 'text', *last])}; {end}"
+
+    def split(self, text: str) -> list[str]:
+        """The documents of a text: where special tokens in text are tokens, the end-of-text token separates some."""
+        if self.documents.special_tokens_in_text != "token" or not self.documents.eos or self.eos_token not in text:
+            return [text]
+        return [part for part in text.split(self.eos_token) if part]
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without an end-of-text token and without any other special one."""
+        """Token ids of a text alone, with nothing in front of it and nothing behind."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of a text that a model is to continue, begun as a document; at least one."""
+        ids, first = self.encode(text), list(self.documents.bos_ids)
+        return (ids if ids[: len(first)] == first else first + ids) or [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of every text, each int64 of shape [tokens]. Other threads run meanwhile.
 
         Raises:
-            DataError: the vocabulary has ids alone.
+            DataError: the vocabulary has ids alone, or no token for a text, or a text spells a special token and must
+                not.
         """
         if self.is_nameless:
             raise DataError(
                 "no text has ids here: the model was trained on tokens whose tokenizer was not named",
                 got="data.tokenizer.kind=none",
                 allowed="a tokenizer",
-                fix="train with the tokenizer that made the tokens: data.tokenizer.kind=file data.tokenizer.path=...",
+                fix="train with the tokenizer that made the tokens: data.tokenizer.path=...",
             )
-        if self.is_bytes:
+        mode = self.documents.special_tokens_in_text
+        if self.is_bytes and (mode == "text" or not any(self.eos_token in text for text in texts)):
             return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) for text in texts]
         # Lone surrogates (possible in JSON) have no UTF-8 form.
         clean = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts]
-        encodings = self._backend.encode_batch_fast(clean, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        result = _encode(self._backend, clean)
+        if mode == "token":
+            return result
+        unknown, special = self._special
+        for place, (text, ids) in enumerate(zip(clean, result, strict=True)):
+            if special[ids].any() or (unknown and unknown in text):
+                if mode == "error":
+                    raise self._spelt(text, ids[special[ids]])
+                result[place] = self._plain_ids(text)
+        return result
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of the special tokens."""
+        added = self._content.get("added_tokens") or ()
+        return tuple(str(token["content"]) for token in added if token.get("special"))
+
+    @cached_property
+    def _special(self) -> tuple[str | None, np.ndarray]:
+        """The token for what is unknown, which also stands for text, and which other ids are special, bool [V]."""
+        model, mask = self._content["model"], np.zeros(self.vocab_size, dtype=bool)
+        for token in self._content.get("added_tokens") or ():
+            mask[token["id"]] = bool(token.get("special"))
+        unknown = model.get("unk_token")
+        if isinstance(number := model.get("unk_id"), int) and number < self.vocab_size:
+            unknown = self._backend.id_to_token(number)
+        if not isinstance(unknown, str) or (number := self._backend.token_to_id(unknown)) is None or not mask[number]:
+            return None, mask
+        mask[number] = False
+        return unknown, mask
+
+    def _plain_ids(self, text: str) -> np.ndarray:
+        """A text whose special tokens the model itself would take for pieces: with those pieces out of its way."""
+        ids = _encode(self._plain, [text])[0] if self._plain else None
+        if ids is None or self._special[1][ids].any():
+            raise DataError(
+                "this tokenizer makes special tokens of text that spells them, and cannot be kept from it",
+                got=text[:100],
+                fix="set data.tokenizer.special_tokens_in_text=token, or take them out of the text",
+            )
+        return ids
+
+    @cached_property
+    def _plain(self) -> Any:
+        try:
+            backend = _load_backend(without_special_tokens(self._content))
+        except DataError:
+            return None
+        backend.encode_special_tokens = True
+        return backend
+
+    def _spelt(self, text: str, ids: np.ndarray) -> DataError:
+        names = [self.token_of(int(number)) for number in ids[:1]] or [str(self._special[0])]
+        at = max(0, text.find(names[0]))
+        return DataError(
+            "a text spells a special token",
+            got=f"{names[0]} in {text[max(0, at - 30) : at + 50]!r}",
+            allowed="text without special tokens, as data.tokenizer.special_tokens_in_text=error asks for",
+            fix="set it to token (the text means the token) or to text (it only spells it)",
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the tokens, special ones written out; bytes that are not UTF-8 become U+FFFD."""
         known = [int(token) for token in ids if 0 <= int(token) < self.vocab_size]
         return str(self._backend.decode(known, skip_special_tokens=False))
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to that of `before`, the space between them included, which some decoders cut."""
+        context = list(before[-_CONTEXT:])
+        start, whole = self.decode(context), self.decode([*context, *ids])
+        same = next((at for at, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), len(start))
+        return whole[min(same, len(whole)) :]
+
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `tokenizer.json` and `tokenizer_config.json` into the directory `path`; returns the former."""
+        """Write `tokenizer.json` and what belongs to it into the directory `path`; returns the former."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
-        (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        text = json.dumps(self._content, ensure_ascii=False, indent=1) + "\n"
-        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
         return folder / TOKENIZER_FILE
 
+    def _made_files(self) -> dict[str, bytes]:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        text = json.dumps(self._content, ensure_ascii=False, indent=1) + "\n"
+        return {
+            TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+            TOKENIZER_FILE: text.encode("utf-8", "surrogatepass"),
+        }
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a `tokenizer.json`, or the directory that holds one.
 
-    The end-of-text token is the `eos_token` of a `tokenizer_config.json` beside it, else the first of the names
-    that are common for it.
+def load_tokenizer(
+    path: str | os.PathLike[str], config: TokenizerConfig | None = None, record: Mapping[str, Any] | None = None
+) -> Tokenizer:
+    """Read a `tokenizer.json`, or the directory that holds one, with the files beside it.
+
+    The end-of-text token is the `eos_token` that the files beside it name, else the first of the names that are common
+    for it.
+
+    Args:
+        config: what documents are to be; None: plain ones, a text and the end-of-text token.
+        record: or what they were, as a store or a checkpoint has kept it.
 
     Raises:
+        ConfigError: `config` asks for tokens that it does not have.
         DataError: nothing there, not a tokenizer, or no end-of-text token to be found.
     """
-    file = Path(path).expanduser()
-    file = file / TOKENIZER_FILE if file.is_dir() else file
+    place = Path(path).expanduser()
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "the tokenizer cannot be read",
-            got=f"{file} ({getattr(error, 'strerror', None) or 'not UTF-8 text'})",
-            allowed="a tokenizer.json of Hugging Face's tokenizers library, or the directory that holds one",
-        ) from error
-    eos = _named_eos(file.parent / TOKENIZER_CONFIG_FILE) or _guessed_eos(text, file)
+        files, model_type = _read_files(place)
+    except OSError as error:
+        refuse_foreign(place)
+        raise DataError("the tokenizer cannot be read", got=f"{place} ({error.strerror})", allowed=ALLOWED) from error
+    notes: tuple[str, ...] = ()
+    if TOKENIZER_FILE not in files:
+        if VOCAB_FILE not in files or MERGES_FILE not in files:
+            refuse_foreign(place)
+            raise DataError("the tokenizer cannot be read", got=f"no {TOKENIZER_FILE} in {place}", allowed=ALLOWED)
+        files[TOKENIZER_FILE] = from_vocab_and_merges(files, model_type, place).encode("utf-8", "surrogatepass")
+        notes = (f"{place}: {TOKENIZER_FILE} was made of {VOCAB_FILE} and {MERGES_FILE}",)
     try:
-        return Tokenizer(text, eos)
+        tokenizer = from_files(files, config, record)
     except DataError as error:
-        raise DataError(f"{error.what}: {file}", got=error.got, allowed=error.allowed, fix=error.fix) from error
+        if place.is_file():
+            refuse_foreign(place)
+        raise DataError(f"{error.what}: {place}", got=error.got, allowed=error.allowed, fix=error.fix) from error
+    tokenizer.notes = notes
+    return tokenizer
+
+
+def from_files(
+    files: Mapping[str, bytes], config: TokenizerConfig | None = None, record: Mapping[str, Any] | None = None
+) -> Tokenizer:
+    """A tokenizer from the content of its files, by name, `tokenizer.json` among them; else as `load_tokenizer`."""
+    try:
+        text = files[TOKENIZER_FILE].decode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError("the tokenizer cannot be read", got="not UTF-8 text", allowed=ALLOWED) from None
+    content, beside = parse_json(text, TOKENIZER_FILE), Beside(files)
+    eos = record.get("eos_id") if record is not None else None
+    named = (config.eos_token if config else None) or beside.token("eos_token")
+    if isinstance(eos, int) or (named is None and (eos := beside.eos_id) is not None):
+        named = _token_of(content, beside, eos) or named
+    tokenizer = Tokenizer(text, named or _guessed_eos(content), files=files)
+    if record is not None:
+        return tokenizer.with_documents(from_record(record, tokenizer.vocab_size))
+    return tokenizer.decided(config) if config else tokenizer
+
+
+def _read_files(place: Path) -> tuple[dict[str, bytes], object]:
+    """The files of a tokenizer by name, and the type of the model beside it, if a config.json says so."""
+    folder = place if place.is_dir() else place.parent
+    files = collect(folder) if place.is_dir() or place.name == TOKENIZER_FILE else {}
+    if not place.is_dir():
+        if place.name != TOKENIZER_FILE and (folder / TOKENIZER_CONFIG_FILE).exists():
+            name = TOKENIZER_CONFIG_FILE
+            files[name] = read_regular(folder / name, limit_of(name) or 0)
+        files[TOKENIZER_FILE] = read_regular(place, limit_of(TOKENIZER_FILE) or 0)
+    config = folder / "config.json"
+    if TOKENIZER_FILE in files or not config.is_file():
+        return files, None
+    return files, parse_json(read_regular(config, limit_of(TOKENIZER_CONFIG_FILE) or 0), config).get("model_type")
+
+
+def _load_backend(text: str) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend: Any = Backend.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and where it panics not even that
+        raise DataError("this is not a tokenizer that can be read", got=str(error)[:200], allowed=ALLOWED) from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _encode(backend: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    try:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as above
+        raise DataError(
+            "the tokenizer cannot turn a text into tokens",
+            got=str(error)[:200],
+            allowed="a vocabulary that covers the text, or has a token for what it does not know",
+        ) from None
+    return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def _token_of(content: Mapping[str, Any], beside: Beside, number: object) -> str | None:
+    """The text of the token of an id, of the vocabulary or added to it."""
+    for token in content.get("added_tokens") or ():
+        if isinstance(token, dict) and token.get("id") == number:
+            return str(token.get("content"))
+    for listed, token in beside.added_tokens():
+        if listed == number:
+            return str(token["content"])
+    vocab = (content.get("model") or {}).get("vocab") if isinstance(content.get("model"), dict) else None
+    if isinstance(vocab, list) and isinstance(number, int) and 0 <= number < len(vocab):
+        return str(vocab[number][0])
+    if isinstance(vocab, dict):
+        return next((piece for piece, place in vocab.items() if place == number), None)
+    return None
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE vocabulary; the same texts give the same vocabulary.
-
-    Args:
-        vocab_size: wanted number of tokens, the end-of-text token included; short texts may give fewer.
-
-    Raises:
-        ConfigError: `vocab_size` does not hold the 256 bytes and the end-of-text token.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < MIN_BPE_VOCAB:
-        raise ConfigError(
-            "the vocabulary of a byte-level BPE holds every byte and the end-of-text token",
-            got=f"vocab_size={vocab_size}",
-            allowed=f"{MIN_BPE_VOCAB} and more",
-            fix="raise it, or use the tokenizer of kind bytes, which has the smallest vocabulary",
-        )
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS],
-        initial_alphabet=list(_byte_alphabet()),
-        show_progress=False,
-    )
-    with library_threads(True):
-        backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend.to_str())
+    """Train a byte-level BPE vocabulary; the same texts give the same vocabulary. As `vocabulary.train_bpe_json`."""
+    return Tokenizer(train_bpe_json(texts, vocab_size))
 
 
 def byte_tokenizer() -> Tokenizer:
     """256 tokens that are the bytes of UTF-8, id equal to value, and the end-of-text token 256."""
-    return Tokenizer(_byte_json())
-
-
-def _byte_json() -> str:
-    """Written out, so that the fingerprint does not depend on the library's version."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": 256, "content": EOS, **flags}],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": {character: byte for byte, character in enumerate(_byte_alphabet())},
-            "merges": [],
-        },
-    }
-    return json.dumps(content)
+    return Tokenizer(byte_json())
 
 
 @functools.cache
@@ -218,61 +446,16 @@ def _byte_fingerprint() -> str:
     return byte_tokenizer().fingerprint
 
 
-@contextmanager
-def library_threads(enabled: bool) -> Iterator[None]:
-    """Whether the library itself uses every core for a call, within the block.
-
-    Afterwards it does not, unless the user has said so: the callers bring their threads, and a later fork of a
-    process that left this open would be warned about on standard error.
-    """
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name, "false")
-    os.environ[name] = "true" if enabled else "false"
-    try:
-        yield
-    finally:
-        os.environ[name] = before
-
-
-def _byte_alphabet() -> list[str]:
-    """The character that stands for each of the 256 bytes in byte-level vocabularies (the convention of GPT-2).
-
-    Bytes that print stand for themselves, the others for the characters from U+0100 on, in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    shifted = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
-
-
-def _named_eos(config_file: Path) -> str | None:
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    eos = config.get("eos_token") if isinstance(config, dict) else None
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    return eos if isinstance(eos, str) else None
-
-
-def _guessed_eos(text: str, file: Path) -> str:
-    try:
-        content = json.loads(text)
-        added = [str(token["content"]) for token in content.get("added_tokens") or ()]
-        vocab = content["model"]["vocab"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"this is not a tokenizer that can be read: {file}",
-            got=f"{type(error).__name__}: {error}",
-            allowed="a tokenizer.json of Hugging Face's tokenizers library",
-        ) from error
-    # Unigram models list [piece, score], the others map pieces to ids.
-    pieces = {str(entry[0]) for entry in vocab} if isinstance(vocab, list) else set(vocab)
+def _guessed_eos(content: Mapping[str, Any]) -> str:
+    pieces = pieces_of(content)
     for name in _KNOWN_EOS:
-        if name in added or name in pieces:
+        if name in pieces:
             return name
+    special = [str(token.get("content")) for token in content.get("added_tokens") or ()]
     raise DataError(
-        f"the tokenizer does not say which token ends a document: {file}",
-        got=f"special tokens {', '.join(added) or 'none'}",
+        "the tokenizer does not say which token ends a document",
+        got=f"special tokens {', '.join(special[:20]) or 'none'}",
         allowed=f"one of {', '.join(_KNOWN_EOS)}, or the one that {TOKENIZER_CONFIG_FILE} names",
-        fix=f'put a {TOKENIZER_CONFIG_FILE} with {{"eos_token": "<the token>"}} beside it',
+        fix="name one of its tokens: data.tokenizer.eos_token=... (data prepare: eos_token=...); or put a "
+        f'{TOKENIZER_CONFIG_FILE} with {{"eos_token": "<the token>"}} beside it',
     )

@@ -32,9 +32,10 @@ from orchestrator.data.store_index import (
     StoreIndex,
     store_fingerprint,
 )
-from orchestrator.data.tokenize import Tokenizer, library_threads
+from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.tokens.base import TokenTally, token_batches, token_spec
 from orchestrator.data.tokens.registry import TOKEN_FORMATS
+from orchestrator.data.vocabulary import library_threads
 from orchestrator.errors import DataError
 
 SHARD_TOKENS = 1 << 26
@@ -106,6 +107,7 @@ def write_store(
         fingerprint=store_fingerprint(shards, splits, tokenizer.fingerprint),
         source={**source, "left_out": corpus.left_out_facts(tally), "tokens": token_tally.lines()},
         skipped_files=len(corpus.left_out),
+        documents=tokenizer.documents.record(),
     )
     write_atomically(folder / INDEX_FILE, index.to_json().encode())
     return TokenStore.open(folder)
@@ -206,8 +208,9 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, dtype: np.dtype) -> li
     else:
         parts = ([tokenizer.encode_batch([part])[0].astype(dtype) for part in _parts(text)] for text in texts)
         batches = [np.concatenate(part) for part in parts]
-    # A foreign tokenizer may still produce its end-of-text token from text; only ours may end a document.
-    return [ids[ids != tokenizer.eos_id].astype(dtype) for ids in batches]
+    # A text that spells the tokens which are put around it has them already.
+    first = np.array(tokenizer.documents.bos_ids, dtype=dtype)
+    return [_bare(ids.astype(dtype), first, tokenizer.eos_id) for ids in batches]
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -223,16 +226,24 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _encode_chunk(documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> _Chunk:
-    encoded = _encode_texts([document.text for document in documents], tokenizer, dtype)
-    raw = [document.text.encode("utf-8", "replace") for document in documents]
+    texts = [part for document in documents for part in tokenizer.split(document.text)]
+    encoded = _encode_texts(texts, tokenizer, dtype)
+    raw = [text.encode("utf-8", "replace") for text in texts]
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in raw)
     return _Chunk(
-        tokens=np.concatenate(encoded),
+        tokens=np.concatenate([np.zeros(0, dtype=dtype), *encoded]),
         lengths=np.array([ids.size for ids in encoded], dtype=np.int64),
         hashes=np.frombuffer(digests, dtype="<u8"),
         text_bytes=np.array([len(text) for text in raw], dtype=np.int64),
         consumed=sum(document.consumed for document in documents),
     )
+
+
+def _bare(ids: np.ndarray, first: np.ndarray, eos_id: int) -> np.ndarray:
+    """The tokens of a text without those that `_gather` puts in front of it and at its end."""
+    if first.size and ids.size >= first.size and (ids[: first.size] == first).all():
+        ids = ids[first.size :]
+    return ids[ids != eos_id]
 
 
 def _write_splits(
@@ -245,11 +256,11 @@ def _write_splits(
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for name, part in zip(SPLITS, hold_out(extents, fraction), strict=True):
         first = len(shards)
-        for shard in _shard_plan(_shuffled(part), shard_tokens):
-            tokens = _gather(spool, shard, tokenizer.eos_id)
-            shards.append(_write_shard(folder, len(shards), tokens, shard))
+        for shard in _shard_plan(_shuffled(part), shard_tokens, tokenizer.documents.overhead):
+            tokens = _gather(spool, shard, tokenizer)
+            shards.append(_write_shard(folder, len(shards), tokens, shard.lengths + tokenizer.documents.overhead))
             if name == "train":
-                counts += np.bincount(tokens, minlength=counts.size)
+                counts += _target_counts(tokens, shard.lengths.size, tokenizer)
         numbers = tuple(range(first, len(shards)))
         total = sum(shards[i].tokens for i in numbers)
         splits[name] = SplitInfo(numbers, total, int(part.lengths.size), int(part.text_bytes.sum()))
@@ -267,31 +278,40 @@ def _shuffled(extents: Extents) -> Extents:
     return extents.take(np.argsort(key ^ (key >> np.uint64(31)), kind="stable"))
 
 
-def _shard_plan(extents: Extents, shard_tokens: int) -> Iterator[Extents]:
-    """Whole documents into shards of about `shard_tokens`."""
+def _target_counts(tokens: np.ndarray, documents: int, tokenizer: Tokenizer) -> np.ndarray:
+    """How often each token is a target, [V]: a BOS that follows the end of another document never is."""
+    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    if tokenizer.documents.eos:
+        counts[list(tokenizer.documents.bos_ids[:1])] -= documents
+    return counts
+
+
+def _shard_plan(extents: Extents, shard_tokens: int, overhead: int) -> Iterator[Extents]:
+    """Whole documents into shards of about `shard_tokens`; each has `overhead` tokens beside its text."""
     if not extents.lengths.size:
         return
-    ends = np.cumsum(extents.lengths + 1)
+    ends = np.cumsum(extents.lengths + overhead)
     number = (ends - 1) // shard_tokens
     for which in np.split(np.arange(number.size), np.flatnonzero(np.diff(number)) + 1):
         yield extents.take(which)
 
 
-def _gather(spool: np.ndarray, extents: Extents, eos_id: int) -> np.ndarray:
-    """The documents back to back, each followed by eos."""
-    eos = np.array([eos_id], dtype=spool.dtype)
+def _gather(spool: np.ndarray, extents: Extents, tokenizer: Tokenizer) -> np.ndarray:
+    """The documents back to back, each with what begins and ends it."""
+    first = np.array(tokenizer.documents.bos_ids, dtype=spool.dtype)
+    last = np.array([tokenizer.eos_id] if tokenizer.documents.eos else [], dtype=spool.dtype)
     parts: list[np.ndarray] = []
     for start, length in zip(extents.starts.tolist(), extents.lengths.tolist(), strict=True):
-        parts += [spool[start : start + length], eos]
+        parts += [first, spool[start : start + length], last]
     return np.concatenate(parts)
 
 
-def _write_shard(folder: Path, number: int, tokens: np.ndarray, extents: Extents) -> ShardInfo:
+def _write_shard(folder: Path, number: int, tokens: np.ndarray, lengths: np.ndarray) -> ShardInfo:
+    """One shard of documents of these many tokens, what begins and ends them included."""
     tokens_file, offsets_file, checks_file = (f"{kind}-{number:05d}.bin" for kind in ("tokens", "offsets", "checks"))
-    ends = np.cumsum(extents.lengths + 1)
     content = tokens.tobytes()
     checks = [zlib.crc32(content[low : low + BLOCK_BYTES]) for low in range(0, len(content), BLOCK_BYTES)]
-    offsets = (ends - extents.lengths - 1).astype("<i8").tobytes()
+    offsets = (np.cumsum(lengths) - lengths).astype("<i8").tobytes()
     for name, data in (
         (tokens_file, content),
         (offsets_file, offsets),
@@ -305,7 +325,7 @@ def _write_shard(folder: Path, number: int, tokens: np.ndarray, extents: Extents
         file=tokens_file,
         offsets_file=offsets_file,
         tokens=int(tokens.size),
-        documents=int(extents.lengths.size),
+        documents=int(lengths.size),
         bytes=int(tokens.nbytes),
         sha256=hash_file(folder / tokens_file),
         offsets_sha256=hash_file(folder / offsets_file),

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.chips.catalogue import load as load_chips
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.data.model_files import TOKENIZER_FILE
 from orchestrator.data.prepare import PreparedData
 from orchestrator.data.stream import Position, StepLoader, TokenStream, validation_batches
 from orchestrator.data.validation import ValidationData, mixture_lines, validation_data
@@ -48,6 +49,7 @@ from orchestrator.train.run import Place
 from orchestrator.train.rundir import read_history
 from orchestrator.train.say import say, warn
 from orchestrator.train.software import software
+from orchestrator.train.stored_model import files_of
 
 
 @dataclass
@@ -185,8 +187,8 @@ def _assemble(
     validation = validation_data(config, data)
     held_out = validation.stream(config.data.document_mask)
     reference = make_batch(config, held_out or loader.stream) if config.checkpoint.handover.enabled else None
-    sides = {**side, "run": run_uuid}
-    keep = (data.tokenizer, model_files(config, restored), sides, metrics, history, reference, tell)
+    sides, files = {**side, "run": run_uuid}, _travelling(config, data, restored, main)
+    keep = (data.tokenizer, files, sides, metrics, history, reference, tell)
     checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
     batches = _validation(validation, held_out, parallel, module.micro_batch)
     evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell, progress)
@@ -203,6 +205,17 @@ def _assemble(
     about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **side}
     seen = (channels, metrics, progress, checkpoints, evaluation, samples, history, restored)
     return Job(trainer, module, loader, parallel, stop, *seen, facts, about, tell)
+
+
+def _travelling(config: RunConfig, data: PreparedData, restored: Checkpoint | None, main: bool) -> dict[str, bytes]:
+    """The files that the model came with, as they were, or those of the data's tokenizer; the first process saves."""
+    if not main:
+        return {}
+    if restored is None and config.train.init_from is not None:
+        restored = Checkpoint(locate(config.train.init_from), look=False)
+    files = files_of(restored) if restored else {}
+    files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
+    return {**files, **model_files(config, restored)}
 
 
 def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelStrategy:

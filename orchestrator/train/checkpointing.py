@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -32,19 +30,13 @@ from orchestrator.train.say import warn
 _GRACE_SECONDS = 60.0
 
 
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer travels with the model: without it the weights cannot be used elsewhere."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
 class Checkpoints(lightning.Callback):
     """Saves every so many steps and, by `save_now`, at the end.
 
     Args:
         directory: of the run's checkpoints.
-        files: what else travels with the model, by name.
+        tokenizer: what documents are in its tokens is recorded.
+        files: what travels with the model, by name: without a tokenizer the weights cannot be used elsewhere.
         provenance: what the state says of where it was written.
         metrics: flushed before a save, and told of the time that it took.
         history: the run so far; it travels along.
@@ -74,7 +66,7 @@ class Checkpoints(lightning.Callback):
         self._config, self._parallel = config, parallel
         self._loader, self._provenance, self._say = loader, provenance, say
         self._metrics, self._history, self._reference = metrics, history, reference
-        self._extra = {**_tokenizer_files(tokenizer), **files}
+        self._extra, self._documents = dict(files), tokenizer.record()
         key = config.checkpoint.signing_key
         # Only the process that writes manifests needs the key.
         self._sign = signer(key) if key and parallel.rank == 0 else None
@@ -188,6 +180,7 @@ class Checkpoints(lightning.Callback):
         config = self._config
         return {
             "step": step,
+            "documents": self._documents,
             "data": {**self._loader.state(step), "global_batch_sequences": self._loader.global_batch},
             # Masks are drawn from (seed, step, micro-step, rank): there is no generator state to carry.
             "rng": {"scheme": "counter", "seed": config.seed},

@@ -15,7 +15,7 @@ import torch
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import TokenStream
 from orchestrator.data.tokenize import Tokenizer
-from orchestrator.models.generate import choose
+from orchestrator.models.generate import Sampling, choose
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
@@ -139,12 +139,13 @@ class Samples(lightning.Callback):
         if prompt is None:
             prompt = self._tokenizer.decode(ids)
         else:
-            ids = self._tokenizer.encode(prompt)
+            ids = self._tokenizer.prompt_ids(prompt)
         ids = ids or [self._tokenizer.eos_id]
-        return prompt, prompt + self._tokenizer.decode(self._continue(model, ids)[len(ids) :])
+        return prompt, prompt + self._tokenizer.decode_after(ids, self._continue(model, ids))
 
     @torch.no_grad()
     def _continue(self, model: Any, ids: list[int]) -> list[int]:
+        """The tokens that follow on `ids`, of which only the last ones count where there are too many."""
         settings, layout = self._config.train.sample, self._parallel.layout
         # One shape for all tokens, padded on the right where causality hides it, so that nothing recompiles.
         split = layout.tensor * layout.context
@@ -152,9 +153,10 @@ class Samples(lightning.Callback):
         length = min(longest, -(-(len(ids) + settings.tokens) // split) * split)
         generator = torch.Generator().manual_seed(self._config.seed)
         ids = ids[-(length - 1) :]
+        prompt = len(ids)
         model.eval()
         try:
-            return self._draw(model, ids, length, generator)
+            return self._draw(model, ids, length, generator)[prompt:]
         finally:
             model.train()
 
@@ -169,7 +171,7 @@ class Samples(lightning.Callback):
             # The position is data, not a constant of the program: a traced one then serves every token.
             at = torch.tensor([len(ids) - 1]).to(logits.device)
             last = logits[0].index_select(0, at)[0, : self._tokenizer.vocab_size]
-            token = choose(last, settings.temperature, generator)
+            token = choose(last, Sampling(settings.temperature), generator)
             ids.append(token)
             if token == self._tokenizer.eos_id:
                 break

@@ -19,26 +19,18 @@ from orchestrator.checkpoint.storage import write_file
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import DTYPE_NAMES
 from orchestrator.config.schema import ModelConfig
-from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from orchestrator.data.as_trained import as_trained
+from orchestrator.data.model_files import TOKENIZER_FILE, as_transformers_names
 from orchestrator.errors import CheckpointError, NonFiniteError
 from orchestrator.models.hf import HFTensor, hf_tensors, our_shapes
 from orchestrator.models.hf_config import family_of, from_hf_config
 from orchestrator.models.hf_config_write import to_hf_config
 from orchestrator.train.import_report import read_layouts
 from orchestrator.train.origin import REPORT, SOURCE_CONFIG
-from orchestrator.train.stored_model import model_of, tokenizer_of
+from orchestrator.train.stored_model import files_of, model_of, tokenizer_of
 
 Dtype = Literal["stored", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What goes along as it is. The first two are also what the product itself reads.
-CARRIED = (
-    TOKENIZER_FILE,
-    TOKENIZER_CONFIG_FILE,
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
 
 # transformers 5 splits text in this way for any tokenizer beside a model of type qwen2, whatever tokenizer.json says.
 _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -85,19 +77,23 @@ def export_hf(
         wanted = DTYPES[spec.dtype]
         return tensors[spec.name].join([_read(reader, part, wanted) for part in tensors[spec.name].parts])
 
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer, files = tokenizer_of(checkpoint), files_of(checkpoint)
+    notes: list[str] = []
+    if tokenizer:
+        files, notes = as_trained(files, tokenizer)
     stored_as = str(DTYPES[max(specs, key=lambda spec: spec.bytes).dtype]).removeprefix("torch.")
     config = to_hf_config(model, family, tokenizer.eos_id if tokenizer else None, stored_as, original)
     with written_aside(output) as folder:
         write_tensors(folder, specs, produce, max_file_bytes, progress, _layouts(checkpoint))
-        for name in CARRIED:
-            if name in checkpoint.manifest.files:
-                write_file(folder / name, [checkpoint.read(name)])
+        for name, content in as_transformers_names(files).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_file(folder / name, [content])
         write_file(folder / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
-    note = _tokenizer_note(checkpoint, str(config["model_type"])) if tokenizer else ""
+    if tokenizer:
+        notes.append(_tokenizer_note(checkpoint, str(config["model_type"])))
     if tokenizer and tokenizer.is_nameless:
-        note = "nobody has named the tokenizer of the training data: tokenizer.json gives ids names, and no text ids"
-    return Exported(str(config["architectures"][0]), tokenizer is not None, note)
+        notes = ["nobody has named the tokenizer of the training data: tokenizer.json gives ids names, and no text ids"]
+    return Exported(str(config["architectures"][0]), tokenizer is not None, "; ".join(filter(None, notes)))
 
 
 def _source_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 
@@ -12,50 +11,126 @@ from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from orchestrator.config.schema import ModelConfig
+from orchestrator.data.document_format import DocumentFormat, SpecialTokens
+from orchestrator.data.model_files import GENERATION_FILE
+from orchestrator.data.tokenize import Tokenizer
+from orchestrator.data.tokenizer_files import parse_json, stop_ids
+from orchestrator.errors import CheckpointError
 from orchestrator.hardware.base import Target
 from orchestrator.models.decoder import Decoder
-from orchestrator.models.generate import generate_tokens
+from orchestrator.models.generate import Sampling, generate_tokens
 from orchestrator.sharding.shard import Shard
-from orchestrator.train.stored_model import model_of
+from orchestrator.train.origin import SOURCE_CONFIG
+from orchestrator.train.stored_model import files_of, model_of, tokenizer_of
+
+__all__ = ["Continuation", "Sampling", "Writer"]
+Stopped = Literal["end", "stop", "tokens"]
 
 
-def generate(
-    path: AnyPath, target: Target, prompt: str, count: int, temperature: float, top_k: int | None, seed: int
-) -> Iterator[str]:
-    """Continue `prompt` with the model of the checkpoint at `path`; yields pieces of text.
+class Writer:
+    """A checkpoint's model and tokenizer, ready to continue texts.
+
+    Attributes:
+        tokenizer: with the documents that the model was trained on: a prompt is the beginning of one.
+        stop_ids: the tokens that end a text: the tokenizer's, and those of generation_config.json and config.json.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: it has no tokenizer, or no model, or is damaged.
     """
-    checkpoint = Checkpoint(path)
-    config = model_of(checkpoint)
-    tokenizer = _tokenizer(checkpoint)
-    model = _load(checkpoint, config, target.device(0))
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    shown, drawn = "", []
-    for token in generate_tokens(model, ids, count, temperature, seed, tokenizer.eos_id, top_k):
-        drawn.append(token)
-        text = tokenizer.decode(drawn)
-        # A character may take several tokens: hold back what is not whole yet.
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(drawn)[len(shown) :]
+
+    def __init__(self, path: AnyPath, target: Target, special_tokens: SpecialTokens | None = None):
+        checkpoint = Checkpoint(path)
+        self.tokenizer = _tokenizer(checkpoint, special_tokens)
+        files, documents = files_of(checkpoint), self.tokenizer.documents
+        if SOURCE_CONFIG in checkpoint.manifest.files:
+            files[SOURCE_CONFIG] = checkpoint.read(SOURCE_CONFIG)
+        named = (GENERATION_FILE, SOURCE_CONFIG)
+        ends = [number for name in named for number in stop_ids(parse_json(files.get(name, b"{}"), name))]
+        first = () if documents.eos else documents.bos_ids[:1]  # then the beginning of the next document is the end
+        self.stop_ids = frozenset({self.tokenizer.eos_id, *ends, *first})
+        self._model = _load(checkpoint, model_of(checkpoint), target.device(0))
+
+    def write(self, prompt: str, count: int, sampling: Sampling, seed: int, stop: Sequence[str] = ()) -> Continuation:
+        """Continue a prompt.
+
+        Args:
+            count: tokens to draw at most.
+            stop: texts at which to end; they are not part of the continuation.
+        """
+        ids = self.tokenizer.prompt_ids(prompt)
+        drawn = generate_tokens(self._model, ids, count, sampling, seed, self.stop_ids)
+        return Continuation(self.tokenizer, ids, drawn, count, stop)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Of the files that the manifest lists, which were checked, not of what else may lie beside them."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
-            if name in checkpoint.manifest.files:
-                (Path(folder) / name).write_bytes(checkpoint.read(name))
-        return load_tokenizer(folder)
+class Continuation:
+    """The text that follows on a prompt: iterate over its pieces.
+
+    Attributes:
+        ids: the tokens that were drawn so far.
+        stopped: by what it ended: the model's own end of text, a stop text, or the number of tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], drawn: Iterator[int], count: int, stop: Sequence[str]
+    ):
+        self._tokenizer, self._before, self._drawn, self._count = tokenizer, list(prompt), drawn, count
+        self._stop = [text for text in stop if text]
+        self.ids: list[int] = []
+        self.stopped: Stopped = "tokens"
+
+    def __iter__(self) -> Iterator[str]:
+        held = ""
+        for piece in self._pieces():
+            held += piece
+            cut = min((at for text in self._stop if (at := held.find(text)) >= 0), default=-1)
+            if cut >= 0:
+                self.stopped = "stop"
+                yield held[:cut]
+                return
+            safe = len(held) - self._may_begin_a_stop(held)
+            yield held[:safe]
+            held = held[safe:]
+        yield held
+
+    def _pieces(self) -> Iterator[str]:
+        pending: list[int] = []
+        for token in self._drawn:
+            self.ids.append(token)
+            pending.append(token)
+            text = self._tokenizer.decode_after(self._before, pending)
+            # A character may take several tokens: hold back what is not whole yet.
+            if not text.endswith("\ufffd"):
+                yield text
+                self._before, pending = self._before + pending, []
+        self.stopped = "tokens" if len(self.ids) == self._count else "end"
+        yield self._tokenizer.decode_after(self._before, pending)
+
+    def _may_begin_a_stop(self, text: str) -> int:
+        """How many characters at the end of `text` may be the beginning of a stop text."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return size
+        return 0
 
 
-def _load(checkpoint: Checkpoint, config: object, device: torch.device) -> Decoder:
+def _tokenizer(checkpoint: Checkpoint, special_tokens: SpecialTokens | None) -> Tokenizer:
+    tokenizer = tokenizer_of(checkpoint)
+    if tokenizer is None:
+        raise CheckpointError(
+            "the checkpoint carries no tokenizer, so it cannot be given text",
+            got=checkpoint.directory,
+            fix="import it again with the model's: checkpoint import ... tokenizer=PATH of a tokenizer.json",
+        )
+    documents = tokenizer.documents
+    spelt = special_tokens or documents.special_tokens_in_text
+    return tokenizer.with_documents(DocumentFormat(documents.bos_ids, documents.eos, spelt))
+
+
+def _load(checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config)  # type: ignore[arg-type]
+        model = Decoder(config)
     model.to_empty(device=device)
     model.tie_weights()
     shards = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from orchestrator.checkpoint.format import MANIFEST, read_bounded
-from orchestrator.checkpoint.hf_files import PICKLED, PICKLED_INDEX, HFTensors, read_json, regular_file
+from orchestrator.checkpoint.format import MANIFEST
+from orchestrator.checkpoint.hf_files import PICKLED, PICKLED_INDEX, HFTensors, read_json
 from orchestrator.checkpoint.outputs import written_aside
 from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.writer import DTYPE_NAMES, Begun, Contents, write
@@ -23,13 +22,13 @@ from orchestrator.config.compose import compose
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig, TrainConfig
 from orchestrator.config.validate import validate
-from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, load_tokenizer
-from orchestrator.errors import CheckpointError, UserError
+from orchestrator.data.model_files import GENERATION_FILE, TOKENIZER_FILE, collect
+from orchestrator.data.tokenize import from_files, load_tokenizer
+from orchestrator.errors import CheckpointError, DataError, UserError
 from orchestrator.models.hf import Family
 from orchestrator.models.hf_config import Description, family_of, from_hf_config
 from orchestrator.models.layers import resolved_head_dim
 from orchestrator.sharding.shard import Shard
-from orchestrator.train.exporting import CARRIED
 from orchestrator.train.foreign_weights import Found, about, find_weights
 from orchestrator.train.import_report import ImportReport
 from orchestrator.train.logit_check import LogitCheck, check_logits
@@ -39,7 +38,6 @@ from orchestrator.train.software import software
 Format = Literal["hf", "dcp", "ckpt"]
 CheckLogits = Literal["auto", "true", "false"]
 CONFIG_FILE = "config.json"
-_MAX_CARRIED_BYTES = 1 << 26
 # Of a model's description, what changes nothing that it computes.
 _OF_TRAINING = {"name", "init_std", "dropout"}
 _LENGTHS = {"rope": {"max_seq_len"}, "learned": set[str]()}
@@ -70,6 +68,7 @@ class Imported:
         left_out: tensors of the source that are no weights of the model.
         tokenizer: whether one came along.
         report: what became of each tensor and of each key of `config.json`.
+        no_tokenizer: why there is none, where that is known.
     """
 
     format: Format
@@ -79,6 +78,7 @@ class Imported:
     left_out: int
     tokenizer: bool
     report: ImportReport
+    no_tokenizer: str = ""
 
 
 def detect_format(source: Path) -> Format:
@@ -145,7 +145,7 @@ def import_weights(
     described = describe(source, model, config, ignore_keys)
     given = _open(source, format)
     found = find_weights(given, described.model, described.family)
-    files = _tokenizer_files(tokenizer, source if source.is_dir() else source.parent, found.model)
+    files, why = _travelling_files(tokenizer, source if source.is_dir() else source.parent, found.model)
     checked = _check_logits(source, format, described, found, logits)
     report = _report(source, format, described, given, found, checked)
     files[REPORT] = report.to_json()
@@ -155,7 +155,7 @@ def import_weights(
     _write(output, found, report, files, dtypes, progress)
     parameters = sum(tensor.numel() for tensor in found.tensors.values())
     has_tokenizer, left_out = TOKENIZER_FILE in files, len(given) - len(found.taken)
-    return Imported(format, found.model, parameters, dtypes, left_out, has_tokenizer, report)
+    return Imported(format, found.model, parameters, dtypes, left_out, has_tokenizer, report, why)
 
 
 def _write(
@@ -313,34 +313,29 @@ def _report(
     )
 
 
-def _tokenizer_files(tokenizer: str | None, beside: Path, model: ModelConfig) -> dict[str, bytes]:
-    """What travels along, after it was seen to be a tokenizer that fits the model."""
-    place = Path(tokenizer).expanduser() if tokenizer else beside
-    folder, file = (place, place / TOKENIZER_FILE) if place.is_dir() else (place.parent, place)
-    if not file.is_file():
-        if tokenizer:
-            raise CheckpointError("there is no tokenizer here", got=place, allowed="a tokenizer.json or its directory")
-        return {}
-    paths = {TOKENIZER_FILE: file, **{name: folder / name for name in CARRIED if name != TOKENIZER_FILE}}
+def _travelling_files(tokenizer: str | None, beside: Path, model: ModelConfig) -> tuple[dict[str, bytes], str]:
+    """What travels along, after the tokenizer in it was seen to fit the model; and why there is none."""
     try:
-        files = {
-            name: read_bounded(regular_file(path), _MAX_CARRIED_BYTES) for name, path in paths.items() if path.is_file()
-        }
+        files, why = collect(beside), ""
+        if tokenizer is not None:
+            generation = {name: content for name, content in files.items() if name == GENERATION_FILE}
+            files = {**load_tokenizer(tokenizer).files, **generation}
+        elif TOKENIZER_FILE not in files:
+            try:
+                files |= load_tokenizer(beside).files
+            except DataError as error:
+                why = f"{error.got}; {error.fix}" if error.fix else str(error.got)
     except OSError as error:
-        raise CheckpointError(f"the tokenizer cannot be read: {error.strerror}", got=folder) from None
-    with tempfile.TemporaryDirectory() as copy:
-        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
-            if name in files:
-                Path(copy, name).write_bytes(files[name])
-        size = load_tokenizer(copy).vocab_size
+        raise CheckpointError(f"the tokenizer cannot be read: {error.strerror}", got=beside) from None
+    size = from_files(files).vocab_size if TOKENIZER_FILE in files else 0
     if model.vocab_size != "auto" and size > model.vocab_size:
         raise CheckpointError(
             "the tokenizer has more tokens than the model",
-            got=f"{size} in {file}",
+            got=f"{size} in {tokenizer or beside}",
             allowed=f"at most {model.vocab_size}",
             fix="give the model's own tokenizer: tokenizer=PATH",
         )
-    return files
+    return files, why
 
 
 @contextmanager

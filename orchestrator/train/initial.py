@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from orchestrator.checkpoint.storage import is_remote, locate
 from orchestrator.checkpoint.verify import Checkpoint
@@ -12,11 +13,15 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.formats.find import BUILTIN
+from orchestrator.data.model_files import TOKENIZER_FILE
 from orchestrator.data.store import is_store
-from orchestrator.data.tokenize import TOKENIZER_FILE, Tokenizer
+from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.train import resume
 from orchestrator.train.stored_model import model_of, tokenizer_of
+
+# Keys that say which vocabulary it is; the others say what is made of it.
+_WHICH_TOKENIZER = tuple(f"data.tokenizer{key}" for key in ("", ".kind", ".path", ".vocab_size"))
 
 
 def settle(composed: Composed, verify: bool, report: Callable[[str], object]) -> RunConfig:
@@ -40,12 +45,10 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
     if "model" not in composed.overrides:
         data["model"] = to_dict(model_of(checkpoint))
         resume.apply(composed, data, [key for key in composed.overrides if key.startswith("model.")])
-    names_tokenizer = any(key.startswith("data.tokenizer") for key in composed.overrides)
     if TOKENIZER_FILE not in checkpoint.manifest.files:
-        _refuse_new_tokens(config, checkpoint, names_tokenizer, report)
-    # One in a store has to be fetched by hand: `data.tokenizer.path` is a file.
-    if TOKENIZER_FILE in checkpoint.manifest.files and not names_tokenizer and not is_remote(found):
-        data["data"]["tokenizer"].update(kind="file", path=where)
+        named = any(key in composed.overrides for key in _WHICH_TOKENIZER)
+        _refuse_new_tokens(config, checkpoint, named, report)
+    _take_tokenizer(composed, checkpoint, data["data"]["tokenizer"], where)
     data["train"]["init_from"] = where
     result = from_dict(RunConfig, data)
     if problems := validate(result):
@@ -61,19 +64,38 @@ def _refuse_new_tokens(config: RunConfig, checkpoint: Checkpoint, named: bool, r
     """
     text = [source.path for source in config.data.sources if source.path == BUILTIN or not is_store(source.path)]
     imported = "imported" in checkpoint.state()
-    if imported and text and not named and config.data.tokenizer.kind != "file":
+    if imported and text and not named and config.data.tokenizer.made_from != "file":
         raise CheckpointError(
             "the weights came without their tokenizer, and the data is text",
             got=f"{checkpoint.directory}, data {text[0]}",
-            fix="name the model's: data.tokenizer.kind=file data.tokenizer.path=TOKENIZER.json, or import it again "
+            fix="name the model's: data.tokenizer.path=TOKENIZER.json, or import it again "
             "with tokenizer=PATH. Other tokens than the model's, which mean nothing to it, are taken by name alone: "
             "data.tokenizer.kind=...",
         )
     report("the weights came without their tokenizer: nothing can show whether the data has the same tokens")
 
 
-def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+def _take_tokenizer(composed: Composed, checkpoint: Checkpoint, settings: dict[str, Any], where: str) -> None:
+    """Set what the command line does not: the checkpoint's tokenizer, and documents as the model was trained on."""
+    stored = tokenizer_of(checkpoint)
+    if stored is None or any(key in composed.overrides for key in _WHICH_TOKENIZER):
+        return
+    # One in a store has to be fetched by hand: `data.tokenizer.path` is a file.
+    if not is_remote(checkpoint.directory):
+        settings.update(kind="file", path=where)
+    documents = stored.documents
+    first = {"bos": bool(documents.bos_ids), "bos_token": stored.bos_token if len(documents.bos_ids) == 1 else None}
+    last = {"eos": documents.eos, "eos_token": stored.eos_token}
+    for taken in (first, last, {"special_tokens_in_text": documents.special_tokens_in_text}):
+        if not any(f"data.tokenizer.{key}" in composed.overrides for key in taken):
+            settings.update(taken)
+
+
+def check_tokenizer(config: RunConfig, tokenizer: Tokenizer, report: Callable[[str], object]) -> None:
     """Weights mean something only for the tokens that they were trained on.
+
+    Args:
+        report: told where documents begin or end otherwise than those that the model was trained on.
 
     Raises:
         CheckpointError: the data has other tokens than the checkpoint of `train.init_from`.
@@ -88,4 +110,9 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             got=f"{tokenizer.vocab_size} tokens in the data, {stored.vocab_size} in {checkpoint.directory}",
             fix=f"prepare the data with it: data prepare tokenizer={checkpoint.directory / TOKENIZER_FILE} ..., "
             "or leave out data.tokenizer",
+        )
+    if stored is not None and stored.record() != tokenizer.record():
+        report(
+            f"the model was trained on documents that are {stored.describe_documents()}; "
+            f"this run's are {tokenizer.describe_documents()}"
         )

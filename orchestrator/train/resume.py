@@ -236,6 +236,7 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     if problems := check_stored(from_dict(RunConfig, point.saved)):
         raise ConfigErrors(problems)
     result = copy.deepcopy(dict(point.saved))
+    _keep_documents(result)
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
     result["resume"] = composed.config.resume
@@ -264,6 +265,15 @@ def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> No
                 )
             continue
         _copy(composed.data, result, key.replace("/", ".") if composed.overrides[key] else key)
+
+
+def _keep_documents(result: dict[str, Any]) -> None:
+    """Of before BOS was an option: none was put, and a path without `kind=file` was not looked at."""
+    tokenizer = _at(result, "data.tokenizer")
+    if isinstance(tokenizer, dict) and "bos" not in tokenizer:
+        tokenizer["bos"] = False
+        if tokenizer.get("kind") != "file":
+            tokenizer["path"] = None
 
 
 def _localize(result: dict[str, Any], point: ResumePoint, composed: Composed, report: Callable[[str], object]) -> None:

@@ -279,7 +279,7 @@ def _check_data(config: RunConfig, devices: int, progress: bool, slices: int = 1
     if progress:
         for text in warnings:
             warn(text)
-    initial.check_tokenizer(config, data.tokenizer)
+    initial.check_tokenizer(config, data.tokenizer, warn if progress else lambda text: None)
     check_run(config, devices, data.vocab_size, slices)
     return data.vocab_size
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.compose import read_config
 from orchestrator.config.convert import from_dict
-from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from orchestrator.config.validate import check_stored
-from orchestrator.data.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from orchestrator.data.model_files import TOKENIZER_FILE, carried
+from orchestrator.data.tokenize import Tokenizer, from_files
 from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.models.shapes import parameter_shapes
 from orchestrator.train import resume, rundir
@@ -46,7 +46,7 @@ def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], 
         raise CheckpointError(f"the place cannot be read: {error.strerror or error}", got=where) from None
     if found is None:
         refuse_foreign(path)
-        raise CheckpointError("there is no checkpoint here", got=where, allowed=MEANS)
+        raise CheckpointError(f"no checkpoint found in {where}", got=where, allowed=MEANS)
     return found
 
 
@@ -124,16 +124,27 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
     return model
 
 
+def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files that travel with the model of a checkpoint, of those that its manifest lists, by name.
+
+    Raises:
+        CheckpointError: one is larger than such a file may be, or damaged.
+    """
+    return carried(checkpoint.manifest.files, checkpoint.read)
+
+
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer that travels with a checkpoint, if one does.
+    """The tokenizer that travels with a checkpoint, if one does, with the documents that the model was trained on.
+
+    Those of an imported model are what its tokenizer says. Before it was recorded, only the end-of-text token was put.
 
     Raises:
         DataError: it is damaged.
     """
-    names = [name for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE) if name in checkpoint.manifest.files]
-    if TOKENIZER_FILE not in names:
+    files, state = files_of(checkpoint), checkpoint.state()
+    if TOKENIZER_FILE not in files:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            Path(folder, name).write_bytes(checkpoint.read(name))
-        return load_tokenizer(folder)
+    record = state.get("documents")
+    if record is not None and not isinstance(record, dict):
+        raise CheckpointError("the state of the checkpoint is damaged", got=f"documents: {str(record)[:100]}")
+    return from_files(files, TokenizerConfig() if "imported" in state else None, record)

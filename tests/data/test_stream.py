@@ -73,10 +73,32 @@ def slow_fields(window: list[int], document_mask: bool) -> dict[str, list[int]]:
     document_mask=st.booleans(),
 )
 def test_fields_against_a_slow_reference(rows: list[list[int]], document_mask: bool) -> None:
-    batch = _fields(np.array(rows), np.full((len(rows), 1), EOS), document_mask)
+    batch = _fields(np.array(rows), np.array([[EOS, -1]] * len(rows)), document_mask)
     for number, row in enumerate(rows):
         assert {name: array[number].tolist() for name, array in batch.items()} == slow_fields(row, document_mask)
     assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in batch.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(st.lists(st.sampled_from([1, 2]), min_size=1, max_size=4), min_size=2, max_size=6),
+    form=st.sampled_from(["eos", "bos and eos", "one token for both", "bos"]),
+    cut=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+)
+def test_documents_are_told_apart_in_every_form(texts: list[list[int]], form: str, cut: tuple[int, int]) -> None:
+    bos, eos = {"eos": ([], [9]), "bos and eos": ([8], [9]), "one token for both": ([9], [9]), "bos": ([8], [])}[form]
+    pairs = [(token, number) for number, text in enumerate(texts) for token in bos + text + eos]
+    window = pairs[cut[0] : len(pairs) - cut[1]]
+    if len(window) < 2:
+        return
+    boundary = (9 if eos else -1, -1 if form in ("eos", "bos and eos") else bos[0])
+    batch = _fields(np.array([[token for token, _ in window]]), np.array([boundary]), True)
+    numbers = [number for _, number in window]
+    assert batch["documents"][0].tolist() == [number - numbers[0] for number in numbers[:-1]]
+    assert batch["positions"][0].tolist() == [i - numbers.index(numbers[i]) for i in range(len(numbers) - 1)]
+    crosses = [a != b and bool(eos) for a, b in itertools.pairwise(numbers)]
+    wanted = [IGNORE if crossed else token for crossed, (token, _) in zip(crosses, window[1:], strict=True)]
+    assert batch["targets"][0].tolist() == wanted
 
 
 @pytest.mark.parametrize("document_mask", [True, False])

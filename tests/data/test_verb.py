@@ -65,7 +65,7 @@ def test_wrong_words(docs: Path) -> None:
         data.main(["prepare", "input=docs"])
     with pytest.raises(UserError, match="did you mean 'inspect'"):
         data.main(["inspct"])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no file of this name, and nothing is downloaded"):
         data.main(["prepare", "input=docs", "output=out", "tokenizer=wordpiece"])
 
 

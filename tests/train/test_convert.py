@@ -255,11 +255,11 @@ def test_a_tokenizer_from_elsewhere(tmp_path):
     small_tokenizer().save(tmp_path / "tokenizer")
     imported = bring(exported, tmp_path / "a", tokenizer=str(tmp_path / "tokenizer" / "tokenizer.json"))
     assert load_tokenizer(imported).fingerprint == small_tokenizer().fingerprint
-    with pytest.raises(CheckpointError, match="no tokenizer here"):
+    with pytest.raises(UserError, match="the tokenizer cannot be read"):
         bring(exported, tmp_path / "b", tokenizer=str(tmp_path / "nowhere"))
     config = json.loads((exported / "config.json").read_text())
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="not a tokenizer"):
+    with pytest.raises(UserError, match="not a tokenizer that can be read"):
         bring(exported, tmp_path / "b", tokenizer=str(tmp_path / "tokenizer"))
     assert config["vocab_size"] == VOCAB
 
