@@ -17,7 +17,6 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.cli import generate as verb
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import TokenizerConfig
-from orchestrator.config.validate import validate
 from orchestrator.data.model_files import as_transformers_names
 from orchestrator.data.prepare import build_store
 from orchestrator.errors import CheckpointError, ConfigErrors, DataError, UserError
@@ -210,7 +209,8 @@ def test_a_path_means_a_file_and_another_kind_beside_it_is_an_error() -> None:
         (["data.tokenizer.bos=false", "data.tokenizer.bos_token=x"], "BOS token is named that is not to be put"),
         (["data.tokenizer.vocab_size=1000000000000"], "'data.tokenizer.vocab_size' is out of range"),
     ):
-        assert message in str(ConfigErrors(validate(compose(words_).config)))
+        with pytest.raises(ConfigErrors, match=message):
+            compose(words_)
 
 
 # The verb
