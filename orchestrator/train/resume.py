@@ -46,6 +46,9 @@ class ResumePoint:
     saved: dict[str, Any]
     newest: bool = True
 
+    def __post_init__(self) -> None:
+        _keep_documents(self.saved)
+
 
 def find(
     resume: str,
@@ -236,7 +239,6 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     if problems := check_stored(from_dict(RunConfig, point.saved)):
         raise ConfigErrors(problems)
     result = copy.deepcopy(dict(point.saved))
-    _keep_documents(result)
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
     result["resume"] = composed.config.resume
