@@ -33,7 +33,7 @@ class Writer:
 
     Attributes:
         tokenizer: with the documents that the model was trained on: a prompt is the beginning of one.
-        stop_ids: the tokens that end a text: the tokenizer's, and those of generation_config.json and config.json.
+        stop_ids: the tokens that end a text: the tokenizer's, and those of generation_config.json or config.json.
 
     Raises:
         CheckpointError: it has no tokenizer, or no model, or is damaged.
@@ -43,10 +43,10 @@ class Writer:
         checkpoint = Checkpoint(path)
         self.tokenizer = _tokenizer(checkpoint, special_tokens)
         files, documents = files_of(checkpoint), self.tokenizer.documents
-        if SOURCE_CONFIG in checkpoint.manifest.files:
-            files[SOURCE_CONFIG] = checkpoint.read(SOURCE_CONFIG)
-        named = (GENERATION_FILE, SOURCE_CONFIG)
-        ends = [number for name in named for number in stop_ids(parse_json(files.get(name, b"{}"), name))]
+        # As in transformers: config.json speaks where there is no generation_config.json.
+        name = GENERATION_FILE if GENERATION_FILE in files else SOURCE_CONFIG
+        content = files.get(name) or (checkpoint.read(name) if name in checkpoint.manifest.files else b"{}")
+        ends = stop_ids(parse_json(content, name))
         first = () if documents.eos else documents.bos_ids[:1]  # then the beginning of the next document is the end
         self.stop_ids = frozenset({self.tokenizer.eos_id, *ends, *first})
         self._model = _load(checkpoint, model_of(checkpoint), target.device(0))
