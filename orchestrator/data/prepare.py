@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
+from orchestrator.data.agreement import check_as_asked, check_same_documents
 from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
 from orchestrator.data.document_format import DocumentFormat
 from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
@@ -267,7 +268,7 @@ def _validation_store(path: str, maker: _Maker, tokenizer: Tokenizer) -> TokenSt
             f"data.validation={path} and the sources",
             f"prepare it with theirs, give its text files, or train with its: data.tokenizer.path={path}",
         )
-    _check_documents(store, tokenizer, "the sources", "prepare it again as they are, or give its text files")
+    check_same_documents(store, tokenizer, "the sources", "prepare it again as they are, or give its text files")
     return store
 
 
@@ -277,9 +278,11 @@ def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path
     for other in stores[1:]:
         if other.tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
             raise _mismatch(f"{stores[0].path} and {other.path}", "prepare them again with one tokenizer.json")
-        _check_documents(other, stores[0].tokenizer, str(stores[0].path), "prepare one of them again as the other is")
+        check_same_documents(
+            other, stores[0].tokenizer, str(stores[0].path), "prepare one of them again as the other is"
+        )
     for store in stores:
-        _check_store(store, config.tokenizer)
+        check_as_asked(store, config.tokenizer)
     raw, kind = [source for source in sources if not source.store], config.tokenizer.made_from
     if stores and (not raw or kind == "bpe"):
         # A vocabulary trained here could not agree with that of the store.
@@ -293,51 +296,10 @@ def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path
             f"use the store's: data.tokenizer.path={stores[0].path}",
         )
     if stores:
-        _check_documents(
+        check_same_documents(
             stores[0], tokenizer, "data.tokenizer", "set data.tokenizer.bos, eos, eos_token as the store has"
         )
     return tokenizer
-
-
-def _check_documents(store: TokenStore, tokenizer: Tokenizer, other: str, fix: str) -> None:
-    if store.tokenizer.record() != tokenizer.record():
-        raise DataError(
-            "the sources of a mixture begin or end their documents differently",
-            got=f"{store.path}: {store.tokenizer.describe_documents()}; {other}: {tokenizer.describe_documents()}",
-            allowed="documents of one form",
-            fix=fix,
-        )
-
-
-def _check_store(store: TokenStore, config: TokenizerConfig) -> None:
-    """What the configuration asks for by name, a prepared store has to be; `auto` takes it as it is.
-
-    Raises:
-        DataError: it is otherwise.
-    """
-    documents, tokenizer = store.documents, store.tokenizer
-    wanted = {
-        "bos": (config.bos, bool(documents.bos_ids)),
-        "eos": (config.eos, documents.eos),
-        "bos_token": (config.bos_token, tokenizer.bos_token),
-        "eos_token": (config.eos_token, tokenizer.eos_token),
-    }
-    for key, (asked, found) in wanted.items():
-        if asked not in (None, "auto") and asked != found:
-            shown, has = (_word(key, value) for value in (asked, found))
-            raise DataError(
-                f"the token store was prepared otherwise than asked for: {store.path}",
-                got=f"its documents are {tokenizer.describe_documents()}",
-                allowed=f"{shown}, from the command line or the model that the run starts from",
-                fix=f"prepare it again with that, or train on it as it is: {has}",
-            )
-
-
-def _word(key: str, value: object) -> str:
-    """A key of the tokenizer as a word of a command line."""
-    if isinstance(value, str):
-        return f"""'data.tokenizer.{key}="{value}"'"""
-    return f"data.tokenizer.{key}={'null' if value is None else str(value).lower()}"
 
 
 def _mismatch(got: str, fix: str) -> DataError:

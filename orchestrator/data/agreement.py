@@ -1,0 +1,57 @@
+"""Whether prepared stores are as the configuration asks, and as each other: what begins and ends their documents."""
+
+from __future__ import annotations
+
+from orchestrator.config.schema import TokenizerConfig
+from orchestrator.data.store import TokenStore
+from orchestrator.data.tokenize import Tokenizer
+from orchestrator.errors import DataError
+
+
+def check_same_documents(store: TokenStore, tokenizer: Tokenizer, other: str, fix: str) -> None:
+    """All sources of a mixture begin and end their documents alike.
+
+    Args:
+        other: what has `tokenizer`, and what to do about it if it differs: `fix`.
+
+    Raises:
+        DataError: the store differs from `tokenizer`.
+    """
+    if store.tokenizer.record() != tokenizer.record():
+        raise DataError(
+            "the sources of a mixture begin or end their documents differently",
+            got=f"{store.path}: {store.tokenizer.describe_documents()}; {other}: {tokenizer.describe_documents()}",
+            allowed="documents of one form",
+            fix=fix,
+        )
+
+
+def check_as_asked(store: TokenStore, config: TokenizerConfig) -> None:
+    """What the configuration asks for by name, a prepared store has to be; `auto` takes it as it is.
+
+    Raises:
+        DataError: it is otherwise.
+    """
+    documents, tokenizer = store.documents, store.tokenizer
+    wanted = {
+        "bos": (config.bos, bool(documents.bos_ids)),
+        "eos": (config.eos, documents.eos),
+        "bos_token": (config.bos_token, tokenizer.bos_token),
+        "eos_token": (config.eos_token, tokenizer.eos_token),
+    }
+    for key, (asked, found) in wanted.items():
+        if asked not in (None, "auto") and asked != found:
+            shown, has = (_word(key, value) for value in (asked, found))
+            raise DataError(
+                f"the token store was prepared otherwise than asked for: {store.path}",
+                got=f"its documents are {tokenizer.describe_documents()}",
+                allowed=f"{shown}, from the command line or the model that the run starts from",
+                fix=f"prepare it again with that, or train on it as it is: {has}",
+            )
+
+
+def _word(key: str, value: object) -> str:
+    """A key of the tokenizer as a word of a command line."""
+    if isinstance(value, str):
+        return f"""'data.tokenizer.{key}="{value}"'"""
+    return f"data.tokenizer.{key}={'null' if value is None else str(value).lower()}"
