@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchestrator.config.schema import TokenizerConfig
+from orchestrator.data.documents import Corpus
+from orchestrator.data.formats.registry import FORMATS
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import DataError
@@ -55,3 +59,29 @@ def _word(key: str, value: object) -> str:
     if isinstance(value, str):
         return f"""'data.tokenizer.{key}="{value}"'"""
     return f"data.tokenizer.{key}={'null' if value is None else str(value).lower()}"
+
+
+def check_made(config: TokenizerConfig, corpora: Sequence[Corpus]) -> None:
+    """Tokens need the tokenizer that made them, or the word that there is none; text needs one.
+
+    Raises:
+        DataError: it is otherwise.
+    """
+    tokens = [corpus for corpus in corpora if corpus.holds_tokens]
+    text = [corpus for corpus in corpora if not corpus.holds_tokens]
+    if tokens and config.made_from == "bpe":
+        raise DataError(
+            f"the input holds tokens, and which tokenizer made them is not known: {', '.join(tokens[0].named)}",
+            got=FORMATS[tokens[0].inputs[0].format].title,
+            allowed="the tokenizer.json that made them, or none",
+            fix="name it: data.tokenizer.kind=file data.tokenizer.path=... (data prepare: tokenizer=...); or say"
+            " data.tokenizer.kind=none data.tokens.vocab_size=... data.tokens.eos_id=... (data prepare: tokenizer=none"
+            " vocab_size=... eos_id=...)",
+        )
+    if text and config.made_from == "none":
+        raise DataError(
+            f"text cannot become tokens without a tokenizer: {', '.join(text[0].named)}",
+            got="data.tokenizer.kind=none",
+            allowed="bpe, bytes, or the path of a tokenizer.json",
+            fix="choose one of them; for a column of ids in a table or data set, set data.tokens.column=...",
+        )

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
-from orchestrator.data.agreement import check_as_asked, check_same_documents
+from orchestrator.data.agreement import check_as_asked, check_made, check_same_documents
 from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
 from orchestrator.data.document_format import DocumentFormat
 from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
 from orchestrator.data.files import read_bounded, regular_size
 from orchestrator.data.formats.base import Input
 from orchestrator.data.formats.find import BUILTIN
-from orchestrator.data.formats.registry import FORMATS
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.holdout import nothing_left
 from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -317,7 +316,7 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
         inputs=[[source.digest, source.corpus.spec.facts] for source in raw if source.corpus],
     )
     corpora = _corpora(raw)
-    _check_made(config.tokenizer, corpora)
+    check_made(config.tokenizer, corpora)
 
     def make(folder: Path) -> None:
         tokenizer = _make_tokenizer(config.tokenizer, config.tokens, corpora, progress)
@@ -351,32 +350,10 @@ def _corpora(sources: Sequence[_Source]) -> list[Corpus]:
     return [source.corpus for source in sources if source.corpus]
 
 
-def _check_made(config: TokenizerConfig, corpora: Sequence[Corpus]) -> None:
-    """Tokens need the tokenizer that made them, or the word that there is none; text needs one."""
-    tokens = [corpus for corpus in corpora if corpus.holds_tokens]
-    text = [corpus for corpus in corpora if not corpus.holds_tokens]
-    if tokens and config.made_from == "bpe":
-        raise DataError(
-            f"the input holds tokens, and which tokenizer made them is not known: {', '.join(tokens[0].named)}",
-            got=FORMATS[tokens[0].inputs[0].format].title,
-            allowed="the tokenizer.json that made them, or none",
-            fix="name it: data.tokenizer.kind=file data.tokenizer.path=... (data prepare: tokenizer=...); or say"
-            " data.tokenizer.kind=none data.tokens.vocab_size=... data.tokens.eos_id=... (data prepare: tokenizer=none"
-            " vocab_size=... eos_id=...)",
-        )
-    if text and config.made_from == "none":
-        raise DataError(
-            f"text cannot become tokens without a tokenizer: {', '.join(text[0].named)}",
-            got="data.tokenizer.kind=none",
-            allowed="bpe, bytes, or the path of a tokenizer.json",
-            fix="choose one of them; for a column of ids in a table or data set, set data.tokens.column=...",
-        )
-
-
 def _make_tokenizer(
     config: TokenizerConfig, tokens: TokensConfig, corpora: Sequence[Corpus], progress: bool
 ) -> Tokenizer:
-    _check_made(config, corpora)
+    check_made(config, corpora)
     if config.made_from == "none":
         return nameless_tokenizer(tokens)
     if config.made_from == "bytes":

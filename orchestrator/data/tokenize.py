@@ -34,8 +34,8 @@ from orchestrator.data.tokenizer_files import (
     Beside,
     complete,
     from_vocab_and_merges,
+    guessed_eos,
     parse_json,
-    pieces_of,
     refuse_foreign,
     template_prefix,
     without_special_tokens,
@@ -43,8 +43,6 @@ from orchestrator.data.tokenizer_files import (
 from orchestrator.data.vocabulary import EOS, byte_json, train_bpe_json
 from orchestrator.errors import ConfigError, DataError
 
-# What models in the field call the end of a document, most specific first.
-_KNOWN_EOS = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>", "[EOS]", "<|im_end|>")
 _CONTEXT = 64  # tokens before a continuation whose text may change the beginning of its own
 
 
@@ -366,7 +364,7 @@ def from_files(
     named = (config.eos_token if config else None) or beside.token("eos_token")
     if isinstance(eos, int) or (named is None and (eos := beside.eos_id) is not None):
         named = _token_of(content, beside, eos) or named
-    tokenizer = Tokenizer(text, named or _guessed_eos(content), files=files)
+    tokenizer = Tokenizer(text, named or guessed_eos(content), files=files)
     if record is not None:
         return tokenizer.with_documents(from_record(record, tokenizer.vocab_size))
     return tokenizer.decided(config) if config else tokenizer
@@ -444,18 +442,3 @@ def byte_tokenizer() -> Tokenizer:
 @functools.cache
 def _byte_fingerprint() -> str:
     return byte_tokenizer().fingerprint
-
-
-def _guessed_eos(content: Mapping[str, Any]) -> str:
-    pieces = pieces_of(content)
-    for name in _KNOWN_EOS:
-        if name in pieces:
-            return name
-    special = [str(token.get("content")) for token in content.get("added_tokens") or ()]
-    raise DataError(
-        "the tokenizer does not say which token ends a document",
-        got=f"special tokens {', '.join(special[:20]) or 'none'}",
-        allowed=f"one of {', '.join(_KNOWN_EOS)}, or the one that {TOKENIZER_CONFIG_FILE} names",
-        fix="name one of its tokens: data.tokenizer.eos_token=... (data prepare: eos_token=...); or put a "
-        f'{TOKENIZER_CONFIG_FILE} with {{"eos_token": "<the token>"}} beside it',
-    )

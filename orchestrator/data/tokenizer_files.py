@@ -24,6 +24,8 @@ from orchestrator.errors import DataError
 
 MAX_VOCAB = 1 << 22  # 16 times the largest vocabulary that is in use; an embedding has a row for each
 ALLOWED = "a Hugging Face tokenizer.json, or the directory that holds one"
+# What models in the field call the end of a document, most specific first.
+_KNOWN_EOS = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>", "[EOS]", "<|im_end|>")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Classes whose own constructor splits text, with what a tokenizer.json beside them says of the first space or not.
@@ -337,3 +339,23 @@ def _id(number: Any, where: str) -> int:
             f"a token's id in {where} is out of bounds", got=str(number)[:50], allowed=f"0 to {MAX_VOCAB - 1:,}"
         )
     return number
+
+
+def guessed_eos(content: Mapping[str, Any]) -> str:
+    """The token that is known to end texts.
+
+    Raises:
+        DataError: there is none.
+    """
+    pieces = pieces_of(content)
+    for name in _KNOWN_EOS:
+        if name in pieces:
+            return name
+    special = [str(token.get("content")) for token in content.get("added_tokens") or ()]
+    raise DataError(
+        "the tokenizer does not say which token ends a document",
+        got=f"special tokens {', '.join(special[:20]) or 'none'}",
+        allowed=f"one of {', '.join(_KNOWN_EOS)}, or the one that {TOKENIZER_CONFIG_FILE} names",
+        fix="name one of its tokens: data.tokenizer.eos_token=... (data prepare: eos_token=...); or put a "
+        f'{TOKENIZER_CONFIG_FILE} with {{"eos_token": "<the token>"}} beside it',
+    )
