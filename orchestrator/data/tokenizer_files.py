@@ -20,6 +20,7 @@ from orchestrator.data.model_files import (
     TOKENIZER_FILE,
     VOCAB_FILE,
 )
+from orchestrator.data.vocabulary import EOS
 from orchestrator.errors import DataError
 
 MAX_VOCAB = 1 << 22  # 16 times the largest vocabulary that is in use; an embedding has a row for each
