@@ -57,14 +57,14 @@ def test_cache_filled_piece_by_piece_gives_the_same_logits(make_model: Make, tok
 def test_logits_that_are_not_finite_are_one_clear_error(value: float, temperature: float) -> None:
     logits = torch.tensor([1.0, value, 2.0])
     with pytest.raises(NonFiniteError, match="logits that are not finite"):
-        choose(logits, temperature, torch.Generator())
+        choose(logits, Sampling(temperature), torch.Generator())
     with pytest.raises(NonFiniteError):
-        choose(torch.full((3,), float("-inf")), temperature, torch.Generator())
+        choose(torch.full((3,), float("-inf")), Sampling(temperature), torch.Generator())
 
 
 def test_logits_may_be_ruled_out_and_a_temperature_small() -> None:
     logits = torch.tensor([1.0, float("-inf"), 2.0])
-    assert choose(logits, 1e-30, torch.Generator().manual_seed(0)) == 2
+    assert choose(logits, Sampling(1e-30), torch.Generator().manual_seed(0)) == 2
 
 
 def test_a_seed_gives_one_text(make_model: Make) -> None:
