@@ -125,6 +125,7 @@ def prepare(config: DataConfig, *, progress: bool = True, verify: bool = True) -
     maker = _Maker(config, root, progress, verify)
     sources = [maker.resolve(source) for source in config.sources if source.weight > 0]
     tokenizer = _shared_tokenizer(sources, config, root, progress)
+    note(f"documents: {tokenizer.describe_documents()}", progress)
     stores = tuple(maker.store(source, tokenizer) for source in sources)
     validation = None if config.validation is None else _validation_store(config.validation, maker, tokenizer)
     for source, store in zip(sources, stores, strict=True):
