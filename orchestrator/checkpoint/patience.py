@@ -1,18 +1,30 @@
 """How long an object store is waited for. Their libraries wait for minutes, some without end.
 
-An operation is abandoned where it takes longer: its thread is left to end by itself, and nothing waits for it.
+An operation that takes longer is cancelled: what its library would still send is not sent.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint import gcs
+
 DEFAULT_SECONDS = 180.0
+_ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
 _LAST_SECONDS = 10.0
+_UNWIND_SECONDS = 1.0
+# Of the limit: an attempt has a third, in which a connection and an answer fit twice.
+_CONNECT_SHARE, _READ_SHARE, _LEAST_SECONDS = 1 / 18, 1 / 6, 1.0
+# What trying again does not change.
+FINAL = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _limit = DEFAULT_SECONDS
 
 
@@ -27,42 +39,81 @@ def store_timeout_seconds() -> float:
     return _limit
 
 
-class Patience:
-    """What is left of the time of one operation, shared out among its attempts."""
+def client_options(scheme: str) -> dict[str, Any]:
+    """How long the client of a kind of store waits for a connection and for bytes, as options of its `fsspec` class.
 
-    def __init__(self, attempts: int):
-        self._attempts, self._deadline = attempts, time.monotonic() + _limit
+    What the user has set for `fsspec` counts more. The number of attempts is bounded by the libraries themselves.
+    """
+    connect, read = (max(_LEAST_SECONDS, share * _limit) for share in (_CONNECT_SHARE, _READ_SHARE))
+    if scheme in ("s3", "s3a"):
+        return _unless_set(scheme, "config_kwargs", {"connect_timeout": connect, "read_timeout": read})
+    if scheme in gcs.SCHEMES:
+        from aiohttp import ClientTimeout
 
-    def attempt(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns; an attempt that fails at once leaves its time to the next ones.
-
-        Raises:
-            TimeoutError: it takes longer than its share.
-            Exception: what `action` raises.
-        """
-        left = max(0.0, self._deadline - time.monotonic())
-        share, self._attempts = left / max(1, self._attempts), self._attempts - 1
-        return within(action, share)
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() >= self._deadline
+        timeout = ClientTimeout(total=None, sock_connect=connect, sock_read=read)
+        # With each request it says anew how long to wait: without end, unless told.
+        requests = _settings(scheme).get("requests_timeout", timeout)
+        return {"requests_timeout": requests, **_unless_set(scheme, "session_kwargs", {"timeout": timeout})}
+    return {}
 
 
-def within(action: Callable[[], Any], seconds: float | None = None) -> Any:
-    """What `action` returns, if it does so in time.
+def _settings(scheme: str) -> Mapping[str, Any]:
+    from fsspec.config import conf
+
+    found: Mapping[str, Any] = conf.get(scheme, {})
+    return found
+
+
+def _unless_set(scheme: str, option: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+    theirs = _settings(scheme).get(option, {})
+    return {option: {**ours, **theirs}} if isinstance(theirs, Mapping) else {}
+
+
+def retried(action: Callable[[], Any], operation: str, path: Path) -> Any:
+    """What `action` returns; after an error of the store it is tried again a few times, as long as its time lasts.
 
     Args:
-        seconds: by default those of one operation.
+        operation: list, read, write, commit or remove, for the error.
+        path: of the store, for the error.
+
+    Raises:
+        TimeoutError: the store has not answered in time.
+        OSError: it keeps failing; whatever a store's library raises is one.
+    """
+    deadline = time.monotonic() + _limit
+    for attempt in range(_ATTEMPTS):
+        # One that fails at once leaves its time to the next ones.
+        share = max(0.0, deadline - time.monotonic()) / (_ATTEMPTS - attempt)
+        try:
+            return within(action, share)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            said = as_os_error(error)
+            if isinstance(said, FINAL) or attempt == _ATTEMPTS - 1 or time.monotonic() >= deadline:
+                raise (_silent(operation, path) if isinstance(error, _Late) else said) from error
+            time.sleep(_PAUSE_SECONDS * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def as_os_error(error: Exception) -> OSError:
+    """The error of the system that an error of a store's library stands for."""
+    said = gcs.understood(error) or error
+    return said if isinstance(said, OSError) else OSError(f"{type(said).__name__}: {said}")
+
+
+def within(action: Callable[[], Any], seconds: float) -> Any:
+    """What `action` returns, if it does so in time; else what it has its library do is cancelled.
 
     Raises:
         TimeoutError: it does not.
         Exception: what it raises.
     """
-    seconds = _limit if seconds is None else seconds
     outcome: list[tuple[Any, BaseException | None]] = []
+    call = _Call()
 
     def run() -> None:
+        _CALL.set(call)
         try:
             outcome.append((action(), None))
         except BaseException as error:
@@ -71,12 +122,71 @@ def within(action: Callable[[], Any], seconds: float | None = None) -> Any:
     thread = threading.Thread(target=run, name="store", daemon=True)
     thread.start()
     thread.join(seconds)
+    # What ends from here on ends because it is cancelled, and counts for nothing.
     if not outcome:
-        raise TimeoutError(errno.ETIMEDOUT, f"the store has not answered within {seconds:.3g} s")
+        call.cancel()
+        thread.join(_UNWIND_SECONDS)
+        raise _Late(errno.ETIMEDOUT, f"the store has not answered within {seconds:.3g} s")
     result, error = outcome[0]
     if error is not None:
         raise error
     return result
+
+
+class _Late(TimeoutError):
+    """An attempt took longer than its share."""
+
+
+def _silent(operation: str, path: Path, seconds: float | None = None) -> TimeoutError:
+    seconds = _limit if seconds is None else seconds
+    return TimeoutError(
+        errno.ETIMEDOUT,
+        f"the store has not answered within {seconds:g} s ({operation} {path}; "
+        f"checkpoint.store_timeout_seconds sets how long it is waited for)",
+    )
+
+
+class _Call:
+    """An operation, and what a store's library runs for it in the event loop of `fsspec`.
+
+    Without a stop there, a library goes on trying when nobody waits any more: an object could appear late.
+    """
+
+    def __init__(self) -> None:
+        from fsspec.asyn import get_loop
+
+        self._loop: asyncio.AbstractEventLoop = get_loop()
+        self._lock = threading.Lock()
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._over = False
+        if self._loop.get_task_factory() is None:
+            self._loop.set_task_factory(_make_task)
+
+    def follow(self, task: asyncio.Task[Any]) -> None:
+        """Cancel `task` with the operation. Called in the event loop."""
+        with self._lock:
+            self._tasks = [one for one in self._tasks if not one.done()] + [task]
+            over = self._over
+        if over:
+            task.cancel()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._over, tasks = True, list(self._tasks)
+        for task in tasks:
+            self._loop.call_soon_threadsafe(task.cancel)
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    task = asyncio.Task(coroutine, loop=loop, **options)
+    call = _CALL.get()
+    # What a task starts, it cancels itself. A task that others wait for as well must outlive it.
+    if call is not None and asyncio.current_task(loop) is None:
+        call.follow(task)
+    return task
 
 
 class PatientFile:
@@ -84,21 +194,37 @@ class PatientFile:
 
     Args:
         file: as `fsspec` opens it.
+        path: of it, for errors.
     """
 
-    def __init__(self, file: Any):
-        self._file = file
+    def __init__(self, file: Any, path: Path):
+        self._file, self._path = file, path
 
     def write(self, data: Any) -> None:
-        within(lambda: self._file.write(data))
+        self._within(lambda: self._file.write(data), _limit)
 
     def close(self) -> None:
-        within(self._file.close)
+        self._within(self._file.close, _limit)
 
-    def discard(self) -> None:
+    def give_up(self) -> None:
         """End an upload in parts, for which a store that answers no more is not waited for long."""
-        within(self._file.discard, min(_limit, _LAST_SECONDS))
+        with contextlib.suppress(Exception):
+            within(self._file.discard, min(_limit, _LAST_SECONDS))
+        # Nothing makes an object of what there is: closing would, and so would the destructor.
+        with contextlib.suppress(Exception):
+            self._file.closed = True
 
-    def abandon(self) -> None:
-        """See to it that nothing makes an object of what there is: closing would, and so would the destructor."""
-        self._file.closed = True
+    def _within(self, action: Callable[[], Any], seconds: float) -> None:
+        try:
+            within(action, seconds)
+        except _Late as error:
+            raise _silent("write", self._path) from error
+
+
+def briefly(action: Callable[[], Any]) -> Any:
+    """What `action` returns, where a store that may answer no more is not waited for long.
+
+    Raises:
+        Exception: what it raises, or that it took too long.
+    """
+    return within(action, min(_limit, _LAST_SECONDS))

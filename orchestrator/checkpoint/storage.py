@@ -11,7 +11,6 @@ import glob
 import os
 import shutil
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, TypeAlias
 
 from orchestrator.checkpoint import gcs
 from orchestrator.checkpoint.hashing import Piece, StoredFile, hash_of
-from orchestrator.checkpoint.patience import Patience, PatientFile, within
+from orchestrator.checkpoint.patience import FINAL, PatientFile, as_os_error, briefly, client_options, retried
 from orchestrator.errors import CheckpointError, MissingExtraError
 
 AnyPath: TypeAlias = Path
@@ -32,12 +31,13 @@ READ_BYTES = 1 << 20
 """What is read at a time where it is hashed on the way."""
 _MULTIPART_BYTES = 1 << 25
 _FLUSH_BYTES = 1 << 26
-_ATTEMPTS, _PAUSE_SECONDS = 3, 0.5
 _WITHOUT_DIRECTORIES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
-# What trying again does not change.
-_FINAL = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR, errno.ENOSYS)
 _HASHING_THREADS = min(4, os.cpu_count() or 1)
+
+
+class UndecidedError(OSError):
+    """A store has been asked for something, and nobody knows whether it does it."""
 
 
 def locate(where: str | Path) -> AnyPath:
@@ -55,10 +55,11 @@ def locate(where: str | Path) -> AnyPath:
     except ImportError:
         raise MissingExtraError("universal-pathlib", "remote", f"a checkpoint at {text}") from None
     try:
-        if text.partition("://")[0] in gcs.SCHEMES:
+        scheme = text.partition("://")[0]
+        if scheme in gcs.SCHEMES:
             gcs.prepare()
         # Without a cache of listings: other ranks and other runs write there too.
-        path: Any = UPath(text, use_listings_cache=False)
+        path: Any = UPath(text, use_listings_cache=False, **client_options(scheme))
         path.fs  # noqa: B018 - loads the store's library
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None) or str(error)
@@ -101,7 +102,7 @@ def size_of(path: AnyPath) -> int | None:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
     try:
-        about = retried(lambda: _store(path).info(_key(path)))
+        about = retried(lambda: _store(path).info(_key(path)), "read", path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return int(about["size"]) if about["type"] == "file" else None
@@ -114,7 +115,7 @@ def there(path: AnyPath) -> bool:
         OSError: the store does not answer.
     """
     if is_remote(path):
-        return bool(retried(lambda: _store(path).exists(_key(path))))
+        return bool(retried(lambda: _store(path).exists(_key(path)), "list", path))
     return os.path.lexists(path)
 
 
@@ -144,7 +145,7 @@ def children(parent: AnyPath) -> list[AnyPath]:
     if not is_remote(parent):
         return list(parent.iterdir()) if parent.is_dir() else []
     try:
-        found = retried(lambda: _store(parent).ls(_key(parent), detail=False))
+        found = retried(lambda: _store(parent).ls(_key(parent), detail=False), "list", parent)
     except (FileNotFoundError, NotADirectoryError):
         return []
     # A file is listed as itself, and so is an object that stands for a directory.
@@ -157,7 +158,7 @@ def modified(path: AnyPath) -> float:
     if not is_remote(path):
         return path.stat().st_mtime
     try:
-        return float(retried(lambda: _store(path).modified(_key(path))).timestamp())
+        return float(retried(lambda: _store(path).modified(_key(path)), "read", path).timestamp())
     except NotImplementedError:
         return 0.0
 
@@ -167,7 +168,7 @@ def make_directory(path: AnyPath) -> None:
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
     elif getattr(path, "protocol", "") not in _WITHOUT_DIRECTORIES:
-        retried(lambda: _store(path).makedirs(_key(path), exist_ok=True))
+        retried(lambda: _store(path).makedirs(_key(path), exist_ok=True), "write", path)
 
 
 def claim(path: AnyPath, owner: bytes) -> bytes:
@@ -177,7 +178,7 @@ def claim(path: AnyPath, owner: bytes) -> bytes:
         OSError: the store cannot be written.
     """
     try:
-        retried(lambda: _store(path).pipe_file(_key(path), owner, mode="create"))
+        retried(lambda: _store(path).pipe_file(_key(path), owner, mode="create"), "write", path)
     except FileExistsError:
         return read_range(path, 0, 1 << 16)
     return owner
@@ -220,7 +221,9 @@ def read_range(path: AnyPath, start: int, stop: int) -> bytes:
         OSError: it cannot be read.
     """
     if is_remote(path):
-        data: bytes = retried(lambda: _store(path).cat_file(_key(path), start=start, end=stop)) if stop > start else b""
+        if stop <= start:
+            return b""
+        data: bytes = retried(lambda: _store(path).cat_file(_key(path), start=start, end=stop), "read", path)
         return data
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -272,7 +275,9 @@ def read_runs(path: AnyPath, starts: Sequence[int], length: int, out: memoryview
     if is_remote(path):
         stops = [start + length for start in starts]
         runs = retried(
-            lambda: _store(path).cat_ranges([_key(path)] * len(starts), list(starts), stops, on_error="raise")
+            lambda: _store(path).cat_ranges([_key(path)] * len(starts), list(starts), stops, on_error="raise"),
+            "read",
+            path,
         )
         if any(len(run) != length for run in runs):
             return False
@@ -288,10 +293,14 @@ def read_runs(path: AnyPath, starts: Sequence[int], length: int, out: memoryview
 
 
 def put_last(path: AnyPath, content: bytes) -> None:
-    """Write a file that stands for all those around it: it appears whole, and after them."""
+    """Write a file that stands for all those around it: it appears whole, and after them.
+
+    Raises:
+        UndecidedError: a store has not said that it is there, and it may still appear.
+        OSError: it is not there.
+    """
     if is_remote(path):
-        # One request: it is there whole or not at all.
-        retried(lambda: _store(path).pipe_file(_key(path), content))
+        _put_whole(path, content)
         return
     aside = path.with_name(f"{path.name}.partial")
     write_file(aside, [content])
@@ -300,6 +309,23 @@ def put_last(path: AnyPath, content: bytes) -> None:
     aside.rename(path)
     _sync_directory(path.parent)
     _sync_directory(path.parent.parent)
+
+
+def _put_whole(path: AnyPath, content: bytes) -> None:
+    try:
+        # One request: it is there whole or not at all.
+        retried(lambda: _store(path).pipe_file(_key(path), content), "commit", path)
+    except FINAL:
+        raise
+    except OSError as error:
+        # What the store has done and only not answered is done.
+        with contextlib.suppress(Exception):
+            if briefly(lambda: _store(path).cat_file(_key(path))) == content:
+                return
+        said = error.strerror or str(error)
+        raise UndecidedError(
+            error.errno or errno.EIO, f"{said}; the store may still do it, so its files stay"
+        ) from error
 
 
 def remove_tree(directory: AnyPath) -> None:
@@ -312,7 +338,7 @@ def remove_tree(directory: AnyPath) -> None:
         # The libraries take a key for a pattern: it could match the directories of others.
         key = glob.escape(_key(directory))
         with contextlib.suppress(FileNotFoundError):  # as below
-            retried(lambda: _store(directory).rm(key, recursive=True))
+            retried(lambda: _store(directory).rm(key, recursive=True), "remove", directory)
     else:
         shutil.rmtree(directory)
 
@@ -326,34 +352,9 @@ def remove_file(path: AnyPath) -> None:
     if is_remote(path):
         # Not there any more where an answer was lost and it was tried again; and S3 never says so.
         with contextlib.suppress(FileNotFoundError):
-            retried(lambda: _store(path).rm_file(_key(path)))
+            retried(lambda: _store(path).rm_file(_key(path)), "remove", path)
     else:
         path.unlink()
-
-
-def retried(action: Callable[[], Any]) -> Any:
-    """What `action` returns; after an error of the store it is tried again a few times, as long as its time lasts.
-
-    Raises:
-        OSError: it keeps failing; whatever a store's library raises is one.
-    """
-    patience = Patience(_ATTEMPTS)
-    for attempt in range(_ATTEMPTS):
-        try:
-            return patience.attempt(action)
-        except NotImplementedError:
-            raise
-        except Exception as error:
-            said = _as_os_error(error)
-            if isinstance(said, _FINAL) or attempt == _ATTEMPTS - 1 or patience.over:
-                raise said from error
-            time.sleep(_PAUSE_SECONDS * 2**attempt)
-    raise AssertionError("unreachable")
-
-
-def _as_os_error(error: Exception) -> OSError:
-    said = gcs.understood(error) or error
-    return said if isinstance(said, OSError) else OSError(f"{type(said).__name__}: {said}")
 
 
 @contextlib.contextmanager
@@ -365,20 +366,18 @@ def _open_whole(path: AnyPath) -> Iterator[Any]:
             flushed.finish()
         return
     # The store's library sends the parts of a large object one by one, and each again where that fails.
-    remote = PatientFile(retried(lambda: _store(path).open(_key(path), "wb", block_size=_MULTIPART_BYTES)))
+    opened = retried(lambda: _store(path).open(_key(path), "wb", block_size=_MULTIPART_BYTES), "write", path)
+    remote = PatientFile(opened, path)
     try:
         yield remote
         remote.close()
     except BaseException as error:
-        with contextlib.suppress(Exception):
-            remote.discard()
-        with contextlib.suppress(Exception):
-            remote.abandon()
+        remote.give_up()
         if not isinstance(error, TimeoutError):
             with contextlib.suppress(Exception):
-                within(lambda: _store(path).rm_file(_key(path)))  # some stores show an object while it is written
+                briefly(lambda: _store(path).rm_file(_key(path)))  # some stores show an object while it is written
         if isinstance(error, Exception):
-            raise _as_os_error(error) from error
+            raise as_os_error(error) from error
         raise
 
 

@@ -33,6 +33,7 @@ from orchestrator.checkpoint.hashing import StoredFile
 from orchestrator.checkpoint.peers import SAID_NOTHING, Peers, exchange, new_topic
 from orchestrator.checkpoint.storage import (
     AnyPath,
+    UndecidedError,
     children,
     is_remote,
     make_directory,
@@ -136,7 +137,8 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
         if not found:
             _, error = _attempt(lambda: _commit(directory, step, contents), None)
             found = _reason(error) if error else ""
-        if found:
+        if found and not isinstance(error, UndecidedError):
+            # A manifest that may still appear must find its files.
             _attempt(lambda: remove_tree(directory), None)
         return found
 
@@ -192,7 +194,8 @@ def _remedy(problem: str, directory: AnyPath) -> str:
 def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     """The directory for `step`; a committed one, even if damaged, is never written over."""
     directory, number = parent / f"step-{step:08d}", 1
-    while there(directory / MANIFEST):
+    # In a store a manifest that nobody waited for may still appear: not beside the files of another save.
+    while there(directory / MANIFEST) or (is_remote(directory) and there(directory)):
         number += 1
         directory = parent / f"step-{step:08d}.{number}"
     if there(directory):

@@ -10,6 +10,7 @@ import time
 import uuid
 from types import SimpleNamespace
 
+import fsspec.config
 import pytest
 import torch
 
@@ -74,7 +75,7 @@ def remote(server, monkeypatch):
     """An empty prefix of the server; faults of an earlier test are gone, and nobody waits long before trying again."""
     server.faults.clear()
     server.requests.clear()
-    monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "_PAUSE_SECONDS", 0.01)
     where = locate(f"{server.place}/{uuid.uuid4().hex}")
     hurried = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100))
     monkeypatch.setattr(importlib.import_module(_WAITS[server.scheme]), "asyncio", hurried)
@@ -248,20 +249,81 @@ def test_a_store_that_keeps_silent_is_waited_for_a_while(remote, server, monkeyp
         _write(remote, step=2)
     assert time.monotonic() - begin < 20
     assert str(remote) in str(caught.value)
+    if "hold_seconds" in fault:
+        operation = "commit" if "manifest" in fault["pattern"] else "write"
+        assert f"not answered within 1.5 s ({operation} {remote}/step-00000002/" in str(caught.value)
+        assert "checkpoint.store_timeout_seconds" in str(caught.value)
+    server.faults.clear()
+    server.requests.clear()
+    monkeypatch.setattr(patience, "_limit", 60)
+    time.sleep(1)
+    assert server.matching("^(COMMIT|PART|START)") == [], "what nobody waits for is not sent again"
+    assert str(newest_valid(remote, True, pytest.fail)) == str(earlier)
+    _check(_write(remote, step=2))
+    remove_uncommitted(remote)
+    assert len(children(remote)) == 2
+
+
+def test_a_manifest_whose_answer_is_lost_in_time_counts(remote, server, monkeypatch):
+    """The store has committed and keeps silent: what it says when it is asked again is what is true."""
+    monkeypatch.setattr(patience, "_limit", 1.5)
+    server.fail(r"^COMMIT .*/manifest\.json", hold_seconds=6, answer_lost=True)
+    path = _write(remote)
     server.faults.clear()
     monkeypatch.setattr(patience, "_limit", 60)
-    assert str(newest_valid(remote, True, pytest.fail)) == str(earlier)
+    _check(path)
 
 
-def test_a_store_that_never_gives_an_answer_is_waited_for_a_while(remote, server, monkeypatch):
+def test_a_manifest_that_appears_late_finds_its_files(remote, server, monkeypatch):
+    """The save has failed, as the store said nothing; it had carried it out."""
+    monkeypatch.setattr(patience, "_limit", 1.5)
+    server.fail(r"^COMMIT .*/manifest\.json", hold_seconds=6, answer_lost=True)
+    server.fail(r"^GET .*/manifest\.json", status=403)
+    with pytest.raises(CheckpointError, match="the store may still do it, so its files stay"):
+        _write(remote)
+    server.faults.clear()
+    monkeypatch.setattr(patience, "_limit", 60)
+    _check(newest_valid(remote, True, pytest.fail))
+
+
+def test_an_upload_in_parts_ends_with_its_time(remote, server, monkeypatch):
+    monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
+    path = remote / "big"
+    first = server.fail(r"^PART 1 ", hold_seconds=4)
+    monkeypatch.setattr(patience, "_limit", 1)
+    with pytest.raises(TimeoutError, match=rf"not answered within 1 s \(write {path}"):
+        write_file(path, [bytes(11 << 20)])
+    assert first.seen
+    server.faults.clear()
+    server.requests.clear()
+    monkeypatch.setattr(patience, "_limit", 60)
+    time.sleep(1)
+    assert server.matching("^(COMMIT|PART|START)") == []
+    assert size_of(path) is None
+
+
+@pytest.mark.parametrize("look", [lambda path: Checkpoint(path), lambda path: committed(path.parent)])
+def test_a_store_that_never_gives_an_answer_is_waited_for_a_while(remote, server, monkeypatch, look):
     path = _write(remote)
     monkeypatch.setattr(patience, "_limit", 1.5)
     server.fail("^(GET|HEAD|LIST)", hold_seconds=6)
     begin = time.monotonic()
-    for look in (lambda: Checkpoint(path), lambda: committed(remote)):
-        with pytest.raises(CheckpointError, match="has not answered within"):
-            look()
+    with pytest.raises(CheckpointError, match=rf"not answered within 1\.5 s \((read|list) {remote}"):
+        look(path)
     assert time.monotonic() - begin < 20
+
+
+def test_the_client_of_a_store_has_limits_of_its_own(server, monkeypatch):
+    """They follow from `checkpoint.store_timeout_seconds`; what the user has set for the library counts more."""
+    monkeypatch.setattr(patience, "_limit", 36)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 99}})
+    files = locate(server.place).fs
+    if server.scheme == "s3":
+        limits = files._prepare_config_kwargs()
+        assert (limits["connect_timeout"], limits["read_timeout"]) == (2, 99)
+    else:
+        for limits in (files.requests_timeout, files.session_kwargs["timeout"]):
+            assert (limits.sock_connect, limits.sock_read) == (2, 6)
 
 
 def test_names_that_are_patterns_to_a_library_are_names(parent):

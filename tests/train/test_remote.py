@@ -12,7 +12,7 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 pytest.importorskip("gcp_storage_emulator")
 
-from orchestrator.checkpoint import storage
+from orchestrator.checkpoint import patience, storage
 from orchestrator.checkpoint.catalogue import committed
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import children, locate, write_file
@@ -37,7 +37,7 @@ def server(request):
 
 @pytest.fixture(autouse=True)
 def _healthy(server, monkeypatch):
-    monkeypatch.setattr(storage, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "_PAUSE_SECONDS", 0.01)
     server.faults.clear()
 
 
