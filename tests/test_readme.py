@@ -22,10 +22,23 @@ SMALL = (
 TIMEOUT_SECONDS = 900
 
 
+def blocks() -> list[tuple[str, list[str]]]:
+    """README's code blocks in order: the language that each is marked with, and its lines."""
+    found: list[tuple[str, list[str]]] = []
+    inside = False
+    for line in README.splitlines():
+        if line.startswith("```"):
+            if not inside:
+                found.append((line.removeprefix("```"), []))
+            inside = not inside
+        elif inside:
+            found[-1][1].append(line)
+    return found
+
+
 def commands() -> list[str]:
     """The lines of all blocks that are marked as bash, in order."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [line for language, lines in blocks() if language == "bash" for line in lines if line.strip()]
 
 
 def _smaller(command: str) -> str:
@@ -74,6 +87,6 @@ def test_every_command_works_when_it_is_pasted(clone):
 
 def test_blocks_that_are_not_run_are_few_and_known():
     """Each for a reason: what is printed, and other environments (torch_xla, which tests/xla runs)."""
-    first = [re.split(r"\s+", block.strip())[0] for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)]
+    first = [lines[0].split()[0] for language, lines in blocks() if language != "bash"]
     assert first == ["error:", "scripts/train", ".venv-xla/bin/python"]
     assert len(commands()) > 15
