@@ -37,6 +37,8 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "model.sliding_window": (1, 1 << 30),
     "model.rope_scaling.original_max_seq_len": (1, 1 << 30),
     "data.tokenizer.vocab_size": (1, 1 << 20),
+    "data.tokens.vocab_size": (1, 1 << 24),
+    "data.tokens.eos_id": (0, 1 << 24),
     "data.workers": (1, 1 << 12),
     "data.prefetch": (0, 1 << 12),
     "optim.schedule.warmup_steps": (0, 10**12),

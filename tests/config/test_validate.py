@@ -189,7 +189,9 @@ def test_every_numeric_key_has_a_rule():
             item, key = getattr(value, field.name), prefix + field.name
             if dataclasses.is_dataclass(item):
                 yield from numbers(item, f"{key}.")
-            elif any(word in str(field.type) for word in ("int", "float")) and "tuple" not in str(field.type):
+            elif any(word in str(field.type) for word in ("int", "float")) and not any(
+                word in str(field.type) for word in ("tuple", "Literal")
+            ):
                 yield key
 
     assert set(numbers(RunConfig())) == ruled | without
