@@ -189,7 +189,7 @@ def _assemble(
     reference = make_batch(config, held_out or loader.stream) if config.checkpoint.handover.enabled else None
     sides, files = {**side, "run": run_uuid}, _travelling(config, data, restored, main)
     keep = (data.tokenizer, files, sides, metrics, history, reference, tell)
-    checkpoints = Checkpoints(place.checkpoints, config, parallel, loader, *keep)
+    checkpoints = Checkpoints(place.checkpoints, place.run_dir, config, parallel, loader, *keep)
     batches = _validation(validation, held_out, parallel, module.micro_batch)
     evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell, progress)
     samples = Samples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -12,20 +13,22 @@ import numpy as np
 from orchestrator.checkpoint.catalogue import prune
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.signing import signer
-from orchestrator.checkpoint.storage import AnyPath
+from orchestrator.checkpoint.storage import AnyPath, is_remote
 from orchestrator.checkpoint.writer import Contents
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import StepLoader
 from orchestrator.data.tokenize import Tokenizer
-from orchestrator.errors import CheckpointError, NonFiniteError
+from orchestrator.errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
 from orchestrator.observe.history import HISTORY, History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.sink import reason
 from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.train import rundir
 from orchestrator.train.divergence import Diverged
 from orchestrator.train.handover import measure, reference_files
 from orchestrator.train.say import warn
+from orchestrator.train.shared import check_shared
 
 _GRACE_SECONDS = 60.0
 
@@ -46,12 +49,14 @@ class Checkpoints(lightning.Callback):
     Attributes:
         directory: of the run's checkpoints.
         saved: step and directory of the last save that is known to be kept.
+        elsewhere: why the last save lies in the run directory and not in the store; None where it does not.
         stalls: seconds that each save on the way kept the training waiting.
     """
 
     def __init__(
         self,
         directory: AnyPath,
+        run_dir: Path,
         config: RunConfig,
         parallel: ParallelStrategy,
         loader: StepLoader,
@@ -72,10 +77,11 @@ class Checkpoints(lightning.Callback):
         self._sign = signer(key) if key and parallel.rank == 0 else None
         self.at_end = config.checkpoint.at_end
         self.saved: tuple[int, AnyPath] | None = None
+        self.elsewhere: str | None = None
         self.stalls: list[float] = []
         self._started = 0
         self._refused: NonFiniteError | None = None
-        self.directory = directory
+        self.directory, self._run_dir = directory, run_dir
         self._saver = Saver(directory, parallel, config.checkpoint.asynchronous, self._prune)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -92,12 +98,14 @@ class Checkpoints(lightning.Callback):
         if every and pl_module.step % every == 0:
             self._metrics.flush()
             begin = time.perf_counter()
-            self._save(pl_module)
+            self._save(pl_module, self._saver)
             self.stalls.append(time.perf_counter() - begin)
             self._metrics.pause()
 
     def save_now(self, pl_module: Any) -> AnyPath:
         """Save the state after `pl_module.step` steps, unless that has been done, and wait until it is kept.
+
+        Where a store does not take it, it is written below the run directory: nothing comes after this one.
 
         Raises:
             CheckpointError: it could not be written.
@@ -107,14 +115,47 @@ class Checkpoints(lightning.Callback):
         self._stop_if_refused()
         step = pl_module.step
         if self.saved is None or self.saved[0] != step:
-            self._save(pl_module)
-            try:
-                path = self._saver.wait()
-            except NonFiniteError as error:
-                raise Diverged(step, {}, "weights") from error
+            self._save(pl_module, self._saver)
+            path, problem = self._outcome(step, self._saver)
+            # All ranks do the same, also where an answer has reached some of them only.
+            if is_remote(self.directory) and self._parallel.any_raised(problem is not None):
+                path, problem = self._save_beside(pl_module, problem), None
+            if problem is not None:
+                raise problem
             assert path is not None
             self.saved = (step, path)
         return self.saved[1]
+
+    def _outcome(self, step: int, saver: Saver) -> tuple[AnyPath | None, CheckpointError | None]:
+        try:
+            return saver.wait(), None
+        except NonFiniteError as error:
+            raise Diverged(step, {}, "weights") from error
+        except CheckpointError as error:
+            return None, error
+
+    def _save_beside(self, pl_module: Any, problem: CheckpointError | None) -> AnyPath:
+        problem = problem or SaveError("another process could not write its part of it", got=self.directory)
+        place = rundir.beside(self._run_dir)
+        if self._parallel.rank == 0:
+            self._say(f"warning: {problem}\n  then:    it is written below the run directory")
+        second: UserError | None
+        try:
+            check_shared(place, self._parallel)
+            saver = Saver(place, self._parallel, asynchronous=False)
+            self._save(pl_module, saver)
+            path, second = self._outcome(pl_module.step, saver)
+        except (SaveError, ConfigError) as error:
+            path, second = None, error
+        if path is None:
+            said = second.what if second is not None else "nothing was written"
+            raise SaveError(
+                f"{problem.what}; nor could it be written below the run directory: {said}",
+                got=f"{self.directory}; {place}",
+                fix=problem.fix,
+            ) from problem
+        self.elsewhere = problem.what
+        return path
 
     def settle(self) -> None:
         """Wait for the save that is under way. All ranks call it together.
@@ -134,7 +175,7 @@ class Checkpoints(lightning.Callback):
         """Let the save that is under way end, for a while: what it waits for may have gone."""
         self._saver.join(_GRACE_SECONDS)
 
-    def _save(self, pl_module: Any) -> None:
+    def _save(self, pl_module: Any, saver: Saver) -> None:
         self._settle()
         self._stop_if_refused()
         step = self._started = pl_module.step
@@ -147,7 +188,7 @@ class Checkpoints(lightning.Callback):
         shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
         settings = self._config.checkpoint
         contents = Contents(self._state(step), to_dict(self._config), files, self._sign, settings.hash)
-        self._saver.save(step, shards, contents)
+        saver.save(step, shards, contents)
 
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""

@@ -120,7 +120,7 @@ def find_own(
     else:
         # Its directory may have gone with the host that it was on.
         place = saved = rundir.checkpoints_dir(run_dir, config)
-    if not committed(saved):
+    if not committed(saved) and not committed(rundir.beside(run_dir)):
         return None, run_dir
     return _in_runs([place], str(saved), verify, report, trusted), run_dir
 
@@ -219,7 +219,17 @@ def _in_run(place: AnyPath, verify: bool, report: Callable[[str], object], trust
             own = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
             trusted = Trust(own.keys, own.required or trusted.required)
     found = newest_valid(parent, verify, report, trusted)
+    if run_dir is not None and is_remote(parent):
+        # The last save that the store did not take.
+        beside = newest_valid(rundir.beside(run_dir), verify, report, trusted)
+        found = beside if found is None or (beside is not None and _step(beside) > _step(found)) else found
     return None if found is None else ResumePoint(found, run_dir, Checkpoint(found, trusted).config())
+
+
+def _step(checkpoint: AnyPath) -> int:
+    match = DIRECTORY.fullmatch(checkpoint.name)
+    assert match
+    return int(match[1])
 
 
 def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object] = lambda text: None) -> RunConfig:

@@ -158,7 +158,7 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
     try:
         if not _all_steps_done(job):
             job.trainer.fit(job.module, job.loader)
-        _save(job)
+        _save(job, record)
         if _all_steps_done(job):
             left_out += ["evaluation", "sample"]
             _look_back(job, left_out)
@@ -177,7 +177,7 @@ def _all_steps_done(job: Job) -> bool:
     return job.module.step >= job.module.config.train.max_steps
 
 
-def _save(job: Job) -> None:
+def _save(job: Job, record: Record) -> None:
     """The last checkpoint. A run is finished or interrupted when it is written, and failed where it cannot be.
 
     Raises:
@@ -185,7 +185,10 @@ def _save(job: Job) -> None:
     """
     trained = job.module.step > job.leg["start_step"]
     if trained and (job.checkpoints.at_end or not _all_steps_done(job)):
-        job.say(f"saved {job.checkpoints.save_now(job.module)}")
+        path = job.checkpoints.save_now(job.module)
+        job.say(f"saved {path}")
+        if job.checkpoints.elsewhere:
+            record.note(saved_elsewhere={"checkpoint": str(path), "because": job.checkpoints.elsewhere})
     else:
         job.checkpoints.settle()
 
@@ -236,7 +239,11 @@ def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None
     say(f"run        {run_dir}")
     if left_out:
         say(f"left out   the last {' and '.join(left_out)}: asked to stop. Resuming does that, and trains no more")
-    if left_out or status == "interrupted":
+    if job.checkpoints.elsewhere and job.checkpoints.saved:
+        last = job.checkpoints.saved[1]
+        say(f"saved      in {last}, and not in {job.checkpoints.directory}, which did not take it")
+        say(f"continue   python -m orchestrator train resume={last}")
+    elif left_out or status == "interrupted":
         say(f"continue   python -m orchestrator train resume={run_dir}")
 
 

@@ -118,8 +118,13 @@ def checkpoints_dir(run_dir: Path, config: RunConfig) -> AnyPath:
         MissingExtraError, CheckpointError: that is in a store whose libraries are not here, or of no known kind.
     """
     if config.checkpoint.dir == "auto":
-        return run_dir / "checkpoints"
+        return beside(run_dir)
     return locate(config.checkpoint.dir) / run_dir.parent.name / run_dir.name
+
+
+def beside(run_dir: Path) -> Path:
+    """Return where a run keeps its checkpoints by default, and where its last one goes that no store takes."""
+    return run_dir / "checkpoints"
 
 
 def hold(checkpoints: AnyPath, run_dir: Path, name: str | None = None) -> contextlib.AbstractContextManager[object]:

@@ -17,9 +17,12 @@ from orchestrator.checkpoint.catalogue import committed
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import children, locate, write_file
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config.convert import to_dict
 from orchestrator.sharding.shard import Shard
+from orchestrator.train import shared
 from tests.lab.cli import only_run, run
-from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.ranks import run_ranks
+from tests.lab.runs import checkpoint, losses, read_rows, small_config, small_overrides
 from tests.lab.store import reachable, serve
 from tests.lab.tensors import read_all
 
@@ -138,3 +141,72 @@ def test_a_run_goes_on_and_another_of_its_name_is_refused(server, tmp_path):
     result = _train(f"resume={other}", f"runs_dir={other.parent.parent}", "train.max_steps=6", code=2)
     assert "another run keeps its checkpoints there" in result.stderr
     assert str(run_dir) in result.stderr
+
+
+@on_s3
+def test_the_last_save_goes_to_the_run_directory_where_the_store_does_not_take_it(server, tmp_path):
+    """It is said where it is; the run is finished; and `latest` finds it, newer than what the store has."""
+    place = f"{server.place}/gone"
+    server.fail(r"^(COMMIT|START) .*/step-00000010/", status=503)
+    words = small_overrides(
+        tmp_path,
+        f"checkpoint.dir={place}",
+        "checkpoint.every_steps=5",
+        "train.max_steps=10",
+        "checkpoint.store_timeout_seconds=3",
+        "optim.schedule.kind=constant",
+    )
+    result = _train(*words)
+    run_dir = only_run(tmp_path / "runs")
+    last = checkpoint(run_dir, 10)
+    assert f"saved      in {last}, and not in {place}" in result.stdout
+    assert f"continue   python -m orchestrator train resume={last}" in result.stdout
+    assert "checkpoint.store_timeout_seconds" in result.stdout
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["legs"][-1]["saved_elsewhere"]["checkpoint"] == str(last)
+    Checkpoint(last).verify()
+    kept = locate(place) / run_dir.parent.name / run_dir.name
+    assert [path.name for path in committed(kept)] == ["step-00000005"]
+
+    server.faults.clear()
+    again = _train(f"runs_dir={tmp_path / 'runs'}", "resume=latest", "train.max_steps=12")
+    assert "resumed at step 10" in again.stdout
+    assert committed(kept)[0].name == "step-00000012"
+    assert [path.name for path in committed(last.parent)] == ["step-00000010"]
+
+
+def _work_there(world, data, kept, run_dirs):
+    from orchestrator.config.convert import from_dict
+    from orchestrator.config.schema import RunConfig
+    from orchestrator.errors import SaveError
+    from orchestrator.train.run import Place, work
+
+    place = Place(run_dirs[world.rank], locate(kept), None)
+    try:
+        return work(from_dict(RunConfig, data), world, lambda parallel: place)
+    except SaveError as error:
+        return str(error)
+
+
+@on_s3
+@pytest.mark.parametrize("seen", [True, False], ids=["a shared run directory", "one for each"])
+def test_ranks_save_to_their_run_directory_together_or_not_at_all(server, tmp_path, monkeypatch, seen):
+    monkeypatch.setattr(shared, "WAIT_SECONDS", 0.3)
+    kept = f"{server.place}/ranks-{seen}"
+    words = ("layout.fsdp=2", "train.max_steps=2", "checkpoint.handover.enabled=false", f"checkpoint.dir={kept}")
+    run_dirs = [tmp_path / "run", tmp_path / ("run" if seen else "another")]
+    for run_dir in run_dirs:
+        run_dir.mkdir(exist_ok=True)
+    server.fail(r"^COMMIT .*/rank-00001", status=403)
+    codes = run_ranks(2, _work_there, to_dict(small_config(tmp_path, *words)), kept, run_dirs)
+    facts = json.loads((run_dirs[0] / "run.json").read_text())
+    if seen:
+        assert codes == [0, 0]
+        Checkpoint(checkpoint(run_dirs[0], 2)).verify()
+        assert "told to fail (rank 1)" in facts["legs"][-1]["saved_elsewhere"]["because"]
+    else:
+        assert all("nor could it be written below the run directory: not all processes" in code for code in codes)
+        assert facts["status"] == "failed"
+        assert not any(committed(run_dir / "checkpoints") for run_dir in run_dirs)
+    assert committed(locate(kept)) == []
