@@ -266,7 +266,7 @@ def test_a_store_that_keeps_silent_is_waited_for_a_while(remote, server, monkeyp
 
 def test_a_manifest_whose_answer_is_lost_in_time_counts(remote, server, monkeypatch):
     """The store has committed and keeps silent: what it says when it is asked again is what is true."""
-    monkeypatch.setattr(patience, "_limit", 1.5)
+    monkeypatch.setattr(patience, "_limit", 3)
     server.fail(r"^COMMIT .*/manifest\.json", hold_seconds=6, answer_lost=True)
     path = _write(remote)
     server.faults.clear()
@@ -276,7 +276,7 @@ def test_a_manifest_whose_answer_is_lost_in_time_counts(remote, server, monkeypa
 
 def test_a_manifest_that_appears_late_finds_its_files(remote, server, monkeypatch):
     """The save has failed, as the store said nothing; it had carried it out."""
-    monkeypatch.setattr(patience, "_limit", 1.5)
+    monkeypatch.setattr(patience, "_limit", 3)
     server.fail(r"^COMMIT .*/manifest\.json", hold_seconds=6, answer_lost=True)
     server.fail(r"^GET .*/manifest\.json", status=403)
     with pytest.raises(CheckpointError, match="the store may still do it, so its files stay"):
