@@ -42,7 +42,7 @@ layouts = st.builds(Layout, **{axis: st.integers(1, 3) for axis in MESH_AXES}).f
 
 @st.composite
 def tensors(draw) -> dict[str, torch.Tensor]:
-    """0 to 3 dims, uneven sizes, also empty; every bit pattern of every dtype, NaNs included."""
+    """0 to 3 dims, uneven sizes, also empty; every finite bit pattern of every dtype: others are not saved."""
     result = {}
     for number in range(draw(st.integers(1, 3))):
         shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
@@ -53,6 +53,8 @@ def tensors(draw) -> dict[str, torch.Tensor]:
         else:
             count = math.prod(shape) * dtype.itemsize
             raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+            finite = raw.view(dtype).float().isfinite()
+            raw.view(-1, dtype.itemsize)[~finite] = 0
             result[f"t{number}"] = raw.view(dtype).reshape(shape)
     return result
 
@@ -443,7 +445,7 @@ def test_a_shard_that_is_not_what_the_manifest_says(saved):
 @pytest.mark.parametrize(
     ("whole", "words"),
     [
-        ({**TENSORS, "model.new": torch.ones(1)}, ["another model", "it lacks model.new", "beside nothing"]),
+        ({**TENSORS, "model.new": torch.ones(1)}, ["another model", "it lacks model.new", "in addition: nothing"]),
         (
             {name: t for name, t in TENSORS.items() if name != "model.b"},
             ["another model", "it lacks nothing", "model.b"],
