@@ -28,17 +28,12 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.hardware.world import World
 from tests.lab.ranks import preload
-from tests.lab.runs import small_config
+from tests.lab.runs import TINY, small_config
 from tests.lab.tensors import read_all
 
 RANKS = 2
 OVERRIDES = (
-    "model.dim=32",
-    "model.layers=1",
-    "train.seq_len=32",
-    "train.global_batch_tokens=128",
-    "train.eval_tokens=128",
-    "train.sample.tokens=1",
+    *TINY,
     "model.dropout=0.1",
     "layout.fsdp=2",
     "checkpoint.every_steps=2",

@@ -36,6 +36,15 @@ SMALL = (
     "hardware=cpu",
     "hardware.threads=1",
 )
+# The same once more, smaller: where what happens around the steps is tested, and not what they compute.
+TINY = (
+    "model.dim=32",
+    "model.layers=1",
+    "train.seq_len=32",
+    "train.global_batch_tokens=128",
+    "train.eval_tokens=128",
+    "train.sample.tokens=1",
+)
 
 
 def write_corpus(folder: Path) -> str:

@@ -12,16 +12,11 @@ from orchestrator.errors import ConfigError, SaveError
 from orchestrator.train import shared
 from orchestrator.train.shared import check_shared
 from tests.lab.checkpoints import ThreadPeers
-from tests.lab.runs import checkpoint, small_config, work_ranks
+from tests.lab.runs import TINY, checkpoint, small_config, work_ranks
 from tests.lab.tensors import read_all
 
 SHORT = (
-    "model.dim=32",
-    "model.layers=1",
-    "train.seq_len=32",
-    "train.global_batch_tokens=128",
-    "train.eval_tokens=128",
-    "train.sample.tokens=1",
+    *TINY,
     "train.max_steps=4",
     "checkpoint.every_steps=2",
     "checkpoint.keep_last=2",

@@ -13,15 +13,10 @@ import pytest
 from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import STOPPED
 from orchestrator.train import record
-from tests.lab.runs import checkpoint, read_rows, small_config, train, work_ranks
+from tests.lab.runs import TINY, checkpoint, read_rows, small_config, train, work_ranks
 
 SHORT = (
-    "model.dim=32",
-    "model.layers=1",
-    "train.seq_len=32",
-    "train.global_batch_tokens=128",
-    "train.eval_tokens=128",
-    "train.sample.tokens=1",
+    *TINY,
     "train.max_steps=6",
     "checkpoint.every_steps=3",
 )
