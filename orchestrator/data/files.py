@@ -49,6 +49,25 @@ def regular_size(file: Path, within: Path | None = None) -> int:
     return status.st_size
 
 
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a plain file: a pipe or a device, which may never end, is refused, and so is a larger file.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: it is no plain file, or larger than `limit` bytes.
+    """
+    # A pipe that nobody writes to would keep a blocking open waiting.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError("this is not a plain file", got=path, allowed="a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DataError("the file is too large", got=f"{path}: {found.st_size:,} bytes", allowed=f"at most {limit:,}")
+    return content
+
+
 def read_bounded(file: Path, limit: int, within: Path | None = None) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
@@ -62,11 +81,6 @@ def read_bounded(file: Path, limit: int, within: Path | None = None) -> bytes:
     if size > limit:
         raise DataError(f"the file is too large for what it should hold: {file}", got=size, allowed=f"{limit} bytes")
     try:
-        # What was a file a moment ago may be something else now: this does not wait for a FIFO's writer.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
-            content = stream.read(limit + 1)
+        return read_regular(file, limit)  # what was a file a moment ago may be something else now
     except OSError as error:
         raise DataError(f"the file cannot be read: {file}", got=error.strerror or str(error)) from error
-    if len(content) > limit:
-        raise DataError(f"the file has no end, or grows: {file}", got="more bytes", allowed=f"{limit} bytes")
-    return content

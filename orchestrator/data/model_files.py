@@ -6,12 +6,11 @@ are plain files of its manifest, without folders: the templates that transformer
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from orchestrator.data.files import read_regular
 from orchestrator.errors import DataError
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -36,25 +35,6 @@ CARRIED: dict[str, int] = {
 }
 _MAX_TEMPLATES = 32
 _FLAT_TEMPLATE = re.compile(rf"{TEMPLATES_FOLDER}\.([A-Za-z0-9_-]{{1,64}})\.jinja")
-
-
-def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a plain file: a pipe or a device, which may never end, is refused, and so is a larger file.
-
-    Raises:
-        OSError: it cannot be read.
-        DataError: it is no plain file, or larger than `limit` bytes.
-    """
-    # A pipe that nobody writes to would keep a blocking open waiting.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError("this is not a plain file", got=path, allowed="a regular file")
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise DataError("the file is too large", got=f"{path}: {found.st_size:,} bytes", allowed=f"at most {limit:,}")
-    return content
 
 
 def collect(folder: Path) -> dict[str, bytes]:

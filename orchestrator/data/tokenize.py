@@ -20,6 +20,7 @@ import numpy as np
 
 from orchestrator.config.schema import TokenizerConfig
 from orchestrator.data.document_format import DocumentFormat, from_record
+from orchestrator.data.files import read_regular
 from orchestrator.data.model_files import (
     MERGES_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -27,7 +28,6 @@ from orchestrator.data.model_files import (
     VOCAB_FILE,
     collect,
     limit_of,
-    read_regular,
 )
 from orchestrator.data.tokenizer_files import (
     ALLOWED,
