@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     from orchestrator.checkpoint.diff import Changed, Difference
@@ -19,10 +19,8 @@ _OF_A_LEG = ("start_step", "end_step", "target", "devices", "layout", "precision
 
 
 def clean(text: object) -> str:
-    """Printable: control characters, which could move the cursor or set colours, are written out."""
-    return "".join(
-        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in str(text)
-    )
+    """Printable: control characters, which could move the cursor or set colours, are written out, and so are tabs."""
+    return printable(text).replace("\t", "\\t")
 
 
 def strict_json(data: Any) -> str:
