@@ -301,14 +301,18 @@ def _open_run(plan: Plan, held: contextlib.ExitStack) -> Place:
         UserError: it cannot be written, or another process holds it.
     """
     run_dir = _from_here(plan.run_dir or rundir.create(plan.config, plan.name))
-    # However this ends: a run directory in which nothing was trained does not stay.
-    held.callback(runs.discard_empty, run_dir)
+    if plan.run_dir is None and plan.name is None:
+        # No other process knows of it, so it may go where not even a lock can be made.
+        held.callback(runs.discard_empty, run_dir)
     with rundir.writing(run_dir):
         return _hold_run(plan, run_dir, held)
 
 
 def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> Place:
     held.enter_context(rundir.lock(run_dir, patient=plan.patient))
+    # However this ends, a run directory in which nothing was trained does not stay. Only under the lock: until its
+    # first step the run of another process looks like that, too.
+    held.callback(runs.discard_empty, run_dir)
     if plan.run_dir is None and plan.uuid is not None:
         identity.adopt_uuid(run_dir, plan.uuid)
     if plan.run_dir is None and plan.resume_from is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,24 @@ def test_nothing_is_left_of_a_start_that_failed_and_all_of_one_that_trained(plac
     for run_dir in kept:
         runs.discard_empty(run_dir)
         assert (run_dir / "config.yaml").exists()
+
+
+def test_the_directory_of_a_run_that_another_process_is_starting_is_left_alone(place):
+    """Submitted twice: the second finds it without a step, and held."""
+    words = ("resume=auto", "run_id=mine", "name=exp")
+    run_dir = place.add("exp", "mine")
+    plan = replace(place.settle(*words), patient=False)
+    with rundir.lock(run_dir):
+        with pytest.raises(CheckpointError, match="another process is training"), contextlib.ExitStack() as held:
+            start._open_run(plan, held)
+        assert (run_dir / "config.yaml").exists()
+
+
+def test_a_start_that_comes_to_nothing_leaves_no_directory(place):
+    with contextlib.ExitStack() as held:
+        run_dir = start._open_run(place.settle("resume=auto", "run_id=mine", "name=exp"), held).run_dir
+        assert (run_dir / "config.yaml").exists()
+    assert not run_dir.exists()
 
 
 def test_a_job_that_starts_again_on_another_host_is_the_owner_of_its_checkpoints(tmp_path, monkeypatch):
