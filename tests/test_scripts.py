@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from orchestrator.config.schema import HardwareConfig, RunConfig
 from orchestrator.train import rundir
+from tests.lab.runs import small_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -167,3 +169,18 @@ def test_setup_says_which_python_is_missing(checkout):
 @pytest.mark.parametrize("name", ["fit_planner", "validate_planner", "validate_planner_product"])
 def test_the_planners_scripts_need_no_accelerator(checkout, name):
     assert call(checkout, name, "--write")[-1] == f".venv/python -m scripts.{name} --write"
+
+
+def test_the_benchmarks_train_as_the_product_does(tmp_path):
+    """They build and close a run by themselves: what they leave out of it is said there, and nothing has moved away."""
+    overrides = small_overrides(tmp_path, "train.max_steps=2", "checkpoint.every_steps=null")
+    code = (
+        "import sys, lightning.pytorch as lightning; from common import fit\n"
+        "from orchestrator.config.compose import compose\n"
+        "fit(compose(sys.argv[1:]).config, lambda config, data: lightning.Callback()); print('trained')"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts' / 'benchmarks'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *overrides], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert (done.returncode, "trained" in done.stdout) == (0, True), done.stderr

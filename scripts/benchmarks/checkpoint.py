@@ -203,7 +203,7 @@ def stall(asynchronous: bool, every: int, steps: int) -> None:
         job.trainer.callbacks.append(clock)
         job.trainer.fit(job.module, job.loader)
         job.checkpoints.close()
-        job.metrics.close()
+        job.channels.close()
         parallel.leave()
     step = statistics.median(clock.steps)
     first, later = job.checkpoints.stalls[0], job.checkpoints.stalls[1:]

@@ -48,7 +48,7 @@ def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns
         # Last, so that all of the product's own callbacks are on the product's clock.
         job.trainer.callbacks.append(turns)
         job.trainer.fit(job.module, job.loader)
-        job.metrics.close()
+        job.channels.close()
         if job.progress:
             job.progress.close()
         parallel.leave()

@@ -195,7 +195,7 @@ def _train(config: RunConfig, world: World, run_dir: Path) -> list[float]:
     # What the run does after its last step is not a step.
     job.trainer.callbacks = [one for one in job.trainer.callbacks if one not in (job.checkpoints, job.samples)]
     job.trainer.fit(job.module, job.loader)
-    job.metrics.close()
+    job.channels.close()
     job.checkpoints.close()
     parallel.leave()
     return [after - before for before, after in itertools.pairwise(ends)]
