@@ -13,9 +13,11 @@ from orchestrator.observe.svg import format_number
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys."""
+    """Nested mappings as dotted keys; the mappings of a list by their number."""
     found: dict[str, str] = {}
     for key, item in values.items():
+        if isinstance(item, list) and item and all(isinstance(part, Mapping) for part in item):
+            item = {str(number): part for number, part in enumerate(item)}
         if isinstance(item, Mapping):
             found |= flat(item, f"{prefix}{key}.")
         else:
@@ -32,7 +34,7 @@ def value(item: Any) -> str:
     if isinstance(item, float):
         return format_number(item)
     if isinstance(item, Sequence) and not isinstance(item, str):
-        return ", ".join(value(part) if not isinstance(part, Mapping) else str(dict(part)) for part in item)
+        return ", ".join(value(part) for part in item)
     return str(item)
 
 

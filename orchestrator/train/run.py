@@ -219,7 +219,7 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     job.say(f"model      {facts['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}")
     job.say(f"hardware   {leg['target']}: {devices}, {leg['precision']}, layout {job.parallel.layout}")
     entropy = facts["unigram_entropy_nats"]
-    job.say(f"baseline   unigram entropy {entropy:.3f} nats per token: a model that learns gets below it")
+    job.say(f"baseline   unigram entropy {entropy:.3f} nats per token; the loss should fall below this")
     for name in ("mixture", "validation"):
         for number, line in enumerate(facts[name]):
             job.say(f"{'' if number else name:<10} {line}")

@@ -151,16 +151,10 @@ def _going_on(
     done = f"step {step} of train.max_steps={merged.train.max_steps} in {point.checkpoint}"
     if composed.config.resume == resume.AUTO:
         return replace(plan, finished=f"finished   the run has all its steps: {done}")
-    raise CheckpointError(
-        "the run is finished: there are no steps left to train",
-        got=done,
-        fix=f"set train.max_steps to more than {step} to train on"
-        + (
-            ""
-            if merged.optim.schedule.kind == "constant"
-            else ", and 'resume_allow=[schedule]': the schedule ends there"
-        ),
-    )
+    longer = f"set train.max_steps to more than {step} to train on"
+    if merged.optim.schedule.kind != "constant":
+        longer += ", and 'resume_allow=[schedule]': the schedule ends there"
+    raise CheckpointError("the run is finished: there are no steps left to train", got=done, fix=longer)
 
 
 def _check_changes(saved: RunConfig, merged: RunConfig, state: Mapping[str, Any], step: int, main: bool) -> None:

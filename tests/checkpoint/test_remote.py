@@ -351,7 +351,8 @@ def test_an_address_of_no_known_kind():
 def test_a_store_whose_library_is_missing(monkeypatch, address, library):
     for module in (library, f"{library}.core"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"'{library}', which is not installed(.|\n)*\[remote\]"):
+    advice = r"\[remote\]|scripts/setup remote"
+    with pytest.raises(MissingExtraError, match=rf"'{library}', which is not installed(.|\n)*({advice})"):
         locate(address)
 
 

@@ -82,7 +82,7 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
             part = job.module.model(**placed) / targets
         (loss,) = parallel.fetch([parallel.sum_over_data(part.detach())])
         results.append({"path": str(path), "loss": loss, "tokens": [row.tobytes().hex() for row in batch["tokens"]]})
-        job.metrics.close()
+        job.channels.close()
     parallel.leave()
     return results
 

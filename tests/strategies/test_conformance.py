@@ -217,7 +217,7 @@ def _load_and_save(world, data, source, target):
     path = save(target, 10, shards, parallel, Contents({}, {}))
     data_rank = parallel.layout.data_rank(world.rank)
     batch = next(iter(job.loader))
-    job.metrics.close()
+    job.channels.close()
     parallel.leave()
     return {"path": str(path), "data_rank": data_rank, "tokens": batch["tokens"]}
 

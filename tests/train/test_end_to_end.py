@@ -259,7 +259,7 @@ def test_resuming_with_another_model_is_refused_before_anything_is_lost(whole, t
         "resume_allow=[schedule]",
     )
     assert result.returncode == 2
-    assert "another model" in result.stderr
+    assert "does not hold the model that the configuration describes" in result.stderr
     assert {path: path.stat().st_size for path in (run_dir / "checkpoints").rglob("*")} == before
 
 

@@ -26,9 +26,9 @@ from tests.lab.tensors import read_all
 
 transformers = pytest.importorskip("transformers")
 
-# What lies beside the weights and has to be there, with its bytes, after training.
-TRAVELLING = ("tokenizer.json", "tokenizer_config.json")
 STEPS = 2
+# What is not there byte for byte after training: the weights, and the configuration that names their dtype.
+CHANGED = ("model", "config.json")
 
 
 def nothing(*done: int) -> None:
@@ -124,8 +124,24 @@ def test_config_json_comes_back_as_it_went_in(tried, name):
     assert {key: got[key] for key in ("dtype", "torch_dtype") if key in got} == {written: "float32"}
 
 
+def beside(folder: Path) -> dict[str, bytes]:
+    """Every file but those of the weights and config.json."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(CHANGED)}
+
+
 @pytest.mark.parametrize("name", DIRECTORIES)
-def test_every_file_beside_the_weights_is_there_afterwards(tried, name):
+def test_every_file_and_special_token_is_there_afterwards(tried, name):
     source, exported = source_of(tried, name), tried / "exported" / name
-    for file in TRAVELLING:
-        assert (exported / file).read_bytes() == (source / file).read_bytes(), file
+    given = beside(source)
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= set(given)
+    assert beside(exported) == given
+    before, after = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (source, exported))
+    assert before.special_tokens_map == after.special_tokens_map
+    assert before.special_tokens_map["eos_token"] == "<|endoftext|>"
+    assert before.get_added_vocab() == after.get_added_vocab()
+    for text in ("the cat<|endoftext|> sat", "", "def f():\n"):
+        for special in (True, False):
+            assert before.encode(text, add_special_tokens=special) == after.encode(text, add_special_tokens=special)
+    settings = [transformers.GenerationConfig.from_pretrained(folder).to_dict() for folder in (source, exported)]
+    assert settings[0] == settings[1]
+    assert settings[0]["eos_token_id"] == [0, 5, 7]
