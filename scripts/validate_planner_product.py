@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.chips import catalogue
+from orchestrator.chips.load import load_catalogue
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
 from orchestrator.planner.memory import estimate_memory
@@ -156,7 +156,7 @@ class Case:
 
     def predict(self, chip: str = "cpu-generic") -> MemoryEstimate:
         """For a device whose kernels are those of the trace."""
-        cluster = Cluster(catalogue.load().get(chip), self.plan.devices)
+        cluster = Cluster(load_catalogue().get(chip), self.plan.devices)
         return estimate_memory(self.job, cluster, self.plan)
 
 

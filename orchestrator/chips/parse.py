@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.chips.catalogue import Catalogue, Chip, Figure, Price, Topology
+from orchestrator.chips.catalogue import Catalogue
+from orchestrator.chips.chip import Chip, Figure, Price, Topology
 from orchestrator.errors import ConfigError, ConfigErrors
 
 # Field of the YAML → attribute of Chip, factor to SI units, unit.

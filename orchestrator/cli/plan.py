@@ -90,13 +90,13 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(_help())
         return 0
-    from orchestrator.chips.catalogue import load
+    from orchestrator.chips.load import load_catalogue
     from orchestrator.cli.plan_request import read_fleets, read_requests
 
     own = [word for word in argv if word.partition("=")[0] in PlanOptions.__dataclass_fields__]
     options = parse_options(PlanOptions, own)
     words = [word for word in argv if word not in own]
-    catalogue = load(options.chips_file)
+    catalogue = load_catalogue(options.chips_file)
     problems: list[UserError] = _check_figure(options.explain)
     fleets = read_fleets(options, catalogue, problems)
     requests = read_requests(words, options, problems)

@@ -7,7 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from orchestrator.chips.catalogue import match_device_name
+from orchestrator.chips.load import match_device_name
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Probe, Problem, Target, missing_torch

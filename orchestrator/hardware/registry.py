@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Mapping
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host
@@ -62,7 +62,7 @@ def resolve(config: HardwareConfig) -> Target:
         ConfigError: `config.chip` is not in the catalogue.
     """
     if config.chip != "auto":
-        load().get(config.chip)
+        load_catalogue().get(config.chip)
     if config.target == "auto":
         target = _first_usable()
     else:

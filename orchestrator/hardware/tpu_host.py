@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Problem
@@ -66,7 +66,7 @@ def _count(on_bus: list[host.PciDevice], files: int) -> tuple[str, str | None, i
     """Name, catalogue key and number of the devices. Where only some chips are passed in, those with files count."""
     kinds = {_PCI_CHIPS[function.device] for function in on_bus}
     name, chip = kinds.pop() if len(kinds) == 1 else ("TPU", None)
-    per_chip = load().get(chip).logical_devices_per_chip if chip else _DEVICES_PER_UNKNOWN_CHIP.get(name, 1)
+    per_chip = load_catalogue().get(chip).logical_devices_per_chip if chip else _DEVICES_PER_UNKNOWN_CHIP.get(name, 1)
     # A chip may show each of its cores as a function of its own, as TPU7x does by tpu-info's device.py.
     chips = len({function.address.partition(".")[0] for function in on_bus}) or files
     functions = len(on_bus) or files

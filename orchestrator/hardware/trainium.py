@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
 from orchestrator.hardware.base import Problem
@@ -105,7 +105,7 @@ class TrainiumTarget(XlaTarget):
         joined, visible, wanted = (self._variable(name) for name in (_JOINED, _VISIBLE, _COUNT))
         limit = None
         if chip is not None:
-            limit = chips * load().get(chip).logical_devices_per_chip
+            limit = chips * load_catalogue().get(chip).logical_devices_per_chip
             if chip != "trn1" and joined not in ("", "2"):
                 if joined != "1":
                     raise ValueError(f"{_JOINED}={joined} is neither 1 nor 2", "correct it, or unset it")

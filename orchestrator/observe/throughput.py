@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.chips.catalogue import Figure
+from orchestrator.chips.chip import Figure
 from orchestrator.hardware.base import Target
 from orchestrator.observe.gemm import measure_gemm_flops
 

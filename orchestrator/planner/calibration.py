@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.chips.catalogue import Chip
+from orchestrator.chips.chip import Chip
 from orchestrator.errors import ConfigError
 
 FILE = Path(__file__).with_name("calibration.yaml")

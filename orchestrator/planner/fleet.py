@@ -12,7 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from orchestrator.chips.catalogue import Catalogue, Chip
+from orchestrator.chips.catalogue import Catalogue
+from orchestrator.chips.chip import Chip
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.planner.slices import Slices, fit_slices, is_tpu, legal_shapes
 from orchestrator.planner.spec import Cluster

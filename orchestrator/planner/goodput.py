@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from orchestrator.chips.catalogue import Chip
+from orchestrator.chips.chip import Chip
 from orchestrator.planner.value import Value, derive, given
 
 _DAY = 86400.0

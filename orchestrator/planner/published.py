@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.chips import catalogue
+from orchestrator.chips.load import load_catalogue
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.memory import step_memory
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan, Precision, Remat
@@ -264,7 +264,7 @@ def _closest(sizes: dict[str, Any], row: Row, notes: Mapping[str, str]) -> Model
 
 
 def _cluster(key: str, row: Row, source: Source) -> Cluster:
-    chips = catalogue.load()
+    chips = load_catalogue()
     if row["chip"] not in chips.chips:
         raise NotStatedError(f"the catalogue has no {row['chip']}")
     inter = source.inter

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.chips.catalogue import Chip
+from orchestrator.chips.chip import Chip
 from orchestrator.config.schema import ModelConfig
 from orchestrator.planner.flops import head_width
 

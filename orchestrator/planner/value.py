@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from orchestrator.chips.catalogue import Catalogue, Figure
+from orchestrator.chips.catalogue import Catalogue
+from orchestrator.chips.chip import Figure
 
 _MARKS = {1: "≥", 0: "", -1: "≤"}
 

@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.checkpoint.storage import locate
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.chips.catalogue import load as load_chips
+from orchestrator.chips.load import load_catalogue
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.data.model_files import TOKENIZER_FILE
@@ -267,7 +267,7 @@ def _facts(
     target, devices = parallel.target, parallel.layout.devices
     flops = flops_per_token(model, config.train.seq_len)
     chip = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
-    figure = load_chips().get(chip).device_peak_flops(parallel.precision) if chip else None
+    figure = load_catalogue().get(chip).device_peak_flops(parallel.precision) if chip else None
     peak, source = peak_flops(target, figure, parallel.precision, parallel.root_device)
 
     facts = {

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import LayoutConfig, RunConfig
 from orchestrator.hardware.base import Target
 from orchestrator.planner.explain import bound, layout_text
@@ -47,7 +47,7 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     key = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
     if len(fixed) > len(MESH_AXES) - 2 or key is None or target.name == "cpu" or config.hardware.simulate:
         return kept
-    chip = load().get(key)
+    chip = load_catalogue().get(key)
     chips, rest = divmod(devices, chip.logical_devices_per_chip)
     slices = target.slices()
     if rest or chips % slices:

@@ -25,8 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.chips import catalogue
-from orchestrator.chips.catalogue import Chip, Figure
+from orchestrator.chips.chip import Chip, Figure
+from orchestrator.chips.load import load_catalogue
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
 from orchestrator.hardware import host
@@ -135,7 +135,7 @@ def _machine(flops: float, bandwidth: float, processes: int) -> Chip:
 
     memory = host.ram_bytes()
     return replace(
-        catalogue.load().get("cpu-generic"),
+        load_catalogue().get("cpu-generic"),
         fp32_flops=figure(flops, "FLOP/s"),
         bf16_flops=figure(flops, "FLOP/s"),
         hbm_bytes=figure(memory / processes if memory else None, "bytes"),

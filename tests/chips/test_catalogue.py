@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.chips.catalogue import UNVERIFIED, Figure, load
+from orchestrator.chips.chip import UNVERIFIED, Figure
+from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import ConfigError, ConfigErrors
 
 # Widest range in which a figure of one chip can lie, in SI units: a slip of a factor 1000 falls outside.
@@ -23,9 +24,9 @@ _RANGES = {
 }
 
 
-@pytest.mark.parametrize("chip", list(load()), ids=lambda chip: chip.key)
+@pytest.mark.parametrize("chip", list(load_catalogue()), ids=lambda chip: chip.key)
 def test_every_figure_is_unknown_or_has_a_source(chip):
-    catalogue = load()
+    catalogue = load_catalogue()
     for name, figure in chip.figures():
         if figure.value is None:
             assert not figure.known, name
@@ -35,7 +36,7 @@ def test_every_figure_is_unknown_or_has_a_source(chip):
             assert figure.source in catalogue.sources or any(mark in figure.source for mark in " ./"), name
 
 
-@pytest.mark.parametrize("chip", list(load()), ids=lambda chip: chip.key)
+@pytest.mark.parametrize("chip", list(load_catalogue()), ids=lambda chip: chip.key)
 def test_units_are_sane(chip):
     for name, figure in chip.figures():
         if figure.value is not None:
@@ -44,33 +45,33 @@ def test_units_are_sane(chip):
 
 
 def test_figures_in_si_units():
-    h100 = load().get("h100-sxm")
+    h100 = load_catalogue().get("h100-sxm")
     assert h100.peak_flops("bf16").value == pytest.approx(989e12)
     assert h100.hbm_bytes.value == pytest.approx(80e9)
-    assert load().get("tpu-v5e").hbm_bytes.value == 16 * 2**30
+    assert load_catalogue().get("tpu-v5e").hbm_bytes.value == 16 * 2**30
     assert h100.topology.domain_chips == 8
 
 
 def test_unknown_stays_unknown():
-    v5e = load().get("tpu-v5e")
+    v5e = load_catalogue().get("tpu-v5e")
     assert v5e.power.value is None
     assert str(v5e.power) == "unknown"
     assert v5e.peak_flops("fp32") == Figure(None, "FLOP/s")
     assert v5e.power.scaled(0.5, "half").value is None
-    assert load().cite(v5e.power) == "unknown"
+    assert load_catalogue().cite(v5e.power) == "unknown"
 
 
 def test_unverified_and_estimated_figures_say_so():
-    cpu = load().get("cpu-generic").peak_flops("bf16")
+    cpu = load_catalogue().get("cpu-generic").peak_flops("bf16")
     assert cpu.source == UNVERIFIED
     assert not cpu.verified
     assert "unverified" in str(cpu)
-    assert load().get("tpu-v7x").power.estimated
-    assert load().get("h100-sxm").peak_flops("bf16").verified
+    assert load_catalogue().get("tpu-v7x").power.estimated
+    assert load_catalogue().get("h100-sxm").peak_flops("bf16").verified
 
 
 def test_a_device_is_a_part_of_a_chip_with_several():
-    mi250x = load().get("mi250x")
+    mi250x = load_catalogue().get("mi250x")
     peak = mi250x.peak_flops("bf16").value
     assert peak is not None
     assert mi250x.device_peak_flops("bf16").value == pytest.approx(peak / 2)
@@ -96,19 +97,19 @@ def test_a_device_is_a_part_of_a_chip_with_several():
     ],
 )
 def test_only_sure_names_match(name, key):
-    assert load().match_device_name(name) == key
+    assert load_catalogue().match_device_name(name) == key
 
 
 def test_unknown_key_has_a_hint_and_the_list():
     with pytest.raises(ConfigError) as caught:
-        load().get("H100-SMX")
+        load_catalogue().get("H100-SMX")
     assert "did you mean 'h100-sxm'?" in str(caught.value)
     assert "tpu-v7x" in str(caught.value)
 
 
 def test_unknown_precision_is_refused():
     with pytest.raises(ConfigError, match="fp32, bf16, fp8"):
-        load().get("h100-sxm").peak_flops("fp64")
+        load_catalogue().get("h100-sxm").peak_flops("fp64")
 
 
 def write(path: Path, data: object) -> Path:
@@ -127,13 +128,13 @@ def test_own_chips_are_added_and_laid_over(tmp_path):
             },
         },
     )
-    catalogue = load(own)
+    catalogue = load_catalogue(own)
     assert catalogue.get("mine").bf16_flops.value == pytest.approx(1e14)
     assert catalogue.get("mine").hbm_bytes.value is None
     assert catalogue.get("h200").power.value == 600
-    assert catalogue.get("h200").bf16_flops == load().get("h200").bf16_flops
-    assert load().get("h200").power.value == 700
-    assert len(catalogue) == len(load()) + 1
+    assert catalogue.get("h200").bf16_flops == load_catalogue().get("h200").bf16_flops
+    assert load_catalogue().get("h200").power.value == 700
+    assert len(catalogue) == len(load_catalogue()) + 1
 
 
 def test_all_wrong_entries_are_listed_with_their_paths(tmp_path):
@@ -156,7 +157,7 @@ def test_all_wrong_entries_are_listed_with_their_paths(tmp_path):
         },
     )
     with pytest.raises(ConfigErrors) as caught:
-        load(own)
+        load_catalogue(own)
     text = str(caught.value)
     for path in (
         "chips.mine: there is no field 'bf16_dense_tflop'",
@@ -180,20 +181,20 @@ def test_a_file_of_another_shape_is_refused(tmp_path, text):
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(ConfigErrors, match=r"own\.yaml"):
-        load(path)
+        load_catalogue(path)
 
 
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        load(tmp_path / "missing.yaml")
+        load_catalogue(tmp_path / "missing.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("chips: {a: [")
     with pytest.raises(ConfigError, match=r"broken\.yaml"):
-        load(broken)
+        load_catalogue(broken)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, True, 0])
 def test_no_stand_ins_for_unknown(tmp_path, value):
     entry = {"vendor": "a", "name": "b", "power_w": {"value": value, "source": "a b"}}
     with pytest.raises(ConfigErrors, match="null where it is unknown"):
-        load(write(tmp_path / "own.yaml", {"chips": {"mine": entry}}))
+        load_catalogue(write(tmp_path / "own.yaml", {"chips": {"mine": entry}}))

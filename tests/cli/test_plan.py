@@ -285,12 +285,12 @@ def test_help_names_every_option_and_model(plan):
 
 def test_the_recipe_of_a_gigawatt():
     """A million TPU chips within a gigawatt beside 400,000 Trainium2 and two GPU clusters; the jobs are all known."""
-    from orchestrator.chips.catalogue import load
+    from orchestrator.chips.load import load_catalogue
     from orchestrator.cli.plan_request import read_fleets, read_requests
 
     recipe = str(ROOT / "recipes" / "gigawatt.yaml")
     options, problems = PlanOptions(fleet=recipe, jobs=recipe), []
-    fleets = {fleet.cluster.chip.key: fleet for fleet in read_fleets(options, load(), problems)}
+    fleets = {fleet.cluster.chip.key: fleet for fleet in read_fleets(options, load_catalogue(), problems)}
     requests = read_requests([], options, problems)
     assert problems == []
     assert set(fleets) == {"tpu-v7x", "tpu-v5p", "trn2", "gb300", "h100-sxm"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchestrator.chips.catalogue import Figure, load
+from orchestrator.chips.chip import Figure
+from orchestrator.chips.load import load_catalogue
 from orchestrator.hardware.registry import get_target
 from orchestrator.observe import throughput
 from orchestrator.observe.gemm import measure_gemm_flops
@@ -24,7 +25,9 @@ def test_mfu_of_unknown_parts_is_unknown(known):
 
 
 def test_peak_of_a_chip_is_the_catalogues():
-    value, source = peak_flops(get_target("cuda"), load().get("h100-sxm").device_peak_flops("bf16"), "bf16", CPU)
+    value, source = peak_flops(
+        get_target("cuda"), load_catalogue().get("h100-sxm").device_peak_flops("bf16"), "bf16", CPU
+    )
     assert value == pytest.approx(989e12)
     assert "stas" in source
 
@@ -39,7 +42,7 @@ def test_unknown_peaks_stay_unknown():
 
 
 def test_an_unverified_peak_says_so():
-    figure = load().get("cpu-generic").peak_flops("bf16")
+    figure = load_catalogue().get("cpu-generic").peak_flops("bf16")
     assert "unverified" in peak_flops(get_target("cpu"), figure, "bf16", CPU)[1]
 
 

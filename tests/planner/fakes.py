@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets
 from orchestrator.planner.plan import Request
 from orchestrator.planner.search import Estimators
@@ -46,7 +46,7 @@ class Counted:
 
 
 def fleet_of(text: str, **overrides: float) -> Fleet:
-    return resolve_fleets([text], load(), FleetEntry(**overrides))[0]
+    return resolve_fleets([text], load_catalogue(), FleetEntry(**overrides))[0]
 
 
 def request_of(shape: ModelShape = LLAMA_8B, tokens: float = 1e12, seq_len: int = 8192, **more) -> Request:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.chips import catalogue
+from orchestrator.chips.load import load_catalogue
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape
 
 LLAMA_8B = ModelShape("llama3_8b", 32, 4096, 14336, 32, 8, 128, 128256)
@@ -17,7 +17,7 @@ DEEPSEEK_V3 = ModelShape(
 
 
 def cluster(chip: str, chips: int, inter: float | None = None) -> Cluster:
-    return Cluster(catalogue.load().get(chip), chips, inter)
+    return Cluster(load_catalogue().get(chip), chips, inter)
 
 
 def job(model: ModelShape = LLAMA_8B, sequences: int = 64, seq_len: int = 8192, **kwargs) -> JobSpec:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.chips import catalogue
+from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import ConfigError
 from orchestrator.planner import calibration
 from orchestrator.planner.published import held_out_families, shipped
 
 DATA = Path(__file__).parent / "data"
-CHIPS = catalogue.load()
+CHIPS = load_catalogue()
 FILE = yaml.safe_load(calibration.FILE.read_text(encoding="utf-8"))
 
 

@@ -9,13 +9,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import ConfigError, ConfigErrors
 from orchestrator.planner.fleet import FleetEntry, find_chip, inter_bandwidth, parse_fleet, resolve_fleets, split_fleets
 from orchestrator.planner.slices import fit_slices, legal_shapes
 from tests.planner.fakes import fleet_of
 
-TPUS = [chip for chip in load() if chip.vendor == "google"]
+TPUS = [chip for chip in load_catalogue() if chip.vendor == "google"]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_lists():
 
 def test_all_mistakes_at_once_with_hints():
     with pytest.raises(ConfigErrors) as caught:
-        resolve_fleets(["h1000x8", "nonsense", "trn2@1GW", "tpu_v5p:3x3x3", "h100:4x4x4"], load())
+        resolve_fleets(["h1000x8", "nonsense", "trn2@1GW", "tpu_v5p:3x3x3", "h100:4x4x4"], load_catalogue())
     text = str(caught.value)
     assert len(caught.value.problems) == 5
     assert "did you mean 'h100'?" in text
@@ -77,7 +77,7 @@ def test_all_mistakes_at_once_with_hints():
 )
 def test_entries_that_make_no_sense(entry, what):
     with pytest.raises(ConfigErrors, match=what):
-        resolve_fleets([entry], load())
+        resolve_fleets([entry], load_catalogue())
 
 
 def test_hosts_and_slices_are_whole():
@@ -108,7 +108,7 @@ def test_chips_and_power_together_bind_where_they_bind():
 
 
 def test_fleets_of_one_kind_can_be_told_apart():
-    assert [fleet.label for fleet in resolve_fleets(["h100x8", "h100x8", "h100x16"], load())] == [
+    assert [fleet.label for fleet in resolve_fleets(["h100x8", "h100x8", "h100x16"], load_catalogue())] == [
         "h100-sxm x 8 (1)",
         "h100-sxm x 8 (2)",
         "h100-sxm x 16",
@@ -135,7 +135,7 @@ def test_the_cheapest_list_price_and_whose():
 
 
 def test_the_network_is_published_or_given():
-    catalogue = load()
+    catalogue = load_catalogue()
     assert inter_bandwidth(fleet_of("tpu_v7xx128"), catalogue).value == 12.5e9
     assert inter_bandwidth(fleet_of("h100x64", inter_gb_per_s=100), catalogue).value == 100e9
     assert inter_bandwidth(fleet_of("cpux1"), catalogue).value is None
@@ -149,9 +149,9 @@ def test_chips_of_ones_own(tmp_path):
         "bf16_dense_tflops": {"value": 500, "source": "acme.example data sheet"},
     }
     path.write_text(yaml.safe_dump({"chips": {"acme1": entry}}))
-    assert resolve_fleets(["acme1x7"], load(path))[0].cluster.chip.name == "Acme 1"
+    assert resolve_fleets(["acme1x7"], load_catalogue(path))[0].cluster.chip.name == "Acme 1"
     with pytest.raises(ConfigError, match="chips_file"):
-        find_chip("zzz", load(path))
+        find_chip("zzz", load_catalogue(path))
 
 
 @pytest.mark.parametrize("chip", TPUS, ids=lambda chip: chip.key)

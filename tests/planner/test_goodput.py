@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given as forall
 from hypothesis import strategies as st
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.planner.goodput import (
     FailureOptions,
     daly_interval,
@@ -26,7 +26,7 @@ STEP = given("step", 5.0, "s", "test")
 
 def _goodput(key="h100-sxm", chips=16384, groups=128, state=20e9, **options):
     count = given("chips", float(chips), "chips", "test")
-    return goodput(load().get(key), count, state, STEP, groups, FailureOptions(**options))
+    return goodput(load_catalogue().get(key), count, state, STEP, groups, FailureOptions(**options))
 
 
 def test_the_worked_example_of_the_data():
@@ -84,7 +84,7 @@ def test_goodput_is_a_share_and_falls_with_restarts(stall, mtbf, restart):
     ],
 )
 def test_rates_are_measured_or_marked(key, rate, marked):
-    found = failure_rate(load().get(key))
+    found = failure_rate(load_catalogue().get(key))
     assert (found.value, found.estimated) == (rate, marked)
     assert found.sources[0]
 

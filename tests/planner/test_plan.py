@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.chips.catalogue import load
+from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import ConfigError
 from orchestrator.planner.models import planned_models, refuse_planned_only
 from orchestrator.planner.plan import batch_for, ladder, pareto, plan_fleet, rank, search_fleet, smallest_fleet
@@ -18,7 +18,7 @@ from orchestrator.planner.search import Space
 from orchestrator.planner.work import parameters
 from tests.planner.fakes import LLAMA_8B, LLAMA_70B, Counted, fleet_of, request_of
 
-CATALOGUE = load()
+CATALOGUE = load_catalogue()
 SURE = {"restart_seconds": 300.0, "save_stall_seconds": 1.0}
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.chips.catalogue import Figure
+from orchestrator.chips.chip import Figure
 from orchestrator.errors import ConfigError
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.memory import estimate_memory

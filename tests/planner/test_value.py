@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given as forall
 from hypothesis import strategies as st
 
-from orchestrator.chips.catalogue import UNVERIFIED, Figure, load
+from orchestrator.chips.chip import UNVERIFIED, Figure
+from orchestrator.chips.load import load_catalogue
 from orchestrator.planner.value import Value, derive, given, of_figure, unknown, write
 
 numbers = st.floats(1e-3, 1e9)
@@ -51,7 +52,7 @@ def test_marks():
 
 
 def test_what_no_source_confirms_is_an_estimate():
-    catalogue = load()
+    catalogue = load_catalogue()
     assert of_figure("x", Figure(3.0, "W", UNVERIFIED), "W", catalogue).estimated
     assert of_figure("x", Figure(3.0, "W", "stas", estimated=True), "W", catalogue).estimated
     published = of_figure("x", Figure(3.0, "W", "stas"), "W", catalogue)

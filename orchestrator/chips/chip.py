@@ -1,0 +1,143 @@
+"""One accelerator: its figures, each with a source or unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from orchestrator.errors import ConfigError
+
+UNVERIFIED = "memory-unverified"
+"""The source of a figure that nobody has confirmed."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its origin.
+
+    Attributes:
+        value: None where no public figure was found.
+        unit: of `value`.
+        source: key of `Catalogue.sources`, or the source itself; None only where the value is unknown.
+        note: what else must be known to use the number.
+        estimated: derived from other figures, not published as such.
+    """
+
+    value: float | None
+    unit: str
+    source: str | None = None
+    note: str | None = None
+    estimated: bool = False
+
+    @property
+    def known(self) -> bool:
+        return self.value is not None
+
+    @property
+    def verified(self) -> bool:
+        """Whether a source confirms the value. An unverified one must never be shown as published."""
+        return self.known and self.source != UNVERIFIED
+
+    def scaled(self, factor: float, note: str) -> Figure:
+        """The figure times `factor`; unknown stays unknown."""
+        if self.value is None:
+            return self
+        return replace(self, value=self.value * factor, note=f"{self.note}; {note}" if self.note else note)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "unknown"
+        flags = [text for flag, text in ((self.estimated, "estimated"), (not self.verified, "unverified")) if flag]
+        return f"{self.value:.4g} {self.unit}" + (f" ({', '.join(flags)})" if flags else "")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How the chips of one fast domain are wired.
+
+    Attributes:
+        kind: `3D torus`, `switched (NVSwitch)`, ...
+        domain_chips: chips that the fast links join.
+        dims: longest side per dimension of a torus; None where unknown.
+    """
+
+    kind: str | None = None
+    domain_chips: int | None = None
+    chips_per_host: int | None = None
+    hosts_per_domain: int | None = None
+    dims: tuple[int | None, ...] = ()
+    source: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Price:
+    """An on-demand list price in USD per chip-hour, and whose it is."""
+
+    usd_per_chip_hour: Figure
+    provider: str
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator as it is sold.
+
+    Attributes:
+        device_names: what the driver or torch calls exactly this chip.
+        intra_bandwidth: bytes/s one way between chips of a fast domain.
+        inter_bandwidths: bytes/s one way and chip between hosts, one per deployment (`note` says which).
+        logical_devices_per_chip: devices that torch sees per chip.
+        server_power: of the whole server, per chip.
+        achievable_*: the best matrix product that was measured.
+    """
+
+    key: str
+    vendor: str
+    name: str
+    device_names: tuple[str, ...]
+    fp32_flops: Figure
+    bf16_flops: Figure
+    fp8_flops: Figure
+    int8_ops: Figure
+    hbm_bytes: Figure
+    hbm_runtime_bytes: Figure
+    hbm_bandwidth: Figure
+    intra_bandwidth: Figure
+    link_bandwidth: Figure
+    inter_bandwidths: tuple[Figure, ...]
+    power: Figure
+    server_power: Figure
+    prices: tuple[Price, ...]
+    achievable_bf16_flops: Figure
+    achievable_fp8_flops: Figure
+    links_per_chip: int | None = None
+    logical_devices_per_chip: int = 1
+    topology: Topology = Topology()
+    note: str | None = None
+
+    def peak_flops(self, precision: str) -> Figure:
+        """Dense peak of the chip in FLOP/s, for `fp32`, `bf16` or `fp8`.
+
+        Raises:
+            ConfigError: no such precision.
+        """
+        peaks = {"fp32": self.fp32_flops, "bf16": self.bf16_flops, "fp8": self.fp8_flops}
+        if precision not in peaks:
+            raise ConfigError("there is no peak rate for this precision", got=precision, allowed=", ".join(peaks))
+        return peaks[precision]
+
+    def device_peak_flops(self, precision: str) -> Figure:
+        """Dense peak of one device as torch counts them: a part of the chip where it has several."""
+        peak = self.peak_flops(precision)
+        parts = self.logical_devices_per_chip
+        return peak if parts == 1 else peak.scaled(1 / parts, f"per device: {parts} devices per chip")
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """All figures with their names."""
+        for name, value in vars(self).items():
+            if isinstance(value, Figure):
+                yield name, value
+        for index, link in enumerate(self.inter_bandwidths):
+            yield f"inter_bandwidths[{index}]", link
+        for index, price in enumerate(self.prices):
+            yield f"prices[{index}]", price.usd_per_chip_hour
