@@ -8,6 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+from orchestrator import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,3 +51,15 @@ def test_every_recipe_composes(recipe):
     from orchestrator.config.compose import compose
 
     assert compose([f"experiment={recipe}"], config_dir=str(ROOT / "recipes")).config.name == recipe
+
+
+def test_the_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+def test_the_container_gets_what_the_wheel_is_made_of():
+    """`COPY . .` copies what `.dockerignore` lets through."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert allowed == {"orchestrator", "conf", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
+    assert all((ROOT / name).exists() for name in allowed)
