@@ -18,6 +18,7 @@ from typing import Any
 from orchestrator import stopping
 from orchestrator.config.convert import from_dict, from_dict_partly
 from orchestrator.config.files import check_option, read_plain
+from orchestrator.config.registry import is_dotted, permit, targets
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import check_ranges, validate
 from orchestrator.config.words import check_word, group_options, parse_words, split_flags
@@ -209,6 +210,8 @@ def _convert(cfg: Any, settings: Any) -> Composed:
         raise ConfigErrors([_problem_of(error)]) from error
     choices = {group: option for group, option in settings.runtime.choices.items() if not group.startswith("hydra")}
     data["experiment"] = choices.get("experiment")
+    # What the user names, on the command line or in a file of --config-dir, may be imported; see `registry`.
+    permit(named for _, named in targets(data) if isinstance(named, str) and is_dotted(named))
     given = [override for _, override in parse_words(settings.overrides.task)[0]]
     overrides = {override.key_or_group: override.key_or_group in choices for override in given}
     config, problems = from_dict_partly(RunConfig, data)

@@ -76,6 +76,8 @@ def describe_type(hint: Any) -> str:
         return f"a mapping to {describe_type(args[1])}"
     if dataclasses.is_dataclass(hint):
         return "a mapping with " + ", ".join(field.name for field in dataclasses.fields(hint))
+    if hint is Any:
+        return "anything"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
@@ -111,6 +113,8 @@ def _build(cls: type[Any], data: Any, path: str, problems: list[ConfigError]) ->
 def _convert(hint: Any, value: Any, path: str, problems: list[ConfigError]) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, path, problems)
+    if hint is Any:
+        return value  # arguments of a part: what they may be, it says itself
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, (list, tuple)):
         if len(args) == 2 and args[1] is Ellipsis:

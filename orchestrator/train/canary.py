@@ -17,12 +17,13 @@ from orchestrator import stopping
 from orchestrator.checkpoint.handover import read_reference
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config import registry
 from orchestrator.config.compose import Composed, read_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.errors import MISTAKE, CheckpointError, ConfigErrors, RunFailedError, UserError
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
-from orchestrator.hardware.world import World, detect
+from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
 from orchestrator.train.check import check_run
@@ -86,8 +87,9 @@ def _in_processes(config: RunConfig, checkpoint: AnyPath, environments: list[dic
     with tempfile.TemporaryDirectory(prefix="handover-") as name:
         folder = Path(name)
         rundir.write_config(folder, config)
+        parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
         worker = [sys.executable, "-m", "orchestrator.train.worker", "handover", name, str(checkpoint)]
-        ended = run_local(worker, environments)
+        ended = run_local(worker, [{**environment, **parts} for environment in environments])
         stopping.check()
         if ended.code == MISTAKE:
             raise UserError((folder / "error").read_text())
@@ -128,6 +130,7 @@ def measure_checkpoint(config: RunConfig, parallel: ParallelStrategy, where: Any
 def check_worker(argv: list[str]) -> int:
     """Be one process of those that `run_check` started: `FOLDER CHECKPOINT`."""
     folder, world = Path(argv[0]), detect(os.environ) or World()
+    registry.permit(json.loads(os.environ.get(OWN_PREFIX + "PARTS", "[]")))
     try:
         result = _measure(read_config(folder / rundir.CONFIG), world, locate(argv[1]))
     except UserError as error:

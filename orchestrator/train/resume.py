@@ -13,6 +13,7 @@ from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
 from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.storage import AnyPath, children, is_remote, locate, modified, resolved, there
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config import registry
 from orchestrator.config.compose import Composed, read_plain
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import CheckpointConfig, RunConfig
@@ -244,13 +245,14 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
 
     Raises:
         ConfigError: an experiment is asked for that the saved run is not.
-        ConfigErrors: what was saved is no configuration of this version.
+        ConfigErrors: what was saved is no configuration of this version, or names code that the command line does not.
     """
     if problems := check_stored(from_dict(RunConfig, point.saved)):
         raise ConfigErrors(problems)
     result = copy.deepcopy(dict(point.saved))
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
+    registry.refuse_stored(result, composed.data, point.checkpoint)
     result["resume"] = composed.config.resume
     # What is allowed is allowed once.
     result["resume_allow"] = list(composed.config.resume_allow)

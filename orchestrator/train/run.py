@@ -284,8 +284,10 @@ def quiet(rank: int) -> None:
 
 def train_worker() -> int:
     """Be one process of a run that the product's own launcher started."""
+    from orchestrator.config import registry
     from orchestrator.config.compose import read_config
 
+    registry.permit(json.loads(os.environ.get(OWN_PREFIX + "PARTS", "[]")))
     run_dir, checkpoints, resume = (os.environ[OWN_PREFIX + name] for name in ("RUN_DIR", "CHECKPOINTS_DIR", "RESUME"))
     world = detect(os.environ) or World()
     try:

@@ -18,6 +18,7 @@ from orchestrator.checkpoint.patience import wait_for_stores
 from orchestrator.checkpoint.signing import signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config import registry
 from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict
 from orchestrator.config.paths import absolute
@@ -328,4 +329,6 @@ def _from_here(path: Path) -> Path:
 
 def _variables(place: Place) -> dict[str, str]:
     paths = {"RUN_DIR": place.run_dir, "CHECKPOINTS_DIR": place.checkpoints, "RESUME": place.resume_from or ""}
-    return {OWN_PREFIX + name: str(path) for name, path in paths.items()}
+    # The workers read the run's configuration from its directory; what of it is the user's, they are told here.
+    parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
+    return {**{OWN_PREFIX + name: str(path) for name, path in paths.items()}, **parts}
