@@ -1,7 +1,65 @@
 """Train one language model on whatever accelerators you can get, from one configuration.
 
+    import orchestrator
+
+    run = orchestrator.train(["model=tiny", "train.max_steps=100"])
+    print(run.status, run.metrics[-1]["loss"])
+
 Every run is described by one Hydra configuration (`orchestrator.config`), sharded through one strategy interface
-(`orchestrator.strategies`) and saved in checkpoints that move between vendors (`orchestrator.checkpoint`).
+(`orchestrator.strategies`) and saved in checkpoints that move between vendors (`orchestrator.checkpoint`). Nothing is
+imported before it is used: `import orchestrator` does not import torch. See docs/python.md.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.api.configs import compose
+    from orchestrator.api.runs import Run, load_run
+    from orchestrator.api.training import train
+    from orchestrator.checkpoint.verify import Checkpoint
+    from orchestrator.config.compose import Composed
+    from orchestrator.config.schema import RunConfig
+    from orchestrator.strategies.dtensor import DTensorStrategy
+    from orchestrator.strategies.xla import XlaStrategy
+    from orchestrator.train.module import LanguageModule
+
 __version__ = "0.1.0"
+
+# name -> module that has it
+_MODULES = {
+    "Checkpoint": "checkpoint.verify",
+    "Composed": "config.compose",
+    "DTensorStrategy": "strategies.dtensor",
+    "LanguageModule": "train.module",
+    "Run": "api.runs",
+    "RunConfig": "config.schema",
+    "XlaStrategy": "strategies.xla",
+    "compose": "api.configs",
+    "load_run": "api.runs",
+    "train": "api.training",
+}
+__all__ = [
+    "Checkpoint",
+    "Composed",
+    "DTensorStrategy",
+    "LanguageModule",
+    "Run",
+    "RunConfig",
+    "XlaStrategy",
+    "compose",
+    "load_run",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'orchestrator' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"orchestrator.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from orchestrator.installing import how_to_install
 
@@ -21,6 +22,7 @@ INTERRUPTED = 130  # SIGINT was obeyed and the run saved: it can go on
 TERMINATED = 143  # the same for SIGTERM
 STOPPED = (INTERRUPTED, TERMINATED)
 _MAX_SHOWN = 30  # problems of a configuration that are printed
+_PARTS = ("what", "got", "allowed", "fix")
 
 
 def printable(text: object) -> str:
@@ -161,3 +163,23 @@ class MissingExtraError(UserError):
             f"{purpose} needs the package '{package}', which is not installed",
             fix=how_to_install(extra),
         )
+
+
+def error_to_dict(error: UserError) -> dict[str, Any]:
+    """Return an error as JSON data, for another process to raise."""
+    parts = {name: None if (part := getattr(error, name)) is None else str(part) for name in _PARTS}
+    problems = [error_to_dict(problem) for problem in error.problems] if isinstance(error, ConfigErrors) else []
+    return {"type": type(error).__name__, **parts, "problems": problems}
+
+
+def error_from_dict(data: Mapping[str, Any]) -> UserError:
+    """Return the error that `error_to_dict` described; of a type that this version does not have, a `UserError`."""
+    if data["type"] == ConfigErrors.__name__:
+        return ConfigErrors([error_from_dict(problem) for problem in data["problems"]])
+    kind = globals().get(data["type"])
+    if not (isinstance(kind, type) and issubclass(kind, UserError)):
+        kind = UserError
+    error = kind.__new__(kind)
+    # Past the constructors of those that are made from something else.
+    UserError.__init__(error, data["what"], got=data["got"], allowed=data["allowed"], fix=data["fix"])
+    return error

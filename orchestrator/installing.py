@@ -7,6 +7,8 @@ installed from where it is, and of an installed wheel the packages of an extra a
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import site
 import sys
 from pathlib import Path
 
@@ -38,6 +40,16 @@ def own_environment(extra: str) -> str:
     if extra in ("xla", "tpu"):
         return f"scripts/setup {extra}, then run .venv-xla/bin/python -m orchestrator"
     return f"ORCHESTRATOR_VENV=.venv-{extra} scripts/setup {extra}, then run .venv-{extra}/bin/python -m orchestrator"
+
+
+def importable() -> dict[str, str]:
+    """Return the variables with which a process that is started here finds this package, from whatever folder."""
+    root = Path(__file__).resolve().parents[1]
+    installed = [Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())]
+    if root in installed:
+        return {}
+    # An import by a path that only this process has, such as that of its script or of a notebook.
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
 
 
 def checkout() -> Path | None:

@@ -13,6 +13,7 @@ from orchestrator.errors import FAILED, INTERRUPTED, ConfigError, UserError, des
 from orchestrator.hardware.world import first_process
 from orchestrator.installing import how_to_install
 from orchestrator.observe.console import guarded
+from orchestrator.output import printing
 
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
 VERBS = {
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _complete()
     # Before anything is imported that takes time, and the standard streams before anything is opened in their place.
     with guarded(quits=True) as output:
-        with stopping.listening(announce=first_process()):
+        with printing(), stopping.listening(announce=first_process()):
             code = _run_safely(words)
         printed = output.close()
     # What a verb prints is its result, but for a training, whose result is kept elsewhere.

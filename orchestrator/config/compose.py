@@ -11,7 +11,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Composed:
     choices: dict[str, str | None]  # option of each config group
     overrides: dict[str, bool]  # dotted keys given on the command line -> whether it is a group
     job: int | None = None  # number of the job of a multirun
+    words: tuple[str, ...] | None = None  # what it was composed from in code; None: from the command line
 
 
 def conf_dir() -> Path:
@@ -187,7 +188,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Com
     """
     argv = [*overrides, *(["--config-dir", config_dir] if config_dir else [])]
     _check_overrides(argv)
-    return _compose_api(list(overrides), config_dir)
+    return replace(_compose_api(list(overrides), config_dir), words=tuple(argv))
 
 
 def read_config(path: Path) -> RunConfig:

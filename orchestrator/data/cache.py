@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from orchestrator.data.files import read_bounded
 from orchestrator.data.formats.base import Input
 from orchestrator.data.store import hash_file
 from orchestrator.errors import DataError
+from orchestrator.output import tell
 
 T = TypeVar("T")
 _MEMO_FROM_BYTES = 64 << 20  # below that, hashing again is as fast as it is safe
@@ -127,10 +128,10 @@ def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Ca
         ) from error
 
 
-def note(text: str, say: bool) -> None:
-    """One line for the user on standard error."""
+def note(text: str, say: bool, level: int = logging.INFO) -> None:
+    """Tell the user one line, if `say` is on."""
     if say:
-        print(text, file=sys.stderr, flush=True)
+        tell(text, level=level)
 
 
 def _try_load(target: Path, load: Callable[[Path], T], say: bool) -> T | None:
@@ -139,7 +140,7 @@ def _try_load(target: Path, load: Callable[[Path], T], say: bool) -> T | None:
     try:
         return load(target)
     except DataError as error:
-        note(f"warning: the cache is damaged, and is prepared again: {error}", say)
+        note(f"the cache is damaged, and is prepared again: {error}", say, logging.WARNING)
         return None
 
 

@@ -37,6 +37,7 @@ from orchestrator.data.tokens.base import TokenTally, token_batches, token_spec
 from orchestrator.data.tokens.registry import TOKEN_FORMATS
 from orchestrator.data.vocabulary import library_threads
 from orchestrator.errors import DataError
+from orchestrator.output import is_printed
 
 SHARD_TOKENS = 1 << 26
 _CHUNK_CHARACTERS = 1 << 19
@@ -136,7 +137,7 @@ def _spool(path: Path, chunks: Iterable[_Chunk], total: int, progress: bool) -> 
     hashes: list[np.ndarray] = []
     text_bytes: list[np.ndarray] = []
     # A log would be filled with carriage returns: there the bar is shown on a terminal only.
-    hide = None if progress else True
+    hide = None if progress and is_printed() else True
     bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=hide)
     with bar, open(path, "wb") as spool:
         for chunk in chunks:

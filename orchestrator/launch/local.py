@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -20,13 +22,16 @@ from orchestrator.errors import DONE, FAILED, STOPPED
 from orchestrator.hardware.beats import read_beat
 from orchestrator.hardware.world import World
 from orchestrator.launch import guard
+from orchestrator.output import Stream
 
 _GRACE_SECONDS = 15.0  # a process whose peer died cannot save: its collectives fail
 _SAVE_SECONDS = 120.0  # the others have stopped, and saved
 _POLL_SECONDS = 0.1
+_LAST_LINES_SECONDS = 5.0
 _VMSTAT = Path("/proc/vmstat")
 
 Process = subprocess.Popen[bytes]
+Hear = Callable[[str, Stream], object]
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,18 @@ class Ended:
     step: int | None = None
 
 
-def run_local(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
+def run_local(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], hear: Hear | None = None, announce: bool = True
+) -> Ended:
     """Run `command` once per entry of `environments` and wait for all.
 
     A request to stop is passed on once to each, as SIGTERM; when one process fails the others are ended; when this
     process dies they are ended, too. They have sessions of their own, so that a Ctrl-C reaches them through here alone.
+
+    Args:
+        hear: called with each line that a process prints, and whether that is on standard output or standard error;
+            from threads, one line at a time. None: the processes print where this one does.
+        announce: acknowledge a request to stop on standard error.
     """
     processes: list[Process] = []
     with (
@@ -57,18 +69,50 @@ def run_local(command: Sequence[str], environments: Sequence[Mapping[str, str]])
         contextlib.ExitStack() as held,
     ):
         store = Path(folder) / "store"
-        held.enter_context(stopping.listening())
+        held.enter_context(stopping.listening(announce=announce))
         held.enter_context(stopping.deferred(watched=True))
         try:
             for rank, extra in enumerate(environments):
                 world = World(rank, len(environments), rank, len(environments), f"file:{store}")
                 env = {**os.environ, **extra, **world.environment()}
-                processes.append(subprocess.Popen(command, env=env, start_new_session=True))
+                pipe = subprocess.PIPE if hear else None
+                processes.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, start_new_session=True))
             held.enter_context(_guarded(processes))
+            if hear:
+                held.enter_context(_heard(processes, hear))
             return _watch(processes, store)
         finally:
             # Some may be stopped, and what they were started for is over.
             _end(processes, _GRACE_SECONDS)
+
+
+@contextlib.contextmanager
+def _heard(processes: Sequence[Process], hear: Hear) -> Iterator[None]:
+    """Hand on what the processes print, all of it before the block is left."""
+    lock = threading.Lock()
+
+    def read(pipe: IO[bytes], stream: Stream) -> None:
+        with pipe:
+            for line in pipe:
+                # Whatever becomes of a line, a pipe that nobody reads would hold the process up.
+                with lock, contextlib.suppress(Exception):
+                    hear(line.decode(errors="replace").rstrip("\r\n"), stream)
+
+    threads = []
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        pipes: list[tuple[IO[bytes], Stream]] = [(process.stdout, "stdout"), (process.stderr, "stderr")]
+        threads += [threading.Thread(target=read, args=arguments, daemon=True) for arguments in pipes]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        _end(processes, _GRACE_SECONDS)
+        for thread in threads:
+            # A process that they left behind may hold the pipe for ever.
+            thread.join(_LAST_LINES_SECONDS)
 
 
 @contextlib.contextmanager

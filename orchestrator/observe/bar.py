@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from orchestrator.output import is_printed
+
 
 class Bar:
     """A bar on standard error, where that is a terminal. Several threads may report."""
@@ -13,7 +15,7 @@ class Bar:
         from tqdm import tqdm
 
         # disable=None: no bar where nobody sees it.
-        hide = None if shown else True
+        hide = None if shown and is_printed() else True
         self._bar: Any = tqdm(desc=title, total=total, unit=unit, unit_scale=True, disable=hide, leave=False)
         self._lock = threading.Lock()
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.observe.plan_svg import Dot, Line, log_chart, stacked_bar
 from orchestrator.observe.plan_text import MEMORY_PARTS, stack_of, train_words
+from orchestrator.output import is_printed
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
 from orchestrator.planner.plan import FleetPlan, Request, pareto
 from orchestrator.planner.scaling import BINDS, ScalePoint, binding, scale, sizes
@@ -77,7 +78,8 @@ def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves:
 def _curves(request: Request, plans: Sequence[FleetPlan], catalogue: Catalogue) -> list[list[ScalePoint]]:
     """The scaling of every kind of chip, searched size by size."""
     wanted = [sizes(plan.fleet) for plan in plans]
-    with tqdm(total=sum(map(len, wanted)), desc="scaling", file=sys.stderr, leave=False, disable=None) as bar:
+    hide = None if is_printed() else True
+    with tqdm(total=sum(map(len, wanted)), desc="scaling", file=sys.stderr, leave=False, disable=hide) as bar:
         curves = []
         for plan, chips in zip(plans, wanted, strict=True):
             points: list[ScalePoint] = []

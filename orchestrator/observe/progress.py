@@ -12,6 +12,7 @@ import lightning.pytorch as lightning
 from tqdm import tqdm
 
 from orchestrator.observe.metrics import Metrics
+from orchestrator.output import is_printed, tell
 
 T = TypeVar("T")
 _LINE_SECONDS = 10.0
@@ -30,7 +31,7 @@ class Progress(lightning.Callback):
 
     def __init__(self, metrics: Metrics, step: int, max_steps: int):
         self._metrics, self._max_steps = metrics, max_steps
-        self._terminal = sys.stderr.isatty()
+        self._terminal = is_printed() and sys.stderr.isatty()
         self._next_line = 0.0
         self._first, self._started = step, time.monotonic()
         self._bar = (
@@ -79,7 +80,7 @@ class Progress(lightning.Callback):
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:
-            print(text, flush=True)
+            tell(text, stream="stdout")
 
     def close(self) -> None:
         if self._bar is not None:

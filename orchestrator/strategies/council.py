@@ -5,8 +5,8 @@ Both strategies meet through it, each with its own process group for what the de
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from orchestrator.errors import HardwareError
 from orchestrator.hardware.address import await_listener, reachable
 from orchestrator.hardware.beats import Beat, read_beat, write_beat
 from orchestrator.hardware.world import World
+from orchestrator.output import tell
 
 _POLL_SECONDS = 0.05
 
@@ -157,7 +158,7 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    tell(text, level=logging.WARNING)
 
 
 def _start_of_job(store: dist.Store, world: World, timeout: timedelta) -> str:

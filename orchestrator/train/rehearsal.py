@@ -36,6 +36,7 @@ from orchestrator.errors import UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
+from orchestrator.output import printing
 from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.base import local_parameters
 from orchestrator.strategies.xla import XlaStrategy
@@ -187,7 +188,8 @@ def main(argv: list[str]) -> int:
     """Stage `DIRECTORY/config.yaml` into `PROGRAM` and `FACTS` beside it."""
     directory, start = Path(argv[0]), time.monotonic()
     try:
-        staged = stage(read_config(directory / rundir.CONFIG))
+        with printing():
+            staged = stage(read_config(directory / rundir.CONFIG))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

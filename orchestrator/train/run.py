@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-import sys
 import textwrap
 import threading
 from collections.abc import Callable
@@ -17,9 +17,10 @@ from orchestrator import stopping
 from orchestrator.checkpoint.patience import wait_for_stores
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import DIVERGED, DONE, DamagedDataError, LostPeerError, UserError
+from orchestrator.errors import DIVERGED, DONE, DamagedDataError, LostPeerError, UserError, error_to_dict
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
+from orchestrator.output import tell
 from orchestrator.train import rundir
 from orchestrator.train.record import Record
 from orchestrator.train.say import doing, say, warn
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from orchestrator.resilience.peers import Peers
     from orchestrator.strategies.base import ParallelStrategy
     from orchestrator.train.build import Job
+
+
+ERRORS = "ERRORS"  # variable, behind OWN_PREFIX: the folder where processes leave their errors for the launcher
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
         LostPeerError: another process has gone or does not answer.
     """
 
-    def tell(text: str) -> None:
+    def show(text: str) -> None:
         if world.rank == 0:
             doing(text, config)
 
     wait_for_stores(config.checkpoint.store_timeout_seconds)
-    tell("loading torch")
+    show("loading torch")
     if threading.current_thread() is not threading.main_thread():
         warn("signals are not seen outside of the main thread: a request to stop ends this process unsaved")
     from orchestrator.data.prepare import prepare
@@ -70,7 +74,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
     with stopping.listening():
         parallel = make_strategy(config, resolve(config.hardware), world)
         if world.size > 1:
-            tell(f"waiting for {world.size} processes to meet")
+            show(f"waiting for {world.size} processes to meet")
         parallel.join()
         peers = Peers(parallel)
         try:
@@ -80,7 +84,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], P
                 data = prepare(config.data, progress=False, verify=False)
                 # As rank 0 reads it: not every host need see the run directory.
                 facts = json.loads(parallel.agree(json.dumps(rundir.read_run(place.run_dir))))
-                tell(f"restoring {place.resume_from}" if place.resume_from else "building the model")
+                show(f"restoring {place.resume_from}" if place.resume_from else "building the model")
                 job = build(config, parallel, data, place, leg=len(facts["legs"]))
                 peers.follow(lambda: job.module.step)
                 checked = _hand_over(config, job, place.run_dir)
@@ -250,7 +254,7 @@ def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None
 def _conclude_diverged(run_dir: Path, record: Record) -> None:
     from orchestrator.train.aftermath import text
 
-    print(f"\n{text(record.legs[-1]['diverged'])}", file=sys.stderr, flush=True)
+    tell(f"\n{text(record.legs[-1]['diverged'])}")
     say(f"report     {run_dir / 'report.html'}")
     say(f"run        {run_dir}")
 
@@ -267,7 +271,6 @@ def _report(run_dir: Path) -> None:
 
 def quiet(rank: int) -> None:
     """Lightning announces devices and tips; the run says what matters itself."""
-    import logging
     import warnings
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
@@ -297,5 +300,7 @@ def train_worker() -> int:
         # All ranks meet the same problem; one says so. Who lost the others may be the only one that is left, and a
         # damaged part of the data is met by whoever reads it.
         if world.rank == 0 or isinstance(error, (LostPeerError, DamagedDataError)):
-            print(f"error: {error}", file=sys.stderr)
+            tell(str(error), level=logging.ERROR)
+        if folder := os.environ.get(OWN_PREFIX + ERRORS):
+            Path(folder, f"{world.rank}.json").write_text(json.dumps(error_to_dict(error)))
         return error.exit_code

@@ -101,6 +101,33 @@ def newest_run(runs_dir: str) -> Path:
     raise CheckpointError("there are no runs with checkpoints here", got=runs_dir, fix="give the run's directory")
 
 
+def find_run(where: str, runs_dir: str) -> Path:
+    """Return the run directory that a user means.
+
+    Args:
+        where: `latest`; a run directory, or the folder of its name, whose newest run is meant; or the same below
+            `runs_dir`, such as `tiny` or `tiny/20260131-120000`.
+        runs_dir: where `latest` and names look.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    if where == "latest":
+        found = latest_runs(Path(runs_dir))
+    else:
+        places = [Path(where).expanduser(), Path(runs_dir) / where]
+        found = [place for place in places if (place / rundir.CONFIG).is_file()]
+        found = found or [run for place in places if place.is_dir() for run in runs_below(place)]
+    if not found:
+        raise CheckpointError(
+            "there is no such run",
+            got=where,
+            allowed="latest, a run directory, or the name of a run",
+            fix=f"see what there is below {runs_dir}, or give runs_dir",
+        )
+    return found[0]
+
+
 def is_empty(run_dir: Path) -> bool:
     """Return whether nothing was trained in a run directory: its start failed, and it holds nothing of worth."""
     try:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import printable
+from orchestrator.output import tell
 
 _QUIET = ("logger=quiet", "logger.progress=false")
 
 
 def say(text: str) -> None:
-    """Print a line of the run's own."""
-    print(text, flush=True)
+    """Tell a line of the run's own."""
+    tell(text, stream="stdout")
 
 
 def warn(text: str) -> None:
     """Say on standard error what went otherwise than asked."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    tell(printable(text), level=logging.WARNING)
 
 
 def doing(text: str, config: RunConfig | Sequence[str]) -> None:
@@ -29,4 +30,4 @@ def doing(text: str, config: RunConfig | Sequence[str]) -> None:
     """
     shown = config.logger.progress if isinstance(config, RunConfig) else not set(_QUIET) & {w.lower() for w in config}
     if shown:
-        print(f"start      {text}", file=sys.stderr, flush=True)
+        tell(f"start      {text}")

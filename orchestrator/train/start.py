@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import sys
+import tempfile
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,21 +29,36 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
 from orchestrator.data.validation import check_data
-from orchestrator.errors import FAILED, STOPPED, CheckpointError, ConfigError, ConfigErrors, DamagedError
+from orchestrator.errors import (
+    DONE,
+    FAILED,
+    STOPPED,
+    CheckpointError,
+    ConfigError,
+    ConfigErrors,
+    DamagedError,
+    LostPeerError,
+    UserError,
+    error_from_dict,
+)
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import device_count, find_world, job_devices, resolve
 from orchestrator.hardware.world import OWN_PREFIX, World
+from orchestrator.installing import importable
 from orchestrator.launch.local import Ended, run_local
+from orchestrator.output import Stream, relay, tell
 from orchestrator.train import changes, identity, initial, resume, rundir, runs
 from orchestrator.train.check import check_run
 from orchestrator.train.fits import check_memory
 from orchestrator.train.layout import precision_of, settle_layout
-from orchestrator.train.run import Place
-from orchestrator.train.say import doing, warn
+from orchestrator.train.run import ERRORS, Place
+from orchestrator.train.say import doing, say, warn
 from orchestrator.train.stored_model import holds_model
 
 if TYPE_CHECKING:
     from orchestrator.strategies.base import ParallelStrategy
+
+_LINES_KEPT = 20  # of what failed processes printed last, for the error
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class Plan:
         uuid: of the run, where it began in another place.
         patient: wait for an earlier process of the same job to end.
         finished: why there is nothing left to do.
+        words: what the run was composed from, for the record; None: the command line.
     """
 
     config: RunConfig
@@ -62,23 +81,59 @@ class Plan:
     uuid: str | None = None
     patient: bool = False
     finished: str | None = None
+    words: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of a run that was started.
+
+    Attributes:
+        code: the exit code, one of those of `errors`.
+        run_dir: of the run; it is gone where nothing was trained. None where there was nothing to start.
+        finished: why there was nothing to start.
+        error: what a process of the run has left as its reason to fail, if they were asked to (`captured`).
+        problems: a line for each process that was lost.
+        last_lines: of what the processes printed on standard error, if that was captured.
+    """
+
+    code: int
+    run_dir: Path | None = None
+    finished: str | None = None
+    error: UserError | None = None
+    problems: tuple[str, ...] = ()
+    last_lines: tuple[str, ...] = ()
 
 
 def start(composed: Composed) -> int:
-    """Train as the command line says. Returns the exit code.
+    """Train as the command line says, and print what its processes print. Returns the exit code.
 
     Raises:
         UserError: what is wrong, before anything was started or written.
     """
+    return launch(composed).code
+
+
+def launch(composed: Composed, captured: bool = False) -> Outcome:
+    """Train as `composed` says, in processes of this machine or as one of those that an engine has started.
+
+    Args:
+        captured: the processes print nothing, nor does this one: their lines go to the logger, and their errors come
+            back.
+
+    Raises:
+        UserError: what is wrong, before anything was started or written; in a process of an engine at any time.
+        Stopped: in a process of an engine: a signal came before the first step.
+    """
     world = find_world(composed.config.hardware, os.environ)
     main = world is None or world.rank == 0
     wait_for_stores(composed.config.checkpoint.store_timeout_seconds)
-    plan = _settle(composed, main=main, alone=world is None)
+    plan = replace(_settle(composed, main=main, alone=world is None), words=composed.words)
     if plan.finished is not None:
         if main:
-            print(plan.finished, flush=True)
-        return 0
-    return _start_local(plan) if world is None else _join_external(plan, world)
+            say(plan.finished)
+        return Outcome(DONE, plan.run_dir, plan.finished)
+    return _start_local(plan, captured) if world is None else _join_external(plan, world)
 
 
 def _settle(composed: Composed, main: bool, alone: bool) -> Plan:
@@ -101,7 +156,7 @@ def _settle(composed: Composed, main: bool, alone: bool) -> Plan:
     own, run_dir = resume.find_own(composed, name, check, warn)
     if main:
         goes_on = f"goes on from {own.checkpoint.name}" if own else "starts: it has no checkpoint yet"
-        print(f"run        {run_dir} {goes_on}", file=sys.stderr)
+        tell(f"run        {run_dir} {goes_on}")
     if own is None:
         return replace(_new(composed, check, main, name), patient=True)
     return replace(_going_on(composed, own, name, check, main, alone), patient=True)
@@ -165,7 +220,7 @@ def _check_changes(saved: RunConfig, merged: RunConfig, state: Mapping[str, Any]
     if change := changes.precision_change(state.get("precision"), precision_of(merged, target)):
         found.append(change)
     for change in found if main else []:
-        print(f"changed    {change}", file=sys.stderr)
+        tell(f"changed    {change}")
     changes.check(found, merged.resume_allow)
 
 
@@ -199,7 +254,31 @@ def _check_places(config: RunConfig, signs: bool) -> None:
     trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
 
 
-def _start_local(plan: Plan) -> int:
+class _Capture:
+    """What the processes of a run print and report, kept from the terminal."""
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+        self._last: deque[str] = deque(maxlen=_LINES_KEPT)
+
+    def hear(self, line: str, stream: Stream) -> None:
+        if line.strip():
+            relay(line, stream)
+            if stream == "stderr":
+                self._last.append(line)
+
+    def variables(self) -> dict[str, str]:
+        return {OWN_PREFIX + ERRORS: str(self._folder)}
+
+    def outcome(self, ended: Ended, run_dir: Path) -> Outcome:
+        found = [error_from_dict(json.loads(path.read_text())) for path in sorted(self._folder.glob("*.json"))]
+        # Who lost another process knows less than that process.
+        found.sort(key=lambda error: isinstance(error, LostPeerError))
+        error = found[0] if found else None
+        return Outcome(ended.code, run_dir, None, error, ended.problems, tuple(self._last))
+
+
+def _start_local(plan: Plan, captured: bool) -> Outcome:
     """Start one process per device of this machine."""
     config = plan.config
     target = resolve(config.hardware)
@@ -214,32 +293,42 @@ def _start_local(plan: Plan) -> int:
         common, processes = _variables(place), target.processes(devices)
         environments = [{**target.environment(config.hardware, rank, processes), **common} for rank in range(processes)]
         doing(f"starting {processes} process{'es' if processes > 1 else ''}", config)
-        ended = run_local([sys.executable, "-m", "orchestrator.train.worker", "train"], environments)
+        command = [sys.executable, "-m", "orchestrator.train.worker", "train"]
+        if not captured:
+            ended = run_local(command, environments)
+            _conclude(ended, place)
+            return Outcome(ended.code, place.run_dir, problems=ended.problems)
+        capture = _Capture(held.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-")))
+        environments = [{**environment, **importable(), **capture.variables()} for environment in environments]
+        ended = run_local(command, environments, capture.hear, announce=False)
         _conclude(ended, place)
-        return ended.code
+        return capture.outcome(ended, place.run_dir.absolute())
 
 
 def _conclude(ended: Ended, place: Place) -> None:
     """What processes that were ended could not say: what has become of the run, and how it goes on."""
     if ended.code in STOPPED and "status" not in rundir.read_run(place.run_dir):
-        print("stopped    before the first step: there is nothing to save", file=sys.stderr)
+        tell("stopped    before the first step: there is nothing to save")
     elif ended.code == FAILED or ended.problems:
         for problem in ended.problems:
-            print(f"{'stopped   ' if ended.code in STOPPED else 'error:'} {problem}", file=sys.stderr)
+            if ended.code in STOPPED:
+                tell(f"stopped    {problem}")
+            else:
+                tell(problem, level=logging.ERROR)
         try:
             newest = committed(place.checkpoints)
         except CheckpointError as error:  # a store that has gone; the exit code is that of the run
             newest = []
-            print(f"checkpoint unknown: {error.what}", file=sys.stderr)
+            tell(f"checkpoint unknown: {error.what}")
         else:
-            print(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}", file=sys.stderr)
+            tell(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}")
         if newest:
-            print(f"continue   python -m orchestrator train resume={place.run_dir}", file=sys.stderr)
+            tell(f"continue   python -m orchestrator train resume={place.run_dir}")
     if ended.code:
         rundir.mark_ended(place.run_dir, "interrupted" if ended.code in STOPPED else "failed", ended.step)
 
 
-def _join_external(plan: Plan, world: World) -> int:
+def _join_external(plan: Plan, world: World) -> Outcome:
     """Be one of the processes that torchrun, Slurm or the user has started, on TPUs one per host."""
     target = resolve(plan.config.hardware)
     devices, slices = job_devices(plan.config.hardware, target, world), target.slices()
@@ -255,15 +344,22 @@ def _join_external(plan: Plan, world: World) -> int:
 
     from orchestrator.train.run import work
 
+    places = []
+
+    def settle(parallel: ParallelStrategy) -> Place:
+        places.append(_agree(plan, parallel, held))
+        return places[0]
+
     with contextlib.ExitStack() as held:
-        return work(plan.config, world, lambda parallel: _agree(plan, parallel, held))
+        code = work(plan.config, world, settle)
+    return Outcome(code, places[0].run_dir.absolute())
 
 
 def _planned(config: RunConfig, target: Target, devices: int, main: bool) -> RunConfig:
     """The configuration with the layout that the run will have. The run keeps its own: other devices, other plans."""
     settled = settle_layout(config, target, devices)
     if settled.why and main:
-        print(f"layout     {settled.why}", file=sys.stderr)
+        tell(f"layout     {settled.why}")
     return replace(config, layout=settled.layout)
 
 
@@ -315,7 +411,8 @@ def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> Place:
     checkpoints = rundir.checkpoints_dir(run_dir, plan.config)
     if plan.config.checkpoint.dir != "auto":
         held.enter_context(rundir.hold(checkpoints, run_dir, plan.name))
-    facts = {"id": identity.uuid_of(run_dir), "run_id": plan.name, "command": shlex.join(sys.argv[1:])}
+    words = sys.argv[1:] if plan.words is None else plan.words
+    facts = {"id": identity.uuid_of(run_dir), "run_id": plan.name, "command": shlex.join(words)}
     rundir.write_run(run_dir, {**rundir.read_run(run_dir), **facts})
     rundir.write_config(run_dir, plan.config)
     remove_uncommitted(checkpoints)

@@ -6,12 +6,13 @@ import sys
 
 from orchestrator import stopping
 from orchestrator.observe.console import guarded
+from orchestrator.output import printing
 
 
 def main(argv: list[str]) -> int:
     """Be one process of a run (`train`) or of a handover check (`handover FOLDER CHECKPOINT`); its exit code."""
     # Before anything is imported that takes time. The launcher acknowledges a signal, for all.
-    with stopping.listening(announce=False):
+    with printing(), stopping.listening(announce=False):
         try:
             kind, *words = argv
             if kind == "train":
