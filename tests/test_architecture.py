@@ -77,6 +77,7 @@ NOT_IN: dict[str, set[str]] = {
 PICKLE_READER = "checkpoint/foreign_pickle.py"
 # Modules that import by name: what the product's own tables name, and what the user does (`config.registry`).
 IMPORT_BY_NAME = {"cli/__init__.py", "cli/checkpoint.py", "hardware/registry.py", "config/registry.py"}
+IMPORT_BY_NAME |= {"__init__.py", "train/__init__.py"}  # the package's own names, when they are used
 NOWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_CALLS |= {"yaml.full_load", "np.load", "numpy.load", "os.system", "os.popen"}
