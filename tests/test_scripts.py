@@ -23,10 +23,10 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for name in ("pyproject.toml", "constraints.txt", "constraints-xla.txt", "constraints-tpu-compiler.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    for venv in (".venv", ".venv-xla", ".venv-tpu-compiler"):
+    for venv in (".venv", ".venv-xla", ".venv-tpu-compiler", ".venv-docs"):
         folder = tmp_path / venv / "bin"
         folder.mkdir(parents=True)
-        for name in ("python", "ruff", "mypy"):
+        for name in ("python", "ruff", "mypy", "mkdocs"):
             # `python -c` hashes the requirements: no call to write down.
             text = f'#!/bin/sh\n[ "$1" = -c ] && exec cksum\necho {venv}/{name} "$@" >>{tmp_path}/calls\n'
             (folder / name).write_text(text)
@@ -112,7 +112,7 @@ def test_what_cannot_be_found_is_left_to_the_product_to_say(checkout, where):
     assert call(checkout, "train", *words) == [LIGHT[0], f"{LIGHT[1]} {' '.join(words)}"]
 
 
-@pytest.mark.parametrize("extras", ["", "dev", "xla", "tpu", "tpu-compiler"])
+@pytest.mark.parametrize("extras", ["", "dev", "xla", "tpu", "tpu-compiler", "docs"])
 def test_setup_installs_only_what_has_changed(checkout, extras):
     words = [extras] if extras else []
     assert len(call(checkout, "setup", *words)) == 1
@@ -127,6 +127,14 @@ def test_setup_installs_only_what_has_changed(checkout, extras):
 def test_the_compiler_has_an_environment_without_the_product(checkout):
     (line,) = call(checkout, "setup", "tpu-compiler")
     assert line == ".venv-tpu-compiler/python installs constraints-tpu-compiler.txt"
+
+
+def test_the_documentation_is_built_in_an_environment_without_the_product(checkout):
+    assert call(checkout, "docs") == [
+        ".venv-docs/python installs constraints.txt requirements.txt",
+        ".venv-docs/mkdocs build --clean",
+    ]
+    assert call(checkout, "docs", "--run", "data")[-1] == ".venv/python -m scripts.docs_run data"
 
 
 def test_test_runs_the_second_suite_only_when_asked(checkout):
