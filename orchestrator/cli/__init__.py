@@ -20,6 +20,7 @@ VERBS = {
     "train": "train a model: a new run, or one that goes on",
     "data": "make a token store from text, JSONL or Parquet; look into one",
     "generate": "continue a prompt with a trained checkpoint",
+    "compare": "runs side by side: losses, speed, and what differs between them",
     "plan": "what a run needs, on whose chips, how long and for how much, before anyone pays",
     "checkpoint": "look into checkpoints, check, compare, convert and prune them",
     "rehearse": "whether a run fits a TPU, by Google's own compiler and without a TPU",

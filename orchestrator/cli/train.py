@@ -17,7 +17,7 @@ Examples
   train experiment=tiny_gpt optim.lr=1e-3 train.max_steps=200
   train resume=latest                     go on where the last run stopped (or: resume=DIRECTORY)
   train train.init_from=DIRECTORY         start from the weights of a checkpoint (checkpoint import makes one)
-  train -m optim.lr=1e-3,3e-4             one run per value
+  train -m optim.lr=1e-3,3e-4             one run per value, and a table of what each reached (train.objective)
 
 Groups
 {groups}
@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
         # What follows imports much. In a log a mistake is better said alone.
         doing("reading the configuration", argv)
     from orchestrator.planner.models import refuse_planned_only
-    from orchestrator.train.start import start
+    from orchestrator.train.objective import start_and_score
 
     refuse_planned_only(argv, "train")
-    return run_composed(argv, "orchestrator train", start)
+    return run_composed(argv, "orchestrator train", start_and_score)
 
 
 # Of Hydra: something is printed, and no run started.

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import stopping
 from orchestrator.config.convert import from_dict, from_dict_partly
 from orchestrator.config.files import check_option, read_plain
 from orchestrator.config.registry import is_dotted, permit, targets
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.sweep import Scored, Sweep, SweepStopped
 from orchestrator.config.validate import check_ranges, validate
 from orchestrator.config.words import check_word, group_options, parse_words, split_flags
-from orchestrator.errors import DONE, FAILED, MISTAKE, STOPPED, ConfigError, ConfigErrors, UserError, describe_defect
+from orchestrator.errors import DONE, MISTAKE, ConfigError, ConfigErrors, UserError
 
 __all__ = ["Composed", "compose", "conf_dir", "group_options", "read_config", "read_plain", "run_composed"]
 
@@ -52,10 +52,11 @@ def conf_dir() -> Path:
     return beside if (beside / f"{CONFIG_NAME}.yaml").is_file() else package / "conf"
 
 
-def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]) -> int:
+def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int | Scored]) -> int:
     """Compose from `argv` (overrides and Hydra's flags) and call `task`, once per job of a multirun.
 
-    A job of a multirun that fails is reported and the others run; one that a signal stopped is the last.
+    A job of a multirun that fails is reported and the others run; one that a signal stopped is the last. Hydra's
+    sweeper gets the objective of each job, where `task` returns one.
 
     Returns:
         The exit code of the job. Of a multirun: that of the stopped job; else `FAILED` where trying again may help
@@ -68,26 +69,30 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]
     from omegaconf import DictConfig
 
     _check_overrides(argv)
-    sweep = _Sweep()
+    sweep = Sweep()
     failure: list[BaseException] = []
 
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
         settings = HydraConfig.get()
 
-        def work() -> int:
+        def work() -> Scored:
             with _environment("HYDRA_FULL_ERROR", full_error):
-                return task(_convert(cfg, settings))
+                ended = task(_convert(cfg, settings))
+                return ended if isinstance(ended, Scored) else Scored(ended)
 
         if settings.mode is not None and settings.mode.name == "MULTIRUN":
-            sweep.run(f"{settings.job.num}: {settings.job.override_dirname}", work)
-            return
+            name, words = f"{settings.job.num}: {settings.job.override_dirname}", settings.overrides.task
+            return sweep.run(name, {key: value for key, _, value in (word.partition("=") for word in words)}, work)
         try:
-            sweep.codes["0"] = work()
+            ended = work()
+            sweep.jobs["0"] = ({}, ended)
+            return ended.objective
         except BaseException as error:
             # Raised again below: Hydra would take it for its own.
             failure.append(error)
+            return None
 
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     if (code := _run_hydra(job, prog, argv)) != DONE:
@@ -97,7 +102,7 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int]
     return sweep.conclude()
 
 
-def _run_hydra(job: Callable[[Any], None], prog: str, argv: Sequence[str]) -> int:
+def _run_hydra(job: Callable[[Any], float | None], prog: str, argv: Sequence[str]) -> int:
     """Let Hydra read `argv` and call `job`. Returns `MISTAKE` where it has printed what is wrong."""
     import hydra
 
@@ -112,7 +117,7 @@ def _run_hydra(job: Callable[[Any], None], prog: str, argv: Sequence[str]) -> in
         # Its code for what it has printed is 1, ours for the user's mistakes is 2.
         if stop.code not in (0, None):
             return MISTAKE
-    except _SweepStopped:
+    except SweepStopped:
         pass
     except BrokenPipeError:
         raise  # the reader of what --cfg prints has gone
@@ -121,50 +126,6 @@ def _run_hydra(job: Callable[[Any], None], prog: str, argv: Sequence[str]) -> in
     finally:
         sys.argv = saved
     return DONE
-
-
-class _SweepStopped(BaseException):
-    """Ends Hydra's loop over the jobs, which goes on after every `Exception`."""
-
-
-class _Sweep:
-    """What became of the jobs.
-
-    Attributes:
-        codes: number and overrides of a job -> its exit code.
-    """
-
-    def __init__(self) -> None:
-        self.codes: dict[str, int] = {}
-
-    def run(self, name: str, task: Callable[[], int]) -> None:
-        stopping.check()  # a signal may have come when the last job was all but done
-        print(f"--- job {name}", flush=True)
-        try:
-            code = task()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = error.exit_code
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAILED
-        except Exception as error:
-            print(describe_defect(error), file=sys.stderr)
-            code = FAILED
-        self.codes[name] = code
-        if code in STOPPED:
-            print("the sweep was stopped: jobs after this one are not started", file=sys.stderr)
-            raise _SweepStopped
-
-    def conclude(self) -> int:
-        """Say which jobs failed, and return the exit code of all."""
-        failed = {name: code for name, code in self.codes.items() if code}
-        if len(self.codes) > 1 and failed:
-            jobs = "\n".join(f"  job {name}  (exit code {code})" for name, code in failed.items())
-            print(f"{len(failed)} of {len(self.codes)} jobs did not end well:\n{jobs}", file=sys.stderr)
-        codes = set(failed.values())
-        return next(
-            (code for code in STOPPED if code in codes), FAILED if FAILED in codes else max(codes, default=DONE)
-        )
 
 
 @contextlib.contextmanager

@@ -242,6 +242,7 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a step does whose loss or gradient norm is not finite
     max_skips: int = 10  # steps in a row that on_nonfinite=skip leaves out; one more, and the run stops
     init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
+    objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep
     sample: SampleConfig = SampleConfig()
 
 

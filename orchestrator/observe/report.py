@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from orchestrator.observe.page import frame
 from orchestrator.observe.report_data import (
     MEAN_STEPS,
     Point,
@@ -40,7 +41,6 @@ __all__ = ["summarise", "write_report"]
 
 _SAMPLES_SHOWN = 12
 _SMOOTH_FROM = 200  # training rows from which the loss is smoothed
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -74,14 +74,7 @@ def render(data: RunData) -> str:
         _config(data),
         f"<footer>Written {clock_time(time.time())} from the files in {escape(str(data.run_dir))}</footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f'<title>{name}</title>\n<link rel="icon" href="data:,">\n<style>\n{_asset("report.css")}</style>\n</head>\n'
-        f"<body>\n<main>\n{chr(10).join(part for part in parts if part)}\n</main>\n"
-        f"<script>\n{_asset('report.js')}</script>\n</body>\n</html>\n"
-    )
+    return frame(str(facts["name"]), parts)
 
 
 def _lead(data: RunData, facts: Mapping[str, Any]) -> str:
@@ -231,7 +224,3 @@ def _config(data: RunData) -> str:
         return ""
     text = escape(data.config_text.rstrip())
     return f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -1,0 +1,32 @@
+"""The frame of the HTML pages: one file each, without network, library or server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def frame(title: str, parts: Sequence[str], style: str = "") -> str:
+    """Return a page.
+
+    Args:
+        title: as text.
+        parts: of its body, as HTML; empty ones are left out.
+        style: CSS behind that of all pages.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{escape(title)}</title>\n"
+        f'<link rel="icon" href="data:,">\n<style>\n{_asset("report.css")}{style}</style>\n</head>\n'
+        f"<body>\n<main>\n{chr(10).join(part for part in parts if part)}\n</main>\n"
+        f"<script>\n{_asset('report.js')}</script>\n</body>\n</html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
