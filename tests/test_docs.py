@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from orchestrator import cli
 from orchestrator.config.compose import compose
@@ -24,6 +25,11 @@ _PRODUCT = re.compile(r"\borchestrator (?=[a-z])")
 def test_links_lead_to_files(page):
     for target in _LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_yaml_can_be_read(block):
+    assert list(yaml.safe_load_all("\n".join(block.lines)))
 
 
 def test_blocks_say_what_becomes_of_them():
@@ -48,7 +54,9 @@ def test_every_command_and_key_exists(block, monkeypatch, capsys):
         assert cli.main([*names, "--help"]) == 0
         options = set(re.findall(r"^  (\w+)=", capsys.readouterr().out, re.MULTILINE))
         for key in [word.partition("=")[0] for word in words if re.match(r"\w+=", word)]:
-            assert key in options or verb in ("plan", "rehearse"), f"{block}: {verb} has no {key}="
+            assert key in options or verb in ("plan", "rehearse") or "handover" in names, (
+                f"{block}: {verb} has no {key}="
+            )
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == CONSOLE and not b.note], ids=str)
@@ -81,5 +89,7 @@ def product_commands(block: Block) -> Iterator[tuple[str, list[str]]]:
             text = found[1] or found[2]
             if text.count("'") % 2:
                 text = text.rstrip("'")  # of what is quoted for another shell
-            verb, *words = [word for word in shlex.split(text) if word != "..." and not re.search("=[A-Z]+$", word)]
+            verb, *words = [
+                word for word in shlex.split(text) if word not in ("...", "&") and not re.search("=[A-Z]+$", word)
+            ]
             yield verb, words

@@ -76,10 +76,12 @@ def blocks(page: Path) -> list[Block]:
 
 def smaller(line: str) -> str:
     """A line of a block as it is run: a command that trains, on two tiny steps."""
-    line = re.sub(r"\s+#.*$", "", line)
-    if not re.match(r"(scripts/train|python -m orchestrator train|torchrun .* train)\b", line):
-        return line
-    return line if shlex.split(line)[-1] in ("--help", "job") else f"{line} {SMALL}"
+    line, apart, behind = re.sub(r"\s+#.*$", "", line).partition(" &")
+    trains = re.match(r"\s*(scripts/train|python -m orchestrator train|torchrun .* train)\b", line)
+    if trains and shlex.split(line)[-1] not in ("--help", "job"):
+        # A run that goes on needs a step to do.
+        line = f"{line} {SMALL.replace('max_steps=2', 'max_steps=3') if ' resume=' in line else SMALL}"
+    return f"{line}{apart}{behind}"
 
 
 def clone(folder: Path) -> Path:
