@@ -115,6 +115,9 @@ def _convert(hint: Any, value: Any, path: str, problems: list[ConfigError]) -> A
         return _build(hint, value, path, problems)
     if hint is Any:
         return value  # arguments of a part: what they may be, it says itself
+    if kinds := dataclasses_of(hint):
+        chosen = _kind_of(kinds, value, path, problems)
+        return None if chosen is None else _build(chosen, value, path, problems)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, (list, tuple)):
         if len(args) == 2 and args[1] is Ellipsis:
@@ -132,6 +135,36 @@ def _convert(hint: Any, value: Any, path: str, problems: list[ConfigError]) -> A
         what = f"'{path}' has the wrong type or value"
         problems.append(ConfigError(what, got=shown, allowed=describe_type(hint), fix=fix))
         return None
+
+
+def dataclasses_of(hint: Any) -> list[type[Any]]:
+    """Return the members of a union of dataclasses; nothing where `hint` is no such union."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    return list(members) if members and all(map(dataclasses.is_dataclass, members)) else []
+
+
+def _kind_of(kinds: list[type[Any]], value: Any, path: str, problems: list[ConfigError]) -> type[Any] | None:
+    """Which of the dataclasses a mapping is meant for: by `_target_`, else by `name`, else the first of them."""
+    if not isinstance(value, Mapping):
+        return kinds[0]  # said by _build
+    open_kinds = [kind for kind in kinds if "_target_" in kind.__dataclass_fields__]
+    if value.get("_target_") is not None and open_kinds:
+        return open_kinds[0]
+    names = {kind.name: kind for kind in kinds if kind not in open_kinds}
+    name = value.get("name", kinds[0].name)
+    if isinstance(name, str) and name in names:
+        return names[name]
+    close = difflib.get_close_matches(str(name), names, n=1)
+    where = _join(path, "name")
+    problems.append(
+        ConfigError(
+            f"'{where}' has the wrong type or value",
+            got=name,
+            allowed=", ".join(names) + (f", or any with {_join(path, '_target_')}" if open_kinds else ""),
+            fix=f"did you mean '{close[0]}'?" if close else f"set {where}=...",
+        )
+    )
+    return None
 
 
 def _scalar(hint: Any, value: Any) -> Any:

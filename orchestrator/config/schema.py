@@ -8,7 +8,7 @@ device counts, `sharding.layout` the degrees, the tokenizer the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 Auto = Literal["auto"]
 
@@ -144,7 +144,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class AdamWConfig:
     """AdamW with decoupled weight decay; none on norms and biases."""
 
     name: Literal["adamw"] = "adamw"
@@ -154,6 +154,78 @@ class OptimConfig:
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0  # global L2 norm
     schedule: ScheduleConfig = ScheduleConfig()
+
+
+@dataclass(frozen=True)
+class MuonRestConfig:
+    """AdamW beside Muon: of embeddings, head, norms and biases."""
+
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # none on norms and biases
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """Muon on the matrices of the blocks, AdamW on everything else."""
+
+    name: Literal["muon"] = "muon"
+    lr: float = 0.02  # of Muon; that of the rest is adamw.lr
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.1
+    ns_steps: int = 5  # of the Newton-Schulz iteration
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    ns_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the iteration; auto: fp32 on a CPU, else bf16
+    eps: float = 1e-7  # least norm that a matrix is divided by
+    adjust_lr: Literal["original", "match_rms_adamw"] = "original"
+    adamw: MuonRestConfig = MuonRestConfig()
+    grad_clip: float | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+@dataclass(frozen=True)
+class AdafactorConfig:
+    """Adafactor: of a matrix's variances a row's and a column's are kept. No weight decay on norms and biases."""
+
+    name: Literal["adafactor"] = "adafactor"
+    lr: float = 0.01  # relative to a parameter's size; at most 1 / sqrt(step) is used
+    beta2_decay: float = -0.8
+    eps_update: float | None = None  # null: the dtype's resolution
+    eps_parameter: float = 1e-3
+    clip_threshold: float = 1.0  # of an update's root mean square
+    weight_decay: float = 0.0
+    grad_clip: float | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+@dataclass(frozen=True)
+class SGDConfig:
+    """SGD with momentum. Weight decay is added to the gradient; none on norms and biases."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9  # 0: none, and no state
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    grad_clip: float | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+@dataclass(frozen=True)
+class OwnOptimConfig:
+    """An optimizer that the user names. The class is imported where the user gave it, never from a checkpoint."""
+
+    _target_: str = ""  # package.module.Class
+    name: str = "own"
+    lr: float = 1e-3
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of its constructor
+    grad_clip: float | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+OptimConfig: TypeAlias = AdamWConfig | MuonConfig | AdafactorConfig | SGDConfig | OwnOptimConfig
 
 
 @dataclass(frozen=True)
@@ -260,7 +332,7 @@ class RunConfig:
     hardware: HardwareConfig = HardwareConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = AdamWConfig()
     layout: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logger: LoggerConfig = LoggerConfig()

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.config.optimizers import LARGEST, check_optimizer
 from orchestrator.config.schema import CheckpointConfig, HardwareConfig, ModelConfig, RunConfig, TokenizerConfig
 from orchestrator.errors import ConfigError
 
@@ -64,7 +65,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.sample.tokens": (0, 1 << 20),
     "train.sample.every_steps": _STEPS,
 }
-_NOT_NEGATIVE = ("model.init_std", "optim.weight_decay", "train.sample.temperature")
+_NOT_NEGATIVE = ("model.init_std", "train.sample.temperature")
 MIN_SHARE = 1e-6  # of a source in a mixture
 _ABOVE_ZERO = (
     "model.norm_eps",
@@ -74,11 +75,7 @@ _ABOVE_ZERO = (
     "model.rope_scaling.high_freq_factor",
     "model.rope_scaling.beta_fast",
     "model.rope_scaling.beta_slow",
-    "optim.lr",
-    "optim.eps",
-    "optim.grad_clip",
 )
-_LARGEST_FLOAT = 1e38  # an fp32 holds it
 _VOLATILE = ("memory",)
 _MAX_TEXT, _MAX_NAME_BYTES = 4096, 200
 # Text of several lines; of everything else each is one word, a path, or a line.
@@ -115,25 +112,25 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         if isinstance(value := _get(config, key), int) and not least <= value <= largest
     ]
     problems += [
-        _out(key, value, f"0 to {_LARGEST_FLOAT:g}")
+        _out(key, value, f"0 to {LARGEST:g}")
         for key in _NOT_NEGATIVE
-        if not 0 <= (value := _get(config, key)) <= _LARGEST_FLOAT
+        if not 0 <= (value := _get(config, key)) <= LARGEST
     ]
     above_zero = {key: _get(config, key) for key in _ABOVE_ZERO}
     above_zero |= {f"data.sources[{i}].weight": source.weight for i, source in enumerate(config.data.sources)}
     problems += [
-        _out(key, value, f"more than 0, at most {_LARGEST_FLOAT:g}")
+        _out(key, value, f"more than 0, at most {LARGEST:g}")
         for key, value in above_zero.items()
-        if value is not None and not 0 < value <= _LARGEST_FLOAT
+        if value is not None and not 0 < value <= LARGEST
     ]
     problems += _weights([source.weight for source in config.data.sources])
-    below_one = {f"optim.betas[{i}]": beta for i, beta in enumerate(config.optim.betas)}
-    below_one |= {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction")}
+    below_one = {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction")}
     problems += [
         _out(key, value, "0 or more and less than 1") for key, value in below_one.items() if not 0 <= value < 1
     ]
     ratios = {key: _get(config, key) for key in ("optim.schedule.min_lr_ratio", "optim.schedule.decay_fraction")}
     problems += [_out(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
+    problems += check_optimizer(config.optim)
     if not config.data.sources:
         problems.append(_out("data.sources", "an empty list", "one source or more"))
     if config.run_id is not None and not _RUN_ID.fullmatch(config.run_id):
@@ -143,7 +140,7 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
 
 
 def _weights(weights: list[float]) -> list[ConfigError]:
-    if not weights or not all(0 < weight <= _LARGEST_FLOAT for weight in weights):
+    if not weights or not all(0 < weight <= LARGEST for weight in weights):
         return []  # said by check_ranges
     if min(weights) / sum(weights) >= MIN_SHARE:
         return []

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.convert import dataclasses_of
 from orchestrator.config.files import check_option
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
@@ -171,8 +172,8 @@ def schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
     keys: dict[str, bool] = {}
     for name, hint in typing.get_type_hints(cls).items():
         keys[prefix + name] = typing.get_origin(hint) is dict
-        if dataclasses.is_dataclass(hint):
-            keys |= schema_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        for part in [hint] if dataclasses.is_dataclass(hint) else dataclasses_of(hint):
+            keys |= schema_keys(typing.cast(type, part), f"{prefix}{name}.")
     return keys
 
 

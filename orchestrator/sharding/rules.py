@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from orchestrator.errors import LayoutError
 from orchestrator.sharding.axes import LOGICAL_AXES, ParameterAxes
 from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.parts import Reduced
 
 # logical axis -> mesh axis; None: whole on every rank of the tensor group.
 RULES: dict[str, str | None] = {
@@ -44,22 +45,36 @@ class Placement:
     shape: tuple[int, ...]
     tensor_dim: int | None
 
-    def slices(self, layout: Layout, rank: int) -> tuple[slice, ...]:
-        """The part of the global tensor that `rank` holds; empty where there are more ranks than rows."""
+    def slices(self, layout: Layout, rank: int, reduced: Reduced = ()) -> tuple[slice, ...]:
+        """Return the part of the global tensor that `rank` holds; empty where there are more ranks than rows.
+
+        Args:
+            layout: degrees of the mesh axes.
+            rank: of the job.
+            reduced: dims in which the tensor has size 1 and is not cut, as optimizer state may have them.
+        """
         at = layout.coordinates(rank)
-        bounds = [(0, size) for size in self.shape]
-        if self.tensor_dim is not None:
+        bounds = [(0, size) for size in self.shape_of(reduced)]
+        if self.tensor_dim is not None and self.tensor_dim not in reduced:
             bounds[self.tensor_dim] = _chunk(bounds[self.tensor_dim], layout.tensor, at["tensor"])
-        if bounds:
+        if bounds and 0 not in reduced:
             bounds[0] = _chunk(bounds[0], layout.shards, at["fsdp"] * layout.context + at["context"])
         return tuple(slice(start, stop) for start, stop in bounds)
 
-    def is_owner(self, layout: Layout, rank: int) -> bool:
+    def shape_of(self, reduced: Reduced = ()) -> tuple[int, ...]:
+        """Return the global shape, with size 1 in the `reduced` dims."""
+        return tuple(1 if dim in reduced else size for dim, size in enumerate(self.shape))
+
+    def is_owner(self, layout: Layout, rank: int, reduced: Reduced = ()) -> bool:
         """Whether `rank` is the one that writes its part: the first of those that hold the same."""
         if not self.shape:
             return rank == 0
         at = layout.coordinates(rank)
-        copies = at["replicate"] + (at["tensor"] if self.tensor_dim is None else 0)
+        copies = at["replicate"]
+        if self.tensor_dim is None or self.tensor_dim in reduced:
+            copies += at["tensor"]
+        if 0 in reduced:
+            copies += at["fsdp"] + at["context"]
         return copies == 0
 
     def copies(self, layout: Layout) -> int:

@@ -24,6 +24,7 @@ from orchestrator.hardware.beats import Beat
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.accelerator import TargetAccelerator
@@ -77,6 +78,10 @@ class ParallelStrategy(Strategy):
 
     def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Place the optimizer's state, which exists, beside its parameters."""
+
+    def parts(self, model: Decoder) -> Parts:
+        """How the parameters of `model` are split, as an optimizer sees it. All ranks call it together."""
+        return WholeParts(self.root_device.type == "cpu")
 
     def adopt(self, model: Decoder, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
         """Take over what a restore wrote into `state_shards`, where those are copies."""

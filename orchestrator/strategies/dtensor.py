@@ -19,17 +19,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.init import draw_slice
 from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.parts import Parts, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import Batch, ParallelStrategy, local_parameters
 from orchestrator.strategies.context import parallelize_context
+from orchestrator.strategies.parts import ShardedParts, local_part
 from orchestrator.strategies.tensor import parallelize_tensor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -133,7 +134,7 @@ class DTensorStrategy(ParallelStrategy):
         """Our arithmetic of who holds what is the library's, for every parameter."""
         for name, parameter in local_parameters(model):
             ours = tuple(part.stop - part.start for part in self._slices(name))
-            theirs = tuple(_local(parameter).shape)
+            theirs = tuple(local_part(parameter).shape)
             assert ours == theirs, f"{name}: the rules give {ours}, torch holds {theirs}"
 
     def _slices(self, name: str) -> tuple[slice, ...]:
@@ -142,7 +143,7 @@ class DTensorStrategy(ParallelStrategy):
     @torch.no_grad()
     def initialize(self, model: Decoder, seed: int) -> None:
         for name, init in model.initializers().items():
-            local = _local(model.get_parameter(name))
+            local = local_part(model.get_parameter(name))
             if local.numel():
                 local.copy_(draw_slice(init, name, seed, self._placements[name].shape, self._slices(name)))
 
@@ -155,14 +156,27 @@ class DTensorStrategy(ParallelStrategy):
         for name, parameter in local_parameters(model):
             placement, slices = self._placements[name], self._slices(name)
             owned = placement.is_owner(self.layout, self.world.rank)
-            shards.append(Shard(f"model.{name}", placement.shape, slices, _local(parameter), owned))
-            for key, value in (optimizer.state[parameter] if optimizer else {}).items():
-                full = f"optimizer.{key}.{name}"
-                if value.dim() == 0:
-                    shards.append(Shard(full, (), (), value, self.world.rank == 0))
-                else:
-                    shards.append(Shard(full, placement.shape, slices, _local(value), owned))
+            shards.append(Shard(f"model.{name}", placement.shape, slices, local_part(parameter), owned))
+            shards += self._optimizer_shards(name, parameter, optimizer) if optimizer else []
         return shards
+
+    def _optimizer_shards(self, name: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Iterator[Shard]:
+        """The parts of a parameter's optimizer state: scalars, of its shape, or with size 1 in some dims."""
+        placement, rank, reduced = self._placements[name], self.world.rank, reduced_dims(optimizer)
+        for key, value in optimizer.state[parameter].items():
+            full, dims = f"optimizer.{key}.{name}", reduced.get(key, ())
+            if value.dim() == 0:
+                shard = Shard(full, (), (), value, rank == 0)
+            else:
+                slices = placement.slices(self.layout, rank, dims)
+                owned = placement.is_owner(self.layout, rank, dims)
+                shard = Shard(full, placement.shape_of(dims), slices, local_part(value), owned)
+            yield shard
+
+    def parts(self, model: Decoder) -> Parts:
+        assert self.mesh is not None, "join() comes first"
+        placements = {parameter: self._placements[name] for name, parameter in local_parameters(model)}
+        return ShardedParts(self.mesh, self.layout, self.world.rank, placements)
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -202,7 +216,7 @@ class DTensorStrategy(ParallelStrategy):
         grads, owned = [], []
         for name, parameter in local_parameters(model):
             if parameter.grad is not None:
-                grads.append(_local(parameter.grad))
+                grads.append(local_part(parameter.grad))
                 owned.append(self._placements[name].is_owner(self.layout, self.world.rank))
         counted = [grad for grad, mine in zip(grads, owned, strict=True) if mine]
         squares = torch.zeros((), device=self.root_device)
@@ -242,9 +256,3 @@ class DTensorStrategy(ParallelStrategy):
     def uncompiled(self) -> AbstractContextManager[Any]:
         # A second shape would make torch compile the blocks again, for any shape, and run the step by those.
         return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter, gradient or optimizer state, sharing its memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -36,6 +36,7 @@ from orchestrator.models.init import draw_slice
 from orchestrator.models.loss import HeadOps, chunked_cross_entropy
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.parts import Parts, Reduced, WholeParts, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import Batch, ParallelStrategy, local_parameters
@@ -137,7 +138,7 @@ class XlaStrategy(ParallelStrategy):
 
         return replace(ops, loss=loss)
 
-    def _spec(self, name: str) -> tuple[Any, ...]:
+    def _spec(self, name: str, reduced: Reduced = ()) -> tuple[Any, ...]:
         """The parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
         placement = self._placements[name]
         spec: list[tuple[str, ...]] = [() for _ in placement.shape]
@@ -145,7 +146,7 @@ class XlaStrategy(ParallelStrategy):
             spec[placement.tensor_dim] = ("tensor",)
         if spec:
             spec[0] = (*spec[0], "fsdp", "context")
-        return tuple(axes or None for axes in spec)
+        return tuple(None if dim in reduced else axes or None for dim, axes in enumerate(spec))
 
     def _send(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
         # Under SPMD the host keeps the data until it is known how to split it. The transfer that takes a
@@ -156,12 +157,18 @@ class XlaStrategy(ParallelStrategy):
         xs.mark_sharding(placed, self._mesh, spec)
         return placed
 
+    def parts(self, model: Decoder) -> Parts:
+        # Every tensor is the global one; the compiler splits what is computed of it.
+        return WholeParts(cpu=xr.device_type() == "CPU")
+
     def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+        reduced = reduced_dims(optimizer)
         for name, parameter in local_parameters(model):
             state = optimizer.state[parameter]
             for key, value in state.items():
                 if value.dim():
-                    state[key] = self._send(torch.zeros(value.shape), self._spec(name))
+                    spec = self._spec(name, reduced.get(key, ()))
+                    state[key] = self._send(torch.zeros(value.shape, dtype=value.dtype), spec)
         torch_xla.sync()
 
     def initialize(self, model: Decoder, seed: int) -> None:
@@ -258,11 +265,12 @@ class XlaStrategy(ParallelStrategy):
     @contextmanager
     def update_unless(self, model: Decoder, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
         # Part of the step's graph: the compiler chooses element by element where it computes the update, in place.
-        state = [tensor for _, tensor in self._named(model, optimizer)]
-        before = [tensor.detach().clone() for tensor in state]
+        before = {name: tensor.detach().clone() for name, tensor in self._named(model, optimizer)}
         yield
         with torch.no_grad():
-            for tensor, old in zip(state, before, strict=True):
+            for name, tensor in self._named(model, optimizer):
+                # What a user's optimizer has made in this step begins as zeros.
+                old = before.get(name, torch.zeros_like(tensor))
                 tensor.copy_(torch.where(bad, old, tensor))
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:

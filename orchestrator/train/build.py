@@ -85,7 +85,8 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     """
     model_config = resolve_model(config.model, data.vocab_size)
     model = place_model(config, model_config, parallel)
-    optimizer = build_optimizer(model, config.optim, parallel.root_device)
+    parts, restoring = parallel.parts(model), place.resume_from is not None
+    optimizer = build_optimizer(model, config.optim, parallel.root_device, parts, restoring)
     parallel.prepare_optimizer(model, optimizer)
     stream = _stream(config, data)
     restored = None

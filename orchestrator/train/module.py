@@ -14,6 +14,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.models.decoder import Decoder
 from orchestrator.strategies.base import Batch, ParallelStrategy
 from orchestrator.train.divergence import FiniteGuard
+from orchestrator.train.optim import PEAK
 from orchestrator.train.schedule import learning_rate
 
 IGNORED = -100  # target of a position that does not count
@@ -83,9 +84,10 @@ class LanguageModule(lightning.LightningModule):
 
     def _set_learning_rate(self) -> None:
         optim = self.config.optim
-        self.lr = learning_rate(self.step, self.config.train.max_steps, optim.lr, optim.schedule)
+        steps = self.config.train.max_steps
+        self.lr = learning_rate(self.step, steps, optim.lr, optim.schedule)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = learning_rate(self.step, steps, group[PEAK], optim.schedule)
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
         """The parts of a step's batch, and whether each is the last one; dropout is seeded for each as it comes."""

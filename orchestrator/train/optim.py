@@ -1,26 +1,108 @@
-"""The optimizer."""
+"""From a configuration to an optimizer over the parameters of a placed model, its state allocated.
+
+A restore fills that state, and no step is the first one. What an optimizer computes stands in `orchestrator.optim`;
+AdamW is torch's own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from orchestrator.config.schema import OptimConfig
+from orchestrator.config.schema import (
+    AdafactorConfig,
+    AdamWConfig,
+    MuonConfig,
+    MuonRestConfig,
+    OptimConfig,
+    OwnOptimConfig,
+    SGDConfig,
+)
+from orchestrator.optim.adafactor import Adafactor
+from orchestrator.optim.combined import CombinedOptimizer
+from orchestrator.optim.muon import Muon
+from orchestrator.optim.own import build_own
+from orchestrator.optim.sgd import SGD
+from orchestrator.sharding.parts import Parts, WholeParts
+
+PEAK = "peak_lr"
+"""Key of a parameter group: the rate that the schedule scales."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the parameters, with its state allocated: a restore fills it, and no step is the first one.
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    device: torch.device,
+    parts: Parts | None = None,
+    restoring: bool = False,
+) -> torch.optim.Optimizer:
+    """Build the optimizer that `config` asks for.
 
-    Weight decay is left out where a parameter is a vector: norms and biases.
+    Args:
+        model: placed.
+        config: of the optimizer.
+        device: of the parameters.
+        parts: how the parameters are split; None: they are whole.
+        restoring: the state is to be filled from a checkpoint. An optimizer of the user's has none before its first
+            step otherwise.
+
+    Returns:
+        The optimizer; each group has its peak learning rate under `PEAK`.
+
+    Raises:
+        ConfigError: an optimizer of the user's cannot be made, or keeps what cannot be saved.
     """
+    parts = parts or WholeParts(device.type == "cpu")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+    optimizer = _build(model, parameters, config, device, parts, restoring)
+    for group in optimizer.param_groups:
+        group[PEAK] = group["lr"]
+    return optimizer
+
+
+def _build(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    config: OptimConfig,
+    device: torch.device,
+    parts: Parts,
+    restoring: bool,
+) -> torch.optim.Optimizer:
+    match config:
+        case AdamWConfig():
+            return _adamw(parameters, config, device)
+        case MuonConfig():
+            return _muon(model, parameters, config, device, parts)
+        case AdafactorConfig():
+            eps = (config.eps_update, config.eps_parameter)
+            groups = _groups(parameters, config.weight_decay)
+            return Adafactor(groups, parts, config.lr, config.beta2_decay, eps, config.clip_threshold)
+        case SGDConfig():
+            fused = device.type in ("cpu", "cuda")
+            groups = _groups(parameters, config.weight_decay)
+            return SGD(groups, parts, config.lr, config.momentum, config.nesterov, fused=fused)
+        case OwnOptimConfig():
+            return build_own(parameters, config, device, restoring)
+
+
+def _groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay is left out where a parameter is a vector: norms and biases."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(
+    parameters: Sequence[nn.Parameter], config: AdamWConfig | MuonRestConfig, device: torch.device
+) -> torch.optim.AdamW:
     fused, traced = device.type in ("cpu", "cuda", "tpu"), device.type == "xla"
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        _groups(parameters, config.weight_decay),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -35,3 +117,27 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
+
+
+def _muon(
+    model: nn.Module, parameters: Sequence[nn.Parameter], config: MuonConfig, device: torch.device, parts: Parts
+) -> CombinedOptimizer:
+    """Muon over the matrices of the blocks, AdamW over everything else."""
+    inside = {id(parameter) for block in model.blocks for parameter in block.parameters()}  # type: ignore[union-attr]
+    matrices = [p for p in parameters if id(p) in inside and p.dim() == 2]
+    chosen = {id(parameter) for parameter in matrices}
+    exact = config.ns_dtype == "fp32" or (config.ns_dtype == "auto" and parts.cpu)
+    muon = Muon(
+        matrices,
+        parts,
+        config.lr,
+        config.weight_decay,
+        config.momentum,
+        config.nesterov,
+        config.ns_coefficients,
+        config.ns_steps,
+        config.eps,
+        config.adjust_lr,
+        torch.float32 if exact else torch.bfloat16,
+    )
+    return CombinedOptimizer([muon, _adamw([p for p in parameters if id(p) not in chosen], config.adamw, device)])

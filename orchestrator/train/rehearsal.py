@@ -37,6 +37,7 @@ from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import World
 from orchestrator.models.decoder import Decoder
 from orchestrator.output import printing
+from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.base import local_parameters
 from orchestrator.strategies.xla import XlaStrategy
@@ -72,6 +73,9 @@ class StagingStrategy(XlaStrategy):
         # The zeros that would be sent are made on meta: of them only the shape is used.
         with torch.device("meta"):
             super().shard(model, placements)
+
+    def parts(self, model: Decoder) -> Parts:
+        return WholeParts(cpu=False)  # the program is for a TPU
 
     def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
         with torch.device("meta"):
@@ -137,7 +141,7 @@ def stage(config: RunConfig) -> Staged:
         assert isinstance(parallel, StagingStrategy)
         parallel.join()
         model = place_model(config, config.model, parallel)
-        optimizer = build_optimizer(model, config.optim, parallel.root_device)
+        optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
         parallel.prepare_optimizer(model, optimizer)
         sequences = config.train.global_batch_tokens // config.train.seq_len
         micro_batch = micro_batch_size(config, parallel)

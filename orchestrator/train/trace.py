@@ -111,7 +111,7 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
     try:
         model = place_model(config, config.model, parallel)
         with parallel.fake, _quiet():
-            optimizer = build_optimizer(model, config.optim, parallel.root_device)
+            optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
             return _watch(config, parallel, model, optimizer)
     finally:
         parallel.leave()

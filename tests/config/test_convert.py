@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.convert import convert_text, describe_type, from_dict, from_dict_partly, to_dict
-from orchestrator.config.schema import OptimConfig, RunConfig, TrainConfig
+from orchestrator.config.schema import AdamWConfig, MuonConfig, RunConfig, TrainConfig
 from orchestrator.errors import ConfigErrors
 
 
@@ -37,6 +37,7 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
         bool: st.booleans(),
         str: st.text("abz09 .:-\u00e9'\"", max_size=8),
         type(None): st.none(),
+        Any: st.one_of(st.integers(), st.text("ab", max_size=3), st.lists(st.booleans(), max_size=2)),
     }
     return plain[hint]
 
@@ -55,6 +56,17 @@ def _problems(data: dict, cls: type = RunConfig) -> dict[str, Any]:
 @given(_instances(RunConfig))
 def test_any_configuration_survives_yaml(config):
     assert from_dict(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+def test_the_optimizer_that_is_named_has_its_own_keys():
+    muon = from_dict(RunConfig, {"optim": {"name": "muon", "adamw": {"lr": 1}}}).optim
+    assert (type(muon), muon.adamw.lr) == (MuonConfig, 1.0)
+    own = from_dict(RunConfig, {"optim": {"_target_": "a.B", "name": "mine", "arguments": {"x": [1, "y", None]}}}).optim
+    assert (own._target_, own.arguments) == ("a.B", {"x": [1, "y", None]})
+    assert list(_problems({"optim": {"name": "sgd", "betas": [0.9, 0.9]}})) == ["optim.betas"]
+    problem = _problems({"optim": {"name": "muno", "lr": 1}})["optim.name"]
+    assert problem.fix == "did you mean 'muon'?"
+    assert "any with optim._target_" in problem.allowed
 
 
 def test_to_dict_is_plain_data_all_the_way_down():
@@ -137,9 +149,9 @@ def test_nothing_is_coerced(key, value):
 def test_numbers_as_yaml_reads_them():
     # YAML 1.1 reads 1e-3 as text, because it has no dot.
     assert yaml.safe_load("1e-3") == "1e-3"
-    assert from_dict(OptimConfig, {"lr": "1e-3", "eps": 1}).lr == 1e-3
-    assert isinstance(from_dict(OptimConfig, {"eps": 1}).eps, float)
-    assert list(_problems({"lr": 10**400}, OptimConfig)) == ["lr"]
+    assert from_dict(AdamWConfig, {"lr": "1e-3", "eps": 1}).lr == 1e-3
+    assert isinstance(from_dict(AdamWConfig, {"eps": 1}).eps, float)
+    assert list(_problems({"lr": 10**400}, AdamWConfig)) == ["lr"]
 
 
 def test_null_is_shown_as_null():
@@ -179,4 +191,4 @@ def test_types_are_described_in_words():
     hints = typing.get_type_hints(TrainConfig)
     assert describe_type(hints["micro_batch_size"]) == "a whole number or auto"
     assert describe_type(hints["eval_every"]) == "a whole number or null"
-    assert describe_type(typing.get_type_hints(OptimConfig)["betas"]) == "a list of 2: a number, a number"
+    assert describe_type(typing.get_type_hints(AdamWConfig)["betas"]) == "a list of 2: a number, a number"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from orchestrator.config.schema import OptimConfig, ScheduleConfig
+from orchestrator.config.schema import AdamWConfig, ScheduleConfig
 from orchestrator.train.optim import build_optimizer
 from orchestrator.train.schedule import learning_rate
 
@@ -82,32 +82,32 @@ def model():
 
 
 def test_vectors_do_not_decay(model):
-    matrices, vectors = build_optimizer(model, OptimConfig(weight_decay=0.3), torch.device("cpu")).param_groups
+    matrices, vectors = build_optimizer(model, AdamWConfig(weight_decay=0.3), torch.device("cpu")).param_groups
     assert {id(p) for p in matrices["params"]} == {id(model[0].weight), id(model[2].weight)}
     assert {id(p) for p in vectors["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
 
 
 def test_a_group_without_parameters_is_left_out():
-    (group,) = build_optimizer(nn.Linear(2, 2, bias=False), OptimConfig(), torch.device("cpu")).param_groups
-    assert group["weight_decay"] == OptimConfig().weight_decay
+    (group,) = build_optimizer(nn.Linear(2, 2, bias=False), AdamWConfig(), torch.device("cpu")).param_groups
+    assert group["weight_decay"] == AdamWConfig().weight_decay
 
 
 def test_frozen_parameters_are_not_optimized(model):
     model[0].weight.requires_grad_(False)
-    optimizer = build_optimizer(model, OptimConfig(), torch.device("cpu"))
+    optimizer = build_optimizer(model, AdamWConfig(), torch.device("cpu"))
     assert model[0].weight not in optimizer.state
     assert len(optimizer.param_groups[0]["params"]) == 1
 
 
 def test_settings_reach_the_optimizer(model):
-    config = replace(OptimConfig(), lr=0.5, betas=(0.8, 0.99), eps=1e-6)
+    config = replace(AdamWConfig(), lr=0.5, betas=(0.8, 0.99), eps=1e-6)
     for group in build_optimizer(model, config, torch.device("cpu")).param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.99), 1e-6)
 
 
 def test_state_is_allocated_and_zero(model):
-    optimizer = build_optimizer(model, OptimConfig(), torch.device("cpu"))
+    optimizer = build_optimizer(model, AdamWConfig(), torch.device("cpu"))
     for parameter in model.parameters():
         state = optimizer.state[parameter]
         assert state["step"] == 0
@@ -122,7 +122,7 @@ def test_allocated_state_changes_no_step(model):
     import copy
 
     twin = copy.deepcopy(model)
-    ours = build_optimizer(model, OptimConfig(lr=0.01), torch.device("cpu"))
+    ours = build_optimizer(model, AdamWConfig(lr=0.01), torch.device("cpu"))
     decay = [p for p in twin.parameters() if p.dim() >= 2]
     rest = [p for p in twin.parameters() if p.dim() < 2]
     theirs = torch.optim.AdamW(

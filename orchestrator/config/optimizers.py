@@ -1,0 +1,80 @@
+"""What the types of the optimizers' configurations cannot say: ranges, and keys that must fit each other. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.config.schema import MuonConfig, OptimConfig, OwnOptimConfig, SGDConfig
+from orchestrator.errors import ConfigError
+
+LARGEST = 1e38  # an fp32 holds it
+_MOST_NS_STEPS = 99  # as torch.optim.Muon
+_MODULE = r"package.module.Class"
+# Key -> what its numbers have to be: words, and the test.
+_RANGES: dict[str, tuple[str, Any]] = {
+    "lr": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
+    "eps": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
+    "eps_update": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
+    "eps_parameter": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
+    "grad_clip": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
+    "weight_decay": (f"0 to {LARGEST:g}", lambda x: 0 <= x <= LARGEST),
+    "betas": ("0 or more and less than 1", lambda x: 0 <= x < 1),
+    "momentum": ("0 or more and less than 1", lambda x: 0 <= x < 1),
+    "beta2_decay": ("-1 to less than 0", lambda x: -1 <= x < 0),
+    "clip_threshold": (f"1 to {LARGEST:g}", lambda x: 1 <= x <= LARGEST),
+    "ns_coefficients": ("numbers", math.isfinite),
+    "ns_steps": (f"1 to {_MOST_NS_STEPS}", lambda x: 1 <= x <= _MOST_NS_STEPS),
+}
+
+
+def optimizer_of(config: OptimConfig) -> str:
+    """Return what names an optimizer: its kind, or the class that a user's own one is of."""
+    return config._target_ if isinstance(config, OwnOptimConfig) else config.name
+
+
+def check_optimizer(config: OptimConfig) -> list[ConfigError]:
+    """Return everything that is wrong with an optimizer's configuration by itself."""
+    problems = list(_ranges("optim", config))
+    if isinstance(config, MuonConfig):
+        problems += _ranges("optim.adamw", config.adamw)
+    if isinstance(config, SGDConfig) and config.nesterov and not config.momentum:
+        problems.append(
+            ConfigError(
+                "Nesterov's step looks ahead along a momentum",
+                got="optim.nesterov=true with optim.momentum=0",
+                fix="set optim.momentum=0.9, or optim.nesterov=false",
+            )
+        )
+    if isinstance(config, OwnOptimConfig):
+        problems += _own(config)
+    return problems
+
+
+def _ranges(prefix: str, config: Any) -> Iterator[ConfigError]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _RANGES or value is None:
+            continue
+        allowed, fits = _RANGES[field.name]
+        for index, number in enumerate(value if isinstance(value, tuple) else (value,)):
+            if not fits(number):
+                key = f"{prefix}.{field.name}" + (f"[{index}]" if isinstance(value, tuple) else "")
+                yield ConfigError(f"'{key}' is out of range", got=number, allowed=allowed, fix=f"set {key}=...")
+
+
+def _own(config: OwnOptimConfig) -> Iterator[ConfigError]:
+    module, _, name = config._target_.rpartition(".")
+    if not module or not all(part.isidentifier() for part in (*module.split("."), name)):
+        yield ConfigError(
+            "'optim._target_' names no class",
+            got=ascii(config._target_)[:300],
+            allowed=_MODULE,
+            fix="set optim._target_=torch.optim.RAdam, for instance",
+        )
+    for key in ("params", "lr"):
+        if key in config.arguments:
+            fix = "set optim.lr=..." if key == "lr" else "leave it out: the model's parameters are given"
+            yield ConfigError(f"'optim.arguments.{key}' is not an argument to give", got=config.arguments[key], fix=fix)

@@ -1,0 +1,38 @@
+"""Several optimizers as one: of the blocks' matrices one, of everything else another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from orchestrator.optim.steps import GuardedOptimizer
+from orchestrator.sharding.parts import reduced_dims
+
+
+class CombinedOptimizer(GuardedOptimizer):
+    """Steps several optimizers together. Their groups and their state are its own: a checkpoint has it whole.
+
+    Args:
+        members: over different parameters; each heeds `found_inf`.
+    """
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]):
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self._members = list(members)
+        # The very same objects: a rate that is set here is set there, and so is restored state.
+        self.param_groups = [group for member in members for group in member.param_groups]
+        for member in members:
+            self.state.update(member.state)
+        for member in members:
+            member.state = self.state
+        self.reduced_dims = {key: dims for member in members for key, dims in reduced_dims(member).items()}
+
+    def update(self) -> None:
+        for member in self._members:
+            setattr(member, "found_inf", self.found_inf)  # noqa: B010
+            member.step()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError("its state is saved and restored tensor by tensor")

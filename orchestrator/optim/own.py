@@ -1,0 +1,179 @@
+"""An optimizer that the user names: imported, tried on a small parameter, and held to what a checkpoint can hold.
+
+Its state has to be tensors, each a scalar or shaped as its parameter: so every layout can read its part of it. That is
+looked at before the training, on two parameters of a few elements.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.config.schema import OwnOptimConfig
+from orchestrator.errors import ConfigError
+from orchestrator.optim.steps import GuardedOptimizer
+
+_SHAPES = ((5, 3), (7,))  # of the parameters that it is tried on: no size twice
+_STEPS = 3
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the state: whether it is a scalar, its dtype, and whether it lies on the host."""
+
+    scalar: bool
+    dtype: torch.dtype
+    on_host: bool
+
+
+class OwnOptimizer(GuardedOptimizer):
+    """Steps a user's optimizer, unless the step was not finite: the host waits for that answer, as it knows of no flag.
+
+    Args:
+        inner: the user's.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+        # The very same objects, so that rates and restored state reach it.
+        self.param_groups, self.state = inner.param_groups, inner.state
+
+    def update(self) -> None:
+        if self.bad is not None and bool(self.bad):
+            return
+        with torch.enable_grad():  # as it would be called by itself
+            self.inner.step()
+
+
+def load_class(target: str) -> type[torch.optim.Optimizer]:
+    """Import a class by its dotted name.
+
+    Args:
+        target: `package.module.Class`, from the user's own configuration or command line, never from a checkpoint.
+
+    Raises:
+        ConfigError: there is no such module or class, or it is no optimizer.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ConfigError(
+            f"'optim._target_' cannot be imported: {type(error).__name__}: {error}",
+            got=target,
+            fix="install its package, or start where python finds it: PYTHONPATH=DIRECTORY",
+        ) from error
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError("'optim._target_' is no optimizer", got=target, allowed="a subclass of torch.optim.Optimizer")
+    return found
+
+
+def build_own(
+    parameters: Sequence[nn.Parameter], config: OwnOptimConfig, device: torch.device, restoring: bool
+) -> OwnOptimizer:
+    """Build the user's optimizer.
+
+    Args:
+        parameters: of the model, placed.
+        config: names the class and its arguments.
+        device: of the parameters.
+        restoring: allocate the state, to be filled from a checkpoint; else the optimizer begins it at its first step.
+
+    Raises:
+        ConfigError: it cannot be made or stepped, or keeps what cannot be saved.
+    """
+    found = load_class(config._target_)
+    entries = _try(found, config, device)
+    optimizer = _make(found, parameters, config)
+    if restoring:
+        for parameter in parameters:
+            state = optimizer.state[parameter]
+            for key, entry in entries[min(parameter.dim(), 2)].items():
+                place = torch.device("cpu") if entry.on_host else device
+                state[key] = (
+                    torch.zeros((), dtype=entry.dtype, device=place)
+                    if entry.scalar
+                    else torch.zeros_like(parameter, dtype=entry.dtype)
+                )
+    return OwnOptimizer(optimizer)
+
+
+def _make(found: type[Any], parameters: Sequence[nn.Parameter], config: OwnOptimConfig) -> torch.optim.Optimizer:
+    try:
+        made: torch.optim.Optimizer = found(parameters, lr=config.lr, **config.arguments)
+    except Exception as error:
+        raise ConfigError(
+            f"'{config._target_}' cannot be made: {type(error).__name__}: {error}",
+            got=f"lr={config.lr}, optim.arguments={config.arguments}",
+            allowed=f"the arguments of {found.__name__}{_signature(found)}",
+            fix="set optim.arguments.KEY=... as it takes them",
+        ) from error
+    return made
+
+
+def _signature(found: type[Any]) -> str:
+    try:
+        return str(inspect.signature(found))[:300]
+    except (TypeError, ValueError):
+        return "(...)"
+
+
+def _try(found: type[Any], config: OwnOptimConfig, device: torch.device) -> dict[int, Mapping[str, _Entry]]:
+    """Step it on small parameters: number of dims -> state by key."""
+    generator = torch.Generator().manual_seed(0)
+    tried = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in _SHAPES]
+    optimizer = _make(found, tried, config)
+    before = [_values(group) for group in optimizer.param_groups]
+    for _ in range(_STEPS):
+        for parameter in tried:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise ConfigError(
+                f"'{config._target_}' cannot take a step: {type(error).__name__}: {error}",
+                got=f"lr={config.lr}, optim.arguments={config.arguments}",
+                fix="take an optimizer for matrices and vectors alike, or optim=muon",
+            ) from error
+    changed = [key for old, group in zip(before, optimizer.param_groups, strict=True) for key in _differing(old, group)]
+    problems = [f"'{key}' of its parameter groups changes from step to step" for key in changed]
+    for parameter in tried:
+        problems += [_refusal(key, value, parameter) for key, value in optimizer.state[parameter].items()]
+    if problems := list(dict.fromkeys(problem for problem in problems if problem)):
+        raise ConfigError(
+            f"'{config._target_}' keeps what no checkpoint can hold",
+            got="; ".join(problems),
+            allowed="tensors, each a scalar or shaped as its parameter",
+            fix="take another optimizer, or let it keep its numbers as tensors",
+        )
+    return {
+        parameter.dim(): {
+            key: _Entry(value.dim() == 0, value.dtype, value.device.type == "cpu")
+            for key, value in optimizer.state[parameter].items()
+            if value is not None
+        }
+        for parameter in tried
+    }
+
+
+def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _differing(old: Mapping[str, Any], group: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in _values(group).items() if key not in old or repr(old[key]) != repr(value)]
+
+
+def _refusal(key: str, value: Any, parameter: Tensor) -> str:
+    if value is None or (isinstance(value, Tensor) and tuple(value.shape) in ((), tuple(parameter.shape))):
+        return ""
+    if isinstance(value, Tensor):
+        return f"'{key}' has shape {list(value.shape)} for a parameter of {list(parameter.shape)}"
+    return f"'{key}' is a {type(value).__name__}"

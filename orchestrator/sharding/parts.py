@@ -1,0 +1,103 @@
+"""How an optimizer sees tensors that may be split over devices: local parts, sums over them, and whole matrices.
+
+An element-wise optimizer (AdamW, SGD) needs nothing of this: it works on local parts alone. Adafactor needs sums over
+rows, columns and whole tensors; Muon needs whole matrices. Strategies implement `Parts`; optimizers call it and never
+ask which strategy runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Reduced = tuple[int, ...]
+"""Dims over which a state tensor holds one number instead of one per element: its global size there is 1."""
+
+
+class Parts(Protocol):
+    """The parts of the parameters that this process holds, and what several processes compute of them together.
+
+    Attributes:
+        cpu: whether a CPU computes: there fp32 costs no more than bf16.
+    """
+
+    cpu: bool
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return this process's part of a parameter, gradient or state tensor, sharing its memory."""
+
+    def zeros(self, parameter: Tensor, reduced: Reduced = ()) -> Tensor:
+        """Allocate this process's part of a state tensor of the parameter's shape, with size 1 in `reduced` dims."""
+
+    def numel(self, parameter: Tensor) -> int:
+        """Return the number of elements of the whole parameter."""
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return the shape of the whole parameter."""
+
+    def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
+        """Add up sums that each process has taken over `dims` of its part.
+
+        Args:
+            values: a partial sum for each parameter.
+            parameters: whose sums they are.
+            dims: of the parameters, that were summed over.
+
+        Returns:
+            The sums over the whole parameters; the same bits on all processes that hold the same part.
+        """
+
+    def on_wholes(
+        self, parts: Sequence[Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Apply `function` to whole tensors of which each process has its part.
+
+        Args:
+            parts: this process's part of each tensor; each is split as its parameter.
+            parameters: one for each part.
+            function: of a whole tensor; keeps shape and dtype. A process may be asked for some of them only.
+
+        Returns:
+            This process's part of each result.
+        """
+
+
+class WholeParts:
+    """`Parts` where every tensor is global: of a single device, and of XLA's SPMD, whose compiler splits them.
+
+    Args:
+        cpu: as for `Parts`.
+    """
+
+    def __init__(self, cpu: bool):
+        self.cpu = cpu
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    def zeros(self, parameter: Tensor, reduced: Reduced = ()) -> Tensor:
+        return parameter.detach().new_zeros([1 if dim in reduced else size for dim, size in enumerate(parameter.shape)])
+
+    def numel(self, parameter: Tensor) -> int:
+        return parameter.numel()
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+    def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
+        return list(values)
+
+    def on_wholes(
+        self, parts: Sequence[Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        return [function(part) for part in parts]
+
+
+def reduced_dims(optimizer: torch.optim.Optimizer) -> Mapping[str, Reduced]:
+    """Return, for each key of an optimizer's state that is not shaped as its parameter, the dims of size 1."""
+    found: Mapping[str, Reduced] = getattr(optimizer, "reduced_dims", {})
+    return found
