@@ -30,6 +30,7 @@ def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "step": manifest.step,
         "format_version": VERSION,
         "model": model.get("name") if isinstance(model, dict) else None,
+        "optimizer": _optimizer(checkpoint, config),
         "parameters": sum(math.prod(tensor.shape) for tensor in weights),
         "tensors": len(manifest.tensors),
         "tensor_bytes": sum(_bytes(tensor) for tensor in manifest.tensors.values()),
@@ -56,6 +57,14 @@ def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
             for name, tensor in manifest.tensors.items()
         ]
     return result
+
+
+def _optimizer(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's name in the configuration, and the keys of the state that there is of it."""
+    optim = config.get("optim")
+    optim = optim if isinstance(optim, dict) else {}
+    state = {name.split(".")[1] for name in checkpoint.manifest.tensors if name.startswith("optimizer.")}
+    return {"name": optim.get("_target_") or optim.get("name"), "state": sorted(state)}
 
 
 def _groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:

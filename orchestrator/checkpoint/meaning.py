@@ -58,21 +58,44 @@ def _tensor_files(checkpoint: Checkpoint) -> Iterator[str]:
         yield from (f"{file}: '{key}' belongs to no tensor" for key in entries if key not in times)
 
 
+# What the optimizers here keep of a weight: docs/optimizers.md. Of a user's own one nothing is known beforehand.
+_STATES = (
+    frozenset({"exp_avg", "exp_avg_sq", "step"}),
+    frozenset({"momentum_buffer"}),
+    frozenset({"row_var", "col_var", "step"}),
+    frozenset({"variance", "step"}),
+)
+
+
 def _optimizer(checkpoint: Checkpoint) -> Iterator[str]:
-    """Averages of the optimizer have the shape of their weight, and each weight has both or none has."""
+    """Each tensor of the optimizer is a scalar or fits its weight, and of each weight all of its state is there."""
     tensors = checkpoint.manifest.tensors
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    for kind in ("exp_avg", "exp_avg_sq", "step"):
-        prefix = f"optimizer.{kind}."
-        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for name in found.keys() - weights.keys():
-            yield f"{prefix}{name} is of no weight"
-        for name in weights.keys() - found.keys() if found else ():
-            yield f"{prefix}{name} is missing"
-        for name in sorted(found.keys() & weights.keys()):
-            shape = () if kind == "step" else weights[name].shape
-            if found[name].shape != shape:
-                yield f"{prefix}{name} has shape {found[name].shape}, its weight {weights[name].shape}"
+    kinds: dict[str, set[str]] = {}
+    for full in sorted(name for name in tensors if name.startswith("optimizer.")):
+        kind, _, name = full.removeprefix("optimizer.").partition(".")
+        kinds.setdefault(name, set()).add(kind)
+        if name not in weights:
+            yield f"{full} is of no weight"
+        elif tensors[full].shape not in _shapes(kind, weights[name].shape):
+            yield f"{full} has shape {tensors[full].shape}, its weight {weights[name].shape}"
+    everywhere = frozenset().union(*kinds.values())
+    if everywhere and everywhere <= frozenset().union(*_STATES):
+        for name in sorted(weights):
+            has = kinds.get(name, set())
+            if any(state <= has for state in _STATES):
+                continue
+            meant = max(_STATES, key=lambda state: (len(state & has), len(state & everywhere)))
+            yield from (f"optimizer.{kind}.{name} is missing" for kind in sorted(meant - has))
+
+
+def _shapes(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that state of a kind may have for a weight of `shape`."""
+    if kind == "step":
+        return ((),)
+    if kind in ("row_var", "col_var") and len(shape) == 2:
+        return ((shape[0], 1) if kind == "row_var" else (1, shape[1]),)
+    return (shape,) if any(kind in state for state in _STATES) else ((), shape)
 
 
 def _sums(checkpoint: Checkpoint) -> None:

@@ -232,10 +232,11 @@ def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) 
     stored = {name for name in manifest.tensors if not name.startswith(ignore)} if ignore else set(manifest.tensors)
     missing, extra = sorted(wanted - set(manifest.tensors)), sorted(stored - wanted)
     if missing or extra:
+        alike = all(name.startswith("optimizer.") for name in (*missing, *extra))
         raise CheckpointError(
-            "the checkpoint is of another model",
+            f"the checkpoint is of another {'optimizer' if alike else 'model'}",
             got=f"it lacks {_some(missing)}; it has in addition: {_some(extra)}",
-            fix="give the model configuration that it was trained with",
+            fix=f"give the {'optim' if alike else 'model'} configuration that it was trained with",
         )
 
 

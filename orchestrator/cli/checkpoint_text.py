@@ -60,6 +60,9 @@ def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
     ]
     rows += [(str(key).replace("_", " "), _plain(value)) for key, value in facts["provenance"].items()]
     rows += [("data", _plain(facts["data"]) if facts["data"] else "no position: weights alone")]
+    optimizer = facts["optimizer"]
+    if optimizer["state"]:
+        rows += [("optimizer", f"{optimizer['name'] or 'unknown'}: {', '.join(optimizer['state'])}")]
     rows += [("schedule", _plain(facts["schedule"]))] if facts["schedule"] else []
     for number, leg in enumerate(facts["legs"]):
         rows.append((f"leg {number}", _plain({key: leg[key] for key in _OF_A_LEG if key in leg})))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +22,14 @@ from orchestrator.config.registry import is_dotted, permit, targets
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.sweep import Scored, Sweep, SweepStopped
 from orchestrator.config.validate import check_ranges, validate
-from orchestrator.config.words import check_word, group_options, parse_words, split_flags
+from orchestrator.config.words import check_word, complete_words, group_options, not_chosen, parse_words, split_flags
 from orchestrator.errors import DONE, MISTAKE, ConfigError, ConfigErrors, UserError
 
 __all__ = ["Composed", "compose", "conf_dir", "group_options", "read_config", "read_plain", "run_composed"]
 
 CONFIG_NAME = "train"
 _MAX_FILES = 1000  # of --config-dir, that are looked into for what is wrong
+_NO_SUCH_KEY = re.compile(r"Could not override '([^']+)'")  # said by Hydra of a key that the schema has
 _SEE = "see python -m orchestrator train --help"
 # Of the exceptions of Hydra, OmegaConf, YAML and the system, whatever the user's files and words can cause.
 _OF_COMPOSING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError)
@@ -68,6 +70,7 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int 
     """
     from omegaconf import DictConfig
 
+    argv, chosen = complete_words(argv)
     _check_overrides(argv)
     sweep = Sweep()
     failure: list[BaseException] = []
@@ -79,7 +82,7 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int 
 
         def work() -> Scored:
             with _environment("HYDRA_FULL_ERROR", full_error):
-                ended = task(_convert(cfg, settings))
+                ended = task(_convert(cfg, settings, chosen))
                 return ended if isinstance(ended, Scored) else Scored(ended)
 
         if settings.mode is not None and settings.mode.name == "MULTIRUN":
@@ -147,9 +150,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Com
     Raises:
         ConfigErrors: as `run_composed`.
     """
-    argv = [*overrides, *(["--config-dir", config_dir] if config_dir else [])]
-    _check_overrides(argv)
-    return replace(_compose_api(list(overrides), config_dir), words=tuple(argv))
+    words, chosen = complete_words(overrides)
+    folder = ["--config-dir", config_dir] if config_dir else []
+    _check_overrides([*words, *folder])
+    return replace(_compose_api(words, config_dir, chosen), words=(*overrides, *folder))
 
 
 def read_config(path: Path) -> RunConfig:
@@ -162,7 +166,8 @@ def read_config(path: Path) -> RunConfig:
     return from_dict(RunConfig, read_plain(path))
 
 
-def _convert(cfg: Any, settings: Any) -> Composed:
+def _convert(cfg: Any, settings: Any, chosen: Sequence[str] = ()) -> Composed:
+    """Convert what Hydra has composed; `chosen` are the groups that the user has not chosen in words."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -176,6 +181,7 @@ def _convert(cfg: Any, settings: Any) -> Composed:
     permit(named for _, named in targets(data) if isinstance(named, str) and is_dotted(named))
     given = [override for _, override in parse_words(settings.overrides.task)[0]]
     overrides = {override.key_or_group: override.key_or_group in choices for override in given}
+    overrides = {key: is_group for key, is_group in overrides.items() if key not in chosen}
     config, problems = from_dict_partly(RunConfig, data)
     # Keys are held against each other only where each is right by itself; where a checkpoint brings some, beside those.
     elsewhere = config.resume is not None or config.train.init_from is not None
@@ -186,7 +192,7 @@ def _convert(cfg: Any, settings: Any) -> Composed:
     return Composed(config, data, choices, overrides, settings.job.num if multirun else None)
 
 
-def _compose_api(overrides: list[str], config_dir: str | None) -> Composed:
+def _compose_api(overrides: list[str], config_dir: str | None, chosen: Sequence[str] = ()) -> Composed:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
@@ -203,7 +209,7 @@ def _compose_api(overrides: list[str], config_dir: str | None) -> Composed:
         plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     except Exception as error:
         raise ConfigErrors(_problems_of(error, overrides, config_dir)) from error
-    return _convert(plain, settings)
+    return _convert(plain, settings, chosen)
 
 
 def _quoted(text: str) -> str:
@@ -257,6 +263,9 @@ def _problems_of(error: Exception, words: Sequence[str], config_dir: str | None)
 def _problem_of(error: BaseException, got: str | None = None) -> ConfigError:
     """An error of Hydra, OmegaConf or the system in this product's words."""
     key = getattr(error, "full_key", None)
+    if match := _NO_SUCH_KEY.search(str(error)):
+        words = [word for word in (got or "").split() if word.lstrip("+").startswith(f"{match[1]}=")]
+        return not_chosen(match[1], (words or [match[1]])[0])
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     said = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type")))
     if isinstance(error, RecursionError):

@@ -28,6 +28,7 @@ _HARDWARE = {
     **dict.fromkeys(("amd", "hip", "mi300x"), "hardware=rocm is AMD"),
     **dict.fromkeys(("neuron", "trn1", "trn2", "aws"), "hardware=trainium is AWS Trainium"),
 }
+_OPTIM = "optim"
 BASE = "base"
 """The option of a group that the others build on: every key with its comment, and no choice of its own."""
 
@@ -88,6 +89,36 @@ def _is_folder(path: str) -> bool:
         return Path(path).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Spell out what Hydra wants to be told, and the user has left to us.
+
+    `optim._target_=...` chooses `optim=own` where no optimizer is chosen, and the keys of free mappings
+    (`optim.arguments.KEY=...`) need no plus sign.
+
+    Returns:
+        The words, and those groups among them that were chosen here.
+    """
+    free = tuple(f"{key}." for key, is_free in schema_keys(RunConfig).items() if is_free)
+    words = [f"++{word}" if word.startswith(free) and "=" in word else word for word in argv]
+    keys = [word.partition("=")[0].lstrip("+") for word in words]
+    if f"{_OPTIM}._target_" in keys and not any(key.partition("@")[0] == _OPTIM for key in keys):
+        return [*words, f"{_OPTIM}=own"], [_OPTIM]
+    return words, []
+
+
+def not_chosen(key: str, word: str) -> ConfigError:
+    """Return what is wrong with a key of the schema that the chosen option of its group does not have."""
+    group, _, rest = key.partition(".")
+    hint = typing.get_type_hints(RunConfig).get(group)
+    options = [kind.name for kind in dataclasses_of(hint) if rest in schema_keys(kind)]
+    return ConfigError(
+        f"'{key}' is no key of the option of '{group}' that was chosen",
+        got=word,
+        allowed=f"with {' or '.join(f'{group}={option}' for option in options)}" if options else None,
+        fix=f"leave it out; the keys there are: train {group}=... --cfg job",
+    )
 
 
 def parse_words(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[ConfigError]]:

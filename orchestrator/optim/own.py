@@ -6,8 +6,6 @@ looked at before the training, on two parameters of a few elements.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.config.registry import Part
 from orchestrator.config.schema import OwnOptimConfig
 from orchestrator.errors import ConfigError
 from orchestrator.optim.steps import GuardedOptimizer
@@ -52,29 +51,6 @@ class OwnOptimizer(GuardedOptimizer):
             self.inner.step()
 
 
-def load_class(target: str) -> type[torch.optim.Optimizer]:
-    """Import a class by its dotted name.
-
-    Args:
-        target: `package.module.Class`, from the user's own configuration or command line, never from a checkpoint.
-
-    Raises:
-        ConfigError: there is no such module or class, or it is no optimizer.
-    """
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(
-            f"'optim._target_' cannot be imported: {type(error).__name__}: {error}",
-            got=target,
-            fix="install its package, or start where python finds it: PYTHONPATH=DIRECTORY",
-        ) from error
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
-        raise ConfigError("'optim._target_' is no optimizer", got=target, allowed="a subclass of torch.optim.Optimizer")
-    return found
-
-
 def build_own(
     parameters: Sequence[nn.Parameter], config: OwnOptimConfig, device: torch.device, restoring: bool
 ) -> OwnOptimizer:
@@ -89,9 +65,9 @@ def build_own(
     Raises:
         ConfigError: it cannot be made or stepped, or keeps what cannot be saved.
     """
-    found = load_class(config._target_)
-    entries = _try(found, config, device)
-    optimizer = _make(found, parameters, config)
+    part = Part("optimizer", config._target_, "optim", config.arguments)
+    entries = _try(part, config, device)
+    optimizer = _make(part, parameters, config)
     if restoring:
         for parameter in parameters:
             state = optimizer.state[parameter]
@@ -105,31 +81,16 @@ def build_own(
     return OwnOptimizer(optimizer)
 
 
-def _make(found: type[Any], parameters: Sequence[nn.Parameter], config: OwnOptimConfig) -> torch.optim.Optimizer:
-    try:
-        made: torch.optim.Optimizer = found(parameters, lr=config.lr, **config.arguments)
-    except Exception as error:
-        raise ConfigError(
-            f"'{config._target_}' cannot be made: {type(error).__name__}: {error}",
-            got=f"lr={config.lr}, optim.arguments={config.arguments}",
-            allowed=f"the arguments of {found.__name__}{_signature(found)}",
-            fix="set optim.arguments.KEY=... as it takes them",
-        ) from error
+def _make(part: Part, parameters: Sequence[nn.Parameter], config: OwnOptimConfig) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = part.make(parameters, expected=torch.optim.Optimizer, lr=config.lr)
     return made
 
 
-def _signature(found: type[Any]) -> str:
-    try:
-        return str(inspect.signature(found))[:300]
-    except (TypeError, ValueError):
-        return "(...)"
-
-
-def _try(found: type[Any], config: OwnOptimConfig, device: torch.device) -> dict[int, Mapping[str, _Entry]]:
+def _try(part: Part, config: OwnOptimConfig, device: torch.device) -> dict[int, Mapping[str, _Entry]]:
     """Step it on small parameters: number of dims -> state by key."""
     generator = torch.Generator().manual_seed(0)
     tried = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in _SHAPES]
-    optimizer = _make(found, tried, config)
+    optimizer = _make(part, tried, config)
     before = [_values(group) for group in optimizer.param_groups]
     for _ in range(_STEPS):
         for parameter in tried:

@@ -244,7 +244,7 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
         report: told of what was saved and is not taken over.
 
     Raises:
-        ConfigError: an experiment is asked for that the saved run is not.
+        ConfigError: an experiment or an optimizer is asked for that is not the saved run's.
         ConfigErrors: what was saved is no configuration of this version, or names code that the command line does not.
     """
     if problems := check_stored(from_dict(RunConfig, point.saved)):
@@ -252,11 +252,29 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     result = copy.deepcopy(dict(point.saved))
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
+    _keep_optimizer(result, point)
     registry.refuse_stored(result, composed.data, point.checkpoint)
     result["resume"] = composed.config.resume
     # What is allowed is allowed once.
     result["resume_allow"] = list(composed.config.resume_allow)
     return from_dict(RunConfig, result)
+
+
+def _keep_optimizer(result: Mapping[str, Any], point: ResumePoint) -> None:
+    """Refuse another optimizer than the saved run's."""
+    was, now = _optimizer_of(point.saved), _optimizer_of(result)
+    if was != now:
+        raise ConfigError(
+            "a resumed run keeps its optimizer: the checkpoint holds the state of that one alone",
+            got=now,
+            allowed=was,
+            fix=f"leave it out; or start a new run from the weights: train.init_from={point.checkpoint}",
+        )
+
+
+def _optimizer_of(data: Mapping[str, Any]) -> str:
+    target = _at(data, "optim._target_")
+    return f"optim={_at(data, 'optim.name') or 'adamw'}" if target is None else f"optim._target_={target}"
 
 
 def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> None:

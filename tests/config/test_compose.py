@@ -64,13 +64,30 @@ def _problems(*overrides: str, config_dir: Path | None = None) -> list[ConfigErr
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option):
     # A sequence that the smallest window holds; base files stand for themselves too.
-    composed = compose([f"{group}={option}", "train.seq_len=64"])
+    own = ["optim._target_=torch.optim.RAdam"] if (group, option) == ("optim", "own") else []
+    composed = compose([f"{group}={option}", "train.seq_len=64", *own])
     assert composed.choices[group] == option
     wanted = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
     if group != "experiment":
         for key in set(wanted) - {"defaults"}:
             assert key in composed.data[group]
     assert to_dict(composed.config).keys() == composed.data.keys()
+
+
+def test_an_optimizer_is_named_by_its_class_alone():
+    composed = compose(["optim._target_=a.B", "optim.arguments.rho=1e-3", "optim.lr=2"])
+    assert (composed.config.optim._target_, composed.config.optim.arguments) == ("a.B", {"rho": 1e-3})
+    assert composed.config.optim.lr == 2.0
+    # Of the group the user has said nothing: what is resumed keeps its other keys.
+    assert composed.overrides == {"optim._target_": False, "optim.arguments.rho": False, "optim.lr": False}
+    assert compose(["optim=own", "optim._target_=a.B"]).overrides["optim"] is True
+
+
+def test_a_key_of_another_option_is_said_to_be_that():
+    (problem,) = _problems("optim=muon", "optim.betas=[0.9,0.9]")
+    assert (problem.got, problem.allowed) == ("optim.betas=[0.9,0.9]", "with optim=adamw")
+    (problem,) = _problems("optim.momentum=0.9")
+    assert problem.allowed == "with optim=muon or optim=sgd"
 
 
 def test_the_yaml_files_name_every_key_of_the_schema():

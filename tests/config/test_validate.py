@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from orchestrator.config import optimizers
 from orchestrator.config import validate as rules
 from orchestrator.config.compose import compose
 from orchestrator.config.convert import from_dict, to_dict
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import OptimConfig, RunConfig
 from orchestrator.config.validate import check_ranges, validate
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
@@ -194,4 +196,40 @@ def test_every_numeric_key_has_a_rule():
             ):
                 yield key
 
-    assert set(numbers(RunConfig())) == ruled | without
+    found = set(numbers(RunConfig()))
+    assert {key for key in found if not key.startswith("optim.") or "schedule" in key} == ruled | without
+    for kind in typing.get_args(OptimConfig):
+        of_schedule = {f"optim.{key}" for key in numbers(kind(), "") if "schedule" in key}
+        assert of_schedule <= ruled | without
+        own = {key.removeprefix("adamw.") for key in numbers(kind(), "") if "schedule" not in key}
+        assert own <= set(optimizers._RANGES)
+
+
+@pytest.mark.parametrize(
+    ("data", "keys"),
+    [
+        (
+            {"name": "muon", "ns_steps": 100, "momentum": 1.0, "adamw": {"lr": 0.0}},
+            ["momentum", "ns_steps", "adamw.lr"],
+        ),
+        ({"name": "muon", "adamw": {"betas": [0.9, 1.0]}}, ["adamw.betas[1]"]),
+        ({"name": "adafactor", "beta2_decay": 0.8, "clip_threshold": 0.5}, ["beta2_decay", "clip_threshold"]),
+        ({"name": "adafactor", "eps_update": 0.0, "eps_parameter": -1.0}, ["eps_update", "eps_parameter"]),
+        ({"name": "sgd", "lr": math.nan, "weight_decay": -1}, ["lr", "weight_decay"]),
+        ({"_target_": "a.B", "lr": math.inf}, ["lr"]),
+    ],
+)
+def test_ranges_of_each_optimizer(data, keys):
+    config = from_dict(RunConfig, {"optim": data})
+    assert _said(config) == [f"'optim.{key}' is out of range" for key in keys]
+
+
+def test_what_an_optimizer_cannot_be():
+    def said(**data: Any) -> list[str]:
+        return _said(from_dict(RunConfig, {"optim": data}))
+
+    assert said(name="sgd", nesterov=True, momentum=0.0) == ["Nesterov's step looks ahead along a momentum"]
+    assert not said(name="sgd", nesterov=True)
+    for target in ("", "???"):
+        assert said(_target_=target) == ["'optim._target_' names no optimizer"]
+    assert said(_target_="a.B", arguments={"lr": 1}) == ["'optim.arguments.lr' is not an argument to give"]
