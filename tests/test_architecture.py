@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharding": set(),
     "hardware": {"chips"},
     "models": {"sharding"},
-    "optim": {"sharding"},
+    "optim": {"config", "sharding"},
     "data": set(),
     "checkpoint": {"sharding"},
     "planner": {"sharding", "chips"},

@@ -74,8 +74,13 @@ def _radam(model: Decoder) -> Pairs:
 
 CASES = {
     "muon": (
-        ["optim=muon", "optim.weight_decay=0.2", "optim.momentum=0.9", "optim.adamw.lr=2e-3"]
-        + ["optim.adamw.weight_decay=0.05"],
+        [
+            "optim=muon",
+            "optim.weight_decay=0.2",
+            "optim.momentum=0.9",
+            "optim.adamw.lr=2e-3",
+            "optim.adamw.weight_decay=0.05",
+        ],
         _muon,
     ),
     "adafactor": (["optim=adafactor", "optim.lr=0.05", "optim.weight_decay=0.1"], _adafactor),
