@@ -70,22 +70,21 @@ class Muon(GuardedOptimizer):
             self._update_group(group, self.with_gradients(group))
 
     def _update_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        directions = []
-        for parameter in parameters:
+        def direction(parameter: Tensor) -> Tensor:
             gradient = self._parts.local(parameter.grad)  # type: ignore[arg-type]
             buffer = self._parts.local(self.state[parameter]["momentum_buffer"])
             store(buffer, buffer.lerp(gradient, 1 - group["momentum"]), self.bad)
-            direction = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-            directions.append(direction.to(self._dtype))
+            ahead = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+            return ahead.to(self._dtype)
 
         def whole(matrix: Tensor) -> Tensor:
             return orthogonalize(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
-        for parameter, direction in zip(parameters, self._parts.on_wholes(directions, parameters, whole), strict=True):
+        for parameter, update in self._parts.on_wholes(direction, parameters, whole):
             local = self._parts.local(parameter)
             rate = group["lr"] * _factor(group["adjust_lr"], self._parts.shape(parameter))
             decayed = local * (1 - group["lr"] * group["weight_decay"])
-            store(local, decayed.add_(direction, alpha=-rate), self.bad)
+            store(local, decayed.add_(update, alpha=-rate), self.bad)
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -106,8 +105,16 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = _add_product(x, _add_product(gram, gram, gram, b, c), x, a, 1.0)
     return x.T if tall else x
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:
+    """Return beta base + alpha left right."""
+    if base.device.type == "xla":
+        # torch_xla 2.9 takes a product with factors to the host, and cuts the step's graph there.
+        return beta * base + alpha * (left @ right)
+    return torch.addmm(base, left, right, beta=beta, alpha=alpha)
 
 
 def _factor(adjust_lr: str, shape: tuple[int, ...]) -> float:

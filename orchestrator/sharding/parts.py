@@ -7,7 +7,7 @@ ask which strategy runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -52,17 +52,17 @@ class Parts(Protocol):
         """
 
     def on_wholes(
-        self, parts: Sequence[Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
-        """Apply `function` to whole tensors of which each process has its part.
+        self, part_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Apply `function` to whole tensors of which each process has its part, a few at a time.
 
         Args:
-            parts: this process's part of each tensor; each is split as its parameter.
-            parameters: one for each part.
+            part_of: gives this process's part of a tensor that is split as the parameter; called when it is needed.
+            parameters: one for each tensor, all with parts of one dtype.
             function: of a whole tensor; keeps shape and dtype. A process may be asked for some of them only.
 
-        Returns:
-            This process's part of each result.
+        Yields:
+            Each parameter and this process's part of its result, in any order.
         """
 
 
@@ -92,9 +92,10 @@ class WholeParts:
         return list(values)
 
     def on_wholes(
-        self, parts: Sequence[Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
-        return [function(part) for part in parts]
+        self, part_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for parameter in parameters:
+            yield parameter, function(part_of(parameter))
 
 
 def reduced_dims(optimizer: torch.optim.Optimizer) -> Mapping[str, Reduced]:

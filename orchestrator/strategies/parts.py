@@ -7,7 +7,7 @@ once per copy of the model instead of once per process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,20 +71,19 @@ class ShardedParts:
         return result
 
     def on_wholes(
-        self, parts: Sequence[Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+        self, part_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         if self._group is None:
-            return [function(part) for part in parts]
-        placements = [self._placements[parameter] for parameter in parameters]
+            for parameter in parameters:
+                yield parameter, function(part_of(parameter))
+            return
         # Those of one size together: nobody waits for another's larger one.
-        order = sorted(range(len(parts)), key=lambda index: placements[index].shape)
-        result = list(parts)
+        order = sorted(parameters, key=lambda parameter: self._placements[parameter].shape)
         for start in range(0, len(order), self._size):
             chunk = order[start : start + self._size]
-            done = self._exchange([parts[i] for i in chunk], [placements[i] for i in chunk], function)
-            for index, part in zip(chunk, done, strict=True):
-                result[index] = part
-        return result
+            placements = [self._placements[parameter] for parameter in chunk]
+            done = self._exchange([part_of(parameter) for parameter in chunk], placements, function)
+            yield from zip(chunk, done, strict=True)
 
     def _exchange(
         self, parts: Sequence[Tensor], placements: Sequence[Placement], function: Callable[[Tensor], Tensor]

@@ -188,6 +188,36 @@ def test_without_overrides_nothing_changes_but_resume():
     )
 
 
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ([], ["optim=sgd"]),
+        (["optim=muon"], ["optim=adamw"]),
+        ([], ["optim._target_=torch.optim.RAdam"]),
+        (["optim._target_=torch.optim.RAdam"], ["optim._target_=torch.optim.NAdam"]),
+    ],
+)
+def test_a_resumed_run_keeps_its_optimizer(saved, words):
+    with pytest.raises(ConfigError, match="a resumed run keeps its optimizer") as caught:
+        _merge(*words, saved=to_dict(compose(["model=tiny_gpt2", *saved]).config))
+    assert "train.init_from=/carried/step-00000001" in caught.value.fix
+
+
+def test_an_optimizer_of_the_users_has_to_be_named_again():
+    saved = to_dict(compose(["optim._target_=torch.optim.RAdam", "optim.lr=0.5", "optim.arguments.eps=1e-6"]).config)
+    with pytest.raises(ConfigErrors, match=r"optim\._target_=torch\.optim\.RAdam"):
+        _merge(saved=saved)
+    merged = _merge("optim._target_=torch.optim.RAdam", saved=saved)
+    # Named, and otherwise as it was saved.
+    assert (merged.optim.lr, merged.optim.arguments) == (0.5, {"eps": 1e-6})
+
+
+def test_the_saved_optimizer_keeps_its_keys():
+    saved = to_dict(compose(["optim=muon", "optim.lr=0.5", "optim.adamw.lr=0.25"]).config)
+    merged = _merge("optim.lr=0.1", saved=saved)
+    assert (merged.optim.name, merged.optim.lr, merged.optim.adamw.lr) == ("muon", 0.1, 0.25)
+
+
 def test_a_key_replaces_that_key():
     merged = _merge("resume=latest", "train.max_steps=7", "optim.schedule.warmup_steps=3")
     assert (merged.train.max_steps, merged.train.seq_len) == (7, 64)
