@@ -16,7 +16,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orchestrator.api.comparing import compare
     from orchestrator.api.configs import compose
+    from orchestrator.api.models import evaluate, generate, load_model
+    from orchestrator.api.planning import plan
+    from orchestrator.api.rehearsing import rehearse
     from orchestrator.api.runs import Run, load_run
     from orchestrator.api.training import train
     from orchestrator.checkpoint.verify import Checkpoint
@@ -37,8 +41,14 @@ _MODULES = {
     "Run": "api.runs",
     "RunConfig": "config.schema",
     "XlaStrategy": "strategies.xla",
+    "compare": "api.comparing",
     "compose": "api.configs",
+    "evaluate": "api.models",
+    "generate": "api.models",
+    "load_model": "api.models",
     "load_run": "api.runs",
+    "plan": "api.planning",
+    "rehearse": "api.rehearsing",
     "train": "api.training",
 }
 __all__ = [
@@ -49,8 +59,14 @@ __all__ = [
     "Run",
     "RunConfig",
     "XlaStrategy",
+    "compare",
     "compose",
+    "evaluate",
+    "generate",
+    "load_model",
     "load_run",
+    "plan",
+    "rehearse",
     "train",
 ]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from orchestrator.api.drawing import check_drawing
 from orchestrator.config.options import describe_options, option, parse_options
 from orchestrator.errors import ConfigError, ConfigErrors, DataError
 
@@ -100,21 +100,8 @@ def _show(text: Continuation, prompt: str, number: int, options: GenerateOptions
 
 def _problems(options: GenerateOptions) -> list[ConfigError]:
     """What is wrong with the values, all at once."""
-    ranges: list[tuple[str, Any, bool, str]] = [
-        ("tokens", options.tokens, options.tokens >= 1, "1 or more"),
-        ("samples", options.samples, options.samples >= 1, "1 or more"),
-        ("temperature", options.temperature, 0 <= options.temperature < math.inf, "0 or more, and finite"),
-        ("top_k", options.top_k, options.top_k is None or options.top_k >= 1, "1 or more, or none"),
-        ("top_p", options.top_p, options.top_p is None or 0 < options.top_p <= 1, "above 0, up to 1, or none"),
-        ("min_p", options.min_p, options.min_p is None or 0 <= options.min_p <= 1, "0 to 1, or none"),
-        ("repetition_penalty", (penalty := options.repetition_penalty), 0 < penalty < math.inf, "above 0, and finite"),
-        ("seed", options.seed, 0 <= options.seed <= 2**63 - 1 - max(0, options.samples), "0 or more, below 2^63"),
-    ]
-    problems = [
-        ConfigError(f"'{key}' is out of range", got=f"{key}={value}", allowed=allowed)
-        for key, value, right, allowed in ranges
-        if not right
-    ]
+    drawing = ("tokens", "samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    problems = check_drawing(**{name: getattr(options, name) for name in drawing})
     if (options.prompt is None) == (options.prompt_file is None):
         given = "neither" if options.prompt is None else "both"
         problems.append(

@@ -7,17 +7,13 @@ one with libtpu (`launch.tpu_compiler`). Nothing is executed and no weight is al
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.options import describe_options, option, parse_options
 
 if TYPE_CHECKING:
+    from orchestrator.api.rehearsing import Rehearsal
     from orchestrator.config.compose import Composed
     from orchestrator.config.schema import RunConfig
     from orchestrator.launch.tpu_compiler import Verdict
@@ -55,16 +51,6 @@ class RehearseOptions:
     json: bool = option(False, help="print JSON")
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What a rehearsal brought: facts of the staged program, and the compiler's verdict on it."""
-
-    devices: int
-    precision: str
-    staged: dict[str, Any]
-    verdict: Verdict
-
-
 def main(argv: list[str]) -> int:
     """Run the verb. Returns a code of `EXIT_CODES`.
 
@@ -85,73 +71,16 @@ def main(argv: list[str]) -> int:
 
 
 def _rehearse(composed: Composed, options: RehearseOptions) -> int:
+    from orchestrator.api.rehearsing import rehearse_config
     from orchestrator.train.initial import settle
 
     config = settle(composed, False, lambda text: None)
-    result = rehearse(config, options.topology, options.timeout_seconds)
+    result = rehearse_config(config, options.topology, options.timeout_seconds)
     if options.json:
         print(json.dumps({"topology": options.topology, **asdict(result)}, indent=2))
     else:
         print(_report(config, options.topology, result))
     return EXIT_CODES[result.verdict.status]
-
-
-def rehearse(config: RunConfig, topology: str, timeout_seconds: float) -> Rehearsal:
-    """Stage the step of `config` for a topology and compile it.
-
-    Args:
-        timeout_seconds: of the staging and of the compiler, each.
-
-    Raises:
-        UserError: what of the configuration, the topology or the environments is wrong.
-    """
-    from orchestrator.data.prepare import prepare
-    from orchestrator.hardware.registry import resolve
-    from orchestrator.launch.tpu_compiler import Topology, Verdict, compile_program, count_devices
-    from orchestrator.train.check import check_run, resolve_model
-
-    slices = Topology.parse(topology).slices
-    devices = count_devices(topology)
-    precision = "bf16" if config.hardware.precision == "auto" else config.hardware.precision
-    hardware = replace(config.hardware, target="tpu", simulate=devices, devices="auto", precision=precision)
-    config = replace(config, hardware=hardware)
-    resolve(hardware)
-    check_run(config, devices, slices=slices)
-    if config.model.vocab_size == "auto":
-        vocab_size = prepare(config.data, progress=True).vocab_size
-        config = replace(config, model=resolve_model(config.model, vocab_size))
-        check_run(config, devices, vocab_size, slices)
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
-        staged, reason = _stage(config, Path(folder), timeout_seconds)
-        if reason:
-            verdict = Verdict("unknown", reason)
-        else:
-            verdict = compile_program(Path(folder, "step.mlir"), topology, timeout_seconds, staged["degrees"])
-    return Rehearsal(devices, precision, staged, verdict)
-
-
-def _stage(config: RunConfig, folder: Path, timeout_seconds: float) -> tuple[dict[str, Any], str]:
-    """Let a process write the program into `folder`. Returns its facts, or why there are none."""
-    from orchestrator.errors import UserError
-    from orchestrator.hardware.registry import get_target
-    from orchestrator.train import rundir
-
-    rundir.write_config(folder, config)
-    target = get_target("tpu")
-    target.use(config.hardware)
-    # The mesh has all devices; the runtime is asked for nothing and needs only more than one.
-    environment = {**os.environ, **target.environment(config.hardware, 0, 1), "CPU_NUM_DEVICES": "2"}
-    command = [sys.executable, "-m", "orchestrator.train.rehearsal", str(folder)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        return {}, f"writing the step down was stopped after {timeout_seconds:g} s (timeout_seconds)"
-    if done.returncode == UserError.exit_code:
-        raise UserError(done.stderr.partition("error: ")[2].strip() or done.stderr)
-    if done.returncode:
-        return {}, f"writing the step down failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}"
-    facts: dict[str, Any] = json.loads((folder / "staged.json").read_text())
-    return facts, ""
 
 
 def _report(config: RunConfig, topology: str, result: Rehearsal) -> str:

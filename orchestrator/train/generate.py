@@ -11,7 +11,6 @@ from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.verify import Checkpoint
-from orchestrator.config.schema import ModelConfig
 from orchestrator.data.document_format import DocumentFormat, SpecialTokens
 from orchestrator.data.model_files import GENERATION_FILE
 from orchestrator.data.tokenize import Tokenizer
@@ -31,6 +30,12 @@ Stopped = Literal["end", "stop", "tokens"]
 class Writer:
     """A checkpoint's model and tokenizer, ready to continue texts.
 
+    Args:
+        path: of the checkpoint.
+        target: the hardware.
+        special_tokens: what special tokens in a prompt are; None: as the model was trained.
+        model: that of the checkpoint, where it is loaded already.
+
     Attributes:
         tokenizer: with the documents that the model was trained on: a prompt is the beginning of one.
         stop_ids: the tokens that end a text: the tokenizer's, and those of generation_config.json or config.json.
@@ -39,7 +44,9 @@ class Writer:
         CheckpointError: it has no tokenizer, or no model, or is damaged.
     """
 
-    def __init__(self, path: AnyPath, target: Target, special_tokens: SpecialTokens | None = None):
+    def __init__(
+        self, path: AnyPath, target: Target, special_tokens: SpecialTokens | None = None, model: Decoder | None = None
+    ):
         checkpoint = Checkpoint(path)
         self.tokenizer = _tokenizer(checkpoint, special_tokens)
         files, documents = files_of(checkpoint), self.tokenizer.documents
@@ -49,7 +56,7 @@ class Writer:
         ends = stop_ids(parse_json(content, name))
         first = () if documents.eos else documents.bos_ids[:1]  # then the beginning of the next document is the end
         self.stop_ids = frozenset({self.tokenizer.eos_id, *ends, *first})
-        self._model = _load(checkpoint, model_of(checkpoint), target.device(0))
+        self._model = model or load_decoder(checkpoint, target.device(0))
 
     def write(self, prompt: str, count: int, sampling: Sampling, seed: int, stop: Sequence[str] = ()) -> Continuation:
         """Continue a prompt.
@@ -128,9 +135,14 @@ def _tokenizer(checkpoint: Checkpoint, special_tokens: SpecialTokens | None) -> 
     return tokenizer.with_documents(DocumentFormat(documents.bos_ids, documents.eos, spelt))
 
 
-def _load(checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> Decoder:
+def load_decoder(checkpoint: Checkpoint, device: torch.device) -> Decoder:
+    """Load a checkpoint's model onto one device, in fp32 and ready for inference.
+
+    Raises:
+        CheckpointError: it holds no model, or is damaged.
+    """
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(model_of(checkpoint))
     model.to_empty(device=device)
     model.tie_weights()
     shards = [

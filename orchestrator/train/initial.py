@@ -48,7 +48,7 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
     if TOKENIZER_FILE not in checkpoint.manifest.files:
         named = any(key in composed.overrides for key in _WHICH_TOKENIZER)
         _refuse_new_tokens(config, checkpoint, named, report)
-    _take_tokenizer(composed, checkpoint, data["data"]["tokenizer"], where)
+    take_tokenizer(composed, checkpoint, data["data"]["tokenizer"], where)
     data["train"]["init_from"] = where
     result = from_dict(RunConfig, data)
     if problems := validate(result):
@@ -75,8 +75,15 @@ def _refuse_new_tokens(config: RunConfig, checkpoint: Checkpoint, named: bool, r
     report("the weights came without their tokenizer: nothing can show whether the data has the same tokens")
 
 
-def _take_tokenizer(composed: Composed, checkpoint: Checkpoint, settings: dict[str, Any], where: str) -> None:
-    """Set what the command line does not: the checkpoint's tokenizer, and documents as the model was trained on."""
+def take_tokenizer(composed: Composed, checkpoint: Checkpoint, settings: dict[str, Any], where: str) -> None:
+    """Set what the command line does not: the checkpoint's tokenizer, and documents as the model was trained on.
+
+    Args:
+        composed: the command line.
+        checkpoint: whose tokenizer it is; without one nothing is set.
+        settings: `data.tokenizer` as plain data.
+        where: the checkpoint is.
+    """
     stored = tokenizer_of(checkpoint)
     if stored is None or any(key in composed.overrides for key in _WHICH_TOKENIZER):
         return

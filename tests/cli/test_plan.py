@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.api.plan_words import PlanOptions
 from orchestrator.cli import main
-from orchestrator.cli.plan import PlanOptions
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = """
@@ -285,8 +285,8 @@ def test_help_names_every_option_and_model(plan):
 
 def test_the_recipe_of_a_gigawatt():
     """A million TPU chips within a gigawatt beside 400,000 Trainium2 and two GPU clusters; the jobs are all known."""
+    from orchestrator.api.plan_words import read_fleets, read_requests
     from orchestrator.chips.load import load_catalogue
-    from orchestrator.cli.plan_request import read_fleets, read_requests
 
     recipe = str(ROOT / "recipes" / "gigawatt.yaml")
     options, problems = PlanOptions(fleet=recipe, jobs=recipe), []

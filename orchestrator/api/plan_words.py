@@ -6,10 +6,11 @@ import difflib
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.config.compose import Composed, compose, conf_dir, group_options, read_plain
 from orchestrator.config.convert import convert_text, from_dict
+from orchestrator.config.options import option
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets, split_fleets
 from orchestrator.planner.goodput import FailureOptions
@@ -21,13 +22,43 @@ from orchestrator.planner.value import Value, given
 
 if TYPE_CHECKING:
     from orchestrator.chips.catalogue import Catalogue
-    from orchestrator.cli.plan import PlanOptions
 
 SEQ_LEN = 8192  # where neither the command line nor an experiment says; less for models made for less
 _TOKENS = 1e12
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kKMBT]?)")
 _SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _AXES = ("replicate", "fsdp", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`; everything else is `train`'s."""
+
+    fleet: str = option(help="the chips, see above")
+    tokens: str | None = option(None, help="of the run: 15T, 200B; none: an experiment's, else a trillion")
+    objective: Literal["time", "cost", "energy"] = option("time", help="fleets are ranked by it: time, cost, energy")
+    precision: Literal["bf16", "fp8", "fp32"] | None = option(None, help="bf16, fp8, fp32; none: hardware.precision")
+    axes: Literal["all", "train"] = option("all", help="all, or train: those that the strategies of train have")
+    stack: str = option(
+        "auto", help="software whose speed is meant; auto: the vendor's usual one, or ours with axes=train"
+    )
+    jobs: str | None = option(None, help="YAML of several jobs, to be split over the fleets")
+    chips_file: str | None = option(None, help="YAML that adds chips or overrides figures of the catalogue")
+    price_usd_per_chip_hour: float | None = option(None, help="for all fleets; none: the lowest list price")
+    watts_per_chip: float | None = option(None, help="of the server, per chip; none: the catalogue's")
+    pue: float | None = option(None, help="facility power over server power; none: by vendor")
+    inter_gb_per_s: float | None = option(None, help="network one way and chip; none: the catalogue's")
+    failures_per_chip_day: float | None = option(None, help="that stop a job; none: as published")
+    recovery: Literal["auto", "restart", "replace"] = option("auto", help="restart, replace a failed group, or auto")
+    restart_seconds: float | None = option(None, help="from a failure to the next step")
+    replace_seconds: float | None = option(None, help="from a failure until the other groups go on")
+    save_stall_seconds: float | None = option(None, help="that a save stops the step; none: predicted")
+    repair_hours: float | None = option(None, help="until a failed host is back")
+    max_days: float | None = option(None, help="fleets that take longer are ranked last")
+    max_usd: float | None = option(None, help="fleets that cost more are ranked last")
+    explain: str | None = option(None, help="print the derivation of a figure: cost, days, goodput, ..., or all")
+    json: bool = option(False, help="print JSON")
+    html: str | None = option(None, help="file for a report with plots")
 
 
 @dataclass(frozen=True)
