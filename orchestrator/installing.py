@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import site
 import sys
+import sysconfig
 from pathlib import Path
 
 DISTRIBUTION = "lm-orchestrator"
@@ -43,13 +44,15 @@ def own_environment(extra: str) -> str:
 
 
 def importable() -> dict[str, str]:
-    """Return the variables with which a process that is started here finds this package, from whatever folder."""
-    root = Path(__file__).resolve().parents[1]
-    installed = [Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())]
-    if root in installed:
-        return {}
-    # An import by a path that only this process has, such as that of its script or of a notebook.
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
+    """Return the variables with which a process that is started here finds this package and the caller's modules.
+
+    A script has its own folder on the path, and a notebook what it was told: a process of a run has neither by itself.
+    """
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    installed |= {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_config_var("DESTSHARED")}
+    paths = [path for path in (str(Path(__file__).resolve().parents[1]), *sys.path) if path not in installed]
+    wanted = [path for path in paths if path and Path(path).is_dir()]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(wanted))} if wanted else {}
 
 
 def checkout() -> Path | None:

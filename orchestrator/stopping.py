@@ -134,6 +134,7 @@ def listening(announce: bool = True) -> Iterator[None]:
         writer.close()
         thread.join(1.0)
         reader.close()
+        _request.reset()  # what was asked for is done: the next run of this process has not been asked
 
 
 @contextmanager

@@ -152,8 +152,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Com
     """
     words, chosen = complete_words(overrides)
     folder = ["--config-dir", config_dir] if config_dir else []
-    _check_overrides([*words, *folder])
-    return replace(_compose_api(words, config_dir, chosen), words=(*overrides, *folder))
+    with _own_hydra():
+        _check_overrides([*words, *folder])
+        return replace(_compose_api(words, config_dir, chosen), words=(*overrides, *folder))
 
 
 def read_config(path: Path) -> RunConfig:
@@ -190,6 +191,20 @@ def _convert(cfg: Any, settings: Any, chosen: Sequence[str] = ()) -> Composed:
         raise ConfigErrors(problems)
     multirun = settings.mode is not None and settings.mode.name == "MULTIRUN"
     return Composed(config, data, choices, overrides, settings.job.num if multirun else None)
+
+
+@contextlib.contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Compose in a program that may be an application of Hydra itself, whose state is put back."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = before
 
 
 def _compose_api(overrides: list[str], config_dir: str | None, chosen: Sequence[str] = ()) -> Composed:

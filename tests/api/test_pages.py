@@ -20,6 +20,7 @@ whole = composing.compose
 composing.compose = lambda words, folder: whole([*words, *{words!r}], folder)
 """
 AFTERWARDS = """
+composing.compose = whole
 assert run.status == other.status == "finished"
 assert abs(measured.loss - run.metrics[-1]["val_loss"]) < 1e-4, (measured, run.metrics[-1])
 assert model.config.vocab_size >= tokenizer.vocab_size > 0
