@@ -98,6 +98,10 @@ class ConfigErrors(UserError):
         super().__init__(f"{head}\n{body}")
 
 
+class PartError(UserError):
+    """A part that the user brought has failed; its traceback is in the message. Perhaps one process meets it alone."""
+
+
 class LayoutError(UserError):
     """The degrees of a layout do not fit the devices or the model."""
 

@@ -46,9 +46,14 @@ class RopeScalingConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder language model. Sizes count elements; `vocab_size: auto` takes the tokenizer's."""
+    """A decoder language model. Sizes count elements; `vocab_size: auto` takes the tokenizer's.
+
+    A model of the user's own is named by `_target_`: it is made of the same description, and of `arguments`.
+    """
 
     name: str = "tiny"
+    _target_: str | None = None  # package.module.Name of an own model, or an installed entry point; null: Decoder
+    arguments: dict[str, Any] = field(default_factory=dict)  # of an own model, beside the description
     vocab_size: int | Auto = "auto"
     dim: int = 128
     layers: int = 4
@@ -138,6 +143,8 @@ class ScheduleConfig:
     """Learning rate over the steps. `wsd` is warm-up, stable, decay."""
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    _target_: str | None = None  # an own schedule, called with (step, max_steps, lr); null: by `kind`
+    arguments: dict[str, Any] = field(default_factory=dict)  # of an own schedule
     warmup_steps: int = 20
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2  # of max_steps, for wsd
@@ -285,6 +292,7 @@ class LoggerConfig:
     progress: bool = True
     tensorboard: bool = True
     wandb: WandbConfig = WandbConfig()
+    own: tuple[dict[str, Any], ...] = ()  # loggers of Lightning's: {_target_: package.module.Name, ARGUMENT: VALUE}
 
 
 @dataclass(frozen=True)
@@ -337,3 +345,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logger: LoggerConfig = LoggerConfig()
     train: TrainConfig = TrainConfig()
+    callbacks: tuple[dict[str, Any], ...] = ()  # of Lightning's: {_target_: package.module.Name, ARGUMENT: VALUE}

@@ -222,6 +222,8 @@ def _hardware(hardware: HardwareConfig) -> list[ConfigError]:
 
 
 def _model(model: ModelConfig) -> list[ConfigError]:
+    if model._target_ is not None:
+        return []  # what an own model makes of its description, it knows itself
     sizes = (model.dim, model.heads, model.kv_heads, 1 if model.head_dim == "auto" else model.head_dim)
     if min(sizes) < 1:
         return []  # said by check_ranges

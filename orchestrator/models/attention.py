@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.models.mask import CausalMask
-
-if TYPE_CHECKING:
-    from orchestrator.models.decoder import Decoder
 
 
 class AttentionCore(nn.Module):
@@ -92,11 +88,3 @@ class BlockedAttentionCore(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, queries: tuple[int, int], keys: tuple[int, int]
     ) -> Tensor:
         return self.core(q, k, v, mask.part(queries, keys))
-
-
-def attend_in_blocks(model: Decoder, block: int, checkpoint: Callable[..., Tensor]) -> None:
-    """Let every layer of `model` attend as `BlockedAttentionCore`, whose arguments these are."""
-    model.make_mask = CausalMask
-    for layer in model.blocks:
-        assert isinstance(layer.attn.core, AttentionCore)
-        layer.attn.core = BlockedAttentionCore(layer.attn.core, block, checkpoint)

@@ -7,7 +7,6 @@ rank holds; there are no buffers, so it can be built on the meta device and fill
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.cache import KVCache
+from orchestrator.models.head import LMHead
 from orchestrator.models.init import Init
-from orchestrator.models.layers import Block, Mask, make_norm, resolved_head_dim
-from orchestrator.models.loss import HeadOps, default_head_ops
-from orchestrator.models.mask import additive, attention_mask
+from orchestrator.models.layers import Block, make_norm, resolved_head_dim
+from orchestrator.models.mask import additive
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.rope import Rope, rope_tables
 from orchestrator.sharding.axes import ParameterAxes
 
@@ -46,52 +46,18 @@ _AXES: dict[str, tuple[str, ...]] = {
 }
 
 
-class LMHead(nn.Module):
-    """From the last hidden states to logits or to the loss.
-
-    Attributes:
-        weight: [V, D].
-        ops: the mathematics; a strategy that shards the vocabulary replaces it.
-    """
-
-    def __init__(self, vocab_size: int, dim: int, ops: HeadOps):
-        super().__init__()
-        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
-        self.ops = ops
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
-        """Loss with targets, logits without.
-
-        Args:
-            hidden: [B, T, D].
-            targets: [B, T] with -100 where there is none, or None.
-            last_only: logits of the last position only.
-
-        Returns:
-            fp32 scalar, the sum over the targets; or [B, T, V], with `last_only` [B, 1, V].
-        """
-        if targets is not None:
-            return self.ops.loss(hidden, self.weight, targets)
-        return self.ops.logits(hidden[:, -1:] if last_only else hidden, self.weight)
-
-
-class Decoder(nn.Module):
+class Decoder(ShardableModel):
     """A decoder language model.
 
     Args:
         config: its description, with `vocab_size` a number.
         loss_chunk_tokens: tokens whose logits exist at one time when the loss is computed.
 
-    Attributes:
-        make_mask: builds the attention mask of a forward pass, as `models.mask.attention_mask`; a strategy
-            that splits sequences, or has another attention core, replaces it.
-
     Raises:
         ConfigError: `vocab_size` or `head_dim` cannot be resolved.
     """
 
     positions: nn.Embedding | None
-    make_mask: Callable[..., Mask]
 
     def __init__(self, config: ModelConfig, loss_chunk_tokens: int = 2048):
         super().__init__()
@@ -99,27 +65,18 @@ class Decoder(nn.Module):
             raise ConfigError("model.vocab_size is not known", got="auto", fix="give the number of tokens")
         self.config = config
         self.head_dim = resolved_head_dim(config)
-        self.make_mask = attention_mask
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config, config.dim)
-        self.head = LMHead(config.vocab_size, config.dim, default_head_ops(loss_chunk_tokens))
+        self.head = LMHead(config.vocab_size, config.dim, loss_chunk_tokens)
         self.tie_weights()
 
     @property
     def blocks(self) -> list[Block]:
         """The layers, with their type."""
         return cast(list[Block], list(self.layers))
-
-    def tie_weights(self) -> None:
-        """Let the head use the embedding's weight, where the configuration says so.
-
-        To be called again after parameters were replaced: sharding and moving break the tie.
-        """
-        if self.config.tied_embeddings:
-            self.head.weight = self.embed.weight
 
     def forward(
         self,

@@ -8,9 +8,6 @@ input and scatters its output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -117,19 +114,8 @@ class GELU(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
-def run_directly(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """No rematerialisation: keep every activation."""
-    return function(*args)
-
-
 class Block(nn.Module):
-    """One pre-norm layer: attention and feed-forward, each added to the residual stream.
-
-    Attributes:
-        remat: how the layer is run, `remat(function, *args)`; see `models.remat`.
-    """
-
-    remat: Callable[..., Tensor]
+    """One pre-norm layer: attention and feed-forward, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -138,15 +124,11 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.dim)
         self.mlp: nn.Module = (SwiGLU if config.activation == "swiglu" else GELU)(config)
         self.dropout = config.dropout
-        self.remat = run_directly
 
     def forward(
         self, x: Tensor, rope: Rope | None = None, mask: Mask = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Map the residual stream [B, T or a rank's part of T, D] to its successor."""
-        return self.remat(self._forward, x, rope, mask, cache)
-
-    def _forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: LayerCache | None) -> Tensor:
         x = x + self._drop(self.attn(self.attn_norm(x), rope, mask, cache))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
 

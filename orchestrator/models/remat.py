@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 
 from orchestrator.errors import ConfigError
-from orchestrator.models.layers import Block, run_directly
-
-if TYPE_CHECKING:
-    from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 
 RematPolicy = Literal["none", "selective", "full"]
 
@@ -65,13 +62,20 @@ def remat_function(
 
 
 def apply_remat(
-    model: Decoder, policy: RematPolicy, checkpoint: Callable[..., Any] = torch_checkpoint.checkpoint
+    model: ShardableModel, policy: RematPolicy, checkpoint: Callable[..., Any] = torch_checkpoint.checkpoint
 ) -> None:
     """Give every block of the model the policy; see `remat_function`."""
     function = remat_function(policy, checkpoint)
-    for block in model.layers:
-        assert isinstance(block, Block)
-        block.remat = function
+    if function is run_directly:
+        return
+    for block in model.blocks:
+        # Below the block's call, where hooks are: FSDP gathers around the whole.
+        block.forward = partial(function, block.forward)
+
+
+def run_directly(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """No rematerialisation: keep every activation."""
+    return function(*args)
 
 
 def _costly_operations() -> list[Any]:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as lightning
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from orchestrator.config.schema import LoggerConfig
 from orchestrator.observe.history import METRICS, History, finite_row
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
-from orchestrator.observe.trackers import TensorBoard, Wandb
+from orchestrator.observe.trackers import OwnLogger, TensorBoard, Wandb
 
 
 class Metrics(lightning.Callback):
@@ -42,6 +44,7 @@ class Metrics(lightning.Callback):
         history: what of the rows travels in checkpoints. Its rows so far begin a new TensorBoard directory or W&B run.
         channels: those of the run; tried again at each flush.
         skips: steps that are not finite are left out, and their rows say so.
+        loggers: what makes the user's own, by name.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Metrics(lightning.Callback):
         history: History,
         channels: SideChannels,
         skips: bool = False,
+        loggers: Mapping[str, Callable[[], Logger]] = MappingProxyType({}),
     ):
         self.every = config.every_steps
         self.latest: dict[str, Any] = {}
@@ -73,6 +77,9 @@ class Metrics(lightning.Callback):
         self._steps: list[dict[str, Any]] = []
         self._history, self._channels = history, channels
         self._sinks = self._open(run_dir, config, start_step, run_config, run_uuid) if main else []
+        for name, make in loggers.items() if main else ():
+            own = OwnLogger(make, run_config)
+            self._sinks.append(channels.open(name, own.write, close=own.close))
         self._since = time.perf_counter()
 
     def _open(

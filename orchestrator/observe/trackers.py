@@ -1,4 +1,7 @@
-"""What shows the metrics of a run beside its own files: TensorBoard and Weights & Biases. Both may fail."""
+"""What shows the metrics of a run beside its own files: TensorBoard, Weights & Biases, loggers of the user's own.
+
+All of them may fail.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import io
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from orchestrator.config.schema import WandbConfig
 from orchestrator.errors import MissingExtraError
 from orchestrator.observe.sink import Appended
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 Row = Mapping[str, Any]
 TAGS = {
@@ -155,3 +161,35 @@ class Wandb:
         """Let W&B send what is left."""
         if self._run is not None:
             self._run.finish()
+
+
+class OwnLogger:
+    """A logger of Lightning's that the user brings, made at the first row.
+
+    Args:
+        make: makes it.
+        run_config: logged as its hyperparameters.
+    """
+
+    def __init__(self, make: Callable[[], Logger], run_config: dict[str, Any]):
+        self._make, self._run_config = make, run_config
+        self._logger: Logger | None = None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Log rows.
+
+        Raises:
+            Exception: whatever the logger says.
+        """
+        if self._logger is None:
+            logger = self._make()
+            logger.log_hyperparams(self._run_config)
+            self._logger = logger
+        for row in rows:
+            self._logger.log_metrics(tagged(row), step=row["step"])
+        self._logger.save()
+
+    def close(self) -> None:
+        """Let the logger write what is left."""
+        if self._logger is not None:
+            self._logger.finalize("success")

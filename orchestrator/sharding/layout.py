@@ -92,7 +92,8 @@ def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
 def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_tokens: int) -> list[LayoutError]:
     """What the model and the batch do not allow of this layout, each with its arithmetic."""
     problems = []
-    for field in ("heads", "kv_heads", "mlp_dim", "vocab_size"):
+    # Which sizes an own model has, its parameters say: `check_parts`.
+    for field in ("vocab_size",) if model._target_ else ("heads", "kv_heads", "mlp_dim", "vocab_size"):
         size = getattr(model, field)
         if isinstance(size, int) and size % layout.tensor:
             fix = f"lower layout.tensor to a divisor of {size}"
@@ -103,7 +104,7 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
     if seq_len % split:
         fix = f"set train.seq_len to a multiple of {split}"
         problems.append(_indivisible("train.seq_len", seq_len, "layout.tensor x layout.context", split, fix))
-    if model.positions == "learned" and model.max_seq_len % layout.tensor:
+    if model._target_ is None and model.positions == "learned" and model.max_seq_len % layout.tensor:
         fix = "lower layout.tensor, or set model.max_seq_len to a multiple of it"
         problems.append(_indivisible("model.max_seq_len", model.max_seq_len, "layout.tensor", layout.tensor, fix))
     sequences = global_batch_tokens // seq_len

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.beats import Beat
 from orchestrator.hardware.world import World
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement
@@ -65,25 +65,25 @@ class ParallelStrategy(Strategy):
             self._council.leave()
 
     @abstractmethod
-    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+    def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
         """Split `model`, which is on the meta device, in place and allocate this process's part, unfilled."""
 
     @abstractmethod
-    def initialize(self, model: Decoder, seed: int) -> None:
+    def initialize(self, model: ShardableModel, seed: int) -> None:
         """Fill the local parts with the initial weights of `seed`: the same global weights on any layout."""
 
     @abstractmethod
-    def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+    def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         """The local parts of all weights and optimizer state, as views that a restore may write into."""
 
-    def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
         """Place the optimizer's state, which exists, beside its parameters."""
 
-    def parts(self, model: Decoder) -> Parts:
+    def parts(self, model: ShardableModel) -> Parts:
         """How the parameters of `model` are split, as an optimizer sees it. All ranks call it together."""
         return WholeParts(self.root_device.type == "cpu")
 
-    def adopt(self, model: Decoder, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
+    def adopt(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
         """Take over what a restore wrote into `state_shards`, where those are copies."""
 
     @property
@@ -107,7 +107,7 @@ class ParallelStrategy(Strategy):
         return torch.utils.checkpoint.checkpoint
 
     @abstractmethod
-    def backward_context(self, model: Decoder, last: bool) -> AbstractContextManager[None]:
+    def backward_context(self, model: ShardableModel, last: bool) -> AbstractContextManager[None]:
         """Around the backward pass of a micro-batch: the gradients of a step are complete after its `last`."""
 
     @abstractmethod
@@ -115,7 +115,9 @@ class ParallelStrategy(Strategy):
         """Sum over the ranks that hold different tokens, counting each token once."""
 
     @abstractmethod
-    def reduce_and_clip(self, model: Decoder, loss_part: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    def reduce_and_clip(
+        self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Sum up what a step needs to know, in one reduction, and clip the gradients by it.
 
         Args:
@@ -129,7 +131,7 @@ class ParallelStrategy(Strategy):
 
     @abstractmethod
     def update_unless(
-        self, model: Decoder, optimizer: torch.optim.Optimizer, bad: Tensor
+        self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor
     ) -> AbstractContextManager[None]:
         """Around an optimizer's step: where `bad` is true weights and state stay to the bit as they are.
 
@@ -258,6 +260,6 @@ class ParallelStrategy(Strategy):
         return obj
 
 
-def local_parameters(model: Decoder) -> Iterable[tuple[str, nn.Parameter]]:
+def local_parameters(model: ShardableModel) -> Iterable[tuple[str, nn.Parameter]]:
     """Names and parameters in a fixed order, a tied one once."""
     return model.named_parameters(remove_duplicate=True)

@@ -15,14 +15,26 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 
-from orchestrator.models.decoder import Decoder
+from orchestrator.errors import LayoutError
 from orchestrator.models.mask import CausalMask
+from orchestrator.models.protocol import ShardableModel, attention_cores
 
 _SEQUENCE_DIM = 2  # of keys and values [B, H, T, head_dim]
 
 
-def parallelize_context(model: Decoder, group: dist.ProcessGroup) -> None:
-    """Let `model`, which will get its part of each sequence, attend over the whole of it."""
+def parallelize_context(model: ShardableModel, group: dist.ProcessGroup) -> None:
+    """Let `model`, which will get its part of each sequence, attend over the whole of it.
+
+    Raises:
+        LayoutError: it has no attention core in which positions meet.
+    """
+    cores = [core for _, _, core in attention_cores(model)]
+    if not cores:
+        raise LayoutError(
+            "sequences cannot be split: the model has no attention core where their positions meet",
+            got=f"{type(model).__name__} with layout.context > 1",
+            fix="let its attention call an orchestrator.models.attention.AttentionCore, or set layout.context=1",
+        )
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
     def make_mask(
@@ -34,8 +46,8 @@ def parallelize_context(model: Decoder, group: dist.ProcessGroup) -> None:
         return rule.part((rank * queries, (rank + 1) * queries), (0, past + queries * size))
 
     model.make_mask = make_mask
-    for block in model.blocks:
-        block.attn.core.register_forward_pre_hook(_gather_keys(group))
+    for core in cores:
+        core.register_forward_pre_hook(_gather_keys(group))
     ops = model.head.ops
     logits = ops.logits
     model.head.ops = replace(ops, logits=lambda hidden, weight: _gather(logits(hidden, weight), group, dim=1))

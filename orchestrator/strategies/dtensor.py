@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.world import World
-from orchestrator.models.decoder import Decoder
 from orchestrator.models.init import draw_slice
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Parts, reduced_dims
 from orchestrator.sharding.rules import Placement
@@ -93,7 +93,7 @@ class DTensorStrategy(ParallelStrategy):
         group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timedelta(seconds=self.timeout_seconds))
         return group
 
-    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+    def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
         assert self.mesh is not None, "join() comes first"
         self._placements = dict(placements)
         if self.layout.tensor > 1:
@@ -109,7 +109,7 @@ class DTensorStrategy(ParallelStrategy):
         model.tie_weights()
         self._check(model)
 
-    def _fully_shard(self, model: Decoder) -> None:
+    def _fully_shard(self, model: ShardableModel) -> None:
         assert self.mesh is not None
         policy = MixedPrecisionPolicy(
             param_dtype=_DTYPES[self.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -130,7 +130,7 @@ class DTensorStrategy(ParallelStrategy):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def _check(self, model: Decoder) -> None:
+    def _check(self, model: ShardableModel) -> None:
         """Our arithmetic of who holds what is the library's, for every parameter."""
         for name, parameter in local_parameters(model):
             ours = tuple(part.stop - part.start for part in self._slices(name))
@@ -141,13 +141,13 @@ class DTensorStrategy(ParallelStrategy):
         return self._placements[name].slices(self.layout, self.world.rank)
 
     @torch.no_grad()
-    def initialize(self, model: Decoder, seed: int) -> None:
+    def initialize(self, model: ShardableModel, seed: int) -> None:
         for name, init in model.initializers().items():
             local = local_part(model.get_parameter(name))
             if local.numel():
                 local.copy_(draw_slice(init, name, seed, self._placements[name].shape, self._slices(name)))
 
-    def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+    def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # A forward pass without a backward one (evaluation, a sample) leaves some units gathered.
@@ -195,7 +195,7 @@ class DTensorStrategy(ParallelStrategy):
         return result
 
     @contextmanager
-    def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:
+    def backward_context(self, model: ShardableModel, last: bool) -> Iterator[None]:
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or self.reduce_each)
             model.set_requires_all_reduce(last)
@@ -212,7 +212,9 @@ class DTensorStrategy(ParallelStrategy):
         speaks = self.layout.coordinates(self.world.rank)["tensor"] == 0
         return values.clone() if speaks else torch.zeros_like(values)
 
-    def reduce_and_clip(self, model: Decoder, loss_part: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    def reduce_and_clip(
+        self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
+    ) -> tuple[Tensor, Tensor]:
         grads, owned = [], []
         for name, parameter in local_parameters(model):
             if parameter.grad is not None:
@@ -233,7 +235,7 @@ class DTensorStrategy(ParallelStrategy):
         return loss, norm
 
     @contextmanager
-    def update_unless(self, model: Decoder, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
+    def update_unless(self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
         # What torch's gradient scaler tells a fused optimizer: its kernel then writes nothing, and step counts stay.
         setattr(optimizer, "found_inf", bad.float())  # noqa: B010
         yield

@@ -23,40 +23,55 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from orchestrator.models.decoder import Decoder, LMHead
+from orchestrator.errors import LayoutError
+from orchestrator.models.head import LMHead
 from orchestrator.models.loss import VocabShard, chunked_cross_entropy
-from orchestrator.sharding.rules import Placement
+from orchestrator.models.protocol import ShardableModel, gathering_modules
+from orchestrator.sharding.axes import ParameterAxes
+from orchestrator.sharding.rules import RULES, Placement
 
 _SEQUENCE_DIM = 1  # of the residual stream [B, T, D]
 _HEAD_DIM = 2  # of queries and keys [B, T, H, head_dim] where QK-norm sees them
 
 
-def parallelize_tensor(model: Decoder, placements: Mapping[str, Placement], mesh: DeviceMesh) -> None:
-    """Cut the parameters of `model` over `mesh` (one axis) and hook the collectives in."""
+def parallelize_tensor(model: ShardableModel, placements: Mapping[str, Placement], mesh: DeviceMesh) -> None:
+    """Cut the parameters of `model` over `mesh` (one axis) and hook the collectives in.
+
+    Raises:
+        LayoutError: a module of the model cannot be cut as its axes say.
+    """
+    axes = model.logical_axes()
+    gathering = gathering_modules(model, axes, lambda axis: RULES[axis] == "tensor")
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
-        if name == "head":
-            continue
-        weight = placements.get(f"{name}.weight")
-        if weight is not None:
-            plan[name] = _style(name, module, weight)
+        own = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+        if name != "head" and (known := [one for one in own if one in placements]):
+            plan[name] = _style(module, {one: placements[one] for one in known}, axes)
     parallelize_module(model, mesh, plan)
-    for block in model.blocks:
-        block.attn.register_forward_pre_hook(_gather_sequence(mesh))
-        block.mlp.register_forward_pre_hook(_gather_sequence(mesh))
+    for module in gathering:
+        module.register_forward_pre_hook(_gather_sequence(mesh))
     _parallelize_head(model, mesh)
 
 
-def _style(name: str, module: nn.Module, weight: Placement) -> ParallelStyle:
+def _style(module: nn.Module, placements: Mapping[str, Placement], axes: ParameterAxes) -> ParallelStyle:
+    cut = {name.rpartition(".")[2]: placement.tensor_dim for name, placement in placements.items()}
     if isinstance(module, nn.Embedding):
         # Each rank looks up the rows that it has; the sum comes back cut along the sequence.
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(_SEQUENCE_DIM))
-    if isinstance(module, nn.Linear):
-        if weight.tensor_dim == 0:
+    if isinstance(module, nn.Linear) and cut["weight"] is not None:
+        if cut["weight"] == 0:
             return ColwiseParallel()
         return RowwiseParallel(output_layouts=Shard(_SEQUENCE_DIM))
-    dim = _HEAD_DIM if name.endswith(("q_norm", "k_norm")) else _SEQUENCE_DIM
-    return SequenceParallel(sequence_dim=dim, use_local_output=True)
+    if any(dim is not None for dim in cut.values()):
+        name = next(name for name, placement in placements.items() if placement.tensor_dim is not None)
+        raise LayoutError(
+            "the tensor axis cuts matrices and embeddings alone",
+            got=f"{name} {axes[name]} of a {type(module).__name__}",
+            allowed="nn.Linear, nn.Embedding; parameters of other modules have the axes norm, head_dim or embed",
+            fix="change the model, or set layout.tensor=1",
+        )
+    per_head = any(axes[name] == ("head_dim",) for name in placements)
+    return SequenceParallel(sequence_dim=_HEAD_DIM if per_head else _SEQUENCE_DIM, use_local_output=True)
 
 
 def _gather_sequence(mesh: DeviceMesh) -> Callable[..., Any]:
@@ -70,7 +85,7 @@ def _gather_sequence(mesh: DeviceMesh) -> Callable[..., Any]:
     return hook
 
 
-def _parallelize_head(model: Decoder, mesh: DeviceMesh) -> None:
+def _parallelize_head(model: ShardableModel, mesh: DeviceMesh) -> None:
     head = model.head
     if model.config.tied_embeddings:
         model.tie_weights()

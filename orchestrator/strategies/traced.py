@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.dtensor import DTensorStrategy
 
@@ -54,10 +54,10 @@ class TracedStrategy(DTensorStrategy):
         # It remembers the groups of this world, which the next one's equal mesh would be given.
         _clear_sharding_prop_cache()
 
-    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+    def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
         allocate = model.to_empty
 
-        def allocate_nothing(**kwargs: Any) -> Decoder:
+        def allocate_nothing(**kwargs: Any) -> ShardableModel:
             with self.fake:
                 return allocate(**kwargs)
 
@@ -65,7 +65,9 @@ class TracedStrategy(DTensorStrategy):
         with mock.patch.object(model, "to_empty", allocate_nothing):
             super().shard(model, placements)
 
-    def reduce_and_clip(self, model: Decoder, loss_part: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    def reduce_and_clip(
+        self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
+    ) -> tuple[Tensor, Tensor]:
         self.before_update()
         return super().reduce_and_clip(model, loss_part, max_norm)
 

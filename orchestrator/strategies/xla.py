@@ -30,10 +30,9 @@ from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.mesh import order_devices
 from orchestrator.hardware.world import World
-from orchestrator.models.attention import attend_in_blocks
-from orchestrator.models.decoder import Decoder
 from orchestrator.models.init import draw_slice
 from orchestrator.models.loss import HeadOps, chunked_cross_entropy
+from orchestrator.models.protocol import ShardableModel, attend_in_blocks
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Parts, Reduced, WholeParts, reduced_dims
@@ -109,7 +108,7 @@ class XlaStrategy(ParallelStrategy):
         # arrays of int64 are 64 MiB for 2,097,152 tokens, and rows need not be where a host's devices want them.
         return 0, 1
 
-    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+    def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
         self._placements = dict(placements)
         for name, parameter in list(model.named_parameters()):
             path, _, leaf = name.rpartition(".")
@@ -157,11 +156,11 @@ class XlaStrategy(ParallelStrategy):
         xs.mark_sharding(placed, self._mesh, spec)
         return placed
 
-    def parts(self, model: Decoder) -> Parts:
+    def parts(self, model: ShardableModel) -> Parts:
         # Every tensor is the global one; the compiler splits what is computed of it.
         return WholeParts(cpu=xr.device_type() == "CPU")
 
-    def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
         reduced = reduced_dims(optimizer)
         for name, parameter in local_parameters(model):
             state = optimizer.state[parameter]
@@ -171,21 +170,21 @@ class XlaStrategy(ParallelStrategy):
                     state[key] = self._send(torch.zeros(value.shape, dtype=value.dtype), spec)
         torch_xla.sync()
 
-    def initialize(self, model: Decoder, seed: int) -> None:
+    def initialize(self, model: ShardableModel, seed: int) -> None:
         initializers, shards = model.initializers(), self.state_shards(model, None)
         for shard in shards:
             name = shard.name.removeprefix("model.")
             shard.data.copy_(draw_slice(initializers[name], name, seed, shard.shape, shard.slices))
         self.adopt(model, None, shards)
 
-    def _named(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+    def _named(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
         """Full names and global tensors of all state."""
         for name, parameter in local_parameters(model):
             yield f"model.{name}", parameter
             for key, value in (optimizer.state[parameter] if optimizer else {}).items():
                 yield f"optimizer.{key}.{name}", value
 
-    def state_shards(self, model: Decoder, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+    def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         torch_xla.sync()
         shards = []
         for name, tensor in self._named(model, optimizer):
@@ -201,7 +200,7 @@ class XlaStrategy(ParallelStrategy):
                 shards.append(Shard(name, tuple(tensor.shape), slices, part.unpadded_data.clone(), owned))
         return shards
 
-    def adopt(self, model: Decoder, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
+    def adopt(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
         parts: dict[str, list[Tensor]] = {}
         for shard in shards:
             parts.setdefault(shard.name, []).append(shard.data)
@@ -237,7 +236,7 @@ class XlaStrategy(ParallelStrategy):
         return xla_checkpoint
 
     @contextmanager
-    def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:
+    def backward_context(self, model: ShardableModel, last: bool) -> Iterator[None]:
         yield
         if not last:
             for name, parameter in local_parameters(model):
@@ -253,7 +252,9 @@ class XlaStrategy(ParallelStrategy):
         # A tensor is global here: what a rank has is already the sum.
         return values
 
-    def reduce_and_clip(self, model: Decoder, loss_part: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    def reduce_and_clip(
+        self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
+    ) -> tuple[Tensor, Tensor]:
         grads = [parameter.grad for _, parameter in local_parameters(model) if parameter.grad is not None]
         norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
         if max_norm is not None:
@@ -263,7 +264,7 @@ class XlaStrategy(ParallelStrategy):
         return loss_part, norm
 
     @contextmanager
-    def update_unless(self, model: Decoder, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
+    def update_unless(self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
         # Part of the step's graph: the compiler chooses element by element where it computes the update, in place.
         before = {name: tensor.detach().clone() for name, tensor in self._named(model, optimizer)}
         yield

@@ -22,18 +22,18 @@ from orchestrator.errors import HardwareError
 from orchestrator.hardware.base import Target
 from orchestrator.hardware.registry import job_devices
 from orchestrator.hardware.world import World
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.remat import apply_remat
 from orchestrator.observe.history import History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
 from orchestrator.observe.sink import SideChannels
 from orchestrator.observe.throughput import mfu, peak_flops
-from orchestrator.planner.flops import flops_per_token, parameter_count
+from orchestrator.planner.flops import flops_per_token
 from orchestrator.resilience.preemption import StopOnSignal
 from orchestrator.sharding import rules
 from orchestrator.sharding.layout import resolve_layout
-from orchestrator.strategies.base import ParallelStrategy
+from orchestrator.strategies.base import ParallelStrategy, local_parameters
 from orchestrator.strategies.environment import JobEnvironment
 from orchestrator.train import identity
 from orchestrator.train.check import resolve_model
@@ -44,6 +44,7 @@ from orchestrator.train.layout import precision_of, settle_layout
 from orchestrator.train.module import LanguageModule
 from orchestrator.train.optim import build_optimizer
 from orchestrator.train.origin import model_files
+from orchestrator.train.parts import build_model, own_callbacks, own_loggers
 from orchestrator.train.restoring import data_position, restore_run, restore_weights
 from orchestrator.train.run import Place
 from orchestrator.train.rundir import read_history
@@ -61,6 +62,7 @@ class Job:
     loader: StepLoader
     parallel: ParallelStrategy
     stop: StopOnSignal
+    own_callbacks: list[lightning.Callback]
     channels: SideChannels
     metrics: Metrics
     progress: Progress | None
@@ -100,10 +102,10 @@ def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, pla
     return _assemble(config, parallel, data, place, leg, module, loader, restored)
 
 
-def place_model(config: RunConfig, model_config: ModelConfig, parallel: ParallelStrategy) -> Decoder:
+def place_model(config: RunConfig, model_config: ModelConfig, parallel: ParallelStrategy) -> ShardableModel:
     """The model, described on the meta device, then each process's part of it allocated."""
     with torch.device("meta"):
-        model = Decoder(model_config, config.train.loss_chunk_tokens)
+        model = build_model(model_config, config.train.loss_chunk_tokens)
     remat = settle_layout(config, parallel.target, parallel.layout.devices).remat
     apply_remat(model, remat, parallel.checkpoint)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -111,7 +113,7 @@ def place_model(config: RunConfig, model_config: ModelConfig, parallel: Parallel
     return model
 
 
-def _initialize(model: Decoder, config: RunConfig, parallel: ParallelStrategy) -> None:
+def _initialize(model: ShardableModel, config: RunConfig, parallel: ParallelStrategy) -> None:
     """The weights that a run starts with: random ones of its seed, or those of a checkpoint."""
     if config.train.init_from is None:
         parallel.initialize(model, config.seed)
@@ -158,7 +160,7 @@ def _assemble(
 ) -> Job:
     """What looks at the run and keeps it, around the module that trains."""
     train, step, main = config.train, module.step, parallel.rank == 0
-    facts, utilisation = _facts(config, module.model.config, data, parallel)
+    facts, utilisation = _facts(config, module.model, data, parallel)
     side = provenance(parallel)
     # Rank 0 alone writes what carries it; the run directory may not be there on other hosts.
     run_uuid = identity.uuid_of(place.run_dir) if main else ""
@@ -181,6 +183,7 @@ def _assemble(
         history=history,
         channels=channels,
         skips=train.on_nonfinite == "skip",
+        loggers=own_loggers(config),
     )
     progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
     tell = progress.say if progress else (say if main else _silent)
@@ -188,8 +191,8 @@ def _assemble(
     validation = validation_data(config, data)
     held_out = validation.stream(config.data.document_mask)
     reference = make_batch(config, held_out or loader.stream) if config.checkpoint.handover.enabled else None
-    sides, files = {**side, "run": run_uuid}, _travelling(config, data, restored, main)
-    keep = (data.tokenizer, files, sides, metrics, history, reference, tell)
+    files = _travelling(config, data, restored, main)
+    keep = (data.tokenizer, files, {**side, "run": run_uuid}, metrics, history, reference, tell)
     checkpoints = Checkpoints(place.checkpoints, place.run_dir, config, parallel, loader, *keep)
     batches = _validation(validation, held_out, parallel, module.micro_batch)
     evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell, progress)
@@ -197,14 +200,14 @@ def _assemble(
         parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(held_out or loader.stream)
     )
     periods = (config.logger.every_steps, train.eval_every, train.sample.every_steps, config.checkpoint.every_steps)
-    guard = module.guard
+    guard, own = module.guard, own_callbacks(config)
     guard.due = lambda step: any(period and step % period == 0 for period in periods)
     guard.say = tell
-    callbacks = [guard, metrics, *([progress] if progress else []), evaluation, samples, checkpoints, stop]
+    callbacks = [guard, metrics, *([progress] if progress else []), evaluation, samples, *own, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
     resumed_from = str(restored.directory) if restored else None
     about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **side}
-    seen = (channels, metrics, progress, checkpoints, evaluation, samples, history, restored)
+    seen = (own, channels, metrics, progress, checkpoints, evaluation, samples, history, restored)
     return Job(trainer, module, loader, parallel, stop, *seen, facts, about, tell)
 
 
@@ -262,22 +265,23 @@ def _validation(
 
 
 def _facts(
-    config: RunConfig, model: ModelConfig, data: PreparedData, parallel: ParallelStrategy
+    config: RunConfig, model: ShardableModel, data: PreparedData, parallel: ParallelStrategy
 ) -> tuple[dict[str, Any], Callable[[float], float | None]]:
     """What is known of the run before its first step, and MFU as a function of tokens per second."""
     target, devices = parallel.target, parallel.layout.devices
-    flops = flops_per_token(model, config.train.seq_len)
+    # What an own model computes no description says: its utilisation is unknown.
+    flops = None if model.config._target_ else flops_per_token(model.config, config.train.seq_len)
     chip = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
     figure = load_catalogue().get(chip).device_peak_flops(parallel.precision) if chip else None
     peak, source = peak_flops(target, figure, parallel.precision, parallel.root_device)
 
     facts = {
         "name": config.name,
-        "parameters": parameter_count(model).total,
+        "parameters": sum(parameter.numel() for _, parameter in local_parameters(model)),
         "flops_per_token": flops,
         "peak_flops_per_device": peak,
         "peak_source": source,
-        "vocab_size": model.vocab_size,
+        "vocab_size": model.config.vocab_size,
         "unigram_entropy_nats": data.unigram_entropy_nats,
         "data": data.describe(),
         "mixture": mixture_lines(data),

@@ -27,6 +27,7 @@ from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.launch.local import run_local
 from orchestrator.train import resume, rundir
 from orchestrator.train.check import check_run
+from orchestrator.train.parts import check_parts
 from orchestrator.train.say import warn
 from orchestrator.train.stored_model import holds_model
 
@@ -72,6 +73,7 @@ def _settle(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, An
     config = resume.merge(point, composed, warn)
     if problems := validate(config):
         raise ConfigErrors(problems)
+    check_parts(config)
     checkpoint = Checkpoint(point.checkpoint)
     if read_reference(checkpoint) is None:
         raise CheckpointError(

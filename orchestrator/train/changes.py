@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, ConfigErrors
-from orchestrator.train.schedule import learning_rate
+from orchestrator.train.schedule import schedule_of
 
 _SAME_RATE = 0.01  # a learning rate that is off by no more than this is as promised
 _SCHEDULE = ("train.max_steps", "optim.schedule.")
@@ -90,7 +90,10 @@ def precision_change(was: object, now: str) -> Change | None:
 
 
 def _effect_on_rate(saved: RunConfig, now: RunConfig, step: int) -> tuple[str, str | None]:
-    rates = [_rate(config, step) for config in (saved, now)]
+    try:
+        rates = [_rate(config, step) for config in (saved, now)]
+    except ConfigError:  # that of the saved run is not named here, and so not imported
+        return "the saved run's schedule is the user's own, whose rate is not known here", "schedule"
     # The schedule alone: a rate that the user has changed is meant so.
     factors = [_rate(config, step) / config.optim.lr for config in (saved, now)]
     jumps = abs(factors[1] - factors[0]) > _SAME_RATE * max(factors)
@@ -102,7 +105,7 @@ def _effect_on_rate(saved: RunConfig, now: RunConfig, step: int) -> tuple[str, s
 
 def _effect(key: str, saved: RunConfig, now: RunConfig, step: int) -> str:
     if key == "optim.lr":
-        return f"learning rate of step {step + 1} {_number(_rate(saved, step))} -> {_number(_rate(now, step))}"
+        return _effect_on_rate(saved, now, step)[0]
     if key.startswith("model."):
         return "another model; the handover check shows by how much"
     if key.startswith("data.") or key in ("seed", "train.seq_len"):
@@ -111,7 +114,7 @@ def _effect(key: str, saved: RunConfig, now: RunConfig, step: int) -> str:
 
 
 def _rate(config: RunConfig, step: int) -> float:
-    return learning_rate(step, config.train.max_steps, config.optim.lr, config.optim.schedule)
+    return schedule_of(config)(step, config.optim.lr)
 
 
 def _number(value: float) -> str:

@@ -8,6 +8,7 @@ from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.hardware.mesh import slices_problem
 from orchestrator.sharding.layout import check_layout, resolve_layout
+from orchestrator.train.parts import own_indivisible
 
 
 def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, slices: int = 1) -> None:
@@ -29,6 +30,8 @@ def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, sl
     try:
         layout = resolve_layout(config.layout, devices)
         problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
+        if model._target_ is not None and layout.tensor > 1:
+            problems += own_indivisible(model, layout.tensor)
         if problem := slices_problem(layout.replicate, slices):
             problems.append(problem)
     except UserError as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.checkpoint.finite import finite_flags
 from orchestrator.checkpoint.peers import exchange, new_topic
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import ParallelStrategy, local_parameters
 from orchestrator.train.module import LanguageModule
@@ -120,7 +120,7 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
 class _Watch:
     """Flags of what the layers give and get, in the order in which it is computed."""
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: ShardableModel):
         self._units: list[tuple[str, nn.Module]] = [
             ("embed", model.embed),
             *((f"layers.{index}", block) for index, block in enumerate(model.blocks)),
@@ -189,7 +189,7 @@ def _order(event: Sequence[Any]) -> tuple[int, int, int]:
     return micro_batch, int(phase == "backward"), at if phase == "forward" else -at
 
 
-def _nonfinite_gradients(model: Decoder, parallel: ParallelStrategy) -> tuple[str, ...]:
+def _nonfinite_gradients(model: ShardableModel, parallel: ParallelStrategy) -> tuple[str, ...]:
     named = [(name, _local(p.grad)) for name, p in local_parameters(model) if p.grad is not None]
     good = parallel.fetch([grad.detach().isfinite().all() for _, grad in named])
     bad = {name for (name, _), flag in zip(named, good, strict=True) if not flag}

@@ -19,6 +19,7 @@ from orchestrator.planner.native import native_memory
 from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 from orchestrator.sharding.layout import Layout, resolve_layout
 from orchestrator.train.layout import precision_of, settle_layout
+from orchestrator.train.say import warn
 
 _GIB = 2**30
 _PROCESS_BYTES = 0.4 * _GIB  # torch and the product, imported
@@ -59,6 +60,9 @@ def check_memory(config: RunConfig, target: Target, devices: int, local: int, vo
         HardwareError: it needs more than there is; names what would fit.
     """
     if target.strategy != "dtensor" or not config.hardware.check_memory:
+        return
+    if config.model._target_ is not None:
+        warn("memory is not checked: what a model of your own needs is unknown")
         return
     fit = _fit(config, target, devices, local, vocab_size)
     if fit is None or fit.fits:

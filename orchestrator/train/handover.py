@@ -37,8 +37,8 @@ from orchestrator.checkpoint.writer import SUM_RANGE, sum_bits
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import TokenStream
 from orchestrator.errors import NonFiniteError
-from orchestrator.models.decoder import Decoder
 from orchestrator.models.loss import IGNORE
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import ParallelStrategy, local_parameters
 
@@ -56,7 +56,9 @@ def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
     return reference_batch(rows, min(length, train.seq_len))
 
 
-def reference_files(model: Decoder, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+def reference_files(
+    model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]
+) -> dict[str, bytes]:
     """What a checkpoint carries for the check: `batch`, and what `model` gives for it. All ranks call it together.
 
     Raises:
@@ -75,7 +77,7 @@ def reference_files(model: Decoder, parallel: ParallelStrategy, batch: Mapping[s
 
 def check_handover(
     checkpoint: Checkpoint,
-    model: Decoder,
+    model: ShardableModel,
     optimizer: torch.optim.Optimizer | None,
     parallel: ParallelStrategy,
     here: Mapping[str, Any],
@@ -131,7 +133,7 @@ def note(run_dir: Path, entry: Mapping[str, Any]) -> None:
     os.replace(aside, path)
 
 
-def measure(model: Decoder, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]) -> Measurement:
+def measure(model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]) -> Measurement:
     """Loss, gradient norm and digest of the logits for `batch`. All ranks call it together.
 
     Weights, optimizer and random state stay as they are; gradients must not be waiting, and none are left.
@@ -165,7 +167,7 @@ def measure(model: Decoder, parallel: ParallelStrategy, batch: Mapping[str, np.n
 
 
 @contextmanager
-def _digesting(model: Decoder, targets: Tensor, into: list[Tensor]) -> Iterator[None]:
+def _digesting(model: ShardableModel, targets: Tensor, into: list[Tensor]) -> Iterator[None]:
     """Within it the head, asked for the loss, digests its logits too: the forward pass is made once."""
     ops = model.head.ops
 

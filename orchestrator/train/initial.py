@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.checkpoint.storage import is_remote, locate
 from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.config import registry
 from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
@@ -18,7 +19,7 @@ from orchestrator.data.store import is_store
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.train import resume
-from orchestrator.train.stored_model import model_of, tokenizer_of
+from orchestrator.train.stored_model import model_of, stored_config, tokenizer_of
 
 # Keys that say which vocabulary it is; the others say what is made of it.
 _WHICH_TOKENIZER = tuple(f"data.tokenizer{key}" for key in ("", ".kind", ".path", ".vocab_size"))
@@ -43,13 +44,15 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
     where = str(found if is_remote(found) else found.resolve())
     data = copy.deepcopy(to_dict(config))
     if "model" not in composed.overrides:
-        data["model"] = to_dict(model_of(checkpoint))
+        own = config.model._target_ is not None
+        data["model"] = to_dict(stored_config(checkpoint).model if own else model_of(checkpoint))
         resume.apply(composed, data, [key for key in composed.overrides if key.startswith("model.")])
     if TOKENIZER_FILE not in checkpoint.manifest.files:
         named = any(key in composed.overrides for key in _WHICH_TOKENIZER)
         _refuse_new_tokens(config, checkpoint, named, report)
     take_tokenizer(composed, checkpoint, data["data"]["tokenizer"], where)
     data["train"]["init_from"] = where
+    registry.refuse_stored(data, composed.data, where)
     result = from_dict(RunConfig, data)
     if problems := validate(result):
         raise ConfigErrors(problems)

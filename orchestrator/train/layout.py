@@ -47,6 +47,8 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     key = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
     if len(fixed) > len(MESH_AXES) - 2 or key is None or target.name == "cpu" or config.hardware.simulate:
         return kept
+    if config.model._target_ is not None:
+        return replace(kept, why="not planned: what a model of your own needs is unknown; the plain rule fills it in")
     chip = load_catalogue().get(key)
     chips, rest = divmod(devices, chip.logical_devices_per_chip)
     slices = target.slices()

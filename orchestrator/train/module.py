@@ -11,11 +11,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from orchestrator.config.schema import RunConfig
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.strategies.base import Batch, ParallelStrategy
 from orchestrator.train.divergence import FiniteGuard
 from orchestrator.train.optim import PEAK
-from orchestrator.train.schedule import learning_rate
+from orchestrator.train.schedule import schedule_of
 
 IGNORED = -100  # target of a position that does not count
 
@@ -41,7 +41,7 @@ class LanguageModule(lightning.LightningModule):
 
     def __init__(
         self,
-        model: Decoder,
+        model: ShardableModel,
         optimizer: torch.optim.Optimizer,
         parallel: ParallelStrategy,
         config: RunConfig,
@@ -55,6 +55,7 @@ class LanguageModule(lightning.LightningModule):
         self.lr = 0.0
         self.record: Callable[..., None] = lambda **values: None  # set by the metrics callback
         self.guard = FiniteGuard(parallel, config.train)
+        self._schedule = schedule_of(config)
         self._optimizer = optimizer
         self._dropout = model.config.dropout > 0
 
@@ -83,11 +84,9 @@ class LanguageModule(lightning.LightningModule):
         self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr)
 
     def _set_learning_rate(self) -> None:
-        optim = self.config.optim
-        steps = self.config.train.max_steps
-        self.lr = learning_rate(self.step, steps, optim.lr, optim.schedule)
+        self.lr = self._schedule(self.step, self.config.optim.lr)
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, steps, group[PEAK], optim.schedule)
+            group["lr"] = self._schedule(self.step, group[PEAK])
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
         """The parts of a step's batch, and whether each is the last one; dropout is seeded for each as it comes."""
@@ -104,7 +103,7 @@ class LanguageModule(lightning.LightningModule):
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, parallel: ParallelStrategy, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+def evaluate(model: ShardableModel, parallel: ParallelStrategy, batches: Iterable[Mapping[str, Any]]) -> Tensor:
     """Mean loss over the target tokens of `batches`, in nats. Every rank brings the same number of batches."""
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.root_device)

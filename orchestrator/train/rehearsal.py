@@ -35,7 +35,7 @@ from orchestrator.data.stream import blank_batch
 from orchestrator.errors import UserError
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import World
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.output import printing
 from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement
@@ -69,22 +69,22 @@ class StagingStrategy(XlaStrategy):
         # Where devices are is the compiler's matter: `launch.tpu_compiler` lays the mesh over them.
         return [{}] * self.layout.devices
 
-    def shard(self, model: Decoder, placements: Mapping[str, Placement]) -> None:
+    def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
         # The zeros that would be sent are made on meta: of them only the shape is used.
         with torch.device("meta"):
             super().shard(model, placements)
 
-    def parts(self, model: Decoder) -> Parts:
+    def parts(self, model: ShardableModel) -> Parts:
         return WholeParts(cpu=False)  # the program is for a TPU
 
-    def prepare_optimizer(self, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
         with torch.device("meta"):
             super().prepare_optimizer(model, optimizer)
         for state in optimizer.state.values():
             # The counts are on the device in a run; here they would be constants of the program.
             state.update({key: self._send(value, ()) for key, value in state.items() if not value.dim()})
 
-    def outputs(self, model: Decoder, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    def outputs(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """What the step leaves on the devices: weights and optimizer state."""
         return [tensor for _, tensor in self._named(model, optimizer)]
 
@@ -96,7 +96,7 @@ class StagingStrategy(XlaStrategy):
         return placed
 
     @contextmanager
-    def backward_context(self, model: Decoder, last: bool) -> Iterator[None]:
+    def backward_context(self, model: ShardableModel, last: bool) -> Iterator[None]:
         assert last, "a staged step has one backward pass"
         if self.accumulates:
             for name, parameter in local_parameters(model):

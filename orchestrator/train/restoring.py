@@ -18,7 +18,7 @@ from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import Position, TokenStream
 from orchestrator.errors import CheckpointError, DamagedError, NonFiniteError
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.observe.bar import Bar
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.base import ParallelStrategy
@@ -33,7 +33,7 @@ def restore_run(
     where: AnyPath,
     config: RunConfig,
     parallel: ParallelStrategy,
-    model: Decoder,
+    model: ShardableModel,
     optimizer: torch.optim.Optimizer,
     stream: TokenStream,
 ) -> Checkpoint:
@@ -74,7 +74,7 @@ def restore_run(
 
 
 def restore_weights(
-    checkpoint: Checkpoint, config: RunConfig, parallel: ParallelStrategy, model: Decoder, cast: bool = True
+    checkpoint: Checkpoint, config: RunConfig, parallel: ParallelStrategy, model: ShardableModel, cast: bool = True
 ) -> None:
     """Fill the model alone from `checkpoint`, on whatever layout. All ranks call it together.
 
@@ -169,7 +169,7 @@ def _fill(
     checkpoint: Checkpoint,
     config: RunConfig,
     parallel: ParallelStrategy,
-    model: Decoder,
+    model: ShardableModel,
     optimizer: torch.optim.Optimizer | None,
     cast: bool = False,
 ) -> None:

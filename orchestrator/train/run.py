@@ -17,7 +17,15 @@ from orchestrator import stopping
 from orchestrator.checkpoint.patience import wait_for_stores
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import DIVERGED, DONE, DamagedDataError, LostPeerError, UserError, error_to_dict
+from orchestrator.errors import (
+    DIVERGED,
+    DONE,
+    DamagedDataError,
+    LostPeerError,
+    PartError,
+    UserError,
+    error_to_dict,
+)
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import OWN_PREFIX, World, detect
 from orchestrator.output import tell
@@ -158,10 +166,12 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
     """Train, save and look back. Returns the run's status; what there was no time for is in `left_out`."""
     from orchestrator.train.aftermath import examine
     from orchestrator.train.divergence import Diverged
+    from orchestrator.train.parts import blamed
 
     try:
         if not _all_steps_done(job):
-            job.trainer.fit(job.module, job.loader)
+            with blamed(job.own_callbacks):
+                job.trainer.fit(job.module, job.loader)
         _save(job, record)
         if _all_steps_done(job):
             left_out += ["evaluation", "sample"]
@@ -299,7 +309,7 @@ def train_worker() -> int:
     except UserError as error:
         # All ranks meet the same problem; one says so. Who lost the others may be the only one that is left, and a
         # damaged part of the data is met by whoever reads it.
-        if world.rank == 0 or isinstance(error, (LostPeerError, DamagedDataError)):
+        if world.rank == 0 or isinstance(error, (LostPeerError, DamagedDataError, PartError)):
             tell(str(error), level=logging.ERROR)
         if folder := os.environ.get(OWN_PREFIX + ERRORS):
             Path(folder, f"{world.rank}.json").write_text(json.dumps(error_to_dict(error)))

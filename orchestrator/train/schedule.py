@@ -1,10 +1,37 @@
-"""The learning rate, which is a function of the step and needs no state. No torch."""
+"""The learning rate, which is a function of the step and needs no state. No torch of its own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from orchestrator.config.schema import ScheduleConfig
+from orchestrator.config.registry import Part, trace
+from orchestrator.config.schema import RunConfig, ScheduleConfig
+from orchestrator.errors import PartError
+
+
+def schedule_of(config: RunConfig) -> Callable[[int, float], float]:
+    """The configuration's schedule: from completed steps and the peak to the learning rate of the step that follows.
+
+    Raises:
+        ConfigError: an own schedule that cannot be found or made.
+    """
+    schedule, max_steps = config.optim.schedule, config.train.max_steps
+    if schedule._target_ is None:
+        return lambda step, lr: learning_rate(step, max_steps, lr, schedule)
+    own = Part("schedule", schedule._target_, "optim.schedule", schedule.arguments).make(expected=Callable)  # type: ignore[arg-type]
+
+    def rate(step: int, lr: float) -> float:
+        try:
+            value = float(own(step, max_steps, lr))
+        except Exception as error:
+            raise PartError(f"the schedule {schedule._target_} failed", got=trace(error, __file__)) from error
+        if not (math.isfinite(value) and value >= 0):
+            got = f"{value} for step {step} of {max_steps}"
+            raise PartError(f"the schedule {schedule._target_} gives no learning rate", got=got, allowed="0 or more")
+        return value
+
+    return rate
 
 
 def learning_rate(step: int, max_steps: int, lr: float, schedule: ScheduleConfig) -> float:

@@ -51,6 +51,7 @@ from orchestrator.train import changes, identity, initial, resume, rundir, runs
 from orchestrator.train.check import check_run
 from orchestrator.train.fits import check_memory
 from orchestrator.train.layout import precision_of, settle_layout
+from orchestrator.train.parts import check_parts
 from orchestrator.train.run import ERRORS, Place
 from orchestrator.train.say import doing, say, warn
 from orchestrator.train.stored_model import holds_model
@@ -129,6 +130,7 @@ def launch(composed: Composed, captured: bool = False) -> Outcome:
     main = world is None or world.rank == 0
     wait_for_stores(composed.config.checkpoint.store_timeout_seconds)
     plan = replace(_settle(composed, main=main, alone=world is None), words=composed.words)
+    check_parts(plan.config)
     if plan.finished is not None:
         if main:
             say(plan.finished)

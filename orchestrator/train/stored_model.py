@@ -20,6 +20,7 @@ from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.models.shapes import parameter_shapes
 from orchestrator.train import resume, rundir
 from orchestrator.train.origin import refuse_foreign
+from orchestrator.train.parts import own_shapes
 
 EMBEDDING = "model.embed.weight"
 LATEST = "latest"
@@ -65,13 +66,20 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """The model whose weights a checkpoint holds, with the size of its vocabulary.
 
     Raises:
-        CheckpointError: it holds none.
+        CheckpointError: it holds none, or one of a user's own: what reads checkpoints by themselves knows `Decoder`.
         ConfigErrors: its configuration is of another version.
     """
     embedding = checkpoint.manifest.tensors.get(EMBEDDING)
     if embedding is None or not embedding.shape:
         raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
     model = stored_config(checkpoint).model
+    if model._target_ is not None:
+        raise CheckpointError(
+            "the checkpoint holds a model of its user's own, which this knows nothing of",
+            got=f"model._target_={model._target_} in {checkpoint.directory}",
+            fix=f"train on from it: train resume={checkpoint.directory} model._target_={model._target_}, or a new run: "
+            f"train.init_from={checkpoint.directory} with model=... and model._target_=...",
+        )
     return holds_model(checkpoint, model)
 
 
@@ -106,7 +114,7 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
         raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
     model = replace(model, vocab_size=embedding.shape[0])
     count = 0
-    for name, shape in parameter_shapes(model):
+    for name, shape in parameter_shapes(model) if model._target_ is None else own_shapes(model).items():
         stored, count = tensors.get(f"model.{name}"), count + 1
         if stored is None or stored.shape != shape:
             raise CheckpointError(

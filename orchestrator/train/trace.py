@@ -25,7 +25,7 @@ from orchestrator.config.schema import HardwareConfig, RunConfig
 from orchestrator.data.stream import blank_batch
 from orchestrator.hardware.registry import resolve
 from orchestrator.hardware.world import World
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.base import local_parameters
 from orchestrator.strategies.traced import TracedStrategy, is_split, local_storage
@@ -136,7 +136,9 @@ def trace_deep(config: RunConfig, devices: int) -> Trace:
     return Trace(phases, high.alive)
 
 
-def _watch(config: RunConfig, parallel: TracedStrategy, model: Decoder, optimizer: torch.optim.Optimizer) -> Trace:
+def _watch(
+    config: RunConfig, parallel: TracedStrategy, model: ShardableModel, optimizer: torch.optim.Optimizer
+) -> Trace:
     train = config.train
     sequences = train.global_batch_tokens // train.seq_len // parallel.data_share[1]
     module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(config, parallel), step=0)
@@ -156,7 +158,7 @@ def _watch(config: RunConfig, parallel: TracedStrategy, model: Decoder, optimize
 _KINDS = tuple(Memory.__dataclass_fields__)
 
 
-def _mark_phases(model: Decoder, watch: _Watch) -> None:
+def _mark_phases(model: ShardableModel, watch: _Watch) -> None:
     """Let the watch know where in the model the step is: backward by the gradients that arrive."""
 
     def then(phase: str) -> Any:
@@ -179,7 +181,7 @@ def _mark_phases(model: Decoder, watch: _Watch) -> None:
 class _Watch(TorchDispatchMode):
     """Keeps account of every storage that an operation makes, for as long as it lives."""
 
-    def __init__(self, model: Decoder, optimizer: torch.optim.Optimizer):
+    def __init__(self, model: ShardableModel, optimizer: torch.optim.Optimizer):
         super().__init__()
         self._model, self._optimizer = model, optimizer
         self._made: dict[int, tuple[weakref.ref[Any], _About]] = {}

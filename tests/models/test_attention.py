@@ -7,9 +7,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.config.schema import ModelConfig
-from orchestrator.models.attention import AttentionCore, BlockedAttentionCore, attend_in_blocks
+from orchestrator.models.attention import AttentionCore, BlockedAttentionCore
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.mask import CausalMask
+from orchestrator.models.protocol import attend_in_blocks
 
 BATCH, LENGTH, WIDTH = 2, 23, 8
 

@@ -1,0 +1,63 @@
+"""A user's model (`examples/own_model`), which the package does not know: every layout, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.config.compose import compose
+from tests.lab.runs import checkpoint, losses, read_rows, small_overrides, train
+from tests.lab.tensors import read_all
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model"
+OWN = ("model=sigmoid", "model.dim=64", "model.layers=2", "model.heads=4", "model.mlp_dim=96")
+RELATIVE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+
+
+def own_config(tmp: Path, *words: str):
+    # The small sizes of the lab come first: the option of the group replaces them.
+    return compose(small_overrides(tmp, *OWN, *words), str(EXAMPLE / "conf")).config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run directories of the example's model by overrides, each trained once."""
+    tmp, done = tmp_path_factory.mktemp("own"), {}
+    sys.path.insert(0, str(EXAMPLE))
+
+    def run(*words: str, size: int = 1) -> Path:
+        if words not in done:
+            done[words] = tmp / f"r{len(done)}"
+            train(own_config(tmp, *words), size, done[words])
+        return done[words]
+
+    run.tmp = tmp
+    yield run
+    sys.path.remove(str(EXAMPLE))
+
+
+CASES = {
+    "fsdp2_tensor2": (4, "layout.fsdp=2", "layout.tensor=2"),
+    "context2_tensor2": (4, "layout.context=2", "layout.tensor=2", "train.remat=full"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_norms_are_those_of_one_process(runs, name):
+    size, *words = CASES[name]
+    ours, theirs = read_rows(runs(*words, size=size)), read_rows(runs())
+    assert len(losses(theirs)) == 20
+    assert losses(theirs)[-1] < losses(theirs)[0] - 0.5, "it learns"
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
+    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
