@@ -61,3 +61,28 @@ def test_losses_and_norms_are_those_of_one_process(runs, name):
     np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
     norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
     np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+def test_a_resume_is_bitwise_and_a_move_to_one_process_agrees(runs, tmp_path):
+    size, *words = CASES["fsdp2_tensor2"]
+    whole = runs(*words, size=size)
+    config = own_config(runs.tmp, *words)
+    train(config, size, tmp_path / "resumed", checkpoint(whole, 10))
+    assert losses(read_rows(tmp_path / "resumed")) == losses(read_rows(whole))[10:]
+    before, after = read_all(checkpoint(whole)), read_all(checkpoint(tmp_path / "resumed"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+    train(own_config(runs.tmp), 1, tmp_path / "moved", checkpoint(whole, 10))
+    np.testing.assert_allclose(losses(read_rows(tmp_path / "moved")), losses(read_rows(whole))[10:], rtol=RELATIVE)
+    for name in ("resumed", "moved"):
+        (handover,) = json.loads((tmp_path / name / "handover.json").read_text())
+        assert handover["verdict"] == "agrees"
+
+
+def test_its_size_is_measured_and_what_it_computes_is_unknown(runs):
+    facts = json.loads((runs() / "run.json").read_text())
+    dim, mlp, layers, vocabulary = 64, 96, 2, 384
+    assert facts["parameters"] == 2 * vocabulary * dim + layers * (5 * dim * dim + 3 * dim * mlp + 2 * dim) + dim
+    assert facts["flops_per_token"] is None
+    assert all(row["mfu"] is None for row in read_rows(runs()) if "loss" in row)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.config.schema import ModelConfig
@@ -127,7 +126,9 @@ class SigmoidDecoder(ShardableModel):
         x = self.embed(tokens)
         if isinstance(mask, Tensor):
             mask = additive(mask, x.dtype)
-        rope = rope_tables(positions, self.config.dim // self.config.heads, self.config.rope_theta, self.config.rope_scaling)
+        rope = rope_tables(
+            positions, self.config.dim // self.config.heads, self.config.rope_theta, self.config.rope_scaling
+        )
         for block in self.layers:
             x = block(x, rope, mask)
         return self.head(self.norm(x), targets)
