@@ -1,4 +1,4 @@
-"""A user's model (`examples/own_model`) on the XLA strategy: the losses, checkpoints and resumes of the torch-native one."""
+"""A user's model (`examples/own_model`) on the XLA strategy: losses, checkpoints and resumes as on the other one."""
 
 from __future__ import annotations
 
