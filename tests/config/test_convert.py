@@ -29,6 +29,8 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
         return st.tuples(*map(_values, args))
     if origin is dict:
         return st.dictionaries(st.text(min_size=1, max_size=5), _values(args[1]), max_size=2)
+    if hint is Any:  # an argument of a user's part
+        return st.recursive(st.integers() | st.text(max_size=5) | st.none(), lambda one: st.lists(one, max_size=2))
     if args:
         return st.one_of(*map(_values, args))
     plain: dict[Any, st.SearchStrategy[Any]] = {

@@ -22,41 +22,63 @@ EXAMPLE = str(ROOT / "examples" / "own_model")
 OWN = ("model._target_=own_model.model.SigmoidDecoder", "model.kv_heads=4")
 
 
-@pytest.fixture(autouse=True)
-def on_the_path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), EXAMPLE]))
-    monkeypatch.syspath_prepend(EXAMPLE)
+LAYOUT = XLA["fsdp2_tensor2"]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), EXAMPLE])}
 
 
 def _train(python: str, tmp: Path, name: str, *words: str) -> Path:
     overrides = small_overrides(tmp, *OWN, *words, f"runs_dir={tmp / name}", "checkpoint.keep_last=5")
     command = [python, "-m", "orchestrator", "train", *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT, env=_environment())
     assert result.returncode == 0, result.stdout + result.stderr
     return only_run(tmp / name)
 
 
-def test_it_trains_moves_and_resumes_as_a_model_of_the_package(tmp_path):
-    layout = XLA["fsdp2_tensor2"]
-    ours, theirs = _train(sys.executable, tmp_path, "xla", *layout), _train(NATIVE, tmp_path, "native")
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory):
+    return tmp_path_factory.mktemp("own")
+
+
+@pytest.fixture(scope="module")
+def ours(tmp):
+    return _train(sys.executable, tmp, "xla", *LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp):
+    return _train(NATIVE, tmp, "native")
+
+
+def test_its_losses_are_those_of_the_torch_native_strategy(ours, theirs):
     assert len(losses(read_rows(ours))) == 20
     np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
 
-    # Moved both ways and saved again without a step between: the same bits, optimizer included.
-    for python, words, source in ((NATIVE, [], ours), (sys.executable, layout, theirs)):
-        overrides = small_overrides(tmp_path, *OWN, *words)
-        (moved,) = exchange(python, overrides, 1, [checkpoint(source, 10)], tmp_path / f"moved-{source.parent.name}")
+
+def test_its_checkpoints_move_both_ways_bitwise(ours, theirs, tmp, monkeypatch):
+    """Saved again without a step between: the same bits, optimizer included."""
+    monkeypatch.setenv("PYTHONPATH", _environment()["PYTHONPATH"])
+    for python, words, source in ((NATIVE, [], ours), (sys.executable, LAYOUT, theirs)):
+        overrides = small_overrides(tmp, *OWN, *words)
+        (moved,) = exchange(python, overrides, 1, [checkpoint(source, 10)], tmp / f"moved-{len(words)}")
         before, after = read_all(checkpoint(source, 10)), read_all(Path(moved["path"]))
         assert before.keys() == after.keys()
         assert any(key.startswith("optimizer.exp_avg_sq.") for key in before)
         assert all(torch.equal(before[key], after[key]) for key in before)
         np.testing.assert_allclose(moved["loss"], losses(read_rows(source))[10], rtol=RELATIVE)
 
-    # Resumed on the other engine, which the handover check allows, and bitwise on its own.
-    other = _train(NATIVE, tmp_path, "other", f"resume={checkpoint(ours, 10)}", "layout.fsdp=1", "layout.tensor=1")
+
+def test_it_goes_on_with_the_other_strategy(ours, tmp):
+    words = ["layout.fsdp=1", "layout.tensor=1", "hardware.simulate=null", f"resume={checkpoint(ours, 10)}"]
+    other = _train(NATIVE, tmp, "other", *words)
     np.testing.assert_allclose(losses(read_rows(other)), losses(read_rows(ours)), rtol=RELATIVE)
     assert json.loads((other / "handover.json").read_text())[0]["verdict"] == "agrees"
-    again = _train(sys.executable, tmp_path, "again", *layout, f"resume={checkpoint(ours, 10)}")
+
+
+def test_it_resumes_bitwise(ours, tmp):
+    again = _train(sys.executable, tmp, "again", *LAYOUT, f"resume={checkpoint(ours, 10)}")
     assert losses(read_rows(again)) == losses(read_rows(ours))
     before, after = read_all(checkpoint(ours)), read_all(checkpoint(again))
     assert all(torch.equal(before[key], after[key]) for key in before)
