@@ -191,8 +191,8 @@ def _assemble(
     validation = validation_data(config, data)
     held_out = validation.stream(config.data.document_mask)
     reference = make_batch(config, held_out or loader.stream) if config.checkpoint.handover.enabled else None
-    files = _travelling(config, data, restored, main)
-    keep = (data.tokenizer, files, {**side, "run": run_uuid}, metrics, history, reference, tell)
+    files, sides = _travelling(config, data, restored, main), {**side, "run": run_uuid}
+    keep = (data.tokenizer, files, sides, metrics, history, reference, tell)
     checkpoints = Checkpoints(place.checkpoints, place.run_dir, config, parallel, loader, *keep)
     batches = _validation(validation, held_out, parallel, module.micro_batch)
     evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell, progress)
@@ -205,8 +205,7 @@ def _assemble(
     guard.say = tell
     callbacks = [guard, metrics, *([progress] if progress else []), evaluation, samples, *own, checkpoints, stop]
     trainer = make_trainer(parallel, callbacks, train.deterministic)
-    resumed_from = str(restored.directory) if restored else None
-    about = {"leg": leg, "start_step": step, "resumed_from": resumed_from, **side}
+    about = {"leg": leg, "start_step": step, "resumed_from": str(restored.directory) if restored else None, **side}
     seen = (own, channels, metrics, progress, checkpoints, evaluation, samples, history, restored)
     return Job(trainer, module, loader, parallel, stop, *seen, facts, about, tell)
 
