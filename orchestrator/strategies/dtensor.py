@@ -173,7 +173,7 @@ class DTensorStrategy(ParallelStrategy):
                 shard = Shard(full, placement.shape_of(dims), slices, local_part(value), owned)
             yield shard
 
-    def parts(self, model: Decoder) -> Parts:
+    def parts(self, model: ShardableModel) -> Parts:
         assert self.mesh is not None, "join() comes first"
         placements = {parameter: self._placements[name] for name, parameter in local_parameters(model)}
         return ShardedParts(self.mesh, self.layout, self.world.rank, placements)

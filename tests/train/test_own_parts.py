@@ -34,7 +34,7 @@ def test_callbacks_loggers_and_schedules_of_the_users_work_on_every_rank(tmp_pat
         f"logger.own=[{{_target_: own_parts.callbacks.Lines, path: {tmp_path / 'lines'}}},"
         f"{{_target_: own_parts.callbacks.Lines, path: {tmp_path / 'no' / 'such' / 'folder'}}}]",
         "optim.schedule._target_=own_parts.callbacks.InverseSquareRoot",
-        "+optim.schedule.arguments.warmup_steps=4",
+        "optim.schedule.arguments.warmup_steps=4",
         "train.max_steps=8",
         "layout.fsdp=2",
     ]
@@ -87,7 +87,7 @@ WRONG = {
     "logger.own=[{_target_: own_parts.callbacks.Lines, pth: x}]": "did you mean 'path'?",
     "optim.schedule._target_=math.sqrt": "the arguments do not fit the schedule",
     "optim.schedule._target_=own_parts.callbacks.InverseSqareRoot": "InverseSquareRoot'?",
-    "+model.arguments.window=3": "arguments are given to a model of one's own",
+    "model.arguments.window=3": "arguments are given to a model of one's own",
 }
 
 
