@@ -32,6 +32,7 @@ def test_the_wheel_brings_every_file_of_the_configuration(installed):
     assert ours == theirs != set()
     assert (installed / "orchestrator/chips/chips.yaml").is_file()
     assert (installed / "orchestrator/observe/report.css").is_file()
+    assert (installed / "orchestrator/py.typed").is_file()
 
 
 def test_the_wheel_composes_a_run(installed, tmp_path):

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from orchestrator.api.configs import compose, to_composed
 from orchestrator.config.compose import conf_dir
-from orchestrator.errors import ConfigError, ConfigErrors
+from orchestrator.errors import ConfigError, ConfigErrors, UserError
 
 
 def test_overrides_become_a_configuration():
@@ -52,3 +52,10 @@ def test_an_application_of_hydra_keeps_its_own():
         with pytest.raises(ConfigErrors):
             compose(["no.such.key=1"])
         assert GlobalHydra.instance().hydra is running
+
+
+def test_a_topology_that_is_none_is_refused_before_anything_is_staged():
+    import orchestrator
+
+    with pytest.raises(UserError, match="v9:2x2"):
+        orchestrator.rehearse(["model=tiny"], "v9:2x2")
