@@ -77,7 +77,7 @@ def blocks(page: Path) -> list[Block]:
 def smaller(line: str) -> str:
     """A line of a block as it is run: a command that trains, on two tiny steps."""
     line, apart, behind = re.sub(r"\s+#.*$", "", line).partition(" &")
-    trains = re.match(r"\s*(scripts/train|python -m orchestrator train|torchrun .* train)\b", line)
+    trains = re.match(r"\s*(?:\w+=\S+ )?(scripts/train|python -m orchestrator train|torchrun .* train)\b", line)
     if trains and shlex.split(line)[-1] not in ("--help", "job"):
         # A run that goes on needs a step to do.
         line = f"{line} {SMALL.replace('max_steps=2', 'max_steps=3') if ' resume=' in line else SMALL}"
