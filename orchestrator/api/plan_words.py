@@ -15,6 +15,7 @@ from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets, split_fleets
 from orchestrator.planner.goodput import FailureOptions
 from orchestrator.planner.models import planned_models
+from orchestrator.planner.optimizers import optimizer_kind
 from orchestrator.planner.plan import Request
 from orchestrator.planner.search import Space
 from orchestrator.planner.spec import JobSpec, ModelShape, Precision
@@ -175,6 +176,7 @@ def _request(
         stack="orchestrator" if ours and options.stack == "auto" else options.stack,
         loss_chunk_tokens=train.loss_chunk_tokens if ours else None,
         document_mask=ours and composed.config.data.document_mask,
+        optimizer=optimizer_kind(composed.config.optim) if ours else "adamw",
     )
     return Request(job, tokens, batch, space, widest, restricted, FailureOptions(**known))
 

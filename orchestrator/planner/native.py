@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from orchestrator.planner.calibration import COMPILED, Calibration
+from orchestrator.planner.optimizers import optimizer_elements, update_bytes
 from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 from orchestrator.planner.work import layer_elements
 
@@ -36,7 +37,7 @@ def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capa
     return MemoryEstimate(
         parameters=FP32 * sizes.owned,
         gradients=fullest.gradients,
-        optimizer=2 * FP32 * sizes.owned,
+        optimizer=FP32 * optimizer_elements(job, plan, sizes.owned),
         activations=fullest.activations,
         logits=fullest.logits,
         communication=fullest.communication,
@@ -320,4 +321,4 @@ class _Sizes:
         return _Moment(max(done, self._accumulated), entry, 0.0, max(made + FP32 * self.layer, reduced))
 
     def update(self) -> _Moment:
-        return _Moment(gradients=FP32 * self.owned)
+        return _Moment(gradients=FP32 * self.owned, activations=update_bytes(self.job, self.plan))

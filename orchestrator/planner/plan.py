@@ -13,6 +13,7 @@ from orchestrator.planner.figures import goodput_of, run_figures, speed_figures
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleet
 from orchestrator.planner.goodput import FailureOptions, Goodput
 from orchestrator.planner.memory import device_capacity
+from orchestrator.planner.optimizers import least_moments
 from orchestrator.planner.search import LEADERS, Batch, Candidate, Estimators, SearchResult, Space, search
 from orchestrator.planner.slices import is_tpu, legal_shapes
 from orchestrator.planner.spec import JobSpec
@@ -182,7 +183,8 @@ def _needs(request: Request, fleet: Fleet, result: SearchResult) -> str:
     nearest = result.nearest
     if nearest is None:
         constants, capacity = calibration(fleet.cluster.chip, request.job.stack), device_capacity(fleet.cluster)
-        state = (constants.weight_bytes + constants.optimizer_bytes) * parameters(request.job.model)
+        moments = constants.optimizer_bytes * least_moments(request.job) / 2
+        state = (constants.weight_bytes + moments) * parameters(request.job.model)
         if capacity is not None and state > fleet.cluster.devices * capacity:
             together = fleet.cluster.devices * capacity / 2**30
             return (

@@ -26,6 +26,7 @@ from typing import Literal, cast
 
 from orchestrator.planner.calibration import COMPILED, calibration
 from orchestrator.planner.memory import device_capacity, estimate_memory
+from orchestrator.planner.optimizers import least_moments
 from orchestrator.planner.spec import (
     Cluster,
     JobSpec,
@@ -363,7 +364,9 @@ def _fast_devices(cluster: Cluster) -> int:
 def _least_state(job: JobSpec, cluster: Cluster, devices: int) -> float:
     """Bytes of weights and moments of one device when all devices share them."""
     constants = calibration(cluster.chip, job.stack)
-    return (constants.weight_bytes + constants.optimizer_bytes) * parameters(job.model) / devices
+    return (
+        (constants.weight_bytes + constants.optimizer_bytes * least_moments(job) / 2) * parameters(job.model) / devices
+    )
 
 
 def _pick(fixed: int | None, free: Sequence[int]) -> Sequence[int]:

@@ -94,6 +94,7 @@ class JobSpec:
         document_mask: attention does not cross documents, which takes a mask of every pair of positions.
         stack: software whose calibration applies (a key of `calibration.yaml`), or `auto`: the chip's vendor's.
         loss_chunk_tokens: tokens whose logits are alive at one time; None for what the stack does.
+        optimizer: `adamw`, `muon`, `adafactor`, `sgd`, or `sgd without momentum`.
     """
 
     model: ModelShape
@@ -104,6 +105,7 @@ class JobSpec:
     stack: str = "auto"
     loss_chunk_tokens: int | None = None
     document_mask: bool = False
+    optimizer: str = "adamw"
 
     @property
     def element_bytes(self) -> int:

@@ -16,6 +16,7 @@ from orchestrator.hardware import host
 from orchestrator.hardware.base import Target
 from orchestrator.planner.calibration import Calibration
 from orchestrator.planner.native import native_memory
+from orchestrator.planner.optimizers import optimizer_kind
 from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 from orchestrator.sharding.layout import Layout, resolve_layout
 from orchestrator.train.layout import precision_of, settle_layout
@@ -121,6 +122,7 @@ def _estimate(config: RunConfig, target: Target, layout: Layout, vocab_size: int
         stack="orchestrator",
         loss_chunk_tokens=train.loss_chunk_tokens,
         document_mask=config.data.document_mask,
+        optimizer=optimizer_kind(config.optim),
     )
     overhead = _PROCESS_BYTES if target.name == "cpu" else Calibration("", "").context_bytes
     constants = Calibration("orchestrator", target.name, eager_kept=2.0, fused_norms=True, context_bytes=overhead)

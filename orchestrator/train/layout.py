@@ -10,6 +10,7 @@ from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import LayoutConfig, RunConfig
 from orchestrator.hardware.base import Target
 from orchestrator.planner.explain import bound, layout_text
+from orchestrator.planner.optimizers import optimizer_kind
 from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape
 from orchestrator.sharding.axes import MESH_AXES
@@ -77,6 +78,7 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         stack="orchestrator",
         loss_chunk_tokens=train.loss_chunk_tokens,
         document_mask=config.data.document_mask,
+        optimizer=optimizer_kind(config.optim),
     )
     cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
     best = _best(job, cluster, train.global_batch_tokens, space)

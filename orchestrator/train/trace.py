@@ -110,8 +110,9 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
     parallel.join()
     try:
         model = place_model(config, config.model, parallel)
+        parts = parallel.parts(model)  # looks into the mesh's ranks, which are data
         with parallel.fake, _quiet():
-            optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
+            optimizer = build_optimizer(model, config.optim, parallel.root_device, parts)
             return _watch(config, parallel, model, optimizer)
     finally:
         parallel.leave()

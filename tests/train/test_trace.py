@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.config.schema import AdafactorConfig, MuonConfig
+from orchestrator.planner.optimizers import optimizer_elements, optimizer_kind, update_bytes
 from orchestrator.planner.work import parameters
 from orchestrator.train.trace import trace_deep, trace_step
 from scripts.validate_planner_product import TRACES, Case, read
@@ -40,6 +42,16 @@ def test_states_are_counted_to_the_byte():
     assert memory.parameters == memory.gradients == 4 * count / 8
     # Both moments, and a count of four bytes for each of 38 tensors.
     assert memory.optimizer == pytest.approx(8 * count / 8 + 4 * 38, abs=4)
+
+
+@pytest.mark.parametrize("optim", [MuonConfig(), AdafactorConfig()], ids=lambda optim: optim.name)
+def test_what_an_optimizer_keeps_is_predicted(optim):
+    case = Case("tiny fsdp=4,tensor=2 seq=256 batch=8 fp32")
+    memory = trace_step(replace(case.config, optim=optim), 8).phases["update"]
+    job = replace(case.job, optimizer=optimizer_kind(optim))
+    # Beside it a count of four bytes for each tensor that has one.
+    assert memory.optimizer == pytest.approx(4 * optimizer_elements(job, case.plan, memory.parameters / 4), abs=4 * 40)
+    assert 0.6 < memory.working / update_bytes(job, case.plan) < 1.1
 
 
 def test_few_layers_tell_of_many():
