@@ -271,7 +271,11 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
         tensors[name] = StoredTensor(entry["dtype"], _counts(entry["shape"]), shards)
     manifest = Manifest(_count(data["step"]), tensors, files, BLAKE3 if BLAKE3 in required else "sha256")
     # What other readers go by: nothing that the schema forbids is read here either.
-    if (problem := next(_schema().iter_errors(data), None)) is not None:
+    try:
+        problem = next(_schema().iter_errors(data), None)
+    except ValueError as error:  # nested deeper than the validator goes
+        raise CheckpointError(f"the manifest is damaged: {error}", got=directory) from error
+    if problem is not None:
         where = _shown("/".join(map(str, problem.instance_path)))
         raise CheckpointError(f"the manifest is damaged: {_shown(problem.message)}", got=f"{where} in {directory}")
     return manifest

@@ -139,7 +139,10 @@ def read_index(folder: Path) -> StoreIndex:
             allowed=", ".join(map(str, range(1, FORMAT_VERSION + 1))),
             fix="prepare it again with this version of orchestrator",
         )
-    problem = next(_schema().iter_errors(content), None)
+    try:
+        problem = next(_schema().iter_errors(content), None)
+    except ValueError as error:  # nested deeper than the validator goes
+        raise damaged(file, shown(error), "the index as it was written") from error
     if problem is not None:
         where = "/".join(map(str, problem.instance_path)) or "the index"
         raise damaged(file, f"{shown(where)}: {shown(problem.message)}", "the index as it was written")

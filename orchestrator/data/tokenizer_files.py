@@ -125,10 +125,7 @@ def complete(content: dict[str, Any], beside: Beside) -> bool:
         DataError: the content is no tokenizer, or an id is out of bounds.
     """
     changed = False
-    added = content.get("added_tokens") or []
-    vocabulary = _vocabulary(content)
-    if not isinstance(added, list) or not all(isinstance(token, dict) and _text(token) for token in added):
-        raise DataError("this is not a tokenizer that can be read", got="added_tokens without text", allowed=ALLOWED)
+    vocabulary, added = _vocabulary(content), _added_tokens(content)
     places = {token["content"]: place for place, token in enumerate(added)}
     for number, token in beside.added_tokens():
         place = places.get(token["content"])
@@ -307,9 +304,21 @@ def _vocabulary(content: Mapping[str, Any]) -> dict[str, Any]:
     raise DataError("this is not a tokenizer that can be read", got="no model with a vocab", allowed=ALLOWED)
 
 
+def _added_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tokens that were added to the vocabulary, each with its text."""
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) and _text(token) for token in added):
+        raise DataError("this is not a tokenizer that can be read", got="added_tokens without text", allowed=ALLOWED)
+    return added
+
+
 def pieces_of(content: Mapping[str, Any]) -> set[str]:
-    """Every piece of the vocabulary, added tokens included."""
-    return {*_vocabulary(content), *(str(token["content"]) for token in content.get("added_tokens") or ())}
+    """Every piece of the vocabulary, added tokens included.
+
+    Raises:
+        DataError: the content is no tokenizer.
+    """
+    return {*_vocabulary(content), *(token["content"] for token in _added_tokens(content))}
 
 
 def _nodes(node: Any, children: str) -> Iterator[dict[str, Any]]:
@@ -352,7 +361,7 @@ def guessed_eos(content: Mapping[str, Any]) -> str:
     for name in _KNOWN_EOS:
         if name in pieces:
             return name
-    special = [str(token.get("content")) for token in content.get("added_tokens") or ()]
+    special = [token["content"] for token in _added_tokens(content)]
     raise DataError(
         "the tokenizer does not say which token ends a document",
         got=f"special tokens {', '.join(special[:20]) or 'none'}",

@@ -223,6 +223,16 @@ def test_what_is_no_manifest_at_all(saved, text):
     _refused(saved)
 
 
+@pytest.mark.parametrize("depth", [100, 300, 700, 2000])
+def test_a_manifest_that_is_nested_deep(saved, depth):
+    data = json.loads((saved / MANIFEST).read_text())
+    name = next(iter(data["tensors"]))
+    data["tensors"][name]["dtype"] = "deep"
+    text = json.dumps(data).replace('"deep"', "[" * depth + "]" * depth)
+    (saved / MANIFEST).write_text(text)
+    _refused(saved)
+
+
 def test_a_manifest_too_large_is_not_even_read(saved):
     with open(saved / MANIFEST, "r+b") as file:
         file.truncate((1 << 30) + 1)  # a hole: takes no space

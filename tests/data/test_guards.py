@@ -112,6 +112,16 @@ def test_an_index_that_is_no_index(make_store: MakeStore, text: str) -> None:
     assert is_store(store.path)
 
 
+@pytest.mark.parametrize("depth", [100, 300, 700, 2000])
+def test_an_index_that_is_nested_deep(make_store: MakeStore, depth: int) -> None:
+    file = make_store(["abc"]).path / "index.json"
+    content = json.loads(file.read_text())
+    content["documents"] = "deep"
+    file.write_text(json.dumps(content).replace('"deep"', "[" * depth + "]" * depth))
+    with pytest.raises(DataError, match=r"damaged|not a token store"):
+        TokenStore.open(file.parent)
+
+
 def replace_by_fifo(file: Path) -> None:
     file.unlink()
     os.mkfifo(file)

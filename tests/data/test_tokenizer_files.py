@@ -192,6 +192,8 @@ MUTANTS = {
     "absurd_added_id": (lambda c: c["added_tokens"][-1].update(id=4_000_000_000), "out of bounds"),
     "added_ids_with_a_hole": (lambda c: c["added_tokens"][-1].update(id=900), "another id for an added token"),
     "added_token_without_text": (lambda c: c["added_tokens"][-1].pop("content"), "added_tokens without text"),
+    "an_added_token_that_is_text": (lambda c: c["added_tokens"].append("x"), "added_tokens without text"),
+    "added_tokens_that_are_a_number": (lambda c: c.update(added_tokens=0.5), "added_tokens without text"),
     "added_tokens_of_another_type": (lambda c: c.update(added_tokens={"a": 1}), "added_tokens without text"),
     "merges_of_unknown_pieces": (
         lambda c: c["model"]["merges"].append(["zz", "yy"]),
@@ -203,11 +205,16 @@ MUTANTS = {
 }
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["directory", "file_alone"])
 @pytest.mark.parametrize("what", MUTANTS)
-def test_a_damaged_tokenizer_is_one_error(tmp_path: Path, what: str) -> None:
+def test_a_damaged_tokenizer_is_one_error(tmp_path: Path, what: str, alone: bool) -> None:
     change, message = MUTANTS[what]
+    folder = _mutant(tmp_path, change)
+    if alone:
+        (tmp_path / "alone").mkdir()
+        folder = (folder / "tokenizer.json").rename(tmp_path / "alone" / "tokenizer.json")
     with pytest.raises(DataError, match=message):
-        load_tokenizer(_mutant(tmp_path, change), AUTO)
+        load_tokenizer(folder, AUTO)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
