@@ -110,11 +110,15 @@ class Tally:
             self.wrong.append(use)
 
 
-def campaign(folder: Path, count: int, seed: int, report: Callable[[Tally], object] = lambda tally: None) -> Tally:
-    """Make `count` mutants below `folder` and try each."""
+def campaign(folder: Path, count: int, seed: int, report: Callable[[Tally], object], first: int = 0) -> Tally:
+    """Make the mutants `first` to `first + count - 1` of a seed below `folder` and try each.
+
+    Args:
+        report: called with the tally after each.
+    """
     preload()
     base, tally = _base(folder), Tally()
-    for number in range(count):
+    for number in range(first, first + count):
         chance = random.Random(f"{seed}/{number}")
         kind = ("checkpoint", "checkpoint", "store", "configuration", "tokenizer")[number % 5]
         place = folder / "mutant"
