@@ -18,34 +18,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.api.comparing import compare
     from orchestrator.api.configs import compose
-    from orchestrator.api.models import evaluate, generate, load_model
     from orchestrator.api.planning import plan
     from orchestrator.api.rehearsing import rehearse
     from orchestrator.api.runs import Run, load_run
+    from orchestrator.api.trained_models import evaluate, generate, load_model
     from orchestrator.api.training import train
-    from orchestrator.checkpoint.verify import Checkpoint
+    from orchestrator.checkpoint.checkpoint import Checkpoint
     from orchestrator.config.compose import Composed
     from orchestrator.config.schema import RunConfig
     from orchestrator.strategies.dtensor import DTensorStrategy
     from orchestrator.strategies.xla import XlaStrategy
-    from orchestrator.train.module import LanguageModule
+    from orchestrator.training.module import LanguageModule
 
 __version__ = "0.1.0"
 
 # name -> module that has it
 _MODULES = {
-    "Checkpoint": "checkpoint.verify",
+    "Checkpoint": "checkpoint.checkpoint",
     "Composed": "config.compose",
     "DTensorStrategy": "strategies.dtensor",
-    "LanguageModule": "train.module",
+    "LanguageModule": "training.module",
     "Run": "api.runs",
     "RunConfig": "config.schema",
     "XlaStrategy": "strategies.xla",
     "compare": "api.comparing",
     "compose": "api.configs",
-    "evaluate": "api.models",
-    "generate": "api.models",
-    "load_model": "api.models",
+    "evaluate": "api.trained_models",
+    "generate": "api.trained_models",
+    "load_model": "api.trained_models",
     "load_run": "api.runs",
     "plan": "api.planning",
     "rehearse": "api.rehearsing",

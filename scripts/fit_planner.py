@@ -1,4 +1,4 @@
-"""Fit the constants of `orchestrator/planner/calibration.yaml` to published runs; held-out families are never read.
+"""Fit the constants of `planner/evidence/calibration.yaml` to published runs; held-out families are never read.
 
 `scripts/fit_planner` prints what it found and, with `--write`, puts it into the file. Constants move in log (rates,
 seconds) or logit (shares) from where `START` has them, each held by a prior, so that a constant that the runs say
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from orchestrator.planner import calibration
-from orchestrator.planner.memory import step_memory
-from orchestrator.planner.published import Run, held_out_families, shipped
-from orchestrator.planner.time import step_time
+from orchestrator.planner.estimate.memory import step_memory
+from orchestrator.planner.estimate.time import step_time
+from orchestrator.planner.evidence import calibration
+from orchestrator.planner.evidence.published import Run, held_out_families, shipped
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "planner" / "data"
@@ -247,7 +247,7 @@ def fit_memories(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace orchestrator/planner/calibration.yaml")
+    parser.add_argument("--write", action="store_true", help="replace orchestrator/planner/evidence/calibration.yaml")
     options = parser.parse_args()
     runs, _ = shipped(DATA)
     held = held_out_families(runs)
@@ -257,7 +257,7 @@ def main() -> None:
     if options.write:
         header = (
             "# Written by scripts/fit_planner --write, not by hand. Priors: scripts/planner_priors.yaml.\n"
-            "# Meaning: orchestrator/planner/calibration.py. Loss: log(predicted / measured), Huber beyond 10%.\n"
+            "# Meaning: planner/evidence/calibration.py. Loss: log(predicted / measured), Huber beyond 10%.\n"
         )
         calibration.FILE.write_text(header + yaml.safe_dump(data, sort_keys=False, width=120), encoding="utf-8")
 

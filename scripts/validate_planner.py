@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from orchestrator.planner.accuracy import Checked, Errors, check, errors, picks, verdicts
-from orchestrator.planner.published import LeftOut, held_out_families, shipped
+from orchestrator.planner.evidence.accuracy import Checked, Errors, check, errors, picks, verdicts
+from orchestrator.planner.evidence.published import LeftOut, held_out_families, shipped
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "planner" / "data"

@@ -23,7 +23,7 @@ import yaml
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
-from orchestrator.planner.memory import estimate_memory
+from orchestrator.planner.estimate.memory import estimate_memory
 from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def trace(limit: float) -> None:
     """Trace up to `limit` of the cases that have no trace yet; each takes seconds and is kept when it is done."""
     from tqdm import tqdm
 
-    from orchestrator.train.trace import trace_deep
+    from orchestrator.rehearsal.memory_trace import trace_deep
 
     known = read(TRACES)
     missing = [case for case in cases() if case.text not in known]

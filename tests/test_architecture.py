@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.hardware.registry import TARGETS
+from orchestrator.hardware.target_table import TARGETS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "orchestrator"
@@ -26,60 +26,68 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "chips": set(),
     "sharding": set(),
-    "hardware": {"chips"},
+    "distributed": set(),
+    "data": set(),
+    "hardware": {"chips", "distributed"},
     "models": {"sharding"},
     "optim": {"config", "sharding"},
-    "data": set(),
-    "checkpoint": {"sharding"},
-    "planner": {"sharding", "chips"},
-    "strategies": {"hardware", "sharding", "models"},
-    "observe": {"chips", "hardware", "planner"},
-    "resilience": {"hardware", "strategies"},
-    "launch": {"hardware"},
-    "train": {
-        "chips",
-        "config",
-        "hardware",
-        "sharding",
-        "strategies",
-        "observe",
-        "resilience",
-        "launch",
-        "data",
-        "models",
-        "optim",
-        "checkpoint",
-        "planner",
+    "checkpoint": {"distributed", "sharding"},
+    "planner": {"chips", "sharding"},
+    "observe": {"chips", "hardware"},
+    "report": {"chips", "planner"},
+    "strategies": {"distributed", "hardware", "sharding", "models"},
+    "runs": {"config", "checkpoint", "data", "distributed", "models", "observe", "optim", "sharding"},
+    "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding"},
+    "interop": {"config", "checkpoint", "data", "distributed", "models", "runs", "sharding"},
+    "training": {
+        *("config", "chips", "sharding", "distributed", "hardware", "models", "data", "checkpoint", "planner"),
+        *("observe", "optim", "strategies", "runs", "inference"),
     },
-    "api": {"config", "data", "hardware", "chips", "checkpoint", "train", "launch", "observe", "planner", "models"},
-    "cli": {"api", "config", "data", "hardware", "chips", "checkpoint", "train", "launch", "observe", "planner"},
+    "rehearsal": {
+        *("config", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies", "training"),
+    },
+    "launch": {
+        *("config", "data", "distributed", "hardware", "checkpoint", "observe", "report", "runs", "strategies"),
+        *("optim", "training"),
+    },
+    "api": {
+        *("config", "chips", "data", "hardware", "models", "checkpoint", "planner", "observe", "report", "runs"),
+        *("inference", "interop", "strategies", "training", "rehearsal", "launch"),
+    },
+    "cli": {
+        *("api", "config", "chips", "data", "distributed", "hardware", "checkpoint", "planner", "observe", "report"),
+        *("runs", "inference", "interop", "training", "rehearsal", "launch"),
+    },
 }
 # What `import orchestrator` hands out, each when it is used.
-EXPORTED = {"api", "checkpoint", "config", "strategies", "train"}
+EXPORTED = {"api", "checkpoint", "config", "strategies", "training"}
 # Of `config`, every package may have the schema; these read options or YAML by themselves.
 CONFIG_EVERYWHERE = {"schema"}
-XLA_FILES = {"train/rehearsal.py", "hardware/tpu.py", "hardware/trainium.py", "hardware/xla.py", "strategies/xla.py"}
+XLA_FILES = {"rehearsal/stage.py", "strategies/xla.py"}
+XLA_FILES |= {"hardware/tpu.py", "hardware/trainium.py", "hardware/xla_target.py"}
 # third-party module -> where it may be imported; a name ending in / is a folder.
 ONLY_IN: dict[str, set[str]] = {
     "torch_xla": XLA_FILES,
     "torch_neuronx": XLA_FILES,
     "neuronx_distributed": XLA_FILES,
     "libneuronxla": XLA_FILES,
-    "lightning": {"strategies/", "train/", "observe/", "resilience/"},
+    "lightning": {"strategies/", "training/", "launch/", "rehearsal/", "observe/", "runs/own_parts.py"},
     "hydra": {"config/compose.py", "config/words.py"},
     "omegaconf": {"config/compose.py"},
-    "torch.distributed": {"strategies/", "checkpoint/dcp.py"},
+    "torch.distributed": {
+        *("distributed/coordinator.py", "strategies/", "rehearsal/traced_strategy.py", "interop/dcp.py"),
+    },
 }
 NOT_IN: dict[str, set[str]] = {
-    "torch": {"planner/", "chips/", "config/", "launch/", "cli/", "checkpoint/format.py", "checkpoint/verify.py"},
+    "torch": {"planner/", "chips/", "config/", "report/", "cli/", "checkpoint/format.py", "checkpoint/checkpoint.py"},
     "safetensors": {"models/", "planner/", "strategies/"},
 }
 # The one module that reads other software's pickle, when a user says so: by an unpickler of its own that makes nothing
 # but records, and by torch.load of weights alone.
-PICKLE_READER = "checkpoint/foreign_pickle.py"
+PICKLE_READER = "interop/pickle_reader.py"
 # Modules that import by name: what the product's own tables name, and what the user does (`config.registry`).
-IMPORT_BY_NAME = {"cli/__init__.py", "cli/checkpoint.py", "hardware/registry.py", "config/registry.py"}
-IMPORT_BY_NAME |= {"__init__.py", "train/__init__.py"}  # the package's own names, when they are used
+IMPORT_BY_NAME = {"cli/__init__.py", "cli/checkpoint.py", "hardware/target_table.py", "config/registry.py"}
+IMPORT_BY_NAME |= {"__init__.py", "launch/__init__.py"}  # the package's own names, when they are used
 NOWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_CALLS |= {"yaml.full_load", "np.load", "numpy.load", "os.system", "os.popen"}
@@ -180,9 +188,9 @@ def test_of_pickle_only_the_unpickler_is_used_that_makes_records():
     assert len(unpicklers) == 1
     assert [part.name for part in unpicklers[0].body if isinstance(part, ast.FunctionDef)] == ["find_class"]
     readers = [
-        name for name in FILES if any(_is(m, "orchestrator.checkpoint.foreign_pickle") for m in _imports(_tree(name)))
+        name for name in FILES if any(_is(m, "orchestrator.interop.pickle_reader") for m in _imports(_tree(name)))
     ]
-    assert readers == ["train/importing.py"], "which asks the user first"
+    assert readers == ["interop/importing.py"], "which asks the user first"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -31,7 +31,7 @@ def test_the_wheel_brings_every_file_of_the_configuration(installed):
     theirs = {str(path.relative_to(installed / "orchestrator/conf")) for path in installed.rglob("conf/**/*.yaml")}
     assert ours == theirs != set()
     assert (installed / "orchestrator/chips/chips.yaml").is_file()
-    assert (installed / "orchestrator/observe/report.css").is_file()
+    assert (installed / "orchestrator/report/report.css").is_file()
     assert (installed / "orchestrator/py.typed").is_file()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.schema import HardwareConfig, RunConfig
-from orchestrator.train import rundir
+from orchestrator.runs import run_directory
 from tests.lab.runs import small_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def runs(checkout):
         checkpoint = run / "checkpoints" / "step-00000010"
         checkpoint.mkdir(parents=True)
         for folder in (run, checkpoint):
-            rundir.write_config(folder, RunConfig(hardware=hardware))
+            run_directory.write_config(folder, RunConfig(hardware=hardware))
             os.utime(folder / "config.yaml", (1e9 - age, 1e9 - age))
     return checkout / "runs"
 

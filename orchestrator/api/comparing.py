@@ -10,8 +10,8 @@ from typing import Any
 from orchestrator.api.runs import Run, Table, load_run
 from orchestrator.config.compose import read_plain
 from orchestrator.errors import ConfigError, UserError
-from orchestrator.observe.compare import Compared, compare_text, differences, read_compared
-from orchestrator.train import rundir
+from orchestrator.report.compare import Compared, compare_text, differences, read_compared
+from orchestrator.runs import run_directory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Comparison:
         Raises:
             ConfigError: there is a file of that name, or it cannot be written.
         """
-        from orchestrator.observe.compare_page import write_compare_page
+        from orchestrator.report.compare_page import write_compare_page
 
         try:
             write_compare_page(Path(path), self.runs)
@@ -70,6 +70,6 @@ def compare(runs: Sequence[Run | str | Path], *, runs_dir: str | Path = "runs") 
 
 def _config(directory: Path) -> dict[str, Any]:
     try:
-        return read_plain(directory / rundir.CONFIG)
+        return read_plain(directory / run_directory.CONFIG)
     except UserError:
         return {}  # damaged, or not there: the curves can be compared all the same

@@ -12,14 +12,14 @@ from orchestrator.config.compose import Composed, compose, conf_dir, group_optio
 from orchestrator.config.convert import convert_text, from_dict
 from orchestrator.config.options import option
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.planner.estimate.goodput import FailureOptions
+from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets, split_fleets
-from orchestrator.planner.goodput import FailureOptions
-from orchestrator.planner.models import planned_models
-from orchestrator.planner.optimizers import optimizer_kind
 from orchestrator.planner.plan import Request
+from orchestrator.planner.planned_models import planned_models
+from orchestrator.planner.quantity import Value, given
 from orchestrator.planner.search import Space
 from orchestrator.planner.spec import JobSpec, ModelShape, Precision
-from orchestrator.planner.value import Value, given
 
 if TYPE_CHECKING:
     from orchestrator.chips.catalogue import Catalogue

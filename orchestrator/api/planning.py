@@ -12,11 +12,11 @@ from orchestrator.api.plan_words import PlanOptions, read_fleets, read_requests
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.options import parse_options
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
-from orchestrator.observe.plan_text import PlanText
+from orchestrator.planner.estimate.work import parameters
 from orchestrator.planner.plan import FleetPlan, Request, plan_fleet, rank
 from orchestrator.planner.plan_data import as_data
-from orchestrator.planner.value import write
-from orchestrator.planner.work import parameters
+from orchestrator.planner.quantity import write
+from orchestrator.report.plan_text import PlanText
 
 if TYPE_CHECKING:
     from orchestrator.chips.catalogue import Catalogue
@@ -60,7 +60,7 @@ class Plans:
         Raises:
             OSError: it cannot be written.
         """
-        from orchestrator.observe.plan_page import write_page
+        from orchestrator.report.plan_page import write_page
 
         write_page(Path(path).expanduser(), self.request, list(self.fleets), self.objective, self.catalogue)
 

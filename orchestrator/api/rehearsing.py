@@ -15,13 +15,13 @@ from orchestrator.api.configs import Configuration, to_composed
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import UserError
-from orchestrator.hardware.registry import get_target, resolve
+from orchestrator.hardware.target_table import get_target, resolve
 from orchestrator.installing import importable
-from orchestrator.launch.tpu_compiler import Topology, Verdict, compile_program, count_devices
-from orchestrator.train import rundir
-from orchestrator.train.check import check_run, resolve_model
-from orchestrator.train.initial import settle
-from orchestrator.train.say import warn
+from orchestrator.rehearsal.tpu_compiler import Topology, Verdict, compile_program, count_devices
+from orchestrator.runs import run_directory
+from orchestrator.runs.init_from import settle
+from orchestrator.runs.messages import warn
+from orchestrator.training.check import check_run, resolve_model
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def rehearse_config(config: RunConfig, topology: str, timeout_seconds: float) ->
 
 def _stage(config: RunConfig, folder: Path, timeout_seconds: float) -> tuple[dict[str, Any], str]:
     """Let a process write the program into `folder`. Returns its facts, or why there are none."""
-    rundir.write_config(folder, config)
+    run_directory.write_config(folder, config)
     target = get_target("tpu")
     target.use(config.hardware)
     # The mesh has all devices; the runtime is asked for nothing and needs only more than one.
@@ -101,7 +101,7 @@ def _stage(config: RunConfig, folder: Path, timeout_seconds: float) -> tuple[dic
         **target.environment(config.hardware, 0, 1),
         "CPU_NUM_DEVICES": "2",
     }
-    command = [sys.executable, "-m", "orchestrator.train.rehearsal", str(folder)]
+    command = [sys.executable, "-m", "orchestrator.rehearsal.stage", str(folder)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
     except subprocess.TimeoutExpired:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.checkpoint.catalogue import committed
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import committed
 from orchestrator.config.compose import read_config
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import MissingExtraError
-from orchestrator.observe.report_data import RunData, headline, read_run_data
-from orchestrator.train import rundir, runs
+from orchestrator.report.run_data import RunData, headline, read_run_data
+from orchestrator.runs import listing, run_directory
 
 if TYPE_CHECKING:
     import pandas
@@ -59,7 +59,7 @@ class Run:
             ConfigError: the directory has none.
             ConfigErrors: it is of another version.
         """
-        return read_config(self.directory / rundir.CONFIG)
+        return read_config(self.directory / run_directory.CONFIG)
 
     @property
     def metrics(self) -> Table:
@@ -90,7 +90,8 @@ class Run:
         Raises:
             CheckpointError: their place cannot be read.
         """
-        return [Checkpoint(path) for path in reversed(committed(rundir.checkpoints_dir(self.directory, self.config)))]
+        folder = run_directory.checkpoints_dir(self.directory, self.config)
+        return [Checkpoint(path) for path in reversed(committed(folder))]
 
     @property
     def report(self) -> Path:
@@ -111,4 +112,4 @@ def load_run(where: str | Path = "latest", *, runs_dir: str | Path = "runs") -> 
     Raises:
         CheckpointError: there is no such run.
     """
-    return Run(runs.find_run(str(where), str(runs_dir)).absolute())
+    return Run(listing.find_run(str(where), str(runs_dir)).absolute())

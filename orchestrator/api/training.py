@@ -11,10 +11,10 @@ from orchestrator.api.configs import Configuration, to_composed
 from orchestrator.api.runs import Run
 from orchestrator.config.compose import Composed
 from orchestrator.errors import DIVERGED, DONE, INTERRUPTED, STOPPED, CheckpointError, RunFailedError
-from orchestrator.hardware.registry import find_world
+from orchestrator.hardware.target_table import find_world
+from orchestrator.launch.start import Outcome, launch
 from orchestrator.output import is_printed, printing
-from orchestrator.train import rundir
-from orchestrator.train.start import Outcome, launch
+from orchestrator.runs import run_directory
 
 
 def train(config: Configuration = (), *, config_dir: str | Path | None = None, verbose: bool = False) -> Run:
@@ -60,7 +60,7 @@ def _launch(composed: Composed) -> Outcome:
 
 def _conclude(outcome: Outcome) -> Run:
     """Return the run, or raise what kept it from being one."""
-    there = outcome.run_dir is not None and (outcome.run_dir / rundir.CONFIG).is_file()
+    there = outcome.run_dir is not None and (outcome.run_dir / run_directory.CONFIG).is_file()
     if outcome.run_dir is not None and there and outcome.code in (DONE, DIVERGED, *STOPPED):
         return Run(outcome.run_dir.absolute())
     if outcome.code == DONE:

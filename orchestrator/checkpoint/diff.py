@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.finite import finite_flags
 from orchestrator.checkpoint.format import StoredTensor
 from orchestrator.checkpoint.reader import Reader
-from orchestrator.checkpoint.verify import Checkpoint
 
 CHUNK_ELEMENTS = 1 << 22
 """Elements of a tensor that are compared at a time: 32 MiB each in fp64."""

@@ -16,14 +16,14 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from orchestrator.checkpoint.checks import Checks
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import Manifest, StoredShard, StoredTensor
 from orchestrator.checkpoint.hashing import new_hash
-from orchestrator.checkpoint.peers import Peers
+from orchestrator.checkpoint.read_check import Checks
 from orchestrator.checkpoint.storage import PIECE_BYTES
 from orchestrator.checkpoint.tensorfile import TensorFile
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import DTYPE_NAMES
+from orchestrator.distributed.exchange import Peers
 from orchestrator.errors import CheckpointError, DamagedError
 from orchestrator.sharding.shard import Shard
 

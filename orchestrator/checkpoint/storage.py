@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from orchestrator.checkpoint import gcs
 from orchestrator.checkpoint.hashing import Piece, StoredFile, hash_of
-from orchestrator.checkpoint.patience import FINAL, PatientFile, as_os_error, briefly, client_options, retried
+from orchestrator.checkpoint.store_timeouts import FINAL, PatientFile, as_os_error, briefly, client_options, retried
 from orchestrator.errors import CheckpointError, MissingExtraError
 
 AnyPath: TypeAlias = Path

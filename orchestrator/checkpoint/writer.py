@@ -30,7 +30,6 @@ from orchestrator.checkpoint.format import (
     stored_to_dict,
 )
 from orchestrator.checkpoint.hashing import StoredFile
-from orchestrator.checkpoint.peers import SAID_NOTHING, Peers, exchange, new_topic
 from orchestrator.checkpoint.storage import (
     AnyPath,
     UndecidedError,
@@ -45,6 +44,7 @@ from orchestrator.checkpoint.storage import (
     there,
     write_file,
 )
+from orchestrator.distributed.exchange import SAID_NOTHING, Peers, exchange, new_topic
 from orchestrator.errors import CheckpointError, NonFiniteError, SaveError
 from orchestrator.sharding.shard import Shard
 

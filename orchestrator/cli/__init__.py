@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from orchestrator import __version__, stopping
+from orchestrator.distributed.world import first_process
 from orchestrator.errors import FAILED, INTERRUPTED, ConfigError, UserError, describe_defect
-from orchestrator.hardware.world import first_process
 from orchestrator.installing import how_to_install
 from orchestrator.observe.console import guarded
 from orchestrator.output import printing

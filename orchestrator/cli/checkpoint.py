@@ -24,8 +24,8 @@ from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors, User
 from orchestrator.observe.bar import Bar
 
 if TYPE_CHECKING:
+    from orchestrator.checkpoint.checkpoint import Checkpoint
     from orchestrator.checkpoint.storage import AnyPath
-    from orchestrator.checkpoint.verify import Checkpoint
 
 SUMMARY = "look into checkpoints, check, compare, convert and prune them"
 _PROGRAM = "python -m orchestrator checkpoint"
@@ -139,8 +139,8 @@ def _help() -> str:
 
 
 def _inspect(options: InspectOptions) -> int:
-    from orchestrator.checkpoint.inspect import facts
-    from orchestrator.train.rundir import read_history
+    from orchestrator.checkpoint.summary import facts
+    from orchestrator.runs.run_directory import read_history
 
     checkpoint = _open(options.path, options.runs_dir)
     found = {**facts(checkpoint, options.tensors), "legs": read_history(checkpoint)[0]}
@@ -149,8 +149,8 @@ def _inspect(options: InspectOptions) -> int:
 
 
 def _verify(options: VerifyOptions) -> int:
+    from orchestrator.checkpoint.checkpoint import Checkpoint
     from orchestrator.checkpoint.signing import trust
-    from orchestrator.checkpoint.verify import Checkpoint
 
     trusted = trust(options.trusted_keys, options.require_signature)
     path = _find(options.path, options.runs_dir, damaged=True)
@@ -182,7 +182,7 @@ def _verify(options: VerifyOptions) -> int:
 
 
 def _verify_deep(checkpoint: Checkpoint, progress: bool) -> int:
-    from orchestrator.checkpoint.deep import element_count, nonfinite_tensors
+    from orchestrator.checkpoint.deep_check import element_count, nonfinite_tensors
 
     with Bar("look", element_count(checkpoint), progress, unit="") as bar:
         found = nonfinite_tensors(checkpoint, bar.add)
@@ -197,9 +197,9 @@ def _verify_deep(checkpoint: Checkpoint, progress: bool) -> int:
 
 def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
     """What the hashes do not tell: parts that do not fit each other."""
-    from orchestrator.checkpoint.meaning import contradictions
-    from orchestrator.train.rundir import read_history
-    from orchestrator.train.stored_model import model_of, tokenizer_of
+    from orchestrator.checkpoint.consistency import contradictions
+    from orchestrator.runs.run_directory import read_history
+    from orchestrator.runs.stored_model import model_of, tokenizer_of
 
     yield from contradictions(checkpoint)
     looks: tuple[Callable[[Checkpoint], object], ...] = (model_of, tokenizer_of, read_history)
@@ -234,7 +234,7 @@ def _export(options: ExportOptions) -> int:
         allow_pickle(options.allow_pickle, "a torch.distributed.checkpoint directory", "whoever loads it executes it")
     if not options.max_shard_gb > 0:
         raise ConfigError("'max_shard_gb' is out of range", got=options.max_shard_gb, allowed="more than 0")
-    from orchestrator.train.exporting import export_dcp, export_hf, weight_bytes
+    from orchestrator.interop.exporting import export_dcp, export_hf, weight_bytes
 
     checkpoint = _open(options.path, options.runs_dir)
     if options.verify:
@@ -265,8 +265,8 @@ def _prune(options: PruneOptions) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"'{key}' is out of range", got=value, allowed="1 or more")
     from orchestrator.checkpoint.storage import locate
-    from orchestrator.train.pruning import prune_checkpoints
-    from orchestrator.train.runs import newest_run
+    from orchestrator.runs.listing import newest_run
+    from orchestrator.runs.pruning import prune_checkpoints
 
     path = newest_run(options.runs_dir) if options.path == "latest" else locate(options.path)
     keep = (options.keep_last, options.keep_every_steps)
@@ -279,13 +279,13 @@ def _prune(options: PruneOptions) -> int:
 
 
 def _find(where: str, runs_dir: str, damaged: bool = False) -> AnyPath:
-    from orchestrator.train.stored_model import find_checkpoint
+    from orchestrator.runs.stored_model import find_checkpoint
 
     return find_checkpoint(where, runs_dir, lambda text: print(f"warning: {clean(text)}", file=sys.stderr), damaged)
 
 
 def _open(where: str, runs_dir: str) -> Checkpoint:
-    from orchestrator.checkpoint.verify import Checkpoint
+    from orchestrator.checkpoint.checkpoint import Checkpoint
 
     return Checkpoint(_find(where, runs_dir))
 

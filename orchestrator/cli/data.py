@@ -205,7 +205,7 @@ class _Subverb:
 
 
 def _formats() -> str:
-    from orchestrator.data.formats.registry import describe_formats
+    from orchestrator.data.formats.known_formats import describe_formats
 
     return f"What is read, known by its content and its name together:\n{describe_formats()}"
 

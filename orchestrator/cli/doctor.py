@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.options import describe_options, option, parse_options
 
 if TYPE_CHECKING:
-    from orchestrator.hardware.base import Target
     from orchestrator.hardware.checks import Check
+    from orchestrator.hardware.target import Target
 
 SUMMARY = "what hardware and software is here, what is missing, what to do"
 _PROGRAM = "python -m orchestrator doctor"
@@ -71,13 +71,13 @@ def _examine(options: DoctorOptions) -> int:
 
 def _targets() -> dict[str, Target]:
     """Every target in each of its runtimes, by what chooses it on a command line behind `hardware=`."""
-    from orchestrator.hardware import registry
+    from orchestrator.hardware import target_table
 
     targets = {}
-    for name in registry.TARGETS:
-        targets[name] = registry.get_target(name)
-        for runtime in (runtime for owner, runtime in registry.RUNTIMES if owner == name):
-            targets[f"{name} hardware.runtime={runtime}"] = registry.get_target(name, runtime)
+    for name in target_table.TARGETS:
+        targets[name] = target_table.get_target(name)
+        for runtime in (runtime for owner, runtime in target_table.RUNTIMES if owner == name):
+            targets[f"{name} hardware.runtime={runtime}"] = target_table.get_target(name, runtime)
     return targets
 
 

@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError, ConfigErrors, DataError
 
 if TYPE_CHECKING:
     from orchestrator.data.tokenize import Tokenizer
-    from orchestrator.train.generate import Continuation
+    from orchestrator.inference.generator import Continuation
 
 SUMMARY = "continue a prompt with the model of a checkpoint"
 _MAX_PROMPT_BYTES = 1 << 24
@@ -61,14 +61,14 @@ def main(argv: list[str]) -> int:
     prompt = _prompt(options)
 
     from orchestrator.config.schema import HardwareConfig
-    from orchestrator.hardware.registry import resolve
-    from orchestrator.train.say import warn
-    from orchestrator.train.stored_model import find_checkpoint
+    from orchestrator.hardware.target_table import resolve
+    from orchestrator.runs.messages import warn
+    from orchestrator.runs.stored_model import find_checkpoint
 
     found = find_checkpoint(options.checkpoint, options.runs_dir, warn)
     target = resolve(HardwareConfig(target=options.hardware, devices=1))
 
-    from orchestrator.train.generate import Sampling, Writer
+    from orchestrator.inference.generator import Sampling, Writer
 
     writer = Writer(found, target, options.special_tokens_in_text)
     print(f"checkpoint {found}", file=sys.stderr)

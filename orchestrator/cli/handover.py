@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
             fix=f"{_PROGRAM} latest hardware=...",
         )
     from orchestrator.config.compose import run_composed
-    from orchestrator.train.canary import run_check
+    from orchestrator.launch.canary import run_check
 
     where, words = argv[0], [word for word in argv[1:] if word != "--json"]
     as_json = len(words) < len(argv) - 1

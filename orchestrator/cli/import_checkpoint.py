@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def _import(options: ImportOptions) -> int:
-    from orchestrator.train.importing import describe, detect_format, import_weights
+    from orchestrator.interop.importing import describe, detect_format, import_weights
 
     source = Path(options.path).expanduser()
     kind = detect_format(source)

@@ -94,7 +94,7 @@ def _check_split(options: PlanOptions, fleets: list[Fleet]) -> list[UserError]:
 
 def _help() -> str:
     from orchestrator.api.plan_words import SEQ_LEN, PlanOptions
-    from orchestrator.planner.models import planned_models
+    from orchestrator.planner.planned_models import planned_models
 
     return _HELP.format(
         program=_PROGRAM,
@@ -123,10 +123,10 @@ def _split(requests: dict[str, Request], fleets: list[Fleet], catalogue: Catalog
     from tqdm import tqdm
 
     from orchestrator.api.planning import about
-    from orchestrator.observe.plan_text import PlanText
     from orchestrator.planner.plan import plan_fleet
     from orchestrator.planner.plan_data import portfolio_data
     from orchestrator.planner.portfolio import assign
+    from orchestrator.report.plan_text import PlanText
 
     pairs = [(job, fleet) for job in requests for fleet in fleets]
     table: dict[str, list[FleetPlan]] = {job: [] for job in requests}

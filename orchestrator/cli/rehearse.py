@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.api.rehearsing import Rehearsal
     from orchestrator.config.compose import Composed
     from orchestrator.config.schema import RunConfig
-    from orchestrator.launch.tpu_compiler import Verdict
+    from orchestrator.rehearsal.tpu_compiler import Verdict
 
 _PROGRAM = "python -m orchestrator rehearse"
 _GIB = 1024**3
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         print(_HELP.format(program=_PROGRAM, options=describe_options(RehearseOptions)))
         return 0
     from orchestrator.config.compose import run_composed
-    from orchestrator.planner.models import refuse_planned_only
+    from orchestrator.planner.planned_models import refuse_planned_only
 
     refuse_planned_only(argv, "rehearse")
     own = [word for word in argv if word.partition("=")[0] in RehearseOptions.__dataclass_fields__]
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 def _rehearse(composed: Composed, options: RehearseOptions) -> int:
     from orchestrator.api.rehearsing import rehearse_config
-    from orchestrator.train.initial import settle
+    from orchestrator.runs.init_from import settle
 
     config = settle(composed, False, lambda text: None)
     result = rehearse_config(config, options.topology, options.timeout_seconds)

@@ -6,7 +6,7 @@ import sys
 
 from orchestrator.config.compose import conf_dir, group_options, run_composed
 from orchestrator.config.words import BASE
-from orchestrator.hardware.world import first_process
+from orchestrator.distributed.world import first_process
 
 _HELP = """usage: python -m orchestrator train [group=option ...] [key=value ...] [flags]
 
@@ -33,13 +33,13 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(_help())
         return 0
-    from orchestrator.train.say import doing
+    from orchestrator.runs.messages import doing
 
     if first_process() and sys.stderr.isatty() and not _FLAGS & {word.partition("=")[0] for word in argv}:
         # What follows imports much. In a log a mistake is better said alone.
         doing("reading the configuration", argv)
-    from orchestrator.planner.models import refuse_planned_only
-    from orchestrator.train.objective import start_and_score
+    from orchestrator.launch.objective import start_and_score
+    from orchestrator.planner.planned_models import refuse_planned_only
 
     refuse_planned_only(argv, "train")
     return run_composed(argv, "orchestrator train", start_and_score)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.config.schema import TokenizerConfig
 from orchestrator.data.documents import Corpus
-from orchestrator.data.formats.registry import FORMATS
+from orchestrator.data.formats.known_formats import FORMATS
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import DataError

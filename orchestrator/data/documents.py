@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from orchestrator.config.schema import DataConfig, SourceConfig, TokensConfig
-from orchestrator.data.formats.base import Input, LeftOut, Place
 from orchestrator.data.formats.find import find_inputs
-from orchestrator.data.formats.registry import FORMATS
+from orchestrator.data.formats.known_formats import FORMATS
+from orchestrator.data.formats.reading import Input, LeftOut, Place
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.errors import ConfigError, DataError, UserError
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from orchestrator.data.files import read_regular
+from orchestrator.data.plain_files import read_regular
 from orchestrator.errors import DataError
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"

@@ -21,16 +21,16 @@ from typing import Any
 
 from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
 from orchestrator.data.agreement import check_as_asked, check_made, check_same_documents
-from orchestrator.data.cache import cache_root, cached, content_digest, key_of, note
 from orchestrator.data.document_format import DocumentFormat
 from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
-from orchestrator.data.files import read_bounded, regular_size
-from orchestrator.data.formats.base import Input
 from orchestrator.data.formats.find import BUILTIN
+from orchestrator.data.formats.reading import Input
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.holdout import nothing_left
 from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from orchestrator.data.plain_files import read_bounded, regular_size
 from orchestrator.data.store import TokenStore, is_store
+from orchestrator.data.store_cache import cache_root, cached, content_digest, key_of, note
 from orchestrator.data.store_index import FORMAT_VERSION
 from orchestrator.data.tokenize import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from orchestrator.data.tokens.nameless import nameless_tokenizer

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.document_format import DocumentFormat
-from orchestrator.data.files import regular_size
 from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from orchestrator.data.plain_files import regular_size
 from orchestrator.data.store_index import (
     BLOCK_BYTES,
     OFFSET_BYTES,

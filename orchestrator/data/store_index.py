@@ -17,7 +17,7 @@ import jsonschema_rs
 import numpy as np
 
 from orchestrator.data.document_format import DocumentFormat, from_record
-from orchestrator.data.files import read_bounded
+from orchestrator.data.plain_files import read_bounded
 from orchestrator.errors import DamagedDataError, DataError
 
 FORMAT = "orchestrator-token-store"

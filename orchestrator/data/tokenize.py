@@ -20,7 +20,6 @@ import numpy as np
 
 from orchestrator.config.schema import TokenizerConfig
 from orchestrator.data.document_format import DocumentFormat, from_record
-from orchestrator.data.files import read_regular
 from orchestrator.data.model_files import (
     MERGES_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -29,6 +28,7 @@ from orchestrator.data.model_files import (
     collect,
     limit_of,
 )
+from orchestrator.data.plain_files import read_regular
 from orchestrator.data.tokenizer_files import (
     ALLOWED,
     Beside,

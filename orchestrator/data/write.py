@@ -33,8 +33,8 @@ from orchestrator.data.store_index import (
     store_fingerprint,
 )
 from orchestrator.data.tokenize import Tokenizer
-from orchestrator.data.tokens.base import TokenTally, token_batches, token_spec
-from orchestrator.data.tokens.registry import TOKEN_FORMATS
+from orchestrator.data.tokens.known_token_formats import TOKEN_FORMATS
+from orchestrator.data.tokens.token_reader import TokenTally, token_batches, token_spec
 from orchestrator.data.vocabulary import library_threads
 from orchestrator.errors import DataError
 from orchestrator.output import is_printed

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from orchestrator.hardware import host
-from orchestrator.hardware.base import Probe, Target, missing_torch
+from orchestrator.hardware.target import Probe, Target, missing_torch
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from orchestrator.chips.load import match_device_name
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
-from orchestrator.hardware.base import Probe, Problem, Target, missing_torch
+from orchestrator.hardware.target import Probe, Problem, Target, missing_torch
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from pathlib import Path
 from orchestrator.chips.load import match_device_name
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
-from orchestrator.hardware.base import Probe, Problem, Target, missing_torch
 from orchestrator.hardware.cuda import CudaTarget, nccl_environment
+from orchestrator.hardware.target import Probe, Problem, Target, missing_torch
 
 _AMD_PCI_VENDOR = 0x1002
 _ACCELERATOR_CLASSES = (0x0380, 0x1200)  # Instinct parts have no display: "display, other" and "accelerator"

@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from orchestrator.config.schema import HardwareConfig
+from orchestrator.distributed.world import World, detect
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host, tpu_host
-from orchestrator.hardware.base import Probe, Problem, Target, missing_torch
+from orchestrator.hardware.target import Probe, Problem, Target, missing_torch
 from orchestrator.hardware.tpu import libtpu_problems
-from orchestrator.hardware.world import World, detect
 from orchestrator.installing import own_environment
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from orchestrator.distributed.world import World, tpu_world
 from orchestrator.hardware import host, tpu_host
-from orchestrator.hardware.base import Problem
-from orchestrator.hardware.world import World, tpu_world
-from orchestrator.hardware.xla import XlaTarget, torch_xla_problems
+from orchestrator.hardware.target import Problem
+from orchestrator.hardware.xla_target import XlaTarget, torch_xla_problems
 from orchestrator.installing import own_environment
 
 

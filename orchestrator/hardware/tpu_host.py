@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.chips.load import load_catalogue
+from orchestrator.distributed.world import detect
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host
-from orchestrator.hardware.base import Problem
-from orchestrator.hardware.world import detect
+from orchestrator.hardware.target import Problem
 
 _GOOGLE_PCI_VENDOR = 0x1AE0
 # PCI device number → name, key of the chip catalogue; jax, _src/hardware_utils.py. v2 and v3 share one and are not in

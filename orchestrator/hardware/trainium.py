@@ -6,10 +6,10 @@ import os
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import HardwareConfig
+from orchestrator.distributed.world import detect
 from orchestrator.hardware import host
-from orchestrator.hardware.base import Problem
-from orchestrator.hardware.world import detect
-from orchestrator.hardware.xla import XlaTarget
+from orchestrator.hardware.target import Problem
+from orchestrator.hardware.xla_target import XlaTarget
 
 _AMAZON_PCI_VENDOR = 0x1D0F
 # PCI device number → (name, key of the chip catalogue); aws-neuron-driver, neuron_device.h.

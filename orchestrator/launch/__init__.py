@@ -1,5 +1,5 @@
-"""Starting the processes of a job on one machine, and watching over them.
+"""Starting a run: decide once, start the processes, and bring the run to its end.
 
-Under an engine (torchrun, Slurm, Kubernetes) the processes exist already, and this package is not used. The TPU
-compiler of rehearsals is started here, too.
+`start` settles the configuration, finds the run that is meant and starts its processes; `run` is what each process
+does; `worker` is the entry point of a process that was started here.
 """

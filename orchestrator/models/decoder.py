@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import ConfigError
-from orchestrator.models.cache import KVCache
 from orchestrator.models.head import LMHead
 from orchestrator.models.init import Init
+from orchestrator.models.kv_cache import KVCache
 from orchestrator.models.layers import Block, make_norm, resolved_head_dim
 from orchestrator.models.mask import additive
 from orchestrator.models.protocol import ShardableModel

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.attention import AttentionCore
-from orchestrator.models.cache import LayerCache
+from orchestrator.models.kv_cache import LayerCache
 from orchestrator.models.mask import CausalMask
 from orchestrator.models.rope import Rope, apply_rope
 

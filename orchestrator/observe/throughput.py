@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from orchestrator.chips.chip import Figure
-from orchestrator.hardware.base import Target
+from orchestrator.hardware.target import Target
 from orchestrator.observe.gemm import measure_gemm_flops
 
 if TYPE_CHECKING:

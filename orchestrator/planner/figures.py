@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.chips.catalogue import Catalogue
+from orchestrator.planner.estimate.goodput import FailureOptions, Goodput, goodput
+from orchestrator.planner.estimate.money import bill
+from orchestrator.planner.estimate.work import model_flops_per_token
 from orchestrator.planner.explain import AXES, PARTS, link_of, parts
 from orchestrator.planner.fleet import Fleet, inter_bandwidth
-from orchestrator.planner.goodput import FailureOptions, Goodput, goodput
-from orchestrator.planner.money import bill
+from orchestrator.planner.quantity import Value, derive, given, of_figure
 from orchestrator.planner.search import Candidate
-from orchestrator.planner.value import Value, derive, given, of_figure
-from orchestrator.planner.work import model_flops_per_token
 
 SPEED = ("step", "speed", "per_chip", "mfu", "memory", "ideal_days")
 RUN = ("goodput", "days", "mtbf", "interruptions", "interval", "stall", "spares")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields, replace
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.chips.chip import Chip
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.planner.quantity import Value, derive, given, of_figure, unknown, write
 from orchestrator.planner.slices import Slices, fit_slices, is_tpu, legal_shapes
 from orchestrator.planner.spec import Cluster
-from orchestrator.planner.value import Value, derive, given, of_figure, unknown, write
 
 GRAMMAR = (
     "CHIPxNUMBER (h100x1024), CHIP@POWER (tpu_v7x@1GW), both (tpu_v7xx1M@1GW), CHIP@$BUDGET (h100@$5M), "

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.errors import ConfigError
-from orchestrator.planner.calibration import calibration
+from orchestrator.planner.estimate.goodput import FailureOptions, Goodput
+from orchestrator.planner.estimate.memory import device_capacity
+from orchestrator.planner.estimate.optimizer_memory import least_moments
+from orchestrator.planner.estimate.work import parameters
+from orchestrator.planner.evidence.calibration import calibration
 from orchestrator.planner.explain import layout_text
 from orchestrator.planner.figures import goodput_of, run_figures, speed_figures
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleet
-from orchestrator.planner.goodput import FailureOptions, Goodput
-from orchestrator.planner.memory import device_capacity
-from orchestrator.planner.optimizers import least_moments
+from orchestrator.planner.quantity import Value
 from orchestrator.planner.search import LEADERS, Batch, Candidate, Estimators, SearchResult, Space, search
 from orchestrator.planner.slices import is_tpu, legal_shapes
 from orchestrator.planner.spec import JobSpec
-from orchestrator.planner.value import Value
-from orchestrator.planner.work import parameters
 
 MOST_CHIPS = 2**20
 BATCH_LEAST, BATCH_MOST, BATCH_PER_CHIP = 2**22, 2**26, 1024

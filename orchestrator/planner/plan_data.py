@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.planner.calibration import calibration
+from orchestrator.planner.estimate.work import parameters
+from orchestrator.planner.evidence.calibration import calibration
 from orchestrator.planner.explain import bound, layout_text, loses, parts
 from orchestrator.planner.plan import FleetPlan, Request, pareto
 from orchestrator.planner.portfolio import Portfolio
 from orchestrator.planner.search import Candidate
-from orchestrator.planner.work import parameters
 
 
 def as_data(request: Request, plans: Sequence[FleetPlan], objective: str, explain: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.planner.plan import FleetPlan
-from orchestrator.planner.value import Value, derive
+from orchestrator.planner.quantity import Value, derive
 
 EXACT = 100_000
 

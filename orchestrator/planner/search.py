@@ -24,9 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
-from orchestrator.planner.calibration import COMPILED, calibration
-from orchestrator.planner.memory import device_capacity, estimate_memory
-from orchestrator.planner.optimizers import least_moments
+from orchestrator.planner.estimate.memory import device_capacity, estimate_memory
+from orchestrator.planner.estimate.optimizer_memory import least_moments
+from orchestrator.planner.estimate.time import estimate_time
+from orchestrator.planner.estimate.work import parameters
+from orchestrator.planner.evidence.calibration import COMPILED, calibration
 from orchestrator.planner.spec import (
     Cluster,
     JobSpec,
@@ -37,8 +39,6 @@ from orchestrator.planner.spec import (
     Remat,
     TimeEstimate,
 )
-from orchestrator.planner.time import estimate_time
-from orchestrator.planner.work import parameters
 
 Memory = Callable[[JobSpec, Cluster, ParallelPlan], MemoryEstimate]
 Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]

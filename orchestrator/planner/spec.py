@@ -10,7 +10,7 @@ from typing import Literal
 
 from orchestrator.chips.chip import Chip
 from orchestrator.config.schema import ModelConfig
-from orchestrator.planner.flops import head_width
+from orchestrator.planner.estimate.flops import head_width
 
 Remat = Literal["none", "selective", "full", "offload"]
 Precision = Literal["fp32", "bf16", "fp8"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import Accelerator
 
-from orchestrator.hardware.base import Target
+from orchestrator.hardware.target import Target
 
 
 class TargetAccelerator(Accelerator):

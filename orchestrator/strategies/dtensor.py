@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from orchestrator.hardware.base import Target
-from orchestrator.hardware.world import World
+from orchestrator.distributed.world import World
+from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Parts, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.base import Batch, ParallelStrategy, local_parameters
-from orchestrator.strategies.context import parallelize_context
+from orchestrator.strategies.context_parallel import parallelize_context
+from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
 from orchestrator.strategies.parts import ShardedParts, local_part
-from orchestrator.strategies.tensor import parallelize_tensor
+from orchestrator.strategies.tensor_parallel import parallelize_tensor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

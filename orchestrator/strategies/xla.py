@@ -26,10 +26,10 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch_xla.utils.checkpoint import checkpoint as xla_checkpoint
 
+from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
-from orchestrator.hardware.base import Target
 from orchestrator.hardware.mesh import order_devices
-from orchestrator.hardware.world import World
+from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
 from orchestrator.models.loss import HeadOps, chunked_cross_entropy
 from orchestrator.models.protocol import ShardableModel, attend_in_blocks
@@ -38,7 +38,7 @@ from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Parts, Reduced, WholeParts, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.base import Batch, ParallelStrategy, local_parameters
+from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
 
 _WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
 _BATCH_AXES = ("replicate", "fsdp")

@@ -19,8 +19,8 @@ from typing import Any
 import lightning.pytorch as lightning
 
 from orchestrator.config.compose import compose
-from orchestrator.hardware.registry import resolve
-from orchestrator.launch.local import run_local
+from orchestrator.distributed.local_processes import run_local
+from orchestrator.hardware.target_table import resolve
 
 PROCESSES, MICRO_BATCHES, SEQUENCES, WARMUP = 2, 8, 4, 2
 CASES = {"tiny": 62, "llama_20m": 22}  # steps
@@ -77,7 +77,7 @@ def work(folder: Path, words: list[str]) -> None:
 
     from common import fit
 
-    from orchestrator.hardware.world import detect
+    from orchestrator.distributed.world import detect
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -28,17 +28,17 @@ import lightning.pytorch as lightning
 import psutil
 import torch
 
-from orchestrator.checkpoint.peers import Alone
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents, save
 from orchestrator.config.compose import compose
 from orchestrator.data.prepare import prepare
-from orchestrator.hardware.registry import resolve
-from orchestrator.hardware.world import World
+from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.world import World
+from orchestrator.hardware.target_table import resolve
+from orchestrator.runs.run_directory import RunPaths
 from orchestrator.sharding.shard import Shard
-from orchestrator.train.build import build, make_strategy
-from orchestrator.train.run import Place
+from orchestrator.training.job import build, make_strategy
 
 TURNS = 9
 HASHES = ("sha256", "blake3")
@@ -195,7 +195,7 @@ def stall(asynchronous: bool, every: int, steps: int) -> None:
     config = compose([*words, "logger.progress=false", "checkpoint.keep_last=1"]).config
     data = prepare(config.data)
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder), Path(folder) / "checkpoints", None)
+        place = RunPaths(Path(folder), Path(folder) / "checkpoints", None)
         parallel = make_strategy(config, resolve(config.hardware), World())
         parallel.join()
         job = build(config, parallel, data, place, leg=0)

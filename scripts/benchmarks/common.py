@@ -13,10 +13,10 @@ from torch import nn
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.data.stream import Position, StepLoader, TokenStream
-from orchestrator.hardware.registry import resolve
-from orchestrator.hardware.world import World
-from orchestrator.train.build import build, make_strategy
-from orchestrator.train.run import Place
+from orchestrator.distributed.world import World
+from orchestrator.hardware.target_table import resolve
+from orchestrator.runs.run_directory import RunPaths
+from orchestrator.training.job import build, make_strategy
 
 Turns = TypeVar("Turns", bound=lightning.Callback)
 
@@ -40,7 +40,7 @@ def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns
     """Train as the product does, with one more callback, which is returned."""
     data = prepare(config.data)
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder), Path(folder) / "checkpoints", None)
+        place = RunPaths(Path(folder), Path(folder) / "checkpoints", None)
         parallel = make_strategy(config, resolve(config.hardware), world)
         parallel.join()
         job = build(config, parallel, data, place, leg=0)

@@ -29,14 +29,14 @@ from orchestrator.chips.chip import Chip, Figure
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
+from orchestrator.distributed.local_processes import run_local
+from orchestrator.distributed.world import World, detect
 from orchestrator.hardware import host
-from orchestrator.hardware.registry import resolve
-from orchestrator.hardware.world import World, detect
-from orchestrator.launch.local import run_local
-from orchestrator.planner.calibration import calibration
-from orchestrator.planner.memory import estimate_memory
+from orchestrator.hardware.target_table import resolve
+from orchestrator.planner.estimate.memory import estimate_memory
+from orchestrator.planner.estimate.time import step_time
+from orchestrator.planner.evidence.calibration import calibration
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan
-from orchestrator.planner.time import step_time
 
 STEPS, WARMUP = 5, 1
 MIB = 2**20
@@ -178,8 +178,8 @@ def _train(config: RunConfig, world: World, run_dir: Path) -> list[float]:
     import lightning.pytorch as lightning
 
     from orchestrator.data.prepare import prepare
-    from orchestrator.train.build import build, make_strategy
-    from orchestrator.train.run import Place
+    from orchestrator.runs.run_directory import RunPaths
+    from orchestrator.training.job import build, make_strategy
 
     ends: list[float] = []
 
@@ -190,7 +190,7 @@ def _train(config: RunConfig, world: World, run_dir: Path) -> list[float]:
     run_dir.mkdir()
     parallel = make_strategy(config, resolve(config.hardware), world)
     parallel.join()
-    job = build(config, parallel, prepare(config.data), Place(run_dir, run_dir / "checkpoints", None), leg=0)
+    job = build(config, parallel, prepare(config.data), RunPaths(run_dir, run_dir / "checkpoints", None), leg=0)
     job.trainer.callbacks.append(Clock())
     # What the run does after its last step is not a step.
     job.trainer.callbacks = [one for one in job.trainer.callbacks if one not in (job.checkpoints, job.samples)]

@@ -25,7 +25,7 @@ from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData
 from orchestrator.models.decoder import Decoder
-from orchestrator.train.check import resolve_model
+from orchestrator.training.check import resolve_model
 
 WARMUP = 3
 

@@ -36,7 +36,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding import rules
-from orchestrator.train.check import resolve_model
+from orchestrator.training.check import resolve_model
 
 WARMUP = 5
 QUIET = ["train.eval_every=null", "checkpoint.every_steps=null", "logger.every_steps=10"]

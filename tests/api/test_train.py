@@ -23,7 +23,7 @@ from orchestrator.errors import (
     DataError,
     RunFailedError,
 )
-from orchestrator.train.start import Outcome
+from orchestrator.launch.start import Outcome
 from tests.lab.runs import TINY, small_overrides
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_every_name_is_there():
 
 def test_the_package_can_be_called_by_the_name_of_a_package_in_it():
     import orchestrator
-    import orchestrator.train.start
+    import orchestrator.launch.start
 
     with pytest.raises(DataError, match="nowhere"):
         orchestrator.train(["data.sources=[{path:/nowhere/at/all,weight:1}]"])

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint import diff, writer
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.diff import Mismatched, boxes, common_elements, compare
 from orchestrator.checkpoint.reader import Reader
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import shards_of, write, write_whole
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from orchestrator.checkpoint import storage
-from orchestrator.checkpoint.catalogue import committed, newest_valid
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import committed, newest_valid
 from orchestrator.config.schema import CheckpointConfig, RunConfig
 from orchestrator.errors import CheckpointError
+from orchestrator.runs import run_directory
 from orchestrator.sharding.layout import Layout
-from orchestrator.train import rundir
 from tests.lab.checkpoints import shards_of, write
 
 TENSORS = {"model.a": torch.rand(256, 1024), "model.b": torch.rand(300, 7)}  # a mebibyte
@@ -66,7 +66,7 @@ def test_a_read_only_disk(disk):
     _only(disk, "step-00000001")
     config = RunConfig(checkpoint=CheckpointConfig(dir=str(disk)))
     with pytest.raises(CheckpointError, match="directory of the checkpoints cannot be written"):
-        rundir.hold(rundir.checkpoints_dir(disk / "run" / "1", config), disk)
+        run_directory.hold(run_directory.checkpoints_dir(disk / "run" / "1", config), disk)
 
 
 def test_a_directory_that_may_not_be_written(tmp_path):
@@ -136,7 +136,7 @@ def test_any_write_or_flush_that_fails(tmp_path, monkeypatch, operation):
 HOLD = """
 import sys, pathlib
 from orchestrator.train import rundir
-held = rundir.hold(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]))
+held = run_directory.hold(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -150,9 +150,9 @@ def test_two_runs_on_one_directory_of_checkpoints(tmp_path):
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match="another process is training in this directory of checkpoints"):
-            rundir.hold(place, tmp_path)
+            run_directory.hold(place, tmp_path)
     finally:
         process.kill()
         process.communicate()
-    with rundir.hold(place, tmp_path):
+    with run_directory.hold(place, tmp_path):
         pass

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchestrator.checkpoint.catalogue import committed
-from orchestrator.checkpoint.deep import element_count, nonfinite_tensors
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.deep_check import element_count, nonfinite_tensors
 from orchestrator.checkpoint.diff import compare
 from orchestrator.checkpoint.finite import finite_flags
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import committed
 from orchestrator.cli import main
 from orchestrator.errors import NonFiniteError
 from orchestrator.sharding.layout import Layout

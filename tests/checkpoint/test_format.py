@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import (
     MANIFEST,
     Manifest,
@@ -20,7 +21,6 @@ from orchestrator.checkpoint.format import (
     _digest,
     check_cover,
 )
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError
 from tests.lab.checkpoints import tamper, write_whole
 

@@ -17,13 +17,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import CONFIG, ITEM_BYTES, MANIFEST, STATE, _digest
 from orchestrator.checkpoint.hashing import Piece, StoredFile
-from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import PIECE_BYTES
 from orchestrator.checkpoint.tensorfile import TensorFile
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.distributed.exchange import Alone
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import shards_of, write

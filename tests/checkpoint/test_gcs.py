@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("gcp_storage_emulator")
 
-from orchestrator.checkpoint import patience
+from orchestrator.checkpoint import store_timeouts
 from orchestrator.checkpoint.storage import children, claim, locate, read_range, remove_tree, there, write_file
 from orchestrator.errors import CheckpointError
 from tests.lab.store import reachable, serve
@@ -27,7 +27,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def _healthy(server, monkeypatch):
-    monkeypatch.setattr(patience, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(store_timeouts, "_PAUSE_SECONDS", 0.01)
     server.requests.clear()
     server.faults.clear()
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST, SIGNATURE
-from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.distributed.exchange import Alone
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.shard import Shard

@@ -18,10 +18,11 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto")
 pytest.importorskip("gcp_storage_emulator")
 
-from orchestrator.checkpoint import patience, storage, tensorfile
-from orchestrator.checkpoint.catalogue import committed, newest_valid, prune, remove_uncommitted
+from orchestrator.checkpoint import storage, store_timeouts, tensorfile
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.run_checkpoints import committed, newest_valid, prune, remove_uncommitted
 from orchestrator.checkpoint.storage import (
     children,
     claim,
@@ -34,7 +35,6 @@ from orchestrator.checkpoint.storage import (
     there,
     write_file,
 )
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.errors import CheckpointError, MissingExtraError
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.shard import Shard
@@ -75,7 +75,7 @@ def remote(server, monkeypatch):
     """An empty prefix of the server; faults of an earlier test are gone, and nobody waits long before trying again."""
     server.faults.clear()
     server.requests.clear()
-    monkeypatch.setattr(patience, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(store_timeouts, "_PAUSE_SECONDS", 0.01)
     where = locate(f"{server.place}/{uuid.uuid4().hex}")
     hurried = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100))
     monkeypatch.setattr(importlib.import_module(_WAITS[server.scheme]), "asyncio", hurried)
@@ -242,7 +242,7 @@ WAITS = {
 def test_a_store_that_keeps_silent_is_waited_for_a_while(remote, server, monkeypatch, fault):
     """The save fails in a bounded time, with one error; what was there stays, and a later save goes well."""
     earlier = _write(remote)
-    monkeypatch.setattr(patience, "_limit", 1.5)
+    monkeypatch.setattr(store_timeouts, "_limit", 1.5)
     server.fail(**fault)
     begin = time.monotonic()
     with pytest.raises(CheckpointError, match="step 2 could not be written: ") as caught:
@@ -255,7 +255,7 @@ def test_a_store_that_keeps_silent_is_waited_for_a_while(remote, server, monkeyp
         assert "checkpoint.store_timeout_seconds" in str(caught.value)
     server.faults.clear()
     server.requests.clear()
-    monkeypatch.setattr(patience, "_limit", 60)
+    monkeypatch.setattr(store_timeouts, "_limit", 60)
     time.sleep(1)
     assert server.matching("^(COMMIT|PART|START)") == [], "what nobody waits for is not sent again"
     assert str(newest_valid(remote, True, pytest.fail)) == str(earlier)
@@ -266,23 +266,23 @@ def test_a_store_that_keeps_silent_is_waited_for_a_while(remote, server, monkeyp
 
 def test_a_manifest_whose_answer_is_lost_in_time_counts(remote, server, monkeypatch):
     """The store has committed and keeps silent: what it says when it is asked again is what is true."""
-    monkeypatch.setattr(patience, "_limit", 3)
+    monkeypatch.setattr(store_timeouts, "_limit", 3)
     server.fail(r"^COMMIT .*/manifest\.json", hold_seconds=6, answer_lost=True)
     path = _write(remote)
     server.faults.clear()
-    monkeypatch.setattr(patience, "_limit", 60)
+    monkeypatch.setattr(store_timeouts, "_limit", 60)
     _check(path)
 
 
 def test_a_manifest_that_appears_late_finds_its_files(remote, server, monkeypatch):
     """The save has failed, as the store said nothing; it had carried it out."""
-    monkeypatch.setattr(patience, "_limit", 3)
+    monkeypatch.setattr(store_timeouts, "_limit", 3)
     server.fail(r"^COMMIT .*/manifest\.json", hold_seconds=6, answer_lost=True)
     server.fail(r"^GET .*/manifest\.json", status=403)
     with pytest.raises(CheckpointError, match="the store may still do it, so its files stay"):
         _write(remote)
     server.faults.clear()
-    monkeypatch.setattr(patience, "_limit", 60)
+    monkeypatch.setattr(store_timeouts, "_limit", 60)
     _check(newest_valid(remote, True, pytest.fail))
 
 
@@ -290,13 +290,13 @@ def test_an_upload_in_parts_ends_with_its_time(remote, server, monkeypatch):
     monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
     path = remote / "big"
     first = server.fail(r"^PART 1 ", hold_seconds=4)
-    monkeypatch.setattr(patience, "_limit", 1)
+    monkeypatch.setattr(store_timeouts, "_limit", 1)
     with pytest.raises(TimeoutError, match=rf"not answered within 1 s \(write {path}"):
         write_file(path, [bytes(11 << 20)])
     assert first.seen
     server.faults.clear()
     server.requests.clear()
-    monkeypatch.setattr(patience, "_limit", 60)
+    monkeypatch.setattr(store_timeouts, "_limit", 60)
     time.sleep(1)
     assert server.matching("^(COMMIT|PART|START)") == []
     assert size_of(path) is None
@@ -305,7 +305,7 @@ def test_an_upload_in_parts_ends_with_its_time(remote, server, monkeypatch):
 @pytest.mark.parametrize("look", [lambda path: Checkpoint(path), lambda path: committed(path.parent)])
 def test_a_store_that_never_gives_an_answer_is_waited_for_a_while(remote, server, monkeypatch, look):
     path = _write(remote)
-    monkeypatch.setattr(patience, "_limit", 1.5)
+    monkeypatch.setattr(store_timeouts, "_limit", 1.5)
     server.fail("^(GET|HEAD|LIST)", hold_seconds=6)
     begin = time.monotonic()
     with pytest.raises(CheckpointError, match=rf"not answered within 1\.5 s \((read|list) {remote}"):
@@ -315,7 +315,7 @@ def test_a_store_that_never_gives_an_answer_is_waited_for_a_while(remote, server
 
 def test_the_client_of_a_store_has_limits_of_its_own(server, monkeypatch):
     """They follow from `checkpoint.store_timeout_seconds`; what the user has set for the library counts more."""
-    monkeypatch.setattr(patience, "_limit", 36)
+    monkeypatch.setattr(store_timeouts, "_limit", 36)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 99}})
     files = locate(server.place).fs
     if server.scheme == "s3":

@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("cryptography")
 
-from orchestrator.checkpoint.catalogue import newest_valid
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST, SIGNATURE
+from orchestrator.checkpoint.run_checkpoints import newest_valid
 from orchestrator.checkpoint.signing import Trust, signer, trust
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.cli import main
 from orchestrator.errors import CheckpointError, ConfigError
 from tests.lab.checkpoints import small_model, tamper, write_whole

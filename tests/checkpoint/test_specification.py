@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from orchestrator.checkpoint import format as format_module
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST
-from orchestrator.checkpoint.peers import Alone
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.distributed.exchange import Alone
 from orchestrator.errors import CheckpointError, DamagedError, MissingExtraError
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import files_of, shards_of, tamper, write

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from orchestrator.checkpoint import checkpoint as verify_module
 from orchestrator.checkpoint import storage, writer
-from orchestrator.checkpoint import verify as verify_module
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST, Manifest
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents, save, write_safetensors
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.axes import MESH_AXES

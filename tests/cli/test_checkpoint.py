@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.diff import Difference
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.cli import checkpoint_text, main
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.models.shapes import parameter_shapes
-from orchestrator.train import rundir
+from orchestrator.runs import run_directory
 from tests.lab.checkpoints import forge, write_whole
 from tests.lab.models import model_config, random_model, save_model, tokenizer_files
 from tests.lab.tensors import read_all
@@ -49,7 +49,7 @@ def run(tmp_path):
     """A run directory with three checkpoints."""
     run_dir = tmp_path / "runs" / "tiny" / "1"
     run_dir.mkdir(parents=True)
-    rundir.write_config(run_dir, RunConfig(runs_dir=str(tmp_path / "runs")))
+    run_directory.write_config(run_dir, RunConfig(runs_dir=str(tmp_path / "runs")))
     for step in (10, 20, 30):
         state = {**STATE, "step": step}
         write_whole(run_dir / "checkpoints", TENSORS, step=step, state=state, config={"name": "tiny"}, extra=HISTORY)
@@ -290,7 +290,7 @@ def test_prune(capsys, run):
 
 @pytest.mark.parametrize("below", ["", "checkpoints"])
 def test_prune_keeps_off_a_run_that_is_running(capsys, run, below):
-    with rundir.lock(run):
+    with run_directory.lock(run):
         code, _, err = call(capsys, "prune", run / below, "keep_last=1")
     assert (code, "another process is training" in err) == (2, True)
     assert step(run, 10).exists()
@@ -306,7 +306,7 @@ def test_prune_of_a_directory_elsewhere_finds_its_run(capsys, tmp_path):
     place = tmp_path / "elsewhere" / "tiny" / "1"
     for number in (1, 2):
         write_whole(place, TENSORS, step=number, config=config)
-    with rundir.lock(run_dir):
+    with run_directory.lock(run_dir):
         assert call(capsys, "prune", place, "keep_last=1")[0] == 2
         assert call(capsys, "prune", run_dir, "keep_last=1")[0] == 2
     assert call(capsys, "prune", run_dir, "keep_last=1")[0] == 0

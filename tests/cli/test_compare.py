@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from orchestrator.cli import main
-from tests.observe.test_report import HOSTILE, evaluation, leg, row, write
+from tests.report.test_run_report import HOSTILE, evaluation, leg, row, write
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import pytest
 from orchestrator.config.schema import DataConfig, SourceConfig
 from orchestrator.data import documents
 from orchestrator.data.documents import Tally, find_corpus, read_documents, spec_of
-from orchestrator.data.formats import base, text
-from orchestrator.data.formats.base import Input
+from orchestrator.data.formats import reading, text
 from orchestrator.data.formats.find import find_inputs
-from orchestrator.data.formats.registry import FORMATS
+from orchestrator.data.formats.known_formats import FORMATS
+from orchestrator.data.formats.reading import Input
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.errors import ConfigError, DataError
 
@@ -477,12 +477,12 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_whatever_a_decoder_raises_names_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(item: Input, spec: TextSpec, place: base.Place) -> base.Rows:
+    def broken(item: Input, spec: TextSpec, place: reading.Place) -> reading.Rows:
         yield {"text": "x"}, 1
         place.row = 7
         raise RecursionError("too deep\nfor words")
 
-    entry = base.Format("jsonl", "", "", read=broken)
+    entry = reading.Format("jsonl", "", "", read=broken)
     monkeypatch.setitem(documents.FORMATS, "jsonl", entry)
     with pytest.raises(DataError, match=r"after .*a\.jsonl, row 7\n.*RecursionError: too deep\n"):
         list(read_documents(Input(tmp_path / "a.jsonl", "a.jsonl", "jsonl"), TextSpec()))

@@ -20,8 +20,8 @@ from orchestrator.config.compose import compose
 from orchestrator.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from orchestrator.data import holdout
 from orchestrator.data import prepare as prepare_module
-from orchestrator.data.files import read_bounded
 from orchestrator.data.holdout import Extents, hold_out
+from orchestrator.data.plain_files import read_bounded
 from orchestrator.data.prepare import prepare
 from orchestrator.data.store import TokenStore, hash_file, is_store
 from orchestrator.data.store_index import SPLITS, ShardInfo, SplitInfo, store_fingerprint

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config.schema import DataConfig, SourceConfig, TokenizerConfig
-from orchestrator.data import cache as cache_module
 from orchestrator.data import prepare as prepare_module
+from orchestrator.data import store_cache as cache_module
 from orchestrator.data.documents import find_corpus
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.prepare import build_store, prepare

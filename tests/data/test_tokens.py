@@ -19,7 +19,7 @@ from orchestrator.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from orchestrator.data.prepare import build_store, prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import byte_tokenizer
-from orchestrator.data.tokens import base
+from orchestrator.data.tokens import token_reader
 from orchestrator.errors import ConfigError, DataError, UserError
 
 FILES = Path(__file__).parent / "tokens"
@@ -180,7 +180,7 @@ def test_packed_rows_are_one_sequence(tmp_path: Path) -> None:
 
 
 def test_long_documents_are_divided_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "PIECE_TOKENS", 20)
+    monkeypatch.setattr(token_reader, "PIECE_TOKENS", 20)
     store = built(nanogpt(tmp_path), tmp_path / "store")
     assert max(map(len, stored(store))) == 21
     assert "3 documents of more than 20 tokens are divided" in store.index.source["tokens"]

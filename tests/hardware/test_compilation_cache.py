@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import HardwareConfig
-from orchestrator.hardware.registry import get_target
+from orchestrator.hardware.target_table import get_target
 
 VARIABLES = {"tpu": "XLA_PERSISTENT_CACHE_PATH", "trainium": "NEURON_COMPILE_CACHE_URL"}
 

@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from orchestrator.config.schema import HardwareConfig
+from orchestrator.distributed.world import DEFAULT_PORT, World, tpu_world
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import tpu_host
-from orchestrator.hardware.registry import find_world, get_target, job_devices, resolve
-from orchestrator.hardware.world import DEFAULT_PORT, World, tpu_world
+from orchestrator.hardware.target_table import find_world, get_target, job_devices, resolve
+from tests.distributed.test_world import STEP, TORCHRUN
 from tests.hardware.conftest import Machine
 from tests.hardware.test_tpu import V5E, XLA_PACKAGES
-from tests.hardware.test_world import STEP, TORCHRUN
 
 TPU = HardwareConfig(target="tpu")
 # As GKE sets them: names of pods in a headless service.

@@ -10,9 +10,9 @@ import torch
 
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware import host
-from orchestrator.hardware.base import Probe
 from orchestrator.hardware.host import TorchBuild
-from orchestrator.hardware.registry import TARGETS, get_target
+from orchestrator.hardware.target import Probe
+from orchestrator.hardware.target_table import TARGETS, get_target
 from tests.hardware.conftest import CPU_TORCH, CUDA_TORCH, ROCM_TORCH, Machine
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -41,7 +41,8 @@ def test_every_target_keeps_the_interface(machine: Machine, name: str):
 
 def test_looking_does_not_import_torch():
     code = (
-        "import sys; from orchestrator.hardware.registry import probe_all; probe_all(); print('torch' in sys.modules)"
+        "import sys; from orchestrator.hardware.target_table import probe_all; probe_all()\n"
+        "print('torch' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 

@@ -12,7 +12,7 @@ from orchestrator.config.schema import HardwareConfig, RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import torch_tpu, tpu_host
-from orchestrator.hardware.registry import RUNTIMES, device_count, get_target, resolve
+from orchestrator.hardware.target_table import RUNTIMES, device_count, get_target, resolve
 from tests.hardware.conftest import Machine
 
 V4, V5P, V5E, V6E, V7X = 0x005E, 0x0062, 0x0063, 0x006F, 0x0076

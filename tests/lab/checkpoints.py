@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST, _digest
 from orchestrator.checkpoint.tensorfile import TensorFile
-from orchestrator.checkpoint.verify import Checkpoint
 from orchestrator.checkpoint.writer import Contents, save
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def exchange(python: str, overrides: list[str], size: int, sources: list[Path], target: Path) -> list[dict[str, Any]]:
     """What `python` makes of each checkpoint of `sources`, on `size` ranks."""
     from orchestrator.config.compose import compose
-    from orchestrator.hardware.registry import get_target
+    from orchestrator.hardware.target_table import get_target
 
     hardware = compose(overrides).config.hardware
     environment = get_target(hardware.target).environment(hardware, 0, size)
@@ -41,7 +41,7 @@ def _main() -> None:
     request = json.loads(sys.argv[1])
     arguments = (request["overrides"], request["sources"], Path(request["target"]))
     if request["size"] == 1:
-        from orchestrator.hardware.world import World
+        from orchestrator.distributed.world import World
 
         results = [_work(World(), *arguments)]
     else:
@@ -60,9 +60,9 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
     from orchestrator.checkpoint.writer import Contents, save
     from orchestrator.config.compose import compose
     from orchestrator.data.prepare import prepare
-    from orchestrator.hardware.registry import resolve
-    from orchestrator.train.build import build, make_strategy
-    from orchestrator.train.run import Place
+    from orchestrator.hardware.target_table import resolve
+    from orchestrator.runs.run_directory import RunPaths
+    from orchestrator.training.job import build, make_strategy
 
     config = compose(overrides).config
     parallel = make_strategy(config, resolve(config.hardware), world)
@@ -72,7 +72,7 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
     for number, source in enumerate(sources):
         folder = target / str(number)
         folder.mkdir(parents=True, exist_ok=True)
-        job = build(config, parallel, data, Place(folder, folder, Path(source)), leg=0)
+        job = build(config, parallel, data, RunPaths(folder, folder, Path(source)), leg=0)
         shards = parallel.state_shards(job.module.model, job.module._optimizer)
         path = save(folder, 10, shards, parallel, Contents({}, {}))
         batch = job.loader.step(job.module.step)

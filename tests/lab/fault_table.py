@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.catalogue import committed
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import committed
 from tests.lab.cli import command
 from tests.lab.runs import small_overrides
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint import storage
-from orchestrator.checkpoint.catalogue import committed, newest_valid, remove_uncommitted
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import committed, newest_valid, remove_uncommitted
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
-from orchestrator.hardware.world import World
+from orchestrator.distributed.world import World
 from tests.lab.ranks import preload
 from tests.lab.runs import TINY, small_config
 from tests.lab.tensors import read_all
@@ -196,12 +196,13 @@ def _rank(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        from orchestrator.train.run import Place, work
+        from orchestrator.launch.run import work
+        from orchestrator.runs.run_directory import RunPaths
 
         torch.set_num_threads(1)
         if moment and moment[0] == "operation" and moment[2] == world.rank:
             _die_at(int(moment[1]))
-        place = Place(run_dir, run_dir / "checkpoints", resume_from)
+        place = RunPaths(run_dir, run_dir / "checkpoints", resume_from)
         code = work(from_dict(RunConfig, config), world, lambda parallel: place)
     except BaseException:
         import traceback

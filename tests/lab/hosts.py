@@ -67,10 +67,10 @@ def _main() -> int:
     import torch_xla.runtime as xr
 
     from orchestrator.config.compose import compose
+    from orchestrator.distributed.world import World
     from orchestrator.errors import UserError
-    from orchestrator.hardware.world import World
-    from orchestrator.train.run import work
-    from orchestrator.train.start import Plan, _agree
+    from orchestrator.launch.run import work
+    from orchestrator.launch.start import Plan, _agree
 
     request = json.loads(sys.argv[1])
     rank, size, config = request["rank"], request["size"], compose(request["overrides"]).config
@@ -89,7 +89,7 @@ def _main() -> int:
     with contextlib.ExitStack() as held:
         held.enter_context(mock.patch.object(xs.XLAShardedTensor, "local_shards", property(local_shards)))
         held.enter_context(mock.patch.object(xr, "process_count", return_value=request.get("processes", size)))
-        held.enter_context(mock.patch("orchestrator.train.build.job_devices", return_value=devices))
+        held.enter_context(mock.patch("orchestrator.training.job.job_devices", return_value=devices))
         if "slices" in request:
             places = made_up_slices(devices, request["slices"])
             held.enter_context(mock.patch.object(xr, "global_runtime_device_attributes", return_value=places))

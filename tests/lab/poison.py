@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from orchestrator.models.layers import Block
-from orchestrator.train.module import LanguageModule
+from orchestrator.training.module import LanguageModule
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.hardware.world import World
+from orchestrator.distributed.world import World
 
 TIMEOUT_SECONDS = 240
 
@@ -52,7 +52,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 def preload() -> None:
     """Import once what every rank would import for itself."""
     for module in (
-        "orchestrator.train.build",
+        "orchestrator.training.job",
         "orchestrator.strategies.dtensor",
         "grain",
         "torch.distributed.checkpoint",

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.config.compose import compose
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
-from orchestrator.hardware.world import World
+from orchestrator.distributed.world import World
 from tests.lab.ranks import run_ranks
 
 STEPS = 20
@@ -101,7 +101,8 @@ def checkpoint(run_dir: Path, step: int = STEPS) -> Path:
 
 def _work(world: World, data: dict[str, Any], run_dir: Path, resume_from: Path | None) -> int:
     from orchestrator.config.convert import from_dict
-    from orchestrator.train.run import Place, work
+    from orchestrator.launch.run import work
+    from orchestrator.runs.run_directory import RunPaths
 
-    place = Place(run_dir, run_dir / "checkpoints", resume_from)
+    place = RunPaths(run_dir, run_dir / "checkpoints", resume_from)
     return work(from_dict(RunConfig, data), world, lambda parallel: place)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from orchestrator.config.schema import ModelConfig, RopeScalingConfig
 from orchestrator.errors import CheckpointError
+from orchestrator.interop.hf_weights import from_hf, to_hf
 from orchestrator.models.decoder import Decoder
-from orchestrator.models.hf import from_hf, to_hf
 from tests.models.conftest import randomise
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ import yaml
 from orchestrator.config.convert import from_dict
 from orchestrator.config.schema import ModelConfig, RopeScalingConfig
 from orchestrator.models.decoder import Decoder
-from orchestrator.planner.flops import parameter_count
+from orchestrator.planner.estimate.flops import parameter_count
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

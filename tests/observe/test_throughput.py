@@ -7,7 +7,7 @@ import torch
 
 from orchestrator.chips.chip import Figure
 from orchestrator.chips.load import load_catalogue
-from orchestrator.hardware.registry import get_target
+from orchestrator.hardware.target_table import get_target
 from orchestrator.observe import throughput
 from orchestrator.observe.gemm import measure_gemm_flops
 from orchestrator.observe.throughput import mfu, peak_flops

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.checkpoint.meaning import contradictions
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.consistency import contradictions
 from orchestrator.config.convert import to_dict
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, read_rows, small_config, train

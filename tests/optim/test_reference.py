@@ -11,8 +11,8 @@ from orchestrator.data.prepare import prepare
 from orchestrator.data.stream import Position, StepLoader, TokenStream
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.init import draw_slice
-from orchestrator.train.check import resolve_model
-from orchestrator.train.schedule import learning_rate
+from orchestrator.optim.schedule import learning_rate
+from orchestrator.training.check import resolve_model
 from tests.lab.runs import losses, small_config, train
 
 RELATIVE = 1e-5

@@ -12,7 +12,7 @@ from orchestrator.config.registry import permit
 from orchestrator.config.schema import AdafactorConfig, MuonConfig, OwnOptimConfig, SGDConfig
 from orchestrator.errors import ConfigError
 from orchestrator.optim.muon import orthogonalize
-from orchestrator.train.optim import PEAK, build_optimizer
+from orchestrator.training.optimizer_setup import PEAK, build_optimizer
 
 CPU = torch.device("cpu")
 CONFIGS = {

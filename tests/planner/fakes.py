@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.chips.load import load_catalogue
+from orchestrator.planner.estimate.work import parameters
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets
 from orchestrator.planner.plan import Request
+from orchestrator.planner.quantity import given
 from orchestrator.planner.search import Estimators
 from orchestrator.planner.spec import (
     Cluster,
@@ -14,8 +16,6 @@ from orchestrator.planner.spec import (
     ParallelPlan,
     TimeEstimate,
 )
-from orchestrator.planner.value import given
-from orchestrator.planner.work import parameters
 
 LLAMA_8B = ModelShape("llama3_8b", 32, 4096, 14336, 32, 8, 128, 128256)
 LLAMA_70B = ModelShape("llama3_70b", 80, 8192, 28672, 64, 8, 128, 128256)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.planner.accuracy import Checked, Pick, Verdicts, check, errors, picks, verdicts
-from orchestrator.planner.published import held_out_families, shipped
+from orchestrator.planner.evidence.accuracy import Checked, Pick, Verdicts, check, errors, picks, verdicts
+from orchestrator.planner.evidence.published import held_out_families, shipped
 
 DATA = Path(__file__).parent / "data"
 RUNS, _ = shipped(DATA)

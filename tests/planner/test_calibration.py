@@ -10,8 +10,8 @@ import yaml
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import ConfigError
-from orchestrator.planner import calibration
-from orchestrator.planner.published import held_out_families, shipped
+from orchestrator.planner.evidence import calibration
+from orchestrator.planner.evidence.published import held_out_families, shipped
 
 DATA = Path(__file__).parent / "data"
 CHIPS = load_catalogue()

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from orchestrator.planner import calibration
-from orchestrator.planner.memory import step_memory
-from orchestrator.planner.published import Run
+from orchestrator.planner.estimate.memory import step_memory
+from orchestrator.planner.estimate.time import step_time
+from orchestrator.planner.evidence import calibration
+from orchestrator.planner.evidence.published import Run
 from orchestrator.planner.spec import ParallelPlan
-from orchestrator.planner.time import step_time
 from scripts.fit_planner import ROOT, Constant, account, fit, memory_residual, time_residual
 from tests.planner.shapes import LLAMA_8B, LLAMA_70B, cluster, job
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.decoder import Decoder
-from orchestrator.planner.flops import flops_per_token, mean_attended, parameter_count
+from orchestrator.planner.estimate.flops import flops_per_token, mean_attended, parameter_count
 
 CONFIG = ModelConfig(vocab_size=128, dim=64, layers=3, heads=4, kv_heads=2, head_dim=24, mlp_dim=96)
 

@@ -9,7 +9,7 @@ from hypothesis import given as forall
 from hypothesis import strategies as st
 
 from orchestrator.chips.load import load_catalogue
-from orchestrator.planner.goodput import (
+from orchestrator.planner.estimate.goodput import (
     FailureOptions,
     daly_interval,
     failure_data,
@@ -19,7 +19,7 @@ from orchestrator.planner.goodput import (
     restart_goodput,
     young_interval,
 )
-from orchestrator.planner.value import given
+from orchestrator.planner.quantity import given
 
 STEP = given("step", 5.0, "s", "test")
 

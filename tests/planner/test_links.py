@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.planner.calibration import Calibration
-from orchestrator.planner.links import Ring, ring
+from orchestrator.planner.estimate.links import Ring, ring
+from orchestrator.planner.evidence.calibration import Calibration
 from tests.planner.shapes import cluster
 
 IDEAL = Calibration("test", "nvidia", intra_link=1.0, inter_link=1.0, intra_hop=0.0, inter_hop=0.0)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.planner.calibration import Calibration
-from orchestrator.planner.memory import device_capacity, estimate_memory, layer_bytes, step_memory
+from orchestrator.planner.estimate.memory import device_capacity, estimate_memory, layer_bytes, step_memory
+from orchestrator.planner.estimate.work import parameters
+from orchestrator.planner.evidence.calibration import Calibration
 from orchestrator.planner.spec import ModelShape, ParallelPlan
-from orchestrator.planner.work import parameters
 from tests.planner.shapes import DEEPSEEK_V3, LLAMA_8B, LLAMA_70B, cluster, job
 
 PLAIN = Calibration("test", "nvidia", fragmentation=0.0, context_bytes=0.0)

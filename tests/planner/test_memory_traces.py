@@ -9,7 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from orchestrator.config.schema import ModelConfig
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.remat import apply_remat
-from orchestrator.planner.memory import estimate_memory
+from orchestrator.planner.estimate.memory import estimate_memory
 from orchestrator.planner.spec import JobSpec, ModelShape, ParallelPlan
 from tests.planner.shapes import cluster
 

@@ -9,13 +9,13 @@ import pytest
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import ConfigError
-from orchestrator.planner.models import planned_models, refuse_planned_only
+from orchestrator.planner.estimate.work import parameters
 from orchestrator.planner.plan import batch_for, ladder, pareto, plan_fleet, rank, search_fleet, smallest_fleet
 from orchestrator.planner.plan_data import as_data, portfolio_data
+from orchestrator.planner.planned_models import planned_models, refuse_planned_only
 from orchestrator.planner.portfolio import assign
 from orchestrator.planner.scaling import binding, scale, sizes
 from orchestrator.planner.search import Space
-from orchestrator.planner.work import parameters
 from tests.planner.fakes import LLAMA_8B, LLAMA_70B, Counted, fleet_of, request_of
 
 CATALOGUE = load_catalogue()

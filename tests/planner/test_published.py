@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.planner.published import held_out_families, read, shipped
-from orchestrator.planner.work import parameters
+from orchestrator.planner.estimate.work import parameters
+from orchestrator.planner.evidence.published import held_out_families, read, shipped
 
 DATA = Path(__file__).parent / "data"
 RUNS, LEFT_OUT = shipped(DATA)

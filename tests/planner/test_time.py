@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from orchestrator.chips.chip import Figure
 from orchestrator.errors import ConfigError
-from orchestrator.planner.calibration import Calibration
-from orchestrator.planner.memory import estimate_memory
+from orchestrator.planner.estimate.memory import estimate_memory
+from orchestrator.planner.estimate.time import device_rates, estimate_time, step_time
+from orchestrator.planner.estimate.work import model_flops_per_token
+from orchestrator.planner.evidence.calibration import Calibration
 from orchestrator.planner.spec import Cluster, ModelShape, ParallelPlan, TimeEstimate
-from orchestrator.planner.time import device_rates, estimate_time, step_time
-from orchestrator.planner.work import model_flops_per_token
 from tests.planner.shapes import DEEPSEEK_V3, LLAMA_8B, LLAMA_70B, MIXTRAL, cluster, job
 
 NODE = cluster("h100-sxm", 8)
@@ -225,7 +225,8 @@ def test_an_estimate_takes_less_than_a_third_of_a_millisecond():
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, orchestrator.planner.time, orchestrator.planner.memory, orchestrator.planner.accuracy\n"
+    names = ("estimate.time", "estimate.memory", "evidence.accuracy")
+    code = "".join(f"import orchestrator.planner.{name}\n" for name in names) + "import sys\n"
     code += "print([name for name in ('torch', 'numpy', 'scipy', 'lightning') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.config.schema import ModelConfig
-from orchestrator.planner.flops import flops_per_token, parameter_count
-from orchestrator.planner.spec import ModelShape
-from orchestrator.planner.work import (
+from orchestrator.planner.estimate.flops import flops_per_token, parameter_count
+from orchestrator.planner.estimate.work import (
     layer_elements,
     layer_products,
     mean_attended,
@@ -15,6 +14,7 @@ from orchestrator.planner.work import (
     parameters,
     sparse_layers,
 )
+from orchestrator.planner.spec import ModelShape
 from tests.planner.shapes import DEEPSEEK_V3, LLAMA_8B, LLAMA_70B, MIXTRAL
 
 

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import blank_batch
-from orchestrator.hardware.registry import get_target
+from orchestrator.hardware.target_table import get_target
 from orchestrator.models.decoder import Decoder
-from orchestrator.strategies.base import local_parameters
-from orchestrator.strategies.traced import is_split
-from orchestrator.train.build import make_strategy, make_trainer, micro_batch_size, place_model
-from orchestrator.train.check import resolve_model
-from orchestrator.train.module import LanguageModule
-from orchestrator.train.optim import build_optimizer
+from orchestrator.rehearsal.traced_strategy import is_split
+from orchestrator.strategies.parallel_strategy import local_parameters
+from orchestrator.training.check import resolve_model
+from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
+from orchestrator.training.module import LanguageModule
+from orchestrator.training.optimizer_setup import build_optimizer
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import small_config
 

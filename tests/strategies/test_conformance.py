@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.checkpoint.verify import Checkpoint
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.convert import to_dict
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, small_config, train
@@ -148,11 +148,11 @@ def _initial(world, data, layout_words):
 
     from orchestrator.config.convert import from_dict
     from orchestrator.config.schema import RunConfig
-    from orchestrator.hardware.registry import get_target
+    from orchestrator.hardware.target_table import get_target
     from orchestrator.models.decoder import Decoder
     from orchestrator.sharding import rules
-    from orchestrator.train.build import make_strategy
-    from orchestrator.train.check import resolve_model
+    from orchestrator.training.check import resolve_model
+    from orchestrator.training.job import make_strategy
 
     config = from_dict(RunConfig, data)
     parallel = make_strategy(config, get_target("cpu"), world)
@@ -204,15 +204,15 @@ def _load_and_save(world, data, source, target):
     from orchestrator.config.convert import from_dict
     from orchestrator.config.schema import RunConfig
     from orchestrator.data.prepare import prepare
-    from orchestrator.hardware.registry import get_target
-    from orchestrator.train.build import build, make_strategy
-    from orchestrator.train.run import Place
+    from orchestrator.hardware.target_table import get_target
+    from orchestrator.runs.run_directory import RunPaths
+    from orchestrator.training.job import build, make_strategy
 
     config = from_dict(RunConfig, data)
     parallel = make_strategy(config, get_target("cpu"), world)
     parallel.join()
     target.mkdir(exist_ok=True)
-    job = build(config, parallel, prepare(config.data, progress=False), Place(target, target, source), leg=0)
+    job = build(config, parallel, prepare(config.data, progress=False), RunPaths(target, target, source), leg=0)
     shards = parallel.state_shards(job.module.model, job.module._optimizer)
     path = save(target, 10, shards, parallel, Contents({}, {}))
     data_rank = parallel.layout.data_rank(world.rank)
@@ -228,8 +228,8 @@ def test_reference_is_a_plain_loop(runs):
     from orchestrator.data.stream import Position, StepLoader, TokenStream
     from orchestrator.models.decoder import Decoder
     from orchestrator.models.init import draw_slice
-    from orchestrator.train.check import resolve_model
-    from orchestrator.train.schedule import learning_rate
+    from orchestrator.optim.schedule import learning_rate
+    from orchestrator.training.check import resolve_model
 
     config = small_config(runs.tmp)
     data = prepare(config.data, progress=False)

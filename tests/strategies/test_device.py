@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from orchestrator.distributed.world import World
 from orchestrator.hardware.cpu import CpuTarget
-from orchestrator.hardware.world import World
 from orchestrator.sharding.layout import Layout
 from orchestrator.strategies import dtensor
-from orchestrator.train.build import make_trainer
+from orchestrator.training.job import make_trainer
 
 
 class _NamedTarget(CpuTarget):

@@ -16,8 +16,8 @@ STEPS = 10
 
 
 def _reduce(world, data: dict) -> list[list[float]]:
-    from orchestrator.hardware.registry import resolve
-    from orchestrator.train.build import make_strategy
+    from orchestrator.hardware.target_table import resolve
+    from orchestrator.training.job import make_strategy
 
     config = from_dict(RunConfig, data)
     parallel = make_strategy(config, resolve(config.hardware), world)

@@ -14,12 +14,12 @@ import pytest
 
 from orchestrator.config.compose import compose
 from orchestrator.data.stream import blank_batch
-from orchestrator.hardware.registry import resolve
-from orchestrator.hardware.world import World
-from orchestrator.strategies.base import local_parameters
-from orchestrator.train.build import make_strategy, make_trainer, micro_batch_size, place_model
-from orchestrator.train.module import LanguageModule
-from orchestrator.train.optim import build_optimizer
+from orchestrator.distributed.world import World
+from orchestrator.hardware.target_table import resolve
+from orchestrator.strategies.parallel_strategy import local_parameters
+from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
+from orchestrator.training.module import LanguageModule
+from orchestrator.training.optimizer_setup import build_optimizer
 
 WORDS = ["hardware=tpu", "hardware.simulate=4", "model.vocab_size=512", "train.seq_len=64", "train.micro_batch_size=1"]
 WORDS += ["train.global_batch_tokens=1024"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.data.cache import cache_root
+from orchestrator.data.store_cache import cache_root
 from tests.lab import cli
 
 RUN = ("hardware=tpu", "hardware.simulate=2", "model.layers=1", "train.max_steps=1", "train.global_batch_tokens=1024")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from orchestrator.config.compose import compose
+from orchestrator.distributed.world import World
 from orchestrator.errors import DIVERGED
-from orchestrator.hardware.world import World
 from tests.lab.poison import left_out, poisoned
 from tests.lab.runs import checkpoint, small_overrides
 from tests.lab.tensors import read_all
@@ -57,14 +57,15 @@ def test_a_bad_step_changes_no_bit_compiles_nothing_and_stops_the_run(tmp_path):
 
 
 def main(about: dict[str, Any], words: list[str]) -> int:
-    from orchestrator.train.run import Place, work
+    from orchestrator.launch.run import work
+    from orchestrator.runs.run_directory import RunPaths
 
     run_dir = Path(about["run_dir"])
     run_dir.mkdir(parents=True)
     with ExitStack() as faults:
         fault = poisoned(about["steps"], 1, "forward") if about["poison"] else left_out(about["steps"])
         faults.enter_context(fault)
-        place = Place(run_dir, run_dir / "checkpoints", None)
+        place = RunPaths(run_dir, run_dir / "checkpoints", None)
         return work(compose(words).config, World(), lambda parallel: place)
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from orchestrator.config.compose import compose
 from orchestrator.errors import ConfigError, MissingExtraError, UserError
-from orchestrator.launch import tpu_compiler
-from orchestrator.train import rundir
+from orchestrator.rehearsal import tpu_compiler
+from orchestrator.runs import run_directory
 from tests.lab import cli
 
 STAGE_SECONDS = 120
@@ -39,18 +39,18 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-# As `python -m orchestrator.launch.tpu_compiler`, where jax cannot be imported.
+# As `python -m orchestrator.rehearsal.tpu_compiler`, where jax cannot be imported.
 _NO_JAX = (
-    "import sys; sys.modules['jax'] = None; from orchestrator.launch.tpu_compiler import _main; _main(sys.argv[3:])"
+    "import sys; sys.modules['jax'] = None; from orchestrator.rehearsal.tpu_compiler import _main; _main(sys.argv[3:])"
 )
 
 
 def _stage(folder: Path, *overrides: str, devices: int = 8) -> subprocess.CompletedProcess[str]:
     """Stage as the verb does, in a process of its own."""
     hardware = ("hardware=tpu", f"hardware.simulate={devices}", "hardware.precision=bf16")
-    rundir.write_config(folder, compose([*hardware, *TINY, *overrides]).config)
+    run_directory.write_config(folder, compose([*hardware, *TINY, *overrides]).config)
     environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "orchestrator.train.rehearsal", str(folder)]
+    command = [sys.executable, "-m", "orchestrator.rehearsal.stage", str(folder)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STAGE_SECONDS)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.formats.base import Input, Place, Rows, no_column, not_utf8
+from orchestrator.data.formats.reading import Input, Place, Rows, no_column, not_utf8
 from orchestrator.data.formats.rows import TextSpec
 
 _BATCH_BYTES = 32 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 
-from orchestrator.data.formats.base import MAX_ROW_BYTES, Input, Place, Rows, decoded, no_column, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, Rows, decoded, no_column, too_long
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import read_lines
 from orchestrator.errors import DataError

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.data.formats.base import Input, LeftOut, Place
 from orchestrator.data.formats.detect import Detected, detect
 from orchestrator.data.formats.folders import detect_folder
-from orchestrator.data.formats.registry import FORMATS
+from orchestrator.data.formats.known_formats import FORMATS
+from orchestrator.data.formats.reading import Input, LeftOut, Place
 from orchestrator.data.formats.rows import TextSpec, has_fields
 from orchestrator.errors import DataError
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.formats.base import Input, LeftOut
+from orchestrator.data.formats.reading import Input, LeftOut
 from orchestrator.data.store import is_store
 from orchestrator.errors import DataError
 

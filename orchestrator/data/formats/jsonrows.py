@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.data.formats.base import MAX_ROW_BYTES, Input, Place, Rows, decoded, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, Rows, decoded, too_long
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import open_input, read_lines
 from orchestrator.errors import DataError

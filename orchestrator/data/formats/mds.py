@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from orchestrator.data.formats.base import MAX_ROW_BYTES, Input, Place, Rows, decoded, no_column, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, Rows, decoded, no_column, too_long
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import open_input
 from orchestrator.errors import DataError

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orchestrator.data.formats.base import MAX_ROW_BYTES, Input, Place, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, too_long
 from orchestrator.data.formats.zstd import check_frames
 
 # compression -> how it begins, and the suffixes of its files

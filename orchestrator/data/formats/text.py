@@ -6,7 +6,7 @@ import codecs
 import io
 import tokenize
 
-from orchestrator.data.formats.base import Input, Place, Rows, not_utf8
+from orchestrator.data.formats.reading import Input, Place, Rows, not_utf8
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import Stream, open_input, open_stream
 from orchestrator.errors import DataError

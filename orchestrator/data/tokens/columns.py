@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.tokens.base import TokenRow, TokenSpec, integers
+from orchestrator.data.tokens.token_reader import TokenRow, TokenSpec, integers
 from orchestrator.errors import DataError
 
 COLUMNS = ("input_ids", "tokens", "token_ids")

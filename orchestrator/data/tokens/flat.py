@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from orchestrator.data.files import regular_size
-from orchestrator.data.tokens.base import TokenRow, TokenSpec, integers, map_ids, split_flat
+from orchestrator.data.plain_files import regular_size
+from orchestrator.data.tokens.token_reader import TokenRow, TokenSpec, integers, map_ids, split_flat
 from orchestrator.errors import DataError
 
 _LLMC_HEADER_BYTES = 256 * 4

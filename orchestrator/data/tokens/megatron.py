@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data.files import regular_size
-from orchestrator.data.tokens.base import TokenRow, map_ids
+from orchestrator.data.plain_files import regular_size
+from orchestrator.data.tokens.token_reader import TokenRow, map_ids
 from orchestrator.errors import DataError
 
 MAPPED, OLDER = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"

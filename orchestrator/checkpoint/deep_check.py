@@ -1,0 +1,54 @@
+"""What hashes cannot tell of a checkpoint: whether the numbers in its tensors are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.diff import CHUNK_ELEMENTS, boxes
+from orchestrator.checkpoint.finite import count_nonfinite, finite_flags
+from orchestrator.checkpoint.reader import Reader
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """A tensor that is not finite, and how many of its elements are not."""
+
+    name: str
+    elements: int
+    nan: int
+    infinite: int
+
+    def __str__(self) -> str:
+        counts = ((self.nan, "NaN"), (self.infinite, "infinite"))
+        return f"{self.name}: {', '.join(f'{n:,} {kind}' for n, kind in counts if n)} of {self.elements:,} elements"
+
+
+def element_count(checkpoint: Checkpoint) -> int:
+    """How many elements `nonfinite_tensors` has to look at."""
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.manifest.tensors.values())
+
+
+def nonfinite_tensors(checkpoint: Checkpoint, progress: Callable[[int], object] = lambda done: None) -> list[NonFinite]:
+    """The tensors that hold NaN or infinity, read a piece at a time.
+
+    Args:
+        progress: told the number of elements that were looked at.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    reader, found = Reader(checkpoint), []
+    for name, tensor in checkpoint.manifest.tensors.items():
+        nan = infinite = 0
+        for box in boxes(tensor.shape, CHUNK_ELEMENTS):
+            part = reader.tensor(name, box)
+            if not finite_flags([part])[0]:
+                counts = count_nonfinite(part)
+                nan, infinite = nan + counts[0], infinite + counts[1]
+            progress(part.numel())
+        if nan or infinite:
+            found.append(NonFinite(name, math.prod(tensor.shape), nan, infinite))
+    return found

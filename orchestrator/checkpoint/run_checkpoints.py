@@ -1,0 +1,145 @@
+"""The checkpoints of a run directory: which there are, which is the newest that can be trusted, which may go."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.format import DIRECTORY, MANIFEST, parse_json
+from orchestrator.checkpoint.reference import MEASURED
+from orchestrator.checkpoint.signing import Trust
+from orchestrator.checkpoint.storage import (
+    AnyPath,
+    children,
+    read_bounded,
+    remove_file,
+    remove_tree,
+    size_of,
+    there,
+)
+from orchestrator.errors import CheckpointError
+
+_MAX_MEASURED_BYTES = 1 << 16
+
+
+def committed(parent: AnyPath) -> list[AnyPath]:
+    """Directories with a manifest, newest first.
+
+    Raises:
+        CheckpointError: they cannot be listed.
+    """
+    try:
+        return _committed(parent)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints cannot be listed: {error.strerror or error}", got=parent) from error
+
+
+def _committed(parent: AnyPath) -> list[AnyPath]:
+    found = []
+    for path in children(parent):
+        match = DIRECTORY.fullmatch(path.name)
+        if match and size_of(path / MANIFEST) is not None:
+            found.append((int(match[1]), int(match[2] or 1), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def newest_valid(
+    parent: AnyPath,
+    verify: bool,
+    report: Callable[[str], object],
+    trust: Trust = Trust(),
+    before: AnyPath | None = None,
+) -> AnyPath | None:
+    """The newest checkpoint whose manifest, files and their sizes are right; `report` is told of each that is not.
+
+    Args:
+        verify: hash what lies beside the tensors, too. Those are hashed by whoever reads them.
+        before: look only at those older than this one.
+    """
+    paths = committed(parent)
+    if before is not None:
+        names = [path.name for path in paths]
+        paths = paths[names.index(before.name) + 1 :] if before.name in names else []
+    for path in paths:
+        try:
+            checkpoint = Checkpoint(path, trust)
+            if verify:
+                checkpoint.verify_beside()
+            if diverged(path):
+                report(f"skipping {path}: the run that saved it had diverged, its model is not finite")
+                continue
+        except CheckpointError as error:
+            report(f"skipping {path}: {error}")
+            continue
+        return path
+    return None
+
+
+def diverged(path: AnyPath) -> bool:
+    """Whether the model of a checkpoint gave a loss or gradients that are not finite when it was saved.
+
+    So say saves of earlier versions; today's are refused. Where nothing was measured, or it cannot be read: no.
+    """
+    try:
+        numbers = parse_json(read_bounded(path / MEASURED, _MAX_MEASURED_BYTES))
+        return numbers["loss"] is None or numbers["grad_norm"] is None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
+    """What is older than the `keep_last` newest checkpoints, at least one, but for multiples of `keep_every_steps`.
+
+    One whose model was not finite counts for nothing: no good one goes because of it.
+    """
+    found, paths, kept = [], committed(parent), 0
+    while paths and kept < max(1, keep_last):
+        kept += not diverged(paths.pop(0))
+    for path in paths:
+        match = DIRECTORY.fullmatch(path.name)
+        assert match
+        if not keep_every_steps or int(match[1]) % keep_every_steps:
+            found.append(path)
+    return found
+
+
+def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
+    """Remove what is `removable`.
+
+    Returns:
+        The directories that were removed.
+    """
+    removed: list[AnyPath] = []
+    try:
+        old = removable(parent, keep_last, keep_every_steps)
+    except CheckpointError:
+        return removed  # a store that does not answer now: after the next save, then
+    for path in old:
+        # Without its manifest it is no checkpoint: an interrupted removal leaves nothing half valid.
+        try:
+            remove_file(path / MANIFEST)
+        except OSError:
+            continue  # what cannot be removed stays whole, and training goes on
+        with contextlib.suppress(OSError):
+            remove_tree(path)
+        removed.append(path)
+    return removed
+
+
+def remove_uncommitted(parent: AnyPath) -> list[AnyPath]:
+    """Remove what saves left that never committed. Only whoever holds the run directory may call it.
+
+    Raises:
+        CheckpointError: the place cannot be listed.
+    """
+    removed = []
+    try:
+        found = [path for path in children(parent) if DIRECTORY.fullmatch(path.name) and not there(path / MANIFEST)]
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints cannot be listed: {error.strerror or error}", got=parent) from error
+    for path in found:
+        with contextlib.suppress(OSError):
+            remove_tree(path)
+        removed.append(path)
+    return removed

@@ -1,0 +1,186 @@
+"""What the processes of a job decide together, on their CPUs: votes, agreements and a board, by torch.distributed.
+
+Both strategies meet through it, each with its own process group for what the devices compute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.distributed.address import await_listener, reachable
+from orchestrator.distributed.heartbeat import Beat, read_beat, write_beat
+from orchestrator.distributed.world import World
+from orchestrator.errors import HardwareError
+from orchestrator.output import tell
+
+_POLL_SECONDS = 0.05
+
+
+class Vote:
+    """The answer to a vote, already known."""
+
+    def __init__(self, value: int):
+        self._value = int(value)
+
+    def result(self) -> int:
+        """The largest value that a rank voted for. Waits for the ranks that have not voted."""
+        return self._value
+
+
+class Council:
+    """The processes of `world`. A single one needs no `meet`.
+
+    Args:
+        timeout_seconds: how long a process waits for the others, each time.
+
+    Raises:
+        HardwareError: nobody answers where the processes are to meet.
+    """
+
+    def __init__(self, world: World, timeout_seconds: float):
+        self._world, self._timeout = world, timedelta(seconds=timeout_seconds)
+        with self._waiting():
+            store = _open_store(world, self._timeout)
+            start = _start_of_job(store, world, self._timeout) if world.store_is_kept else f"attempt{world.attempt}"
+            self._store = dist.PrefixStore(start, store)
+        self._votes: dist.ProcessGroup | None = None
+        self._agreements = 0
+
+    def meet(self, backend: str) -> None:
+        """Wait for all processes and make torch's process group of them, for `backend`.
+
+        Raises:
+            HardwareError: not all have come in time.
+        """
+        size, rank = self._world.size, self._world.rank
+        with self._waiting():
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=self._timeout)
+            if size > 1:
+                # Votes overlap with the step's collectives, so they need a group of their own.
+                self._votes = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, TimeoutError) as error:  # torch's stores and gloo say it each in a class of its own
+            world = self._world
+            raise HardwareError(
+                "the processes of the job did not meet",
+                got=f"process {world.rank} of {world.size}, started by {world.engine}, at {world.store}: "
+                + str(error).partition("\n")[0],
+                allowed=f"all of them within {self._timeout.total_seconds():g} s (hardware.timeout_seconds)",
+                fix="look for the error of the one that did not come; the address must be open between the hosts",
+            ) from error
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def start_vote(self, value: int) -> Vote:
+        return Vote(value) if self._votes is None else _GroupVote(value, self._votes)
+
+    def agree(self, text: str) -> str:
+        if self._world.size == 1:
+            return text
+        self._agreements += 1
+        key = f"agree{self._agreements}"
+        if self._world.rank == 0:
+            self._store.set(key, text)
+        return self._store.get(key).decode()
+
+    def post(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+
+    def look(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def count(self, key: str) -> int:
+        """Which process this is to count itself under `key`, from 1 on."""
+        return int(self._store.add(key, 1))
+
+    def beat(self, text: str) -> None:
+        """Leave this process's sign of life. Any thread may call it."""
+        kind, _, path = self._world.store.partition(":")
+        if kind == "file":
+            # torch's file store only ever grows.
+            write_beat(Path(path), self._world.rank, text)
+        elif kind:
+            self._store.set(f"beat{self._world.rank}", text)
+
+    def beat_of(self, rank: int) -> Beat | None:
+        """The last sign of life of a process; None where there is none yet."""
+        kind, _, path = self._world.store.partition(":")
+        if kind == "file":
+            return read_beat(Path(path), rank)
+        text = self.look(f"beat{rank}")
+        return Beat.from_text(text) if text else None
+
+    def barrier(self) -> None:
+        if self._votes is not None:
+            dist.barrier(group=self._votes)
+
+
+class _GroupVote(Vote):
+    def __init__(self, value: int, group: dist.ProcessGroup):
+        self._votes = torch.tensor([int(value)])
+        self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def result(self) -> int:
+        self._work.wait()
+        return int(self._votes.item())
+
+
+def _open_store(world: World, timeout: timedelta) -> dist.Store:
+    kind, _, rest = world.store.partition(":")
+    if kind == "file":
+        return dist.FileStore(rest, world.size)
+    if kind == "tcp":
+        host, _, port = rest.rpartition(":")
+        say = _warn if world.local_rank == 0 else lambda text: None
+        host = reachable(host.strip("[]"), os.environ, timeout.total_seconds(), say)
+        master = world.rank == 0 and not world.store_is_kept
+        if not master:
+            # torch would print its C++ frames for every attempt.
+            await_listener(host, int(port), timeout.total_seconds())
+        return dist.TCPStore(host, int(port), world.size, is_master=master, timeout=timeout, wait_for_workers=False)
+    return dist.HashStore()
+
+
+def _warn(text: str) -> None:
+    tell(text, level=logging.WARNING)
+
+
+def _start_of_job(store: dist.Store, world: World, timeout: timedelta) -> str:
+    """A name for this start of the job that all its processes share, where the store has seen other starts.
+
+    The first process makes the name up and greets each other one by it. Whoever reads the name of an earlier start
+    is not greeted, as its first process is gone, and reads again.
+    """
+    if world.rank == 0:
+        name = uuid.uuid4().hex
+        store.set("start", name)
+        for rank in range(1, world.size):
+            store.set(f"{name}/greeting{rank}", store.get(f"{name}/hello{rank}").decode())
+        return name
+    mine = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    name, greeting = "", ""
+    while time.monotonic() < deadline:
+        if (read := store.get("start").decode()) != name:
+            name, greeting = read, f"{read}/greeting{world.rank}"
+            store.set(f"{name}/hello{world.rank}", mine)
+        if store.check([greeting]) and store.get(greeting).decode() == mine:
+            return name
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError("the first process did not answer in time")

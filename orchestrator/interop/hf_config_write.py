@@ -1,0 +1,120 @@
+"""Writing the `config.json` of a model: anew, or as it came with the model that was imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.config.schema import ModelConfig, RopeScalingConfig
+from orchestrator.interop import hf_rope
+from orchestrator.interop.hf_config import CLASSES, from_hf_config
+from orchestrator.interop.hf_keys import KEPT, LEFT_OUT
+from orchestrator.interop.hf_weights import Family
+from orchestrator.models.layers import resolved_head_dim
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def to_hf_config(
+    config: ModelConfig,
+    family: Family,
+    eos_token_id: int | None,
+    dtype: str,
+    original: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Without `original` it has the form that transformers 4 and 5 read: `rope_theta` and `rope_scaling` beside each
+    other, and `torch_dtype`. With `original` it has that one's: where it still describes the model, all of it stays as
+    it was but the dtype and the class; where not, what was not understood as part of the model stays.
+
+    Args:
+        config: with `vocab_size` a number.
+        eos_token_id: of the tokenizer that travels along; put before those of `original` where it is none of them.
+        dtype: of the weights, as torch names it.
+        original: the `config.json` that the model was imported with.
+    """
+    ids = token_ids(original, eos_token_id)
+    if original is None:
+        return {**_written(config, family, nested=False), **ids, "torch_dtype": dtype}
+    kept = {key: value for key, value in original.items() if key not in LEFT_OUT}
+    described = from_hf_config(original, frozenset(original))
+    if not (described.family == family and _agree(described.fields, config)):
+        nested = "rope_parameters" in original and not original.get("rope_scaling")
+        others = {key: value for key, value in kept.items() if described.fates[key].startswith(KEPT)}
+        if config.dropout:
+            others.pop("attention_dropout", None)
+        kept = {**_written(config, family, nested), **others}
+    names = [name for name in ("dtype", "torch_dtype") if name in kept] or ["torch_dtype"]
+    return {**kept, "architectures": [CLASSES[family]], **ids, **dict.fromkeys(names, dtype)}
+
+
+def token_ids(original: Mapping[str, Any] | None, eos_token_id: int | None) -> dict[str, Any]:
+    """Which tokens begin, end and pad a text: the imported model's, and the one that ended its documents here."""
+    if original is None:
+        return {"bos_token_id": None, "eos_token_id": eos_token_id}
+    ids = {key: original[key] for key in _IDS if key in original}
+    given = ids.get("eos_token_id")
+    known = given if isinstance(given, list) else [] if given is None else [given]
+    if eos_token_id is not None and eos_token_id not in known:
+        ids["eos_token_id"] = [eos_token_id, *known] if known else eos_token_id
+    return ids
+
+
+def _agree(fields: Mapping[str, Any], config: ModelConfig) -> bool:
+    """Whether a `config.json` with these fields describes the model."""
+    for key, value in fields.items():
+        ours = getattr(config, key)
+        if key == "head_dim":
+            value, ours = (resolved_head_dim(config) if size == "auto" else size for size in (value, ours))
+        if key == "rope_scaling":
+            value = RopeScalingConfig(**value)
+        if value != ours:
+            return False
+    return True
+
+
+def _written(config: ModelConfig, family: Family, nested: bool) -> dict[str, Any]:
+    shared = {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tied_embeddings,
+        "use_cache": True,
+    }
+    if family == "gpt2":
+        return {
+            **shared,
+            "n_embd": config.dim,
+            "n_layer": config.layers,
+            "n_head": config.heads,
+            "n_inner": config.mlp_dim,
+            "n_positions": config.max_seq_len,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps,
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        }
+    result = {
+        **shared,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": resolved_head_dim(config),
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "attention_dropout": config.dropout,
+        **hf_rope.write_rope(config, nested),
+    }
+    if family in ("llama", "qwen3"):
+        result["attention_bias"] = config.attention_bias
+    if family == "llama":
+        result["mlp_bias"] = config.mlp_bias
+    else:
+        result["sliding_window"] = config.sliding_window
+    if family in ("qwen2", "qwen3"):
+        result |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    return result

@@ -1,0 +1,150 @@
+"""Which process is missing when the others lose it or wait for it in vain."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from orchestrator import stopping
+from orchestrator.distributed.heartbeat import Beat
+from orchestrator.errors import FAILED, LostPeerError, UserError
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+
+BEAT_SECONDS = 1.0
+_ROLL_CALL_SECONDS = 6.0
+_POLL_SECONDS = 0.1
+_LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|Timed out waiting|timed out after|Socket Timeout|wait timeout"
+    r"|pair closure|(Read|Connect) timeout|failed to (send|recv)|Socket is not connected|connection was closed",
+    re.IGNORECASE,
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective or the store has failed because another process went away or does not answer."""
+    # gloo raises RuntimeError for everything; a defect of ours, such as unequal sizes, says nothing of a connection.
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+class Peers:
+    """This process's sign of life, and the roll call of the others after a collective has failed.
+
+    A collective that fails says nothing of the rank for which it failed, and a rank that noticed late looks as dead as
+    one that is. So all that notice post it, and the first of them waits for the others for a while. Who has not posted
+    is missing; if signs of life of some of those have ceased as well, it is these.
+
+    Args:
+        parallel: a strategy that has joined.
+    """
+
+    def __init__(self, parallel: ParallelStrategy):
+        self._parallel = parallel
+        self._step: Callable[[], int] = lambda: 0
+        self._ended = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Give signs of life, and say of a failed collective whom it lacked.
+
+        Raises:
+            LostPeerError: in place of the library's error.
+        """
+        thread = threading.Thread(target=self._beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            with self.explained():
+                yield
+        finally:
+            self._ended.set()
+            thread.join(BEAT_SECONDS)
+
+    def follow(self, step: Callable[[], int]) -> None:
+        """Tell from now on how many steps are completed."""
+        self._step = step
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """As `watched`, around a part after which something waits for the others."""
+        try:
+            yield
+        except LostPeerError:
+            raise
+        except Exception as error:
+            if not is_lost_peer(error):
+                with suppress(RuntimeError):
+                    self._parallel.post(f"failed{self._parallel.rank}", _first_line(error))
+                raise
+            with stopping.at_once():
+                try:
+                    lost = self._explain(error)
+                except stopping.Stopped as stop:
+                    # The launcher ends those that are left. Nothing was saved, and it says what has happened.
+                    stop.exit_code = FAILED
+                    raise
+                raise lost from error
+
+    def _beat(self) -> None:
+        host, pid, count = platform.node(), os.getpid(), 0
+        while not self._ended.wait(BEAT_SECONDS if count else 0):
+            count += 1
+            with suppress(RuntimeError):
+                self._parallel.beat(Beat(self._step(), host, pid, count).to_text())
+
+    def _explain(self, error: Exception) -> LostPeerError:
+        rank, size = self._parallel.rank, self._parallel.size
+        what = f"process {rank} of {size} lost the others: {_first_line(error)}"
+        try:
+            self._parallel.post(f"lost{rank}", "")
+            if self._parallel.count("lost") > 1:
+                # Another one asks. Without this process it may lack the store, or take it for missing.
+                self._wait(lambda: self._parallel.look("named") is not None, 2 * _ROLL_CALL_SECONDS)
+                return LostPeerError(what, got=self._parallel.look("named"))
+            missing = self._call_roll()
+            self._parallel.post("named", "; ".join(missing))
+        except RuntimeError:
+            missing = ["process 0, which keeps the place where all meet"]
+        return LostPeerError(
+            f"the job has lost {'; '.join(missing)}" if missing else what,
+            got=f"{_first_line(error)} (process {rank} of {size}, after step {self._step()})",
+            fix="look for what that process or its host says; then go on from the newest checkpoint with resume=",
+        )
+
+    def _call_roll(self) -> list[str]:
+        others = [rank for rank in range(self._parallel.size) if rank != self._parallel.rank]
+        before = {rank: self._parallel.beat_of(rank) for rank in others}
+        begin = time.monotonic()
+        self._wait(lambda: not self._missing(others), _ROLL_CALL_SECONDS)
+        missing = self._missing(others)
+        # Their signs of life may come once more within that time, and not again.
+        time.sleep(max(0.0, begin + 3 * BEAT_SECONDS - time.monotonic()) if missing else 0.0)
+        after = {rank: self._parallel.beat_of(rank) for rank in missing}
+        silent = [rank for rank in missing if before[rank] == after[rank]]
+        return [self._describe(rank, after[rank], rank in silent) for rank in silent or missing]
+
+    def _missing(self, ranks: Sequence[int]) -> list[int]:
+        return [rank for rank in ranks if self._parallel.look(f"lost{rank}") is None]
+
+    def _describe(self, rank: int, beat: Beat | None, silent: bool) -> str:
+        where = f" (host {beat.host}, pid {beat.pid})" if beat else ""
+        if said := self._parallel.look(f"failed{rank}"):
+            return f"process {rank}{where}, which ended with: {said}"
+        state = "gives no sign of life" if silent else "runs, but did not come"
+        at = f", last seen after step {beat.step}" if beat else ""
+        return f"process {rank}{where}, which {state}{at}"
+
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).partition("\n")[0]
+    # gloo and torch put the place in their source in front.
+    text = re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\]\s*", "", text)
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

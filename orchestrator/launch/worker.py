@@ -1,0 +1,46 @@
+"""Entry point of a process that the product's own launcher started: `python -m orchestrator.launch.worker KIND ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from orchestrator import stopping
+from orchestrator.observe.console import guarded
+from orchestrator.output import printing
+
+
+def main(argv: list[str]) -> int:
+    """Be one process of a run (`train`) or of a handover check (`handover FOLDER CHECKPOINT`); its exit code."""
+    # Before anything is imported that takes time. The launcher acknowledges a signal, for all.
+    with printing(), stopping.listening(announce=False):
+        try:
+            kind, *words = argv
+            if kind == "train":
+                from orchestrator.launch.run import train_worker
+
+                return train_worker()
+            from orchestrator.launch.canary import check_worker
+
+            return check_worker(words)
+        except stopping.Stopped as stop:
+            return stop.exit_code
+        except Exception:
+            # A library was interrupted, or has made an error of its own of it.
+            if number := stopping.requested():
+                return stopping.exit_code(number)
+            raise
+
+
+if __name__ == "__main__":
+    import faulthandler
+    import traceback
+
+    with guarded() as output:
+        faulthandler.enable()  # where a native library aborts, the stacks say in which call
+        try:
+            code = main(sys.argv[1:])
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        output.close()
+    stopping.end_process(code)

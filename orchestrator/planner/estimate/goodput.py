@@ -1,0 +1,222 @@
+"""How often a run fails, how often it should save, and how many days it then really takes.
+
+The interval is Young's `sqrt(2 C M)` (CACM 17(9), 1974) and Daly's `sqrt(2 C M) [1 + sqrt(C / 2M) / 3 + C / 18M] - C`
+(FGCS 22, 2006; M where C >= 2M), for a blocking save of C seconds and a mean time between failures of M. The
+time that a restart after every failure costs is Daly's too, for exponential failures. Data and assumptions are in
+`failures.yaml`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from orchestrator.chips.chip import Chip
+from orchestrator.planner.quantity import Value, derive, given
+
+_DAY = 86400.0
+_LEAST_GOODPUT = 1e-6  # below it the job does not get on at all
+_MOST_EXPONENT = 300.0
+_ENOUGH = 0.8  # goodput with which restarts are accepted
+
+
+@dataclass(frozen=True)
+class FailureOptions:
+    """What a user may know better than `failures.yaml`; None takes its figure.
+
+    Attributes:
+        recovery: `restart` from the last save, or `replace` the group that failed while the others go on; `auto`
+            restarts, as runs do today, unless that loses more than a fifth of the time.
+    """
+
+    failures_per_chip_day: float | None = None
+    save_stall_seconds: float | None = None
+    restart_seconds: float | None = None
+    replace_seconds: float | None = None
+    repair_hours: float | None = None
+    recovery: Literal["auto", "restart", "replace"] = "auto"
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """What failures make of a run.
+
+    Attributes:
+        recovery: which of `restart` and `replace` was counted.
+        restart: share of the time that is progress where every failure sends the job back to its last save.
+        replace: the same where a data-parallel group that fails is replaced while the others go on; None with
+            one group.
+        spares: chips beyond those of the job that cover repairs.
+    """
+
+    rate: Value
+    mtbf: Value
+    stall: Value
+    young: Value
+    interval: Value
+    recovery: str
+    restart: Value
+    replace: Value | None
+    spares: Value
+
+    @property
+    def fraction(self) -> Value:
+        return self.replace if self.recovery == "replace" and self.replace else self.restart
+
+
+@functools.cache
+def failure_data() -> dict[str, Any]:
+    """The contents of `failures.yaml`."""
+    data: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("failures.yaml").read_text(encoding="utf-8"))
+    return data
+
+
+def failure_rate(chip: Chip, own: float | None = None) -> Value:
+    """Interruptions of a job per chip and day: measured, else of the vendor, else the highest known; marked."""
+    name, unit = "failures per chip-day", "1/day"
+    if own is not None:
+        return given(name, own, unit, "given for this fleet")
+    measured = failure_data()["rates"]["measured"]
+    for entry in measured:
+        if entry["chip"] == chip.key:
+            return given(name, entry["value"], unit, entry["source"])
+    of_vendor = [entry for entry in measured if entry["vendor"] == chip.vendor]
+    if of_vendor:
+        entry = of_vendor[0]
+        return given(name, entry["value"], unit, f"that of {entry['chip']}: {entry['source']}", estimated=True)
+    entry = max(measured, key=lambda entry: float(entry["value"]))
+    why = f"no figure of this vendor was published; the highest that was, of {entry['chip']}: {entry['source']}"
+    return given(name, entry["value"], unit, why, estimated=True)
+
+
+def young_interval(stall: float, mtbf: float) -> float:
+    """Seconds between saves, to first order."""
+    return math.sqrt(2 * stall * mtbf)
+
+
+def daly_interval(stall: float, mtbf: float) -> float:
+    """Seconds between saves, to higher order."""
+    if stall >= 2 * mtbf:
+        return mtbf
+    return young_interval(stall, mtbf) * (1 + math.sqrt(stall / (2 * mtbf)) / 3 + stall / (18 * mtbf)) - stall
+
+
+def restart_goodput(interval: float, stall: float, mtbf: float, restart: float) -> float:
+    """Share of the time that is progress, with exponential failures, each of which costs a restart."""
+    exponent = (interval + stall) / mtbf
+    if exponent + restart / mtbf > _MOST_EXPONENT:
+        return _LEAST_GOODPUT
+    return max(_LEAST_GOODPUT, interval / mtbf / (math.exp(restart / mtbf) * math.expm1(exponent)))
+
+
+def replace_goodput(stall: float, mtbf: float, step: float, groups: float, repair: float) -> float:
+    """Share of the time that is progress where a failure takes one data-parallel group out for a while.
+
+    Every failure stops the others for `stall` seconds and costs half a step; the group is missing for `repair` seconds
+    until spare chips stand in. Failures during a stop make it longer: hence the exponential.
+    """
+    stopped = math.exp(-min(_MOST_EXPONENT, (stall + step / 2) / mtbf))
+    missing = min(1.0, repair / mtbf / groups)
+    return max(_LEAST_GOODPUT, stopped * (1 - missing))
+
+
+def goodput(
+    chip: Chip,
+    chips: Value,
+    state_bytes: float,
+    step: Value,
+    groups: int,
+    options: FailureOptions,
+) -> Goodput:
+    """Failures, saves and what is left of the time.
+
+    Args:
+        chips: that work.
+        state_bytes: of weights and optimizer state, per device.
+        groups: data-parallel groups.
+    """
+    rate = failure_rate(chip, options.failures_per_chip_day)
+    mtbf = derive(
+        "time between failures",
+        "s",
+        "1 day / (failures per chip-day x chips)",
+        lambda r, n: _DAY / (r * n),
+        rate,
+        chips,
+    )
+    state = given("weights and optimizer state per device", state_bytes, "byte", "memory model")
+    stall = _stall(state, options)
+    write = derive(
+        "time to write a save",
+        "s",
+        "state / write rate",
+        lambda s, w: s / w,
+        state,
+        _assumed("write_bytes_per_second", "byte/s"),
+    )
+    young = derive("Young's interval", "s", "sqrt(2 x stall x time between failures)", young_interval, stall, mtbf)
+    daly = derive("Daly's interval", "s", "Young's, to higher order", daly_interval, stall, mtbf)
+    interval = derive("save every", "s", "Daly's interval, and no shorter than a write takes", max, daly, write)
+    again = _assumed("restart_seconds", "s", options.restart_seconds)
+    restart = derive(
+        "goodput with restarts", "ratio", "Daly's expected time", restart_goodput, interval, stall, mtbf, again
+    )
+    replace = None
+    if groups > 1:
+        swap = _assumed("replace_seconds", "s", options.replace_seconds)
+        count = given("data-parallel groups", float(groups), "replicas", "the layout")
+        formula = "exp(-(stall + step / 2) / time between failures) x (1 - share of groups that are missing)"
+        replace = derive("goodput with replacement", "ratio", formula, replace_goodput, swap, mtbf, step, count, again)
+    recovery = _recovery(options, restart, replace)
+    spares = _spares(chip, chips, rate, options)
+    return Goodput(rate, mtbf, stall, young, interval, recovery, restart, replace, spares)
+
+
+def _recovery(options: FailureOptions, restart: Value, replace: Value | None) -> str:
+    if replace is None or options.recovery == "restart":
+        return "restart"
+    if options.recovery == "replace":
+        return "replace"
+    kept, swapped = restart.value or 0.0, replace.value or 0.0
+    return "replace" if kept < _ENOUGH and swapped > kept else "restart"
+
+
+def _stall(state: Value, options: FailureOptions) -> Value:
+    if options.save_stall_seconds is not None:
+        return given("stall of a save", options.save_stall_seconds, "s", "given")
+    rate = _assumed("copy_bytes_per_second", "byte/s")
+    return derive(
+        "stall of a save",
+        "s",
+        "state / copy rate (the rest is written behind the run's back)",
+        lambda s, c: s / c,
+        state,
+        rate,
+    )
+
+
+def _spares(chip: Chip, chips: Value, rate: Value, options: FailureOptions) -> Value:
+    """Chips of whole hosts that are in repair at most, on all but one day of a hundred."""
+    host = chip.topology.chips_per_host or 1
+    repair = _assumed("repair_hours", "h", options.repair_hours)
+    sigmas = _assumed("spare_confidence_sigmas", "")
+
+    def count(r: float, n: float, hours: float, sigma: float) -> float:
+        mean = r * n * hours / 24
+        return host * math.ceil(mean + sigma * math.sqrt(mean))
+
+    formula = f"hosts of {host} in repair: mean + sigmas x sqrt(mean)"
+    return derive("hot spares advised", "spares", formula, count, rate, chips, repair, sigmas)
+
+
+def _assumed(name: str, unit: str, own: float | None = None) -> Value:
+    words = name.replace("_", " ")
+    if own is not None:
+        return given(words, own, unit, "given")
+    entry = failure_data()["assumptions"][name]
+    return given(words, float(entry["value"]), unit, f"assumption: {entry['why']}", estimated=True)

@@ -1,0 +1,75 @@
+"""Memory of the optimizers: what each keeps of a parameter, and what its update needs for a moment. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.config.schema import OptimConfig, OwnOptimConfig, SGDConfig
+from orchestrator.planner.estimate.work import layer_elements
+from orchestrator.planner.spec import JobSpec, ModelShape, ParallelPlan
+
+FP32 = 4
+PLAIN_SGD = "sgd without momentum"
+_LEAST = {"muon": 1.0, "adafactor": 0.0, "sgd": 1.0, PLAIN_SGD: 0.0}
+_AT_ONE_TIME = 8  # matrices of the largest size, while it is gathered, iterated and handed back
+_TEMPORARIES = 3  # parts of the largest size, while a part is updated without a fused kernel
+
+
+def optimizer_kind(config: OptimConfig) -> str:
+    """Return what `JobSpec.optimizer` says of a configuration. Of a user's own it is not known: it counts as AdamW."""
+    if isinstance(config, OwnOptimConfig):
+        return "adamw"
+    return PLAIN_SGD if isinstance(config, SGDConfig) and not config.momentum else config.name
+
+
+def least_moments(job: JobSpec) -> float:
+    """Return what is kept of each parameter at least, in moments of its size: AdamW keeps 2."""
+    return _LEAST.get(job.optimizer, 2.0)
+
+
+def optimizer_elements(job: JobSpec, plan: ParallelPlan, owned: float) -> float:
+    """Return the numbers that one device keeps.
+
+    Args:
+        job: the work.
+        plan: the layout.
+        owned: parameters of this device.
+    """
+    shape = job.model
+    if job.optimizer == "muon":
+        kind = layer_elements(shape, False)
+        return 2 * owned - shape.layers * (kind.attention + kind.mlp) / plan.tensor / plan.shards
+    if job.optimizer == "adafactor":
+        vectors = (shape.layers * layer_elements(shape, False).norms + shape.dim) / plan.shards
+        return vectors + sum(count * (rows + columns) for count, rows, columns in _parts(shape, plan))
+    return least_moments(job) * owned
+
+
+def update_bytes(job: JobSpec, plan: ParallelPlan) -> float:
+    """Return the bytes of what exists only while parameters are updated, without fused kernels."""
+    if job.optimizer == "muon":
+        whole = [rows * columns * plan.shards * plan.tensor for count, rows, columns in _blocks(job.model, plan)]
+        return FP32 * _AT_ONE_TIME * max(whole)
+    if job.optimizer == "adafactor":
+        return FP32 * _TEMPORARIES * max(rows * columns for _, rows, columns in _parts(job.model, plan))
+    return 0.0
+
+
+def _parts(shape: ModelShape, plan: ParallelPlan) -> Iterator[tuple[int, float, float]]:
+    """Count, rows and columns of one device's part of every matrix."""
+    yield from _blocks(shape, plan)
+    rows = shape.vocab / plan.shards / plan.tensor
+    yield 1 if shape.tied else 2, rows, shape.dim
+    if shape.learned_positions:
+        yield 1, shape.learned_positions / plan.shards / plan.tensor, shape.dim
+
+
+def _blocks(shape: ModelShape, plan: ParallelPlan) -> Iterator[tuple[int, float, float]]:
+    """The same of the blocks' matrices alone."""
+    shards, tensor, layers = plan.shards, plan.tensor, shape.layers
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    yield layers, queries / shards / tensor, shape.dim
+    yield 2 * layers, keys / shards / tensor, shape.dim
+    yield layers, shape.dim / shards, queries / tensor
+    yield (2 if shape.gated else 1) * layers, shape.mlp_dim / shards / tensor, shape.dim
+    yield layers, shape.dim / shards, shape.mlp_dim / tensor

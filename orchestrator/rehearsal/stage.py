@@ -1,0 +1,208 @@
+"""The training step as a program for a compiler, written down without a byte of the model.
+
+The step is the product's own: the model, the optimizer, the strategy and the module that a run has, driven by the
+trainer of a run. Two things differ. What the strategy would send to the devices is a placeholder, a tensor with a
+shape and a partition and no data; and where a run would execute the step, the step is written down as StableHLO.
+
+A process of its own, as nothing can be executed in it any more:
+`python -m orchestrator.rehearsal.stage DIRECTORY`, with `config.yaml` in the directory and `hardware.simulate` the
+number of devices. torch itself counts at most 127 devices: the process has two virtual ones (CPU_NUM_DEVICES),
+and only the mesh, whose numbers are written into the program, has all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch_xla
+from torch import Tensor
+from torch_xla.core.xla_builder import create_placeholder_tensor
+
+from orchestrator.config.compose import read_config
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import blank_batch
+from orchestrator.distributed.world import World
+from orchestrator.errors import UserError
+from orchestrator.hardware.target_table import resolve
+from orchestrator.models.protocol import ShardableModel
+from orchestrator.output import printing
+from orchestrator.runs import run_directory
+from orchestrator.sharding.parts import Parts, WholeParts
+from orchestrator.sharding.rules import Placement
+from orchestrator.strategies.parallel_strategy import local_parameters
+from orchestrator.strategies.xla import XlaStrategy
+from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
+from orchestrator.training.module import LanguageModule
+from orchestrator.training.optimizer_setup import build_optimizer
+
+PROGRAM, FACTS = "step.mlir", "staged.json"
+
+_ARGUMENT = re.compile(r"(%arg\d+): (tensor<[^>]*>)(?! \{)")
+_PARTITION = re.compile(r'@Sharding\((%arg\d+)\) \{[^}]*?mhlo\.sharding = "([^"]*)"')
+
+
+class StagingStrategy(XlaStrategy):
+    """The XLA strategy, whose tensors hold nothing and whose step is not executed.
+
+    Attributes:
+        accumulates: whether earlier micro-batches have left gradients that the backward pass adds to.
+    """
+
+    accumulates = False
+
+    def join(self) -> None:
+        with mock.patch("torch_xla.runtime.global_runtime_device_count", return_value=self.layout.devices):
+            super().join()
+
+    def _devices(self) -> list[Mapping[str, Any]]:
+        # Where devices are is the compiler's matter: `launch.tpu_compiler` lays the mesh over them.
+        return [{}] * self.layout.devices
+
+    def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
+        # The zeros that would be sent are made on meta: of them only the shape is used.
+        with torch.device("meta"):
+            super().shard(model, placements)
+
+    def parts(self, model: ShardableModel) -> Parts:
+        return WholeParts(cpu=False)  # the program is for a TPU
+
+    def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
+        with torch.device("meta"):
+            super().prepare_optimizer(model, optimizer)
+        for state in optimizer.state.values():
+            # The counts are on the device in a run; here they would be constants of the program.
+            state.update({key: self._send(value, ()) for key, value in state.items() if not value.dim()})
+
+    def outputs(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """What the step leaves on the devices: weights and optimizer state."""
+        return [tensor for _, tensor in self._named(model, optimizer)]
+
+    def _send(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
+        placed = create_placeholder_tensor(tuple(tensor.shape), tensor.dtype)
+        # `mark_sharding` refuses what has no data. An annotation is an operation of the program; `_declare` makes it
+        # a property of the argument.
+        torch_xla._XLAC._xla_annotate_custom_sharding(placed, self._mesh.get_op_sharding(spec))
+        return placed
+
+    @contextmanager
+    def backward_context(self, model: ShardableModel, last: bool) -> Iterator[None]:
+        assert last, "a staged step has one backward pass"
+        if self.accumulates:
+            for name, parameter in local_parameters(model):
+                parameter.grad = self._send(parameter.detach(), self._spec(name))
+        yield
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A step, written down.
+
+    Attributes:
+        program: StableHLO text; every argument has its partition, those that the step updates are given away.
+        layout: degrees of the mesh axes, filled in.
+        degrees: the same as numbers, of all axes.
+        parameters: elements of the model.
+        arguments: placeholders that the program reads.
+        micro_batch: sequences of the one backward pass in it, over all devices.
+        micro_batches: backward passes of a step; the program is that of the last one.
+    """
+
+    program: str
+    layout: str
+    degrees: tuple[int, ...]
+    parameters: int
+    arguments: int
+    micro_batch: int
+    micro_batches: int
+
+
+def stage(config: RunConfig) -> Staged:
+    """The optimizer step of `config`, for `hardware.simulate` devices.
+
+    With several micro-batches it is the last one's graph, which adds to the gradients that are there, clips them
+    and updates: the largest of a step.
+
+    Raises:
+        UserError: what of the configuration the strategy cannot do.
+    """
+    with mock.patch("torch_xla.sync", _nothing), mock.patch("orchestrator.strategies.xla.XlaStrategy", StagingStrategy):
+        parallel = make_strategy(config, resolve(config.hardware), World())
+        assert isinstance(parallel, StagingStrategy)
+        parallel.join()
+        model = place_model(config, config.model, parallel)
+        optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
+        parallel.prepare_optimizer(model, optimizer)
+        sequences = config.train.global_batch_tokens // config.train.seq_len
+        micro_batch = micro_batch_size(config, parallel)
+        parallel.accumulates = micro_batch < sequences
+        module = LanguageModule(model, optimizer, parallel, config, micro_batch, step=0)
+        batch = blank_batch(micro_batch, config.train.seq_len, config.data.document_mask)
+        measured = _run_step(module, parallel, batch)
+        results = [*measured, *parallel.outputs(model, optimizer)]
+        text: bytes = torch_xla._XLAC._get_stablehlo(results, "", [], False)
+    program, arguments = _declare(text.decode())
+    size = sum(parameter.numel() for _, parameter in local_parameters(model))
+    layout, passes = parallel.layout, -(-sequences // micro_batch)
+    return Staged(program, str(layout), tuple(layout.as_dict().values()), size, arguments, micro_batch, passes)
+
+
+def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np.ndarray]) -> list[Tensor]:
+    """One step by the trainer of a run. Returns its loss and the norm of its gradients."""
+    # An iterator, as the trainer takes a list for several loaders.
+    seen: list[Tensor] = []
+    module.record = lambda *, loss, grad_norm, **values: seen.extend((loss, grad_norm))
+    make_trainer(parallel, [], deterministic=False).fit(module, iter([batch]))
+    return seen
+
+
+def _declare(text: str) -> tuple[str, int]:
+    """The program with the partitions of its arguments in its signature, and how many arguments it has so.
+
+    What is not whole numbers is state (a batch is): the step replaces it, and a run gives its memory to the results.
+    """
+    partitions = dict(_PARTITION.findall(text))
+    signature, arrow, rest = text.partition(") -> (")
+
+    def declare(match: re.Match[str]) -> str:
+        name, kind = match.groups()
+        if name not in partitions:
+            return match[0]
+        donor = "" if kind.endswith("xi64>") else ", jax.buffer_donor = true"
+        return f'{name}: {kind} {{mhlo.sharding = "{partitions[name]}"{donor}}}'
+
+    return _ARGUMENT.sub(declare, signature) + arrow + rest, len(partitions)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of `torch_xla.sync`: there is no data that a graph could be executed on."""
+
+
+def main(argv: list[str]) -> int:
+    """Stage `DIRECTORY/config.yaml` into `PROGRAM` and `FACTS` beside it."""
+    directory, start = Path(argv[0]), time.monotonic()
+    try:
+        with printing():
+            staged = stage(read_config(directory / run_directory.CONFIG))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    (directory / PROGRAM).write_text(staged.program)
+    facts = {key: value for key, value in asdict(staged).items() if key != "program"}
+    facts["stage_seconds"] = time.monotonic() - start
+    (directory / FACTS).write_text(json.dumps(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

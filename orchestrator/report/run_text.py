@@ -1,0 +1,122 @@
+"""Values of a report as people read them; `unknown` where one is not there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from orchestrator.report.run_data import number
+from orchestrator.report.svg import format_number
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys; the mappings of a list by their number."""
+    found: dict[str, str] = {}
+    for key, item in values.items():
+        if isinstance(item, list) and item and all(isinstance(part, Mapping) for part in item):
+            item = {str(number): part for number, part in enumerate(item)}
+        if isinstance(item, Mapping):
+            found |= flat(item, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value(item)
+    return found
+
+
+def value(item: Any) -> str:
+    """A plain value: grouped, shortened, lower-case, or its parts one after the other."""
+    if isinstance(item, bool) or item is None:
+        return "unknown" if item is None else str(item).lower()
+    if isinstance(item, int):
+        return grouped(item) or ""
+    if isinstance(item, float):
+        return format_number(item)
+    if isinstance(item, Sequence) and not isinstance(item, str):
+        return ", ".join(value(part) for part in item)
+    return str(item)
+
+
+def layout(degrees: Any) -> str:
+    """The degrees above one: `fsdp 4 × tensor 2`."""
+    if not isinstance(degrees, Mapping):
+        return "unknown" if degrees is None else str(degrees)
+    above = [(axis, degree) for axis, degree in degrees.items() if isinstance(degree, int) and degree > 1]
+    return " × ".join(f"{axis} {degree}" for axis, degree in above) or "one device"
+
+
+def known(item: Any) -> str:
+    """As `value`, where that may be missing."""
+    return value(item)
+
+
+def grouped(value: Any) -> str | None:
+    """A whole number with its thousands apart."""
+    size = number(value)
+    return None if size is None else f"{size:,.0f}"
+
+
+def fixed(value: float | None) -> str | None:
+    """Four decimals."""
+    return None if value is None else f"{value:.4f}"
+
+
+def short(value: float | None) -> str | None:
+    """A number with up to four digits."""
+    return None if value is None else format_number(value)
+
+
+def flops(value: float | None) -> str | None:
+    """An amount of arithmetic with its SI prefix: 91.2 GFLOP."""
+    if value is None:
+        return None
+    power = min(5, max(0, int(math.log10(value) // 3))) if value >= 1 else 0
+    return f"{value / 1000.0**power:.4g} {('', 'k', 'M', 'G', 'T', 'P')[power]}FLOP"
+
+
+def whole(value: float | None) -> str | None:
+    """Without decimals, its thousands apart."""
+    return None if value is None else f"{value:,.0f}"
+
+
+def gib(value: float) -> str:
+    """Bytes in GiB."""
+    return f"{value / 2**30:.2f} GiB"
+
+
+def step_time(seconds: float | None) -> str:
+    """Seconds or milliseconds per step."""
+    if seconds is None:
+        return ""
+    return f"{seconds:.2f} s per step" if seconds >= 1 else f"{seconds * 1000:.0f} ms per step"
+
+
+def duration(seconds: float | None) -> str | None:
+    """Hours, minutes and seconds, as far as they matter."""
+    if seconds is None:
+        return None
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def clock_time(seconds: float) -> str:
+    """Local date and time of seconds since the epoch."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def table(title: str, rows: Mapping[str, Any]) -> str:
+    """Rows of a name and a value; nothing where there is none."""
+    cells = [
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>'
+        for key, value in rows.items()
+        if value not in (None, "")
+    ]
+    if not cells:
+        return ""
+    return (
+        f'<section><h2>{title}</h2><div class="scroll"><table><tbody>{"".join(cells)}</tbody></table></div></section>'
+    )

@@ -1,0 +1,73 @@
+"""run.json while its run goes on: the status in it is the true one, and where it cannot be written that is said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.observe.sink import Channel, SideChannels
+from orchestrator.runs import run_directory
+from orchestrator.runs.messages import warn
+
+LAST_TRIES_SECONDS = 10.0
+_POLL_SECONDS = 0.5
+
+
+class Record:
+    """Facts of a run and its legs, kept in run.json by the one process that writes there.
+
+    Args:
+        run_dir: where it is.
+        facts: of the run, with the `legs` before this one.
+        leg: of this start.
+        channels: those of the run.
+        main: whether this process writes.
+
+    Attributes:
+        legs: all of the run, this one last.
+    """
+
+    def __init__(
+        self, run_dir: Path, facts: Mapping[str, Any], leg: Mapping[str, Any], channels: SideChannels, main: bool
+    ):
+        self._leg = dict(leg)
+        self.legs = [*facts["legs"], self._leg]
+        self._facts = {key: value for key, value in facts.items() if key != "left_out"}
+        self._channel: Channel[dict[str, Any]] | None = None
+        if main:
+            self._channel = channels.open(
+                run_directory.RUN, lambda states: run_directory.write_run(run_dir, states[-1]), unit=None
+            )
+
+    def begin(self) -> None:
+        """The run is `running` from now on."""
+        self._leg["started"] = time.time()
+        self._put({"status": "running"})
+
+    def note(self, **facts: Any) -> None:
+        """Say more of this leg, which is written when it ends."""
+        self._leg.update(facts)
+
+    def end(self, status: str, step: int, left_out: list[str]) -> None:
+        """The run has ended. On a full disk this takes some seconds of trying again.
+
+        Args:
+            status: finished, interrupted, failed or diverged.
+            step: the last one.
+            left_out: what a resume may still do.
+        """
+        self._leg.update(ended=time.time(), end_step=step)
+        self._put({"status": status, **({"left_out": left_out} if left_out else {})})
+        if self._channel is None or not self._channel.waiting:
+            return
+        warn(f"the status '{status}' cannot be written to {run_directory.RUN}; trying for {LAST_TRIES_SECONDS:g} s")
+        deadline = time.monotonic() + LAST_TRIES_SECONDS
+        while self._channel.waiting and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            self._channel.retry(now=True)
+
+    def _put(self, state: Mapping[str, Any]) -> None:
+        if self._channel is not None:
+            self._channel.put([{**self._facts, **state, "legs": self.legs}])

@@ -1,0 +1,158 @@
+"""Which checkpoint a user means, and which model it holds. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.format import MANIFEST
+from orchestrator.checkpoint.run_checkpoints import committed, newest_valid
+from orchestrator.checkpoint.storage import AnyPath, locate
+from orchestrator.config.compose import read_config
+from orchestrator.config.convert import from_dict
+from orchestrator.config.schema import ModelConfig, RunConfig, TokenizerConfig
+from orchestrator.config.validate import check_stored
+from orchestrator.data.model_files import TOKENIZER_FILE, carried
+from orchestrator.data.tokenize import Tokenizer, from_files
+from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.models.shapes import parameter_shapes
+from orchestrator.runs import resume, run_directory
+from orchestrator.runs.origin import refuse_foreign
+from orchestrator.runs.own_parts import own_shapes
+
+EMBEDDING = "model.embed.weight"
+LATEST = "latest"
+MEANS = "latest, a run directory, a directory of checkpoints, or a checkpoint (step-...)"
+
+
+def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], damaged: bool = False) -> AnyPath:
+    """The checkpoint that `where` means: itself, or the newest valid one of a run or of a directory.
+
+    Args:
+        report: told of each one that is passed over.
+        damaged: take the newest one, valid or not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = locate(where) if where != LATEST else resume.find(LATEST, runs_dir, False, report).checkpoint.parent
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+        parent = checkpoints_of(path)
+        found = next(iter(committed(parent)), None) if damaged else newest_valid(parent, False, report)
+    except OSError as error:
+        raise CheckpointError(f"the place cannot be read: {error.strerror or error}", got=where) from None
+    if found is None:
+        refuse_foreign(path)
+        raise CheckpointError(f"no checkpoint found in {where}", got=where, allowed=MEANS)
+    return found
+
+
+def checkpoints_of(path: AnyPath) -> AnyPath:
+    """The directory of the checkpoints of a run, or `path` itself where it is no run directory.
+
+    Raises:
+        ConfigErrors: the run's configuration is of another version.
+    """
+    if isinstance(path, Path) and (path / run_directory.CONFIG).is_file():
+        return run_directory.checkpoints_dir(path, read_config(path / run_directory.CONFIG))
+    return path
+
+
+def model_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The model whose weights a checkpoint holds, with the size of its vocabulary.
+
+    Raises:
+        CheckpointError: it holds none, or one of a user's own: what reads checkpoints by themselves knows `Decoder`.
+        ConfigErrors: its configuration is of another version.
+    """
+    embedding = checkpoint.manifest.tensors.get(EMBEDDING)
+    if embedding is None or not embedding.shape:
+        raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
+    model = stored_config(checkpoint).model
+    if model._target_ is not None:
+        raise CheckpointError(
+            "the checkpoint holds a model of its user's own, which this knows nothing of",
+            got=f"model._target_={model._target_} in {checkpoint.directory}",
+            fix=f"train on from it: train resume={checkpoint.directory} model._target_={model._target_}, or a new run: "
+            f"train.init_from={checkpoint.directory} with model=... and model._target_=...",
+        )
+    return holds_model(checkpoint, model)
+
+
+def stored_config(checkpoint: Checkpoint) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint, which may come from a stranger.
+
+    Raises:
+        CheckpointError: it is damaged.
+        ConfigErrors: it is of another version, or has values that no run can have.
+    """
+    config = from_dict(RunConfig, checkpoint.config())
+    if problems := check_stored(config):
+        raise ConfigErrors(problems)
+    return config
+
+
+def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
+    """Hold every parameter of `model` against the manifest: nothing is built, nor memory taken, for what is not there.
+
+    Args:
+        model: checked by `config.validate`.
+
+    Returns:
+        The model, with the size of the vocabulary that the checkpoint has.
+
+    Raises:
+        CheckpointError: the checkpoint holds another model.
+    """
+    tensors = checkpoint.manifest.tensors
+    embedding = tensors.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2 or not all(embedding.shape):
+        raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
+    model = replace(model, vocab_size=embedding.shape[0])
+    count = 0
+    for name, shape in parameter_shapes(model) if model._target_ is None else own_shapes(model).items():
+        stored, count = tensors.get(f"model.{name}"), count + 1
+        if stored is None or stored.shape != shape:
+            raise CheckpointError(
+                "the checkpoint does not hold the model that the configuration describes",
+                got=f"{f'shape {stored.shape}' if stored else 'nothing'} for model.{name} in {checkpoint.directory}",
+                allowed=f"shape {shape}",
+                fix="leave model= and model.KEY= to the checkpoint",
+            )
+    others = sum(name.startswith("model.") for name in tensors) - count
+    if others:
+        raise CheckpointError(
+            "the checkpoint does not hold the model that the configuration describes",
+            got=f"{others} tensors beside the model's in {checkpoint.directory}",
+        )
+    return model
+
+
+def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files that travel with the model of a checkpoint, of those that its manifest lists, by name.
+
+    Raises:
+        CheckpointError: one is larger than such a file may be, or damaged.
+    """
+    return carried(checkpoint.manifest.files, checkpoint.read)
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer that travels with a checkpoint, if one does, with the documents that the model was trained on.
+
+    Those of an imported model are what its tokenizer says. Before it was recorded, only the end-of-text token was put.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    files, state = files_of(checkpoint), checkpoint.state()
+    if TOKENIZER_FILE not in files:
+        return None
+    record = state.get("documents")
+    if record is not None and not isinstance(record, dict):
+        raise CheckpointError("the state of the checkpoint is damaged", got=f"documents: {str(record)[:100]}")
+    return from_files(files, TokenizerConfig() if "imported" in state else None, record)

@@ -1,0 +1,231 @@
+"""When the run is saved, and what travels along with the tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+
+from orchestrator.checkpoint.async_saver import Saver
+from orchestrator.checkpoint.run_checkpoints import prune
+from orchestrator.checkpoint.signing import signer
+from orchestrator.checkpoint.storage import AnyPath, is_remote
+from orchestrator.checkpoint.writer import Contents
+from orchestrator.config.convert import to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import StepLoader
+from orchestrator.data.tokenize import Tokenizer
+from orchestrator.errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
+from orchestrator.observe.history import HISTORY, History
+from orchestrator.observe.metrics import Metrics
+from orchestrator.observe.sink import reason
+from orchestrator.runs import run_directory
+from orchestrator.runs.messages import warn
+from orchestrator.runs.shared_folder import check_shared
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.divergence import Diverged
+from orchestrator.training.handover_check import measure, reference_files
+
+_GRACE_SECONDS = 60.0
+
+
+class Checkpoints(lightning.Callback):
+    """Saves every so many steps and, by `save_now`, at the end.
+
+    Args:
+        directory: of the run's checkpoints.
+        tokenizer: what documents are in its tokens is recorded.
+        files: what travels with the model, by name: without a tokenizer the weights cannot be used elsewhere.
+        provenance: what the state says of where it was written.
+        metrics: flushed before a save, and told of the time that it took.
+        history: the run so far; it travels along.
+        reference: the batch of the handover check; None to leave it out.
+        say: prints a line.
+
+    Attributes:
+        directory: of the run's checkpoints.
+        saved: step and directory of the last save that is known to be kept.
+        elsewhere: why the last save lies in the run directory and not in the store; None where it does not.
+        stalls: seconds that each save on the way kept the training waiting.
+    """
+
+    def __init__(
+        self,
+        directory: AnyPath,
+        run_dir: Path,
+        config: RunConfig,
+        parallel: ParallelStrategy,
+        loader: StepLoader,
+        tokenizer: Tokenizer,
+        files: Mapping[str, bytes],
+        provenance: Mapping[str, Any],
+        metrics: Metrics,
+        history: History,
+        reference: Mapping[str, np.ndarray] | None,
+        say: Callable[[str], None],
+    ):
+        self._config, self._parallel = config, parallel
+        self._loader, self._provenance, self._say = loader, provenance, say
+        self._metrics, self._history, self._reference = metrics, history, reference
+        self._extra, self._documents = dict(files), tokenizer.record()
+        key = config.checkpoint.signing_key
+        # Only the process that writes manifests needs the key.
+        self._sign = signer(key) if key and parallel.rank == 0 else None
+        self.at_end = config.checkpoint.at_end
+        self.saved: tuple[int, AnyPath] | None = None
+        self.elsewhere: str | None = None
+        self.stalls: list[float] = []
+        self._started = 0
+        self._refused: NonFiniteError | None = None
+        self.directory, self._run_dir = directory, run_dir
+        self._saver = Saver(directory, parallel, config.checkpoint.asynchronous, self._prune)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._reference is not None and self._parallel.compilations() is not None:
+            # Its graph is compiled here, before the first step, and never in the middle of the run.
+            measure(pl_module.model, self._parallel, self._reference)
+        if self._config.checkpoint.every_steps:
+            self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module._optimizer))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        if not self._saver.busy:
+            self._settle()
+        every = self._config.checkpoint.every_steps
+        if every and pl_module.step % every == 0:
+            self._metrics.flush()
+            begin = time.perf_counter()
+            self._save(pl_module, self._saver)
+            self.stalls.append(time.perf_counter() - begin)
+            self._metrics.pause()
+
+    def save_now(self, pl_module: Any) -> AnyPath:
+        """Save the state after `pl_module.step` steps, unless that has been done, and wait until it is kept.
+
+        Where a store does not take it, it is written below the run directory: nothing comes after this one.
+
+        Raises:
+            CheckpointError: it could not be written.
+            Diverged: weights or optimizer state are not finite.
+        """
+        self._settle()
+        self._stop_if_refused()
+        step = pl_module.step
+        if self.saved is None or self.saved[0] != step:
+            self._save(pl_module, self._saver)
+            path, problem = self._outcome(step, self._saver)
+            # All ranks do the same, also where an answer has reached some of them only.
+            if is_remote(self.directory) and self._parallel.any_raised(problem is not None):
+                path, problem = self._save_beside(pl_module, problem), None
+            if problem is not None:
+                raise problem
+            assert path is not None
+            self.saved = (step, path)
+        return self.saved[1]
+
+    def _outcome(self, step: int, saver: Saver) -> tuple[AnyPath | None, CheckpointError | None]:
+        try:
+            return saver.wait(), None
+        except NonFiniteError as error:
+            raise Diverged(step, {}, "weights") from error
+        except CheckpointError as error:
+            return None, error
+
+    def _save_beside(self, pl_module: Any, problem: CheckpointError | None) -> AnyPath:
+        problem = problem or SaveError("another process could not write its part of it", got=self.directory)
+        place = run_directory.beside(self._run_dir)
+        if self._parallel.rank == 0:
+            self._say(f"warning: {problem}\n  then:    it is written below the run directory")
+        second: UserError | None
+        try:
+            check_shared(place, self._parallel)
+            saver = Saver(place, self._parallel, asynchronous=False)
+            self._save(pl_module, saver)
+            path, second = self._outcome(pl_module.step, saver)
+        except (SaveError, ConfigError) as error:
+            path, second = None, error
+        if path is None:
+            said = second.what if second is not None else "nothing was written"
+            raise SaveError(
+                f"{problem.what}; nor could it be written below the run directory: {said}",
+                got=f"{self.directory}; {place}",
+                fix=problem.fix,
+            ) from problem
+        self.elsewhere = problem.what
+        return path
+
+    def settle(self) -> None:
+        """Wait for the save that is under way. All ranks call it together.
+
+        Raises:
+            CheckpointError: it could not be written.
+            Diverged: it was refused, as weights or optimizer state were not finite.
+        """
+        try:
+            if path := self._saver.wait():
+                self.saved = (self._started, path)
+        except NonFiniteError as error:
+            self._refused = error
+        self._stop_if_refused()
+
+    def close(self) -> None:
+        """Let the save that is under way end, for a while: what it waits for may have gone."""
+        self._saver.join(_GRACE_SECONDS)
+
+    def _save(self, pl_module: Any, saver: Saver) -> None:
+        self._settle()
+        self._stop_if_refused()
+        step = self._started = pl_module.step
+        files = {**self._extra, HISTORY: self._history.content(step)}
+        if self._reference is not None:
+            try:
+                files |= reference_files(pl_module.model, self._parallel, self._reference)
+            except NonFiniteError as error:
+                raise Diverged(step, {}, "weights") from error
+        shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
+        settings = self._config.checkpoint
+        contents = Contents(self._state(step), to_dict(self._config), files, self._sign, settings.hash)
+        saver.save(step, shards, contents)
+
+    def _settle(self) -> None:
+        """Wait for the save that is under way, and say how the last one went."""
+        try:
+            if path := self._saver.wait():
+                self.saved = (self._started, path)
+        except NonFiniteError as error:
+            # Ranks come here at different steps; they stop together where all of them wait for it.
+            self._refused = error
+            if self._parallel.rank == 0:
+                self._say(f"warning: {error}")
+        except CheckpointError as error:
+            # Training is worth more than this one checkpoint; the end of the run insists.
+            if self._parallel.rank == 0:
+                self._say(f"warning: {error}")
+
+    def _stop_if_refused(self) -> None:
+        if self._refused is not None:
+            error, self._refused = self._refused, None
+            raise Diverged(self._started, {}, "weights") from error
+
+    def _prune(self, path: AnyPath) -> None:
+        """Remove old checkpoints. Where that fails, the new one is no less written."""
+        try:
+            prune(path.parent, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every_steps)
+        except Exception as error:
+            warn(f"old checkpoints could not be removed: {reason(error)} ({path.parent})")
+
+    def _state(self, step: int) -> dict[str, Any]:
+        config = self._config
+        return {
+            "step": step,
+            "documents": self._documents,
+            "data": {**self._loader.state(step), "global_batch_sequences": self._loader.global_batch},
+            # Masks are drawn from (seed, step, micro-step, rank): there is no generator state to carry.
+            "rng": {"scheme": "counter", "seed": config.seed},
+            "schedule": {"kind": config.optim.schedule.kind, "step": step, "max_steps": config.train.max_steps},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self._provenance,
+        }

@@ -1,0 +1,178 @@
+"""Looking at the model on the way: held-out loss, and text that it writes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import TokenStream
+from orchestrator.data.tokenize import Tokenizer
+from orchestrator.inference.sampling import Sampling, choose
+from orchestrator.observe.metrics import Metrics
+from orchestrator.observe.progress import Progress
+from orchestrator.observe.sink import Channel, JsonLines, SideChannels
+from orchestrator.runs.messages import warn
+from orchestrator.runs.run_directory import SAMPLES
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.divergence import Diverged
+from orchestrator.training.module import evaluate
+
+_OPENING_TOKENS = 16
+
+
+def opening(stream: TokenStream) -> list[int]:
+    """The first tokens of a document of `stream`: of the second in its first sequence, where that has two."""
+    sequence = stream.sequence(0)
+    starts = np.flatnonzero(sequence["positions"] == 0).tolist()
+    begin = starts[1] if len(starts) > 1 else 0
+    end = starts[2] - 1 if len(starts) > 2 else len(sequence["tokens"])  # what ends a document is left out
+    return [int(token) for token in sequence["tokens"][begin : min(max(end, begin + 1), begin + _OPENING_TOKENS)]]
+
+
+class Evaluation(lightning.Callback):
+    """Loss and perplexity on the held-out data, every so many steps and at the end; nothing where there is none."""
+
+    def __init__(
+        self,
+        parallel: ParallelStrategy,
+        metrics: Metrics,
+        every: int | None,
+        batches: Callable[[], Iterable[dict[str, Any]]] | None,
+        say: Callable[[str], None],
+        progress: Progress | None = None,
+    ):
+        self._parallel, self._metrics, self._every, self._batches, self._say = parallel, metrics, every, batches, say
+        self._progress = progress
+        self._done_at: int | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        if self._every and pl_module.step % self._every == 0:
+            self.run(pl_module)
+
+    def run(self, pl_module: Any) -> None:
+        """Evaluate now, unless this step has been.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        if self._batches is None or self._done_at == pl_module.step:
+            return
+        self._done_at = pl_module.step
+        self._metrics.flush()
+        batches = self._batches()
+        shown = self._progress.watch("validating", batches) if self._progress else batches
+        loss = evaluate(pl_module.model, self._parallel, shown).item()
+        # exp of a diverged loss does not fit a float.
+        perplexity = math.exp(min(loss, 700.0))
+        self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity)
+        self._say(f"step {pl_module.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        self._metrics.pause()
+        if not math.isfinite(loss):
+            raise Diverged(pl_module.step, {"val_loss": loss}, "validation")
+
+
+class Samples(lightning.Callback):
+    """Text that the sharded model writes, all ranks computing together.
+
+    Args:
+        channels: those of the run; samples are one of them.
+        opening: tokens to continue where the configuration names no prompt.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelStrategy,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        run_dir: Path,
+        metrics: Metrics,
+        channels: SideChannels,
+        opening: Sequence[int],
+    ):
+        self._parallel, self._tokenizer, self._config, self._metrics = parallel, tokenizer, config, metrics
+        self._opening, self._written = list(opening), (-1, "")
+        self._kept: Channel[dict[str, Any]] = channels.open(SAMPLES, JsonLines(run_dir / SAMPLES).write, unit="samples")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        every = self._config.train.sample.every_steps
+        if every and pl_module.step % every == 0:
+            self._metrics.flush()
+            self.run(pl_module)
+            self._metrics.pause()
+
+    def run(self, pl_module: Any) -> str | None:
+        """Write a sample, keep it, and return prompt and continuation; None where samples are off or none came out.
+
+        What goes wrong on all ranks alike ends no training. Where one rank alone fails the others wait for it, and the
+        run ends.
+        """
+        settings = self._config.train.sample
+        if not settings.tokens:
+            return None
+        if self._written[0] == pl_module.step:
+            return self._written[1]
+        prompt, text, problem = settings.prompt, "", None
+        try:
+            prompt, text = self._sample(pl_module.model)
+        except Exception as error:
+            problem = error
+            pl_module.model.train()
+        if self._parallel.any_raised(problem is not None):
+            if self._parallel.rank == 0:
+                warn(f"the sample of step {pl_module.step} failed: {getattr(problem, 'what', None) or repr(problem)}")
+            return None
+        if self._parallel.rank == 0:
+            self._kept.put([{"step": pl_module.step, "prompt": prompt, "text": text, "time": time.time()}])
+        self._written = (pl_module.step, text)
+        return text
+
+    def _sample(self, model: Any) -> tuple[str, str]:
+        prompt, ids = self._config.train.sample.prompt, self._opening
+        if prompt is None:
+            prompt = self._tokenizer.decode(ids)
+        else:
+            ids = self._tokenizer.prompt_ids(prompt)
+        ids = ids or [self._tokenizer.eos_id]
+        return prompt, prompt + self._tokenizer.decode_after(ids, self._continue(model, ids))
+
+    @torch.no_grad()
+    def _continue(self, model: Any, ids: list[int]) -> list[int]:
+        """The tokens that follow on `ids`, of which only the last ones count where there are too many."""
+        settings, layout = self._config.train.sample, self._parallel.layout
+        # One shape for all tokens, padded on the right where causality hides it, so that nothing recompiles.
+        split = layout.tensor * layout.context
+        longest = self._config.train.seq_len // split * split
+        length = min(longest, -(-(len(ids) + settings.tokens) // split) * split)
+        generator = torch.Generator().manual_seed(self._config.seed)
+        ids = ids[-(length - 1) :]
+        prompt = len(ids)
+        model.eval()
+        try:
+            return self._draw(model, ids, length, generator)[prompt:]
+        finally:
+            model.train()
+
+    def _draw(self, model: Any, ids: list[int], length: int, generator: torch.Generator) -> list[int]:
+        settings = self._config.train.sample
+        for _ in range(min(settings.tokens, length - len(ids))):
+            padded = torch.full((1, length), self._tokenizer.eos_id)
+            padded[0, : len(ids)] = torch.tensor(ids)
+            positions = torch.arange(length).unsqueeze(0)
+            with self._parallel.forward_context():
+                logits = model(**self._parallel.prepare_batch({"tokens": padded, "positions": positions})).float()
+            # The position is data, not a constant of the program: a traced one then serves every token.
+            at = torch.tensor([len(ids) - 1]).to(logits.device)
+            last = logits[0].index_select(0, at)[0, : self._tokenizer.vocab_size]
+            token = choose(last, Sampling(settings.temperature), generator)
+            ids.append(token)
+            if token == self._tokenizer.eos_id:
+                break
+        return ids

@@ -1,0 +1,61 @@
+"""What of a run can be found wrong before a device is touched or a process started. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.hardware.mesh import slices_problem
+from orchestrator.runs.own_parts import own_indivisible
+from orchestrator.sharding.layout import check_layout, resolve_layout
+
+
+def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, slices: int = 1) -> None:
+    """Check the layout against the devices, the model, the batch and, if it is known yet, the tokenizer.
+
+    Args:
+        slices: groups of devices between which the network is slow.
+
+    Raises:
+        ConfigErrors: all that is wrong.
+    """
+    problems: list[UserError] = []
+    model = config.model
+    try:
+        if vocab_size is not None:
+            model = resolve_model(model, vocab_size)
+    except UserError as error:
+        problems.append(error)
+    try:
+        layout = resolve_layout(config.layout, devices)
+        problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
+        if model._target_ is not None and layout.tensor > 1:
+            problems += own_indivisible(model, layout.tensor)
+        if problem := slices_problem(layout.replicate, slices):
+            problems.append(problem)
+    except UserError as error:
+        problems.append(error)
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def resolve_model(config: ModelConfig, vocab_size: int) -> ModelConfig:
+    """Fill in the vocabulary.
+
+    An automatic one is the tokenizer's rounded up to a multiple of 128, so that tensor parallelism can cut
+    it and matrix units like it; one that is given must hold the tokenizer's.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model.
+    """
+    if config.vocab_size == "auto":
+        return replace(config, vocab_size=-(-vocab_size // 128) * 128)
+    if config.vocab_size < vocab_size:
+        raise ConfigError(
+            "the model's vocabulary is smaller than the tokenizer's",
+            got=f"model.vocab_size={config.vocab_size}, tokenizer {vocab_size}",
+            allowed=f"{vocab_size} or more",
+            fix="set model.vocab_size=auto, or another tokenizer",
+        )
+    return config

@@ -1,0 +1,215 @@
+"""Where a run's numbers stopped being finite: the step is computed once more, with an eye on every layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.checkpoint.finite import finite_flags
+from orchestrator.distributed.exchange import exchange, new_topic
+from orchestrator.models.protocol import ShardableModel
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
+from orchestrator.training.module import LanguageModule
+
+_NAMED = 4  # tensors that are listed
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a second look at a step found.
+
+    Attributes:
+        state: weights and optimizer state that were not finite before the step already.
+        layer: the first one whose numbers are not finite: `embed`, `layers.3`, `norm` or `loss`.
+        phase: `forward`: its output; `backward`: the gradient of its output; `` where no layer was found.
+        micro_batch: of the step, from 0.
+        ranks: processes that saw it.
+        gradients: parameters whose gradients are not finite.
+        loss, grad_norm: of the second time; None where not finite.
+    """
+
+    state: tuple[str, ...] = ()
+    layer: str = ""
+    phase: str = ""
+    micro_batch: int | None = None
+    ranks: tuple[int, ...] = ()
+    gradients: tuple[str, ...] = ()
+    loss: float | None = None
+    grad_norm: float | None = None
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the step is not finite the second time either."""
+        return self.loss is None or self.grad_norm is None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "reproduced": self.reproduced}
+
+    def lines(self, size: int) -> list[str]:
+        """What was found, in sentences, for a job of `size` processes."""
+        found = []
+        if self.state:
+            found.append(f"not finite before the step already: {_some(self.state)}")
+        if self.layer:
+            what = "the output" if self.phase == "forward" else "the gradient"
+            where = f"micro-batch {self.micro_batch}"
+            if size > 1:
+                where += f", rank {', '.join(map(str, self.ranks))} of {size}"
+            found.append(f"began in {self.layer}: {what} is not finite ({self.phase} pass, {where})")
+        elif self.gradients:
+            found.append(f"gradients that are not finite: {_some(self.gradients)}")
+        elif self.grad_norm is None and not self.state:
+            found.append("every gradient is finite, but the sum of their squares is not: they are too large for fp32")
+        if not self.reproduced:
+            found.append("computed a second time the step is finite: suspect the hardware, or a race in a kernel")
+        return found
+
+
+def find_nonfinite(shards: Sequence[Shard], parallel: ParallelStrategy) -> list[str]:
+    """Names of the tensors that are not finite on some rank, on all ranks. All ranks call it together."""
+    mine = [shard for shard in shards if shard.owned]
+    flags = finite_flags([shard.data for shard in mine])
+    names = {shard.name for shard, good in zip(mine, flags, strict=True) if not good}
+    if not parallel.any_raised(bool(names)):
+        return []
+    return _union(names, parallel)
+
+
+def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Diagnosis:
+    """Compute `step` again and find the first layer that is not finite. All ranks call it together.
+
+    Weights and optimizer state must be those from before the step, and stay so; no gradients are left.
+
+    Args:
+        batch: this rank's share of the step, as the loader gives it.
+    """
+    parallel, model = module.parallel, module.model
+    state = find_nonfinite(parallel.state_shards(model, module._optimizer), parallel)
+    module.step = step - 1
+    watch = _Watch(model)
+    with torch.enable_grad(), watch.watching(), parallel.uncompiled():
+        placed = parallel.prepare_batch(batch)
+        targets = parallel.sum_over_data((placed["targets"] != -100).sum()).clamp(min=1)
+        total = torch.zeros((), device=parallel.root_device)
+        for part, last in module.micro_batches(placed):
+            with parallel.backward_context(model, last):
+                watch.begin_micro_batch()
+                with parallel.forward_context():
+                    loss = model(**part) / targets
+                watch.end_forward(loss)
+                loss.backward()
+            total += loss.detach()
+    loss, norm = parallel.reduce_and_clip(model, total, None)
+    gradients = _nonfinite_gradients(model, parallel)
+    module._optimizer.zero_grad()
+    parallel.finish_step()
+    measured = [value if math.isfinite(value) else None for value in parallel.fetch([loss, norm])]
+    first, ranks = _first(watch.found(parallel), parallel)
+    micro_batch, phase, layer = first or (None, "", "")
+    return Diagnosis(tuple(state), layer, phase, micro_batch, ranks, gradients, measured[0], measured[1])
+
+
+class _Watch:
+    """Flags of what the layers give and get, in the order in which it is computed."""
+
+    def __init__(self, model: ShardableModel):
+        self._units: list[tuple[str, nn.Module]] = [
+            ("embed", model.embed),
+            *((f"layers.{index}", block) for index, block in enumerate(model.blocks)),
+            ("norm", model.norm),
+        ]
+        self._events: list[tuple[int, str, str]] = []
+        self._flags: list[Tensor] = []
+        self._micro_batch, self._forward = -1, False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handles = [unit.register_forward_hook(self._hook(name)) for name, unit in self._units]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin_micro_batch(self) -> None:
+        self._micro_batch, self._forward = self._micro_batch + 1, True
+
+    def end_forward(self, loss: Tensor) -> None:
+        self._note("forward", "loss", loss)
+        # What is computed again in the backward pass, to save memory, was seen already.
+        self._forward = False
+
+    def found(self, parallel: ParallelStrategy) -> list[tuple[int, str, str]]:
+        """Micro-batch, phase and layer of what is not finite on this rank, in the order of the computation."""
+        good = parallel.fetch(self._flags)
+        return [event for event, flag in zip(self._events, good, strict=True) if not flag]
+
+    def _hook(self, name: str) -> Any:
+        def hook(unit: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._forward and isinstance(output, Tensor):
+                self._note("forward", name, output)
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: self._note("backward", name, gradient))
+
+        return hook
+
+    def _note(self, phase: str, name: str, value: Tensor) -> None:
+        self._events.append((self._micro_batch, phase, name))
+        self._flags.append(_local(value).isfinite().all())
+
+
+def _first(
+    mine: Sequence[tuple[int, str, str]], parallel: ParallelStrategy
+) -> tuple[tuple[int, str, str] | None, tuple[int, ...]]:
+    """The earliest of what the ranks found, and which of them found it."""
+
+    def earliest(told: list[str]) -> str:
+        found = [json.loads(text) for text in told]
+        best = min((event for events in found for event in events), key=_order, default=None)
+        return json.dumps([best, [rank for rank, events in enumerate(found) if best in events]])
+
+    text = exchange(parallel, parallel.agree(new_topic()), json.dumps(list(mine)), earliest)
+    event, ranks = json.loads(text)
+    return (tuple(event) if event else None), tuple(ranks)
+
+
+def _order(event: Sequence[Any]) -> tuple[int, int, int]:
+    """Sorts micro-batches, forward before backward, and layers in the order of that pass."""
+    micro_batch, phase, layer = event
+    kind, _, number = layer.partition(".")
+    at = {"embed": -1, "norm": 1 << 30, "loss": 1 << 31}.get(kind, int(number or 0))
+    return micro_batch, int(phase == "backward"), at if phase == "forward" else -at
+
+
+def _nonfinite_gradients(model: ShardableModel, parallel: ParallelStrategy) -> tuple[str, ...]:
+    named = [(name, _local(p.grad)) for name, p in local_parameters(model) if p.grad is not None]
+    good = parallel.fetch([grad.detach().isfinite().all() for _, grad in named])
+    bad = {name for (name, _), flag in zip(named, good, strict=True) if not flag}
+    return tuple(_union(bad, parallel))
+
+
+def _union(names: set[str], parallel: ParallelStrategy) -> list[str]:
+    def merge(told: list[str]) -> str:
+        return json.dumps(sorted({name for text in told for name in json.loads(text)}))
+
+    topic = parallel.agree(new_topic())
+    result: list[str] = json.loads(exchange(parallel, topic, json.dumps(sorted(names)), merge))
+    return result
+
+
+def _local(value: Any) -> Tensor:
+    tensor: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return tensor.detach()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,121 @@
+"""A step whose numbers are not finite never reaches the weights, and the run does not go on as if nothing were."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor
+
+from orchestrator.config.schema import TrainConfig
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+
+
+class Diverged(Exception):
+    """The run met a number that is not finite. All ranks raise it at the same step.
+
+    Args:
+        step: whose loss, gradients or weights these are, from 1.
+        values: what was met, by name: `loss`, `grad_norm`, `val_loss`.
+        source: `step`: the update of `step` was left out, and the weights are those before it. `validation`: the
+            held-out loss after it. `weights`: what was to be saved after it.
+        in_a_row: how many steps up to this one have left the weights as they were.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        source: Literal["step", "validation", "weights"],
+        in_a_row: int = 1,
+    ):
+        super().__init__(f"diverged at step {step}")
+        self.step, self.values, self.source, self.in_a_row = step, dict(values), source, in_a_row
+
+
+@dataclass(frozen=True)
+class _Judged:
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    is_bad: Callable[[], float]
+
+
+class FiniteGuard(lightning.Callback):
+    """Keeps updates that are not finite from the weights, and stops the run or counts what was left out.
+
+    The device decides about each update by itself (`ParallelStrategy.update_unless`); the host asks a step later, when
+    the next one has been started, and so waits for nothing. A run that is to stop then still has the weights from
+    before the bad step: no update after it is made either.
+
+    Must be the first callback: what looks at the model or saves it must not see a step that was not asked about.
+
+    Attributes:
+        due: whether others look at the run after so many steps; then it is asked about at once.
+        skipped: steps that were left out, in this leg.
+    """
+
+    def __init__(self, parallel: ParallelStrategy, config: TrainConfig):
+        self._parallel, self._limit = parallel, config.max_skips
+        self._stops = config.on_nonfinite == "stop"
+        # Sent from the host: as an operation it would be a constant of the first step's graph alone.
+        self._bad = torch.tensor(False).to(parallel.root_device)
+        self._waiting: deque[_Judged] = deque()
+        self._in_a_row = 0
+        self.skipped = 0
+        self.due: Callable[[int], bool] = lambda step: True
+        self.say: Callable[[str], None] = lambda text: None
+
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether the update of `step` must be left out, as a bool scalar on the device.
+
+        Args:
+            loss, grad_norm: global ones, as `ParallelStrategy.reduce_and_clip` gives them.
+        """
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if self._stops:
+            bad = self._bad = bad | self._bad
+        self._waiting.append(_Judged(step, loss, grad_norm, self._parallel.fetch_later(bad)))
+        return bad
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        self.settle(later=0 if self.due(pl_module.step) else 1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.settle()
+
+    def settle(self, later: int = 0) -> None:
+        """Ask about all steps but the last `later` ones. All ranks call it at the same step.
+
+        Raises:
+            Diverged: one of them was not finite and the run is to stop then, or too many were in a row.
+        """
+        while len(self._waiting) > later:
+            self._look_at(self._waiting.popleft())
+
+    def _look_at(self, judged: _Judged) -> None:
+        if not judged.is_bad():
+            self._in_a_row = 0
+            return
+        loss, norm = self._parallel.fetch([judged.loss, judged.grad_norm])
+        values = {"loss": loss, "grad_norm": norm}
+        self._in_a_row += 1
+        if self._stops or self._in_a_row > self._limit:
+            self._waiting.clear()
+            raise Diverged(judged.step, values, "step", self._in_a_row)
+        self.skipped += 1
+        self.say(
+            f"warning: step {judged.step} was left out: {describe(values)}; weights and optimizer are as before it "
+            f"({self._in_a_row} in a row, train.max_skips={self._limit})"
+        )
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """`loss nan, gradient norm inf`: those of the values that are not finite."""
+    names = {"grad_norm": "gradient norm", "val_loss": "validation loss"}
+    return ", ".join(f"{names.get(name, name)} {value}" for name, value in values.items() if not math.isfinite(value))

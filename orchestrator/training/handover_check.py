@@ -1,0 +1,211 @@
+"""The handover check: what a checkpoint's model gives for its reference batch, measured where it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.reference import (
+    DIGEST,
+    MEASURED,
+    PROJECTIONS,
+    Handover,
+    Measurement,
+    Reference,
+    check,
+    read_reference,
+    read_sums,
+    reference_batch,
+    share,
+    signs,
+    to_files,
+)
+from orchestrator.checkpoint.writer import SUM_RANGE, sum_bits
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import TokenStream
+from orchestrator.distributed.exchange import exchange, new_topic
+from orchestrator.errors import NonFiniteError
+from orchestrator.models.loss import IGNORE
+from orchestrator.models.protocol import ShardableModel
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
+
+HANDOVERS = MEASURED  # of a run directory: a list, one entry per start from a checkpoint
+_STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
+
+
+def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
+    """The reference batch of a run: the first sequences of the held-out data (else of the training data), cut short."""
+    settings, train = config.checkpoint.handover, config.train
+    # A save holds the training for as long as it takes to measure.
+    auto = min(_MAX_LENGTH, max(_MIN_LENGTH, train.global_batch_tokens // _STEP_PARTS))
+    length = auto if settings.seq_len == "auto" else settings.seq_len
+    rows = stream.batch(range(min(settings.sequences, len(stream))))
+    return reference_batch(rows, min(length, train.seq_len))
+
+
+def reference_files(
+    model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]
+) -> dict[str, bytes]:
+    """What a checkpoint carries for the check: `batch`, and what `model` gives for it. All ranks call it together.
+
+    Raises:
+        NonFiniteError: its loss or the norm of its gradients is not finite, on all ranks.
+    """
+    measured = measure(model, parallel, batch)
+    if measured.loss is None or measured.grad_norm is None:
+        given = {"loss": measured.loss, "gradient norm": measured.grad_norm}
+        raise NonFiniteError(
+            "the model to be saved gives numbers that are not finite for its reference batch",
+            got=", ".join(f"{name} {value or 'not finite'}" for name, value in given.items()),
+        )
+    first = {name: array[: len(batch["tokens"])] for name, array in measured.digest.items()}
+    return to_files(Reference(batch, replace(measured, digest=first)))
+
+
+def check_handover(
+    checkpoint: Checkpoint,
+    model: ShardableModel,
+    optimizer: torch.optim.Optimizer | None,
+    parallel: ParallelStrategy,
+    here: Mapping[str, Any],
+) -> Handover:
+    """Measure the restored `model` and hold it against `checkpoint`. All ranks call it together.
+
+    Args:
+        optimizer: restored too, or None.
+        here: provenance of this side.
+
+    Raises:
+        CheckpointError: the reference of the checkpoint is damaged, or of a precision without a tolerance.
+    """
+    reference = read_reference(checkpoint)
+    if reference is None:
+        return check(checkpoint, None, None, (), here)
+    measured = measure(model, parallel, reference.batch)
+    found = sum_tensors(parallel.state_shards(model, optimizer), parallel)
+    saved = read_sums(checkpoint)
+    other = sorted(name for name, total in found.items() if name in saved and saved[name] != total)
+    return check(checkpoint, reference, measured, other, here)
+
+
+def sum_tensors(shards: Sequence[Shard], parallel: ParallelStrategy) -> dict[str, int]:
+    """The sum over the bits of each tensor, over all ranks, on all of them. All ranks call it together."""
+    mine: dict[str, int] = {}
+    for shard in shards:
+        if shard.owned:
+            mine[shard.name] = mine.get(shard.name, 0) + sum_bits(shard.data)
+
+    def add(told: list[str]) -> str:
+        totals: dict[str, int] = {}
+        for text in told:
+            for name, part in json.loads(text).items():
+                totals[name] = (totals.get(name, 0) + part) % SUM_RANGE
+        return json.dumps(totals)
+
+    # As text: whole numbers that no reduction rounds.
+    topic = parallel.agree(new_topic())
+    result: dict[str, int] = json.loads(exchange(parallel, topic, json.dumps(mine), add))
+    return result
+
+
+def note(run_dir: Path, entry: Mapping[str, Any]) -> None:
+    """Add a check to the run's list."""
+    path = run_dir / HANDOVERS
+    try:
+        entries = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        entries = []
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(json.dumps([*entries, {**entry, "time": time.time()}], indent=1))
+    os.replace(aside, path)
+
+
+def measure(model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]) -> Measurement:
+    """Loss, gradient norm and digest of the logits for `batch`. All ranks call it together.
+
+    Weights, optimizer and random state stay as they are; gradients must not be waiting, and none are left.
+
+    Args:
+        batch: int64 arrays [rows, length], the same on all ranks.
+    """
+    layout, (rank, shares) = parallel.layout, parallel.data_share
+    length = batch["tokens"].shape[1]
+    mine = share(batch, layout.data_parallel, layout.tensor * layout.context, rank, shares)
+    digests: list[Tensor] = []
+    training = model.training
+    model.eval()
+    placed = parallel.prepare_batch(mine)
+    targets = parallel.sum_over_data((placed["targets"] != IGNORE).sum()).clamp(min=1)
+    whole = torch.as_tensor(mine["targets"]).to(parallel.root_device)
+    with parallel.uncompiled(), _digesting(model, whole, digests), parallel.backward_context(model, last=True):
+        with parallel.forward_context():
+            loss = model(**placed) / targets
+        loss.backward()
+    total, norm = parallel.reduce_and_clip(model, loss.detach(), None)
+    for _, parameter in local_parameters(model):
+        parameter.grad = None
+    gathered = _gather(digests[0], parallel, rank, shares)
+    parallel.finish_step()
+    model.train(training)
+    values = gathered.cpu().numpy()[:, :length]
+    parts = {name: np.ascontiguousarray(values[..., at] / values[..., -1]) for at, name in enumerate(DIGEST)}
+    loss_value, norm_value = (_finite(value) for value in parallel.fetch([total, norm]))
+    return Measurement(loss_value, norm_value, parts)
+
+
+@contextmanager
+def _digesting(model: ShardableModel, targets: Tensor, into: list[Tensor]) -> Iterator[None]:
+    """Within it the head, asked for the loss, digests its logits too: the forward pass is made once."""
+    ops = model.head.ops
+
+    def loss(hidden: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+        value = ops.loss(hidden, weight, wanted)
+        with torch.no_grad():
+            into.append(_digest(ops.logits(hidden.detach(), weight.detach()).float(), targets))
+        return value
+
+    model.head.ops = replace(ops, loss=loss)
+    try:
+        yield
+    finally:
+        model.head.ops = ops
+
+
+def _digest(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B, T, V] and [B, T] to the parts of `DIGEST`, and a one: [B, T, parts + 1]."""
+    size = logits.shape[-1]
+    has = targets != IGNORE
+    at = torch.where(has, targets, 0).unsqueeze(-1)
+    target = torch.where(has, logits.gather(-1, at).squeeze(-1), 0.0)
+    # Products one by one: as a matrix product they would be rounded to bf16 on some hardware.
+    projections = [
+        (logits * torch.from_numpy(signs(number, size)).to(logits.device)).sum(-1) / math.sqrt(size)
+        for number in range(PROJECTIONS)
+    ]
+    return torch.stack((logits.logsumexp(-1), target, *projections, torch.ones_like(target)), -1)
+
+
+def _gather(part: Tensor, parallel: ParallelStrategy, rank: int, shares: int) -> Tensor:
+    """The digests of all shares on all ranks; the ones tell how often each was counted."""
+    rows = part.shape[0]
+    zeros = [torch.zeros_like(part)] * shares
+    zeros[rank] = part
+    assert rows * shares % parallel.layout.data_parallel == 0
+    return parallel.sum_over_data(torch.cat(zeros))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,102 @@
+"""The layout of a run whose degrees are left open: planned where the chip is known, else by a plain rule. No torch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from orchestrator.chips.load import load_catalogue
+from orchestrator.config.schema import LayoutConfig, RunConfig
+from orchestrator.hardware.target import Target
+from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
+from orchestrator.planner.explain import bound, layout_text
+from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
+from orchestrator.planner.spec import Cluster, JobSpec, ModelShape
+from orchestrator.sharding.axes import MESH_AXES
+
+# An automatic vocabulary is known when the data is; for the plan, which all processes make alike, this one will do.
+_NOMINAL_VOCABULARY = 32768
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run takes of a plan.
+
+    Attributes:
+        layout: the configuration's, with its open degrees filled in where they were planned.
+        micro_batch, remat: `train.micro_batch_size` and `train.remat`, filled in likewise.
+        why: one line; empty where nothing was planned.
+    """
+
+    layout: LayoutConfig
+    micro_batch: int | Literal["auto"]
+    remat: Literal["none", "selective", "full"]
+    why: str = ""
+
+
+def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
+    """Plan the degrees that are `auto`, if there is a choice and the chip is in the catalogue.
+
+    With one open degree there is nothing to choose; on an unknown chip, on a CPU and in a rehearsal `resolve_layout`
+    fills them by its rule. The answer depends on the configuration, the chip and the number of devices alone, so
+    every process of a job comes to the same one.
+    """
+    train = config.train
+    kept = Settled(config.layout, train.micro_batch_size, "none" if train.remat == "auto" else train.remat)
+    fixed = {axis: degree for axis in MESH_AXES if (degree := getattr(config.layout, axis)) != "auto"}
+    key = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
+    if len(fixed) > len(MESH_AXES) - 2 or key is None or target.name == "cpu" or config.hardware.simulate:
+        return kept
+    if config.model._target_ is not None:
+        return replace(kept, why="not planned: what a model of your own needs is unknown; the plain rule fills it in")
+    chip = load_catalogue().get(key)
+    chips, rest = divmod(devices, chip.logical_devices_per_chip)
+    slices = target.slices()
+    if rest or chips % slices:
+        return kept
+    space = Space(
+        **fixed,
+        pipeline=1,
+        expert=1,
+        micro_batch=None if train.micro_batch_size == "auto" else train.micro_batch_size,
+        remats=REMATS if train.remat == "auto" else (train.remat,),
+        zeros=(3,),
+        whole=True,
+        even=True,
+        compiled=config.hardware.compile,
+        copies=slices,
+        reduce_gradients=train.reduce_gradients,
+    )
+    precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
+    shape = ModelShape.of(config.model, _NOMINAL_VOCABULARY)
+    job = JobSpec(
+        shape,
+        train.seq_len,
+        0,
+        precision=precision,
+        stack="orchestrator",
+        loss_chunk_tokens=train.loss_chunk_tokens,
+        document_mask=config.data.document_mask,
+        optimizer=optimizer_kind(config.optim),
+    )
+    cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
+    best = _best(job, cluster, train.global_batch_tokens, space)
+    if best is None:
+        return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; the plain rule takes over")
+    plan = best.plan
+    layout = replace(config.layout, **{axis: getattr(plan, axis) for axis in MESH_AXES})
+    why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, cluster)}"
+    assert plan.remat != "offload", "the search has no such choice"
+    return Settled(layout, plan.micro_batch, plan.remat, why)
+
+
+def precision_of(config: RunConfig, target: Target) -> str:
+    """Return the precision of the matrix products: the configured one, else what suits the target's devices."""
+    chosen = config.hardware.precision
+    return target.default_precision(target.probe()) if chosen == "auto" else chosen
+
+
+@functools.lru_cache(maxsize=16)
+def _best(job: JobSpec, cluster: Cluster, batch_tokens: int, space: Space) -> Candidate | None:
+    return search(job, cluster, Batch(batch_tokens), space, domains=space.copies).best

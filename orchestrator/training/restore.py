@@ -1,0 +1,197 @@
+"""Filling a run from a checkpoint, and from an older one where that is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.format import STATE
+from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.run_checkpoints import newest_valid
+from orchestrator.checkpoint.signing import Trust, trust
+from orchestrator.checkpoint.storage import AnyPath
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.stream import Position, TokenStream
+from orchestrator.distributed.exchange import Peers
+from orchestrator.errors import CheckpointError, DamagedError, NonFiniteError
+from orchestrator.models.protocol import ShardableModel
+from orchestrator.observe.bar import Bar
+from orchestrator.runs.messages import warn
+from orchestrator.runs.resume import is_checkpoint
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.diagnosis import find_nonfinite
+
+_NAMED = 4  # tensors that are listed
+
+
+def restore_run(
+    where: AnyPath,
+    config: RunConfig,
+    parallel: ParallelStrategy,
+    model: ShardableModel,
+    optimizer: torch.optim.Optimizer,
+    stream: TokenStream,
+) -> Checkpoint:
+    """Fill model and optimizer from the checkpoint `where`, on whatever layout. All ranks call it together.
+
+    Its hashes are checked while it is read. Where it is damaged, and the user has not named it but a run, the run goes
+    on from the newest one before it that is whole.
+
+    Returns:
+        The checkpoint that it was.
+
+    Raises:
+        CheckpointError: it is of another model, or of other data, where going on would not be the same run.
+        DamagedError, NonFiniteError: it is damaged, or its numbers are not finite, and none before it is whole.
+    """
+    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+    while True:
+        try:
+            checkpoint = _open(where, trusted, parallel)
+            _check_run(checkpoint, config, stream)
+            _fill(checkpoint, config, parallel, model, optimizer)
+            return checkpoint
+        except (DamagedError, NonFiniteError) as error:
+            if config.resume is None or is_checkpoint(config.resume):
+                raise
+            if parallel.rank == 0:
+                warn(f"skipping {where}: {error}")
+        older = ""
+        if parallel.rank == 0:
+            verify = config.checkpoint.verify_on_load
+            older = str(newest_valid(where.parent, verify, warn, trusted, before=where) or "")
+        name = parallel.agree(older.rpartition("/")[2])
+        if not name:
+            raise CheckpointError(
+                "no valid checkpoint was found", got=where.parent, fix="resume another run, or start a new one"
+            )
+        where = where.parent / name
+
+
+def restore_weights(
+    checkpoint: Checkpoint, config: RunConfig, parallel: ParallelStrategy, model: ShardableModel, cast: bool = True
+) -> None:
+    """Fill the model alone from `checkpoint`, on whatever layout. All ranks call it together.
+
+    Args:
+        cast: weights in another format are converted, and no error.
+
+    Raises:
+        CheckpointError: it is of another model, or damaged, or its weights are not finite.
+    """
+    _fill(checkpoint, config, parallel, model, None, cast)
+
+
+def _open(where: AnyPath, trusted: Trust, parallel: ParallelStrategy) -> Checkpoint:
+    """The checkpoint, on all ranks or on none: what one alone cannot read must not leave the others waiting."""
+    problem, checkpoint = None, None
+    try:
+        # Whoever chose it has looked at each file; a thousand processes need not.
+        checkpoint = Checkpoint(where, trusted, look=False)
+        checkpoint.state()
+    except CheckpointError as error:
+        problem = error
+    if parallel.any_raised(problem is not None) or checkpoint is None:
+        what = problem.what if problem else "another process cannot read the checkpoint"
+        raise DamagedError(what, got=problem.got if problem else where) from problem
+    return checkpoint
+
+
+def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
+    """The data and the batch are those of the saved run: a step's batch is a function of its number."""
+    saved: dict[str, Any] = checkpoint.state().get("data", {})
+    if lacking := {"fingerprint", "global_batch_sequences"} - saved.keys():
+        raise CheckpointError(
+            "the state of the checkpoint does not say where in the data it is",
+            got=f"no {', '.join(sorted(lacking))} in {checkpoint.directory / STATE}",
+        )
+    if saved["fingerprint"] != stream.fingerprint and "data" not in config.resume_allow:
+        raise CheckpointError(
+            "the data is not what the checkpoint was trained on, so its position in it means nothing",
+            got=f"fingerprint {stream.fingerprint[:12]}",
+            allowed=f"fingerprint {saved['fingerprint'][:12]}",
+            fix=f"{_other_data(saved.get('facts'), stream)}; or let the run go on with other data, from its beginning: "
+            f"'resume_allow=[data]'; or start a new run from the weights: train.init_from={checkpoint.directory}",
+        )
+    train = config.train
+    # With other sequences the number of them says nothing; the configurations have been held against each other.
+    same_data = saved["fingerprint"] == stream.fingerprint
+    changed = saved["global_batch_sequences"] != train.global_batch_tokens // train.seq_len
+    if same_data and changed and "batch" not in config.resume_allow:
+        tokens = saved["global_batch_sequences"] * train.seq_len
+        raise CheckpointError(
+            "the global batch of a resumed run cannot change: a step's batch is a function of its number",
+            got=f"train.global_batch_tokens={train.global_batch_tokens}",
+            allowed=str(tokens),
+            fix=f"set train.global_batch_tokens={tokens}; or, if that is what you want: 'resume_allow=[batch]'",
+        )
+
+
+def data_position(checkpoint: Checkpoint | None, stream: TokenStream) -> Position:
+    """Return where a run goes on in `stream`: behind what it was trained on, or at the start of other data."""
+    if checkpoint is None:
+        return Position()
+    saved: dict[str, Any] = checkpoint.state()["data"]
+    read = saved.get("next_sequence", checkpoint.step * saved["global_batch_sequences"])
+    same_data = saved["fingerprint"] == stream.fingerprint
+    # Checkpoints of the first version do not count tokens; no key of theirs could change on the way.
+    return Position(checkpoint.step, read if same_data else 0, saved.get("tokens", read * stream.seq_len))
+
+
+# What the order of the data depends on, and the keys that say it.
+_DATA_KEYS = {
+    "version": "the version of orchestrator: it orders data otherwise; go on with the one that saved",
+    "stores": "the content of data.sources, their number or order, or the tokenizer",
+    "weights": "data.sources[...].weight",
+    "seq_len": "train.seq_len",
+    "seed": "seed",
+    "document_mask": "data.document_mask",
+}
+
+
+def _other_data(saved: Any, stream: TokenStream) -> str:
+    """What to change so that the data is that of the saved run."""
+    facts = stream.facts
+    if not isinstance(saved, dict):
+        keys = ", ".join(_DATA_KEYS[key] for key in facts if key in _DATA_KEYS and key != "version")
+        return f"give the same values as the saved run: {keys}"
+    other = [key for key in _DATA_KEYS if saved.get(key) != facts[key]]
+    values = {key: f" (saved {ascii(saved.get(key))[:80]}, now {facts[key]})" for key in other if key != "stores"}
+    return "make it what it was in the saved run: " + "; ".join(_DATA_KEYS[key] + values.get(key, "") for key in other)
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    parallel: ParallelStrategy,
+    model: ShardableModel,
+    optimizer: torch.optim.Optimizer | None,
+    cast: bool = False,
+) -> None:
+    shards = parallel.state_shards(model, optimizer)
+    check: Peers | None = parallel if config.checkpoint.verify_on_load else None
+    ignore = ["optimizer."] if optimizer is None else []
+    with _progress(shards, config, parallel) as progress:
+        read_into(checkpoint, shards, ignore, cast, check, progress)
+    if names := find_nonfinite(shards, parallel):
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        raise NonFiniteError(
+            "tensors of the checkpoint are not finite: the run that saved it had diverged",
+            got=f"{', '.join(names[:_NAMED])}{more} in {checkpoint.directory}",
+            fix="take an earlier checkpoint of that run",
+        )
+    parallel.adopt(model, optimizer, shards)
+
+
+@contextlib.contextmanager
+def _progress(
+    shards: Sequence[Shard], config: RunConfig, parallel: ParallelStrategy
+) -> Iterator[Callable[[int], object]]:
+    total = sum(shard.data.numel() * shard.data.element_size() for shard in shards)
+    with Bar("load", total, shown=config.logger.progress and parallel.rank == 0) as bar:
+        yield bar.add

@@ -1,0 +1,142 @@
+"""The learning rate is a function of the step; the optimizer is complete before its first step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from orchestrator.config.schema import AdamWConfig, ScheduleConfig
+from orchestrator.optim.schedule import learning_rate
+from orchestrator.training.optimizer_setup import build_optimizer
+
+PEAK = 2.0
+KINDS = ("cosine", "wsd", "linear", "constant")
+
+
+def _rates(max_steps: int, **schedule) -> list[float]:
+    """Of every step, and one beyond the end."""
+    config = ScheduleConfig(**schedule)
+    return [learning_rate(step, max_steps, PEAK, config) for step in range(max_steps + 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warm_up_is_linear_and_starts_above_zero(kind):
+    rates = _rates(100, kind=kind, warmup_steps=4)
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_warm_up_the_first_step_is_at_the_peak(kind):
+    assert _rates(10, kind=kind, warmup_steps=0)[0] == PEAK
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear"])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
+def test_it_ends_at_the_least_rate_and_stays_there(kind, ratio):
+    schedule = ScheduleConfig(kind=kind, warmup_steps=3, min_lr_ratio=ratio)
+    for step in (50, 51, 500):
+        assert learning_rate(step, 50, PEAK, schedule) == pytest.approx(ratio * PEAK, abs=1e-12)
+
+
+def test_values_on_the_way():
+    cosine = _rates(110, kind="cosine", warmup_steps=10, min_lr_ratio=0.1)
+    assert cosine[60] == pytest.approx(PEAK * (0.1 + 0.9 * 0.5))
+    assert cosine[35] == pytest.approx(PEAK * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
+    linear = _rates(110, kind="linear", warmup_steps=10, min_lr_ratio=0.0)
+    assert linear[60] == pytest.approx(PEAK / 2)
+    wsd = _rates(100, kind="wsd", warmup_steps=10, min_lr_ratio=0.0, decay_fraction=0.2)
+    assert wsd[10:81] == [PEAK] * 71
+    assert wsd[90] == pytest.approx(PEAK / 2)
+    assert _rates(100, kind="constant", warmup_steps=0) == [PEAK] * 101
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 200),
+    st.integers(0, 250),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(1e-6, 1),
+)
+def test_up_then_down_and_never_outside(kind, max_steps, warmup, ratio, decay, peak):
+    schedule = ScheduleConfig(kind, warmup, ratio, decay)
+    rates = [learning_rate(step, max_steps, peak, schedule) for step in range(max_steps)]
+    rising, falling = rates[:warmup], rates[warmup:]
+    assert rising == sorted(rising)
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(falling))
+    assert all(0 < rate <= peak * (1 + 1e-9) for rate in rising)
+    assert all(ratio * peak * (1 - 1e-9) <= rate <= peak * (1 + 1e-9) for rate in falling)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
+
+
+def test_vectors_do_not_decay(model):
+    matrices, vectors = build_optimizer(model, AdamWConfig(weight_decay=0.3), torch.device("cpu")).param_groups
+    assert {id(p) for p in matrices["params"]} == {id(model[0].weight), id(model[2].weight)}
+    assert {id(p) for p in vectors["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+
+
+def test_a_group_without_parameters_is_left_out():
+    (group,) = build_optimizer(nn.Linear(2, 2, bias=False), AdamWConfig(), torch.device("cpu")).param_groups
+    assert group["weight_decay"] == AdamWConfig().weight_decay
+
+
+def test_frozen_parameters_are_not_optimized(model):
+    model[0].weight.requires_grad_(False)
+    optimizer = build_optimizer(model, AdamWConfig(), torch.device("cpu"))
+    assert model[0].weight not in optimizer.state
+    assert len(optimizer.param_groups[0]["params"]) == 1
+
+
+def test_settings_reach_the_optimizer(model):
+    config = replace(AdamWConfig(), lr=0.5, betas=(0.8, 0.99), eps=1e-6)
+    for group in build_optimizer(model, config, torch.device("cpu")).param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.99), 1e-6)
+
+
+def test_state_is_allocated_and_zero(model):
+    optimizer = build_optimizer(model, AdamWConfig(), torch.device("cpu"))
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert state["step"] == 0
+        assert state["step"].shape == ()
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
+
+
+def test_allocated_state_changes_no_step(model):
+    """The same steps, to the bit, as of an optimizer that allocates its state itself."""
+    import copy
+
+    twin = copy.deepcopy(model)
+    ours = build_optimizer(model, AdamWConfig(lr=0.01), torch.device("cpu"))
+    decay = [p for p in twin.parameters() if p.dim() >= 2]
+    rest = [p for p in twin.parameters() if p.dim() < 2]
+    theirs = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        batch = torch.randn(5, 4, generator=generator)
+        for net, optimizer in ((model, ours), (twin, theirs)):
+            net(batch).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
