@@ -139,9 +139,10 @@ def test_the_documentation_is_built_in_an_environment_without_the_product(checko
 
 def test_test_runs_the_second_suite_only_when_asked(checkout):
     light = [line for line in call(checkout, "test", "-x") if "pytest" in line]
-    assert light == [".venv/python -m pytest -x"]
+    side = "--numprocesses 2 --dist loadfile"
+    assert light == [f".venv/python -m pytest {side} -x"]
     both = [line for line in call(checkout, "test", "--all", "-x") if "pytest" in line]
-    assert both == [".venv/python -m pytest -x", ".venv-xla/python -m pytest tests/xla -x"]
+    assert both == [f".venv/python -m pytest {side} -x", f".venv-xla/python -m pytest {side} tests/xla -x"]
 
 
 def test_bench_runs_each_in_its_environment(checkout):

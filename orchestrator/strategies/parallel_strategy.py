@@ -236,7 +236,7 @@ class ParallelStrategy(Strategy):
         return self.world.local_rank
 
     def setup(self, trainer: Any) -> None:
-        # The model is placed and the optimizer built before the trainer exists: see train/build.py.
+        # The model is placed and the optimizer built before the trainer exists: see training/job.py.
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.setup_optimizers(trainer)

@@ -54,7 +54,7 @@ from orchestrator.training.restore import data_position, restore_run, restore_we
 
 @dataclass
 class Job:
-    """A run, built: what `train.run` drives."""
+    """A run, built: what `launch.run` drives."""
 
     trainer: lightning.Trainer
     module: LanguageModule

@@ -135,7 +135,7 @@ def test_any_write_or_flush_that_fails(tmp_path, monkeypatch, operation):
 
 HOLD = """
 import sys, pathlib
-from orchestrator.train import rundir
+from orchestrator.runs import run_directory
 held = run_directory.hold(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

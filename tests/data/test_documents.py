@@ -316,7 +316,7 @@ def test_zstd_with_a_large_window_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_long_rows_are_refused_before_they_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("base", "streams", "jsonrows", "delimited"):
+    for module in ("reading", "streams", "jsonrows", "delimited"):
         monkeypatch.setattr(f"orchestrator.data.formats.{module}.MAX_ROW_BYTES", 3 << 20)
     long = "x" * (5 << 20)
     contents = {

@@ -19,7 +19,7 @@ from orchestrator.runs.record import Record
 HOLD = """
 import sys
 from pathlib import Path
-from orchestrator.train import rundir
+from orchestrator.runs import run_directory
 held = run_directory.lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

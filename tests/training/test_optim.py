@@ -66,7 +66,7 @@ def test_values_on_the_way():
     st.floats(1e-6, 1),
 )
 def test_up_then_down_and_never_outside(kind, max_steps, warmup, ratio, decay, peak):
-    schedule = ScheduleConfig(kind, warmup, ratio, decay)
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, min_lr_ratio=ratio, decay_fraction=decay)
     rates = [learning_rate(step, max_steps, peak, schedule) for step in range(max_steps)]
     rising, falling = rates[:warmup], rates[warmup:]
     assert rising == sorted(rising)
