@@ -4,8 +4,7 @@ Unlike `memory`, which stands for any software, this follows one program, moment
 activations are alive and the logits are added; the backward pass of the last layer, of the first one, and of the
 embedding; the optimizer. The fullest is the answer. `scripts/validate_planner_product` checks it against traces of
 the real step (`rehearsal/memory_trace.py`). `tokens` are those of one micro-batch on this device; `split` of them are
-left where
-sequence parallelism cuts the residual stream; widths are this device's share of the tensor axis.
+left where sequence parallelism cuts the residual stream; widths are this device's share of the tensor axis.
 """
 
 from __future__ import annotations
