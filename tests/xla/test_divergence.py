@@ -15,6 +15,7 @@ import torch
 from orchestrator.config.compose import compose
 from orchestrator.distributed.world import World
 from orchestrator.errors import DIVERGED
+from orchestrator.output import printing
 from tests.lab.poison import left_out, poisoned
 from tests.lab.runs import checkpoint, small_overrides
 from tests.lab.tensors import read_all
@@ -65,6 +66,7 @@ def main(about: dict[str, Any], words: list[str]) -> int:
     with ExitStack() as faults:
         fault = poisoned(about["steps"], 1, "forward") if about["poison"] else left_out(about["steps"])
         faults.enter_context(fault)
+        faults.enter_context(printing())
         place = RunPaths(run_dir, run_dir / "checkpoints", None)
         return work(compose(words).config, World(), lambda parallel: place)
 
