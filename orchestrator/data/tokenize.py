@@ -101,7 +101,8 @@ class Tokenizer:
         """The same vocabulary with other documents."""
         result = copy.copy(self)
         result.__dict__.pop("fingerprint", None)
-        result._backend = copy.deepcopy(self._backend)
+        # The library does not read back all that it has read once, so a copy is loaded like a file.
+        result._backend = _load_backend(self._backend.to_str())
         result._set(eos_token or self.eos_token, documents)
         return result
 

@@ -217,6 +217,17 @@ def test_a_damaged_tokenizer_is_one_error(tmp_path: Path, what: str, alone: bool
         load_tokenizer(folder, AUTO)
 
 
+def test_a_tokenizer_that_cannot_be_copied_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library reads some files once and not what it makes of them."""
+    tokenizer = load_tokenizer(lab.make(tmp_path / "given", "qwen"))
+    written = json.loads(tokenizer._backend.to_str())
+    written["model"]["merges"].append(["zz", "yy"])
+    copied = type("Once", (), {"to_str": lambda self: json.dumps(written)})()
+    monkeypatch.setattr(tokenizer, "_backend", copied)
+    with pytest.raises(DataError, match="not a tokenizer that can be read"):
+        tokenizer.with_documents(tokenizer.documents)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[1]", "{", "\ud800"], ids=len)
 def test_deep_and_broken_json_is_one_error(tmp_path: Path, name: str, content: str) -> None:
