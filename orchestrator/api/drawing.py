@@ -18,7 +18,7 @@ def check_drawing(
     repetition_penalty: float,
     seed: int,
 ) -> list[ConfigError]:
-    """Return what is wrong with the settings, all at once; `models.generate.Sampling` says what they mean."""
+    """Return what is wrong with the settings, all at once; `inference.sampling.Sampling` says what they mean."""
     ranges: list[tuple[str, object, bool, str]] = [
         ("tokens", tokens, tokens >= 1, "1 or more"),
         ("samples", samples, samples >= 1, "1 or more"),

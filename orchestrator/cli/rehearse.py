@@ -1,6 +1,6 @@
 """`python -m orchestrator rehearse`: whether a run fits a TPU, by Google's own compiler and without a TPU.
 
-The optimizer step of the run is written down by a process with torch_xla (`train.rehearsal`) and compiled by another
+The optimizer step of the run is written down by a process with torch_xla (`rehearsal.stage`) and compiled by another
 one with libtpu (`launch.tpu_compiler`). Nothing is executed and no weight is allocated.
 """
 

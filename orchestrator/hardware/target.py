@@ -3,7 +3,7 @@
 A target knows one vendor's devices: whether they are here, which precision they are good at, which
 environment a worker needs, and where a rank's device and its memory counters are. It knows nothing about
 sharding; strategies ask it. Adding one: a module with a subclass of `Target`, a line in
-`hardware.registry.TARGETS`, and `conf/hardware/<name>.yaml`.
+`hardware.target_table.TARGETS`, and `conf/hardware/<name>.yaml`.
 """
 
 from __future__ import annotations

@@ -108,15 +108,6 @@ class Outcome:
     last_lines: tuple[str, ...] = ()
 
 
-def start(composed: Composed) -> int:
-    """Train as the command line says, and print what its processes print. Returns the exit code.
-
-    Raises:
-        UserError: what is wrong, before anything was started or written.
-    """
-    return launch(composed).code
-
-
 def launch(composed: Composed, captured: bool = False) -> Outcome:
     """Train as `composed` says, in processes of this machine or as one of those that an engine has started.
 

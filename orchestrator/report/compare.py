@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.errors import printable
 from orchestrator.report.run_data import RunData, headline, read_run_data
-from orchestrator.report.run_text import duration, fixed, short, value, whole
+from orchestrator.report.run_text import aligned, duration, fixed, flatten, short, value, whole
 
 _OF_A_START = ("resume", "resume_allow", "run_id")  # keys that say how a run was started, and not what it is
 UNKNOWN, ABSENT = "unknown", "-"
@@ -31,7 +31,7 @@ class Compared:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Headline figures as `report_data.headline`, with `best_loss` and `best_val_loss`."""
+        """Headline figures as `run_data.headline`, with `best_loss` and `best_val_loss`."""
         losses = [value for _, value in self.data.series("loss")]
         held_out = [value for _, value in self.data.series("val_loss", self.data.evals)]
         best = {"best_loss": min(losses, default=None), "best_val_loss": min(held_out, default=None)}
@@ -49,19 +49,6 @@ def read_compared(directories: Sequence[Path], configs: Sequence[Mapping[str, An
     for label, directory, config in zip(_labels(directories), directories, configs, strict=True):
         runs.append(Compared(label, read_run_data(directory), flatten(config)))
     return runs
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings, and lists of them, as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, item in values.items():
-        if isinstance(item, list) and item and all(isinstance(part, Mapping) for part in item):
-            item = {str(number): part for number, part in enumerate(item)}
-        if isinstance(item, Mapping) and item:
-            found |= flatten(item, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = item
-    return found
 
 
 def differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
@@ -90,21 +77,12 @@ def rows(runs: Sequence[Compared]) -> list[list[str]]:
 def compare_text(runs: Sequence[Compared]) -> str:
     """Return both tables for a terminal."""
     changed = differences(runs)
-    parts = [_aligned([list(COLUMNS), *rows(runs)])]
+    parts = [aligned([list(COLUMNS), *rows(runs)])]
     if changed:
-        parts.append(
-            _aligned([["configuration", *(run.label for run in runs)], *([k, *v] for k, v in changed.items())])
-        )
+        parts.append(aligned([["configuration", *(run.label for run in runs)], *([k, *v] for k, v in changed.items())]))
     else:
         parts.append("their configurations are the same")
     return printable("\n\n".join(parts))
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:

@@ -13,6 +13,7 @@ from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.portfolio import Portfolio
 from orchestrator.planner.search import Candidate
 from orchestrator.planner.spec import MemoryEstimate
+from orchestrator.report.run_text import aligned
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication", "overhead")
 _BAR, _WIDTH = 44, 118
@@ -71,7 +72,7 @@ class PlanText:
             cells = [str(plan.figures[key]).removesuffix(" tokens/s") for key in keys]
             rows.append(("*" if any(plan is other for other in best) else "", plan.fleet.label, *cells))
         note = f"by {objective}; * no other fleet is both faster and cheaper; ~ built on an estimate; ≥ at least"
-        return f"{_aligned(rows)}\n{note}"
+        return f"{aligned(rows)}\n{note}"
 
     def fleet(self, plan: FleetPlan) -> str:
         """One fleet: layout, memory, time, failures, money."""
@@ -90,7 +91,7 @@ class PlanText:
             rows.append((job, plan.fleet.label, *cells))
         rows.append(("all", "", str(portfolio.days), str(portfolio.cost), str(portfolio.energy), ""))
         how = "all assignments compared" if portfolio.exact else "longest first, then improved: need not be the best"
-        lines = [_aligned(rows), f"by {objective}; jobs of a fleet run one after the other; {how}"]
+        lines = [aligned(rows), f"by {objective}; jobs of a fleet run one after the other; {how}"]
         lines += [f"{job} fits none of the fleets" for job in portfolio.impossible]
         return self._clean("\n".join(lines))
 
@@ -216,10 +217,3 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> list[str]:
         head = f"  {name:<10} "
         lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
     return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

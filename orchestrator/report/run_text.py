@@ -12,17 +12,28 @@ from orchestrator.report.run_data import number
 from orchestrator.report.svg import format_number
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys; the mappings of a list by their number."""
-    found: dict[str, str] = {}
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings, and lists of them by their numbers, as dotted keys; an empty mapping keeps its key."""
+    found: dict[str, Any] = {}
     for key, item in values.items():
         if isinstance(item, list) and item and all(isinstance(part, Mapping) for part in item):
             item = {str(number): part for number, part in enumerate(item)}
-        if isinstance(item, Mapping):
-            found |= flat(item, f"{prefix}{key}.")
+        if isinstance(item, Mapping) and item:
+            found |= flatten(item, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value(item)
+            found[f"{prefix}{key}"] = item
     return found
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return nested mappings as dotted keys, with their values as people read them."""
+    return {key: value(item) for key, item in flatten(values).items() if not isinstance(item, Mapping)}
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines whose columns are as wide as their widest cell."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def value(item: Any) -> str:

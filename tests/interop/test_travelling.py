@@ -24,7 +24,7 @@ from orchestrator.hardware.target_table import resolve
 from orchestrator.inference.generator import Continuation, Sampling, Writer
 from orchestrator.interop.exporting import export_hf
 from orchestrator.interop.importing import import_weights
-from orchestrator.launch.start import start
+from orchestrator.launch.start import launch
 from orchestrator.runs import init_from, resume
 from orchestrator.runs.stored_model import files_of, tokenizer_of
 from tests.lab import tokenizers as lab
@@ -169,7 +169,7 @@ def test_a_store_that_was_prepared_otherwise_than_the_model_wants(tmp_path: Path
     store = build_store([corpus], tmp_path / "store", config, progress=False)
     overrides.append(f"data.sources=[{{path:'{store.path}',weight:1}}]")
     with pytest.raises(DataError, match=r"prepared otherwise than asked for[\s\S]*data\.tokenizer\.bos=false"):
-        start(compose(overrides))
+        launch(compose(overrides))
     settled_now = settled(*overrides, "data.tokenizer.bos=false")
     said: list[str] = []
     init_from.check_tokenizer(settled_now, store.tokenizer, said.append)

@@ -17,7 +17,7 @@ from orchestrator.data.tokenize import load_tokenizer
 from orchestrator.errors import CheckpointError, ConfigErrors, UserError
 from orchestrator.interop.exporting import export_hf
 from orchestrator.interop.importing import import_weights
-from orchestrator.launch.start import start
+from orchestrator.launch.start import launch
 from orchestrator.runs import init_from
 from tests.lab import cli
 from tests.lab.models import model_config, random_model, save_model, small_tokenizer, tokenizer_files
@@ -83,27 +83,27 @@ def test_a_run_is_a_source_too(tmp_path):
 def test_what_does_not_fit_is_said_before_anything_starts(tmp_path):
     found = imported(tmp_path)
     with pytest.raises(ConfigErrors, match=r"train\.seq_len=128"):
-        start(compose(words(tmp_path, f"train.init_from={found}", "train.seq_len=128")))
+        launch(compose(words(tmp_path, f"train.init_from={found}", "train.seq_len=128")))
     with pytest.raises(CheckpointError, match="no checkpoint was found here"):
-        start(compose(words(tmp_path, f"train.init_from={tmp_path / 'nowhere'}")))
+        launch(compose(words(tmp_path, f"train.init_from={tmp_path / 'nowhere'}")))
     with pytest.raises(CheckpointError, match="another tokenizer") as caught:
-        start(compose(words(tmp_path, f"train.init_from={found}", "data.tokenizer.kind=bytes")))
+        launch(compose(words(tmp_path, f"train.init_from={found}", "data.tokenizer.kind=bytes")))
     assert "data prepare tokenizer=" in str(caught.value)
     with pytest.raises(CheckpointError, match="weights alone") as caught:
-        start(compose(words(tmp_path, f"resume={found}")))
+        launch(compose(words(tmp_path, f"resume={found}")))
     assert f"train.init_from={found}" in str(caught.value)
     with pytest.raises(UserError, match="a resumed run has its weights"):
-        start(compose(words(tmp_path, "resume=latest", f"train.init_from={found}")))
+        launch(compose(words(tmp_path, "resume=latest", f"train.init_from={found}")))
     _flip(found / "config.yaml")
     with pytest.raises(CheckpointError, match="damaged"):
-        start(compose(words(tmp_path, f"train.init_from={found}")))
+        launch(compose(words(tmp_path, f"train.init_from={found}")))
     assert not (tmp_path / "runs").exists()
 
 
 def test_damaged_weights_are_not_trained_from(tmp_path, capfd):
     found = imported(tmp_path)
     _flip(found / "rank-00000.safetensors")
-    assert start(compose(words(tmp_path, f"train.init_from={found}"))) == UserError.exit_code
+    assert launch(compose(words(tmp_path, f"train.init_from={found}"))).code == UserError.exit_code
     assert "the checkpoint is damaged: rank-00000.safetensors" in capfd.readouterr().err
 
 
