@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator.planner.evidence.accuracy import Checked, Errors, check, errors, picks, verdicts
-from orchestrator.planner.evidence.published import LeftOut, held_out_families, shipped
+from orchestrator.planner.evidence.published import LeftOutRun, held_out_families, shipped
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "planner" / "data"
@@ -107,7 +107,7 @@ def far_off(checked: Sequence[Checked]) -> list[str]:
     return lines
 
 
-def excluded(left_out: Sequence[LeftOut]) -> list[str]:
+def excluded(left_out: Sequence[LeftOutRun]) -> list[str]:
     counted = Counter(item.reason for item in left_out)
     return [f"- {count} runs: {reason}" for reason, count in counted.most_common()]
 

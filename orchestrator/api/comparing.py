@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.api.runs import Run, Table, load_run
 from orchestrator.config.compose import read_plain
 from orchestrator.errors import ConfigError, UserError
-from orchestrator.report.compare import Compared, compare_text, differences, read_compared
+from orchestrator.report.comparison import Compared, compare_text, differences, read_compared
 from orchestrator.runs import run_directory
 
 

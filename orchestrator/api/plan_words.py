@@ -15,7 +15,7 @@ from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.planner.estimate.goodput import FailureOptions
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets, split_fleets
-from orchestrator.planner.plan import Request
+from orchestrator.planner.job_plan import Request
 from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.quantity import Value, given
 from orchestrator.planner.search import Space

@@ -13,7 +13,7 @@ from orchestrator.chips.load import load_catalogue
 from orchestrator.config.options import parse_options
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.planner.estimate.work import parameters
-from orchestrator.planner.plan import FleetPlan, Request, plan_fleet, rank
+from orchestrator.planner.job_plan import FleetPlan, Request, plan_fleet, rank
 from orchestrator.planner.plan_data import as_data
 from orchestrator.planner.quantity import write
 from orchestrator.report.plan_text import PlanText

@@ -17,7 +17,7 @@ from orchestrator.data.prepare import prepare
 from orchestrator.errors import UserError
 from orchestrator.hardware.target_table import get_target, resolve
 from orchestrator.installing import importable
-from orchestrator.rehearsal.tpu_compiler import Topology, Verdict, compile_program, count_devices
+from orchestrator.rehearsal.tpu_compiler import CompileTopology, Verdict, compile_program, count_devices
 from orchestrator.runs import run_directory
 from orchestrator.runs.init_from import settle
 from orchestrator.runs.messages import warn
@@ -69,7 +69,7 @@ def rehearse_config(config: RunConfig, topology: str, timeout_seconds: float) ->
     Raises:
         UserError: what of the configuration, the topology or the environments is wrong.
     """
-    slices = Topology.parse(topology).slices
+    slices = CompileTopology.parse(topology).slices
     devices = count_devices(topology)
     precision = "bf16" if config.hardware.precision == "auto" else config.hardware.precision
     hardware = replace(config.hardware, target="tpu", simulate=devices, devices="auto", precision=precision)

@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.checkpoint.writer import Contents, begin, write
-from orchestrator.distributed.exchange import Peers
+from orchestrator.distributed.exchange import Coordinator
 from orchestrator.errors import CheckpointError, SaveError
 from orchestrator.sharding.shard import Shard
 
@@ -20,7 +20,7 @@ class Saver:
 
     Args:
         parent: of the checkpoints.
-        peers: the other ranks; all of them call the same methods at the same steps.
+        coordinator: the other ranks; all of them call the same methods at the same steps.
         asynchronous: return from `save` when the shards are copied, and write in a thread.
         committed: called on rank 0 with each checkpoint's directory, once it counts, by the thread that wrote it.
     """
@@ -28,11 +28,11 @@ class Saver:
     def __init__(
         self,
         parent: AnyPath,
-        peers: Peers,
+        coordinator: Coordinator,
         asynchronous: bool,
         committed: Callable[[AnyPath], object] = lambda path: None,
     ):
-        self._parent, self._peers, self._asynchronous, self._committed = parent, peers, asynchronous, committed
+        self._parent, self._peers, self._asynchronous, self._committed = parent, coordinator, asynchronous, committed
         self._thread: threading.Thread | None = None
         self._result: AnyPath | Exception | None = None
         self._copies: list[torch.Tensor] = []

@@ -75,7 +75,7 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """A piece where it lies: `piece.bytes` of `file` from `start` on."""
 
     file: str
@@ -141,11 +141,11 @@ class Checkpoint:
     def step(self) -> int:
         return self.manifest.step
 
-    def places(self) -> Iterator[Place]:
+    def places(self) -> Iterator[ByteRange]:
         """Every piece of every file, in the order of the manifest."""
         for name, file in self.manifest.files.items():
             for offset, piece in file.ranges():
-                yield Place(name, offset, piece)
+                yield ByteRange(name, offset, piece)
 
     def state(self) -> dict[str, Any]:
         """What travelled along: step, data position, provenance."""
@@ -225,11 +225,11 @@ class Checkpoint:
             raise damaged_error(self.directory, [one.file for one in found], [str(one) for one in found])
 
     def damage(
-        self, progress: Callable[[int], object] = lambda done: None, places: Iterable[Place] | None = None
+        self, progress: Callable[[int], object] = lambda done: None, places: Iterable[ByteRange] | None = None
     ) -> Iterator[Damage]:
         """What `verify` finds, piece by piece, in the order of the manifest, or of `places`."""
 
-        def check(place: Place) -> Damage | None:
+        def check(place: ByteRange) -> Damage | None:
             reason = _compare(self.directory / place.file, place, self.manifest.hash, progress)
             return self.damage_at(place, reason) if reason else None
 
@@ -244,7 +244,7 @@ class Checkpoint:
                 if found:
                     yield found
 
-    def damage_at(self, place: Place, reason: str = _NO_MATCH) -> Damage:
+    def damage_at(self, place: ByteRange, reason: str = _NO_MATCH) -> Damage:
         """A damaged piece, with the tensors that lie in it."""
         return Damage(
             place.file, place.start, place.stop, self._tensors_at(place.file, place.start, place.stop), reason
@@ -284,7 +284,7 @@ def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]
     )
 
 
-def _compare(path: AnyPath, place: Place, algorithm: str, progress: Callable[[int], object]) -> str:
+def _compare(path: AnyPath, place: ByteRange, algorithm: str, progress: Callable[[int], object]) -> str:
     """What is wrong with a piece; nothing where it is as it was written."""
     digest, offset, left = new_hash(algorithm), place.start, place.piece.bytes
 

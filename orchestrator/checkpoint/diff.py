@@ -46,7 +46,7 @@ class Mismatched:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifferences:
     """What two checkpoints do not have in common.
 
     Attributes:
@@ -77,7 +77,7 @@ def common_elements(first: Checkpoint, second: Checkpoint, prefix: str = "") -> 
 
 def compare(
     first: Checkpoint, second: Checkpoint, prefix: str = "", progress: Callable[[int], object] = lambda done: None
-) -> Difference:
+) -> TensorDifferences:
     """Compare two checkpoints, whatever layouts wrote them.
 
     Args:
@@ -98,7 +98,7 @@ def compare(
     readers = Reader(first), Reader(second)
     bad: tuple[list[str], list[str]] = ([], [])
     found = [_compare_tensor(readers, name, ours[name].shape, progress, bad) for name in comparable]
-    return Difference(
+    return TensorDifferences(
         tuple(sorted(names[0] - names[1])),
         tuple(sorted(names[1] - names[0])),
         tuple(mismatched),

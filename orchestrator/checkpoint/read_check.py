@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.checkpoint.checkpoint import Checkpoint, Damage, damaged_error
-from orchestrator.distributed.exchange import Peers, exchange, new_topic
+from orchestrator.distributed.exchange import Coordinator, exchange, new_topic
 from orchestrator.errors import CheckpointError, DamagedError
 
 _TOLD_LINES = 100
@@ -58,7 +58,9 @@ class Checks:
             self._damage.append(self._checkpoint.damage_at(place))
         self._seen[number] = True
 
-    def conclude(self, peers: Peers, problem: CheckpointError | None, progress: Callable[[int], object]) -> None:
+    def conclude(
+        self, coordinator: Coordinator, problem: CheckpointError | None, progress: Callable[[int], object]
+    ) -> None:
         """See to it that each piece is checked by somebody. All ranks call it together, and all end the same way.
 
         Args:
@@ -69,31 +71,31 @@ class Checks:
             DamagedError: somebody found damage.
             CheckpointError: somebody has a problem.
         """
-        topic = peers.agree(new_topic())
+        topic = coordinator.broadcast(new_topic())
         told = {"problem": _describe(problem), "seen": np.packbits(self._seen).tobytes().hex()}
-        answer = _exchange(peers, topic, told, _together)
+        answer = _exchange(coordinator, topic, told, _together)
         if answer["problem"]:
             # Of one kind everywhere: after damage all go on to another checkpoint, or none.
             same = problem is not None and isinstance(problem, DamagedError) == answer["problem"]["damaged"]
             raise (problem if same else None) or _problem(answer["problem"])
         seen = np.unpackbits(_bits(answer["seen"]), count=len(self._places))
         left = [self._places[index] for index in np.flatnonzero(seen == 0)]
-        self._damage.extend(self._checkpoint.damage(progress, left[peers.rank :: peers.size]))
+        self._damage.extend(self._checkpoint.damage(progress, left[coordinator.rank :: coordinator.size]))
         lines = [(one.file, one.start, str(one)) for one in self._damage[:_TOLD_LINES]]
         found = _exchange(
-            peers, f"{topic}/damage", lines, lambda parts: sorted(line for part in parts for line in part)
+            coordinator, f"{topic}/damage", lines, lambda parts: sorted(line for part in parts for line in part)
         )
         if found:
             files, _, texts = zip(*found, strict=True)
             raise damaged_error(self._checkpoint.directory, files, texts)
 
 
-def _exchange(peers: Peers, topic: str, mine: Any, merge: Callable[[list[Any]], Any]) -> Any:
+def _exchange(coordinator: Coordinator, topic: str, mine: Any, merge: Callable[[list[Any]], Any]) -> Any:
     def merged(texts: list[str]) -> str:
         return json.dumps(merge([json.loads(text) for text in texts]))
 
     try:
-        return json.loads(exchange(peers, topic, json.dumps(mine), merged))
+        return json.loads(exchange(coordinator, topic, json.dumps(mine), merged))
     except TimeoutError as late:
         raise CheckpointError(f"the checkpoint could not be read together: {late}") from None
 

@@ -23,7 +23,7 @@ from orchestrator.checkpoint.read_check import Checks
 from orchestrator.checkpoint.storage import PIECE_BYTES
 from orchestrator.checkpoint.tensorfile import TensorFile
 from orchestrator.checkpoint.writer import DTYPE_NAMES
-from orchestrator.distributed.exchange import Peers
+from orchestrator.distributed.exchange import Coordinator
 from orchestrator.errors import CheckpointError, DamagedError
 from orchestrator.sharding.shard import Shard
 
@@ -194,7 +194,7 @@ def read_into(
     shards: Sequence[Shard],
     ignore: Iterable[str] = (),
     cast: bool = False,
-    check: Peers | None = None,
+    check: Coordinator | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
     """Fill `shards` from the stored tensors.

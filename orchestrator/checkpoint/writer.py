@@ -44,7 +44,7 @@ from orchestrator.checkpoint.storage import (
     there,
     write_file,
 )
-from orchestrator.distributed.exchange import SAID_NOTHING, Peers, exchange, new_topic
+from orchestrator.distributed.exchange import SAID_NOTHING, Coordinator, exchange, new_topic
 from orchestrator.errors import CheckpointError, NonFiniteError, SaveError
 from orchestrator.sharding.shard import Shard
 
@@ -88,7 +88,7 @@ class Contents:
     hash: str = "sha256"
 
 
-def save(parent: AnyPath, step: int, shards: Sequence[Shard], peers: Peers, contents: Contents) -> AnyPath:
+def save(parent: AnyPath, step: int, shards: Sequence[Shard], coordinator: Coordinator, contents: Contents) -> AnyPath:
     """Write the checkpoint of `step` below `parent`. All ranks call it together.
 
     Args:
@@ -101,7 +101,7 @@ def save(parent: AnyPath, step: int, shards: Sequence[Shard], peers: Peers, cont
         SaveError: a rank could not write; nothing was committed and the partial files are gone.
         NonFiniteError: a tensor holds NaN or infinity; the same.
     """
-    return write(begin(parent, step, peers), step, shards, peers, contents)
+    return write(begin(parent, step, coordinator), step, shards, coordinator, contents)
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,17 @@ class Begun:
     problem: str = ""
 
 
-def begin(parent: AnyPath, step: int, peers: Peers) -> Begun:
+def begin(parent: AnyPath, step: int, coordinator: Coordinator) -> Begun:
     """Agree on a directory for `step`. All ranks call it together; nobody raises, so that nobody is left waiting."""
     name, problem, error = f"step-{step:08d}", "", None
-    if peers.rank == 0:
+    if coordinator.rank == 0:
         name, error = _attempt(lambda: _free_directory(parent, step).name, name)
         problem = _reason(error) if error else ""
-    name, problem, topic = json.loads(peers.agree(json.dumps([name, problem, new_topic()])))
+    name, problem, topic = json.loads(coordinator.broadcast(json.dumps([name, problem, new_topic()])))
     return Begun(parent / name, topic, problem)
 
 
-def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, contents: Contents) -> AnyPath:
+def write(begun: Begun, step: int, shards: Sequence[Shard], coordinator: Coordinator, contents: Contents) -> AnyPath:
     """Write this rank's part; rank 0 commits when all have. Waits for the others by `post` and `look` alone.
 
     Raises:
@@ -143,12 +143,12 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], peers: Peers, conten
         return found
 
     if not problem:
-        _, error = _attempt(lambda: _write_rank(directory, peers.rank, shards, contents.hash), None)
+        _, error = _attempt(lambda: _write_rank(directory, coordinator.rank, shards, contents.hash), None)
         try:
-            problem = exchange(peers, begun.topic, _reason(error) if error else "", commit)
+            problem = exchange(coordinator, begun.topic, _reason(error) if error else "", commit)
         except TimeoutError as late:
             problem = str(late)
-            if peers.rank == 0:
+            if coordinator.rank == 0:
                 _attempt(lambda: remove_tree(directory), None)
     if problem.startswith(_NOT_FINITE):
         raise NonFiniteError(

@@ -36,7 +36,7 @@ _SHOWN = 20  # damaged ranges, or contradictions, that are printed
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectCheckpointOptions:
     """Options of `checkpoint inspect`."""
 
     path: str = option(help=_PATH_HELP)
@@ -138,7 +138,7 @@ def _help() -> str:
     )
 
 
-def _inspect(options: InspectOptions) -> int:
+def _inspect(options: InspectCheckpointOptions) -> int:
     from orchestrator.checkpoint.summary import facts
     from orchestrator.runs.run_directory import read_history
 
@@ -300,7 +300,9 @@ class _Subverb:
 
 
 _SUBVERBS = {
-    "inspect": _Subverb("step, provenance, tensors and data position", InspectOptions, _inspect, "latest tensors=true"),
+    "inspect": _Subverb(
+        "step, provenance, tensors and data position", InspectCheckpointOptions, _inspect, "latest tensors=true"
+    ),
     "verify": _Subverb(
         "hash every byte and hold the parts against each other; exits with 1 where something is wrong, and names it",
         VerifyOptions,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
-    from orchestrator.checkpoint.diff import Changed, Difference
+    from orchestrator.checkpoint.diff import Changed, TensorDifferences
 
 PICKLE_HELP = "this format is pickle: allow it, for files whose maker you trust"
 _MAX_CHANGED_ROWS, _MAX_NAMED = 40, 4
@@ -89,7 +89,7 @@ def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from _table(("tensor", "dtype", "shape", "shards", "in"), rows)
 
 
-def difference_rows(found: Difference) -> Iterator[str]:
+def difference_rows(found: TensorDifferences) -> Iterator[str]:
     """What `checkpoint.diff.compare` found, as lines."""
     for title, names in (("only in a", found.only_first), ("only in b", found.only_second)):
         yield from (f"{title}  {clean(name)}" for name in names[:_MAX_CHANGED_ROWS])

@@ -47,7 +47,7 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectStoreOptions:
     """Options of `data inspect`."""
 
     path: str = option(help="directory of the store")
@@ -125,7 +125,7 @@ def _prepare(options: PrepareOptions) -> int:
     return 0
 
 
-def _inspect(options: InspectOptions) -> int:
+def _inspect(options: InspectStoreOptions) -> int:
     from pathlib import Path
 
     from orchestrator.data.store import TokenStore
@@ -218,5 +218,5 @@ _SUBVERBS = {
         "input='docs/*.jsonl' output=data/docs tokenizer=bpe",
         _formats,
     ),
-    "inspect": _Subverb("show what a store holds", InspectOptions, _inspect, "path=data/docs"),
+    "inspect": _Subverb("show what a store holds", InspectStoreOptions, _inspect, "path=data/docs"),
 }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.api.plan_words import PlanOptions
     from orchestrator.chips.catalogue import Catalogue
     from orchestrator.planner.fleet import Fleet
-    from orchestrator.planner.plan import FleetPlan, Request
+    from orchestrator.planner.job_plan import FleetPlan, Request
 
 _PROGRAM = "python -m orchestrator plan"
 DOES_NOT_FIT = 1
@@ -123,7 +123,7 @@ def _split(requests: dict[str, Request], fleets: list[Fleet], catalogue: Catalog
     from tqdm import tqdm
 
     from orchestrator.api.planning import about
-    from orchestrator.planner.plan import plan_fleet
+    from orchestrator.planner.job_plan import plan_fleet
     from orchestrator.planner.plan_data import portfolio_data
     from orchestrator.planner.portfolio import assign
     from orchestrator.report.plan_text import PlanText

@@ -126,7 +126,7 @@ def _walk(data: Any, path: str) -> Iterator[tuple[str, str, Any]]:
 
 
 @dataclass(frozen=True)
-class Part:
+class OwnPart:
     """A part as a configuration names it.
 
     Attributes:
@@ -142,7 +142,7 @@ class Part:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, kind: str, entry: Any, key: str) -> Part:
+    def of(cls, kind: str, entry: Any, key: str) -> OwnPart:
         """The part that the mapping `entry` describes: `_target_`, and the arguments beside it.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from orchestrator.config.schema import DataConfig, SourceConfig, TokensConfig
 from orchestrator.data.formats.find import find_inputs
 from orchestrator.data.formats.known_formats import FORMATS
-from orchestrator.data.formats.reading import Input, LeftOut, Place
+from orchestrator.data.formats.reading import Input, LeftOut, SourcePosition
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.errors import ConfigError, DataError, UserError
 
@@ -162,7 +162,7 @@ def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> I
     if read is None:
         raise AssertionError(f"{item.format} is not read as documents")
     tally = tally if tally is not None else Tally()
-    place, rows, nulls = Place(item.path), 0, 0
+    place, rows, nulls = SourcePosition(item.path), 0, 0
     for row, consumed in _guarded(read(item, spec, place), place):
         rows += 1
         text = row if isinstance(row, str) else spec.text_of(row, place)
@@ -202,7 +202,7 @@ def _printable(name: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in name)[:200]
 
 
-def _guarded(rows: Iterator[Any], place: Place) -> Iterator[Any]:
+def _guarded(rows: Iterator[Any], place: SourcePosition) -> Iterator[Any]:
     """Whatever a decoder raises names the file and how far the reading had come."""
     while True:
         try:
@@ -216,7 +216,7 @@ def _guarded(rows: Iterator[Any], place: Place) -> Iterator[Any]:
         yield row
 
 
-def _damaged(place: Place, error: Exception) -> DataError:
+def _damaged(place: SourcePosition, error: Exception) -> DataError:
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:300]
     where = f"after {place}" if place.row or place.byte else str(place)
     if isinstance(error, EOFError):
@@ -239,7 +239,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _no_unicode(text: str, place: Place) -> NoReturn:
+def _no_unicode(text: str, place: SourcePosition) -> NoReturn:
     at = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
     raise DataError(
         f"the text has half of a surrogate pair: {place}",

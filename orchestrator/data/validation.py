@@ -14,7 +14,7 @@ _FEW_TOKENS = 2048  # an evaluation on less is hardly a figure
 
 
 @dataclass(frozen=True)
-class Part:
+class ValidationPart:
     """What one store gives to the evaluation.
 
     Attributes:
@@ -42,12 +42,12 @@ class ValidationData:
         wanted: sequences of an evaluation, where there are as many.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ValidationPart, ...]
     seq_len: int
     wanted: int
 
     @property
-    def used(self) -> tuple[Part, ...]:
+    def used(self) -> tuple[ValidationPart, ...]:
         """The parts that have a sequence."""
         return tuple(part for part in self.parts if part.sequences)
 
@@ -145,6 +145,6 @@ def mixture_lines(data: PreparedData) -> list[str]:
     return lines
 
 
-def _part(name: str, store: TokenStore, split: str, weight: float, seq_len: int) -> Part:
+def _part(name: str, store: TokenStore, split: str, weight: float, seq_len: int) -> ValidationPart:
     tokens = store.index.splits[split].tokens
-    return Part(name, store, split, weight, tokens, windows_of(tokens, seq_len))
+    return ValidationPart(name, store, split, weight, tokens, windows_of(tokens, seq_len))

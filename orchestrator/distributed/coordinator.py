@@ -37,7 +37,7 @@ class Vote:
         return self._value
 
 
-class Council:
+class ProcessCoordinator:
     """The processes of `world`. A single one needs no `meet`.
 
     Args:
@@ -54,7 +54,7 @@ class Council:
             start = _start_of_job(store, world, self._timeout) if world.store_is_kept else f"attempt{world.attempt}"
             self._store = dist.PrefixStore(start, store)
         self._votes: dist.ProcessGroup | None = None
-        self._agreements = 0
+        self._broadcasts = 0
 
     def meet(self, backend: str) -> None:
         """Wait for all processes and make torch's process group of them, for `backend`.
@@ -90,19 +90,19 @@ class Council:
     def start_vote(self, value: int) -> Vote:
         return Vote(value) if self._votes is None else _GroupVote(value, self._votes)
 
-    def agree(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         if self._world.size == 1:
             return text
-        self._agreements += 1
-        key = f"agree{self._agreements}"
+        self._broadcasts += 1
+        key = f"broadcast{self._broadcasts}"
         if self._world.rank == 0:
             self._store.set(key, text)
         return self._store.get(key).decode()
 
-    def post(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         self._store.set(key, text)
 
-    def look(self, key: str) -> str | None:
+    def get_now(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def count(self, key: str) -> int:
@@ -123,7 +123,7 @@ class Council:
         kind, _, path = self._world.store.partition(":")
         if kind == "file":
             return read_beat(Path(path), rank)
-        text = self.look(f"beat{rank}")
+        text = self.get_now(f"beat{rank}")
         return Beat.from_text(text) if text else None
 
     def barrier(self) -> None:

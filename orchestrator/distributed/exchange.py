@@ -1,4 +1,4 @@
-"""The other processes, as saving and loading know them: what they tell each other, and how one answer comes of it."""
+"""The interface through which saving and loading reach the other ranks, and a gather-merge-broadcast over it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ TIMEOUT_SECONDS = 1800.0
 SAID_NOTHING = "has said nothing"
 
 
-class Peers(Protocol):
-    """The other processes, as a strategy knows them. `post` and `look` may be called by a thread of its own."""
+class Coordinator(Protocol):
+    """What ranks tell each other, as a strategy provides it. Any thread may call `put` and `get_now`."""
 
     @property
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
-    def agree(self, text: str) -> str: ...
-    def post(self, key: str, text: str) -> None: ...
-    def look(self, key: str) -> str | None: ...
+    def broadcast(self, text: str) -> str: ...
+    def put(self, key: str, text: str) -> None: ...
+    def get_now(self, key: str) -> str | None: ...
 
 
-class Alone:
-    """The peers of a single process."""
+class SingleProcess:
+    """The coordinator of a single process."""
 
     rank, size = 0, 1
 
     def __init__(self) -> None:
         self._board: dict[str, str] = {}
 
-    def agree(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         return text
 
-    def post(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         self._board[key] = text
 
-    def look(self, key: str) -> str | None:
+    def get_now(self, key: str) -> str | None:
         return self._board.get(key)
 
 
@@ -48,7 +48,7 @@ def new_topic() -> str:
     return f"exchange/{uuid.uuid4().hex}"
 
 
-def exchange(peers: Peers, topic: str, text: str, merge: Callable[[list[str]], str]) -> str:
+def exchange(coordinator: Coordinator, topic: str, text: str, merge: Callable[[list[str]], str]) -> str:
     """Tell rank 0 `text`, and hear what it makes of what all have told. All ranks call it for the same topic.
 
     Args:
@@ -57,22 +57,25 @@ def exchange(peers: Peers, topic: str, text: str, merge: Callable[[list[str]], s
     Raises:
         TimeoutError: a rank has said nothing for `TIMEOUT_SECONDS`; raised on all of them.
     """
-    peers.post(f"{topic}/{peers.rank}", text)
-    if peers.rank == 0:
+    coordinator.put(f"{topic}/{coordinator.rank}", text)
+    if coordinator.rank == 0:
         try:
-            answer = ["", merge([_wait_for(peers, f"{topic}/{rank}", f"rank {rank}") for rank in range(peers.size)])]
+            answer = [
+                "",
+                merge([_wait_for(coordinator, f"{topic}/{rank}", f"rank {rank}") for rank in range(coordinator.size)]),
+            ]
         except TimeoutError as error:
             answer = [str(error), ""]
-        peers.post(f"{topic}/outcome", json.dumps(answer))
-    late, outcome = json.loads(_wait_for(peers, f"{topic}/outcome", "rank 0"))
+        coordinator.put(f"{topic}/outcome", json.dumps(answer))
+    late, outcome = json.loads(_wait_for(coordinator, f"{topic}/outcome", "rank 0"))
     if late:
         raise TimeoutError(late)
     return str(outcome)
 
 
-def _wait_for(peers: Peers, key: str, who: str) -> str:
+def _wait_for(coordinator: Coordinator, key: str, who: str) -> str:
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while (text := peers.look(key)) is None:
+    while (text := coordinator.get_now(key)) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{who} {SAID_NOTHING} for {TIMEOUT_SECONDS:g} s")
         time.sleep(_POLL_SECONDS)

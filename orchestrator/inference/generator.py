@@ -14,7 +14,7 @@ from orchestrator.data.document_format import DocumentFormat, SpecialTokens
 from orchestrator.data.model_files import GENERATION_FILE
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.tokenizer_files import parse_json, stop_ids
-from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError
 from orchestrator.hardware.target import Target
 from orchestrator.inference.sampling import Sampling, generate_tokens
@@ -149,5 +149,5 @@ def load_decoder(checkpoint: Checkpoint, device: torch.device) -> Decoder:
         Shard(f"model.{name}", tuple(p.shape), tuple(slice(0, size) for size in p.shape), p.data)
         for name, p in model.named_parameters()
     ]
-    read_into(checkpoint, shards, ignore=["optimizer."], cast=True, check=Alone())
+    read_into(checkpoint, shards, ignore=["optimizer."], cast=True, check=SingleProcess())
     return model.eval()

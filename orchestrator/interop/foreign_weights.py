@@ -33,7 +33,7 @@ _OTHER = "no weight of this model: left out"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundWeights:
     """The weights of a model.
 
     Attributes:
@@ -70,7 +70,7 @@ class _View:
         return self.given[self.full[name]]
 
 
-def find_weights(given: Mapping[str, Tensor], model: ModelConfig, family: Family | None) -> Found:
+def find_weights(given: Mapping[str, Tensor], model: ModelConfig, family: Family | None) -> FoundWeights:
     """Our parameters from a state dict with our names or the family's, below whatever prefix.
 
     Raises:
@@ -118,17 +118,19 @@ def _no_embedding(given: Mapping[str, Tensor]) -> CheckpointError:
     )
 
 
-def _readings(model: ModelConfig, family: Family | None) -> Iterator[tuple[str, Callable[[_View, ModelConfig], Found]]]:
+def _readings(
+    model: ModelConfig, family: Family | None
+) -> Iterator[tuple[str, Callable[[_View, ModelConfig], FoundWeights]]]:
     """What may mark the place of the model in a state dict, and how its names are read there."""
     yield _OWN_EMBEDDING, _own
     if family is None:
         return
     embedding = embedding_of(family)
 
-    def whole(view: _View, model: ModelConfig) -> Found:
+    def whole(view: _View, model: ModelConfig) -> FoundWeights:
         return _foreign(view, model, family, bare=False)
 
-    def bare(view: _View, model: ModelConfig) -> Found:
+    def bare(view: _View, model: ModelConfig) -> FoundWeights:
         return _foreign(view, model, family, bare=True)
 
     yield embedding, whole
@@ -175,7 +177,7 @@ def _of_model(names: Iterable[str], wanted: set[str]) -> list[str]:
     return [name for name in names if name.split(".")[0] in roots and not is_derived(name)]
 
 
-def _own(view: _View, model: ModelConfig) -> Found:
+def _own(view: _View, model: ModelConfig) -> FoundWeights:
     model = _settle_head(view, model, _OWN_EMBEDDING, _OWN_HEAD)
     shapes = our_shapes(model)
     chosen = _of_model(view.full, set(shapes) | {_OWN_HEAD})
@@ -199,10 +201,10 @@ def _own(view: _View, model: ModelConfig) -> Found:
             fix="check model= against the run that wrote them",
         )
     taken = {view.full[name]: f"model.{name}" for name in shapes}
-    return Found(tensors, model, {**fates, **taken}, tuple(taken), tuple(view.notes))
+    return FoundWeights(tensors, model, {**fates, **taken}, tuple(taken), tuple(view.notes))
 
 
-def _foreign(view: _View, model: ModelConfig, family: Family, bare: bool) -> Found:
+def _foreign(view: _View, model: ModelConfig, family: Family, bare: bool) -> FoundWeights:
     def spelled(name: str) -> str:
         return without_prefix(name, family) if bare else name
 
@@ -218,10 +220,10 @@ def _foreign(view: _View, model: ModelConfig, family: Family, bare: bool) -> Fou
         fates[view.full[HEAD]] = _TIED if embedding in view else f"model.{_OWN_EMBEDDING}, which is tied to the head"
         if embedding not in view:
             taken.append(view.full[HEAD])
-    return Found(ours, model, fates, tuple(taken), tuple(view.notes))
+    return FoundWeights(ours, model, fates, tuple(taken), tuple(view.notes))
 
 
-def _refuse_nonfinite(found: Found) -> None:
+def _refuse_nonfinite(found: FoundWeights) -> None:
     """Name the weights that are not numbers: nothing trained on them would be.
 
     Raises:

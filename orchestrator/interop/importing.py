@@ -21,9 +21,9 @@ from orchestrator.config.schema import ModelConfig, RunConfig, TrainConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.model_files import GENERATION_FILE, TOKENIZER_FILE, collect
 from orchestrator.data.tokenize import from_files, load_tokenizer
-from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError, DataError, UserError
-from orchestrator.interop.foreign_weights import Found, about, find_weights
+from orchestrator.interop.foreign_weights import FoundWeights, about, find_weights
 from orchestrator.interop.hf_config import Description, family_of, from_hf_config
 from orchestrator.interop.hf_files import PICKLED, PICKLED_INDEX, HFTensors, read_json
 from orchestrator.interop.hf_weights import Family
@@ -160,7 +160,7 @@ def import_weights(
 
 def _write(
     output: str,
-    found: Found,
+    found: FoundWeights,
     report: ImportReport,
     files: Mapping[str, bytes],
     dtypes: tuple[str, ...],
@@ -180,7 +180,7 @@ def _write(
     contents = Contents(state, {"name": found.model.name, "model": to_dict(found.model)}, files)
     total = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
     with written_aside(output) as folder, _watched(folder / "rank-00000.safetensors", total, progress):
-        write(Begun(folder, "import"), 0, shards, Alone(), contents)
+        write(Begun(folder, "import"), 0, shards, SingleProcess(), contents)
 
 
 def _open(source: Path, format: Format) -> Mapping[str, torch.Tensor]:
@@ -274,7 +274,9 @@ def _name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", folder.resolve().name) or "imported"
 
 
-def _check_logits(source: Path, format: Format, described: Described, found: Found, wanted: CheckLogits) -> LogitCheck:
+def _check_logits(
+    source: Path, format: Format, described: Described, found: FoundWeights, wanted: CheckLogits
+) -> LogitCheck:
     if wanted == "false":
         return LogitCheck(None, "not checked: check_logits=false")
     if format != "hf" or described.config_file is None:
@@ -290,7 +292,7 @@ def _report(
     format: Format,
     described: Described,
     given: Mapping[str, torch.Tensor],
-    found: Found,
+    found: FoundWeights,
     checked: LogitCheck,
 ) -> ImportReport:
     tensors = {name: (*about(given, name), found.fates[name]) for name in given}

@@ -31,7 +31,7 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
 
 
-class Peers:
+class RankMonitor:
     """This process's sign of life, and the roll call of the others after a collective has failed.
 
     A collective that fails says nothing of the rank for which it failed, and a rank that noticed late looks as dead as
@@ -77,7 +77,7 @@ class Peers:
         except Exception as error:
             if not is_lost_peer(error):
                 with suppress(RuntimeError):
-                    self._parallel.post(f"failed{self._parallel.rank}", _first_line(error))
+                    self._parallel.put(f"failed{self._parallel.rank}", _first_line(error))
                 raise
             with stopping.at_once():
                 try:
@@ -99,13 +99,13 @@ class Peers:
         rank, size = self._parallel.rank, self._parallel.size
         what = f"process {rank} of {size} lost the others: {_first_line(error)}"
         try:
-            self._parallel.post(f"lost{rank}", "")
+            self._parallel.put(f"lost{rank}", "")
             if self._parallel.count("lost") > 1:
                 # Another one asks. Without this process it may lack the store, or take it for missing.
-                self._wait(lambda: self._parallel.look("named") is not None, 2 * _ROLL_CALL_SECONDS)
-                return LostPeerError(what, got=self._parallel.look("named"))
+                self._wait(lambda: self._parallel.get_now("named") is not None, 2 * _ROLL_CALL_SECONDS)
+                return LostPeerError(what, got=self._parallel.get_now("named"))
             missing = self._call_roll()
-            self._parallel.post("named", "; ".join(missing))
+            self._parallel.put("named", "; ".join(missing))
         except RuntimeError:
             missing = ["process 0, which keeps the place where all meet"]
         return LostPeerError(
@@ -127,11 +127,11 @@ class Peers:
         return [self._describe(rank, after[rank], rank in silent) for rank in silent or missing]
 
     def _missing(self, ranks: Sequence[int]) -> list[int]:
-        return [rank for rank in ranks if self._parallel.look(f"lost{rank}") is None]
+        return [rank for rank in ranks if self._parallel.get_now(f"lost{rank}") is None]
 
     def _describe(self, rank: int, beat: Beat | None, silent: bool) -> str:
         where = f" (host {beat.host}, pid {beat.pid})" if beat else ""
-        if said := self._parallel.look(f"failed{rank}"):
+        if said := self._parallel.get_now(f"failed{rank}"):
             return f"process {rank}{where}, which ended with: {said}"
         state = "gives no sign of life" if silent else "runs, but did not come"
         at = f", last seen after step {beat.step}" if beat else ""

@@ -35,7 +35,7 @@ from orchestrator.runs.run_directory import RunPaths
 from orchestrator.runs.shared_folder import check_shared
 
 if TYPE_CHECKING:
-    from orchestrator.launch.missing_ranks import Peers
+    from orchestrator.launch.missing_ranks import RankMonitor
     from orchestrator.strategies.parallel_strategy import ParallelStrategy
     from orchestrator.training.job import Job
 
@@ -66,7 +66,7 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], R
     if threading.current_thread() is not threading.main_thread():
         warn("signals are not seen outside of the main thread: a request to stop ends this process unsaved")
     from orchestrator.data.prepare import prepare
-    from orchestrator.launch.missing_ranks import Peers
+    from orchestrator.launch.missing_ranks import RankMonitor
     from orchestrator.training.job import build, make_strategy
 
     quiet(world.rank)
@@ -75,19 +75,19 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], R
         if world.size > 1:
             show(f"waiting for {world.size} processes to meet")
         parallel.join()
-        peers = Peers(parallel)
+        monitor = RankMonitor(parallel)
         try:
-            with peers.watched():
+            with monitor.watched():
                 place = settle(parallel)
                 check_shared(place.checkpoints, parallel)
                 data = prepare(config.data, progress=False, verify=False)
                 # As rank 0 reads it: not every host need see the run directory.
-                facts = json.loads(parallel.agree(json.dumps(run_directory.read_run(place.run_dir))))
+                facts = parallel.broadcast(run_directory.read_run(place.run_dir))
                 show(f"restoring {place.resume_from}" if place.resume_from else "building the model")
                 job = build(config, parallel, data, place, leg=len(facts["legs"]))
-                peers.follow(lambda: job.module.step)
+                monitor.follow(lambda: job.module.step)
                 checked = _hand_over(config, job, place.run_dir)
-                return _drive(job, place.run_dir, facts, checked, peers)
+                return _drive(job, place.run_dir, facts, checked, monitor)
         finally:
             parallel.leave()
 
@@ -118,16 +118,16 @@ def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
     return str(result)
 
 
-def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, peers: Peers) -> int:
+def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
     # From here on a signal is obeyed after a step, by all ranks at the same one. It may have come to one of them only.
     # A runtime that was started meanwhile may have put handlers of its own into place.
     with stopping.listening(), stopping.deferred():
         if number := job.parallel.start_vote(stopping.requested()).result():
             raise stopping.Stopped(number)
-        return _train(job, run_dir, facts, checked, peers)
+        return _train(job, run_dir, facts, checked, monitor)
 
 
-def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, peers: Peers) -> int:
+def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
     main = job.parallel.rank == 0
     record = Record(run_dir, {**facts, **job.facts}, job.leg, job.channels, main)
     job.history.legs = record.legs
@@ -142,7 +142,7 @@ def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, 
         record.begin()
         if main:
             _introduce(job, run_dir, checked)
-        with peers.explained():
+        with monitor.explained():
             status = _work_through(job, run_dir, record, left_out)
     if main and status == "diverged":
         _conclude_diverged(run_dir, record)

@@ -376,7 +376,7 @@ def _agree(plan: Plan, parallel: ParallelStrategy, held: contextlib.ExitStack) -
     if parallel.rank == 0:
         place = _open_run(plan, held)
         text = json.dumps([str(place.run_dir), str(place.checkpoints), str(place.resume_from or "")])
-    run_dir, checkpoints, resume_from = json.loads(parallel.agree(text))
+    run_dir, checkpoints, resume_from = json.loads(parallel.broadcast(text))
     return RunPaths(Path(run_dir), locate(checkpoints), locate(resume_from) if resume_from else None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.config.registry import Part
+from orchestrator.config.registry import OwnPart
 from orchestrator.config.schema import OwnOptimConfig
 from orchestrator.errors import ConfigError
 from orchestrator.optim.steps import GuardedOptimizer
@@ -65,7 +65,7 @@ def build_own(
     Raises:
         ConfigError: it cannot be made or stepped, or keeps what cannot be saved.
     """
-    part = Part("optimizer", config._target_, "optim", config.arguments)
+    part = OwnPart("optimizer", config._target_, "optim", config.arguments)
     entries = _try(part, config, device)
     optimizer = _make(part, parameters, config)
     if restoring:
@@ -81,12 +81,12 @@ def build_own(
     return OwnOptimizer(optimizer)
 
 
-def _make(part: Part, parameters: Sequence[nn.Parameter], config: OwnOptimConfig) -> torch.optim.Optimizer:
+def _make(part: OwnPart, parameters: Sequence[nn.Parameter], config: OwnOptimConfig) -> torch.optim.Optimizer:
     made: torch.optim.Optimizer = part.make(parameters, expected=torch.optim.Optimizer, lr=config.lr)
     return made
 
 
-def _try(part: Part, config: OwnOptimConfig, device: torch.device) -> dict[int, Mapping[str, _Entry]]:
+def _try(part: OwnPart, config: OwnOptimConfig, device: torch.device) -> dict[int, Mapping[str, _Entry]]:
     """Step it on small parameters: number of dims -> state by key."""
     generator = torch.Generator().manual_seed(0)
     tried = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in _SHAPES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from orchestrator.config.registry import Part, trace
+from orchestrator.config.registry import OwnPart, trace
 from orchestrator.config.schema import RunConfig, ScheduleConfig
 from orchestrator.errors import PartError
 
@@ -19,7 +19,7 @@ def schedule_of(config: RunConfig) -> Callable[[int, float], float]:
     schedule, max_steps = config.optim.schedule, config.train.max_steps
     if schedule._target_ is None:
         return lambda step, lr: learning_rate(step, max_steps, lr, schedule)
-    own = Part("schedule", schedule._target_, "optim.schedule", schedule.arguments).make(expected=Callable)  # type: ignore[arg-type]
+    own = OwnPart("schedule", schedule._target_, "optim.schedule", schedule.arguments).make(expected=Callable)  # type: ignore[arg-type]
 
     def rate(step: int, lr: float) -> float:
         try:

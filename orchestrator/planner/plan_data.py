@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.planner.estimate.work import parameters
 from orchestrator.planner.evidence.calibration import calibration
 from orchestrator.planner.explain import bound, layout_text, loses, parts
-from orchestrator.planner.plan import FleetPlan, Request, pareto
+from orchestrator.planner.job_plan import FleetPlan, Request, pareto
 from orchestrator.planner.portfolio import Portfolio
 from orchestrator.planner.search import Candidate
 

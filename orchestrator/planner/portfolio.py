@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.planner.plan import FleetPlan
+from orchestrator.planner.job_plan import FleetPlan
 from orchestrator.planner.quantity import Value, derive
 
 EXACT = 100_000

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.planner.explain import AXES, link_of, parts
 from orchestrator.planner.fleet import Fleet, resolve_fleet
-from orchestrator.planner.plan import MOST_CHIPS, Request, ladder, search_fleet, sized
+from orchestrator.planner.job_plan import MOST_CHIPS, Request, ladder, search_fleet, sized
 from orchestrator.planner.search import Candidate
 from orchestrator.planner.slices import is_tpu
 

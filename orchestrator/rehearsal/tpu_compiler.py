@@ -42,7 +42,7 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Topology:
+class CompileTopology:
     """Chips and how they are wired.
 
     Attributes:
@@ -56,7 +56,7 @@ class Topology:
     size: str
 
     @classmethod
-    def parse(cls, text: str) -> Topology:
+    def parse(cls, text: str) -> CompileTopology:
         """Read `KIND:SIZE` or `SLICESxKIND:SIZE`.
 
         Raises:
@@ -120,7 +120,7 @@ def count_devices(topology: str) -> int:
         ConfigError: there is no such topology.
         MissingExtraError: there is no compiler.
     """
-    Topology.parse(topology)
+    CompileTopology.parse(topology)
     answer, reason = _ask(["describe", topology], _DESCRIBE_SECONDS)
     if "devices" not in answer:
         said = answer.get("error", reason)
@@ -218,7 +218,7 @@ def _devices(text: str) -> list[Any]:
     """The devices of a topology, one slice after the other."""
     from jax.experimental import topologies
 
-    topology = Topology.parse(text)
+    topology = CompileTopology.parse(text)
     settings: dict[str, Any] = {}
     if topology.size in ("1x1", "1x1x1"):
         settings["chips_per_host_bounds"] = (1, 1, 1)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from orchestrator.errors import printable
-from orchestrator.report.compare import COLUMNS, Compared, differences, rows
+from orchestrator.report.comparison import COLUMNS, Compared, differences, rows
 from orchestrator.report.page import frame
 from orchestrator.report.run_data import Point, smooth
 from orchestrator.report.run_text import clock_time

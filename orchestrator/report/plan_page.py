@@ -15,7 +15,7 @@ from orchestrator.chips.catalogue import Catalogue
 from orchestrator.output import is_printed
 from orchestrator.planner.estimate.work import parameters
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
-from orchestrator.planner.plan import FleetPlan, Request, pareto
+from orchestrator.planner.job_plan import FleetPlan, Request, pareto
 from orchestrator.planner.quantity import write
 from orchestrator.planner.scaling import BINDS, ScalePoint, binding, scale, sizes
 from orchestrator.report.plan_svg import Dot, Line, log_chart, stacked_bar

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from orchestrator.planner.evidence.calibration import calibration
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
-from orchestrator.planner.plan import FleetPlan, pareto
+from orchestrator.planner.job_plan import FleetPlan, pareto
 from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.portfolio import Portfolio
 from orchestrator.planner.search import Candidate

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config.registry import Part
+from orchestrator.config.registry import OwnPart
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, PartError, UserError
 from orchestrator.optim.schedule import schedule_of
@@ -44,9 +44,9 @@ def build_model(config: ModelConfig, loss_chunk_tokens: int) -> ShardableModel:
     return check_model(part.make(config, loss_chunk_tokens), f"{part.key}._target_={part.named}")
 
 
-def _model_part(config: ModelConfig) -> Part:
+def _model_part(config: ModelConfig) -> OwnPart:
     assert config._target_ is not None
-    return Part("model", config._target_, "model", config.arguments)
+    return OwnPart("model", config._target_, "model", config.arguments)
 
 
 def describe_model(config: ModelConfig) -> ShardableModel:
@@ -142,8 +142,8 @@ def _check_loggers(config: RunConfig) -> None:
             part.check(expected=Logger)
 
 
-def _parts(kind: str, entries: tuple[dict[str, Any], ...], key: str) -> list[Part]:
-    return [Part.of(kind, entry, f"{key}[{number}]") for number, entry in enumerate(entries)]
+def _parts(kind: str, entries: tuple[dict[str, Any], ...], key: str) -> list[OwnPart]:
+    return [OwnPart.of(kind, entry, f"{key}[{number}]") for number, entry in enumerate(entries)]
 
 
 def own_callbacks(config: RunConfig) -> list[lightning.Callback]:

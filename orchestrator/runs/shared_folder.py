@@ -8,7 +8,7 @@ import socket
 import time
 
 from orchestrator.checkpoint.storage import AnyPath, is_remote, make_directory, remove_file, there, write_file
-from orchestrator.distributed.exchange import Peers, exchange, new_topic
+from orchestrator.distributed.exchange import Coordinator, exchange, new_topic
 from orchestrator.errors import ConfigError, SaveError
 from orchestrator.observe.sink import reason
 
@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.1
 _SHOWN = 8
 
 
-def check_shared(checkpoints: AnyPath, peers: Peers, here: str | None = None) -> None:
+def check_shared(checkpoints: AnyPath, coordinator: Coordinator, here: str | None = None) -> None:
     """Rank 0 leaves a file in the directory of the checkpoints, and all look for it. All ranks call it.
 
     Args:
@@ -27,16 +27,16 @@ def check_shared(checkpoints: AnyPath, peers: Peers, here: str | None = None) ->
         SaveError: rank 0 cannot write there.
         ConfigError: not all of them see it. Each writes its own shards there, and rank 0 commits them.
     """
-    if peers.size == 1 and is_remote(checkpoints):
+    if coordinator.size == 1 and is_remote(checkpoints):
         return  # the run has just put its name there
     topic, problem = new_topic(), ""
-    if peers.rank == 0:
+    if coordinator.rank == 0:
         try:
             make_directory(checkpoints)
             write_file(_probe(checkpoints, topic), [b"all processes of the job look for this file"])
         except OSError as error:
             problem = reason(error)
-    topic, problem = json.loads(peers.agree(json.dumps([topic, problem])))
+    topic, problem = json.loads(coordinator.broadcast(json.dumps([topic, problem])))
     if problem:
         raise SaveError(
             f"the directory of the checkpoints cannot be written: {problem}",
@@ -44,9 +44,9 @@ def check_shared(checkpoints: AnyPath, peers: Peers, here: str | None = None) ->
             fix="make room or get permission there, or set checkpoint.dir to another place",
         )
     seen = _seen(_probe(checkpoints, topic))
-    mine = "" if seen else f"rank {peers.rank} on {here or socket.gethostname()}"
-    blind = json.loads(exchange(peers, topic, mine, lambda texts: json.dumps([text for text in texts if text])))
-    if peers.rank == 0:
+    mine = "" if seen else f"rank {coordinator.rank} on {here or socket.gethostname()}"
+    blind = json.loads(exchange(coordinator, topic, mine, lambda texts: json.dumps([text for text in texts if text])))
+    if coordinator.rank == 0:
         with contextlib.suppress(OSError):  # left behind it harms nobody
             remove_file(_probe(checkpoints, topic))
     if blind:

@@ -30,7 +30,7 @@ from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.context_parallel import parallelize_context
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
-from orchestrator.strategies.parts import ShardedParts, local_part
+from orchestrator.strategies.sharded_parts import ShardedParts, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,7 +76,7 @@ class DTensorStrategy(ParallelStrategy):
         backend = self.target.collective_backend
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{backend}"
-        self.council.meet(backend)
+        self.coordinator.meet(backend)
         names, degrees = (
             ("replicate", "shard", "tensor"),
             (self.layout.replicate, self.layout.shards, self.layout.tensor),

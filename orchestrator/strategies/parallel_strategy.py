@@ -9,6 +9,7 @@ call the methods below and never ask which strategy runs.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ import torch.utils.checkpoint
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from orchestrator.distributed.coordinator import Council, Vote
+from orchestrator.distributed.coordinator import ProcessCoordinator, Vote
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.world import World
 from orchestrator.hardware.target import Target
@@ -51,7 +52,7 @@ class ParallelStrategy(Strategy):
         super().__init__(accelerator=TargetAccelerator(target))
         self.target, self.world, self.layout, self.precision = target, world, layout, precision
         self.timeout_seconds = timeout_seconds
-        self._council: Council | None = None
+        self._coordinator: ProcessCoordinator | None = None
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -61,8 +62,8 @@ class ParallelStrategy(Strategy):
 
     def leave(self) -> None:
         """Leave the job's process group."""
-        if self._council is not None:
-            self._council.leave()
+        if self._coordinator is not None:
+            self._coordinator.leave()
 
     @abstractmethod
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
@@ -166,47 +167,62 @@ class ParallelStrategy(Strategy):
     # --- decisions that all ranks must take alike --------------------------------------------------
 
     @property
-    def council(self) -> Council:
+    def coordinator(self) -> ProcessCoordinator:
         """The processes of the job; opened on first use."""
-        if self._council is None:
-            self._council = Council(self.world, self.timeout_seconds)
-        return self._council
+        if self._coordinator is None:
+            self._coordinator = ProcessCoordinator(self.world, self.timeout_seconds)
+        return self._coordinator
 
     def start_vote(self, value: int) -> Vote:
         """Ask all ranks for the largest `value`, such as a flag, without waiting for the answer."""
-        return self.council.start_vote(value)
+        return self.coordinator.start_vote(value)
 
-    def agree(self, text: str) -> str:
-        """Rank 0's `text`, on every rank."""
-        return self.council.agree(text)
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Give rank 0's object to every rank; all ranks call it, in the same order.
+
+        Args:
+            obj: what JSON can carry. Anything else would have to be pickled. Only rank 0's counts.
+            src: 0, the one rank that the processes hear.
+
+        Returns:
+            A copy of rank 0's object: a tuple comes back as a list.
+
+        Raises:
+            ValueError: another source than rank 0.
+        """
+        if src:
+            raise ValueError(f"objects are broadcast from rank 0, not from rank {src}")
+        if self.world.size == 1:
+            return obj
+        return json.loads(self.coordinator.broadcast(json.dumps(obj if self.rank == 0 else None)))
 
     def any_raised(self, flag: bool) -> bool:
         """Whether any rank calls with `flag` set; waits for all of them."""
         return bool(self.start_vote(flag).result())
 
-    def post(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         """Put `text` up for all ranks to see, under a key that is used once. Any thread may call it."""
-        self.council.post(key, text)
+        self.coordinator.put(key, text)
 
-    def look(self, key: str) -> str | None:
+    def get_now(self, key: str) -> str | None:
         """What a rank has posted; None where it has not yet. Waits for nobody. Any thread may call it."""
-        return self.council.look(key)
+        return self.coordinator.get_now(key)
 
     def count(self, key: str) -> int:
         """Which process this is to count itself under `key`, from 1 on. Waits for nobody."""
-        return self.council.count(key)
+        return self.coordinator.count(key)
 
     def beat(self, text: str) -> None:
         """Leave this process's sign of life (`Beat.to_text`). Any thread may call it."""
-        self.council.beat(text)
+        self.coordinator.beat(text)
 
     def beat_of(self, rank: int) -> Beat | None:
         """The last sign of life of a process; None where there is none yet."""
-        return self.council.beat_of(rank)
+        return self.coordinator.beat_of(rank)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
-        self.council.barrier()
+        self.coordinator.barrier()
 
     @property
     def rank(self) -> int:
@@ -255,9 +271,6 @@ class ParallelStrategy(Strategy):
 
     def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return tensor
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
 
 
 def local_parameters(model: ShardableModel) -> Iterable[tuple[str, nn.Parameter]]:

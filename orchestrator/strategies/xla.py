@@ -5,7 +5,8 @@ it (GSPMD, arXiv 2105.04663) and it puts in the collectives. Layout and rules ar
 strategy. One graph is compiled per optimizer step, one more per micro-batch where gradients are accumulated.
 
 Every host runs the same program in the same order, else the devices wait for each other for ever: nothing here may
-depend on the rank but what is written to files. What hosts decide together they decide on their CPUs (`Council`).
+depend on the rank but what is written to files. What hosts decide together they decide on their CPUs, by
+`ProcessCoordinator`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class XlaStrategy(ParallelStrategy):
     def join(self) -> None:
         if self.world.size > 1:
             # Before the runtime starts, which waits for the devices of all hosts and does not say for whom.
-            self.council.meet("gloo")
+            self.coordinator.meet("gloo")
             self._check_agreement()
         xr.use_spmd()
         devices = self._devices()
@@ -69,7 +70,7 @@ class XlaStrategy(ParallelStrategy):
     def _check_agreement(self) -> None:
         """All hosts are about to build the same program."""
         mine = f"{self.layout}, {self.precision}, {self.layout.devices} devices"
-        first = self.agree(mine)
+        first = self.broadcast(mine)
         if self.any_raised(mine != first):
             raise HardwareError(
                 "the hosts of this job do not have the same layout",

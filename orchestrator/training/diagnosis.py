@@ -176,7 +176,7 @@ def _first(
         best = min((event for events in found for event in events), key=_order, default=None)
         return json.dumps([best, [rank for rank, events in enumerate(found) if best in events]])
 
-    text = exchange(parallel, parallel.agree(new_topic()), json.dumps(list(mine)), earliest)
+    text = exchange(parallel, parallel.broadcast(new_topic()), json.dumps(list(mine)), earliest)
     event, ranks = json.loads(text)
     return (tuple(event) if event else None), tuple(ranks)
 
@@ -200,7 +200,7 @@ def _union(names: set[str], parallel: ParallelStrategy) -> list[str]:
     def merge(told: list[str]) -> str:
         return json.dumps(sorted({name for text in told for name in json.loads(text)}))
 
-    topic = parallel.agree(new_topic())
+    topic = parallel.broadcast(new_topic())
     result: list[str] = json.loads(exchange(parallel, topic, json.dumps(sorted(names)), merge))
     return result
 

@@ -116,7 +116,7 @@ def sum_tensors(shards: Sequence[Shard], parallel: ParallelStrategy) -> dict[str
         return json.dumps(totals)
 
     # As text: whole numbers that no reduction rounds.
-    topic = parallel.agree(new_topic())
+    topic = parallel.broadcast(new_topic())
     result: dict[str, int] = json.loads(exchange(parallel, topic, json.dumps(mine), add))
     return result
 

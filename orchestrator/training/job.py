@@ -42,7 +42,7 @@ from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.environment import JobEnvironment
 from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
 from orchestrator.training.callbacks.checkpointing import Checkpoints
-from orchestrator.training.callbacks.evaluation import Evaluation, Samples, opening
+from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
 from orchestrator.training.callbacks.preemption import StopOnSignal
 from orchestrator.training.check import resolve_model
 from orchestrator.training.handover_check import make_batch
@@ -66,7 +66,7 @@ class Job:
     metrics: Metrics
     progress: Progress | None
     checkpoints: Checkpoints
-    evaluation: Evaluation
+    evaluation: Validation
     samples: Samples
     history: History
     restored: Checkpoint | None
@@ -194,7 +194,7 @@ def _assemble(
     keep = (data.tokenizer, files, sides, metrics, history, reference, tell)
     checkpoints = Checkpoints(place.checkpoints, place.run_dir, config, parallel, loader, *keep)
     batches = _validation(validation, held_out, parallel, module.micro_batch)
-    evaluation = Evaluation(parallel, metrics, train.eval_every, batches, tell, progress)
+    evaluation = Validation(parallel, metrics, train.eval_every, batches, tell, progress)
     samples = Samples(
         parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(held_out or loader.stream)
     )

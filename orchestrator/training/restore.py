@@ -16,7 +16,7 @@ from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import Position, TokenStream
-from orchestrator.distributed.exchange import Peers
+from orchestrator.distributed.exchange import Coordinator
 from orchestrator.errors import CheckpointError, DamagedError, NonFiniteError
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.observe.bar import Bar
@@ -65,7 +65,7 @@ def restore_run(
         if parallel.rank == 0:
             verify = config.checkpoint.verify_on_load
             older = str(newest_valid(where.parent, verify, warn, trusted, before=where) or "")
-        name = parallel.agree(older.rpartition("/")[2])
+        name = parallel.broadcast(older.rpartition("/")[2])
         if not name:
             raise CheckpointError(
                 "no valid checkpoint was found", got=where.parent, fix="resume another run, or start a new one"
@@ -174,7 +174,7 @@ def _fill(
     cast: bool = False,
 ) -> None:
     shards = parallel.state_shards(model, optimizer)
-    check: Peers | None = parallel if config.checkpoint.verify_on_load else None
+    check: Coordinator | None = parallel if config.checkpoint.verify_on_load else None
     ignore = ["optimizer."] if optimizer is None else []
     with _progress(shards, config, parallel) as progress:
         read_into(checkpoint, shards, ignore, cast, check, progress)

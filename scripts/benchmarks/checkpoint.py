@@ -33,7 +33,7 @@ from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.writer import Contents, save
 from orchestrator.config.compose import compose
 from orchestrator.data.prepare import prepare
-from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.distributed.world import World
 from orchestrator.hardware.target_table import resolve
 from orchestrator.runs.run_directory import RunPaths
@@ -117,15 +117,15 @@ def peak_bytes(action: Callable[[], Any]) -> int:
 def memory(parts: list[Shard], folder: Path) -> None:
     """What a synchronous save, a load and a load of every second column take beside the shards."""
     largest = max(part.data.numel() * 4 for part in parts)
-    taken = {"save": peak_bytes(lambda: save(folder, 0, parts, Alone(), Contents({}, {})))}
+    taken = {"save": peak_bytes(lambda: save(folder, 0, parts, SingleProcess(), Contents({}, {})))}
     path = folder / "step-00000000"
     checkpoint = Checkpoint(path)
-    taken["load"] = peak_bytes(lambda: read_into(checkpoint, parts, check=Alone()))
+    taken["load"] = peak_bytes(lambda: read_into(checkpoint, parts, check=SingleProcess()))
     halves = []
     for part in parts:
         box = tuple(slice(0, size // 2 if dim else size) for dim, size in enumerate(part.shape))
         halves.append(Shard(part.name, part.shape, box, torch.zeros_like(part.data[box])))
-    taken["load of half the columns"] = peak_bytes(lambda: read_into(checkpoint, halves, check=Alone()))
+    taken["load of half the columns"] = peak_bytes(lambda: read_into(checkpoint, halves, check=SingleProcess()))
     for what, count in taken.items():
         print(f"  {what}: {count / largest:.2f} times the largest tensor ({count / 2**20:.0f} MiB) beside the shards")
     shutil.rmtree(path)
@@ -142,8 +142,8 @@ def against_the_disk(gibibytes: float, folder: Path) -> None:
         actions = {
             ("save", True): lambda: write_plainly(plain, parts),
             ("load", True): lambda: read_plainly(plain),
-            ("save", False): lambda: save(folder, turn, parts, Alone(), Contents({}, {}, hash=name)),
-            ("load", False): lambda: read_into(Checkpoint(path), parts, check=Alone()),
+            ("save", False): lambda: save(folder, turn, parts, SingleProcess(), Contents({}, {}, hash=name)),
+            ("load", False): lambda: read_into(Checkpoint(path), parts, check=SingleProcess()),
         }
         drop(folder)
         write_plainly(scratch, parts)

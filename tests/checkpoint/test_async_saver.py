@@ -127,7 +127,7 @@ def test_an_error_reaches_who_waits_and_the_next_save_works(tmp_path, monkeypatc
 
 def test_ranks_of_a_thread_each_end_alike(tmp_path, monkeypatch):
     """Rank 1 cannot write: both are told its reason, and nothing is left."""
-    real, peers, layout = writer.write_safetensors, ThreadPeers(2), Layout(fsdp=2)
+    real, coordinator, layout = writer.write_safetensors, ThreadPeers(2), Layout(fsdp=2)
 
     def full(path, *args):
         if "00001" in path.name:
@@ -138,7 +138,7 @@ def test_ranks_of_a_thread_each_end_alike(tmp_path, monkeypatch):
     seen = []
 
     def rank(number):
-        saver = Saver(tmp_path, peers.as_rank(number), True, seen.append)
+        saver = Saver(tmp_path, coordinator.as_rank(number), True, seen.append)
         saver.save(1, shards_of(TENSORS, layout, number), CONTENTS)
         with pytest.raises(CheckpointError, match=r"Input/output error \(rank 1\)"):
             saver.wait()
@@ -155,9 +155,9 @@ def test_ranks_of_a_thread_each_end_alike(tmp_path, monkeypatch):
 
 def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(peers_module, "TIMEOUT_SECONDS", 0.2)
-    peers = ThreadPeers(1)
-    peers.size = 2
-    saver = Saver(tmp_path, peers.as_rank(0), True)
+    coordinator = ThreadPeers(1)
+    coordinator.size = 2
+    saver = Saver(tmp_path, coordinator.as_rank(0), True)
     saver.save(1, _shards(), CONTENTS)
     with pytest.raises(CheckpointError, match=r"rank 1 has said nothing for 0\.2 s"):
         saver.wait()

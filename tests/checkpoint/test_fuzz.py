@@ -23,7 +23,7 @@ from orchestrator.checkpoint.hashing import Piece, StoredFile
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.storage import PIECE_BYTES
 from orchestrator.checkpoint.tensorfile import TensorFile
-from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import shards_of, write
@@ -115,7 +115,10 @@ def _look(place: Path) -> bool:
     try:
         checkpoint = Checkpoint(place)
         shards = shards_of({name: torch.zeros_like(t) for name, t in TENSORS.items()}, Layout(), 0)
-        wrong, damage = _refusal(lambda: read_into(checkpoint, shards, check=Alone())), _refusal(checkpoint.verify)
+        wrong, damage = (
+            _refusal(lambda: read_into(checkpoint, shards, check=SingleProcess())),
+            _refusal(checkpoint.verify),
+        )
         assert damage is None or wrong is not None, "reading finds what verifying does"
         if damage:
             raise damage

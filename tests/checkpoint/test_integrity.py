@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST, SIGNATURE
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.shard import Shard
@@ -50,7 +50,7 @@ def test_every_bit_that_flips_is_detected(tmp_path, how, hash):
 
     def read() -> None:
         shards = shards_of({name: torch.zeros_like(tensor) for name, tensor in whole.items()}, Layout(), 0)
-        read_into(Checkpoint(path), shards, check=Alone())
+        read_into(Checkpoint(path), shards, check=SingleProcess())
 
     check = read if how == "read" else lambda: Checkpoint(path).verify()
     check()

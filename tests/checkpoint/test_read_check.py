@@ -14,7 +14,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.read_check import Checks
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.distributed import exchange as peers_module
-from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError, DamagedError
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import ThreadPeers, files_of, shards_of, write
@@ -47,14 +47,14 @@ def saved(tmp_path, monkeypatch):
 
 def _read(path, layout=Layout(), dims=None, whole=TENSORS, of_rank_0=None, **options):
     """What each rank has read, or raised."""
-    peers = ThreadPeers(layout.devices)
+    coordinator = ThreadPeers(layout.devices)
 
     def rank(number):
-        peers.enter(number)
+        coordinator.enter(number)
         wanted = of_rank_0 if of_rank_0 and not number else whole
         shards = shards_of({name: torch.full_like(t, 7) for name, t in wanted.items()}, layout, number, dims)
         try:
-            read_into(Checkpoint(path, look=False), shards, check=peers, **options)
+            read_into(Checkpoint(path, look=False), shards, check=coordinator, **options)
         except CheckpointError as error:
             return error
         return shards
@@ -172,10 +172,10 @@ def test_damage_comes_before_another_problem(saved):
 
 def test_a_rank_that_says_nothing_is_not_waited_for_for_ever(saved, monkeypatch):
     monkeypatch.setattr(peers_module, "TIMEOUT_SECONDS", 0.2)
-    peers = Alone()
-    peers.size = 2
+    coordinator = SingleProcess()
+    coordinator.size = 2
     with pytest.raises(CheckpointError, match=r"rank 1 has said nothing for 0\.2 s"):
-        read_into(Checkpoint(saved), shards_of(TENSORS, Layout(), 0), check=peers)
+        read_into(Checkpoint(saved), shards_of(TENSORS, Layout(), 0), check=coordinator)
 
 
 def test_portions_follow_the_pieces(saved):

@@ -16,7 +16,7 @@ from orchestrator.checkpoint import format as format_module
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.reader import read_into
-from orchestrator.distributed.exchange import Alone
+from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError, DamagedError, MissingExtraError
 from orchestrator.sharding.layout import Layout
 from tests.lab.checkpoints import files_of, shards_of, tamper, write
@@ -130,7 +130,7 @@ def test_the_kind_of_hash_is_part_of_what_is_required(saved, reader):
     with pytest.raises(DamagedError):
         Checkpoint(saved).state()
     with pytest.raises(DamagedError):
-        read_into(Checkpoint(saved), shards_of(TENSORS, Layout(), 0), check=Alone())
+        read_into(Checkpoint(saved), shards_of(TENSORS, Layout(), 0), check=SingleProcess())
     with pytest.raises(ValueError, match="is damaged in bytes"):
         dict(reader.read_tensors(saved))
 

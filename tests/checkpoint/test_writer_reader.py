@@ -214,10 +214,10 @@ def test_a_save_that_stops_before_its_end_is_no_checkpoint(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(writer, "_commit", die)
-    peers = ThreadPeers(1)
-    peers.enter(0)
+    coordinator = ThreadPeers(1)
+    coordinator.enter(0)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 1, shards_of(TENSORS, Layout(), 0), peers, Contents({}, {}))
+        save(tmp_path, 1, shards_of(TENSORS, Layout(), 0), coordinator, Contents({}, {}))
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
         Checkpoint(tmp_path / "step-00000001")
     monkeypatch.undo()

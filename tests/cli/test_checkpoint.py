@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.diff import Difference
+from orchestrator.checkpoint.diff import TensorDifferences
 from orchestrator.cli import checkpoint_text, main
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
@@ -155,7 +155,7 @@ def test_names_of_strangers_do_not_steer_the_terminal(capsys, tmp_path):
     assert code == 0
     assert "\x1b" not in out
     assert "\\x1b[31mred" in out
-    shown = list(checkpoint_text.difference_rows(Difference(("model.\x1b[2J",), (), (), (), 0, 0)))
+    shown = list(checkpoint_text.difference_rows(TensorDifferences(("model.\x1b[2J",), (), (), (), 0, 0)))
     assert shown[0] == "only in a  model.\\x1b[2J"
 
 

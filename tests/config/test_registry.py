@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from orchestrator.config import registry
-from orchestrator.config.registry import Part, refuse_stored, targets
+from orchestrator.config.registry import OwnPart, refuse_stored, targets
 from orchestrator.errors import ConfigError, ConfigErrors
 
 MODULE = """
@@ -48,11 +48,11 @@ def _base():
 
 
 def test_a_part_is_made_with_its_arguments_and_those_of_the_product(mine):
-    part = Part.of("callback", {"_target_": "mine_parts.Widget", "every": 5}, "callbacks[0]")
+    part = OwnPart.of("callback", {"_target_": "mine_parts.Widget", "every": 5}, "callbacks[0]")
     part.check(7)
     made = part.make(7, expected=None)
     assert (made.size, made.every) == (7, 5)
-    assert Part("callback", "mine_parts.factory", "callbacks[1]", {"a": 1}).make(expected=_base()).size == 1
+    assert OwnPart("callback", "mine_parts.factory", "callbacks[1]", {"a": 1}).make(expected=_base()).size == 1
 
 
 WRONG = {
@@ -77,14 +77,14 @@ def test_what_is_wrong_is_one_clear_error(mine, name):
     import mine_parts  # type: ignore[import-not-found]
 
     with pytest.raises(ConfigError) as caught:
-        Part("callback", named, "callbacks[0]", arguments).make(-1, expected=mine_parts.Base)
+        OwnPart("callback", named, "callbacks[0]", arguments).make(-1, expected=mine_parts.Base)
     assert said in str(caught.value)
     assert f"callbacks[0]._target_={named}: " in str(caught.value)
 
 
 def test_an_error_in_the_users_code_keeps_the_place_where_it_was_raised(mine):
     with pytest.raises(ConfigError, match=r"mine_parts\.py") as caught:
-        Part("callback", "mine_parts.Widget", "callbacks[0]").make(-1)
+        OwnPart("callback", "mine_parts.Widget", "callbacks[0]").make(-1)
     assert isinstance(caught.value.__cause__, ValueError)
     assert "registry.py" not in str(caught.value)
 
@@ -92,18 +92,18 @@ def test_an_error_in_the_users_code_keeps_the_place_where_it_was_raised(mine):
 def test_entries_that_name_nothing_are_refused(mine):
     for entry in ({}, {"_target_": None}, {"_target_": 3}, "mine_parts.Widget", ["x"]):
         with pytest.raises(ConfigError, match="_target_"):
-            Part.of("callback", entry, "callbacks[0]")
+            OwnPart.of("callback", entry, "callbacks[0]")
 
 
 def test_an_installed_entry_point_is_found_by_name(mine, monkeypatch):
     entry = EntryPoint("widget", "mine_parts:Widget", "orchestrator.callbacks")
     monkeypatch.setattr(registry, "entry_points", lambda *, group: [entry] if group == entry.group else [])
     monkeypatch.setattr(registry, "_permitted", set())  # it is installed: nobody has to name it again
-    assert Part("callback", "widget", "callbacks[0]").make(2).size == 2
+    assert OwnPart("callback", "widget", "callbacks[0]").make(2).size == 2
     with pytest.raises(ConfigError, match="one of the installed: widget"):
-        Part("callback", "wigdet", "callbacks[0]").make(2)
+        OwnPart("callback", "wigdet", "callbacks[0]").make(2)
     with pytest.raises(ConfigError, match="none is installed"):
-        Part("model", "widget", "model").make(2)
+        OwnPart("model", "widget", "model").make(2)
 
 
 def test_what_nobody_named_here_is_not_imported(tmp_path, monkeypatch):
@@ -112,11 +112,11 @@ def test_what_nobody_named_here_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "_permitted", set())
     with pytest.raises(ConfigError, match="only if you name it yourself"):
-        Part("model", "mine_marker.X", "model").make()
+        OwnPart("model", "mine_marker.X", "model").make()
     assert not marker.exists()
     assert "mine_marker" not in sys.modules
     registry.permit(["mine_marker.X"])
-    Part("model", "mine_marker.X", "model").make()
+    OwnPart("model", "mine_marker.X", "model").make()
     assert marker.exists(), "the marker would have shown it"
 
 

@@ -477,7 +477,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_whatever_a_decoder_raises_names_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(item: Input, spec: TextSpec, place: reading.Place) -> reading.Rows:
+    def broken(item: Input, spec: TextSpec, place: reading.SourcePosition) -> reading.Rows:
         yield {"text": "x"}, 1
         place.row = 7
         raise RecursionError("too deep\nfor words")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from orchestrator.distributed.coordinator import Council
+from orchestrator.distributed.coordinator import ProcessCoordinator
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from tests.lab.ranks import run_ranks
@@ -22,24 +22,24 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _met(world: World, store: str) -> Council:
-    council = Council(replace(world, store=store) if store else world, timeout_seconds=20)
-    council.meet("gloo")
-    return council
+def _met(world: World, store: str) -> ProcessCoordinator:
+    coordinator = ProcessCoordinator(replace(world, store=store) if store else world, timeout_seconds=20)
+    coordinator.meet("gloo")
+    return coordinator
 
 
 def _decide(world: World, store: str) -> dict:
-    council = _met(world, store)
-    votes = [council.start_vote(flag).result() for flag in (False, world.rank == 1, True)]
-    agreed = [council.agree(f"{word} of {world.rank}") for word in ("first", "second")]
+    coordinator = _met(world, store)
+    votes = [coordinator.start_vote(flag).result() for flag in (False, world.rank == 1, True)]
+    agreed = [coordinator.broadcast(f"{word} of {world.rank}") for word in ("first", "second")]
     if world.rank == 0:
-        threading.Thread(target=council.post, args=("saved", "step 3")).start()
+        threading.Thread(target=coordinator.post, args=("saved", "step 3")).start()
     deadline = time.monotonic() + 10
-    while (seen := council.look("saved")) is None and time.monotonic() < deadline:
+    while (seen := coordinator.get_now("saved")) is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    absent = council.look("never posted")
-    council.barrier()
-    council.leave()
+    absent = coordinator.get_now("never posted")
+    coordinator.barrier()
+    coordinator.leave()
     return {"votes": votes, "agreed": agreed, "seen": seen, "absent": absent}
 
 
@@ -57,22 +57,22 @@ def test_all_ranks_come_to_the_same_answers(kind, size):
 
 
 def test_a_single_process_meets_nobody():
-    council = Council(World(), timeout_seconds=1)
-    assert [council.start_vote(flag).result() for flag in (False, True)] == [False, True]
-    assert council.agree("mine") == "mine"
-    council.post("key", "text")
-    assert (council.look("key"), council.look("other")) == ("text", None)
-    council.barrier()
-    council.leave()
+    coordinator = ProcessCoordinator(World(), timeout_seconds=1)
+    assert [coordinator.start_vote(flag).result() for flag in (False, True)] == [False, True]
+    assert coordinator.broadcast("mine") == "mine"
+    coordinator.put("key", "text")
+    assert (coordinator.get_now("key"), coordinator.get_now("other")) == ("text", None)
+    coordinator.barrier()
+    coordinator.leave()
     assert not dist.is_initialized()
 
 
 def _wait_for_the_vote(world: World) -> bool:
-    council = _met(world, "")
-    vote = council.start_vote(world.rank == 1) if world.rank == 0 else None
-    council.agree("")  # rank 0 has begun its vote and goes on
-    answer = (vote or council.start_vote(True)).result()
-    council.leave()
+    coordinator = _met(world, "")
+    vote = coordinator.start_vote(world.rank == 1) if world.rank == 0 else None
+    coordinator.broadcast("")  # rank 0 has begun its vote and goes on
+    answer = (vote or coordinator.start_vote(True)).result()
+    coordinator.leave()
     return answer
 
 
@@ -81,15 +81,15 @@ def test_a_vote_waits_for_nobody_until_it_is_asked():
 
 
 def _see_ghost(world: World, store: str) -> str | None:
-    council = Council(replace(world, attempt=1, store=store), timeout_seconds=20)
+    coordinator = ProcessCoordinator(replace(world, attempt=1, store=store), timeout_seconds=20)
     if world.rank == 0:
-        ghost = Council(replace(world, rank=1, attempt=0, store=store), timeout_seconds=20)
-        ghost.post("agree1", "of the last attempt")
-    council.meet("gloo")
-    council.barrier()
-    seen = council.look("agree1")
-    council.barrier()
-    council.leave()
+        ghost = ProcessCoordinator(replace(world, rank=1, attempt=0, store=store), timeout_seconds=20)
+        ghost.put("broadcast1", "of the last attempt")
+    coordinator.meet("gloo")
+    coordinator.barrier()
+    seen = coordinator.get_now("broadcast1")
+    coordinator.barrier()
+    coordinator.leave()
     return seen
 
 
@@ -98,16 +98,16 @@ def test_a_restarted_job_does_not_meet_the_last_one():
 
 
 def _start(world: World, port: int, store_of_agents: bool) -> str:
-    council = Council(
+    coordinator = ProcessCoordinator(
         replace(world, store=f"tcp:localhost:{port}", engine="torchrun", store_is_kept=store_of_agents), 20
     )
     if world.rank == 0:
-        council.post("said", f"by {id(council)}")
-    council.meet("gloo")
-    council.barrier()
-    seen = council.look("said")
-    council.barrier()
-    council.leave()
+        coordinator.put("said", f"by {id(coordinator)}")
+    coordinator.meet("gloo")
+    coordinator.barrier()
+    seen = coordinator.get_now("said")
+    coordinator.barrier()
+    coordinator.leave()
     return seen
 
 
@@ -131,7 +131,7 @@ def _miss(world: World, store: str) -> str:
         return "stayed away"
     start = time.monotonic()
     with pytest.raises(HardwareError) as caught:
-        Council(replace(world, store=store), timeout_seconds=2).meet("gloo")
+        ProcessCoordinator(replace(world, store=store), timeout_seconds=2).meet("gloo")
     assert time.monotonic() - start < 30
     return str(caught.value)
 
@@ -144,7 +144,7 @@ def test_who_does_not_come_is_waited_for_so_long(rank):
         said, _ = run_ranks(2, _miss, f"tcp:localhost:{port}")
     else:
         with pytest.raises(HardwareError) as caught:
-            Council(World(1, 2, store=f"tcp:localhost:{port}", engine="slurm"), timeout_seconds=2)
+            ProcessCoordinator(World(1, 2, store=f"tcp:localhost:{port}", engine="slurm"), timeout_seconds=2)
         said = str(caught.value)
     assert "the processes of the job did not meet" in said
     assert f"process {rank} of 2" in said

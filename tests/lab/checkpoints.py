@@ -40,7 +40,7 @@ class ThreadPeers:
         self._local.rank = rank
 
     def as_rank(self, rank: int) -> ThreadPeers:
-        """The same peers, seen by `rank` from any thread."""
+        """The same coordinator, seen by `rank` from any thread."""
         seen = copy.copy(self)
         seen._local = threading.local()
         seen.__class__ = type("RankPeers", (ThreadPeers,), {"rank": rank})
@@ -50,7 +50,7 @@ class ThreadPeers:
     def rank(self) -> int:
         return self._local.rank
 
-    def agree(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         if self.rank == 0:
             self._board["agreed"] = text
         self._barrier.wait()
@@ -58,10 +58,10 @@ class ThreadPeers:
         self._barrier.wait()
         return agreed
 
-    def post(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         self._board[key] = text
 
-    def look(self, key: str) -> str | None:
+    def get_now(self, key: str) -> str | None:
         return self._board.get(key)
 
 
@@ -89,14 +89,14 @@ def write(
     hash: str = "sha256",
 ) -> list[Path | Exception]:
     """Save on `size` ranks; what each returned or raised."""
-    peers = ThreadPeers(size)
+    coordinator = ThreadPeers(size)
 
     def rank(number: int) -> Path | Exception:
-        peers.enter(number)
+        coordinator.enter(number)
         try:
             facts = {"step": step} if state is None else state
             about = {"name": "test", "seed": 1} if config is None else config
-            return save(parent, step, shards(number), peers, Contents(facts, about, extra or {}, sign, hash))
+            return save(parent, step, shards(number), coordinator, Contents(facts, about, extra or {}, sign, hash))
         except Exception as error:
             return error
 

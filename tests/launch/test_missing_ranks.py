@@ -13,23 +13,25 @@ import pytest
 import torch.distributed as dist
 
 from orchestrator import stopping
-from orchestrator.distributed.coordinator import Council
+from orchestrator.distributed.coordinator import ProcessCoordinator
 from orchestrator.distributed.world import World
 from orchestrator.errors import FAILED, DataError, LostPeerError
 from orchestrator.launch import missing_ranks
-from orchestrator.launch.missing_ranks import Peers, is_lost_peer
+from orchestrator.launch.missing_ranks import RankMonitor, is_lost_peer
 from tests.lab.ranks import run_ranks
 
 
 @dataclass
 class _Parallel:
-    """What `Peers` needs of a strategy."""
+    """What `RankMonitor` needs of a strategy."""
 
-    council: Council
+    coordinator: ProcessCoordinator
     world: World
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.council, name) if name in ("post", "look", "count", "beat", "beat_of") else self._of(name)
+        if name in ("put", "get_now", "count", "beat", "beat_of"):
+            return getattr(self.coordinator, name)
+        return self._of(name)
 
     def _of(self, name: str) -> int:
         return {"rank": self.world.rank, "size": self.world.size}[name]
@@ -37,13 +39,13 @@ class _Parallel:
 
 def _lose(world: World, what: str) -> str:
     missing_ranks.BEAT_SECONDS, missing_ranks._ROLL_CALL_SECONDS = 0.1, 1.5
-    council = Council(world, timeout_seconds=3 if what == "hangs" else 30)
-    council.meet("gloo")
-    watched = Peers(_Parallel(council, world))
+    coordinator = ProcessCoordinator(world, timeout_seconds=3 if what == "hangs" else 30)
+    coordinator.meet("gloo")
+    watched = RankMonitor(_Parallel(coordinator, world))
     try:
         with watched.watched():
             watched.follow(lambda: 40 + world.rank)
-            council.barrier()
+            coordinator.barrier()
             time.sleep(0.3)
             if world.rank == 2:
                 if what == "fails":
@@ -97,11 +99,15 @@ def test_errors_of_a_connection_are_told_from_defects(error, lost):
 
 
 def _stopped_in_the_roll_call(world: World) -> int:
-    council = Council(world, timeout_seconds=30)
-    council.meet("gloo")
+    coordinator = ProcessCoordinator(world, timeout_seconds=30)
+    coordinator.meet("gloo")
     try:
-        with stopping.listening(announce=False), stopping.deferred(), Peers(_Parallel(council, world)).watched():
-            council.barrier()
+        with (
+            stopping.listening(announce=False),
+            stopping.deferred(),
+            RankMonitor(_Parallel(coordinator, world)).watched(),
+        ):
+            coordinator.barrier()
             if world.rank == 1:
                 return 0
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.chips.load import load_catalogue
 from orchestrator.planner.estimate.work import parameters
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets
-from orchestrator.planner.plan import Request
+from orchestrator.planner.job_plan import Request
 from orchestrator.planner.quantity import given
 from orchestrator.planner.search import Estimators
 from orchestrator.planner.spec import (

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.chips.load import load_catalogue
 from orchestrator.errors import ConfigError
 from orchestrator.planner.estimate.work import parameters
-from orchestrator.planner.plan import batch_for, ladder, pareto, plan_fleet, rank, search_fleet, smallest_fleet
+from orchestrator.planner.job_plan import batch_for, ladder, pareto, plan_fleet, rank, search_fleet, smallest_fleet
 from orchestrator.planner.plan_data import as_data, portfolio_data
 from orchestrator.planner.planned_models import planned_models, refuse_planned_only
 from orchestrator.planner.portfolio import assign

@@ -210,9 +210,9 @@ class TestProcess:
             tpu_compiler.count_devices(topology)
 
     def test_topologies_are_named_as_users_and_the_compiler_do(self):
-        parse = tpu_compiler.Topology.parse
-        assert parse("v5e:16x16") == tpu_compiler.Topology(1, "v5e", "16x16")
-        assert parse("4xv5p:4x4x8") == tpu_compiler.Topology(4, "v5p", "4x4x8")
+        parse = tpu_compiler.CompileTopology.parse
+        assert parse("v5e:16x16") == tpu_compiler.CompileTopology(1, "v5e", "16x16")
+        assert parse("4xv5p:4x4x8") == tpu_compiler.CompileTopology(4, "v5p", "4x4x8")
         assert parse("v7x:2x2x1") == parse("TPU7x:2x2x1") == parse("tpu7x:2x2x1") == parse("1xv7x:2x2x1")
 
     def test_help_needs_no_torch(self):

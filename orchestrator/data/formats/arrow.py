@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.formats.reading import Input, Place, Rows, no_column, not_utf8
+from orchestrator.data.formats.reading import Input, Rows, SourcePosition, no_column, not_utf8
 from orchestrator.data.formats.rows import TextSpec
 
 _BATCH_BYTES = 32 << 20
 _BATCH_ROWS = 1024
 
 
-def read_parquet(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_parquet(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """Rows of a Parquet file, of which only the wanted columns are read."""
     import pyarrow.parquet as parquet
 
@@ -28,7 +28,7 @@ def read_parquet(item: Input, spec: TextSpec, place: Place) -> Rows:
             yield from _rows(batch, place, size // rows)
 
 
-def read_arrow(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_arrow(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """Rows of one or several Arrow files or streams in order."""
     import pyarrow
 
@@ -38,7 +38,7 @@ def read_arrow(item: Input, spec: TextSpec, place: Place) -> Rows:
             yield from read_source(source, spec, place)
 
 
-def read_source(source: Any, spec: TextSpec, place: Place) -> Rows:
+def read_source(source: Any, spec: TextSpec, place: SourcePosition) -> Rows:
     """Rows of an open Arrow file or stream, of which only the wanted columns are taken."""
     schema, batches = _batches(source)
     wanted = [_column(schema, column, spec, place.file) for column in spec.fields]
@@ -63,7 +63,7 @@ def _batches(source: Any) -> tuple[Any, Iterator[Any]]:
     return reader.schema, iter(reader)
 
 
-def _rows(batch: Any, place: Place, share: int) -> Rows:
+def _rows(batch: Any, place: SourcePosition, share: int) -> Rows:
     rows: list[Mapping[str, Any]]
     try:
         rows = batch.to_pylist()
@@ -75,7 +75,7 @@ def _rows(batch: Any, place: Place, share: int) -> Rows:
         yield row, share
 
 
-def _name_the_damage(batch: Any, place: Place) -> None:
+def _name_the_damage(batch: Any, place: SourcePosition) -> None:
     """Raise an error that names the row that cannot be decoded."""
     for number in range(batch.num_rows):
         try:

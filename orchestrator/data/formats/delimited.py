@@ -5,18 +5,18 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 
-from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, Rows, decoded, no_column, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Rows, SourcePosition, decoded, no_column, too_long
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import read_lines
 from orchestrator.errors import DataError
 
 
-def read_csv(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_csv(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """Comma-separated rows; the first line names the columns."""
     return _rows(item, spec, place, ",")
 
 
-def read_tsv(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_tsv(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """Tab-separated rows; the first line names the columns."""
     return _rows(item, spec, place, "\t")
 
@@ -25,7 +25,7 @@ class _Lines:
     """The lines of one row after the other, as text; counts the bytes that they took."""
 
     def __init__(self, item: Input):
-        self._place = Place(item.path)
+        self._place = SourcePosition(item.path)
         self._source = read_lines(item, self._place)
         self.first_line, self.consumed, self._row_bytes = 1, 0, 0
 
@@ -45,7 +45,7 @@ class _Lines:
         self.first_line, self.consumed, self._row_bytes = self._place.row + 1, 0, 0
 
 
-def _rows(item: Input, spec: TextSpec, place: Place, delimiter: str) -> Rows:
+def _rows(item: Input, spec: TextSpec, place: SourcePosition, delimiter: str) -> Rows:
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _Lines(item)
     place.lines, place.row = True, 1
@@ -71,7 +71,7 @@ def _rows(item: Input, spec: TextSpec, place: Place, delimiter: str) -> Rows:
         ) from error
 
 
-def _row(header: list[str], cells: list[str], place: Place) -> dict[str, str]:
+def _row(header: list[str], cells: list[str], place: SourcePosition) -> dict[str, str]:
     if len(cells) == len(header):
         return dict(zip(header, cells, strict=True))
     raise DataError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.data.formats.detect import Detected, detect
 from orchestrator.data.formats.folders import detect_folder
 from orchestrator.data.formats.known_formats import FORMATS
-from orchestrator.data.formats.reading import Input, LeftOut, Place
+from orchestrator.data.formats.reading import Input, LeftOut, SourcePosition
 from orchestrator.data.formats.rows import TextSpec, has_fields
 from orchestrator.errors import DataError
 
@@ -30,14 +30,14 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+]*://")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundFiles:
     """What inputs stand for, in a fixed order, and what is left out of it."""
 
     inputs: tuple[Input, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
 
 
-def find_inputs(inputs: Sequence[str], spec: TextSpec | None = None) -> Found:
+def find_inputs(inputs: Sequence[str], spec: TextSpec | None = None) -> FoundFiles:
     """The files that paths, globs (`**` crosses folders), folders and `builtin` stand for, each once.
 
     Args:
@@ -50,14 +50,14 @@ def find_inputs(inputs: Sequence[str], spec: TextSpec | None = None) -> Found:
     found: list[Input] = []
     left_out: list[LeftOut] = []
     for text in inputs:
-        part = Found(tuple(_builtin_files())) if text == BUILTIN else _search(text, spec)
+        part = FoundFiles(tuple(_builtin_files())) if text == BUILTIN else _search(text, spec)
         if not part.inputs:
             raise _nothing(text, part.left_out)
         found.extend(part.inputs)
         left_out.extend(part.left_out)
     unique = {item.path.resolve(): item for item in reversed(found)}
     kept = [item for item in found if unique[item.path.resolve()] is item]
-    return Found(tuple(kept), tuple(dict.fromkeys(left_out)))
+    return FoundFiles(tuple(kept), tuple(dict.fromkeys(left_out)))
 
 
 def _builtin_files() -> list[Input]:
@@ -81,14 +81,14 @@ def _has_encoding(path: Path) -> bool:
     return True
 
 
-def _search(text: str, spec: TextSpec) -> Found:
+def _search(text: str, spec: TextSpec) -> FoundFiles:
     path = Path(text).expanduser()
     if "\0" in text:
-        return Found()
+        return FoundFiles()
     if path.is_dir():
         return _Search(spec).folder(path, path.name or str(path), top=True).result(text)
     if path.exists():
-        return Found((_named(path, spec),))
+        return FoundFiles((_named(path, spec),))
     search = _Search(spec)
     for match in sorted(glob.glob(str(path), recursive=True)):
         found = Path(match)
@@ -142,7 +142,7 @@ def _look_at(path: Path, spec: TextSpec) -> Detected:
     try:
         read = FORMATS["json-object"].read
         assert read is not None
-        if all(has_fields(row, spec) for row, _ in read(item, spec, Place(path))):
+        if all(has_fields(row, spec) for row, _ in read(item, spec, SourcePosition(path))):
             return detected
     except Exception:  # not JSON, or damaged: it is what its text is
         pass
@@ -196,7 +196,7 @@ class _Search:
             if detected.beside_data:
                 self.beside[path] = detected.beside_data
 
-    def result(self, text: str) -> Found:
+    def result(self, text: str) -> FoundFiles:
         """What is read: where there are data files, the texts about them are not, and of several splits only train."""
         data = [item for item in self.inputs if item.format != "text"]
         kept: list[Input] = []
@@ -209,7 +209,7 @@ class _Search:
                 self.left_out.append(LeftOut(item.name, "another split than train"))
             else:
                 kept.append(item)
-        return Found(tuple(_without_strays(text, kept, self.left_out)), tuple(self.left_out))
+        return FoundFiles(tuple(_without_strays(text, kept, self.left_out)), tuple(self.left_out))
 
     def _whole(self, item: Input, left_out: list[LeftOut]) -> None:
         self.left_out += left_out

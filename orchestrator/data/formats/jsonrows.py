@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, Rows, decoded, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Rows, SourcePosition, decoded, too_long
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import open_input, read_lines
 from orchestrator.errors import DataError
@@ -16,14 +16,14 @@ _CHUNK_CHARACTERS = 1 << 20
 _SPACE = " \t\r\n"
 
 
-def read_json_lines(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_json_lines(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """One object per line; blank lines are no rows."""
     for line, consumed in read_lines(item, place):
         if line.strip():
             yield _object(_parsed(line, place), place, "one JSON object per line"), consumed
 
 
-def read_json_object(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_json_object(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """The whole file is one object, a single row."""
     content, raw = open_input(item)
     with raw, content:
@@ -34,7 +34,7 @@ def read_json_object(item: Input, spec: TextSpec, place: Place) -> Rows:
         yield _object(_parsed(data.removeprefix(b"\xef\xbb\xbf"), place), place, "one JSON object"), raw.tell()
 
 
-def read_json_array(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_json_array(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """An array of objects, one at a time: memory is that of the largest object."""
     content, raw = open_input(item)
     before = 0
@@ -45,7 +45,7 @@ def read_json_array(item: Input, spec: TextSpec, place: Place) -> Rows:
             before = now
 
 
-def _elements(text: io.TextIOWrapper, place: Place) -> Iterator[Any]:
+def _elements(text: io.TextIOWrapper, place: SourcePosition) -> Iterator[Any]:
     """The elements of the array that `text` holds; `place.row` is the number of the element."""
     window = _Window(text, place)
     if window.next_mark() != "[":
@@ -71,7 +71,7 @@ def _elements(text: io.TextIOWrapper, place: Place) -> Iterator[Any]:
 class _Window:
     """The part of a text that is parsed now."""
 
-    def __init__(self, text: io.TextIOWrapper, place: Place):
+    def __init__(self, text: io.TextIOWrapper, place: SourcePosition):
         self._text, self._place, self._done = text, place, False
         self._decoder = json.JSONDecoder()
         self._buffer, self.at = "", 0
@@ -123,7 +123,7 @@ class _Window:
         return bool(added)
 
 
-def _parsed(data: bytes, place: Place) -> Any:
+def _parsed(data: bytes, place: SourcePosition) -> Any:
     text = decoded(data, place)
     try:
         return json.loads(text)
@@ -137,7 +137,7 @@ def _parsed(data: bytes, place: Place) -> Any:
         ) from error
 
 
-def _object(value: Any, place: Place, allowed: str) -> dict[str, Any]:
+def _object(value: Any, place: SourcePosition, allowed: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise DataError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.formats.arrow import read_source
-from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, Rows, decoded, no_column, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Rows, SourcePosition, decoded, no_column, too_long
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import open_input
 from orchestrator.errors import DataError
@@ -24,7 +24,7 @@ _ARROW_MARK = b"LDARW01\x00"
 _TEXT = ("str", "string")
 
 
-def read_litdata(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_litdata(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """The items of all chunks in the order of the index, of which text is taken."""
     index = json.loads((item.path / "index.json").read_bytes())
     config = index["config"]
@@ -40,7 +40,7 @@ def read_litdata(item: Input, spec: TextSpec, place: Place) -> Rows:
         _check_count(place.row, wanted, place)
 
 
-def _check_count(count: int, wanted: int, place: Place) -> None:
+def _check_count(count: int, wanted: int, place: SourcePosition) -> None:
     if count != wanted:
         raise DataError(
             f"the chunk is damaged: {place.file}", got=f"{count:,} items", allowed=f"{wanted:,}, by index.json"
@@ -65,7 +65,7 @@ def _check_config(config: dict[str, Any], path: Path) -> str | None:
     return compression
 
 
-def _content(file: Path, compression: str | None, place: Place) -> bytes:
+def _content(file: Path, compression: str | None, place: SourcePosition) -> bytes:
     content, raw = open_input(Input(file, file.name, "litdata", compression))
     with raw, content:
         data: bytes = content.read(_MAX_CHUNK_BYTES + 1)
@@ -77,7 +77,7 @@ def _content(file: Path, compression: str | None, place: Place) -> bytes:
     return data
 
 
-def _arrow_rows(chunk: bytes, spec: TextSpec, place: Place) -> Rows:
+def _arrow_rows(chunk: bytes, spec: TextSpec, place: SourcePosition) -> Rows:
     import pyarrow
 
     end = len(chunk) - len(_ARROW_MARK) - 4
@@ -88,7 +88,7 @@ def _arrow_rows(chunk: bytes, spec: TextSpec, place: Place) -> Rows:
     yield from read_source(source, spec, place)
 
 
-def _items(chunk: bytes, config: dict[str, Any], spec: TextSpec, place: Place) -> Rows:
+def _items(chunk: bytes, config: dict[str, Any], spec: TextSpec, place: SourcePosition) -> Rows:
     formats = [str(name) for name in config["data_format"]]
     names = _leaf_names(json.loads(config["data_spec"])[1])
     if len(names) != len(formats):
@@ -106,7 +106,7 @@ def _items(chunk: bytes, config: dict[str, Any], spec: TextSpec, place: Place) -
         yield leaves[0] if is_text else _row(leaves, names, formats, spec, place), stop - start
 
 
-def _leaves(item: bytes, formats: list[str], place: Place) -> list[Any]:
+def _leaves(item: bytes, formats: list[str], place: SourcePosition) -> list[Any]:
     sizes = struct.unpack_from(f"<{len(formats)}I", item)
     at, leaves = 4 * len(formats), []
     for size, kind in zip(sizes, formats, strict=True):
@@ -117,7 +117,9 @@ def _leaves(item: bytes, formats: list[str], place: Place) -> list[Any]:
     return leaves
 
 
-def _row(leaves: list[Any], names: list[tuple[str, ...]], formats: list[str], spec: TextSpec, place: Place) -> Any:
+def _row(
+    leaves: list[Any], names: list[tuple[str, ...]], formats: list[str], spec: TextSpec, place: SourcePosition
+) -> Any:
     row = {".".join(name): leaf for name, leaf, kind in zip(names, leaves, formats, strict=True) if kind in _TEXT}
     for field in spec.fields:
         if field not in row:

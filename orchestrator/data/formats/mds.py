@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, Rows, decoded, no_column, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Rows, SourcePosition, decoded, no_column, too_long
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import open_input
 from orchestrator.errors import DataError
@@ -21,7 +21,7 @@ _COMPRESSIONS = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2"}
 _MAX_HEADER_BYTES = 1 << 28
 
 
-def read_mds(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_mds(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """The samples of all shards in the order of the index, of which text, JSON and whole numbers are taken."""
     index = json.loads((item.path / "index.json").read_bytes())
     shards = item.files[:-1]
@@ -36,7 +36,7 @@ def read_mds(item: Input, spec: TextSpec, place: Place) -> Rows:
                 yield _row(sample, shard, spec, place), share
 
 
-def _compression(shard: dict[str, Any], place: Place) -> str | None:
+def _compression(shard: dict[str, Any], place: SourcePosition) -> str | None:
     name = shard.get("compression") if shard.get("zip_data") else None
     if name is None:
         return None
@@ -51,7 +51,7 @@ def _compression(shard: dict[str, Any], place: Place) -> str | None:
     return found
 
 
-def _samples(content: Any, wanted: int, place: Place) -> Iterator[bytes]:
+def _samples(content: Any, wanted: int, place: SourcePosition) -> Iterator[bytes]:
     (count,) = struct.unpack("<I", _exactly(content, 4))
     if count != wanted or 4 * count > _MAX_HEADER_BYTES:
         raise DataError(
@@ -65,7 +65,7 @@ def _samples(content: Any, wanted: int, place: Place) -> Iterator[bytes]:
         yield _exactly(content, stop - start)
 
 
-def _row(sample: bytes, shard: dict[str, Any], spec: TextSpec, place: Place) -> dict[str, Any]:
+def _row(sample: bytes, shard: dict[str, Any], spec: TextSpec, place: SourcePosition) -> dict[str, Any]:
     sizes = shard["column_sizes"]
     variable = sum(size is None for size in sizes)
     lengths = iter(struct.unpack_from(f"<{variable}I", sample))

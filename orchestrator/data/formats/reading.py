@@ -58,7 +58,7 @@ class LeftOut:
 
 
 @dataclass
-class Place:
+class SourcePosition:
     """How far the reading of an input has come; readers move it, and errors name it.
 
     Attributes:
@@ -81,7 +81,7 @@ class Place:
 # The rows of an input, or its texts where it has no rows, each with the bytes of the input that reading it took.
 Rows = Iterator[tuple[Mapping[str, Any] | str, int]]
 # reader(input, spec, place): `spec` names the fields that are wanted of every row.
-Reader = Callable[[Input, TextSpec, Place], Rows]
+Reader = Callable[[Input, TextSpec, SourcePosition], Rows]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Format:
     advice: str = ""
 
 
-def too_long(place: Place, what: str = "line") -> NoReturn:
+def too_long(place: SourcePosition, what: str = "line") -> NoReturn:
     raise DataError(
         f"the {what} is longer than {MAX_ROW_BYTES >> 20} MiB: {place}",
         got=f"more than {MAX_ROW_BYTES:,} bytes",
@@ -113,7 +113,7 @@ def too_long(place: Place, what: str = "line") -> NoReturn:
     )
 
 
-def decoded(data: bytes, place: Place) -> str:
+def decoded(data: bytes, place: SourcePosition) -> str:
     """Bytes of a row as text.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, Place, too_long
+from orchestrator.data.formats.reading import MAX_ROW_BYTES, Input, SourcePosition, too_long
 from orchestrator.data.formats.zstd import check_frames
 
 # compression -> how it begins, and the suffixes of its files
@@ -80,7 +80,7 @@ def open_input(item: Input) -> Stream:
     return open_stream(item.path, item.compression)
 
 
-def read_lines(item: Input, place: Place) -> Iterator[tuple[bytes, int]]:
+def read_lines(item: Input, place: SourcePosition) -> Iterator[tuple[bytes, int]]:
     """Lines with their ends, and the bytes of the file that each took. A byte order mark of UTF-8 is left away.
 
     Raises:

@@ -6,7 +6,7 @@ import codecs
 import io
 import tokenize
 
-from orchestrator.data.formats.reading import Input, Place, Rows, not_utf8
+from orchestrator.data.formats.reading import Input, Rows, SourcePosition, not_utf8
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.formats.streams import Stream, open_input, open_stream
 from orchestrator.errors import DataError
@@ -14,7 +14,7 @@ from orchestrator.errors import DataError
 PIECE_CHARACTERS = 1 << 20  # longer texts are divided at a line end, so that memory stays bounded
 
 
-def read(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """UTF-8 text, with or without a byte order mark."""
     try:
         yield from _pieces(open_input(item), "utf-8-sig", place)
@@ -23,14 +23,14 @@ def read(item: Input, spec: TextSpec, place: Place) -> Rows:
         raise
 
 
-def read_python(item: Input, spec: TextSpec, place: Place) -> Rows:
+def read_python(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
     """Python sources in the encoding that they declare."""
     with open(item.path, "rb") as raw:
         encoding, _lines = tokenize.detect_encoding(raw.readline)
     return _pieces(open_stream(item.path, None), encoding, place)
 
 
-def _pieces(stream: Stream, encoding: str, place: Place) -> Rows:
+def _pieces(stream: Stream, encoding: str, place: SourcePosition) -> Rows:
     content, raw = stream
     before = characters = 0
     with raw, content:
@@ -51,7 +51,7 @@ def _pieces(stream: Stream, encoding: str, place: Place) -> Rows:
             before = now
 
 
-def _name_the_damage(stream: Stream, place: Place) -> None:
+def _name_the_damage(stream: Stream, place: SourcePosition) -> None:
     """Raise an error that names the first byte (of the text, not of its compressed form) that is not UTF-8."""
     content, raw = stream
     decoder, before = codecs.getincrementaldecoder("utf-8")(), 0

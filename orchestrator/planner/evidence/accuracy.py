@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator.planner.estimate.memory import estimate_memory
 from orchestrator.planner.estimate.time import estimate_time
-from orchestrator.planner.evidence.published import Run
+from orchestrator.planner.evidence.published import PublishedRun
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Checked:
         unknown: what the estimate of the time could not count.
     """
 
-    run: Run
+    run: PublishedRun
     held_out: bool
     seconds: float
     memory: float
@@ -81,7 +81,7 @@ class Pick:
     gap: float | None
 
 
-def check(runs: Iterable[Run], held: set[str]) -> list[Checked]:
+def check(runs: Iterable[PublishedRun], held: set[str]) -> list[Checked]:
     """Estimate every run."""
     checked = []
     for run in runs:

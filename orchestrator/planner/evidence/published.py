@@ -1,7 +1,7 @@
 """Runs that others have published, as jobs, clusters and plans that the estimators understand.
 
 One row of the CSV is one metric; rows of one run share the `id` up to the colon. What a page does not state is
-either known of its software (then it is named in `Run.assumed`) or a reason to leave the run out.
+either known of its software (then it is named in `PublishedRun.assumed`) or a reason to leave the run out.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ INTERLEAVED = {"llama4-maverick": 2}  # every second layer has experts
 
 
 @dataclass(frozen=True)
-class Run:
+class PublishedRun:
     """One published run.
 
     Attributes:
@@ -117,7 +117,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class LeftOutRun:
     key: str
     reason: str
 
@@ -126,7 +126,7 @@ class NotStatedError(Exception):
     """The page lacks something that an estimate needs, or has what the planner does not model."""
 
 
-def read(*paths: Path) -> tuple[list[Run], list[LeftOut]]:
+def read(*paths: Path) -> tuple[list[PublishedRun], list[LeftOutRun]]:
     """All runs of the CSV files, and those that cannot be used, each with the reason."""
     groups: dict[str, dict[str, Row]] = {}
     for path in paths:
@@ -139,11 +139,11 @@ def read(*paths: Path) -> tuple[list[Run], list[LeftOut]]:
         try:
             runs.append(_run(key, rows))
         except NotStatedError as reason:
-            left_out.append(LeftOut(key, str(reason)))
+            left_out.append(LeftOutRun(key, str(reason)))
     return runs, left_out
 
 
-def held_out_families(runs: Iterable[Run]) -> set[str]:
+def held_out_families(runs: Iterable[PublishedRun]) -> set[str]:
     """The families that no fit may see: of each stack's, in alphabetical order, every second; and a sole one."""
     by_stack: dict[str, set[str]] = {}
     for run in runs:
@@ -155,7 +155,7 @@ def held_out_families(runs: Iterable[Run]) -> set[str]:
     return held
 
 
-def _run(key: str, rows: Mapping[str, Row]) -> Run:
+def _run(key: str, rows: Mapping[str, Row]) -> PublishedRun:
     row = next(iter(rows.values()))
     prefix = re.match(r"[a-z]+(?:\d\d+)?", key)
     source = SOURCES.get(prefix.group() if prefix else "") or SOURCES.get(re.sub(r"\d+$", "", key.split("-")[0]))
@@ -187,7 +187,7 @@ def _run(key: str, rows: Mapping[str, Row]) -> Run:
     memory = _memory(rows)
     if seconds is None and memory is None and oom is None:
         raise NotStatedError("only an MFU or FLOP/s whose convention the page does not state")
-    return Run(key, row["source"], family, job, cluster, plan, seconds, memory, oom, tuple(assumed))
+    return PublishedRun(key, row["source"], family, job, cluster, plan, seconds, memory, oom, tuple(assumed))
 
 
 def _fits(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> bool:
@@ -401,7 +401,7 @@ def _memory(rows: Mapping[str, Row]) -> float | None:
 
 
 @functools.cache
-def shipped(folder: Path) -> tuple[tuple[Run, ...], tuple[LeftOut, ...]]:
+def shipped(folder: Path) -> tuple[tuple[PublishedRun, ...], tuple[LeftOutRun, ...]]:
     """The published runs and the sweep that lie in `folder`."""
     runs, left_out = read(folder / "published_runs.csv", folder / "layout_sweep_a100.csv")
     return tuple(runs), tuple(left_out)

@@ -37,7 +37,7 @@ def opening(stream: TokenStream) -> list[int]:
     return [int(token) for token in sequence["tokens"][begin : min(max(end, begin + 1), begin + _OPENING_TOKENS)]]
 
 
-class Evaluation(lightning.Callback):
+class Validation(lightning.Callback):
     """Loss and perplexity on the held-out data, every so many steps and at the end; nothing where there is none."""
 
     def __init__(
