@@ -1,4 +1,4 @@
-"""What the processes of a job decide together, on their CPUs: votes, agreements and a board, by torch.distributed.
+"""Votes, broadcasts and a key-value store for the processes of a job, on their CPUs, by torch.distributed.
 
 Both strategies meet through it, each with its own process group for what the devices compute.
 """

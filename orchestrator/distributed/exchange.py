@@ -49,13 +49,19 @@ def new_topic() -> str:
 
 
 def exchange(coordinator: Coordinator, topic: str, text: str, merge: Callable[[list[str]], str]) -> str:
-    """Tell rank 0 `text`, and hear what it makes of what all have told. All ranks call it for the same topic.
+    """Gather one text per rank on rank 0, merge them there, and broadcast the result. Every rank calls it.
 
     Args:
-        merge: called on rank 0 with the texts, by rank; what it returns is returned everywhere.
+        coordinator: of this rank.
+        topic: a name that was not used before, the same on all ranks (`new_topic`).
+        text: this rank's part.
+        merge: called on rank 0 with the texts in the order of the ranks.
+
+    Returns:
+        What `merge` returned, on every rank.
 
     Raises:
-        TimeoutError: a rank has said nothing for `TIMEOUT_SECONDS`; raised on all of them.
+        TimeoutError: a rank has sent nothing for `TIMEOUT_SECONDS`; raised on all ranks.
     """
     coordinator.put(f"{topic}/{coordinator.rank}", text)
     if coordinator.rank == 0:

@@ -108,8 +108,8 @@ def _torchrun(env: Mapping[str, str]) -> World | None:
     if "TORCHELASTIC_RUN_ID" not in env:
         return None
     # TORCHELASTIC_RESTART_COUNT is each agent's own: one that joined later has counted less. With a store of the
-    # agents' the processes of one start find each other without it (`ProcessCoordinator`); another store is new at every
-    # start.
+    # agents' the processes of one start find each other without it (`ProcessCoordinator`); another store is new at
+    # every start.
     kept = env.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
     return replace(_by_torch_variables(env), engine="torchrun", store_is_kept=kept)
 

@@ -201,11 +201,11 @@ class ParallelStrategy(Strategy):
         return bool(self.start_vote(flag).result())
 
     def put(self, key: str, text: str) -> None:
-        """Put `text` up for all ranks to see, under a key that is used once. Any thread may call it."""
+        """Publish `text` to all ranks under a key that is used once. Any thread may call it."""
         self.coordinator.put(key, text)
 
     def get_now(self, key: str) -> str | None:
-        """What a rank has posted; None where it has not yet. Waits for nobody. Any thread may call it."""
+        """Return what a rank has published under `key`, or None. Does not wait. Any thread may call it."""
         return self.coordinator.get_now(key)
 
     def count(self, key: str) -> int:

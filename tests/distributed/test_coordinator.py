@@ -33,7 +33,7 @@ def _decide(world: World, store: str) -> dict:
     votes = [coordinator.start_vote(flag).result() for flag in (False, world.rank == 1, True)]
     agreed = [coordinator.broadcast(f"{word} of {world.rank}") for word in ("first", "second")]
     if world.rank == 0:
-        threading.Thread(target=coordinator.post, args=("saved", "step 3")).start()
+        threading.Thread(target=coordinator.put, args=("saved", "step 3")).start()
     deadline = time.monotonic() + 10
     while (seen := coordinator.get_now("saved")) is None and time.monotonic() < deadline:
         time.sleep(0.01)
