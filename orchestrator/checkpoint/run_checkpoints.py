@@ -35,6 +35,17 @@ def committed(parent: AnyPath) -> list[AnyPath]:
         raise CheckpointError(f"the checkpoints cannot be listed: {error.strerror or error}", got=parent) from error
 
 
+def step_of(checkpoint: AnyPath) -> int:
+    """Return the step that a committed checkpoint was saved after, by the name of its directory.
+
+    Args:
+        checkpoint: one of those that `committed` returns.
+    """
+    match = DIRECTORY.fullmatch(checkpoint.name)
+    assert match, f"{checkpoint} is no checkpoint's directory"
+    return int(match[1])
+
+
 def _committed(parent: AnyPath) -> list[AnyPath]:
     found = []
     for path in children(parent):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.hashing import new_hash
-from orchestrator.checkpoint.run_checkpoints import committed, newest_valid, remove_uncommitted
+from orchestrator.checkpoint.run_checkpoints import committed, newest_valid, remove_uncommitted, step_of
 from orchestrator.checkpoint.signing import signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.checkpoint.store_timeouts import wait_for_stores
@@ -302,6 +302,7 @@ def _start_local(plan: Plan, captured: bool) -> Outcome:
 
 def _conclude(ended: Ended, place: RunPaths) -> None:
     """What processes that were ended could not say: what has become of the run, and how it goes on."""
+    step = ended.step
     if ended.code in STOPPED and "status" not in run_directory.read_run(place.run_dir):
         tell("stopped    before the first step: there is nothing to save")
     elif ended.code == FAILED or ended.problems:
@@ -319,8 +320,10 @@ def _conclude(ended: Ended, place: RunPaths) -> None:
             tell(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}")
         if newest:
             tell(f"continue   python -m orchestrator train resume={place.run_dir}")
+            # A process may be killed after its save and before it says that it is alive again.
+            step = max(step or 0, step_of(newest[0]))
     if ended.code:
-        run_directory.mark_ended(place.run_dir, "interrupted" if ended.code in STOPPED else "failed", ended.step)
+        run_directory.mark_ended(place.run_dir, "interrupted" if ended.code in STOPPED else "failed", step)
 
 
 def _join_external(plan: Plan, world: World) -> Outcome:
