@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch_xla
+import torch_xla.distributed.spmd as xs
 from torch import Tensor
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
@@ -34,15 +34,18 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import blank_batch
 from orchestrator.distributed.world import World
 from orchestrator.errors import UserError
-from orchestrator.hardware.target_table import resolve
+from orchestrator.hardware.target_table import job_devices, resolve
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.output import printing
 from orchestrator.runs import run_directory
+from orchestrator.sharding.axes import MESH_AXES
+from orchestrator.sharding.layout import resolve_layout
 from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.strategies.xla import XlaStrategy
-from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
+from orchestrator.training.job import make_trainer, micro_batch_size, place_model
+from orchestrator.training.layout_choice import precision_of, settle_layout
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
 
@@ -50,6 +53,13 @@ PROGRAM, FACTS = "step.mlir", "staged.json"
 
 _ARGUMENT = re.compile(r"(%arg\d+): (tensor<[^>]*>)(?! \{)")
 _PARTITION = re.compile(r'@Sharding\((%arg\d+)\) \{[^}]*?mhlo\.sharding = "([^"]*)"')
+
+
+class _VirtualMesh(xs.Mesh):
+    """A mesh over more devices than the runtime of this process has, which `xs.Mesh` refuses."""
+
+    def __init__(self, device_ids: np.ndarray, mesh_shape: tuple[int, ...], axis_names: tuple[str, ...]):
+        self.device_ids, self.mesh_shape, self.axis_names = device_ids, mesh_shape, axis_names
 
 
 class StagingStrategy(XlaStrategy):
@@ -61,9 +71,11 @@ class StagingStrategy(XlaStrategy):
 
     accumulates = False
 
-    def join(self) -> None:
-        with mock.patch("torch_xla.runtime.global_runtime_device_count", return_value=self.layout.devices):
-            super().join()
+    def _make_mesh(self, device_ids: np.ndarray, degrees: tuple[int, ...]) -> xs.Mesh:
+        return _VirtualMesh(device_ids, degrees, MESH_AXES)
+
+    def _execute(self) -> None:
+        """Run nothing: there is no data that a graph could be executed on."""
 
     def _devices(self) -> list[Mapping[str, Any]]:
         # Where devices are is the compiler's matter: `launch.tpu_compiler` lays the mesh over them.
@@ -136,25 +148,35 @@ def stage(config: RunConfig) -> Staged:
     Raises:
         UserError: what of the configuration the strategy cannot do.
     """
-    with mock.patch("torch_xla.sync", _nothing), mock.patch("orchestrator.strategies.xla.XlaStrategy", StagingStrategy):
-        parallel = make_strategy(config, resolve(config.hardware), World())
-        assert isinstance(parallel, StagingStrategy)
-        parallel.join()
-        model = place_model(config, config.model, parallel)
-        optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
-        parallel.prepare_optimizer(model, optimizer)
-        sequences = config.train.global_batch_tokens // config.train.seq_len
-        micro_batch = micro_batch_size(config, parallel)
-        parallel.accumulates = micro_batch < sequences
-        module = LanguageModule(model, optimizer, parallel, config, micro_batch, step=0)
-        batch = blank_batch(micro_batch, config.train.seq_len, config.data.document_mask)
-        measured = _run_step(module, parallel, batch)
-        results = [*measured, *parallel.outputs(model, optimizer)]
-        text: bytes = torch_xla._XLAC._get_stablehlo(results, "", [], False)
+    parallel = _make_strategy(config)
+    parallel.join()
+    model = place_model(config, config.model, parallel)
+    optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
+    parallel.prepare_optimizer(model, optimizer)
+    sequences = config.train.global_batch_tokens // config.train.seq_len
+    micro_batch = micro_batch_size(config, parallel)
+    parallel.accumulates = micro_batch < sequences
+    module = LanguageModule(model, optimizer, parallel, config, micro_batch, step=0)
+    batch = blank_batch(micro_batch, config.train.seq_len, config.data.document_mask)
+    measured = _run_step(module, parallel, batch)
+    results = [*measured, *parallel.outputs(model, optimizer)]
+    text: bytes = torch_xla._XLAC._get_stablehlo(results, "", [], False)
     program, arguments = _declare(text.decode())
     size = sum(parameter.numel() for _, parameter in local_parameters(model))
     layout, passes = parallel.layout, -(-sequences // micro_batch)
     return Staged(program, str(layout), tuple(layout.as_dict().values()), size, arguments, micro_batch, passes)
+
+
+def _make_strategy(config: RunConfig) -> StagingStrategy:
+    """Return the strategy of `hardware.simulate` devices, with its layout filled in.
+
+    Raises:
+        LayoutError: the degrees do not fit the devices.
+    """
+    target, world = resolve(config.hardware), World()
+    devices = job_devices(config.hardware, target, world)
+    layout = resolve_layout(settle_layout(config, target, devices).layout, devices)
+    return StagingStrategy(target, world, layout, precision_of(config, target), config.hardware.timeout_seconds)
 
 
 def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np.ndarray]) -> list[Tensor]:
@@ -182,10 +204,6 @@ def _declare(text: str) -> tuple[str, int]:
         return f'{name}: {kind} {{mhlo.sharding = "{partitions[name]}"{donor}}}'
 
     return _ARGUMENT.sub(declare, signature) + arrow + rest, len(partitions)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of `torch_xla.sync`: there is no data that a graph could be executed on."""
 
 
 def main(argv: list[str]) -> int:

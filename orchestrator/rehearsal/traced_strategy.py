@@ -7,9 +7,8 @@ hundreds and be watched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,9 +17,25 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from orchestrator.distributed.coordinator import ProcessCoordinator
 from orchestrator.models.protocol import ShardableModel
-from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.dtensor import DTensorStrategy
+
+
+class _FakeCoordinator(ProcessCoordinator):
+    """The coordinator of a process whose peers do not exist: every collective returns at once.
+
+    It has no group for votes, as no decision is taken in a trace, and what it broadcasts is its own.
+    """
+
+    def meet(self, backend: str) -> None:
+        """Make torch's fake process group of the whole world, whatever `backend`."""
+        rank, size = self._world.rank, self._world.size
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+
+    def broadcast(self, text: str) -> str:
+        """Return `text`: there is no rank 0 to wait for."""
+        return text
 
 
 class TracedStrategy(DTensorStrategy):
@@ -35,35 +50,17 @@ class TracedStrategy(DTensorStrategy):
         super().__init__(*args, **kwargs)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.before_update: Callable[[], None] = lambda: None
-
-    def join(self) -> None:
-        start = dist.init_process_group
-
-        def pretend(*args: Any, **kwargs: Any) -> None:
-            start("fake", store=FakeStore(), rank=self.world.rank, world_size=self.world.size)
-
-        # Whoever needs a group of its own beside the mesh's needs it for decisions, and nothing is decided here.
-        with (
-            mock.patch.object(dist, "init_process_group", pretend),
-            mock.patch.object(dist, "new_group", return_value=None),
-        ):
-            super().join()
+        self._coordinator = _FakeCoordinator(self.world, self.timeout_seconds)
 
     def leave(self) -> None:
         super().leave()
         # It remembers the groups of this world, which the next one's equal mesh would be given.
         _clear_sharding_prop_cache()
 
-    def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
-        allocate = model.to_empty
-
-        def allocate_nothing(**kwargs: Any) -> ShardableModel:
-            with self.fake:
-                return allocate(**kwargs)
-
-        # Only the allocation: what is done before on the meta device looks into the mesh's ranks, which are data.
-        with mock.patch.object(model, "to_empty", allocate_nothing):
-            super().shard(model, placements)
+    def _allocate(self, model: ShardableModel) -> None:
+        # Only the allocation: what comes before it on the meta device reads the mesh's ranks, which are data.
+        with self.fake:
+            super()._allocate(model)
 
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None

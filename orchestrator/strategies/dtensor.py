@@ -105,9 +105,13 @@ class DTensorStrategy(ParallelStrategy):
                 block.compile()
         if self.layout.devices > 1 or self.precision != "fp32":
             self._fully_shard(model)
-        model.to_empty(device=self.root_device)
+        self._allocate(model)
         model.tie_weights()
         self._check(model)
+
+    def _allocate(self, model: ShardableModel) -> None:
+        """Allocate this rank's shards, unfilled, on its device."""
+        model.to_empty(device=self.root_device)
 
     def _fully_shard(self, model: ShardableModel) -> None:
         assert self.mesh is not None

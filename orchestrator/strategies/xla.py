@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch_xla
@@ -65,7 +66,15 @@ class XlaStrategy(ParallelStrategy):
         devices = self._devices()
         self._check_devices(len(devices))
         degrees = tuple(self.layout.as_dict().values())
-        self._mesh = xs.Mesh(order_devices(devices, degrees).flatten(), degrees, MESH_AXES)
+        self._mesh = self._make_mesh(order_devices(devices, degrees).flatten(), degrees)
+
+    def _make_mesh(self, device_ids: np.ndarray, degrees: tuple[int, ...]) -> xs.Mesh:
+        """Return the mesh of `degrees`, one for each mesh axis, over the devices of these numbers."""
+        return xs.Mesh(device_ids, degrees, MESH_AXES)
+
+    def _execute(self) -> None:
+        """Compile and run what has been traced so far."""
+        torch_xla.sync()
 
     def _check_agreement(self) -> None:
         """All hosts are about to build the same program."""
@@ -169,7 +178,7 @@ class XlaStrategy(ParallelStrategy):
                 if value.dim():
                     spec = self._spec(name, reduced.get(key, ()))
                     state[key] = self._send(torch.zeros(value.shape, dtype=value.dtype), spec)
-        torch_xla.sync()
+        self._execute()
 
     def initialize(self, model: ShardableModel, seed: int) -> None:
         initializers, shards = model.initializers(), self.state_shards(model, None)
@@ -186,7 +195,7 @@ class XlaStrategy(ParallelStrategy):
                 yield f"optimizer.{key}.{name}", value
 
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
-        torch_xla.sync()
+        self._execute()
         shards = []
         for name, tensor in self._named(model, optimizer):
             if tensor.dim() == 0:
@@ -215,7 +224,7 @@ class XlaStrategy(ParallelStrategy):
             for part, value in zip(local, parts[name], strict=True):
                 part.data = _pad(value, part.data.shape)
             wrapped.load_local_shards_(local)
-        torch_xla.sync()
+        self._execute()
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -244,10 +253,10 @@ class XlaStrategy(ParallelStrategy):
                 if parameter.grad is not None:
                     # Left alone the compiler gives a whole gradient to every device of fsdp.
                     xs.mark_sharding(parameter.grad, self._mesh, self._spec(name))
-            torch_xla.sync()
+            self._execute()
 
     def finish_step(self) -> None:
-        torch_xla.sync()
+        self._execute()
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         # A tensor is global here: what a rank has is already the sum.
