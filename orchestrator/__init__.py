@@ -12,8 +12,9 @@ imported before it is used: `import orchestrator` does not import torch. See doc
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orchestrator.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from orchestrator.api.comparing import compare
@@ -29,28 +30,28 @@ if TYPE_CHECKING:
     from orchestrator.strategies.dtensor import DTensorStrategy
     from orchestrator.strategies.xla import XlaStrategy
     from orchestrator.training.module import LanguageModule
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "api.comparing": ["compare"],
+            "api.configs": ["compose"],
+            "api.planning": ["plan"],
+            "api.rehearsing": ["rehearse"],
+            "api.runs": ["Run", "load_run"],
+            "api.trained_models": ["evaluate", "generate", "load_model"],
+            "api.training": ["train"],
+            "checkpoint.checkpoint": ["Checkpoint"],
+            "config.compose": ["Composed"],
+            "config.schema": ["RunConfig"],
+            "strategies.dtensor": ["DTensorStrategy"],
+            "strategies.xla": ["XlaStrategy"],
+            "training.module": ["LanguageModule"],
+        },
+    )
 
 __version__ = "0.1.0"
 
-# name -> module that has it
-_MODULES = {
-    "Checkpoint": "checkpoint.checkpoint",
-    "Composed": "config.compose",
-    "DTensorStrategy": "strategies.dtensor",
-    "LanguageModule": "training.module",
-    "Run": "api.runs",
-    "RunConfig": "config.schema",
-    "XlaStrategy": "strategies.xla",
-    "compare": "api.comparing",
-    "compose": "api.configs",
-    "evaluate": "api.trained_models",
-    "generate": "api.trained_models",
-    "load_model": "api.trained_models",
-    "load_run": "api.runs",
-    "plan": "api.planning",
-    "rehearse": "api.rehearsing",
-    "train": "api.training",
-}
 __all__ = [
     "Checkpoint",
     "Composed",
@@ -69,13 +70,3 @@ __all__ = [
     "rehearse",
     "train",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'orchestrator' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"orchestrator.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

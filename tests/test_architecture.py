@@ -1,10 +1,14 @@
-"""The arrows of the design, read from the syntax trees: who imports whom, and what is imported nowhere."""
+"""The rules of the code's structure, read from the syntax trees.
+
+Which package may import which, no circle of files, what is imported nowhere, sizes, and names.
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ MAX_LINES, MAX_FUNCTION_LINES = 450, 60
 LONGER: dict[tuple[str, str], int] = {}
 
 # Modules that import nothing of the product, and that all may import.
-LEAVES = {"errors.py", "installing.py", "output.py", "stopping.py"}
+LEAVES = {"errors.py", "installing.py", "lazy_exports.py", "output.py", "stopping.py"}
 # package -> packages of the product that it may import, beside itself, those and, for all, `config.schema`.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
@@ -87,8 +91,9 @@ NOT_IN: dict[str, set[str]] = {
 PICKLE_READER = "interop/pickle_reader.py"
 # Modules that import by name: what the product's own tables name, and what the user does (`config.registry`).
 IMPORT_BY_NAME = {"cli/__init__.py", "cli/checkpoint.py", "hardware/target_table.py", "config/registry.py"}
-IMPORT_BY_NAME |= {"__init__.py", "launch/__init__.py"}  # the package's own names, when they are used
-NOWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+IMPORT_BY_NAME |= {"lazy_exports.py"}  # a package's own names, when they are used
+# unittest: what a test needs to replace by a mock is a parameter or a method of the product.
+NOWHERE = {"unittest", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_CALLS |= {"yaml.full_load", "np.load", "numpy.load", "os.system", "os.popen"}
 
@@ -152,6 +157,37 @@ def test_the_table_names_the_packages_that_there_are():
     assert set(ALLOWED) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
+def _module_name(name: str) -> str:
+    return "orchestrator." + name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and _dotted(node.test) == "TYPE_CHECKING"
+
+
+def _imported_files(name: str, files: Mapping[str, str]) -> Iterator[str]:
+    """Files of the product that a file imports, also within functions and for types only.
+
+    What a package exports does not count (`lazy_exports`): it is imported by whoever asks for it.
+    """
+    tree = _tree(name)
+    if name.endswith("__init__.py"):
+        tree = ast.Module([node for node in tree.body if not _is_type_checking(node)], [])
+    for module in _imports(tree):
+        found = files.get(module) or files.get(module.rpartition(".")[0])
+        if found and found != name:
+            yield found
+
+
+def test_files_have_no_circle_of_imports():
+    """Of every import counts, wherever it stands: a circle that is hidden in a function is one, too."""
+    files = {_module_name(name): name for name in FILES}
+    waiting = {name: set(_imported_files(name, files)) for name in FILES}
+    while free := {name for name, needs in waiting.items() if not needs}:
+        waiting = {name: needs - free for name, needs in waiting.items() if name not in free}
+    assert waiting == {}, "these files import each other, or import such files"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_vendors_and_frameworks_stay_where_they_belong(name):
     for module in _imports(_tree(name)):
@@ -202,6 +238,51 @@ def test_files_and_functions_stay_short(name):
             assert length <= LONGER.get((name, node.name), MAX_FUNCTION_LINES), (
                 f"{name}: {node.name} has {length} lines"
             )
+
+
+def _repeated(names: Iterator[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def test_no_two_public_classes_share_a_name():
+    nodes = (node for name in FILES for node in _tree(name).body if isinstance(node, ast.ClassDef))
+    assert _repeated(node.name for node in nodes if not node.name.startswith("_")) == []
+
+
+def test_no_two_modules_share_a_name():
+    """But for the modules of `cli`, which are named after their verbs."""
+    assert _repeated(Path(name).name for name in FILES if not name.startswith("cli/") and "__init__" not in name) == []
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("__init__.py")])
+def test_every_package_says_what_it_exports(name):
+    """In `__all__`; the same names for type checkers and for `lazy_exports`, in the modules that define them."""
+    tree = _tree(name)
+    assert ast.get_docstring(tree), "what the package is for"
+    values = {_dotted(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    exported = ast.literal_eval(values["__all__"])
+    assert exported, "the names that others use"
+    modules = {Path(other).stem for other in FILES if Path(other).parent == Path(name).parent}
+    assert not modules & set(exported), "a module of this name would take the place of what is exported"
+    if name == "cli/__init__.py":
+        return  # defines what it exports
+    (block,) = (node for node in tree.body if _is_type_checking(node))
+    for_types = {f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    table = ast.literal_eval(block.orelse[0].value.args[1])
+    assert for_types == {f"orchestrator.{module}.{each}" for module, names in table.items() for each in names}
+    assert sorted(exported) == sorted(each for names in table.values() for each in names)
+    for module, names in table.items():
+        assert set(names) <= _defined(f"{module.replace('.', '/')}.py"), f"{name} exports what {module} has not"
+
+
+def _defined(name: str) -> set[str]:
+    found: set[str] = set()
+    for node in _tree(name).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found |= {_dotted(target) for target in (node.targets if isinstance(node, ast.Assign) else [node.target])}
+    return found
 
 
 def test_adding_a_hardware_target_is_a_module_a_line_and_a_yaml():

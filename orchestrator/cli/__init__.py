@@ -15,6 +15,8 @@ from orchestrator.installing import how_to_install
 from orchestrator.observe.console import guarded
 from orchestrator.output import printing
 
+__all__ = ["VERBS", "main"]
+
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
 VERBS = {
     "train": "train a model: a new run, or one that goes on",

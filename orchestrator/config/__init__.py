@@ -3,3 +3,83 @@
 Frozen dataclasses (`schema`), how Hydra composes them from `conf/` and the command line (`compose`), and the checks
 that report every mistake at once (`validate`).
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestrator.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from orchestrator.config.compose import Composed, read_config
+    from orchestrator.config.convert import from_dict, to_dict
+    from orchestrator.config.schema import (
+        AdafactorConfig,
+        AdamWConfig,
+        CheckpointConfig,
+        DataConfig,
+        HardwareConfig,
+        LayoutConfig,
+        LoggerConfig,
+        ModelConfig,
+        MuonConfig,
+        OptimConfig,
+        RunConfig,
+        ScheduleConfig,
+        SGDConfig,
+        SourceConfig,
+        TokenizerConfig,
+        TokensConfig,
+        TrainConfig,
+    )
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "config.compose": ["Composed", "read_config"],
+            "config.convert": ["from_dict", "to_dict"],
+            "config.schema": [
+                "AdafactorConfig",
+                "AdamWConfig",
+                "CheckpointConfig",
+                "DataConfig",
+                "HardwareConfig",
+                "LayoutConfig",
+                "LoggerConfig",
+                "ModelConfig",
+                "MuonConfig",
+                "OptimConfig",
+                "RunConfig",
+                "SGDConfig",
+                "ScheduleConfig",
+                "SourceConfig",
+                "TokenizerConfig",
+                "TokensConfig",
+                "TrainConfig",
+            ],
+        },
+    )
+
+__all__ = [
+    "AdafactorConfig",
+    "AdamWConfig",
+    "CheckpointConfig",
+    "Composed",
+    "DataConfig",
+    "HardwareConfig",
+    "LayoutConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "MuonConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SGDConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TokensConfig",
+    "TrainConfig",
+    "from_dict",
+    "read_config",
+    "to_dict",
+]

@@ -3,3 +3,34 @@
 Read `job` first: it builds everything in the order of a run. `module` is one optimizer step; `callbacks` look at the
 run between steps.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestrator.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from orchestrator.training.check import check_run
+    from orchestrator.training.job import Job, build, make_strategy
+    from orchestrator.training.module import LanguageModule
+    from orchestrator.training.optimizer_setup import build_optimizer
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "training.check": ["check_run"],
+            "training.job": ["Job", "build", "make_strategy"],
+            "training.module": ["LanguageModule"],
+            "training.optimizer_setup": ["build_optimizer"],
+        },
+    )
+
+__all__ = [
+    "Job",
+    "LanguageModule",
+    "build",
+    "build_optimizer",
+    "check_run",
+    "make_strategy",
+]
