@@ -1,6 +1,8 @@
-"""Train a small model, look at the run, and let the model write. Words on the command line change the run:
+"""Train a small model, look at the run, and let the model write.
 
-python examples/train_from_python.py model=tiny train.max_steps=200 hardware.devices=2
+Words on the command line change the run:
+
+    python examples/train_from_python.py model=tiny train.max_steps=200 hardware.devices=2
 """
 
 from __future__ import annotations

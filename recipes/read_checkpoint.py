@@ -1,4 +1,6 @@
-"""Read a checkpoint with safetensors and NumPy alone: python recipes/read_checkpoint.py DIRECTORY [TENSOR]
+"""Read a checkpoint with safetensors and NumPy alone.
+
+    python recipes/read_checkpoint.py DIRECTORY [TENSOR]
 
 Checks the manifest's digest, every hash, and that the shards hold each element exactly once. The format is described in
 docs/checkpoint-format.md. bfloat16, which NumPy lacks, is given as uint16 with the same bits. A checkpoint that was
@@ -34,6 +36,7 @@ def read_plain(path: Path, limit: int) -> bytes:
 
 
 def read_manifest(directory: Path) -> dict:
+    """Return the manifest of a checkpoint, after checking its format and its digest."""
     manifest = json.loads(read_plain(directory / "manifest.json", 1 << 28))
     if (manifest["format"], manifest["version"]) != ("orchestrator-checkpoint", 2):
         raise ValueError("not a checkpoint that this reader knows")
@@ -47,6 +50,7 @@ def read_manifest(directory: Path) -> dict:
 
 
 def hash_of(manifest: dict) -> Callable[[bytes], Any]:
+    """Return the hash function of the checkpoint's files."""
     if "blake3" not in manifest.get("requires", []):
         return hashlib.sha256
     from blake3 import blake3

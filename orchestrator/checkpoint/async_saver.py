@@ -82,6 +82,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def join(self, timeout_seconds: float | None = None) -> None:

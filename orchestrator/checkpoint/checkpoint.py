@@ -58,7 +58,8 @@ class Damage:
 
     Attributes:
         file: its name.
-        start, stop: the bytes that a hash covers.
+        start: first byte that the hash covers.
+        stop: the byte behind the last one.
         tensors: `name[box]` of the stored shards that have bytes there, where that can be told.
         reason: what is wrong, where it is not the hash.
     """
@@ -84,6 +85,7 @@ class ByteRange:
 
     @property
     def stop(self) -> int:
+        """The first byte of the file behind the piece."""
         return self.start + self.piece.bytes
 
 
@@ -139,6 +141,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Optimizer steps completed when it was saved."""
         return self.manifest.step
 
     def places(self) -> Iterator[ByteRange]:

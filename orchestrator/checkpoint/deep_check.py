@@ -32,9 +32,10 @@ def element_count(checkpoint: Checkpoint) -> int:
 
 
 def nonfinite_tensors(checkpoint: Checkpoint, progress: Callable[[int], object] = lambda done: None) -> list[NonFinite]:
-    """The tensors that hold NaN or infinity, read a piece at a time.
+    """List the tensors that hold NaN or infinity, reading a piece at a time.
 
     Args:
+        checkpoint: the checkpoint to read.
         progress: told the number of elements that were looked at.
 
     Raises:

@@ -52,7 +52,8 @@ class TensorDifferences:
     Attributes:
         compared: tensors that both have in the same shape.
         same: those of them that are bitwise equal.
-        nonfinite_first, nonfinite_second: those of them that hold NaN or infinity in the first, in the second.
+        nonfinite_first: those of them that hold NaN or infinity in the first checkpoint.
+        nonfinite_second: those that do in the second.
     """
 
     only_first: tuple[str, ...]
@@ -81,6 +82,8 @@ def compare(
     """Compare two checkpoints, whatever layouts wrote them.
 
     Args:
+        first: one checkpoint.
+        second: the other one.
         prefix: of the tensors that are looked at, such as `model.`.
         progress: told the number of elements that were compared.
 

@@ -67,6 +67,14 @@ class StoredShard:
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """A tensor of a checkpoint.
+
+    Attributes:
+    dtype: its name in safetensors, such as `F32`.
+    shape: global.
+    shards: its parts, which cover every element exactly once.
+    """
+
     dtype: str
     shape: tuple[int, ...]
     shards: tuple[StoredShard, ...]
@@ -118,6 +126,7 @@ class Manifest:
                 raise CheckpointError(f"the manifest lists too many {what}", got=count, allowed=f"{most} at most")
 
     def to_json(self) -> str:
+        """Serialize the manifest, with the digest of its content."""
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -306,10 +315,20 @@ def _schema(name: str = "manifest") -> Any:
 
 
 def stored_to_dict(file: StoredFile) -> dict[str, Any]:
+    """Convert to the JSON entry of a file: its bytes, and bytes and hash of each piece."""
     return {"bytes": file.bytes, "pieces": [[piece.bytes, piece.hash] for piece in file.pieces]}
 
 
 def stored_from_dict(name: str, entry: Mapping[str, Any]) -> StoredFile:
+    """Parse the JSON entry of a file.
+
+    Args:
+        name: of the file, for messages.
+        entry: as `stored_to_dict` writes it.
+
+    Raises:
+        CheckpointError: a piece has no bytes or no hash, or the pieces do not add up to the file.
+    """
     pieces = tuple(Piece(_count(size), text) for size, text in entry["pieces"])
     for piece in pieces:
         if not piece.bytes or not _HASH.fullmatch(piece.hash):
@@ -328,7 +347,8 @@ def parse_json(content: bytes) -> Any:
     """JSON whose objects name no key twice: two readers could take two different ones of them.
 
     Raises:
-        ValueError, RecursionError: it is none, or is nested without end.
+        ValueError: it is no JSON, or a key is there twice.
+        RecursionError: it is nested too deeply.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

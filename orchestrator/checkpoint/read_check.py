@@ -61,9 +61,10 @@ class Checks:
     def conclude(
         self, coordinator: Coordinator, problem: CheckpointError | None, progress: Callable[[int], object]
     ) -> None:
-        """See to it that each piece is checked by somebody. All ranks call it together, and all end the same way.
+        """Have each piece checked by some rank. All ranks call it together, and all end the same way.
 
         Args:
+            coordinator: the processes that read the checkpoint together.
             problem: why this process could not read its part.
             progress: told the number of bytes of each stretch that is read.
 

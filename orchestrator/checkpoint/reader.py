@@ -200,6 +200,7 @@ def read_into(
     """Fill `shards` from the stored tensors.
 
     Args:
+        checkpoint: the checkpoint to read.
         shards: the parts that this process holds; `data` is written in place.
         ignore: prefixes of stored names that need not be wanted.
         cast: as for `Reader`.

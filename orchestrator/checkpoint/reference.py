@@ -121,6 +121,7 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
+        """Whether the difference is within the tolerance; NaN is not."""
         return self.difference <= self.tolerance  # of a NaN: no
 
     def values(self) -> str:
@@ -129,6 +130,7 @@ class Difference:
         return f"{self.measured:.6g} instead of {self.saved:.6g} " if known else ""
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to plain data for JSON; a difference that is not finite becomes None."""
         known = self.difference if math.isfinite(self.difference) else None
         return {
             "saved": self.saved,
@@ -290,7 +292,8 @@ class Handover:
 
     Attributes:
         step: of the checkpoint.
-        before, after: provenance of the two sides, as a checkpoint's state has it.
+        before: provenance of the side that saved, as a checkpoint's state has it.
+        after: provenance of the side that restored.
         differences: what was compared; empty where the checkpoint carries no reference.
         tensors: those whose bits are not the saved ones.
     """
@@ -317,6 +320,7 @@ class Handover:
         ]
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to plain data for JSON."""
         return {
             "step": self.step,
             "verdict": self.verdict,
@@ -370,9 +374,12 @@ def check(
     tensors: Sequence[str],
     here: Mapping[str, Any],
 ) -> Handover:
-    """Judge what was measured here against what `checkpoint` says.
+    """Judge the values measured here by those that `checkpoint` was saved with.
 
     Args:
+        checkpoint: the checkpoint that was restored.
+        reference: the values recorded at the save; None where it has none.
+        measured: the values of the restored model; None where they could not be measured.
         tensors: those whose bits are not the saved ones.
         here: provenance of this side.
 

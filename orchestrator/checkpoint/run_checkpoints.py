@@ -62,10 +62,13 @@ def newest_valid(
     trust: Trust = Trust(),
     before: AnyPath | None = None,
 ) -> AnyPath | None:
-    """The newest checkpoint whose manifest, files and their sizes are right; `report` is told of each that is not.
+    """Return the newest checkpoint whose manifest and files have the right sizes; None where there is none.
 
     Args:
+        parent: the directory of checkpoints.
         verify: hash what lies beside the tensors, too. Those are hashed by whoever reads them.
+        report: told of each checkpoint that is not valid.
+        trust: whose signatures are accepted.
         before: look only at those older than this one.
     """
     paths = committed(parent)

@@ -74,6 +74,7 @@ def locate(where: str | Path) -> AnyPath:
 
 
 def is_remote(path: AnyPath) -> bool:
+    """Whether the path is one of an object store."""
     return not isinstance(path, Path)
 
 
@@ -196,6 +197,8 @@ def write_file(path: AnyPath, parts: Iterable[Any], hash: str = "sha256") -> Sto
     """Write bytes-like parts one after the other, hashing beside it; flushed to disk, or put whole into the store.
 
     Args:
+        path: the file, whose directory exists, or an object of a store.
+        parts: bytes-like objects.
         hash: a name that `new_hash` takes.
 
     Returns:
@@ -236,6 +239,9 @@ def read_range_into(
     """Fill `out` with the bytes of a file from `start` on. Returns how many there were.
 
     Args:
+        path: the file.
+        start: offset of the first byte.
+        out: the buffer to fill.
         tell: given each part of `out` as it is filled; on this machine so soon that it lies in the processor's cache.
 
     Raises:

@@ -70,11 +70,15 @@ def _unless_set(scheme: str, option: str, ours: Mapping[str, Any]) -> dict[str, 
 
 
 def retried(action: Callable[[], Any], operation: str, path: Path) -> Any:
-    """What `action` returns; after an error of the store it is tried again a few times, as long as its time lasts.
+    """Call `action`; retry it a few times after an error of the store, as long as the operation's time lasts.
 
     Args:
+        action: what to do; called again as a whole.
         operation: list, read, write, commit or remove, for the error.
         path: of the store, for the error.
+
+    Returns:
+        What `action` returns.
 
     Raises:
         TimeoutError: the store has not answered in time.
@@ -201,9 +205,11 @@ class PatientFile:
         self._file, self._path = file, path
 
     def write(self, data: Any) -> None:
+        """Write bytes-like `data`, within the time limit of the store."""
         self._within(lambda: self._file.write(data), _limit)
 
     def close(self) -> None:
+        """Close the file, within the time limit of the store."""
         self._within(self._file.close, _limit)
 
     def give_up(self) -> None:

@@ -12,9 +12,10 @@ _SHOWN = ("written", "target", "device_names", "devices", "hosts", "engine", "la
 
 
 def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
-    """Step, provenance, tensors, data position and size of a checkpoint, ready for JSON.
+    """Return step, provenance, tensors, data position and size of a checkpoint, as plain data for JSON.
 
     Args:
+        checkpoint: the checkpoint.
         tensors: with each tensor's shape and shards.
 
     Raises:

@@ -92,7 +92,11 @@ def save(parent: AnyPath, step: int, shards: Sequence[Shard], coordinator: Coord
     """Write the checkpoint of `step` below `parent`. All ranks call it together.
 
     Args:
+        parent: the directory of checkpoints.
+        step: optimizer steps completed.
         shards: this rank's part of everything; those it does not own are skipped.
+        coordinator: the processes of the job.
+        contents: what is saved beside the tensors.
 
     Returns:
         The directory, committed.

@@ -31,6 +31,7 @@ class Figure:
 
     @property
     def known(self) -> bool:
+        """Whether there is a value."""
         return self.value is not None
 
     @property

@@ -88,6 +88,7 @@ def parse_catalogue(data: Mapping[str, Any], origin: str) -> Catalogue:
     """Build the catalogue from the plain data of a whole file.
 
     Args:
+        data: the parsed YAML.
         origin: the file's name, for messages.
 
     Raises:

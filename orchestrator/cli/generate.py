@@ -23,6 +23,8 @@ _EXAMPLE = "python -m orchestrator generate prompt='def ' temperature=0.7 top_p=
 
 @dataclass(frozen=True)
 class GenerateOptions:
+    """The options of `generate`; each says in its `help` what it is."""
+
     prompt: str | None = option(None, help="text to continue")
     prompt_file: str | None = option(None, help="or a file that holds it; -: standard input")
     checkpoint: str = option("latest", help="latest, a run directory or a checkpoint directory")

@@ -30,6 +30,7 @@ Flags
 
 
 def main(argv: list[str]) -> int:
+    """Train the model that the Hydra words `argv` configure. Returns the exit code."""
     if any(word in ("-h", "--help") for word in argv):
         print(_help())
         return 0

@@ -22,6 +22,8 @@ def parse_options(cls: type[Options], argv: Sequence[str], positional: Sequence[
     """Fill the dataclass `cls` from `key=value` words.
 
     Args:
+        cls: a dataclass whose fields are made by `option`.
+        argv: the words.
         positional: fields that words without a key are for, in order.
 
     Raises:

@@ -26,6 +26,7 @@ def absolute(config: RunConfig, base: Path | None = None) -> RunConfig:
     """Return the configuration with absolute paths, so that the run goes on from whatever folder it is resumed.
 
     Args:
+        config: the configuration of a run.
         base: what relative paths are relative to; None for the working directory.
     """
     base = base or Path.cwd()

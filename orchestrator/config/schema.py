@@ -277,6 +277,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
+    """Weights & Biases: whether to log there, the project, the entity (user or team), and the mode."""
+
     enabled: bool = False
     project: str = "orchestrator"
     entity: str | None = None

@@ -47,6 +47,7 @@ class Sweep:
         Args:
             name: number and overrides.
             values: of its overrides, by key.
+            task: the job; returns its objective.
 
         Raises:
             SweepStopped: a signal has stopped the job.

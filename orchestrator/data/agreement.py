@@ -13,10 +13,13 @@ from orchestrator.errors import DataError
 
 
 def check_same_documents(store: TokenStore, tokenizer: Tokenizer, other: str, fix: str) -> None:
-    """All sources of a mixture begin and end their documents alike.
+    """Check that a source begins and ends its documents as the other sources of the mixture do.
 
     Args:
+        store: the token store of the source.
+        tokenizer: the one that its documents must fit.
         other: what has `tokenizer`, and what to do about it if it differs: `fix`.
+        fix: what the user can do where they differ.
 
     Raises:
         DataError: the store differs from `tokenizer`.

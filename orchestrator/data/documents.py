@@ -55,6 +55,7 @@ class Corpus:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all input files."""
         return sum(item.size_bytes for item in self.inputs)
 
     @property
@@ -87,6 +88,8 @@ def find_corpus(inputs: Sequence[str], spec: TextSpec, tokens: TokensConfig | No
     """The documents that inputs stand for.
 
     Args:
+        inputs: paths, globs, folders or `builtin`.
+        spec: the fields of a document.
         tokens: with a column, tables and data sets are read as tokens.
 
     Raises:

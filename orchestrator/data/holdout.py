@@ -42,6 +42,7 @@ def hold_out(extents: Extents, fraction: float) -> tuple[Extents, Extents]:
     order of their hashes while they fit, and what is missing is the tail of the longest of the others.
 
     Args:
+        extents: the documents.
         fraction: of the tokens; `MIN_HELD_OUT_TOKENS` of small data, but at most a tenth of that. 0: nothing.
 
     Raises:

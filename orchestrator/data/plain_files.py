@@ -22,9 +22,10 @@ _KINDS = (
 
 
 def regular_size(file: Path, within: Path | None = None) -> int:
-    """Size in bytes of a regular file.
+    """Return the size of a regular file in bytes.
 
     Args:
+        file: its path.
         within: a directory that links may not lead out of.
 
     Raises:
@@ -69,9 +70,11 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def read_bounded(file: Path, limit: int, within: Path | None = None) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Return the content of a regular file of at most `limit` bytes.
 
     Args:
+        file: its path.
+        limit: bytes.
         within: a directory that links may not lead out of.
 
     Raises:

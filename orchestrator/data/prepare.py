@@ -65,6 +65,7 @@ class PreparedData:
 
     @property
     def vocab_size(self) -> int:
+        """Tokens of the tokenizer."""
         return self.tokenizer.vocab_size
 
     @property
@@ -109,6 +110,7 @@ def prepare(config: DataConfig, *, progress: bool = True, verify: bool = True) -
     Several processes may call this together: one builds, the others wait.
 
     Args:
+        config: the `data` group of a run.
         progress: show bars and messages on standard error.
         verify: read stores of up to `WHOLE_CHECK_BYTES` whole; of others a block is checked when it is first read.
             What is damaged in the cache is prepared again.

@@ -177,6 +177,7 @@ class TokenStore:
         """Open the store in the directory `path`.
 
         Args:
+            path: the directory.
             verify: read and hash every file instead of comparing sizes only.
 
         Raises:
@@ -238,22 +239,27 @@ class TokenStore:
 
     @property
     def vocab_size(self) -> int:
+        """Tokens of the tokenizer that wrote it."""
         return self.index.vocab_size
 
     @property
     def eos_id(self) -> int:
+        """Id of the end-of-text token."""
         return self.index.eos_id
 
     @property
     def documents(self) -> DocumentFormat:
+        """The tokens that documents begin and end with."""
         return self.index.document_format
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the content: equal stores have equal ones."""
         return self.index.fingerprint
 
     @property
     def unigram_entropy_nats(self) -> float:
+        """Entropy of the token frequencies, in nats per token."""
         return self.index.unigram_entropy_nats
 
     def describe(self) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Ca
     nothing that looks complete; what a crash left is removed by the next build of the same key.
 
     Args:
+        root: of the cache.
+        kind: folder in it, such as `stores`.
+        key: name of the directory: a hash of what it is built from.
         load: reads the directory; a DataError means that it is damaged. It is built again, and that is said.
         build: fills an empty directory.
         say: tell on standard error when another process is waited for, or something is built again.

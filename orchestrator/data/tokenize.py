@@ -322,6 +322,7 @@ def load_tokenizer(
     for it.
 
     Args:
+        path: the file, or its directory.
         config: what documents are to be; None: plain ones, a text and the end-of-text token.
         record: or what they were, as a store or a checkpoint has kept it.
 

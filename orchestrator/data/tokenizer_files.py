@@ -85,6 +85,7 @@ class Beside:
 
     @property
     def class_name(self) -> str:
+        """The tokenizer class that `tokenizer_config.json` names, without `Fast`; empty where it names none."""
         name = self.config.get("tokenizer_class")
         return name.removesuffix("Fast") if isinstance(name, str) else ""
 

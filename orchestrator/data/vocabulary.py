@@ -18,6 +18,7 @@ def train_bpe_json(texts: Iterator[str], vocab_size: int) -> str:
     """Train a byte-level BPE vocabulary, a `tokenizer.json`; the same texts give the same vocabulary.
 
     Args:
+        texts: what to train on, read once.
         vocab_size: wanted number of tokens, the end-of-text token included; short texts may give fewer.
 
     Raises:

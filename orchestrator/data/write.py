@@ -72,9 +72,14 @@ def write_store(
     """Tokenise a corpus into a store in `folder`, which exists and is empty. The index is written last.
 
     Args:
+        folder: an empty directory.
+        corpus: the documents.
+        tokenizer: makes tokens of them.
         validation_fraction: of the tokens, held out by the hash of each document's content; copies stay together.
         workers: threads that tokenise (the library works outside of the interpreter's lock).
         source: where the documents come from, for the index.
+        progress: show a bar on standard error.
+        shard_tokens: tokens per file, about: documents are not divided.
         tokens: how a corpus of tokens is to be understood.
 
     Raises:

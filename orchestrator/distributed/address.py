@@ -16,11 +16,13 @@ _SCONTROL_SECONDS = 10.0
 
 
 def reachable(host: str, environ: Mapping[str, str], wait_seconds: float, say: Callable[[str], object]) -> str:
-    """The name itself where it resolves; else the address that Slurm knows of it.
+    """Return a name of the host that resolves: itself, or else the address that Slurm knows of it.
 
     A name of Kubernetes may resolve only when its pod runs, so it is asked for again; Slurm's nodes are what they are.
 
     Args:
+        host: name or address.
+        environ: environment variables of this process.
         wait_seconds: how long a name is asked for.
         say: told once that the name does not resolve yet.
 

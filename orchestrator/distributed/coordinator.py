@@ -84,13 +84,16 @@ class ProcessCoordinator:
             ) from error
 
     def leave(self) -> None:
+        """Destroy the process group, where there is one."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def start_vote(self, value: int) -> Vote:
+        """Start the vote for the largest `value` of all ranks, without waiting for the answer."""
         return Vote(value) if self._votes is None else _GroupVote(value, self._votes)
 
     def broadcast(self, text: str) -> str:
+        """Return rank 0's `text` on every rank. All ranks call it, in the same order."""
         if self._world.size == 1:
             return text
         self._broadcasts += 1
@@ -100,9 +103,11 @@ class ProcessCoordinator:
         return self._store.get(key).decode()
 
     def put(self, key: str, text: str) -> None:
+        """Publish `text` to all ranks under a key that is used once."""
         self._store.set(key, text)
 
     def get_now(self, key: str) -> str | None:
+        """Return what a rank has published under `key`, or None. Does not wait."""
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def count(self, key: str) -> int:
@@ -127,6 +132,7 @@ class ProcessCoordinator:
         return Beat.from_text(text) if text else None
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self._votes is not None:
             dist.barrier(group=self._votes)
 

@@ -17,12 +17,21 @@ class Coordinator(Protocol):
     """What ranks tell each other, as a strategy provides it. Any thread may call `put` and `get_now`."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This process among them, from 0."""
+
     @property
-    def size(self) -> int: ...
-    def broadcast(self, text: str) -> str: ...
-    def put(self, key: str, text: str) -> None: ...
-    def get_now(self, key: str) -> str | None: ...
+    def size(self) -> int:
+        """Number of processes."""
+
+    def broadcast(self, text: str) -> str:
+        """Return rank 0's `text` on every rank. All ranks call it, in the same order."""
+
+    def put(self, key: str, text: str) -> None:
+        """Publish `text` to all ranks under a key that is used once."""
+
+    def get_now(self, key: str) -> str | None:
+        """Return what a rank has published under `key`, or None. Does not wait."""
 
 
 class SingleProcess:
@@ -34,12 +43,15 @@ class SingleProcess:
         self._board: dict[str, str] = {}
 
     def broadcast(self, text: str) -> str:
+        """Return `text`."""
         return text
 
     def put(self, key: str, text: str) -> None:
+        """Keep `text` under `key`."""
         self._board[key] = text
 
     def get_now(self, key: str) -> str | None:
+        """Return what was put under `key`, or None."""
         return self._board.get(key)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Beat:
-    """Attributes:
-    step: optimizer steps completed.
-    count: signs of life so far; a process whose count stays the same is not there, or does not run.
+    """A sign of life of one process.
+
+    Attributes:
+        step: optimizer steps completed.
+        count: signs of life so far; a process whose count stays the same is not there, or does not run.
     """
 
     step: int
@@ -22,10 +24,12 @@ class Beat:
     count: int
 
     def to_text(self) -> str:
+        """Serialize to JSON."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_text(text: str) -> Beat:
+        """Parse what `to_text` wrote."""
         return Beat(**json.loads(text))
 
 

@@ -59,6 +59,8 @@ def run_local(
     process dies they are ended, too. They have sessions of their own, so that a Ctrl-C reaches them through here alone.
 
     Args:
+        command: program and arguments, the same for each process.
+        environments: environment variables of each process, beside those of this one.
         hear: called with each line that a process prints, and whether that is on standard output or standard error;
             from threads, one line at a time. None: the processes print where this one does.
         announce: acknowledge a request to stop on standard error.

@@ -37,6 +37,10 @@ class _Process:
 
 
 def main(pids: list[int]) -> None:
+    """Wait until standard input closes, as it does when the parent dies, then end the processes `pids`.
+
+    They get SIGTERM, and SIGKILL after `GRACE_SECONDS`.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     processes = [_Process(pid) for pid in pids]

@@ -42,6 +42,7 @@ class World:
 
     @property
     def hosts(self) -> int:
+        """Number of hosts; at least 1."""
         return max(1, self.size // self.local_size)
 
     def environment(self) -> dict[str, str]:

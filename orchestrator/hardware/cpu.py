@@ -39,10 +39,12 @@ class CpuTarget(Target):
         )
 
     def default_precision(self, probe: Probe) -> str:
+        """Return fp32."""
         # Most CPUs have no bf16 units, and there bf16 is several times slower than fp32.
         return "fp32"
 
     def device(self, local_rank: int) -> torch.device:
+        """Return torch's CPU device, the same for every process."""
         import torch
 
         return torch.device("cpu")

@@ -69,12 +69,14 @@ class CudaTarget(Target):
         return {**super()._environment(config, local_rank, local_world), **nccl_environment(), **_CUDA_ENVIRONMENT}
 
     def default_precision(self, probe: Probe) -> str:
+        """Return bf16 where the compute capability has it, else fp32."""
         capability = probe.runtime.get("compute_capability")
         if capability is None:
             return "bf16" if probe.chip is not None else "fp32"  # every NVIDIA chip of the catalogue has bf16 units
         return "bf16" if float(capability) >= _BF16_CAPABILITY else "fp32"
 
     def device(self, local_rank: int) -> torch.device:
+        """Return the GPU of a process: number `local_rank`, or the only one that it sees."""
         import torch
 
         # Slurm and Kubernetes may show each process its own GPU only, which is then number 0.
@@ -88,11 +90,13 @@ class CudaTarget(Target):
         return int(torch.cuda.memory_allocated(device))
 
     def peak_memory_bytes(self, device: torch.device) -> int | None:
+        """Return the most bytes that torch has allocated on `device` so far."""
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
 
     def synchronize(self, device: torch.device) -> None:
+        """Wait until `device` has run what was launched on it."""
         import torch
 
         torch.cuda.synchronize(device)

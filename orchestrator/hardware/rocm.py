@@ -60,6 +60,7 @@ class RocmTarget(CudaTarget):
         return {**Target._environment(self, config, local_rank, local_world), **nccl_environment()}
 
     def default_precision(self, probe: Probe) -> str:
+        """Return bf16."""
         return "bf16"
 
 

@@ -187,5 +187,5 @@ class Target(ABC):
 
 
 def missing_torch() -> Problem:
-    """torch itself is not installed."""
+    """Return the problem that torch is not installed."""
     return Problem("torch is not installed", how_to_install())

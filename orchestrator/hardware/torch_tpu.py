@@ -60,6 +60,7 @@ class TorchTpuTarget(Target):
         self._ports: list[int] = []
 
     def use(self, config: HardwareConfig) -> None:
+        """Take the number of devices from the configuration."""
         super().use(config)
         self._wanted = None if config.devices == "auto" else config.devices
 
@@ -119,9 +120,11 @@ class TorchTpuTarget(Target):
         return {**found, **given}
 
     def default_precision(self, probe: Probe) -> str:
+        """Return bf16."""
         return "bf16"
 
     def device(self, local_rank: int) -> torch.device:
+        """Return the device of this process."""
         import torch
 
         # A process sees its own device only, by whatever number the runtime gives it.
@@ -134,11 +137,13 @@ class TorchTpuTarget(Target):
         return int(torch.accelerator.memory_allocated(device)) or None
 
     def peak_memory_bytes(self, device: torch.device) -> int | None:
+        """Return the most bytes allocated on `device` so far; None where the runtime does not count."""
         import torch
 
         return int(torch.accelerator.max_memory_allocated(device)) or None
 
     def synchronize(self, device: torch.device) -> None:
+        """Wait until `device` has run what was launched on it."""
         import torch
 
         torch.accelerator.synchronize(device)

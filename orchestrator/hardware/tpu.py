@@ -30,11 +30,13 @@ class TpuTarget(XlaTarget):
         return list(found.names), found.chip, found.problems
 
     def world(self) -> World | None:
+        """Return the processes of a TPU slice, as its metadata describes them; None on another machine."""
         if self._simulate is not None or not tpu_host.look().names:
             return None
         return tpu_world(tpu_host.variables())
 
     def slices(self) -> int:
+        """Return the number of slices of a multislice job."""
         text = "1" if self._simulate is not None else tpu_host.variables().get("MEGASCALE_NUM_SLICES", "1")
         return int(text) if text.isdigit() else 1
 

@@ -49,10 +49,12 @@ class TrainiumTarget(XlaTarget):
         self._variables: dict[str, str] = {}
 
     def use(self, config: HardwareConfig) -> None:
+        """Take the environment variables from the configuration."""
         super().use(config)
         self._variables = config.environment
 
     def environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
+        """Return the variables of a worker, with those by which the runtimes of several hosts meet."""
         result = super().environment(config, local_rank, local_world)
         if config.compilation_cache is None:
             # Left alone it keeps one in /var/tmp.
@@ -60,8 +62,11 @@ class TrainiumTarget(XlaTarget):
         return {**self._peers(config), **result}
 
     def _peers(self, config: HardwareConfig) -> dict[str, str]:
-        """Where the runtime finds the other hosts; torch-neuronx, initialization.py: in SPMD mode it has no default
-        for the devices of each process, and it takes the process's number from RANK, which srun does not set."""
+        """Return the variables by which the runtime finds the other hosts.
+
+        In SPMD mode it has no default for the devices of each process, and it takes the process's number from RANK,
+        which srun does not set (torch-neuronx, initialization.py).
+        """
         world = detect(os.environ)
         if world is None or world.size == 1 or config.simulate is not None:
             return {}

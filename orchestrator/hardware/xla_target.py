@@ -40,6 +40,7 @@ class XlaTarget(Target):
         return Probe(self.name, not problems, len(names), tuple(names), chip, runtime, problems)
 
     def processes(self, devices: int) -> int:
+        """Return 1, whatever `devices`."""
         # One process drives all devices of a host.
         return 1
 
@@ -78,15 +79,18 @@ class XlaTarget(Target):
         """What the installed packages lack."""
 
     def default_precision(self, probe: Probe) -> str:
+        """Return bf16 on devices, fp32 where a CPU simulates them."""
         # A CPU computes bf16 many times more slowly than fp32.
         return "bf16" if self._simulate is None else "fp32"
 
     def device(self, local_rank: int) -> torch.device:
+        """Return torch_xla's device."""
         import torch_xla
 
         return torch_xla.device()
 
     def memory_bytes(self, device: torch.device) -> int | None:
+        """Return the bytes of this process where a CPU simulates devices, else None: the runtime does not say."""
         if self._simulate is not None:
             import psutil
 
@@ -94,9 +98,11 @@ class XlaTarget(Target):
         return None
 
     def peak_memory_bytes(self, device: torch.device) -> int | None:
+        """Return None: the runtime does not say."""
         return None
 
     def synchronize(self, device: torch.device) -> None:
+        """Run what was traced, and wait for it."""
         import torch_xla
 
         torch_xla.sync(wait=True)

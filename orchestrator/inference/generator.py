@@ -62,7 +62,10 @@ class Writer:
         """Continue a prompt.
 
         Args:
+            prompt: the text to continue.
             count: tokens to draw at most.
+            sampling: how each token is drawn.
+            seed: of the draws.
             stop: texts at which to end; they are not part of the continuation.
         """
         ids = self.tokenizer.prompt_ids(prompt)

@@ -41,6 +41,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen:
 
     Args:
         logits: [V].
+        sampling: temperature, limits and penalty.
         generator: of the CPU.
         seen: the tokens that are there already, for the repetition penalty.
 
@@ -98,6 +99,7 @@ def generate_tokens(
         model: on one device; its training mode is left as it is.
         prompt: token ids, at least one.
         count: tokens to draw at most.
+        sampling: how each token is drawn.
         seed: of the draws.
         stop_ids: the tokens that end the text and are not yielded.
 

@@ -34,6 +34,7 @@ def write_dcp(
     """Write a state dict.
 
     Args:
+        directory: a new directory.
         tensors: on the meta device, by name.
         produce: called with each name when its turn comes; returns the tensor on the host.
         progress: told the bytes of each tensor.

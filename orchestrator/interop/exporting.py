@@ -57,8 +57,10 @@ def export_hf(
     """Write what `transformers.AutoModelForCausalLM.from_pretrained` loads, a tensor at a time.
 
     Args:
+        checkpoint: the checkpoint.
         output: a new directory.
         dtype: of the written weights; `stored` keeps each one's own.
+        max_file_bytes: size of a file, unless one tensor is larger.
         progress: told the bytes of each tensor that was written.
 
     Raises:
@@ -138,7 +140,11 @@ def export_dcp(
     """Write the weights as a `torch.distributed.checkpoint` directory.
 
     Args:
+        checkpoint: the checkpoint.
+        output: a new directory.
+        dtype: of the written weights; `stored` keeps each one's own.
         names: of the tensors: those of the product, as `model.layers.0.attn.q.weight`, or those of transformers.
+        progress: told the bytes of each tensor that was written.
 
     Returns:
         The number of tensors.

@@ -79,9 +79,10 @@ class Description:
 
 
 def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
-    """The Hugging Face family that computes what `config` describes.
+    """Return the Hugging Face family that computes what `config` describes.
 
     Args:
+        config: of the model.
         preferred: of several that do, this one, as which the model came; else the plainest.
 
     Raises:
@@ -122,6 +123,7 @@ def from_hf_config(config: Mapping[str, Any], ignored: frozenset[str] = frozense
     """Read a `config.json`.
 
     Args:
+        config: the parsed file.
         ignored: keys of which the user says that they change nothing.
 
     Raises:

@@ -22,7 +22,7 @@ def to_hf_config(
     dtype: str,
     original: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of `config.json`.
+    """Return the content of `config.json`.
 
     Without `original` it has the form that transformers 4 and 5 read: `rope_theta` and `rope_scaling` beside each
     other, and `torch_dtype`. With `original` it has that one's: where it still describes the model, all of it stays as
@@ -30,6 +30,7 @@ def to_hf_config(
 
     Args:
         config: with `vocab_size` a number.
+        family: whose class of transformers computes the model.
         eos_token_id: of the tokenizer that travels along; put before those of `original` where it is none of them.
         dtype: of the weights, as torch names it.
         original: the `config.json` that the model was imported with.

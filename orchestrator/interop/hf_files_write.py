@@ -31,6 +31,7 @@ class Spec:
 
     @property
     def bytes(self) -> int:
+        """Size of the tensor."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -45,7 +46,10 @@ def write_tensors(
     """Write tensors one by one, into files of at most `max_file_bytes` or of one tensor.
 
     Args:
+        directory: an existing directory.
+        specs: the tensors, in the order of writing.
         produce: called for each tensor when its turn comes.
+        max_file_bytes: size of a file, unless one tensor is larger.
         progress: told the bytes of each tensor that was written.
         layouts: the files that these tensors came in. They are written in that order and with that metadata, and into
             those files where none is larger than `max_file_bytes`.

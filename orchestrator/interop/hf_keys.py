@@ -77,6 +77,7 @@ class Keys(Mapping[str, Any]):
         return len(self._config)
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of `key`, which then counts as understood, or `default` where it is missing."""
         return self[key] if key in self._config else default
 
     def need(self, key: str) -> Any:

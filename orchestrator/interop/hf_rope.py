@@ -121,9 +121,10 @@ def _is_positive(value: object) -> bool:
 
 
 def write_rope(config: ModelConfig, nested: bool) -> dict[str, Any]:
-    """The keys of a `config.json`.
+    """Return the keys of a `config.json` that describe the position encoding.
 
     Args:
+        config: of the model.
         nested: as version 5 of transformers writes them, in `rope_parameters`; else as version 4 does, which both read.
     """
     scaling = config.rope_scaling

@@ -13,14 +13,16 @@ from orchestrator.interop.hf_files import FileLayout
 
 @dataclass(frozen=True)
 class ImportReport:
-    """Attributes:
-    source: what was imported.
-    files: of the weights, as they lay there.
-    tensors: name in the source -> dtype, shape and what became of it.
-    taken: of those, the ones that are weights of the model.
-    keys: of config.json -> value and what became of it.
-    notes: what a user should know, most of all where something was not as it seemed.
-    logits: how they compare with those of transformers.
+    """What an import has made of every tensor and key of its source.
+
+    Attributes:
+        source: what was imported.
+        files: of the weights, as they lay there.
+        tensors: name in the source -> dtype, shape and what became of it.
+        taken: of those, the ones that are weights of the model.
+        keys: of config.json -> value and what became of it.
+        notes: what a user should know, most of all where something was not as it seemed.
+        logits: how they compare with those of transformers.
     """
 
     source: str
@@ -101,7 +103,7 @@ def _layout(one: Any) -> FileLayout:
 
 
 def _texts(metadata: Any) -> dict[str, Any] | None:
-    """safetensors allows texts alone."""
+    """Return the metadata as texts: safetensors allows nothing else."""
     if metadata is None:
         return None
     return {str(key): str(value) for key, value in dict(metadata).items()}

@@ -132,6 +132,7 @@ def import_weights(
     Args:
         source: of the format that `detect_format` says. The caller has asked the user, where that is pickle.
         output: the checkpoint's directory, new.
+        format: of the source, as `detect_format` returns it.
         model: an option of the `model` group that describes the weights.
         config: or a `config.json` that does, or its directory.
         tokenizer: a `tokenizer.json` or its directory; by default what lies beside the weights.
@@ -194,10 +195,13 @@ def _open(source: Path, format: Format) -> Mapping[str, torch.Tensor]:
 def describe(
     source: Path, model: str | None = None, config: str | None = None, ignore_keys: tuple[str, ...] = ()
 ) -> Described:
-    """The model that the weights at `source` are of. Nothing of them is opened.
+    """Return the model that the weights at `source` are of. No weight file is opened.
 
     Args:
-        model, config, ignore_keys: as `import_weights` has them.
+        source: of the weights.
+        model: an option of the `model` group that describes them.
+        config: or a `config.json` that does, or its directory.
+        ignore_keys: of `config.json`, which the user says to change nothing that is computed.
 
     Raises:
         UserError: nothing describes it, it cannot be computed here, or a preset and `config.json` say different things.

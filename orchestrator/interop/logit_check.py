@@ -43,7 +43,9 @@ def check_logits(
 
     Args:
         directory: of the weights, in safetensors.
+        config_file: the `config.json` of the model.
         weights: those that were read of it, by our names.
+        model: as the product describes it.
         wanted: whether not being able to is an error.
 
     Raises:
@@ -79,7 +81,7 @@ def check_logits(
 
 
 def _some_tokens(model: ModelConfig) -> Tensor:
-    """So many that a narrow window is felt. [1, T]"""
+    """Draw token ids, [1, T], so many that a narrow attention window has an effect."""
     length = max(_TOKENS, min(model.sliding_window or 0, 512) + 16)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, int(model.vocab_size), (1, min(length, model.max_seq_len)), generator=generator)

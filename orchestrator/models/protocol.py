@@ -117,9 +117,10 @@ def attend_in_blocks(model: ShardableModel, block: int, checkpoint: Callable[...
 
 
 def gathering_modules(model: ShardableModel, axes: ParameterAxes, cut: Callable[[str], bool]) -> list[nn.Module]:
-    """The modules in the blocks that see the whole sequence: those that hold a matrix which reads the stream.
+    """List the modules in the blocks that need the whole sequence: those with a matrix that reads the stream.
 
     Args:
+        model: the model, before it is sharded.
         axes: `model.logical_axes()`.
         cut: whether the tensor axis cuts a logical axis.
 

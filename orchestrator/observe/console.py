@@ -21,12 +21,12 @@ _LINES_KEPT = 1000
 
 
 class Console:
-    """A text stream that never raises. What it does not define itself is that of the stream below.
+    r"""A text stream that never raises. What it does not define itself is that of the stream below.
 
     Args:
         stream: where the text goes.
         name: of it, for messages.
-        escape: control characters but tabs and newlines are written as `\\x1b`: what is printed on standard output may
+        escape: control characters but tabs and newlines are written as `\x1b`: what is printed on standard output may
             come from a stranger's file. Off for standard error, where bars move the cursor.
         quits: a reader that goes has had enough: that is not said.
     """
@@ -37,17 +37,20 @@ class Console:
         self._channel = Channel[str](name, self._print, self._say, "lines", _LINES_KEPT)
 
     def write(self, text: str) -> int:
+        """Buffer `text`, and pass it on when a line is complete. Returns its length."""
         self._text += text
         if "\n" in text:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
+        """Pass on what is buffered."""
         text, self._text = self._text, ""
         if text:
             self._channel.put([printable(text) if self._escape else text])
 
     def writelines(self, lines: Any) -> None:
+        """Write each of `lines`."""
         for line in lines:
             self.write(line)
 

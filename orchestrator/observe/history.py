@@ -31,6 +31,7 @@ class History:
         self.write(rows)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows; others than those of training and evaluation are not kept."""
         for row in rows:
             for key, kept in self._kept.items():
                 if key in row:

@@ -96,6 +96,7 @@ class Metrics(lightning.Callback):
         return opened
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take over the module's `record` and start the clock."""
         pl_module.record = self.record
         self._since = time.perf_counter()
 
@@ -104,10 +105,12 @@ class Metrics(lightning.Callback):
         self._steps.append({**values, "time": time.time()})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Write the rows of the last steps, where a period ends."""
         if pl_module.step % self.every == 0:
             self.flush()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the rows that are left."""
         self.flush()
 
     def flush(self) -> None:

@@ -42,11 +42,13 @@ class Progress(lightning.Callback):
         self._shown: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock."""
         self._started = time.monotonic()
         if self._bar is not None:
             self._bar.unpause()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Advance the bar by a step, or print a line every few seconds where there is none."""
         latest = self._metrics.latest
         if self._bar is not None:
             if latest and latest is not self._shown:
@@ -83,6 +85,7 @@ class Progress(lightning.Callback):
             tell(text, stream="stdout")
 
     def close(self) -> None:
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 

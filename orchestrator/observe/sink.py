@@ -180,6 +180,7 @@ class Appended:
         """Write `data` at the end.
 
         Args:
+            data: whole lines.
             newline_before: where a line was cut by a crash, begin a new one.
 
         Raises:

@@ -25,9 +25,10 @@ def mfu(
 
 
 def peak_flops(target: Target, figure: Figure | None, precision: str, device: torch.device) -> tuple[float | None, str]:
-    """The peak rate of one device, and where the number is from.
+    """Return the peak rate of one device, and the source of the number.
 
     Args:
+        target: the hardware.
         figure: the catalogue's (`Chip.device_peak_flops`); None where the chip is not in it.
         precision: of the matrix products, `fp32` or `bf16`.
         device: measured where the target is a CPU and no figure is known.

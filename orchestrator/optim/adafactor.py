@@ -62,6 +62,7 @@ class Adafactor(GuardedOptimizer):
                     self.state[parameter]["variance"] = torch.zeros_like(parameter)
 
     def update(self) -> None:
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
             if parameters := self.with_gradients(group):
                 self._update_group(group, parameters)

@@ -30,6 +30,7 @@ class CombinedOptimizer(GuardedOptimizer):
         self.reduced_dims = {key: dims for member in members for key, dims in reduced_dims(member).items()}
 
     def update(self) -> None:
+        """Step every member, or none where the gradients are not finite."""
         for member in self._members:
             setattr(member, "found_inf", self.found_inf)  # noqa: B010
             member.step()

@@ -66,6 +66,7 @@ class Muon(GuardedOptimizer):
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
     def update(self) -> None:
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
             self._update_group(group, self.with_gradients(group))
 

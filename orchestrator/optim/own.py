@@ -45,6 +45,7 @@ class OwnOptimizer(GuardedOptimizer):
         self.param_groups, self.state = inner.param_groups, inner.state
 
     def update(self) -> None:
+        """Step the user's optimizer, unless the gradients are not finite."""
         if self.bad is not None and bool(self.bad):
             return
         with torch.enable_grad():  # as it would be called by itself

@@ -45,6 +45,7 @@ class SGD(GuardedOptimizer):
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)} if momentum else {}
 
     def update(self) -> None:
+        """Update the parameters that have a gradient."""
         local = self._parts.local
         for group in self.param_groups:
             # An empty part has nothing to update.

@@ -84,6 +84,7 @@ class FleetPlan:
 
     @property
     def best(self) -> Candidate | None:
+        """The first of the ranked layouts; None where none fits."""
         return self.result.best
 
 

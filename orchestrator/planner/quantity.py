@@ -41,6 +41,7 @@ class Value:
 
     @property
     def known(self) -> bool:
+        """Whether there is a number."""
         return self.value is not None
 
     def __str__(self) -> str:
@@ -70,6 +71,7 @@ class Value:
         return "\n".join(_tree(self, 0, set()))
 
     def renamed(self, name: str) -> Value:
+        """Return the same value under another name."""
         return replace(self, name=name)
 
 
@@ -101,11 +103,14 @@ def derive(
     falling: tuple[int, ...] = (),
     estimated: bool = False,
 ) -> Value:
-    """A figure from others.
+    """Derive a value from others.
 
     Args:
+        name: of the result.
+        unit: of the result.
         formula: in words, with the names of the parts.
         function: of the parts' values; called only where all are known.
+        *parts: the values that it is computed from.
         falling: indices of parts in which the result falls: a lower bound of one is an upper bound of the result.
         estimated: the formula itself is an assumption.
     """

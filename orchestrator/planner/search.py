@@ -117,6 +117,7 @@ class Candidate:
 
     @property
     def tokens_per_second(self) -> float:
+        """Of the whole job."""
         return self.job.global_batch_tokens / self.time.step
 
 
@@ -136,6 +137,7 @@ class SearchResult:
 
     @property
     def best(self) -> Candidate | None:
+        """The first of the ranked layouts; None where none fits."""
         return self.ranked[0] if self.ranked else None
 
 
@@ -168,6 +170,10 @@ def search(
 
     Args:
         job: its `global_batch_tokens` gives way to `batch`.
+        cluster: chips and links.
+        batch: the batch sizes to try.
+        space: the layouts and settings to try.
+        estimators: of memory and time.
         domains: slices; each has whole data-parallel groups.
         keep: layouts in the result, of different frames.
         leaders: frames that are filled to the end.

@@ -32,10 +32,12 @@ class Slices:
 
     @property
     def chips_each(self) -> int:
+        """Chips of one slice."""
         return _size(self.shape)
 
     @property
     def chips(self) -> int:
+        """Chips of all slices."""
         return self.count * self.chips_each
 
     def __str__(self) -> str:

@@ -131,6 +131,7 @@ class Cluster:
 
     @property
     def devices(self) -> int:
+        """Logical devices of all chips."""
         return self.chips * self.chip.logical_devices_per_chip
 
 
@@ -171,6 +172,7 @@ class ParallelPlan:
 
     @property
     def devices(self) -> int:
+        """Product of the degrees."""
         return self.replicate * self.fsdp * self.context * self.tensor * self.pipeline
 
     @property
@@ -214,6 +216,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
+        """Bytes on one device."""
         return (
             self.parameters
             + self.gradients
@@ -237,7 +240,12 @@ class TimeEstimate:
     Attributes:
         compute: matrix products and attention, recomputation included.
         memory_bound: element-wise kernels, norms, optimizer: limited by the memory's bandwidth.
-        tensor, context, expert, fsdp, replicate, pipeline: communication of that axis that nothing hides.
+        tensor: communication of the tensor axis that no computation hides.
+        context: the same of the context axis.
+        expert: the same of the expert axis.
+        fsdp: the same of the fsdp axis.
+        replicate: the same of the replicate axis.
+        pipeline: the same of the pipeline axis.
         bubble: idle stages of the pipeline.
         other: fixed costs of a step, input, stragglers.
         unknown: what could not be counted, for want of a figure (such as `inter_bandwidth`); then the step is a
@@ -260,6 +268,7 @@ class TimeEstimate:
 
     @property
     def step(self) -> float:
+        """Seconds of one optimizer step."""
         return (
             self.compute
             + self.memory_bound

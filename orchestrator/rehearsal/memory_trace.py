@@ -60,6 +60,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of everything."""
         return self.parameters + self.gradients + self.optimizer + self.working
 
 
@@ -88,6 +89,7 @@ class Trace:
 
     @property
     def peak(self) -> Memory:
+        """The fullest moment of the step."""
         return max(self.phases.values(), key=lambda memory: memory.total)
 
 
@@ -96,6 +98,8 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
 
     Args:
         config: complete, with a number as the vocabulary. `hardware.precision=auto` means fp32.
+        devices: in the whole job.
+        rank: the process that is traced.
 
     Raises:
         LayoutError: the degrees do not fit the devices.

@@ -82,14 +82,17 @@ class StagingStrategy(XlaStrategy):
         return [{}] * self.layout.devices
 
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
+        """Annotate placeholders in place of the parameters."""
         # The zeros that would be sent are made on meta: of them only the shape is used.
         with torch.device("meta"):
             super().shard(model, placements)
 
     def parts(self, model: ShardableModel) -> Parts:
+        """Return the parts as on a TPU, whatever this process runs on."""
         return WholeParts(cpu=False)  # the program is for a TPU
 
     def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
+        """Put placeholders in place of the optimizer's state."""
         with torch.device("meta"):
             super().prepare_optimizer(model, optimizer)
         for state in optimizer.state.values():
@@ -109,6 +112,7 @@ class StagingStrategy(XlaStrategy):
 
     @contextmanager
     def backward_context(self, model: ShardableModel, last: bool) -> Iterator[None]:
+        """Give the parameters the gradients of the earlier micro-batches, as placeholders."""
         assert last, "a staged step has one backward pass"
         if self.accumulates:
             for name, parameter in local_parameters(model):

@@ -134,6 +134,9 @@ def compile_program(program: Path, topology: str, timeout_seconds: float, degree
     """Compile a StableHLO program, partitioned over all devices of the topology.
 
     Args:
+        program: file of StableHLO text.
+        topology: of the devices, such as `v5e:4x4`.
+        timeout_seconds: after which the compiler is ended.
         degrees: of the axes of the program's mesh, which is laid over the devices as in a run; none: the partitions go
             in the compiler's order of the devices.
 

@@ -53,6 +53,7 @@ class TracedStrategy(DTensorStrategy):
         self._coordinator = _FakeCoordinator(self.world, self.timeout_seconds)
 
     def leave(self) -> None:
+        """Leave the fake process group and forget what was derived from it."""
         super().leave()
         # It remembers the groups of this world, which the next one's equal mesh would be given.
         _clear_sharding_prop_cache()
@@ -65,10 +66,12 @@ class TracedStrategy(DTensorStrategy):
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
+        """Report that the gradients are complete, then clip them."""
         self.before_update()
         return super().reduce_and_clip(model, loss_part, max_norm)
 
     def fetch_later(self, value: Tensor) -> Callable[[], float]:
+        """Return 0 for any value, as a trace computes none."""
         return lambda: 0.0  # nothing is computed: no step of a trace goes wrong
 
 

@@ -62,8 +62,10 @@ COLUMNS = ("run", "status", "steps", "loss", "best", "val loss", "best val", "to
 
 
 def rows(runs: Sequence[Compared]) -> list[list[str]]:
-    """Return a row of `COLUMNS` for each run: losses in nats per token, tokens per second as a median of the last leg,
-    time without that between legs."""
+    """Return a row of `COLUMNS` for each run.
+
+    Losses are in nats per token; tokens per second are a median of the last leg; time is without that between legs.
+    """
     found = []
     for run in runs:
         facts = run.facts

@@ -23,11 +23,12 @@ class RunData:
 
     Attributes:
         facts: `run.json`; empty where it is missing or cut.
-        train, evals: rows of `metrics.jsonl` by rising step, without those that a later leg took back.
+        train: training rows of `metrics.jsonl` by rising step, without those that a later leg replaced.
+        evals: evaluation rows, likewise.
         config_text: `config.yaml` as it is.
         skipped: lines that could not be read.
-        handovers: entries of `handover.json`.
         non_finite: training rows whose loss or gradient norm is not a finite number.
+        handovers: entries of `handover.json`.
     """
 
     run_dir: Path
@@ -42,6 +43,7 @@ class RunData:
 
     @property
     def legs(self) -> list[Mapping[str, Any]]:
+        """What is recorded of each start of the run, in order."""
         legs = self.facts.get("legs")
         return [leg for leg in legs if isinstance(leg, Mapping)] if isinstance(legs, list) else []
 

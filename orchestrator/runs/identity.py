@@ -59,7 +59,9 @@ def name_of(config: RunConfig, sweep_job: int | None = None, environ: Mapping[st
     """Return the name by which `resume=auto` finds the run: `run_id`, or else the engine's name of the job.
 
     Args:
+        config: the configuration.
         sweep_job: number of the job of a multirun, whose runs share all that names them; None for a single run.
+        environ: environment variables of this process.
 
     Raises:
         ConfigError: there is neither.

@@ -102,9 +102,11 @@ def take_tokenizer(composed: Composed, checkpoint: Checkpoint, settings: dict[st
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer, report: Callable[[str], object]) -> None:
-    """Weights mean something only for the tokens that they were trained on.
+    """Check that the data has the tokens that the weights were trained on.
 
     Args:
+        config: the run.
+        tokenizer: of the data.
         report: told where documents begin or end otherwise than those that the model was trained on.
 
     Raises:

@@ -26,6 +26,7 @@ def doing(text: str, config: RunConfig | Sequence[str]) -> None:
     """Say on standard error what the start-up is at, unless `logger.progress` is off.
 
     Args:
+        text: what is done, as in `reading the configuration`.
         config: the configuration, or, before it is composed, the words of the command line.
     """
     shown = config.logger.progress if isinstance(config, RunConfig) else not set(_QUIET) & {w.lower() for w in config}

@@ -27,6 +27,8 @@ def prune_checkpoints(
 
     Args:
         path: a run directory, or a directory of checkpoints.
+        keep_last: number of the newest checkpoints to keep.
+        keep_every_steps: keep checkpoints at multiples of this step, too; None: no others.
         dry_run: remove nothing.
         verify: believe that one of those that stay is whole only by its hashes.
         progress: told the number of bytes of each stretch that was hashed.

@@ -62,10 +62,13 @@ def find(
     """Find what `resume` means: `latest`, or the path or URL of a run, of runs, of checkpoints or of a checkpoint.
 
     Args:
-        wanted: `latest` means the latest run of which this is true.
+        resume: `latest`, a path or a URL.
+        runs_dir: where `latest` looks.
         verify: check the hashes of all but the tensors, which are checked when they are read.
+        report: told of what is passed over.
         settings: as given on the command line. `latest` also looks below its `dir`, and its keys say who is trusted;
             a run directory's own configuration can add to that, a checkpoint's never.
+        wanted: `latest` means the latest run of which this is true.
 
     Raises:
         CheckpointError: there is no such thing, nothing valid in it, or it is not trusted.
@@ -104,7 +107,10 @@ def find_own(
     """Find where the run that is known by `name` is to go on.
 
     Args:
+        composed: the configuration of this command line.
+        name: of the run.
         verify: as in `find`.
+        report: told of what is passed over.
 
     Returns:
         Its newest valid checkpoint, None where it has saved none yet; and its directory, which may not be there.
@@ -241,6 +247,8 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     concerns this machine and its keys is the run directory's, if it is one of `runs_dir`, else the command line's.
 
     Args:
+        point: where the run goes on.
+        composed: the configuration of this command line.
         report: told of what was saved and is not taken over.
 
     Raises:

@@ -60,6 +60,7 @@ def create(config: RunConfig, name: str | None = None) -> Path:
     """Make the directory of a new run, named by the time: never one that is there already.
 
     Args:
+        config: the run.
         name: instead of the time. A directory of that name is taken over: the caller has seen that it may be.
 
     Raises:
@@ -100,6 +101,7 @@ def lock(directory: Path, what: str = "run directory", patient: bool = False) ->
     """Hold a directory for this process; the lock goes with the process, however it ends.
 
     Args:
+        directory: an existing directory.
         what: the directory is, in a message.
         patient: wait a minute for another process to let go of it.
 
@@ -125,7 +127,8 @@ def checkpoints_dir(run_dir: Path, config: RunConfig) -> AnyPath:
     """Where the run keeps its checkpoints: below a directory of the user's, which runs share, under its own name.
 
     Raises:
-        MissingExtraError, CheckpointError: that is in a store whose libraries are not here, or of no known kind.
+        MissingExtraError: it is in a store whose libraries are not installed.
+        CheckpointError: the kind of store is unknown.
     """
     if config.checkpoint.dir == "auto":
         return beside(run_dir)
@@ -144,6 +147,8 @@ def hold(checkpoints: AnyPath, run_dir: Path, name: str | None = None) -> contex
     of the same run are told apart by the lock of its run directory.
 
     Args:
+        checkpoints: the directory of checkpoints.
+        run_dir: the run's own directory.
         name: by which the run is found at a restart; None for a run that has the time alone. A job that starts again
             on a host without its run directory is known by it, and takes over the uuid that it left.
 
@@ -254,6 +259,8 @@ def mark_ended(run_dir: Path, status: str, step: int | None) -> None:
     """Set the status of a run whose process was killed before it could; one that has ended by itself keeps its own.
 
     Args:
+        run_dir: the run's directory.
+        status: such as `failed`.
         step: the last one that is known to be completed.
     """
     facts = read_run(run_dir)

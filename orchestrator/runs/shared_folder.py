@@ -18,9 +18,11 @@ _SHOWN = 8
 
 
 def check_shared(checkpoints: AnyPath, coordinator: Coordinator, here: str | None = None) -> None:
-    """Rank 0 leaves a file in the directory of the checkpoints, and all look for it. All ranks call it.
+    """Check that all ranks see the directory of the checkpoints: rank 0 leaves a file there. All ranks call it.
 
     Args:
+        checkpoints: the directory.
+        coordinator: the processes of the job.
         here: the name of this host, for messages.
 
     Raises:

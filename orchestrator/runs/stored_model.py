@@ -28,9 +28,11 @@ MEANS = "latest, a run directory, a directory of checkpoints, or a checkpoint (s
 
 
 def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], damaged: bool = False) -> AnyPath:
-    """The checkpoint that `where` means: itself, or the newest valid one of a run or of a directory.
+    """Return the checkpoint that `where` means: itself, or the newest valid one of a run or of a directory.
 
     Args:
+        where: a path or URL, or `latest`.
+        runs_dir: where `latest` looks.
         report: told of each one that is passed over.
         damaged: take the newest one, valid or not.
 
@@ -97,9 +99,10 @@ def stored_config(checkpoint: Checkpoint) -> RunConfig:
 
 
 def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
-    """Hold every parameter of `model` against the manifest: nothing is built, nor memory taken, for what is not there.
+    """Check that a checkpoint holds every parameter of `model`, by the manifest alone: nothing is built.
 
     Args:
+        checkpoint: the checkpoint.
         model: checked by `config.validate`.
 
     Returns:

@@ -28,6 +28,7 @@ class Layout:
 
     @property
     def devices(self) -> int:
+        """Product of the degrees."""
         return self.replicate * self.fsdp * self.context * self.tensor
 
     @property
@@ -41,6 +42,7 @@ class Layout:
         return self.fsdp * self.context
 
     def degree(self, axis: str) -> int:
+        """Return the degree of a mesh axis."""
         return int(getattr(self, axis))
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -56,6 +58,7 @@ class Layout:
         return at["replicate"] * self.fsdp + at["fsdp"]
 
     def as_dict(self) -> dict[str, int]:
+        """Return the degree of each mesh axis, the outermost first."""
         return {axis: self.degree(axis) for axis in MESH_AXES}
 
     def __str__(self) -> str:

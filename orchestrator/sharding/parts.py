@@ -77,23 +77,29 @@ class WholeParts:
         self.cpu = cpu
 
     def local(self, tensor: Tensor) -> Tensor:
+        """Return the tensor itself, detached."""
         return tensor.detach()
 
     def zeros(self, parameter: Tensor, reduced: Reduced = ()) -> Tensor:
+        """Return zeros of the parameter's shape, with size 1 in the `reduced` dims."""
         return parameter.detach().new_zeros([1 if dim in reduced else size for dim, size in enumerate(parameter.shape)])
 
     def numel(self, parameter: Tensor) -> int:
+        """Return the number of elements."""
         return parameter.numel()
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return the shape."""
         return tuple(parameter.shape)
 
     def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
+        """Return the values: each is of the whole already."""
         return list(values)
 
     def on_wholes(
         self, part_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with `function` of what `part_of` gives for it."""
         for parameter in parameters:
             yield parameter, function(part_of(parameter))
 

@@ -92,6 +92,7 @@ def place(
     Args:
         axes: what the model says of its parameters.
         shapes: global shapes of the parameters that there are.
+        rules: logical axis -> mesh axis, or None for an axis that is not split.
 
     Raises:
         LayoutError: anything in `axes`, `shapes` and `rules` that has no counterpart.

@@ -33,7 +33,8 @@ class Diagnosis:
         micro_batch: of the step, from 0.
         ranks: processes that saw it.
         gradients: parameters whose gradients are not finite.
-        loss, grad_norm: of the second time; None where not finite.
+        loss: of the second time; None where not finite.
+        grad_norm: likewise.
     """
 
     state: tuple[str, ...] = ()

@@ -72,10 +72,12 @@ class FiniteGuard(lightning.Callback):
         self.say: Callable[[str], None] = lambda text: None
 
     def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether the update of `step` must be left out, as a bool scalar on the device.
+        """Return whether the update of `step` must be left out, as a bool scalar on the device.
 
         Args:
-            loss, grad_norm: global ones, as `ParallelStrategy.reduce_and_clip` gives them.
+            step: the optimizer step, from 1.
+            loss: of the global batch, as `ParallelStrategy.reduce_and_clip` returns it.
+            grad_norm: of the global gradients, likewise.
         """
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self._stops:

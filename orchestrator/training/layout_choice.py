@@ -25,7 +25,8 @@ class Settled:
 
     Attributes:
         layout: the configuration's, with its open degrees filled in where they were planned.
-        micro_batch, remat: `train.micro_batch_size` and `train.remat`, filled in likewise.
+        micro_batch: `train.micro_batch_size`, filled in likewise.
+        remat: `train.remat`, filled in likewise.
         why: one line; empty where nothing was planned.
     """
 

@@ -34,7 +34,8 @@ class Fit:
     """What a run needs of the memory that counts: of a host's, on a CPU, or of one device's.
 
     Attributes:
-        needs, has: bytes.
+        needs: bytes.
+        has: bytes.
         where: whose memory it is, in words.
         estimate: of one process.
     """

@@ -47,7 +47,8 @@ def restore_run(
 
     Raises:
         CheckpointError: it is of another model, or of other data, where going on would not be the same run.
-        DamagedError, NonFiniteError: it is damaged, or its numbers are not finite, and none before it is whole.
+        DamagedError: it is damaged, and none before it is whole.
+        NonFiniteError: its numbers are not finite, and none before it is whole.
     """
     trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
     while True:

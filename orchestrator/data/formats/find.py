@@ -38,9 +38,10 @@ class FoundFiles:
 
 
 def find_inputs(inputs: Sequence[str], spec: TextSpec | None = None) -> FoundFiles:
-    """The files that paths, globs (`**` crosses folders), folders and `builtin` stand for, each once.
+    """List the files that paths, globs (`**` crosses folders), folders and `builtin` stand for, each once.
 
     Args:
+        inputs: paths, globs, folders or `builtin`.
         spec: the fields of a document; tells a JSON object that is a document from other JSON.
 
     Raises:

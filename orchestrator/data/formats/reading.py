@@ -33,10 +33,12 @@ class Input:
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The files to read, in order: its parts, or itself."""
         return self.parts or (self.path,)
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of its files."""
         return sum(file.stat().st_size for file in self.files)
 
 
@@ -105,6 +107,15 @@ class Format:
 
 
 def too_long(place: SourcePosition, what: str = "line") -> NoReturn:
+    """Raise the error of a row that is too long to be read.
+
+    Args:
+        place: where the row begins.
+        what: the row is, such as `line`.
+
+    Raises:
+        DataError: always.
+    """
     raise DataError(
         f"the {what} is longer than {MAX_ROW_BYTES >> 20} MiB: {place}",
         got=f"more than {MAX_ROW_BYTES:,} bytes",
@@ -126,6 +137,17 @@ def decoded(data: bytes, place: SourcePosition) -> str:
 
 
 def not_utf8(where: str, byte: int, at: int, reason: str) -> NoReturn:
+    """Raise the error of a file that is not UTF-8.
+
+    Args:
+        where: the file, and the place in it, for the message.
+        byte: the first wrong one, 0 to 255.
+        at: its offset in bytes.
+        reason: of the decoder.
+
+    Raises:
+        DataError: always.
+    """
     raise DataError(
         f"the file is not text in UTF-8: {where}",
         got=f"byte 0x{byte:02x} at {at:,} ({reason})",
@@ -134,6 +156,16 @@ def not_utf8(where: str, byte: int, at: int, reason: str) -> NoReturn:
 
 
 def no_column(path: Path, wanted: str, found: str) -> NoReturn:
+    """Raise the error of a table without the wanted text column.
+
+    Args:
+        path: of the table.
+        wanted: name of the column.
+        found: the columns that there are, for the message.
+
+    Raises:
+        DataError: always.
+    """
     raise DataError(
         f"the table has no text column '{wanted}': {path}",
         got=f"columns {found}",

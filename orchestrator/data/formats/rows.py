@@ -16,11 +16,11 @@ _OPTION = "text_field=... (data.text_field, or text_field of the source, in a ru
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Where the text of a row is found.
+    r"""Where the text of a row is found.
 
     Attributes:
         field: its name; where no field has the whole name, a dot leads into a nested object: `text.content`.
-        template: several fields instead: `{title}\\n\\n{body}`. Nothing but substitution; `{{` and `}}` are braces, and
+        template: several fields instead: `{title}\n\n{body}`. Nothing but substitution; `{{` and `}}` are braces, and
             a backslash before n or t stands for a line end or a tab.
         messages: what a list of messages (objects with role and content) becomes: `refuse`, or `plain`, which is
             "role: content" of each, with an empty line between.

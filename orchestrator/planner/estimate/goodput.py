@@ -66,6 +66,7 @@ class Goodput:
 
     @property
     def fraction(self) -> Value:
+        """The share of the time that goes into steps that are kept, by the chosen way of recovery."""
         return self.replace if self.recovery == "replace" and self.replace else self.restart
 
 
@@ -133,12 +134,15 @@ def goodput(
     groups: int,
     options: FailureOptions,
 ) -> Goodput:
-    """Failures, saves and what is left of the time.
+    """Estimate failures, saves, and the share of the time that is left for training.
 
     Args:
+        chip: whose failure rate counts.
         chips: that work.
         state_bytes: of weights and optimizer state, per device.
+        step: seconds of one.
         groups: data-parallel groups.
+        options: rates, and how the job recovers.
     """
     rate = failure_rate(chip, options.failures_per_chip_day)
     mtbf = derive(

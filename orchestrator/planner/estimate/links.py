@@ -19,8 +19,10 @@ class Ring:
     """How the devices of one axis reach each other.
 
     Attributes:
-        inside: devices of the group within a domain; `outside` domains.
-        intra, inter: bytes/s one way and device; None where the catalogue does not say.
+        inside: devices of the group within a domain.
+        outside: domains that the group spans.
+        intra: bytes/s within a domain, one way and per device; None where the catalogue does not say.
+        inter: the same between domains.
         hops: seconds of latency of one pass.
     """
 
@@ -32,6 +34,7 @@ class Ring:
 
     @property
     def size(self) -> int:
+        """Devices of the group."""
         return self.inside * self.outside
 
     @property
@@ -65,6 +68,7 @@ class Ring:
 
         Args:
             token_bytes: of one device's tokens, each counted once.
+            copies: experts of a token.
         """
         if self.size == 1:
             return 0.0

@@ -13,7 +13,10 @@ class Bill:
     """Money and energy of a run on a fleet; idle chips are paid for and draw power like the others.
 
     Attributes:
-        run, per_trillion: USD. energy: MWh at the meter of the facility. megawatts: of the facility.
+        run: USD for the whole run.
+        per_trillion: USD per trillion tokens.
+        energy: MWh at the meter of the facility.
+        megawatts: power of the facility.
     """
 
     run: Value
@@ -23,7 +26,7 @@ class Bill:
 
 
 def bill(fleet: Fleet, days: Value, tokens: Value) -> Bill:
-    """Cost and energy of `days` on all chips of the fleet."""
+    """Compute cost and energy of `days` on all chips of the fleet."""
     chips = given("chips paid for", float(fleet.paid_chips), "chips", f"fleet {fleet.label}")
     run = derive(
         "cost of the run", "usd", "chips x days x 24 x price", lambda n, d, p: n * d * 24 * p, chips, days, fleet.price

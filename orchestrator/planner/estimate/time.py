@@ -54,6 +54,8 @@ class Rates:
 
 @dataclass(frozen=True)
 class Rings:
+    """The group of devices of each mesh axis, with the links between them."""
+
     tensor: Ring
     context: Ring
     expert: Ring
@@ -63,6 +65,7 @@ class Rings:
 
     @property
     def unknown(self) -> tuple[str, ...]:
+        """The links of any group that have no figure, each once."""
         found = [group.unknown for group in vars(self).values() if group.unknown]
         return tuple(dict.fromkeys(found))
 
@@ -78,6 +81,7 @@ class Cost:
     expert: float
 
     def plus(self, other: Cost, weight: float = 1.0) -> Cost:
+        """Return the sum with `weight` times `other`."""
         return Cost(
             self.compute + weight * other.compute,
             self.memory + weight * other.memory,
@@ -88,6 +92,7 @@ class Cost:
 
     @property
     def total(self) -> float:
+        """Seconds in all."""
         return self.compute + self.memory + self.tensor + self.context + self.expert
 
 
@@ -264,8 +269,11 @@ def _layer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rate
 
 
 def _attention_seconds(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, tokens: float) -> float:
-    """Scores and their weighted sum: forward, then 2.5 times that backward where flash attention computes the
-    scores again (Dao 2023), twice where they were kept."""
+    """Return the seconds of the scores and their weighted sum.
+
+    Backward takes 2.5 times as long as forward where flash attention computes the scores again (Dao 2023), twice as
+    long where they were kept.
+    """
     shape = job.model
     flash = plan.attention in ("flash", "flash1")
     seen = mean_attended(shape, job.seq_len, constants.causal and flash, constants.window_block)
@@ -304,11 +312,16 @@ def _busiest_stage(layers: int, stages: int, virtual: int) -> tuple[float, bool]
 
 
 def stage_elements(job: JobSpec, plan: ParallelPlan, layers: float, ends: float) -> tuple[float, float]:
-    """Parameters of one stage on one device before any data-parallel axis splits them: dense, routed experts.
+    """Return the parameters of one stage on one device before a data-parallel axis splits them.
 
     Args:
+        job: the training job.
+        plan: the layout.
         layers: of the stage.
         ends: embeddings and heads of the stage, in matrices of vocabulary x dim.
+
+    Returns:
+        Those of dense layers, and those of routed experts.
     """
     shape = job.model
     sparse = sparse_layers(shape)

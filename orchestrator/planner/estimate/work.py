@@ -18,6 +18,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> float:
+        """Floating-point operations of all copies."""
         return 2 * self.copies * self.rows * self.inner * self.columns
 
     @property
@@ -45,6 +46,7 @@ class LayerElements(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Parameters of the layer."""
         return self.attention + self.mlp + self.experts + self.router + self.norms
 
 
@@ -60,6 +62,7 @@ def layer_elements(shape: ModelShape, sparse: bool) -> LayerElements:
 
 @functools.lru_cache(maxsize=256)
 def sparse_layers(shape: ModelShape) -> int:
+    """Return the number of layers that have routed experts."""
     return shape.layers - shape.dense_layers if shape.experts else 0
 
 
@@ -74,9 +77,11 @@ def parameters(shape: ModelShape) -> int:
 
 @functools.lru_cache(maxsize=256)
 def mean_attended(shape: ModelShape, seq_len: int, causal: bool = True, block: int = 0) -> float:
-    """Positions that a query is multiplied with, averaged over a sequence and over the layers.
+    """Return how many positions a query is multiplied with, averaged over a sequence and over the layers.
 
     Args:
+        shape: of the model.
+        seq_len: tokens of a sequence.
         causal: what lies after the query is skipped.
         block: positions that a windowed kernel computes beyond the window, since it skips whole blocks only.
     """
@@ -112,11 +117,17 @@ def model_flops_per_token(shape: ModelShape, seq_len: int, causal: bool = True) 
 def layer_products(
     shape: ModelShape, tokens: float, tensor: int, expert: int, sparse: bool
 ) -> tuple[list[Product], list[Product]]:
-    """The matrix products of one layer forward on one device, without attention's own: the dense, the experts'.
+    """List the matrix products of one layer's forward pass on one device, without those of attention itself.
 
     Args:
+        shape: of the model.
         tokens: of the micro-batch on this device, before the tensor axis splits anything.
+        tensor: devices over which a product is split.
         expert: devices over which the experts are split; each then multiplies the tokens of all of them.
+        sparse: whether the layer has routed experts.
+
+    Returns:
+        The dense products, and those of the experts.
     """
     products = _attention_products(shape, tokens, tensor)
     gate = 2 if shape.gated else 1

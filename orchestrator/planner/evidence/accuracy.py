@@ -17,7 +17,8 @@ class Checked:
 
     Attributes:
         held_out: no constant has seen its family.
-        seconds, memory: estimated; bytes of the fullest device.
+        seconds: of a step, estimated.
+        memory: bytes of the fullest device, estimated.
         fits: the verdict on memory.
         unknown: what the estimate of the time could not count.
     """
@@ -36,6 +37,7 @@ class Checked:
 
     @property
     def memory_error(self) -> float | None:
+        """Estimated memory relative to the measured one, less 1; None where none was measured."""
         return None if self.run.memory is None else self.memory / self.run.memory - 1
 
 
@@ -59,10 +61,12 @@ class Verdicts:
 
     @property
     def precision(self) -> float:
+        """The share of the warnings that were right."""
         return self.right / max(1, self.right + self.false_alarms)
 
     @property
     def recall(self) -> float:
+        """The share of the layouts out of memory that were warned of."""
         return self.right / max(1, self.right + self.missed)
 
 

@@ -25,42 +25,51 @@ class Calibration:
 
     Attributes:
         stack: the key in `calibration.yaml`.
-        gemm, gemm_fp8: of the achievable rate that matrix products reach in a training step (clocks under load
+        gemm: fraction of the achievable rate that matrix products reach in a training step (clocks under load
             included); where the catalogue has no achievable rate, `achievable` of the peak stands for it.
-        sustained, sustained_fp8: what a chip's clocks hold under load, relative to the vendor's others.
+        gemm_fp8: the same for products in fp8.
+        sustained: what a chip's clocks sustain under load, relative to the vendor's others.
+        sustained_fp8: the same in fp8.
         attention_scale: how well the stack's attention suits a chip, relative to the vendor's others.
         gemm_traffic: bytes that a matrix product moves without hiding them, over the least it has to move.
         attention: of the bf16 peak that attention's products reach.
         causal: attention skips what the mask hides.
-        elementwise: bytes that the kernels between the matrix products move, over those of `time.fused_bytes`.
-        eager: the same where nothing fuses them (`compiled=False`), over `elementwise`.
-        optimizer: bytes that the optimizer moves, over the least it has to.
-        layer_seconds, step_seconds: fixed costs per layer and micro-batch, and per step.
-        intra_link, inter_link: of the links' rate that collectives reach inside a domain, and between them.
-        intra_hop, inter_hop: seconds per step of a ring.
+        window_block: positions by which a window is exceeded, since kernels skip whole blocks.
+        narrow_heads: exponent of how much slower attention is with heads narrower than 128.
         expert_gemm: rate of grouped products over many experts, relative to `gemm`.
         expert_seconds: least time of a sparse layer and micro-batch, forward and backward: what the host needs to
             launch its kernels and to learn how many tokens went where.
-        window_block: positions by which a window is exceeded, since kernels skip whole blocks.
-        narrow_heads: exponent of how much slower attention is with heads narrower than 128.
-        tensor_hidden, context_hidden, expert_hidden, pipeline_hidden: share of that axis' traffic that computation
-            hides.
+        elementwise: bytes that the kernels between the matrix products move, over those of `time.fused_bytes`.
+        eager: the same where nothing fuses them (`compiled=False`), over `elementwise`.
+        optimizer: bytes that the optimizer moves, over the least it has to.
+        layer_seconds: fixed cost per layer and micro-batch.
+        step_seconds: fixed cost per step.
+        intra_link: fraction of the links' rate that collectives reach inside a domain.
+        inter_link: the same between domains.
+        intra_hop: seconds per step of a ring inside a domain.
+        inter_hop: the same between domains.
+        tensor_hidden: share of the tensor axis' traffic that computation hides.
+        context_hidden: the same of the context axis.
+        expert_hidden: the same of the expert axis.
+        pipeline_hidden: the same of the pipeline axis.
         fsdp_hidden: share of the computation that hides the gathers and scatters of fsdp.
         replicate_hidden: share of the last backward pass that hides the gradients' all-reduce.
         straggler: how much a step is longer each time that the hosts double.
-        selective_recompute, offload_recompute: share of the matrix products that run again.
-        weight_bytes, gradient_bytes, optimizer_bytes: per parameter: the working copy, the gradients, and the
-            rest (moments, and a master copy where the working one is not fp32).
+        selective_recompute: share of the matrix products that run again under selective remat.
+        offload_recompute: the same where activations are offloaded.
+        weight_bytes: of the working copy, per parameter.
+        gradient_bytes: of the gradients, per parameter.
+        optimizer_bytes: of the rest, per parameter: moments, and a master copy where the working one is not fp32.
         gradients_stay: gradients have a buffer for the whole run; else they come as activations go.
         reduced_bytes: per gradient on the links.
         logit_bytes: per token and word at the peak of the loss.
         logits_gathered: the loss is computed on all words by every device of the tensor axis, not on its share.
         loss_chunk: tokens whose logits are alive at once; None for all of the micro-batch.
-        kept: bytes of activations that a layer without remat keeps, over those of `memory.layer_bytes`.
         eager_kept: elements per token and `dim` that norms keep beyond it where nothing fuses them.
-        selective_kept: share of them that selective remat keeps; None takes the products' results.
         keeps_gathered: sequence parallelism keeps the gathered inputs of the products, where others gather again.
         extra_in_flight: micro-batches that a pipeline stage holds beyond those of 1F1B.
+        kept: bytes of activations that a layer without remat keeps, over those of `memory.layer_bytes`.
+        selective_kept: share of them that selective remat keeps; None takes the products' results.
         fragmentation: share of the activations that the allocator wastes.
         fused_norms: a kernel normalises in one go and keeps its input alone (the product's own memory model).
         context_bytes: of the runtime and its communication libraries.

@@ -113,11 +113,14 @@ class PublishedRun:
 
     @property
     def vendor(self) -> str:
+        """Of its chips."""
         return self.cluster.chip.vendor
 
 
 @dataclass(frozen=True)
 class LeftOutRun:
+    """A published run that is not used, and why."""
+
     key: str
     reason: str
 
@@ -252,8 +255,10 @@ def _shape(row: Row, notes: Mapping[str, str], assumed: list[str]) -> ModelShape
 
 
 def _closest(sizes: dict[str, Any], row: Row, notes: Mapping[str, str]) -> ModelShape:
-    """Gated or not, tied or not, with a table of positions or not: as the notes say, else as the stated number of
-    parameters tells."""
+    """Return the shape that fits the stated number of parameters best.
+
+    Gated or not, tied or not, with a table of positions or not: as the notes say, else as that number tells.
+    """
     gated = [kind for kind in (True, False) if f"arch:{'gated' if kind else 'ungated'}" in notes] or [False, True]
     tied = [True] if "tied_embeddings" in notes else [False, True]
     positions = [0] if gated == [True] else [0, int(row["seq_len"])]
