@@ -60,7 +60,7 @@ class UserError(Exception):
 
 
 def describe_defect(error: BaseException) -> str:
-    """What to print of an error that is none of the user's: one paragraph; with `ORCHESTRATOR_TRACEBACK=1` the stack.
+    """Describe an error that is none of the user's: in one paragraph; with `ORCHESTRATOR_TRACEBACK=1` the stack.
 
     A system that refuses (a full disk, no memory) is named as that; whatever else escapes is a defect of the product.
     """
@@ -177,7 +177,11 @@ def error_to_dict(error: UserError) -> dict[str, Any]:
 
 
 def error_from_dict(data: Mapping[str, Any]) -> UserError:
-    """Return the error that `error_to_dict` described; of a type that this version does not have, a `UserError`."""
+    """Return the error that `error_to_dict` described; of a type that this version does not have, a `UserError`.
+
+    Args:
+        data: as `error_to_dict` gives it.
+    """
     if data["type"] == ConfigErrors.__name__:
         return ConfigErrors([error_from_dict(problem) for problem in data["problems"]])
     kind = globals().get(data["type"])

@@ -34,7 +34,11 @@ def how_to_install(extra: str = "") -> str:
 
 
 def own_environment(extra: str) -> str:
-    """Return how to make an environment of its own for an extra whose packages do not go with those of the others."""
+    """Return how to make a separate environment for an extra whose packages conflict with those of the others.
+
+    Args:
+        extra: its name.
+    """
     root = checkout()
     if root is None:
         return f"in an environment of its own: pip install {_packages(extra)}"
@@ -62,7 +66,7 @@ def checkout() -> Path | None:
 
 
 def _packages(extra: str) -> str:
-    """The requirements of an extra as the installed wheel states them, quoted for a shell."""
+    """Return the requirements of an extra as the installed wheel states them, quoted for a shell."""
     try:
         stated = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:

@@ -31,7 +31,11 @@ def tell(text: str, *, stream: Stream = "stderr", level: int = logging.INFO) -> 
 
 
 def relay(line: str, stream: Stream) -> None:
-    """Log a line that another process of the product has printed on `stream`, with the level that it shows."""
+    """Log a line that another process of the product has printed on `stream`, with the level that it shows.
+
+    Args:
+        line: of text.
+    """
     for level, prefix in _PREFIXES.items():
         if line.startswith(prefix):
             tell(line.removeprefix(prefix), stream=stream, level=level)

@@ -43,7 +43,11 @@ class Stopped(BaseException):
 
 
 def exit_code(number: int) -> int:
-    """The exit code of a process that a signal has ended: 130 for SIGINT, 143 for SIGTERM."""
+    """Return the exit code of a process that a signal has ended: 130 for SIGINT, 143 for SIGTERM.
+
+    Args:
+        number: of the signal.
+    """
     return 128 + number
 
 
@@ -80,7 +84,7 @@ _request = _Request()
 
 
 def requested() -> int:
-    """The signal that asked this process to stop; 0 where none did."""
+    """Return the signal that asked this process to stop; 0 where none did."""
     return _request.number
 
 
@@ -231,7 +235,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def end_process(code: int) -> NoReturn:
-    """End a process whose work is done, saved and closed: what libraries do at exit, and no more.
+    """End a process whose work is done, saved and closed: run what libraries do at exit, and no more.
 
     Taking the interpreter down would let threads of native libraries abort it now and then ("terminate called without
     an active exception"), and a finished run would count as failed.

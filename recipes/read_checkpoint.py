@@ -28,7 +28,7 @@ DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 
 
 def read_plain(path: Path, limit: int) -> bytes:
-    """The content of a plain file: a link leads elsewhere, and a pipe or a device has no end."""
+    """Return the content of a plain file: a link leads elsewhere, and a pipe or a device has no end."""
     about = os.lstat(path)
     if not stat.S_ISREG(about.st_mode) or about.st_size > limit:
         raise ValueError(f"{path.name} is no plain file of at most {limit} bytes")
@@ -59,7 +59,7 @@ def hash_of(manifest: dict) -> Callable[[bytes], Any]:
 
 
 def read_file(directory: Path, name: str, listed: dict, new_hash: Callable[[bytes], Any]) -> bytes:
-    """The content of a file, checked piece by piece."""
+    """Return the content of a file, checked piece by piece."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", name):
         raise ValueError(f"a name that is not allowed: {name!r}")
     content = read_plain(directory / name, listed["bytes"])
@@ -74,7 +74,7 @@ def read_file(directory: Path, name: str, listed: dict, new_hash: Callable[[byte
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and value of every tensor, put together from its shards."""
+    """Yield name and value of every tensor, put together from its shards."""
     manifest = read_manifest(directory)
     stored: dict[str, dict[str, dict]] = {}
     for name, listed in manifest["files"].items():

@@ -38,7 +38,7 @@ class Saver:
         self._copies: list[torch.Tensor] = []
 
     def prepare(self, shards: Sequence[Shard]) -> None:
-        """Get the memory for copies of such shards beforehand, beside the training: the first save need not wait."""
+        """Allocate the memory for copies of such shards ahead of the first save, which then need not wait."""
         if self._asynchronous:
             owned = [shard for shard in shards if shard.owned]
             self._start(lambda: self._allocate(owned))
@@ -105,7 +105,7 @@ class Saver:
         ]
 
     def _copy(self, shards: Sequence[Shard]) -> list[Shard]:
-        """The owned shards in host memory that is kept from save to save, page-locked where a GPU copies into it."""
+        """Copy the owned shards into host memory that is reused, page-locked where a GPU copies into it."""
         owned = [shard for shard in shards if shard.owned]
         sizes = [(copy.shape, copy.dtype) for copy in self._copies]
         if sizes != [(shard.data.shape, shard.data.dtype) for shard in owned]:

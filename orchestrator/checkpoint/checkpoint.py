@@ -151,7 +151,7 @@ class Checkpoint:
                 yield ByteRange(name, offset, piece)
 
     def state(self) -> dict[str, Any]:
-        """What travelled along: step, data position, provenance."""
+        """Read `state.json`: step, data position, provenance."""
 
         def parse(content: bytes) -> Any:
             data = parse_json(content)
@@ -162,11 +162,15 @@ class Checkpoint:
         return self._mapping(STATE, _MAX_STATE_BYTES, parse)
 
     def config(self) -> dict[str, Any]:
-        """The configuration of the run that wrote it, as plain data."""
+        """Read the configuration of the run that wrote it, as plain data."""
         return self._mapping(CONFIG, _MAX_CONFIG_BYTES, _parse_yaml)
 
     def read(self, name: str, limit: int = _MAX_STATE_BYTES) -> bytes:
-        """The content of one of its small files.
+        """Return the content of one of its small files.
+
+        Args:
+            name: of the file.
+            limit: largest size in bytes.
 
         Raises:
             CheckpointError: there is no such file in the manifest, or it is larger.
@@ -230,7 +234,11 @@ class Checkpoint:
     def damage(
         self, progress: Callable[[int], object] = lambda done: None, places: Iterable[ByteRange] | None = None
     ) -> Iterator[Damage]:
-        """What `verify` finds, piece by piece, in the order of the manifest, or of `places`."""
+        """Yield what `verify` finds, piece by piece, in the order of the manifest, or of `places`.
+
+        Args:
+            progress: told the number of bytes of each piece.
+        """
 
         def check(place: ByteRange) -> Damage | None:
             reason = _compare(self.directory / place.file, place, self.manifest.hash, progress)
@@ -248,7 +256,12 @@ class Checkpoint:
                     yield found
 
     def damage_at(self, place: ByteRange, reason: str = _NO_MATCH) -> Damage:
-        """A damaged piece, with the tensors that lie in it."""
+        """Describe a damaged piece, with the tensors that lie in it.
+
+        Args:
+            place: of the piece.
+            reason: what is wrong with it.
+        """
         return Damage(
             place.file, place.start, place.stop, self._tensors_at(place.file, place.start, place.stop), reason
         )
@@ -278,7 +291,7 @@ class Checkpoint:
 
 
 def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]) -> DamagedError:
-    """The error for damage in `files`, with the `lines` that describe it."""
+    """Make the error for damage in `files`, with the `lines` that describe it."""
     shown = "\n           ".join(lines[:_MAX_LINES])
     more = f"\n           and {len(lines) - _MAX_LINES} more ranges" if len(lines) > _MAX_LINES else ""
     return DamagedError(
@@ -288,7 +301,7 @@ def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]
 
 
 def _compare(path: AnyPath, place: ByteRange, algorithm: str, progress: Callable[[int], object]) -> str:
-    """What is wrong with a piece; nothing where it is as it was written."""
+    """Compare a piece with its hash. Returns what is wrong with it, empty where nothing is."""
     digest, offset, left = new_hash(algorithm), place.start, place.piece.bytes
 
     def tell(part: memoryview) -> None:

@@ -19,7 +19,7 @@ REQUIRED = (STATE, CONFIG)
 
 
 def contradictions(checkpoint: Checkpoint) -> Iterator[str]:
-    """What does not fit, a line each; nothing where all does."""
+    """Yield a line for each part of a checkpoint that contradicts another."""
     yield from (f"{name} is missing" for name in REQUIRED if name not in checkpoint.manifest.files)
     yield from _tensor_files(checkpoint)
     yield from _optimizer(checkpoint)
@@ -90,7 +90,7 @@ def _optimizer(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _shapes(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The shapes that state of a kind may have for a weight of `shape`."""
+    """Return the shapes that state of a kind may have for a weight of `shape`."""
     if kind == "step":
         return ((),)
     if kind in ("row_var", "col_var") and len(shape) == 2:

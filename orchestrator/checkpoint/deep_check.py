@@ -27,7 +27,7 @@ class NonFinite:
 
 
 def element_count(checkpoint: Checkpoint) -> int:
-    """How many elements `nonfinite_tensors` has to look at."""
+    """Return the number of elements that `nonfinite_tensors` has to look at."""
     return sum(math.prod(tensor.shape) for tensor in checkpoint.manifest.tensors.values())
 
 

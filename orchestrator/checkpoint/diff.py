@@ -72,7 +72,7 @@ class TensorDifferences:
 
 
 def common_elements(first: Checkpoint, second: Checkpoint, prefix: str = "") -> int:
-    """How many elements `compare` has to look at."""
+    """Return the number of elements that `compare` has to look at."""
     return sum(math.prod(first.manifest.tensors[name].shape) for name in _comparable(first, second, prefix))
 
 
@@ -168,7 +168,11 @@ def _larger(a: float, b: float) -> float:
 
 
 def boxes(shape: Sequence[int], limit: int) -> Iterator[Box]:
-    """Boxes of at most `limit` elements that cover a tensor, each a stretch of its rows."""
+    """Yield boxes of at most `limit` elements that cover a tensor, each a stretch of its rows.
+
+    Args:
+        shape: of the tensor.
+    """
     if math.prod(shape) <= limit:
         yield tuple(slice(0, size) for size in shape)
         return

@@ -9,10 +9,13 @@ from torch import Tensor
 
 
 def finite_flags(tensors: Sequence[Tensor]) -> list[bool]:
-    """For each tensor whether all its elements are finite. Whole numbers always are.
+    """Return for each tensor whether all its elements are finite. Integers always are.
 
     A sum is finite only where every element is, and takes one pass at the memory's speed; a sum of finite elements that
     overflows is looked at again, element by element. Of tensors on a device one answer is fetched for all.
+
+    Args:
+        tensors: of any dtype, on any device.
     """
     flags = [True] * len(tensors)
     floating = [index for index, data in enumerate(tensors) if data.is_floating_point() and data.numel()]
@@ -25,14 +28,14 @@ def finite_flags(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def count_nonfinite(data: Tensor) -> tuple[int, int]:
-    """How many elements are NaN, and how many are infinite."""
+    """Count the elements that are NaN, and those that are infinite."""
     if not data.is_floating_point():
         return 0, 0
     return int(data.isnan().sum()), int(data.isinf().sum())
 
 
 def describe_nonfinite(data: Tensor) -> str:
-    """`3 NaN, 1 inf of 4,096 elements`."""
+    """Describe what of a tensor is not finite: `3 NaN, 1 inf of 4,096 elements`."""
     nan, infinite = count_nonfinite(data)
     parts = [f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "inf")) if count]
     return f"{', '.join(parts) or 'none'} of {data.numel():,} elements"

@@ -164,7 +164,7 @@ def _most_pieces(file: StoredFile, shards: int) -> int:
 
 
 def read_manifest(directory: AnyPath) -> bytes:
-    """The bytes of `manifest.json`.
+    """Return the bytes of `manifest.json`.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -179,7 +179,10 @@ def read_manifest(directory: AnyPath) -> bytes:
 
 
 def check_cover(name: str, tensor: StoredTensor) -> None:
-    """The shards of a tensor hold each of its elements exactly once.
+    """Check that the shards of a tensor hold each of its elements exactly once.
+
+    Args:
+        name: of the tensor, for messages.
 
     Raises:
         CheckpointError: an element is missing or held twice, or a box does not lie in the tensor.
@@ -296,7 +299,10 @@ def _shard_from_dict(entry: Mapping[str, Any]) -> StoredShard:
 
 
 def check_state(state: Mapping[str, Any], step: int) -> None:
-    """Hold `state.json` against its schema: the types that a run which goes on relies on.
+    """Validate `state.json` against its schema: the types that a resumed run relies on.
+
+    Args:
+        step: of the manifest.
 
     Raises:
         ValueError: it does not fit, or is of another step than the manifest.
@@ -344,7 +350,10 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON whose objects name no key twice: two readers could take two different ones of them.
+    """Parse JSON whose objects repeat no key: two readers could take different ones of two values.
+
+    Args:
+        content: UTF-8 text.
 
     Raises:
         ValueError: it is no JSON, or a key is there twice.
@@ -361,7 +370,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def _shown(value: object) -> str:
-    """What a stranger wrote, short and without what a terminal would obey."""
+    """Return untrusted text for a message: truncated, with control characters escaped."""
     return ascii(str(value))[1:-1][:200]
 
 

@@ -31,7 +31,7 @@ def prepare() -> None:
 
 
 def understood(error: Exception) -> OSError | None:
-    """The error of the system that an error of gcsfs stands for; None where it says itself what it is."""
+    """Return the system's error that an error of gcsfs stands for; None where it is one itself."""
     text = str(error)
     upload = _UPLOAD_TO.search(text)
     if isinstance(error, FileNotFoundError):

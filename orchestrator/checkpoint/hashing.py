@@ -34,7 +34,10 @@ class StoredFile:
 
 
 def new_hash(name: str) -> Any:
-    """An object as those of hashlib, of 32 bytes: `sha256`, or `blake3`, which takes a fraction of the time.
+    """Return an object as those of hashlib, of 32 bytes.
+
+    Args:
+        name: `sha256`, or `blake3`, which takes a fraction of the time.
 
     Raises:
         MissingExtraError: its library is not installed.
@@ -49,7 +52,7 @@ def new_hash(name: str) -> Any:
 
 
 def hash_of(name: str, content: bytes | memoryview) -> str:
-    """The hash of `content`, in hex; `name` as for `new_hash`."""
+    """Return the hash of `content`, in hex; `name` as for `new_hash`."""
     digest = new_hash(name)
     digest.update(content)
     return str(digest.hexdigest())

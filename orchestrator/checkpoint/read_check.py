@@ -37,7 +37,12 @@ class Checks:
         self._damage: list[Damage] = []
 
     def portions(self, file: str, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-        """`[start, stop)` of a file along its pieces.
+        """Divide `[start, stop)` of a file along its pieces.
+
+        Args:
+            file: its name.
+            start: first byte.
+            stop: the byte behind the last one.
 
         Yields:
             Where a portion begins and ends, and the number of the piece, where that lies whole in it.
@@ -52,7 +57,12 @@ class Checks:
             yield max(start, place.start), min(stop, place.stop), index if whole else None
 
     def hold(self, number: int, hash: str) -> None:
-        """Hold the hash of what was read of a piece against that of what was written."""
+        """Compare the computed hash of a piece with the manifest's.
+
+        Args:
+            number: of the piece.
+            hash: of what was read.
+        """
         place = self._places[number]
         if hash != place.piece.hash:
             self._damage.append(self._checkpoint.damage_at(place))
@@ -102,7 +112,7 @@ def _exchange(coordinator: Coordinator, topic: str, mine: Any, merge: Callable[[
 
 
 def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What rank 0 makes of it: a problem, damage first, or the pieces that somebody has seen."""
+    """Combine the ranks' findings on rank 0: a problem, damage first, or the pieces that some rank has seen."""
     if problems := [part["problem"] for part in parts if part["problem"]]:
         return {"problem": min(problems, key=lambda problem: not problem["damaged"])}
     seen = functools.reduce(np.bitwise_or, [_bits(part["seen"]) for part in parts])

@@ -63,7 +63,10 @@ class Reader:
             job()
 
     def jobs(self, shard: Shard) -> list[Job]:
-        """What `fill` does, in parts that may be done side by side.
+        """Divide what `fill` does into parts that may run concurrently.
+
+        Args:
+            shard: the part to fill.
 
         Raises:
             CheckpointError: as `fill`; the parts may raise it too.
@@ -77,7 +80,10 @@ class Reader:
         return self._fill(shard, stored)
 
     def tensor(self, name: str, box: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """A tensor, or the part `box` of it, in host memory and as it is stored.
+        """Read a tensor, or the part `box` of it, into host memory as it is stored.
+
+        Args:
+            name: of the tensor.
 
         Raises:
             CheckpointError: as `fill`.

@@ -70,7 +70,11 @@ TOLERANCES = {
 
 
 def tolerance(one: str, other: str) -> Tolerance:
-    """The declared tolerance between two precisions, in either order.
+    """Return the declared tolerance between two precisions, in either order.
+
+    Args:
+        one: a precision, such as `bf16`.
+        other: another one.
 
     Raises:
         CheckpointError: there is none for them.
@@ -142,7 +146,13 @@ class Difference:
 
 
 def compare(saved: Measurement, measured: Measurement, allowed: Tolerance) -> list[Difference]:
-    """Hold what was measured against what was saved: `loss`, `grad_norm` and `logits`."""
+    """Compare measured with saved values: `loss`, `grad_norm` and `logits`.
+
+    Args:
+        saved: values recorded at the save.
+        measured: values of the restored model.
+        allowed: the tolerance.
+    """
     pairs = [
         ("loss", saved.loss, measured.loss, _LEAST_LOSS, allowed.loss),
         ("grad_norm", saved.grad_norm, measured.grad_norm, _LEAST_NORM, allowed.grad_norm),
@@ -159,7 +169,7 @@ def _relative(saved: float | None, measured: float | None, least: float) -> floa
 
 
 def _digest_difference(saved: np.ndarray, measured: np.ndarray) -> float:
-    """The largest over the repetitions of the batch, so that one group of devices cannot hide behind the others."""
+    """Return the largest difference over the repetitions of the batch, so that no group of devices can hide."""
     rows, scale = len(saved), max(_rms(saved), 1e-30)
     copies = measured.reshape(-1, rows, *saved.shape[1:])
     if not np.isfinite(saved).all():
@@ -173,10 +183,14 @@ def _rms(values: np.ndarray) -> float:
 
 
 def signs(projection: int, size: int) -> np.ndarray:
-    """The signs of a projection, float32 [size] of +1 and -1.
+    """Return the signs of a projection, float32 [size] of +1 and -1.
 
     Bit i of SHAKE-256 of the text `orchestrator/handover/<projection>` (bits of a byte from the least significant
     on), 1 for +1: any language can make them, for any vocabulary.
+
+    Args:
+        projection: its number.
+        size: elements, that is the size of the vocabulary.
     """
     stream = hashlib.shake_256(f"orchestrator/handover/{projection}".encode()).digest(-(-size // 8))
     bits = np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little")[:size]
@@ -184,16 +198,26 @@ def signs(projection: int, size: int) -> np.ndarray:
 
 
 def reference_batch(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """The first `length` positions of a stream's batch: what follows does not reach back to them."""
+    """Return the first `length` positions of a stream's batch: later ones do not reach back to them.
+
+    Args:
+        batch: arrays [B, T].
+    """
     return {name: np.ascontiguousarray(array[:, :length]) for name, array in batch.items()}
 
 
 def share(batch: Mapping[str, np.ndarray], groups: int, split: int, rank: int, shares: int) -> dict[str, np.ndarray]:
-    """A share of the reference batch, repeated so that every data-parallel group has the same number of rows.
+    """Return a share of the reference batch, repeated so that every data-parallel group has as many rows.
 
     Every row occurs as often as every other one, so the mean loss and its gradient are those of the batch, whatever
     the number of groups. Each sequence is padded on the right, where causality hides it, to a length that `split`
     ranks can share; a padded position is a document of its own without a target.
+
+    Args:
+        batch: arrays [rows, length].
+        groups: data-parallel groups.
+        rank: number of the share.
+        shares: number of shares.
 
     Returns:
         int64 arrays [lcm(rows, groups) / shares, length], the rows `rank * k` to `(rank + 1) * k - 1` of the whole.
@@ -210,7 +234,7 @@ def share(batch: Mapping[str, np.ndarray], groups: int, split: int, rank: int, s
 
 
 def to_files(reference: Reference) -> dict[str, bytes]:
-    """The files of a checkpoint that carry `reference`."""
+    """Return the files of a checkpoint that carry `reference`, by name."""
     import safetensors.numpy
 
     measured = reference.measured
@@ -221,7 +245,7 @@ def to_files(reference: Reference) -> dict[str, bytes]:
 
 
 def read_reference(checkpoint: Checkpoint) -> Reference | None:
-    """The reference that a checkpoint carries; None where it has none.
+    """Read the reference that a checkpoint carries; None where it has none.
 
     Raises:
         CheckpointError: what it carries is damaged, or is nothing that its model could be given.
@@ -251,7 +275,7 @@ def read_reference(checkpoint: Checkpoint) -> Reference | None:
 
 
 def read_sums(checkpoint: Checkpoint) -> dict[str, int]:
-    """The sum over the bits of each stored tensor; empty for a checkpoint that has none.
+    """Read the sum over the bits of each stored tensor; empty for a checkpoint that has none.
 
     Raises:
         CheckpointError: they are damaged.
@@ -341,7 +365,7 @@ class Handover:
         return f"{self.verdict}: {', '.join(parts)} allowed; {bits} ({changed})"
 
     def error(self) -> HandoverError:
-        """What to raise where it differs."""
+        """Return the error of a check that differs."""
         if unmeasured := [_NAMES[one.quantity] for one in self._computed if not math.isfinite(one.difference)]:
             return HandoverError(
                 "the model of the checkpoint gives numbers that are not finite: its run had diverged, or it does here",

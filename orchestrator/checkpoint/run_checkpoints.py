@@ -24,7 +24,7 @@ _MAX_MEASURED_BYTES = 1 << 16
 
 
 def committed(parent: AnyPath) -> list[AnyPath]:
-    """Directories with a manifest, newest first.
+    """List the directories with a manifest, newest first.
 
     Raises:
         CheckpointError: they cannot be listed.
@@ -103,7 +103,7 @@ def diverged(path: AnyPath) -> bool:
 
 
 def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
-    """What is older than the `keep_last` newest checkpoints, at least one, but for multiples of `keep_every_steps`.
+    """List the checkpoints older than the `keep_last` newest, at least one, without multiples of `keep_every_steps`.
 
     One whose model was not finite counts for nothing: no good one goes because of it.
     """
@@ -119,7 +119,7 @@ def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> 
 
 
 def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
-    """Remove what is `removable`.
+    """Remove the checkpoints that are `removable`.
 
     Returns:
         The directories that were removed.
@@ -142,7 +142,7 @@ def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list
 
 
 def remove_uncommitted(parent: AnyPath) -> list[AnyPath]:
-    """Remove what saves left that never committed. Only whoever holds the run directory may call it.
+    """Remove what saves left that never committed. Only the holder of the run directory may call it.
 
     Raises:
         CheckpointError: the place cannot be listed.

@@ -37,7 +37,12 @@ class Trust:
     required: bool = False
 
     def check(self, manifest: bytes, signature: bytes | None, where: object) -> None:
-        """Hold a manifest against its signature.
+        """Verify the signature of a manifest.
+
+        Args:
+            manifest: bytes of `manifest.json`.
+            signature: bytes of `manifest.sig`; None where there is none.
+            where: the checkpoint, for messages.
 
         Raises:
             CheckpointError: the signature is damaged, of another manifest or by a stranger, or is missing.
@@ -73,6 +78,10 @@ class Trust:
 def trust(public_keys: Sequence[str], required: bool) -> Trust:
     """Read the public keys (PEM files).
 
+    Args:
+        public_keys: paths of the files.
+        required: whether a checkpoint without a signature is refused.
+
     Raises:
         ConfigError: a file that is no Ed25519 public key.
         MissingExtraError: `cryptography` is not installed.
@@ -81,7 +90,13 @@ def trust(public_keys: Sequence[str], required: bool) -> Trust:
 
 
 def signer(private_key: str) -> Callable[[bytes], bytes]:
-    """Read a private key (PEM file). Returns what makes the content of `manifest.sig` for a manifest.
+    """Read a private key (PEM file).
+
+    Args:
+        private_key: path of the file.
+
+    Returns:
+        The function from a manifest to the content of `manifest.sig`.
 
     Raises:
         ConfigError: the file is no Ed25519 private key, or has a password.

@@ -41,7 +41,10 @@ class UndecidedError(OSError):
 
 
 def locate(where: str | Path) -> AnyPath:
-    """The path that a user names: of this machine, or `scheme://...` of an object store.
+    """Return the path that a user names: of this machine, or `scheme://...` of an object store.
+
+    Args:
+        where: the path or URL.
 
     Raises:
         MissingExtraError: a URL, and the libraries of its store are not installed.
@@ -79,7 +82,7 @@ def is_remote(path: AnyPath) -> bool:
 
 
 def resolved(path: Path) -> Path:
-    """An absolute path of this machine, without links.
+    """Return an absolute path of this machine, without links.
 
     Raises:
         CheckpointError: links that lead back to themselves.
@@ -91,7 +94,9 @@ def resolved(path: Path) -> Path:
 
 
 def size_of(path: AnyPath) -> int | None:
-    """Bytes of a plain file; None where there is none. A link is none: what a checkpoint holds lies in it.
+    """Return the size of a plain file in bytes, else None.
+
+    A link counts as none: a checkpoint holds its files itself.
 
     Raises:
         OSError: the store does not answer.
@@ -110,7 +115,7 @@ def size_of(path: AnyPath) -> int | None:
 
 
 def there(path: AnyPath) -> bool:
-    """Whether there is anything of that name: a file, a directory, a link, or objects with that prefix.
+    """Return whether anything has that name: a file, a directory, a link, or objects with that prefix.
 
     Raises:
         OSError: the store does not answer.
@@ -121,7 +126,7 @@ def there(path: AnyPath) -> bool:
 
 
 def read_bounded(path: AnyPath, limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes.
+    """Read a file of at most `limit` bytes.
 
     Raises:
         CheckpointError: it is larger.
@@ -138,7 +143,7 @@ def read_bounded(path: AnyPath, limit: int) -> bytes:
 
 
 def children(parent: AnyPath) -> list[AnyPath]:
-    """What lies in a directory or directly below a prefix; nothing where there is none.
+    """List a directory, or what lies directly below a prefix; empty where there is none.
 
     Raises:
         OSError: it cannot be listed.
@@ -155,7 +160,7 @@ def children(parent: AnyPath) -> list[AnyPath]:
 
 
 def modified(path: AnyPath) -> float:
-    """When a file was written, in seconds since 1970; of a store by its own clock. 0 where it does not say."""
+    """Return when a file was written, in seconds since 1970, by the store's own clock; 0 where it is not known."""
     if not is_remote(path):
         return path.stat().st_mtime
     try:
@@ -165,7 +170,7 @@ def modified(path: AnyPath) -> float:
 
 
 def make_directory(path: AnyPath) -> None:
-    """Make a directory and those around it. An object store has none: a name that was mistyped makes no bucket."""
+    """Make a directory and its parents. An object store has none: a mistyped name makes no bucket."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
     elif getattr(path, "protocol", "") not in _WITHOUT_DIRECTORIES:
@@ -173,7 +178,10 @@ def make_directory(path: AnyPath) -> None:
 
 
 def claim(path: AnyPath, owner: bytes) -> bytes:
-    """Write an object unless it is there: of several who try, one does. Returns its content.
+    """Write an object unless it exists: of several writers, one succeeds. Returns the content that is there.
+
+    Args:
+        owner: the content to write.
 
     Raises:
         OSError: the store cannot be written.
@@ -218,7 +226,11 @@ def write_file(path: AnyPath, parts: Iterable[Any], hash: str = "sha256") -> Sto
 
 
 def read_range(path: AnyPath, start: int, stop: int) -> bytes:
-    """The bytes `[start, stop)` of a file, fewer where it ends before.
+    """Read the bytes `[start, stop)` of a file, fewer where it ends before.
+
+    Args:
+        start: first byte.
+        stop: the byte behind the last one.
 
     Raises:
         OSError: it cannot be read.
@@ -271,6 +283,9 @@ def read_range_into(
 def read_runs(path: AnyPath, starts: Sequence[int], length: int, out: memoryview) -> bool:
     """Read stretches of `length` bytes, one behind the other into `out`.
 
+    Args:
+        starts: first byte of each stretch.
+
     Returns:
         False where the file is too short.
 
@@ -299,7 +314,10 @@ def read_runs(path: AnyPath, starts: Sequence[int], length: int, out: memoryview
 
 
 def put_last(path: AnyPath, content: bytes) -> None:
-    """Write a file that stands for all those around it: it appears whole, and after them.
+    """Publish a commit marker atomically, after all other files are durable.
+
+    Args:
+        content: of the file.
 
     Raises:
         UndecidedError: a store has not said that it is there, and it may still appear.

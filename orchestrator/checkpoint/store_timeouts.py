@@ -29,7 +29,7 @@ _limit = DEFAULT_SECONDS
 
 
 def wait_for_stores(seconds: float) -> None:
-    """Set how long this process waits for one operation of a store, all attempts together."""
+    """Set the time limit of one operation of a store, all attempts together."""
     global _limit
     _limit = seconds
 
@@ -40,9 +40,12 @@ def store_timeout_seconds() -> float:
 
 
 def client_options(scheme: str) -> dict[str, Any]:
-    """How long the client of a kind of store waits for a connection and for bytes, as options of its `fsspec` class.
+    """Return the time limits of a store's client for connections and reads, as options of its `fsspec` class.
 
     What the user has set for `fsspec` counts more. The number of attempts is bounded by the libraries themselves.
+
+    Args:
+        scheme: of the store's URLs, such as `s3`.
     """
     connect, read = (max(_LEAST_SECONDS, share * _limit) for share in (_CONNECT_SHARE, _READ_SHARE))
     if scheme in ("s3", "s3a"):
@@ -101,13 +104,17 @@ def retried(action: Callable[[], Any], operation: str, path: Path) -> Any:
 
 
 def as_os_error(error: Exception) -> OSError:
-    """The error of the system that an error of a store's library stands for."""
+    """Return the system's error that an error of a store's library stands for."""
     said = gcs.understood(error) or error
     return said if isinstance(said, OSError) else OSError(f"{type(said).__name__}: {said}")
 
 
 def within(action: Callable[[], Any], seconds: float) -> Any:
-    """What `action` returns, if it does so in time; else what it has its library do is cancelled.
+    """Call `action` and return its result; cancel what it has its library do when the time is over.
+
+    Args:
+        action: the operation.
+        seconds: the time limit.
 
     Raises:
         TimeoutError: it does not.
@@ -228,7 +235,7 @@ class PatientFile:
 
 
 def briefly(action: Callable[[], Any]) -> Any:
-    """What `action` returns, where a store that may answer no more is not waited for long.
+    """Call `action` and return its result, without waiting long for a store that may not answer any more.
 
     Raises:
         Exception: what it raises, or that it took too long.

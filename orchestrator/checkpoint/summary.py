@@ -61,7 +61,7 @@ def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
 
 
 def _optimizer(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's name in the configuration, and the keys of the state that there is of it."""
+    """Return the optimizer's name in the configuration, and the keys of its stored state."""
     optim = config.get("optim")
     optim = optim if isinstance(optim, dict) else {}
     state = {name.split(".")[1] for name in checkpoint.manifest.tensors if name.startswith("optimizer.")}

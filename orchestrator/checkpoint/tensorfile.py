@@ -79,7 +79,7 @@ class TensorFile:
         return Entry(dtype, tuple(shape), base + start, base + stop)
 
     def _check_tiling(self, base: int) -> None:
-        """The format leaves no holes, and no two tensors share bytes."""
+        """Check that the tensors leave no holes and share no bytes, as the format demands."""
         for start, stop in sorted((entry.start, entry.stop) for entry in self.entries.values()):
             if start != base:
                 raise ValueError("its tensors overlap or leave holes")
@@ -92,7 +92,7 @@ class TensorFile:
         return {key: (entry.start, entry.stop) for key, entry in self.entries.items()}
 
     def read(self, key: str, box: tuple[slice, ...]) -> np.ndarray:
-        """The bytes of a part of a tensor.
+        """Read a part of a tensor.
 
         Returns:
             uint8 [*shape of the box, bytes of an item].
@@ -104,7 +104,7 @@ class TensorFile:
         return result
 
     def parts(self, key: str, box: tuple[slice, ...]) -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
-        """A part of a tensor in portions that take little memory, reading hardly more than its own bytes.
+        """Read a part of a tensor in portions that take little memory, with hardly more than its own bytes.
 
         Yields:
             Where in the box, and its bytes: uint8 [*shape there, bytes of an item], of at most 16 MiB or one row.
@@ -141,7 +141,7 @@ class TensorFile:
                 yield (*outer, slice(low, high)), rows[(slice(None), slice(None), *inner)]
 
     def stretch(self, key: str, box: tuple[slice, ...]) -> tuple[int, int] | None:
-        """The bytes `[start, stop)` of the file that a part of a tensor is; None where it is not in one stretch."""
+        """Return the bytes `[start, stop)` of the file that a part of a tensor is; None where it is not contiguous."""
         entry = self.entries[key]
         if any(part != slice(0, size) for part, size in zip(box[1:], entry.shape[1:], strict=True)):
             return None
@@ -150,7 +150,11 @@ class TensorFile:
         return start, start + (box[0].stop - box[0].start if box else 1) * row
 
     def fill(self, start: int, out: memoryview, tell: Callable[[memoryview], object] = lambda part: None) -> None:
-        """Read the bytes from `start` on straight into the memory that they are for; `tell` gets them part by part."""
+        """Read the bytes from `start` on straight into the memory that they are for; `tell` gets them part by part.
+
+        Args:
+            out: the buffer to fill.
+        """
         if read_range_into(self._path, start, out, tell) != len(out):
             raise self._damaged("it is shorter than it was")
 

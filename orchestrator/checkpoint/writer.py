@@ -118,7 +118,7 @@ class Begun:
 
 
 def begin(parent: AnyPath, step: int, coordinator: Coordinator) -> Begun:
-    """Agree on a directory for `step`. All ranks call it together; nobody raises, so that nobody is left waiting."""
+    """Choose a directory for `step` together. All ranks call it; none raises, so that none is left waiting."""
     name, problem, error = f"step-{step:08d}", "", None
     if coordinator.rank == 0:
         name, error = _attempt(lambda: _free_directory(parent, step).name, name)
@@ -128,7 +128,10 @@ def begin(parent: AnyPath, step: int, coordinator: Coordinator) -> Begun:
 
 
 def write(begun: Begun, step: int, shards: Sequence[Shard], coordinator: Coordinator, contents: Contents) -> AnyPath:
-    """Write this rank's part; rank 0 commits when all have. Waits for the others by `post` and `look` alone.
+    """Write this rank's shards; rank 0 commits when all ranks have. Uses `put` and `get_now` of the coordinator alone.
+
+    Args:
+        begun: what `begin` returned.
 
     Raises:
         SaveError: as `save`, the same on all ranks.
@@ -181,7 +184,7 @@ def _reason(error: Exception) -> str:
 
 
 def _remedy(problem: str, directory: AnyPath) -> str:
-    """What helps against a problem, of which the ranks tell each other the words alone."""
+    """Return what helps against a problem, of which the ranks exchange the text alone."""
     if any(os.strerror(number) in problem for number in _NO_ROOM):
         return "free space there, or set checkpoint.dir to a place with more"
     if any(os.strerror(number) in problem for number in _NOT_ALLOWED):
@@ -196,7 +199,7 @@ def _remedy(problem: str, directory: AnyPath) -> str:
 
 
 def _free_directory(parent: AnyPath, step: int) -> AnyPath:
-    """The directory for `step`; a committed one, even if damaged, is never written over."""
+    """Return the directory for `step`; a committed one, even if damaged, is never overwritten."""
     directory, number = parent / f"step-{step:08d}", 1
     # In a store a manifest that nobody waited for may still appear: not beside the files of another save.
     while there(directory / MANIFEST) or (is_remote(directory) and there(directory)):
@@ -291,10 +294,13 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
 
 
 def sum_bits(data: torch.Tensor) -> int:
-    """The elements of a tensor, each read as a signed whole number of its width, added up modulo 2^64.
+    """Sum the elements of a tensor modulo 2^64, each read as a signed integer of its width.
 
     Any change of one element changes it, and the sums of the parts of a tensor add up to that of the whole, however it
     is cut: so it can be compared on any layout. It is no hash: who wants to can find another tensor with the same.
+
+    Args:
+        data: a tensor of any dtype.
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     words = data.detach().contiguous().reshape(-1).view(kinds[data.element_size()])
@@ -312,9 +318,14 @@ class _PlainDumper(yaml.SafeDumper):
 def write_safetensors(
     path: AnyPath, keys: Sequence[str], tensors: Sequence[torch.Tensor], hash: str = "sha256"
 ) -> StoredFile:
-    """Write tensors one after the other, hashing on the way: no second copy of them in memory or read from disk.
+    """Write tensors one after the other and hash on the way: no second copy in memory, no second read.
 
     The format is https://github.com/huggingface/safetensors#format; device tensors come to the host one by one.
+
+    Args:
+        keys: names of the tensors.
+        tensors: in the order of `keys`, on any device.
+        hash: a name that `new_hash` takes.
     """
     header, offset = {}, 0
     for key, tensor in zip(keys, tensors, strict=True):

@@ -25,7 +25,10 @@ class Catalogue:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def get(self, key: str) -> Chip:
-        """The chip of that key.
+        """Return the chip of that key.
+
+        Args:
+            key: such as `h100_sxm`.
 
         Raises:
             ConfigError: there is none.
@@ -47,7 +50,7 @@ class Catalogue:
         return len(self.chips)
 
     def match_device_name(self, name: str) -> str | None:
-        """The key of the chip that a driver calls `name`; None unless it is surely that one.
+        """Return the key of the chip that a driver calls `name`; None unless it is surely that one.
 
         PCIe, NVL and partitioned parts share a family's name and not its figures, so only whole names match.
         """
@@ -58,7 +61,7 @@ class Catalogue:
         return None
 
     def cite(self, figure: Figure) -> str:
-        """The figure's source in full; `unknown` where there is no figure."""
+        """Return the figure's source in full; `unknown` where there is no figure."""
         if figure.source is None:
             return "unknown"
         return self.sources.get(figure.source, figure.source)

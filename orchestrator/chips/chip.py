@@ -40,7 +40,11 @@ class Figure:
         return self.known and self.source != UNVERIFIED
 
     def scaled(self, factor: float, note: str) -> Figure:
-        """The figure times `factor`; unknown stays unknown."""
+        """Return the figure times `factor`; unknown stays unknown.
+
+        Args:
+            note: what the factor stands for, added to the source.
+        """
         if self.value is None:
             return self
         return replace(self, value=self.value * factor, note=f"{self.note}; {note}" if self.note else note)
@@ -117,7 +121,10 @@ class Chip:
     note: str | None = None
 
     def peak_flops(self, precision: str) -> Figure:
-        """Dense peak of the chip in FLOP/s, for `fp32`, `bf16` or `fp8`.
+        """Return the dense peak of the chip in FLOP/s.
+
+        Args:
+            precision: `fp32`, `bf16` or `fp8`.
 
         Raises:
             ConfigError: no such precision.
@@ -128,7 +135,11 @@ class Chip:
         return peaks[precision]
 
     def device_peak_flops(self, precision: str) -> Figure:
-        """Dense peak of one device as torch counts them: a part of the chip where it has several."""
+        """Return the dense peak of one device in FLOP/s: a part of the chip where torch counts several.
+
+        Args:
+            precision: as for `peak_flops`.
+        """
         peak = self.peak_flops(precision)
         parts = self.logical_devices_per_chip
         return peak if parts == 1 else peak.scaled(1 / parts, f"per device: {parts} devices per chip")

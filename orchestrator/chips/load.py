@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError
 
 
 def load_catalogue(extra_path: str | Path | None = None) -> Catalogue:
-    """The catalogue, with the chips of the YAML file `extra_path` added or laid over it.
+    """Load the catalogue, with the chips of the YAML file `extra_path` added or laid over it.
 
     An entry of a chip that is there already replaces only the fields that it names.
 
@@ -26,7 +26,11 @@ def load_catalogue(extra_path: str | Path | None = None) -> Catalogue:
 
 
 def match_device_name(name: str) -> str | None:
-    """`Catalogue.match_device_name` of the shipped catalogue."""
+    """Match a name with the shipped catalogue; see `Catalogue.match_device_name`.
+
+    Args:
+        name: as the driver calls the device.
+    """
     return load_catalogue().match_device_name(name)
 
 

@@ -65,6 +65,9 @@ _TOP_KEYS = {
 def check_shape(data: Any, origin: str) -> None:
     """Check the outermost mappings of a catalogue file before its parts are merged.
 
+    Args:
+        data: the parsed YAML.
+
     Raises:
         ConfigErrors: a part is no mapping.
     """

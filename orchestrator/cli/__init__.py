@@ -31,7 +31,11 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 2 for mistakes of the user, 1 for what is ours; both are said on stderr."""
+    """Run one verb. Returns the exit code: 2 for mistakes of the user, 1 for what is ours; both are said on stderr.
+
+    Args:
+        argv: the verb and its words; None for those of the process.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     _complete()
     # Before anything is imported that takes time, and the standard streams before anything is opened in their place.

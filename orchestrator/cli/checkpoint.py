@@ -196,7 +196,7 @@ def _verify_deep(checkpoint: Checkpoint, progress: bool) -> int:
 
 
 def _contradictions(checkpoint: Checkpoint) -> Iterator[str]:
-    """What the hashes do not tell: parts that do not fit each other."""
+    """Yield what the hashes do not tell: parts that contradict each other."""
     from orchestrator.checkpoint.consistency import contradictions
     from orchestrator.runs.run_directory import read_history
     from orchestrator.runs.stored_model import model_of, tokenizer_of

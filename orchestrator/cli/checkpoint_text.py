@@ -19,12 +19,16 @@ _OF_A_LEG = ("start_step", "end_step", "target", "devices", "layout", "precision
 
 
 def clean(text: object) -> str:
-    """Printable: control characters, which could move the cursor or set colours, are written out, and so are tabs."""
+    """Return printable text: control characters, which could move the cursor or set colours, and tabs are escaped.
+
+    Args:
+        text: anything; `str` of it is used.
+    """
     return printable(text).replace("\t", "\\t")
 
 
 def strict_json(data: Any) -> str:
-    """JSON that every reader takes: numbers that are none are text."""
+    """Serialize to JSON that every reader takes: numbers that are not finite become text."""
     return json.dumps(_finite(data), indent=2)
 
 
@@ -37,7 +41,11 @@ def _finite(value: Any) -> Any:
 
 
 def size_text(count: int) -> str:
-    """Bytes in words: `1.2 GB`."""
+    """Format a number of bytes: `1.2 GB`.
+
+    Args:
+        count: bytes.
+    """
     size, unit = float(count), "bytes"
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
@@ -47,7 +55,7 @@ def size_text(count: int) -> str:
 
 
 def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What `checkpoint.inspect.facts` found, as lines."""
+    """Yield the lines that show what `checkpoint.summary.facts` found."""
     rows: list[tuple[str, object]] = [
         ("checkpoint", facts["path"]),
         ("step", f"{facts['step']:,}"),
@@ -90,7 +98,7 @@ def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def difference_rows(found: TensorDifferences) -> Iterator[str]:
-    """What `checkpoint.diff.compare` found, as lines."""
+    """Yield the lines that show what `checkpoint.diff.compare` found."""
     for title, names in (("only in a", found.only_first), ("only in b", found.only_second)):
         yield from (f"{title}  {clean(name)}" for name in names[:_MAX_CHANGED_ROWS])
         if len(names) > _MAX_CHANGED_ROWS:
@@ -145,7 +153,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 
 def _plain(value: Any) -> str:
-    """A value of JSON in one line."""
+    """Return a value of JSON in one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list):
@@ -155,6 +163,11 @@ def _plain(value: Any) -> str:
 
 def allow_pickle(allowed: bool, what: str, note: str) -> None:
     """Warn of a format that can carry code.
+
+    Args:
+        allowed: whether the user has allowed it.
+        what: the format.
+        note: the warning.
 
     Raises:
         CheckpointError: the user has not allowed it.

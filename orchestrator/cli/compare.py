@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _new_page() -> Path:
-    """A name for the page that no file has yet."""
+    """Return a name for the page that no file has yet."""
     names = itertools.chain([_PAGE], (f"compare-{number}.html" for number in range(2, 10_000)))
     for name in names:
         if not Path(name).exists():

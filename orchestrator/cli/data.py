@@ -190,7 +190,7 @@ def _print_facts(store: TokenStore) -> None:
 
 
 def _yaml(path: str) -> str:
-    """A path as Hydra's grammar for lists takes it."""
+    """Return a path as Hydra's grammar for lists takes it."""
     plain = all(character.isalnum() or character in "/._-" for character in path)
     return path if plain else '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 

@@ -101,7 +101,7 @@ def _show(text: Continuation, prompt: str, number: int, options: GenerateOptions
 
 
 def _problems(options: GenerateOptions) -> list[ConfigError]:
-    """What is wrong with the values, all at once."""
+    """List everything that is wrong with the values."""
     drawing = ("tokens", "samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     problems = check_drawing(**{name: getattr(options, name) for name in drawing})
     if (options.prompt is None) == (options.prompt_file is None):
@@ -137,7 +137,7 @@ def _prompt(options: GenerateOptions) -> str:
 
 
 def _spelled(prompt: str, tokenizer: Tokenizer) -> str | None:
-    """A line on a special token that the prompt spells and that is read as plain text."""
+    """Describe a special token that the prompt spells and that is read as plain text; None without one."""
     if tokenizer.documents.special_tokens_in_text != "text":
         return None
     spelled = next((token for token in tokenizer.special_tokens if token in prompt), None)

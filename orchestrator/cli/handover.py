@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The result as a person reads it."""
+    """Return the result as text for a terminal."""
     lines = [
         f"{'checkpoint':<15}{result['checkpoint']}, step {result['step']}",
         f"{'saved on':<15}{_side(result['from'])}",

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check_split(options: PlanOptions, fleets: list[Fleet]) -> list[UserError]:
-    """What goes with one job only."""
+    """Return the errors of options that go with a single job only."""
     problems: list[UserError] = [
         ConfigError(f"{name}= is for one job", got=f"{name}={getattr(options, name)} with jobs=", fix="leave out one")
         for name in ("html", "explain", "max_days", "max_usd")

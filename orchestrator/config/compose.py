@@ -48,7 +48,7 @@ class Composed:
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: beside the package in a checkout, inside it in a wheel."""
+    """Return the folder of YAML files: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parents[1]
     beside = package.parent / "conf"
     return beside if (beside / f"{CONFIG_NAME}.yaml").is_file() else package / "conf"
@@ -59,6 +59,9 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int 
 
     A job of a multirun that fails is reported and the others run; one that a signal stopped is the last. Hydra's
     sweeper gets the objective of each job, where `task` returns one.
+
+    Args:
+        prog: name of the command, for messages.
 
     Returns:
         The exit code of the job. Of a multirun: that of the stopped job; else `FAILED` where trying again may help
@@ -147,6 +150,10 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Composed:
     """Compose in code, as tests and tools do.
 
+    Args:
+        overrides: as on the command line.
+        config_dir: a folder of the user's own options, as `--config-dir`.
+
     Raises:
         ConfigErrors: as `run_composed`.
     """
@@ -158,7 +165,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Com
 
 
 def read_config(path: Path) -> RunConfig:
-    """The resolved configuration that a run directory carries, without Hydra.
+    """Read the resolved configuration of a run directory, without Hydra.
+
+    Args:
+        path: of `config.yaml`.
 
     Raises:
         ConfigError: the file is missing or not a mapping.
@@ -228,7 +238,7 @@ def _compose_api(overrides: list[str], config_dir: str | None, chosen: Sequence[
 
 
 def _quoted(text: str) -> str:
-    """A value of Hydra's grammar that stands for `text` as it is."""
+    """Return a value of Hydra's grammar that stands for `text` as it is."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
@@ -259,7 +269,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 
 def _problems_of(error: Exception, words: Sequence[str], config_dir: str | None) -> Sequence[UserError]:
-    """What a failure to compose comes from: broken files of the user's, each with its line, else what was said."""
+    """Find the causes of a failure to compose: broken files of the user's, each with its line, else the message."""
     if isinstance(error, ConfigErrors):
         return error.problems
     if isinstance(error, UserError):
@@ -276,7 +286,7 @@ def _problems_of(error: Exception, words: Sequence[str], config_dir: str | None)
 
 
 def _problem_of(error: BaseException, got: str | None = None) -> ConfigError:
-    """An error of Hydra, OmegaConf or the system in this product's words."""
+    """Translate an error of Hydra, OmegaConf or the system into a `ConfigError`."""
     key = getattr(error, "full_key", None)
     if match := _NO_SUCH_KEY.search(str(error)):
         words = [word for word in (got or "").split() if word.lstrip("+").startswith(f"{match[1]}=")]

@@ -22,6 +22,9 @@ class _Mismatch(Exception):
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     """Build the dataclass `cls`, whose fields all have defaults, from nested mappings.
 
+    Args:
+        data: as parsed from YAML or JSON.
+
     Raises:
         ConfigErrors: all unknown keys and values of a wrong type, each with its dotted path.
     """
@@ -32,14 +35,23 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
 
 
 def from_dict_partly(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[ConfigError]]:
-    """As `from_dict`, with the defaults in place of what is wrong: so the rest can be checked further."""
+    """Do as `from_dict`, with defaults in place of what is wrong, so that the rest can be checked further.
+
+    Args:
+        cls: the dataclass.
+        data: as parsed from YAML or JSON.
+    """
     problems: list[ConfigError] = []
     result = _build(cls, data, "", problems)
     return typing.cast(T, cls() if result is None else result), problems
 
 
 def to_dict(value: Any) -> Any:
-    """The dataclass as plain dicts, lists and scalars, ready for YAML or JSON."""
+    """Convert a dataclass to plain dicts, lists and scalars, ready for YAML or JSON.
+
+    Args:
+        value: the dataclass, or a value of one.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -50,7 +62,11 @@ def to_dict(value: Any) -> Any:
 
 
 def convert_text(cls: type[Any], key: str, text: str) -> Any:
-    """Convert one word of a command line to the type of the field `key` of `cls`."""
+    """Convert one word of a command line to the type of the field `key` of `cls`.
+
+    Args:
+        text: the word.
+    """
     hint = typing.get_type_hints(cls)[key]
     problems: list[ConfigError] = []
     value = _convert(hint, _parse(hint, text), key, problems)
@@ -60,7 +76,11 @@ def convert_text(cls: type[Any], key: str, text: str) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    """What a field admits, in words for a message."""
+    """Describe what a field admits, in words for a message.
+
+    Args:
+        hint: its type annotation.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return ", ".join(repr(arg) if isinstance(arg, bool) else str(arg) for arg in args)
@@ -214,7 +234,7 @@ def _fix(hint: Any, path: str, value: Any) -> str:
 
 
 def _parse(hint: Any, text: str) -> Any:
-    """The plain value that a word stands for, given what the field wants."""
+    """Return the plain value that a word stands for, given what the field wants."""
     args = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if type(None) in args and text.lower() in ("null", "none", ""):
         return None

@@ -15,7 +15,7 @@ _MAX_BYTES, _MAX_DEPTH = 1 << 20, 50
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain data.
+    """Read a YAML mapping as plain data.
 
     Raises:
         ConfigError: the file is missing, no plain file, unreadable as YAML, or not a mapping.
@@ -27,7 +27,7 @@ def read_plain(path: Path) -> dict[str, Any]:
 
 
 def check_option(path: Path) -> None:
-    """Look at a file of a config group before it is composed.
+    """Check a file of a config group before it is composed.
 
     Raises:
         ConfigError: it is no YAML, names a key twice, is nested without end, or is no mapping.

@@ -14,7 +14,12 @@ Options = TypeVar("Options")
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
-    """A dataclass field of a verb's options, with the line that `--help` shows."""
+    """Declare a field of a verb's options, with the line that `--help` shows.
+
+    Args:
+        default: its value where it is not given; without one it is required.
+        help: one line.
+    """
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -61,7 +66,7 @@ def parse_options(cls: type[Options], argv: Sequence[str], positional: Sequence[
 
 
 def describe_options(cls: type[Any]) -> str:
-    """The options of a verb as aligned lines for `--help`."""
+    """Return the options of a verb as aligned lines for `--help`."""
     rows = []
     for field in dataclasses.fields(cls):
         default = (

@@ -41,22 +41,26 @@ _FREE_TEXT = ("train.sample.prompt",)  # what a person writes there is not looke
 
 
 def permit(names: Iterable[str]) -> None:
-    """Let these dotted names be imported by this process: its user has given them."""
+    """Allow this process to import these dotted names, which its user has given."""
     _permitted.update(names)
 
 
 def permitted() -> list[str]:
-    """The dotted names that may be imported, for a process that this one starts."""
+    """List the dotted names that may be imported, for a process that this one starts."""
     return sorted(_permitted)
 
 
 def is_dotted(named: str) -> bool:
-    """Whether a name says where code is, rather than which installed entry point is meant."""
+    """Return whether a name is a dotted path of code, rather than an installed entry point."""
     return "." in named or ":" in named
 
 
 def targets(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Each `_target_` in plain data, at any depth: its dotted key, and what it names."""
+    """Yield each `_target_` in plain data, at any depth: its dotted key, and its value.
+
+    Args:
+        key: dotted key of `data` itself.
+    """
     for path, name, value in _walk(data, key):
         if name == TARGET and value is not None:
             yield path, value
@@ -102,7 +106,7 @@ def _refused(path: str, value: Any, where: object, override: str) -> ConfigError
 
 
 def _override(stored: Any, path: str) -> str:
-    """What to write on a command line for the value at `path`: of a list, the whole list."""
+    """Return the word of a command line that sets the value at `path`: of a list, the whole list."""
     key, _, inside = path.partition("[")
     for part in key.split("."):
         stored = stored.get(part) if isinstance(stored, Mapping) else None
@@ -113,7 +117,7 @@ def _override(stored: Any, path: str) -> str:
 
 
 def _walk(data: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """The leaves of plain data, and every `_target_` whatever it holds: dotted key, last name, value."""
+    """Yield the leaves of plain data, and every `_target_` whatever it holds: dotted key, last name, value."""
     pending = [(path, "", data)]
     while pending:
         at, name, value = pending.pop()
@@ -143,7 +147,11 @@ class OwnPart:
 
     @classmethod
     def of(cls, kind: str, entry: Any, key: str) -> OwnPart:
-        """The part that the mapping `entry` describes: `_target_`, and the arguments beside it.
+        """Read the part that the mapping `entry` describes: `_target_`, and the arguments beside it.
+
+        Args:
+            kind: what it is, such as `optimizer`.
+            key: dotted key of `entry`, for messages.
 
         Raises:
             ConfigError: it is no such mapping.
@@ -275,7 +283,7 @@ class OwnPart:
 
 
 def trace(error: BaseException, ours: str) -> str:
-    """An exception of the user's code with its traceback, from the first frame on that is not in the file `ours`."""
+    """Return an exception of the user's code with its traceback, from the first frame outside of the file `ours`."""
     frames = traceback.extract_tb(error.__traceback__)
     last = max((number for number, frame in enumerate(frames) if frame.filename == ours), default=-1)
     theirs = [frame for frame in frames[last + 1 :] if not frame.filename.startswith("<frozen importlib")]

@@ -97,7 +97,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
 
 
 def check_stored(config: RunConfig) -> list[ConfigError]:
-    """What is wrong with the configuration that a checkpoint brings, before a model of it is built.
+    """List what is wrong with the configuration of a checkpoint, before a model of it is built.
 
     How the run was to be started is not looked at: other hardware, another batch and other places may be meant.
     """
@@ -105,7 +105,7 @@ def check_stored(config: RunConfig) -> list[ConfigError]:
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:
-    """Values that are wrong by themselves, each key looked at alone. What a checkpoint brings is held to the same."""
+    """List the values that are out of range, each key looked at alone; also used for what a checkpoint brings."""
     problems = [
         _out(key, value, f"{least} or more" if value < least else f"{least} to {largest}")
         for key, (least, largest) in _COUNTS.items()

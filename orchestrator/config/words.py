@@ -34,7 +34,7 @@ BASE = "base"
 
 
 def group_options(directories: Sequence[Path]) -> dict[str, list[str]]:
-    """Options of each config group found in the folders."""
+    """List the options of each config group in the folders."""
     groups: dict[str, set[str]] = {}
     for directory in directories:
         for file in sorted(directory.glob("*/*.yaml")):
@@ -44,7 +44,7 @@ def group_options(directories: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Overrides among the words, and the value of --config-dir.
+    """Separate overrides from the value of --config-dir.
 
     Raises:
         ConfigError: a flag that is none here, or a --config-dir that is no folder.
@@ -92,7 +92,7 @@ def _is_folder(path: str) -> bool:
 
 
 def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Spell out what Hydra wants to be told, and the user has left to us.
+    """Complete the words by what Hydra has to be told and users may leave out.
 
     `optim._target_=...` chooses `optim=own` where no optimizer is chosen, and the keys of free mappings
     (`optim.arguments.KEY=...`) need no plus sign.
@@ -109,7 +109,12 @@ def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def not_chosen(key: str, word: str) -> ConfigError:
-    """Return what is wrong with a key of the schema that the chosen option of its group does not have."""
+    """Return what is wrong with a key of the schema that the chosen option of its group does not have.
+
+    Args:
+        key: dotted.
+        word: the override.
+    """
     group, _, rest = key.partition(".")
     hint = typing.get_type_hints(RunConfig).get(group)
     options = [kind.name for kind in dataclasses_of(hint) if rest in schema_keys(kind)]
@@ -122,7 +127,7 @@ def not_chosen(key: str, word: str) -> ConfigError:
 
 
 def parse_words(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[ConfigError]]:
-    """Each word with Hydra's reading of it, and what is wrong with the others."""
+    """Parse each word by Hydra's grammar. Returns words with their parsed overrides, and the errors of the others."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -147,7 +152,13 @@ def _not_parsed(word: str, error: Exception) -> ConfigError:
 
 
 def check_word(override: Any, groups: dict[str, list[str]], config_dir: str | None) -> ConfigError | None:
-    """What is wrong with one override: an unknown key or option, or one that cannot be removed."""
+    """Check one override: an unknown key or option, or one that cannot be removed. None where it is right.
+
+    Args:
+        override: parsed by Hydra.
+        groups: options of each config group.
+        config_dir: the user's own folder of options.
+    """
     key, written = override.key_or_group, override.input_line
     if key.split(".")[0].split("/")[0] == "hydra":
         return None
@@ -199,7 +210,12 @@ def _check_choice(override: Any, options: list[str], config_dir: str | None) -> 
 
 
 def schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
-    """Dotted keys of the schema -> whether any key may follow below (a free mapping)."""
+    """Map the dotted keys of the schema to whether any key may follow below (a free mapping).
+
+    Args:
+        cls: the dataclass.
+        prefix: of the keys.
+    """
     keys: dict[str, bool] = {}
     for name, hint in typing.get_type_hints(cls).items():
         keys[prefix + name] = typing.get_origin(hint) is dict

@@ -34,7 +34,7 @@ def check_same_documents(store: TokenStore, tokenizer: Tokenizer, other: str, fi
 
 
 def check_as_asked(store: TokenStore, config: TokenizerConfig) -> None:
-    """What the configuration asks for by name, a prepared store has to be; `auto` takes it as it is.
+    """Check that a prepared store is what the configuration asks for by name; `auto` takes it as it is.
 
     Raises:
         DataError: it is otherwise.
@@ -58,14 +58,14 @@ def check_as_asked(store: TokenStore, config: TokenizerConfig) -> None:
 
 
 def _word(key: str, value: object) -> str:
-    """A key of the tokenizer as a word of a command line."""
+    """Return a key of the tokenizer as a word of a command line."""
     if isinstance(value, str):
         return f"""'data.tokenizer.{key}="{value}"'"""
     return f"data.tokenizer.{key}={'null' if value is None else str(value).lower()}"
 
 
 def check_made(config: TokenizerConfig, corpora: Sequence[Corpus]) -> None:
-    """Tokens need the tokenizer that made them, or the word that there is none; text needs one.
+    """Check that tokens come with the tokenizer that made them, or without one by request, and that text has one.
 
     Raises:
         DataError: it is otherwise.

@@ -18,7 +18,7 @@ from orchestrator.data.tokenizer_files import Beside, parse_json, set_template_p
 
 
 def as_trained(files: Mapping[str, bytes], tokenizer: Tokenizer) -> tuple[dict[str, bytes], list[str]]:
-    """The files with which other software begins and ends a text as the model was trained.
+    """Return the files with which other software begins and ends a text as the model was trained.
 
     Args:
         files: that travelled with the model, by name.

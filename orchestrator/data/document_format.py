@@ -40,7 +40,7 @@ class DocumentFormat:
         return len(self.bos_ids) + self.eos
 
     def record(self) -> dict[str, Any]:
-        """What a store or a checkpoint keeps of this."""
+        """Convert to what a store or a checkpoint keeps of it."""
         return {
             "bos_ids": list(self.bos_ids),
             "eos": self.eos,
@@ -49,7 +49,7 @@ class DocumentFormat:
 
 
 def from_record(record: object, vocab_size: int) -> DocumentFormat:
-    """The format that a store or a checkpoint has kept.
+    """Read the format that a store or a checkpoint has kept.
 
     Raises:
         DataError: it is damaged.

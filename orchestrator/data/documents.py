@@ -73,7 +73,7 @@ class Corpus:
             yield from read_documents(item, self.spec, tally)
 
     def left_out_facts(self, tally: Tally) -> dict[str, Any]:
-        """What was left out, for the index of a store: counts, and names by reason. Empty if nothing was."""
+        """Return what was left out, for the index of a store: counts, and names by reason. Empty if nothing was."""
         reasons: dict[str, dict[str, Any]] = {}
         for entry in self.left_out:
             fact = reasons.setdefault(entry.reason, {"count": 0, "names": []})
@@ -85,7 +85,7 @@ class Corpus:
 
 
 def find_corpus(inputs: Sequence[str], spec: TextSpec, tokens: TokensConfig | None = None) -> Corpus:
-    """The documents that inputs stand for.
+    """Find the documents that inputs stand for.
 
     Args:
         inputs: paths, globs, folders or `builtin`.
@@ -131,7 +131,7 @@ def _holds_tokens(item: Input, column: str | None) -> bool:
 
 
 def spec_of(config: DataConfig, source: SourceConfig) -> TextSpec:
-    """Where the text of a source's rows is: as the source says, else as the data says.
+    """Return where the text of a source's rows is: as the source says, else as the data says.
 
     Raises:
         ConfigError: a field and a template are given together.
@@ -156,7 +156,7 @@ def spec_of(config: DataConfig, source: SourceConfig) -> TextSpec:
 
 
 def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> Iterator[Document]:
-    """The documents of an input in order; empty ones are left out and counted.
+    """Yield the documents of an input in order; empty ones are left out and counted.
 
     Raises:
         DataError: the input is damaged, or a row is not as it should be; names the file and the row.
@@ -185,7 +185,7 @@ def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> I
 
 
 def describe_left_out(facts: Mapping[str, Any]) -> list[str]:
-    """What was left out as lines for people, from `Corpus.left_out_facts`."""
+    """Format what was left out as lines for users, from `Corpus.left_out_facts`."""
     lines = []
     files = facts.get("files") or {}
     for reason, fact in files.items():

@@ -30,7 +30,7 @@ class Extents:
     text_bytes: np.ndarray
 
     def take(self, which: np.ndarray) -> Extents:
-        """Those that an index array or a mask chooses."""
+        """Return the documents that an index array or a mask chooses."""
         return Extents(self.starts[which], self.lengths[which], self.hashes[which], self.text_bytes[which])
 
 
@@ -71,7 +71,11 @@ def hold_out(extents: Extents, fraction: float) -> tuple[Extents, Extents]:
 
 
 def nothing_left(got: str) -> ConfigError:
-    """The error for a fraction that would hold out everything."""
+    """Make the error for a fraction that would hold out everything.
+
+    Args:
+        got: the fraction and the data, in words.
+    """
     return ConfigError(
         "the held-out fraction leaves nothing to train on",
         got=got,
@@ -82,7 +86,7 @@ def nothing_left(got: str) -> ConfigError:
 
 
 def _fitting(extents: Extents, wanted: int) -> np.ndarray:
-    """A mask of the documents with the smallest hashes that together have at most `wanted` tokens."""
+    """Return a mask of the documents with the smallest hashes that together have at most `wanted` tokens."""
     order = np.argsort(extents.hashes, kind="stable")
     hashes, total = extents.hashes[order], np.cumsum(extents.lengths[order])
     fits = int(np.searchsorted(total, wanted, side="right"))

@@ -38,7 +38,7 @@ _FLAT_TEMPLATE = re.compile(rf"{TEMPLATES_FOLDER}\.([A-Za-z0-9_-]{{1,64}})\.jinj
 
 
 def collect(folder: Path) -> dict[str, bytes]:
-    """The travelling files that lie in a directory, by their flat names; links are followed.
+    """Read the travelling files of a directory, by their flat names; links are followed.
 
     Raises:
         OSError: one cannot be read.
@@ -68,12 +68,20 @@ def carried(names: Iterable[str], read: Callable[[str, int], bytes]) -> dict[str
 
 
 def limit_of(name: str) -> int | None:
-    """How many bytes the travelling file of this flat name may have; None: it is none."""
+    """Return how many bytes the travelling file of this flat name may have; None where it is none.
+
+    Args:
+        name: flat.
+    """
     return CARRIED.get(name, _SMALL if _FLAT_TEMPLATE.fullmatch(name) else None)
 
 
 def as_transformers_names(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files by the relative paths under which transformers looks for them."""
+    """Return the files by the relative paths under which transformers looks for them.
+
+    Args:
+        files: content by flat name.
+    """
     result = {}
     for name, content in files.items():
         flat = _FLAT_TEMPLATE.fullmatch(name)

@@ -51,7 +51,7 @@ def regular_size(file: Path, within: Path | None = None) -> int:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a plain file: a pipe or a device, which may never end, is refused, and so is a larger file.
+    """Read a plain file: a pipe or a device, which may never end, is refused, and so is a larger file.
 
     Raises:
         OSError: it cannot be read.

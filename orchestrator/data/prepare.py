@@ -150,7 +150,16 @@ def build_store(
     progress: bool = True,
     tokens: TokensConfig | None = None,
 ) -> TokenStore:
-    """Tokenise inputs into a store that stays, in the directory `output`, which may not hold anything yet.
+    """Tokenize inputs into a permanent store in the directory `output`, which may not hold anything yet.
+
+    Args:
+        inputs: paths, globs, folders or `builtin`.
+        tokenizer_config: the tokenizer, and what documents are to be.
+        spec: the fields of a document; None: the defaults.
+        validation_fraction: of the tokens, held out.
+        workers: threads that tokenize; `auto`: as many as cores.
+        progress: show bars and messages on standard error.
+        tokens: how inputs are to be read as tokens; None: as text.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -202,7 +211,7 @@ class _Maker:
     verify: bool
 
     def resolve(self, source: SourceConfig) -> _Source:
-        """What a source is: a store, or files."""
+        """Find out what a source is: a store, or files."""
         if source.path != BUILTIN and is_store(source.path):
             return _Source(source, store=self._open(Path(source.path).expanduser()))
         corpus = find_corpus([source.path], spec_of(self.config, source), self.config.tokens)
@@ -210,7 +219,7 @@ class _Maker:
         return _Source(source, corpus=corpus, stamps=_stamps(corpus.inputs), digest=digest)
 
     def store(self, source: _Source, tokenizer: Tokenizer) -> TokenStore:
-        """The store of a source; from the cache, where it is made from files."""
+        """Return the store of a source; from the cache, where it is made from files."""
         if source.store is not None:
             return source.store
         assert source.corpus is not None
@@ -275,7 +284,7 @@ def _validation_store(path: str, maker: _Maker, tokenizer: Tokenizer) -> TokenSt
 
 
 def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path, progress: bool) -> Tokenizer:
-    """The one tokenizer of the mixture: that of the prepared stores in it, else the configured one."""
+    """Return the one tokenizer of the mixture: that of the prepared stores in it, else the configured one."""
     stores = [source.store for source in sources if source.store]
     for other in stores[1:]:
         if other.tokenizer.fingerprint != stores[0].tokenizer.fingerprint:
@@ -330,7 +339,7 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
 
 
 def _load_made(folder: Path) -> Tokenizer:
-    """A tokenizer of the cache: another vocabulary than the one that was made must not pass for it."""
+    """Load a tokenizer of the cache, and check that its vocabulary is the one that was made."""
     for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
         regular_size(folder / name, within=folder)
     tokenizer = load_tokenizer(folder)

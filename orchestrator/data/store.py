@@ -196,7 +196,11 @@ class TokenStore:
         return store
 
     def split(self, name: str) -> Split:
-        """The split `train` or `validation`; it may be empty."""
+        """Return the split `train` or `validation`; it may be empty.
+
+        Args:
+            name: of the split.
+        """
         if name not in self.index.splits:
             raise DataError("there is no such split", got=name, allowed=", ".join(SPLITS))
         return Split(self.path, [self.index.shards[i] for i in self.index.splits[name].shards], self.index)
@@ -263,7 +267,7 @@ class TokenStore:
         return self.index.unigram_entropy_nats
 
     def describe(self) -> dict[str, Any]:
-        """What the store holds, for reports, as JSON-able values."""
+        """Return what the store holds, for reports, as plain data for JSON."""
         index = self.index
         return {
             "path": str(self.path),
@@ -286,7 +290,7 @@ def is_store(path: str | os.PathLike[str]) -> bool:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's content."""
+    """Return the sha256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -24,7 +24,11 @@ _RACY_SECONDS = 2.0  # a file may change again within the resolution of its time
 
 
 def cache_root(cache_dir: str) -> Path:
-    """The cache directory: the configured one, else $ORCHESTRATOR_CACHE, $XDG_CACHE_HOME or ~/.cache."""
+    """Return the cache directory: the configured one, else $ORCHESTRATOR_CACHE, $XDG_CACHE_HOME or ~/.cache.
+
+    Args:
+        cache_dir: as configured; `auto` for the default.
+    """
     if cache_dir != "auto":
         return Path(cache_dir).expanduser()
     if own := os.environ.get("ORCHESTRATOR_CACHE"):
@@ -34,14 +38,21 @@ def cache_root(cache_dir: str) -> Path:
 
 
 def key_of(**facts: object) -> str:
-    """A short key that changes when any of the facts does."""
+    """Return a short key that changes when any of the facts does.
+
+    Args:
+        **facts: whatever can be put into JSON.
+    """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def content_digest(inputs: Sequence[Input], root: Path) -> str:
-    """sha256 over the names, formats and contents of the inputs, in order.
+    """Hash names, formats and contents of the inputs, in order, by sha256.
 
     Large inputs are not read again while paths, sizes and times of modification are those of the last time.
+
+    Args:
+        root: of the cache, where digests of large inputs are kept.
 
     Raises:
         DataError: a file cannot be read.
@@ -132,7 +143,12 @@ def cached(root: Path, kind: str, key: str, load: Callable[[Path], T], build: Ca
 
 
 def note(text: str, say: bool, level: int = logging.INFO) -> None:
-    """Tell the user one line, if `say` is on."""
+    """Tell the user one line, if `say` is on.
+
+    Args:
+        text: the line.
+        level: of `logging`.
+    """
     if say:
         tell(text, level=level)
 

@@ -115,7 +115,7 @@ class StoreIndex:
         return sum(shard.bytes for shard in self.shards)
 
     def to_json(self) -> str:
-        """The text of `index.json`."""
+        """Serialize to the text of `index.json`."""
         content = dataclasses.asdict(self)
         version = content.pop("version")
         return json.dumps({"format": FORMAT, "version": version, **content}, indent=2) + "\n"
@@ -167,7 +167,7 @@ def has_index(folder: Path) -> bool:
 
 
 def store_fingerprint(shards: Sequence[ShardInfo], splits: dict[str, SplitInfo], tokenizer_fingerprint: str) -> str:
-    """sha256 over the hashes of the tokens, split by split, and the tokenizer's."""
+    """Hash the hashes of the tokens, split by split, and the tokenizer's, by sha256."""
     parts = [tokenizer_fingerprint]
     for name in SPLITS:
         parts += [name, *(shards[i].sha256 for i in splits[name].shards)]
@@ -175,7 +175,12 @@ def store_fingerprint(shards: Sequence[ShardInfo], splits: dict[str, SplitInfo],
 
 
 def damaged(file: Path, got: str, wanted: str) -> DamagedDataError:
-    """The error for a file of a store that is not what was written."""
+    """Make the error for a file of a store that is not what was written.
+
+    Args:
+        got: what was found.
+        wanted: what was expected.
+    """
     return DamagedDataError(
         f"the token store is damaged: {file}",
         got=got,
@@ -185,7 +190,11 @@ def damaged(file: Path, got: str, wanted: str) -> DamagedDataError:
 
 
 def shown(value: object) -> str:
-    """What a stranger wrote, short and without what a terminal would obey."""
+    """Return untrusted text for a message: truncated, with control characters escaped.
+
+    Args:
+        value: whatever was read.
+    """
     return ascii(str(value))[1:-1][:200]
 
 
@@ -227,7 +236,7 @@ def _parse(content: dict[str, Any]) -> StoreIndex:
 
 
 def _check(index: StoreIndex) -> None:
-    """What the schema cannot say.
+    """Check what the schema cannot express.
 
     Raises:
         ValueError: two entries contradict each other.

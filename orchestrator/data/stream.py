@@ -93,14 +93,14 @@ class TokenStream:
         return hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Number of the store, and of the window in its split, of the sequence `index`."""
+        """Return the number of the store, and of the window in its split, of the sequence `index`."""
         if not 0 <= index < self._length:
             raise IndexError(f"sequence {index} of a stream of {self._length}")
         store, window = self._order[index]
         return int(store), int(window)
 
     def sequence(self, index: int) -> Batch:
-        """One sequence: int64 arrays of shape [seq_len].
+        """Return one sequence: int64 arrays of shape [seq_len].
 
         `tokens`; `targets`, the next token, or -100 where that belongs to another document; `positions` in the
         document, counted from where it starts in the sequence; with `document_mask`, `documents`, counted from 0 in
@@ -109,7 +109,7 @@ class TokenStream:
         return {name: array[0] for name, array in self.batch([index]).items()}
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Several sequences: the arrays of `sequence`, of shape [len(indices), seq_len]."""
+        """Return several sequences: the arrays of `sequence`, of shape [len(indices), seq_len]."""
         windows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
         boundaries = np.empty((len(indices), 2), dtype=np.int64)
         for row, index in enumerate(indices):
@@ -185,7 +185,7 @@ class StepLoader:
         return _read_ahead(source, self.prefetch) if self.prefetch > 0 else source
 
     def step(self, step: int) -> Batch:
-        """This rank's share of one step."""
+        """Return this rank's share of one step."""
         first = self._first(step)
         return self.stream.batch(range(first + self.data_rank, first + self.global_batch, self.data_world))
 
@@ -230,28 +230,33 @@ class ValidationBatches:
 def validation_batches(
     stream_val: TokenStream, sequences: int, batch: int, rank: int = 0, world: int = 1
 ) -> ValidationBatches:
-    """The first `sequences` of a validation stream (made with `repeat=False`; fewer if it is shorter) in batches.
+    """Divide the first `sequences` of a validation stream into batches; fewer if it is shorter.
 
     Every rank gets the same number of batches of shape [batch, seq_len], so that all of them call the collectives
     together; where the set does not divide, rows without targets fill up. The set does not depend on `world`.
+
+    Args:
+        stream_val: made with `repeat=False`.
+        batch: sequences per batch.
+        rank: number of this share.
     """
     return ValidationBatches(stream_val, sequences, batch, rank, world)
 
 
 def blank_batch(sequences: int, seq_len: int, document_mask: bool) -> Batch:
-    """A batch of zeros of the names, shapes and types that a stream of these settings gives."""
+    """Make a batch of zeros, of the names, shapes and types that a stream of these settings gives."""
     windows = np.zeros((sequences, seq_len + 1), dtype=np.int64)
     fields = _fields(windows, np.ones((sequences, 2), dtype=np.int64), document_mask)
     return {name: np.zeros_like(array) for name, array in fields.items()}
 
 
 def windows_of(tokens: int, seq_len: int) -> int:
-    """Windows of `seq_len` tokens and one target that a split of so many tokens has."""
+    """Return the number of windows of `seq_len` tokens and one target that a split of so many tokens has."""
     return max(0, (tokens - 1) // seq_len)
 
 
 def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:
-    """A grain dataset: index of the sequence to (store, window)."""
+    """Return a grain dataset that maps the index of a sequence to (store, window)."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)  # grain warns on import that JAX, which it does not need, is absent
@@ -269,7 +274,7 @@ def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: 
 
 
 def mixture_shares(weights: Sequence[float]) -> list[float]:
-    """The share of the sequences that each source really has: grain makes whole numbers of the weights.
+    """Return the share of the sequences that each source really has: grain makes integers of the weights.
 
     Its rule (grain 0.2): the smallest weight becomes 100, the others are cut to whole numbers.
     """
@@ -316,7 +321,7 @@ class _Windows:
 
 
 def _derive(seed: int, store: int) -> int:
-    """A seed per store: two copies of one store in a mixture do not march in step."""
+    """Derive a seed per store: two copies of one store in a mixture do not march in step."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{store}".encode()).digest()[:4], "little")
 
 
@@ -395,7 +400,7 @@ def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
 
 
 def too_short(store: TokenStore, split: str, tokens: int, seq_len: int) -> DataError:
-    """The error for a split that has not one window."""
+    """Make the error for a split that has not one window."""
     return DataError(
         f"the {split} split is shorter than one sequence: {store.path}",
         got=f"{tokens} tokens",

@@ -98,7 +98,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = documents.special_tokens_in_text == "text"
 
     def with_documents(self, documents: DocumentFormat, eos_token: str | None = None) -> Tokenizer:
-        """The same vocabulary with other documents."""
+        """Return the same vocabulary with another document format."""
         result = copy.copy(self)
         result.__dict__.pop("fingerprint", None)
         # The library does not read back all that it has read once, so a copy is loaded like a file.
@@ -107,7 +107,7 @@ class Tokenizer:
         return result
 
     def decided(self, config: TokenizerConfig) -> Tokenizer:
-        """With the documents that a configuration asks for, where `auto` is what the tokenizer's own files say.
+        """Return it with the documents that a configuration asks for; `auto` is what the tokenizer's files say.
 
         Raises:
             ConfigError: it has no such token, or nothing would separate documents.
@@ -118,7 +118,7 @@ class Tokenizer:
         return self.with_documents(documents, eos_token)
 
     def _bos_ids(self, config: TokenizerConfig) -> tuple[int, ...]:
-        """The tokens in front of a text: the named one, those of the template, or the BOS token of the files."""
+        """Return the tokens in front of a text: the named one, those of the template, or the BOS token of the files."""
         beside = Beside(self.files)
         if config.bos is False:
             return ()
@@ -153,7 +153,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self.eos_token}\n{canonical}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def agrees_with(self, other: Tokenizer) -> bool:
-        """Whether both turn any text into the same tokens; they may begin and end documents with different ones."""
+        """Return whether both turn any text into the same tokens; document formats may differ."""
         keys = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         return all(self._content.get(key) == other._content.get(key) for key in keys)
 
@@ -173,15 +173,19 @@ class Tokenizer:
         return self.token_of(self.documents.bos_ids[0]) if self.documents.bos_ids else None
 
     def token_of(self, number: int) -> str:
-        """The text of a token, special or not, as the vocabulary writes it."""
+        """Return the text of a token, special or not, as the vocabulary writes it.
+
+        Args:
+            number: its id.
+        """
         return str(self._backend.id_to_token(number))
 
     def record(self) -> dict[str, Any]:
-        """What documents are in tokens, as a store or a checkpoint keeps it."""
+        """Return what documents are in tokens, as a store or a checkpoint keeps it."""
         return {"eos_id": self.eos_id, **self.documents.record()}
 
     def describe_documents(self) -> str:
-        """What documents are in tokens, in a line."""
+        """Describe in a line what documents are in tokens."""
         first = [f"{self.token_of(number)} ({number})" for number in self.documents.bos_ids]
         last = [f"{self.eos_token} ({self.eos_id})"] if self.documents.eos else []
         spelt = {"text": "are plain text", "token": "become these tokens", "error": "are an error"}
@@ -189,23 +193,23 @@ class Tokenizer:
         return f"{' '.join([*first, 'text', *last])}; {end}"
 
     def split(self, text: str) -> list[str]:
-        """The documents of a text: where special tokens in text are tokens, the end-of-text token separates some."""
+        """Divide a text into documents: where special tokens in text are tokens, the end-of-text token separates."""
         if self.documents.special_tokens_in_text != "token" or not self.documents.eos or self.eos_token not in text:
             return [text]
         return [part for part in text.split(self.eos_token) if part]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text alone, with nothing in front of it and nothing behind."""
+        """Encode a text alone, with nothing in front of it and nothing behind. Returns token ids."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a text that a model is to continue, begun as a document; at least one."""
+        """Encode a text that a model is to continue, begun as a document. Returns at least one token id."""
         ids, first = self.encode(text), list(self.documents.bos_ids)
         return (ids if ids[: len(first)] == first else first + ids) or [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of every text, each int64 of shape [tokens]. Other threads run meanwhile.
+        """Encode texts, each into int64 of shape [tokens]. Other threads run meanwhile.
 
         Raises:
             DataError: the vocabulary has ids alone, or no token for a text, or a text spells a special token and must
@@ -255,7 +259,7 @@ class Tokenizer:
         return unknown, mask
 
     def _plain_ids(self, text: str) -> np.ndarray:
-        """A text whose special tokens the model itself would take for pieces: with those pieces out of its way."""
+        """Encode a text whose special tokens the model itself would take for pieces, without those pieces."""
         ids = _encode(self._plain, [text])[0] if self._plain else None
         if ids is None or self._special[1][ids].any():
             raise DataError(
@@ -285,12 +289,12 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the tokens, special ones written out; bytes that are not UTF-8 become U+FFFD."""
+        """Decode tokens, special ones written out; bytes that are not UTF-8 become U+FFFD."""
         known = [int(token) for token in ids if 0 <= int(token) < self.vocab_size]
         return str(self._backend.decode(known, skip_special_tokens=False))
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that `ids` add to that of `before`, the space between them included, which some decoders cut."""
+        """Return the text that `ids` add to that of `before`, with the space between them, which some decoders cut."""
         context = list(before[-_CONTEXT:])
         start, whole = self.decode(context), self.decode([*context, *ids])
         same = next((at for at, pair in enumerate(zip(start, whole, strict=False)) if pair[0] != pair[1]), len(start))
@@ -356,7 +360,13 @@ def load_tokenizer(
 def from_files(
     files: Mapping[str, bytes], config: TokenizerConfig | None = None, record: Mapping[str, Any] | None = None
 ) -> Tokenizer:
-    """A tokenizer from the content of its files, by name, `tokenizer.json` among them; else as `load_tokenizer`."""
+    """Make a tokenizer from the content of its files, by name; else as `load_tokenizer`.
+
+    Args:
+        files: content by name, `tokenizer.json` among them.
+        config: what documents are to be; None: plain ones.
+        record: or what they were, as a store or a checkpoint has kept it.
+    """
     try:
         text = files[TOKENIZER_FILE].decode("utf-8")
     except UnicodeDecodeError:
@@ -373,7 +383,7 @@ def from_files(
 
 
 def _read_files(place: Path) -> tuple[dict[str, bytes], object]:
-    """The files of a tokenizer by name, and the type of the model beside it, if a config.json says so."""
+    """Read the files of a tokenizer by name, and the type of the model beside it, if a config.json says so."""
     folder = place if place.is_dir() else place.parent
     files = collect(folder) if place.is_dir() or place.name == TOKENIZER_FILE else {}
     if not place.is_dir():
@@ -416,7 +426,7 @@ def _encode(backend: Any, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def _token_of(content: Mapping[str, Any], beside: Beside, number: object) -> str | None:
-    """The text of the token of an id, of the vocabulary or added to it."""
+    """Return the text of the token of an id, of the vocabulary or added to it."""
     for token in content.get("added_tokens") or ():
         if isinstance(token, dict) and token.get("id") == number:
             return str(token.get("content"))

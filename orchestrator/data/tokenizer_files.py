@@ -39,7 +39,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def parse_json(content: bytes | str, name: object) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Parse the object that a JSON file holds.
+
+    Args:
+        content: of the file.
+        name: of the file, for messages.
 
     Raises:
         DataError: it is not JSON, or no object.
@@ -74,7 +78,11 @@ class Beside:
         self._added = added
 
     def token(self, key: str) -> str | None:
-        """The text of a token by its role, `eos_token` for instance."""
+        """Return the text of a token by its role.
+
+        Args:
+            key: the role, such as `eos_token`.
+        """
         return _text(self._tokens.get(key))
 
     @property
@@ -113,14 +121,18 @@ class Beside:
 
 
 def stop_ids(generation: Mapping[str, Any]) -> list[int]:
-    """The ids at which generation stops, of a `generation_config.json` or `config.json`: one, a list, or none."""
+    """Return the ids at which generation stops: one, a list, or none.
+
+    Args:
+        generation: content of a `generation_config.json` or `config.json`.
+    """
     given = generation.get("eos_token_id")
     ids = given if isinstance(given, list) else [given]
     return [number for number in ids if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
 
 
 def complete(content: dict[str, Any], beside: Beside) -> bool:
-    """Put into the content of a `tokenizer.json` what only the files beside it say. Returns whether that is anything.
+    """Add to the content of a `tokenizer.json` what only the files beside it say. Returns whether anything was.
 
     Raises:
         DataError: the content is no tokenizer, or an id is out of bounds.
@@ -152,7 +164,7 @@ def complete(content: dict[str, Any], beside: Beside) -> bool:
 
 
 def template_prefix(content: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that the post-processor of a `tokenizer.json` puts in front of a text."""
+    """Return the ids that the post-processor of a `tokenizer.json` puts in front of a text."""
     prefix: list[int] = []
     for node in _nodes(content.get("post_processor"), "processors"):
         ids: list[Any] = []
@@ -169,7 +181,11 @@ def template_prefix(content: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def set_template_prefix(content: dict[str, Any], tokens: Mapping[str, int]) -> None:
-    """Make the post-processor of a `tokenizer.json` put these tokens, text to id, in front of a text, and no others."""
+    """Make the post-processor of a `tokenizer.json` put these tokens, and no others, in front of a text.
+
+    Args:
+        tokens: text to id.
+    """
     sequence: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
     items: list[dict[str, Any]] = [{"SpecialToken": {"id": text, "type_id": 0}} for text in tokens]
     second = [{key: {**value, "type_id": 1} for key, value in item.items()} for item in items]
@@ -185,7 +201,7 @@ def set_template_prefix(content: dict[str, Any], tokens: Mapping[str, int]) -> N
 
 
 def without_special_tokens(content: Mapping[str, Any]) -> str:
-    """A `tokenizer.json` of the same ids whose special tokens no text can spell, neither as pieces of its model."""
+    """Return a `tokenizer.json` of the same ids whose special tokens no text can spell, nor pieces of its model."""
     special = {token["content"] for token in content["added_tokens"] if token.get("special")}
 
     def unspelt(text: str) -> str:
@@ -203,7 +219,12 @@ def without_special_tokens(content: Mapping[str, Any]) -> str:
 
 
 def from_vocab_and_merges(files: Mapping[str, bytes], model_type: object, place: Path) -> str:
-    """The `tokenizer.json` that vocab.json and merges.txt stand for, split as transformers' class of them splits.
+    """Build the `tokenizer.json` that vocab.json and merges.txt stand for, split as transformers' class does.
+
+    Args:
+        files: content by name.
+        model_type: of the `config.json` beside them.
+        place: of the files, for messages.
 
     Raises:
         DataError: nothing says which class that is, or it is one that is not known here.
@@ -241,7 +262,7 @@ def from_vocab_and_merges(files: Mapping[str, bytes], model_type: object, place:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Name what lies at a path that is no `tokenizer.json`, and say how to get one.
+    """Raise the error that names what lies at a path that is no `tokenizer.json`, and says how to get one.
 
     Raises:
         DataError: where it is something that is known, or nothing.
@@ -264,7 +285,11 @@ def refuse_foreign(path: Path) -> None:
 
 
 def foreign(path: Path, kind: str) -> DataError:
-    """The error for a vocabulary of another form."""
+    """Make the error for a vocabulary of another form.
+
+    Args:
+        kind: the form.
+    """
     folder = path if path.is_dir() else path.parent
     save = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('OUT')"
     return DataError(
@@ -306,7 +331,7 @@ def _vocabulary(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _added_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tokens that were added to the vocabulary, each with its text."""
+    """List the tokens that were added to the vocabulary, each with its text."""
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) and _text(token) for token in added):
         raise DataError("this is not a tokenizer that can be read", got="added_tokens without text", allowed=ALLOWED)
@@ -314,7 +339,7 @@ def _added_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def pieces_of(content: Mapping[str, Any]) -> set[str]:
-    """Every piece of the vocabulary, added tokens included.
+    """Return every piece of the vocabulary, added tokens included.
 
     Raises:
         DataError: the content is no tokenizer.
@@ -323,7 +348,7 @@ def pieces_of(content: Mapping[str, Any]) -> set[str]:
 
 
 def _nodes(node: Any, children: str) -> Iterator[dict[str, Any]]:
-    """A step of a tokenizer, or the steps of a sequence of them."""
+    """Yield a step of a tokenizer, or the steps of a sequence of them."""
     if isinstance(node, dict):
         inner = node.get(children)
         if node.get("type") == "Sequence" and isinstance(inner, list):
@@ -353,7 +378,7 @@ def _id(number: Any, where: str) -> int:
 
 
 def guessed_eos(content: Mapping[str, Any]) -> str:
-    """The token that is known to end texts.
+    """Return the token that is known to end texts.
 
     Raises:
         DataError: there is none.

@@ -57,7 +57,7 @@ class ValidationData:
         return min(self.wanted, sum(part.sequences for part in self.parts))
 
     def stream(self, document_mask: bool) -> TokenStream | None:
-        """The sequences, the same ones for every seed, so that runs can be compared; None where there are none."""
+        """Return the sequences, the same for every seed, so that runs can be compared; None where there are none."""
         parts = self.used
         if not parts:
             return None
@@ -79,7 +79,7 @@ class ValidationData:
         return lines
 
     def problem(self) -> DataError:
-        """The error where an evaluation is wanted and there is nothing for it."""
+        """Make the error of an evaluation that is asked for and has no data."""
         return DataError(
             "there is nothing to evaluate on",
             got=self._held(),
@@ -94,7 +94,7 @@ class ValidationData:
 
 
 def validation_data(config: RunConfig, data: PreparedData) -> ValidationData:
-    """What a run of `config` is evaluated on."""
+    """Return what a run of `config` is evaluated on."""
     seq_len = config.train.seq_len
     if data.validation is not None:
         splits = data.validation.index.splits
@@ -108,7 +108,7 @@ def validation_data(config: RunConfig, data: PreparedData) -> ValidationData:
 
 
 def check_data(config: RunConfig, data: PreparedData) -> list[str]:
-    """Whether the data gives the sequences that a run of `config` takes. Costs nothing.
+    """Check that the data gives the sequences that a run of `config` takes. Costs nothing.
 
     Returns:
         Warnings for the user.
@@ -135,7 +135,7 @@ def check_data(config: RunConfig, data: PreparedData) -> list[str]:
 
 
 def mixture_lines(data: PreparedData) -> list[str]:
-    """For the user: the share of the sequences that each source has, where there are several."""
+    """Describe the share of the sequences that each source has, where there are several, for the user."""
     if len(data.stores) == 1:
         return []
     lines = []

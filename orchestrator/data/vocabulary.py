@@ -72,7 +72,7 @@ def byte_json() -> str:
 
 @contextmanager
 def library_threads(enabled: bool) -> Iterator[None]:
-    """Whether the library itself uses every core for a call, within the block.
+    """Set whether the library itself uses every core for a call, within the block.
 
     Afterwards it does not, unless the user has said so: the callers bring their threads, and a later fork of a
     process that left this open would be warned about on standard error.
@@ -87,7 +87,7 @@ def library_threads(enabled: bool) -> Iterator[None]:
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each of the 256 bytes in byte-level vocabularies (the convention of GPT-2).
+    """Return the character that stands for each of the 256 bytes in byte-level vocabularies (as in GPT-2).
 
     Bytes that print stand for themselves, the others for the characters from U+0100 on, in order.
     """

@@ -120,7 +120,11 @@ def write_store(
 
 
 def entropy_nats(counts: np.ndarray) -> float:
-    """Entropy of the distribution that the counts, of which one is above 0, describe."""
+    """Return the entropy, in nats, of the distribution that the counts describe.
+
+    Args:
+        counts: [vocab], at least one of them above 0.
+    """
     total = int(counts.sum())
     share = counts[counts > 0] / total
     return float(-(share * np.log(share)).sum())
@@ -220,7 +224,7 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, dtype: np.dtype) -> li
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A text in parts of at most `_PART_CHARACTERS`, cut after a line end or before a space where there is one."""
+    """Divide a text into parts of at most `_PART_CHARACTERS`, cut after a line end or before a space if possible."""
     start = 0
     while len(text) - start > _PART_CHARACTERS:
         limit = start + _PART_CHARACTERS
@@ -246,7 +250,7 @@ def _encode_chunk(documents: list[Document], tokenizer: Tokenizer, dtype: np.dty
 
 
 def _bare(ids: np.ndarray, first: np.ndarray, eos_id: int) -> np.ndarray:
-    """The tokens of a text without those that `_gather` puts in front of it and at its end."""
+    """Return the tokens of a text without those that `_gather` puts in front of it and at its end."""
     if first.size and ids.size >= first.size and (ids[: first.size] == first).all():
         ids = ids[first.size :]
     return ids[ids != eos_id]
@@ -255,7 +259,7 @@ def _bare(ids: np.ndarray, first: np.ndarray, eos_id: int) -> np.ndarray:
 def _write_splits(
     folder: Path, extents: Extents, tokenizer: Tokenizer, dtype: np.dtype, fraction: float, shard_tokens: int
 ) -> tuple[list[ShardInfo], dict[str, SplitInfo], float]:
-    """The second pass: the spool into shards in their final order. Also returns the unigram entropy in nats."""
+    """Write the spool into shards in their final order (the second pass). Also returns the unigram entropy in nats."""
     spool = np.memmap(folder / _SPOOL_FILE, dtype=dtype, mode="r")
     shards: list[ShardInfo] = []
     splits: dict[str, SplitInfo] = {}
@@ -274,7 +278,7 @@ def _write_splits(
 
 
 def _shuffled(extents: Extents) -> Extents:
-    """A fixed pseudo-random order (splitmix64 of the position), the same for every version of NumPy."""
+    """Return a fixed pseudo-random order (splitmix64 of the position), the same for every version of NumPy."""
     with np.errstate(over="ignore"):
         key = (np.arange(extents.lengths.size, dtype=np.uint64) + np.uint64(_ORDER_SEED)) * np.uint64(
             0x9E3779B97F4A7C15
@@ -303,7 +307,7 @@ def _shard_plan(extents: Extents, shard_tokens: int, overhead: int) -> Iterator[
 
 
 def _gather(spool: np.ndarray, extents: Extents, tokenizer: Tokenizer) -> np.ndarray:
-    """The documents back to back, each with what begins and ends it."""
+    """Put the documents back to back, each with what begins and ends it."""
     first = np.array(tokenizer.documents.bos_ids, dtype=spool.dtype)
     last = np.array([tokenizer.eos_id] if tokenizer.documents.eos else [], dtype=spool.dtype)
     parts: list[np.ndarray] = []

@@ -54,7 +54,10 @@ def reachable(host: str, environ: Mapping[str, str], wait_seconds: float, say: C
 
 
 def await_listener(host: str, port: int, wait_seconds: float) -> None:
-    """Wait until somebody listens there.
+    """Wait until a process listens at the address.
+
+    Args:
+        wait_seconds: for how long.
 
     Raises:
         TimeoutError: nobody does in time; with the reason of the last attempt.
@@ -71,7 +74,7 @@ def await_listener(host: str, port: int, wait_seconds: float) -> None:
 
 
 def resolves(host: str) -> bool:
-    """Whether this machine knows an address of the name."""
+    """Return whether this machine knows an address of the name."""
     try:
         return bool(socket.getaddrinfo(host, None))
     except (OSError, UnicodeError):

@@ -33,7 +33,7 @@ class Vote:
         self._value = int(value)
 
     def result(self) -> int:
-        """The largest value that a rank voted for. Waits for the ranks that have not voted."""
+        """Return the largest value that a rank voted for. Waits for the ranks that have not voted."""
         return self._value
 
 
@@ -115,7 +115,7 @@ class ProcessCoordinator:
         return int(self._store.add(key, 1))
 
     def beat(self, text: str) -> None:
-        """Leave this process's sign of life. Any thread may call it."""
+        """Publish this process's sign of life. Any thread may call it."""
         kind, _, path = self._world.store.partition(":")
         if kind == "file":
             # torch's file store only ever grows.
@@ -124,7 +124,7 @@ class ProcessCoordinator:
             self._store.set(f"beat{self._world.rank}", text)
 
     def beat_of(self, rank: int) -> Beat | None:
-        """The last sign of life of a process; None where there is none yet."""
+        """Return the last sign of life of a process; None where there is none yet."""
         kind, _, path = self._world.store.partition(":")
         if kind == "file":
             return read_beat(Path(path), rank)
@@ -168,7 +168,7 @@ def _warn(text: str) -> None:
 
 
 def _start_of_job(store: dist.Store, world: World, timeout: timedelta) -> str:
-    """A name for this start of the job that all its processes share, where the store has seen other starts.
+    """Agree on a name for this start of the job, where the store has seen other starts.
 
     The first process makes the name up and greets each other one by it. Whoever reads the name of an earlier start
     is not greeted, as its first process is gone, and reads again.

@@ -56,7 +56,7 @@ class SingleProcess:
 
 
 def new_topic() -> str:
-    """A name for an `exchange` that nobody has used; the ranks have to agree on one."""
+    """Return a name for an `exchange` that no process has used; the ranks have to agree on one."""
     return f"exchange/{uuid.uuid4().hex}"
 
 

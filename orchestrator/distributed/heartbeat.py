@@ -29,12 +29,21 @@ class Beat:
 
     @staticmethod
     def from_text(text: str) -> Beat:
-        """Parse what `to_text` wrote."""
+        """Parse what `to_text` wrote.
+
+        Args:
+            text: JSON.
+        """
         return Beat(**json.loads(text))
 
 
 def write_beat(store: Path, rank: int, text: str) -> None:
-    """Keep a process's beat beside the file where the processes meet. It counts for little: a full disk is no error."""
+    """Write a process's beat beside the file where the processes meet. A full disk is no error.
+
+    Args:
+        store: that file.
+        text: the beat, as `Beat.to_text` gives it.
+    """
     path = _path(store, rank)
     with suppress(OSError):
         aside = path.with_name(f"{path.name}.partial")
@@ -43,7 +52,11 @@ def write_beat(store: Path, rank: int, text: str) -> None:
 
 
 def read_beat(store: Path, rank: int) -> Beat | None:
-    """The last beat of a process; None where there is none yet."""
+    """Read the last beat of a process; None where there is none yet.
+
+    Args:
+        store: the file where the processes meet.
+    """
     try:
         return Beat.from_text(_path(store, rank).read_text())
     except (OSError, ValueError, TypeError):

@@ -119,7 +119,7 @@ def _heard(processes: Sequence[Process], hear: Hear) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _guarded(processes: Sequence[Process]) -> Iterator[None]:
-    """A process beside, which ends the others should this one be killed."""
+    """Run a process beside this one that ends the others should this one be killed."""
     words = [sys.executable, "-I", "-S", process_guard.__file__, *(str(process.pid) for process in processes)]
     watcher = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
     assert watcher.stdin is not None
@@ -160,7 +160,7 @@ def _watch(processes: Sequence[Process], store: Path) -> Ended:
 
 
 def _job_code(failed: Sequence[int]) -> int:
-    """A process that was killed may live when it is tried again; else what the first one says."""
+    """Return the exit code of the job: of a killed process, which may live when tried again, else the first one."""
     return FAILED if any(code < 0 for code in failed) else failed[0]
 
 

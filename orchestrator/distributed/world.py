@@ -46,13 +46,13 @@ class World:
         return max(1, self.size // self.local_size)
 
     def environment(self) -> dict[str, str]:
-        """What the product's own launcher sets so that `detect` finds the same."""
+        """Return the variables that the product's own launcher sets so that `detect` finds the same world."""
         fields = ("rank", "size", "local_rank", "local_size", "store", "attempt")
         return {OWN_PREFIX + field.upper(): str(getattr(self, field)) for field in fields}
 
 
 def detect(environ: Mapping[str, str]) -> World | None:
-    """The world that the environment describes; None where nobody has started several processes.
+    """Detect the world that the environment describes; None where no engine has started several processes.
 
     Raises:
         HardwareError: an engine is there and its variables are incomplete, no numbers, or contradict each other.
@@ -120,7 +120,7 @@ def _variables(env: Mapping[str, str]) -> World | None:
 
 
 def _by_torch_variables(env: Mapping[str, str]) -> World:
-    """What torch.distributed's `env://` reads, and who starts processes for it sets: Kubeflow, SageMaker, wrappers."""
+    """Read the variables of torch.distributed's `env://`, which Kubeflow, SageMaker and wrappers set."""
     return World(
         rank=int(env["RANK"]),
         size=int(env["WORLD_SIZE"]),
@@ -214,7 +214,7 @@ def tpu_world(env: Mapping[str, str]) -> World | None:
 
 
 def first_host(nodelist: str) -> str:
-    """First name of a Slurm host list: `gpu[03-07,9],x1` -> `gpu03`."""
+    """Return the first name of a Slurm host list: `gpu[03-07,9],x1` -> `gpu03`."""
     head = re.match(r"(?:[^,\[\]]|\[[^\],-][^\]]*\])+(?=,|$)", nodelist)
     if head is None:
         raise ValueError(nodelist)

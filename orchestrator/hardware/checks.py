@@ -109,7 +109,7 @@ def check_system() -> list[Check]:
 
 
 def check_packages() -> list[Check]:
-    """The packages that are needed, and the optional ones that are here."""
+    """Check the packages that are needed, and list the optional ones that are installed."""
     found = [_check_package(name, series) for name, series in _NEEDED.items()]
     optional = [(name, host.package_version(name)) for name in _OPTIONAL]
     here = ", ".join(f"{name} {version}" for name, version in optional if version) or "none"
@@ -130,7 +130,7 @@ def _check_package(name: str, series: str | None) -> Check:
 
 
 def check_storage(runs_dir: str) -> list[Check]:
-    """Disks of the runs and of the caches, file locks, shared memory, and the limit on open files."""
+    """Check the disks of the runs and of the caches, file locks, shared memory, and the limit on open files."""
     runs = Path(runs_dir).expanduser()
     caches = os.environ.get("ORCHESTRATOR_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = Path(caches).expanduser()
@@ -167,7 +167,7 @@ def _check_disk(name: str, folder: Path) -> Check:
 
 
 def _check_lock(folder: Path) -> Check:
-    """Some network file systems grant every lock; two runs would then write into one directory."""
+    """Check file locks: some network file systems grant every lock; two runs would then write into one directory."""
     from filelock import FileLock, Timeout
 
     try:
@@ -186,15 +186,18 @@ def _check_lock(folder: Path) -> Check:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def try_devices(device_types: Sequence[str], *, deep: bool = False) -> list[Check]:
-    """Let each device multiply and differentiate, and with `deep` let two processes add up a number through gloo.
+    """Let each device multiply and differentiate, and with `deep` let two processes all-reduce through gloo.
 
     In processes of their own: a broken driver may take its process along.
+
+    Args:
+        device_types: of torch, such as `cuda`.
     """
     checks = []
     for device in dict.fromkeys(device_types):

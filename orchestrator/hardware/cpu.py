@@ -56,7 +56,7 @@ class CpuTarget(Target):
         return int(psutil.Process().memory_info().rss)
 
     def peak_memory_bytes(self, device: torch.device) -> int | None:
-        """The most resident memory that this process has had."""
+        """Return the most resident memory that this process has had, in bytes."""
         try:
             import resource
         except ImportError:  # Windows

@@ -113,7 +113,7 @@ _CUDA_ENVIRONMENT = {
 
 
 def nccl_environment() -> dict[str, str]:
-    """Settings of torch's NCCL process group, which RCCL shares."""
+    """Return the settings of torch's NCCL process group, which RCCL shares."""
     return {
         # A collective that hangs ends the process after its timeout, instead of waiting for ever.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
@@ -205,7 +205,7 @@ def _build_problems(build: host.TorchBuild | None, driver: str | None) -> tuple[
 
 
 def _common_chip(names: tuple[str, ...]) -> str | None:
-    """The catalogue's key where all devices are one chip."""
+    """Return the catalogue's key where all devices are one chip."""
     keys = {match_device_name(name) for name in names}
     return keys.pop() if len(keys) == 1 else None
 

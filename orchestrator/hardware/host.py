@@ -50,17 +50,17 @@ class TorchBuild:
 
 
 def path(text: str) -> Path:
-    """An absolute path of this machine."""
+    """Return an absolute path of this machine."""
     return ROOT / text.lstrip("/")
 
 
 def glob(pattern: str) -> list[Path]:
-    """The paths that match an absolute pattern, sorted."""
+    """List the paths that match an absolute pattern, sorted."""
     return sorted(ROOT.glob(pattern.lstrip("/")))
 
 
 def read(text: str | Path) -> str | None:
-    """The stripped content of a small file; None where it cannot be read."""
+    """Return the stripped content of a small file; None where it cannot be read."""
     try:
         return (text if isinstance(text, Path) else path(text)).read_text(errors="replace").strip()
     except OSError:
@@ -68,7 +68,11 @@ def read(text: str | Path) -> str | None:
 
 
 def run(*command: str) -> str | None:
-    """The output of a command; None where it is missing, fails or does not answer."""
+    """Return the output of a command; None where it is missing, fails or does not answer.
+
+    Args:
+        *command: program and arguments.
+    """
     program = shutil.which(command[0])
     if program is None:
         return None
@@ -92,7 +96,7 @@ def pci_devices() -> list[PciDevice]:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed distribution, without importing it."""
+    """Return the version of an installed distribution, without importing it."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -100,7 +104,7 @@ def package_version(name: str) -> str | None:
 
 
 def torch_build() -> TorchBuild | None:
-    """What torch was built for, read from its `version.py` so that it need not be imported."""
+    """Find what torch was built for, from its `version.py`, so that it need not be imported."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -141,7 +145,7 @@ def physical_cores() -> int:
 
 
 def cpu_model() -> str:
-    """The processor's name, such as `AMD EPYC 7B13`."""
+    """Return the processor's name, such as `AMD EPYC 7B13`."""
     match = re.search(r"^model name\s*:\s*(.+)$", read("/proc/cpuinfo") or "", re.MULTILINE)
     return match[1] if match else platform.processor() or platform.machine() or "unknown"
 
@@ -167,7 +171,7 @@ def address_space_bytes() -> int | None:
 
 
 def _cgroup_cores() -> float | None:
-    """The cgroup's CPU quota in cores; None where there is none. Version 2 first, then version 1."""
+    """Return the cgroup's CPU quota in cores; None where there is none. Version 2 first, then version 1."""
     quota, period = (read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")[::2]
     if quota == "max":
         quota = read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") or "-1"

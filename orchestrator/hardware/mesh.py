@@ -19,7 +19,11 @@ from orchestrator.errors import LayoutError
 
 
 def count_slices(devices: Sequence[Mapping[str, Any]]) -> int:
-    """Groups of devices between which there is only the data-centre network."""
+    """Count the groups of devices between which there is only the data-centre network.
+
+    Args:
+        devices: attributes of each device.
+    """
     return len({_slice(device) for device in devices})
 
 
@@ -53,7 +57,11 @@ def order_devices(devices: Sequence[Mapping[str, Any]], degrees: Sequence[int]) 
 
 
 def slices_problem(replicate: int, slices: int) -> LayoutError | None:
-    """Whether the layout's outermost axis can be laid over the slices."""
+    """Return the error of a layout whose outermost axis cannot be laid over the slices; None where it can.
+
+    Args:
+        replicate: degree of that axis.
+    """
     if replicate % slices == 0:
         return None
     return LayoutError(
@@ -99,7 +107,7 @@ def _torus(devices: Mapping[int, Mapping[str, Any]]) -> np.ndarray | None:
 
 
 def _factorings(degree: int, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The ways to write `degree` as a product of one divisor of each size."""
+    """Yield the ways to write `degree` as a product of one divisor of each size."""
     divisors = [[d for d in range(1, math.gcd(size, degree) + 1) if math.gcd(size, degree) % d == 0] for size in sizes]
     return (taken for taken in itertools.product(*divisors) if math.prod(taken) == degree)
 

@@ -84,15 +84,15 @@ class Target(ABC):
         self._simulate: int | None = None
 
     def use(self, config: HardwareConfig) -> None:
-        """Look at the machine as this configuration wants it; before the first `probe`."""
+        """Configure the target; before the first `probe`."""
         self._simulate = config.simulate
 
     def processes(self, devices: int) -> int:
-        """Processes on this host that drive so many devices."""
+        """Return the number of processes on this host that drive so many devices."""
         return devices
 
     def world(self) -> World | None:
-        """This process among the job's, as the machine itself knows the other hosts; None for a single host.
+        """Return this process among the job's, as the machine itself knows the other hosts; None for a single host.
 
         Asked for where no launcher has started several processes.
 
@@ -102,7 +102,7 @@ class Target(ABC):
         return None
 
     def slices(self) -> int:
-        """Groups of the job's devices between which the network is slow, as far as is known before they start."""
+        """Return the number of groups of devices between which the network is slow, as known before they start."""
         return 1
 
     def probe(self) -> Probe:
@@ -120,7 +120,7 @@ class Target(ABC):
 
     @abstractmethod
     def _look(self) -> Probe:
-        """The look itself, without importing torch and without creating a device context."""
+        """Probe the machine, without importing torch and without creating a device context."""
 
     def environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
         """Variables that a worker process needs before it imports torch.
@@ -152,26 +152,30 @@ class Target(ABC):
 
     @abstractmethod
     def default_precision(self, probe: Probe) -> str:
-        """`fp32` or `bf16`: what `hardware.precision=auto` means here."""
+        """Return `fp32` or `bf16`: what `hardware.precision=auto` means here.
+
+        Args:
+            probe: of this machine.
+        """
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device:
-        """The device of a rank of this host."""
+        """Return the device of a rank of this host."""
 
     @abstractmethod
     def memory_bytes(self, device: torch.device) -> int | None:
-        """Bytes in use now; None where unknown."""
+        """Return the bytes in use now; None where unknown."""
 
     @abstractmethod
     def peak_memory_bytes(self, device: torch.device) -> int | None:
-        """The most bytes that were in use so far; None where unknown."""
+        """Return the most bytes that were in use so far; None where unknown."""
 
     @abstractmethod
     def synchronize(self, device: torch.device) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
 
     def describe(self) -> dict[str, Any]:
-        """The hardware in plain values, for `run.json` and the report."""
+        """Return the hardware in plain values, for `run.json` and the report."""
         probe = self.probe()
         return {
             "target": self.name,

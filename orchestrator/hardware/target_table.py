@@ -34,7 +34,11 @@ _log = logging.getLogger(__name__)
 
 
 def get_target(name: str, runtime: str = "auto") -> Target:
-    """The target of that name, driven through that `hardware.runtime`, not looked at yet.
+    """Return the target of that name, not probed yet.
+
+    Args:
+        name: a key of `TARGETS`.
+        runtime: `hardware.runtime`.
 
     Raises:
         HardwareError: there is none of that name.
@@ -52,7 +56,7 @@ def probe_all() -> dict[str, Probe]:
 
 
 def resolve(config: HardwareConfig) -> Target:
-    """The target that a run uses, looked at and found usable.
+    """Return the target that a run uses, probed and found usable.
 
     `auto` takes the first usable one of `TARGETS`. Devices that are here but cannot be used are warned about:
     a run on the CPU of a machine with accelerators is hardly ever meant.
@@ -84,7 +88,7 @@ def resolve(config: HardwareConfig) -> Target:
 
 
 def device_count(config: HardwareConfig, target: Target, probe: Probe) -> int:
-    """Devices on this host that a run uses, one process each: `auto` is 1 on a CPU, else all.
+    """Return the number of devices on this host that a run uses: `auto` is 1 on a CPU, else all.
 
     Raises:
         HardwareError: more are asked for than there are or than makes sense.
@@ -106,7 +110,7 @@ def device_count(config: HardwareConfig, target: Target, probe: Probe) -> int:
 
 
 def job_devices(config: HardwareConfig, target: Target, world: World) -> int:
-    """Devices of the whole job: those of this host's process, on as many as were started.
+    """Return the number of devices of the whole job: those of this host's process, on as many as were started.
 
     Raises:
         HardwareError: one process drives all devices of a host, and a host has several processes; or the devices are
@@ -132,7 +136,7 @@ def job_devices(config: HardwareConfig, target: Target, world: World) -> int:
 
 
 def find_world(config: HardwareConfig, environ: Mapping[str, str]) -> World | None:
-    """This process among the job's: as its launcher says, else as the target's machine does; None for a single host.
+    """Find this process among the job's: as its launcher says, else as the machine does; None for a single host.
 
     Raises:
         HardwareError: what they say is incomplete or contradicts itself.

@@ -72,7 +72,7 @@ class TorchTpuTarget(Target):
         return Probe(self.name, not problems, len(found.names), found.names, found.chip, runtime, problems)
 
     def _slice_problems(self, found: tpu_host.TpuHost) -> tuple[Problem, ...]:
-        """What the library cannot do with these chips."""
+        """Return what the library cannot do with these chips."""
         if found.files and found.files[0].name.startswith("accel"):
             what = "torch_tpu finds chips under /dev/vfio only, and these are under /dev/accel*"
             return (Problem(what, "use a VM image with the VFIO driver, or hardware.runtime=torch_xla"),)
@@ -167,7 +167,7 @@ def _package_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
 
 
 def _topology(chip: str | None, processes: int) -> str:
-    """The mesh of a host's first `processes` devices."""
+    """Return the mesh of a host's first `processes` devices."""
     known = _TOPOLOGIES.get(chip or "", {})
     if processes not in known:
         raise HardwareError(

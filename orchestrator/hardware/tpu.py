@@ -46,7 +46,11 @@ class TpuTarget(XlaTarget):
 
 
 def libtpu_problems(runtime: dict[str, str], install: str) -> tuple[Problem, ...]:
-    """Whether libtpu is there: as a package of `runtime`, or where TPU_LIBRARY_PATH says."""
+    """Check that libtpu is installed: as a package of `runtime`, or where TPU_LIBRARY_PATH says.
+
+    Args:
+        install: the command that installs it.
+    """
     path = os.environ.get("TPU_LIBRARY_PATH")
     if path and not host.path(str(Path(path).absolute())).is_file():
         return (Problem(f"TPU_LIBRARY_PATH={path} is no file", f"unset it, and {install}"),)

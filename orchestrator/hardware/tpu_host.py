@@ -96,7 +96,7 @@ def _access(files: list[Path]) -> tuple[Problem, ...]:
 
 
 def _holders(files: list[Path], lock: Path) -> set[int]:
-    """Processes that have a chip or libtpu's lock. None where this process is one of several: they are its peers."""
+    """Return the processes that hold a chip or libtpu's lock; none where this one is one of several, its peers."""
     if _is_started():
         return set()
     wanted = {f"/{file.relative_to(host.ROOT)}" for file in files}
@@ -126,7 +126,7 @@ def _is_started() -> bool:
 
 
 def variables() -> dict[str, str]:
-    """The variables that say which host of which slice this is: the process's own, else the machine's metadata.
+    """Return the variables that say which host of which slice this is: the process's own, else the machine's metadata.
 
     GKE sets them. On a Cloud TPU VM they are in the metadata only, which libtpu reads by itself.
     """
@@ -150,7 +150,7 @@ def _metadata_variables() -> dict[str, str]:
 
 
 def _metadata(attribute: str) -> str:
-    """An attribute of this virtual machine; empty where there is none, or no server that tells it."""
+    """Return an attribute of this virtual machine; empty where there is none, or no metadata server."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}"
     try:
@@ -162,7 +162,7 @@ def _metadata(attribute: str) -> str:
 
 
 def worker_hosts() -> list[str]:
-    """The hosts of this slice, as Google's machines and GKE name them; empty where they do not."""
+    """List the hosts of this slice, as Google's machines and GKE name them; empty where they do not."""
     return [name.strip() for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name.strip()]
 
 

@@ -76,7 +76,7 @@ class XlaTarget(Target):
 
     @abstractmethod
     def _package_problems(self, runtime: dict[str, str]) -> tuple[Problem, ...]:
-        """What the installed packages lack."""
+        """Return what the installed packages lack."""
 
     def default_precision(self, probe: Probe) -> str:
         """Return bf16 on devices, fp32 where a CPU simulates them."""

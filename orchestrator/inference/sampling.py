@@ -68,7 +68,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen:
 
 
 def _narrowed(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits [V] with those of tokens that may not be drawn at -inf."""
+    """Return the logits [V] with those of tokens that may not be drawn at -inf."""
     if sampling.top_k is not None and sampling.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1.0:

@@ -99,7 +99,7 @@ def export_hf(
 
 
 def _source_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The `config.json` that the model was imported with, or None.
+    """Return the `config.json` that the model was imported with, or None.
 
     Raises:
         CheckpointError: it is none that an import would have taken.
@@ -118,7 +118,7 @@ def _source_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _layouts(checkpoint: Checkpoint) -> tuple[FileLayout, ...]:
-    """The files that an imported model came in."""
+    """Return the files that an imported model came in."""
     return read_layouts(checkpoint.read(REPORT)) if REPORT in checkpoint.manifest.files else ()
 
 
@@ -176,7 +176,7 @@ def export_dcp(
 
 
 def _read(reader: Reader, name: str, wanted: torch.dtype) -> torch.Tensor:
-    """A weight in the dtype that is written.
+    """Read a weight in the dtype that is written.
 
     Raises:
         NonFiniteError: it is not finite, or not in that dtype.
@@ -195,14 +195,14 @@ def _read(reader: Reader, name: str, wanted: torch.dtype) -> torch.Tensor:
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: Dtype) -> int:
-    """How much an export writes."""
+    """Return how many bytes an export writes."""
     model = model_of(checkpoint)
     dtypes = _dtypes(checkpoint, model, dtype)
     return sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in our_shapes(model).items())
 
 
 def _dtypes(checkpoint: Checkpoint, model: ModelConfig, dtype: Dtype) -> dict[str, torch.dtype]:
-    """What each of our parameters is written as.
+    """Return the dtype that each of our parameters is written in.
 
     Raises:
         CheckpointError: the stored tensors are not those of the model that the configuration describes.
@@ -221,7 +221,7 @@ def _dtypes(checkpoint: Checkpoint, model: ModelConfig, dtype: Dtype) -> dict[st
 
 
 def _common(tensor: HFTensor, dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The one dtype of a tensor that is made of several of ours."""
+    """Return the one dtype of a tensor that is made of several of ours."""
     result = dtypes[tensor.parts[0]]
     for part in tensor.parts[1:]:
         result = torch.promote_types(result, dtypes[part])

@@ -26,7 +26,7 @@ _NANOGPT = re.compile(r"^transformer\.h\.\d+\.attn\.c_attn\.weight$")
 
 
 def refuse_quantised(names: Iterable[str]) -> None:
-    """Refuse weights whose names say that they are codes and scales.
+    """Refuse weights whose names say that they are quantised: codes and scales.
 
     Raises:
         CheckpointError: they do.
@@ -43,7 +43,11 @@ def refuse_quantised(names: Iterable[str]) -> None:
 
 
 def known_layout(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> CheckpointError | None:
-    """The error for weights of other software that is recognised by their names."""
+    """Make the error for weights of other software that is recognised by their names; None if none is.
+
+    Args:
+        shapes: name and shape of each tensor.
+    """
     for name, shape in shapes:
         if _NANOGPT.match(name) and len(shape) == 2 and shape[0] == 3 * shape[1]:
             return CheckpointError(

@@ -71,7 +71,12 @@ class _View:
 
 
 def find_weights(given: Mapping[str, Tensor], model: ModelConfig, family: Family | None) -> FoundWeights:
-    """Our parameters from a state dict with our names or the family's, below whatever prefix.
+    """Find our parameters in a state dict with our names or the family's, below whatever prefix.
+
+    Args:
+        given: the state dict.
+        model: that they are to be of.
+        family: whose names they may have; None: ours alone.
 
     Raises:
         CheckpointError: they are not there, not all of them, of other shapes, or not finite.
@@ -102,7 +107,11 @@ def find_weights(given: Mapping[str, Tensor], model: ModelConfig, family: Family
 
 
 def about(given: Mapping[str, Tensor], name: str) -> tuple[str, tuple[int, ...]]:
-    """The dtype of a tensor, as safetensors names it, and its shape, read from a header where there is one."""
+    """Return the dtype of a tensor, as safetensors names it, and its shape, from a header where there is one.
+
+    Args:
+        given: the state dict.
+    """
     if hasattr(given, "about"):
         dtype, shape = given.about(name)
         return str(dtype), tuple(shape)
@@ -121,7 +130,7 @@ def _no_embedding(given: Mapping[str, Tensor]) -> CheckpointError:
 def _readings(
     model: ModelConfig, family: Family | None
 ) -> Iterator[tuple[str, Callable[[_View, ModelConfig], FoundWeights]]]:
-    """What may mark the place of the model in a state dict, and how its names are read there."""
+    """Yield what may mark the place of the model in a state dict, and how its names are read there."""
     yield _OWN_EMBEDDING, _own
     if family is None:
         return

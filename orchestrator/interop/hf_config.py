@@ -249,7 +249,7 @@ def _window(keys: Keys, family: Family, layers: Any) -> Any:
 
 
 def _kinds_of_layers(family: Family, window: Any, full: Any, layers: Any) -> list[str]:
-    """The kinds that there are, where `layer_types` does not say: `full` layers, the first ones, see everything."""
+    """Return the kinds of layers, where `layer_types` does not say: the first `full` ones see everything."""
     if window is None:
         return ["full_attention"]
     if family == "mistral":

@@ -51,7 +51,12 @@ def to_hf_config(
 
 
 def token_ids(original: Mapping[str, Any] | None, eos_token_id: int | None) -> dict[str, Any]:
-    """Which tokens begin, end and pad a text: the imported model's, and the one that ended its documents here."""
+    """Return which tokens begin, end and pad a text: the imported model's, and the one that ended its documents here.
+
+    Args:
+        original: the `config.json` that the model was imported with.
+        eos_token_id: of the tokenizer that travels along.
+    """
     if original is None:
         return {"bos_token_id": None, "eos_token_id": eos_token_id}
     ids = {key: original[key] for key in _IDS if key in original}

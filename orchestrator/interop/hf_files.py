@@ -45,7 +45,7 @@ class FileLayout:
 
 
 def regular_file(path: Path) -> Path:
-    """The regular file that `path` is, or that its links end in.
+    """Return the regular file that `path` is, or that its links end in.
 
     Raises:
         CheckpointError: there is none: it is missing, a folder, a device, or a link that leads nowhere.
@@ -65,7 +65,7 @@ def regular_file(path: Path) -> Path:
 
 
 def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object of a stranger.
+    """Read a JSON object of untrusted origin.
 
     Raises:
         CheckpointError: it is missing, too large, or none; or names a key twice, where readers would disagree.
@@ -154,7 +154,7 @@ class HFTensors(Mapping[str, torch.Tensor]):
         return torch.from_numpy(items).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def about(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """The dtype, as safetensors names it, and the shape of a tensor, whatever it holds."""
+        """Return the dtype, as safetensors names it, and the shape of a tensor, whatever it holds."""
         entry = self._files[name][1].entries[name]
         return entry.dtype, entry.shape
 
@@ -213,7 +213,11 @@ class HFTensors(Mapping[str, torch.Tensor]):
 
 
 def file_names(weight_map: object, index: Path) -> list[str]:
-    """The files that an index names, each of its own directory.
+    """Return the files that an index names, each of its own directory.
+
+    Args:
+        weight_map: of the index: tensor to file.
+        index: its path, for messages.
 
     Raises:
         CheckpointError: it names none, or what is no name of a file there.
@@ -229,7 +233,7 @@ def _hashable(values: Any) -> bool:
 
 
 def _is_name(name: str) -> bool:
-    """A plain name: no folder, nothing that a terminal would obey, and one that a file can have."""
+    """Return whether a name is plain: no folder, no control characters, and one that a file can have."""
     return name == Path(name).name and name not in ("", ".", "..") and name.isprintable() and len(name) <= 255
 
 

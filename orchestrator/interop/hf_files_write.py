@@ -74,7 +74,7 @@ def _in_order(specs: Sequence[Spec], layouts: Sequence[FileLayout]) -> list[Spec
 
 
 def _as_they_came(specs: Sequence[Spec], layouts: Sequence[FileLayout], max_file_bytes: int) -> list[list[Spec]] | None:
-    """The groups that the tensors came in; None where they are others, or the files larger than asked."""
+    """Return the groups that the tensors came in; None where they are others, or the files larger than asked."""
     by_name = {spec.name: spec for spec in specs}
     groups = [[by_name[name] for name in one.tensors if name in by_name] for one in layouts]
     groups = [group for group in groups if group]

@@ -81,7 +81,7 @@ class Keys(Mapping[str, Any]):
         return self[key] if key in self._config else default
 
     def need(self, key: str) -> Any:
-        """The value of a key that must be there.
+        """Return the value of a key that must be there.
 
         Raises:
             CheckpointError: it is not, or null.
@@ -94,6 +94,9 @@ class Keys(Mapping[str, Any]):
     def expect(self, key: str, *allowed: Any) -> None:
         """Take a key that may be missing, and may otherwise have these values alone.
 
+        Args:
+            *allowed: the values.
+
         Raises:
             CheckpointError: it has another.
         """
@@ -102,12 +105,16 @@ class Keys(Mapping[str, Any]):
             raise unsupported(key, value, " or ".join(map(str, allowed)) or "none")
 
     def tell(self, key: str, fate: str) -> None:
-        """Say what became of a key."""
+        """Record what became of a key.
+
+        Args:
+            fate: in words.
+        """
         if key in self._config:
             self._fates[key] = fate
 
     def fates(self, ignored: frozenset[str]) -> dict[str, str]:
-        """What became of every key.
+        """Return what became of every key.
 
         Args:
             ignored: keys of which the user says that they change nothing.
@@ -150,12 +157,16 @@ def _is_dropout(key: str) -> bool:
 
 
 def _shown(value: object, length: int) -> str:
-    """What a stranger wrote, short and without what a terminal would obey."""
+    """Return untrusted text for a message: truncated, with control characters escaped."""
     return ascii(str(value))[1:-1][:length]
 
 
 def unsupported(key: str, value: object, allowed: str) -> CheckpointError:
-    """The error for a value that changes what is computed in a way that is not known here."""
+    """Make the error for a value that changes what is computed in a way that is not known here.
+
+    Args:
+        allowed: the values that are.
+    """
     return CheckpointError(
         f"a model with this '{_shown(key, 60)}' cannot be computed here",
         got=f"{_shown(key, 60)}={_shown(value, 100)}",

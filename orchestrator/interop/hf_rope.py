@@ -36,7 +36,11 @@ _KNOWN |= {theirs for names in _NAMES.values() for theirs in names}
 
 
 def read_rope(keys: Keys, max_seq_len: Any) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a `ModelConfig`; values are not checked yet.
+    """Read `rope_theta` and `rope_scaling` of a `ModelConfig`; values are not checked yet.
+
+    Args:
+        keys: of the `config.json`.
+        max_seq_len: of the model.
 
     Raises:
         CheckpointError: a kind, or a parameter, that cannot be computed here.

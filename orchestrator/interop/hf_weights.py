@@ -81,17 +81,17 @@ _DERIVED = re.compile(r"((^|\.)rotary_emb\.inv_freq|\.attn\.(masked_)?bias|(^|\.
 
 
 def is_derived(name: str) -> bool:
-    """Whether a foreign tensor follows from the configuration: a table of angles or positions, or a mask."""
+    """Return whether a foreign tensor follows from the configuration: a table of angles or positions, or a mask."""
     return _DERIVED.search(name) is not None
 
 
 def embedding_of(family: Family) -> str:
-    """The name of the embedding in the family's files."""
+    """Return the name of the embedding in the family's files."""
     return _source("embed.weight", family).name
 
 
 def without_prefix(name: str, family: Family) -> str:
-    """A foreign name as files that were saved from the inner model have it."""
+    """Return a foreign name as files that were saved from the inner model have it."""
     return name.removeprefix(_INNER[family])
 
 
@@ -145,13 +145,13 @@ class HFTensor:
     transposed: bool
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The tensor from our parameters, given in the order of `parts`."""
+        """Make the tensor from our parameters, given in the order of `parts`."""
         joined = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         return joined.T.contiguous() if self.transposed else joined
 
 
 def hf_tensors(family: Family, config: ModelConfig) -> list[HFTensor]:
-    """The tensors that `Decoder(config)` has in a Hugging Face state dict; a tied head is none, as in their own files.
+    """List the tensors that `Decoder(config)` has in a Hugging Face state dict; a tied head is none, as in their files.
 
     Raises:
         CheckpointError: a family that is not known, or that has no counterpart of a parameter.
@@ -171,7 +171,7 @@ def hf_tensors(family: Family, config: ModelConfig) -> list[HFTensor]:
 
 
 def to_hf(parameters: Mapping[str, Tensor], family: Family, config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `from_hf`: a tied head is left out, as in Hugging Face's own files.
+    """Convert our parameters to a Hugging Face state dict, the inverse of `from_hf`; a tied head is left out.
 
     Args:
         parameters: every parameter of `Decoder(config)` by name.
@@ -188,7 +188,7 @@ def to_hf(parameters: Mapping[str, Tensor], family: Family, config: ModelConfig)
 
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of `Decoder(config)`; a tied head is none of its own."""
+    """Return the shape of every parameter of `Decoder(config)`; a tied head is none of its own."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
@@ -210,7 +210,7 @@ def _source(name: str, family: str) -> _Source:
 
 
 def _with_prefix(name: str, family: str) -> str:
-    """Some files on the hub, as those of GPT-2, were saved from the inner model."""
+    """Return a name as the whole model has it: some files on the hub, as GPT-2's, were saved from the inner model."""
     inner = _INNER.get(family, "")
     return name if name.startswith((inner, "lm_head.")) else f"{inner}{name}"
 

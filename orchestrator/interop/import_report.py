@@ -37,7 +37,7 @@ class ImportReport:
     difference: float | None = None
 
     def to_json(self) -> bytes:
-        """The content of `import.json`."""
+        """Serialize to the content of `import.json`."""
         content = {
             "source": self.source,
             "format": self.format,
@@ -54,7 +54,7 @@ class ImportReport:
         return json.dumps(content, indent=1).encode() + b"\n"
 
     def summary(self) -> list[str]:
-        """A few lines: how many tensors were taken, and which were not, and why."""
+        """Return a few lines: how many tensors were taken, and which were not, and why."""
         lines = [f"{len(self.taken)} tensors taken, {len(self.tensors) - len(self.taken)} not"]
         reasons = Counter(fate for name, (_, _, fate) in self.tensors.items() if name not in set(self.taken))
         for reason, count in reasons.items():
@@ -74,7 +74,7 @@ class ImportReport:
 
 
 def _strict(value: Any) -> Any:
-    """What every reader of JSON takes: a number that is none, which some configurations have, is a text."""
+    """Return a value that every reader of JSON takes: a number that is not finite becomes text."""
     return json.loads(json.dumps(value), parse_constant=str)
 
 
@@ -90,7 +90,11 @@ def _aligned(title: str, rows: list[tuple[str, str, str]]) -> list[str]:
 
 
 def read_layouts(content: bytes) -> tuple[FileLayout, ...]:
-    """The files that the weights came in, from an `import.json`; none where it does not say."""
+    """Read the files that the weights came in from an `import.json`; none where it does not say.
+
+    Args:
+        content: of the file.
+    """
     try:
         files = json.loads(content)["files"]
         return tuple(_layout(one) for one in files)

@@ -244,7 +244,7 @@ def _notes(found: Description, content: Mapping[str, Any], file: Path) -> tuple[
 
 
 def _of_preset(model: str, file: Path, ignored: frozenset[str]) -> Described:
-    """A preset, held against the `config.json` beside the weights, where there is one."""
+    """Describe the model by a preset, checked against the `config.json` beside the weights, where there is one."""
     described = compose([f"model={model}"]).config.model
     family: Family | None = None
     with suppress(CheckpointError):
@@ -269,7 +269,7 @@ def _of_preset(model: str, file: Path, ignored: frozenset[str]) -> Described:
 
 
 def _computed(model: ModelConfig) -> dict[str, Any]:
-    """What decides what a model computes: not how it is trained, and not how long a text it may get."""
+    """Return what decides what a model computes: not how it is trained, nor how long a text it may get."""
     fields = {**vars(model), "head_dim": resolved_head_dim(model)}
     return {key: value for key, value in fields.items() if key not in _OF_TRAINING | _LENGTHS[model.positions]}
 
@@ -320,7 +320,7 @@ def _report(
 
 
 def _travelling_files(tokenizer: str | None, beside: Path, model: ModelConfig) -> tuple[dict[str, bytes], str]:
-    """What travels along, after the tokenizer in it was seen to fit the model; and why there is none."""
+    """Return the files that travel along, their tokenizer checked against the model; and why there is none."""
     try:
         files, why = collect(beside), ""
         if tokenizer is not None:

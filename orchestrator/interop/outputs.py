@@ -13,7 +13,7 @@ from orchestrator.errors import CheckpointError
 
 @contextlib.contextmanager
 def written_aside(output: str | Path) -> Iterator[Path]:
-    """A new directory that becomes `output` when the block ends well, and is removed when it does not.
+    """Yield a new directory that becomes `output` when the block ends well, and is removed when it does not.
 
     Raises:
         CheckpointError: `output` holds something, or cannot be written.

@@ -140,7 +140,7 @@ class DcpTensors(Mapping[str, torch.Tensor]):
         return whole
 
     def about(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """The dtype, as safetensors names it, and the shape of a tensor."""
+        """Return the dtype, as safetensors names it, and the shape of a tensor."""
         dtype, shape, _ = self._tensors[name]
         return DTYPE_NAMES[dtype], shape
 
@@ -231,7 +231,7 @@ class StateDict(dict[str, torch.Tensor]):
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """The weights of a file of `torch.save`: a state dict, or what training loops wrap around one.
+    """Read the weights of a file of `torch.save`: a state dict, or what training loops wrap around one.
 
     A directory is one of transformers from before safetensors: `pytorch_model.bin`, or an index and its parts.
 

@@ -136,7 +136,7 @@ class Decoder(ShardableModel):
         return x, rope
 
     def logical_axes(self) -> ParameterAxes:
-        """The logical axis of each dim of each parameter; a tied weight is listed as `embed.weight`."""
+        """Return the logical axis of each dim of each parameter; a tied weight is listed as `embed.weight`."""
         return {name: _AXES[_module_of(name)][: parameter.ndim] for name, parameter in self.named_parameters()}
 
     def initializers(self) -> dict[str, Init]:

@@ -34,7 +34,7 @@ class Init:
 
 
 def draw_slice(init: Init, name: str, seed: int, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
-    """The part `slices` of a parameter's initial value.
+    """Draw the part `slices` of a parameter's initial value.
 
     Args:
         init: how the parameter starts.
@@ -63,7 +63,7 @@ def draw_slice(init: Init, name: str, seed: int, shape: tuple[int, ...], slices:
 
 
 def rows_per_chunk(shape: tuple[int, ...]) -> int:
-    """Rows on dim 0 that share a generator: about 64 Ki elements, at least one row."""
+    """Return the number of rows on dim 0 that share a generator: about 64 Ki elements, at least one row."""
     return max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 

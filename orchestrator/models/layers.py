@@ -22,7 +22,7 @@ Mask = Tensor | CausalMask | None  # what `Attention.core` takes; see `models.at
 
 
 def resolved_head_dim(config: ModelConfig) -> int:
-    """Width of one head: as configured, or `dim / heads`.
+    """Return the width of one head: as configured, or `dim / heads`.
 
     Raises:
         ConfigError: `head_dim: auto` with a `dim` that the heads do not divide.
@@ -49,7 +49,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    """The configured normalisation over the last dim."""
+    """Make the configured normalisation over the last dim.
+
+    Args:
+        width: size of that dim.
+    """
     return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(width, eps=config.norm_eps)
 
 

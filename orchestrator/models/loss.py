@@ -86,7 +86,7 @@ class HeadOps:
 
 
 def default_head_ops(chunk_tokens: int) -> HeadOps:
-    """The head of a model whose vocabulary is whole on every device."""
+    """Return the head of a model whose vocabulary is whole on every device."""
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens)
@@ -128,7 +128,7 @@ def _chunk_losses(
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
 ) -> Tensor:
-    """The summed loss; fills `d_hidden` and adds to `d_weight` where they are given."""
+    """Return the summed loss; fill `d_hidden` and add to `d_weight` where they are given."""
     weight = weight.to(hidden.dtype)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk_tokens):
@@ -151,7 +151,7 @@ def _chunk_losses(
 def _one_chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk, and d loss / d logits [n, V] in the dtype of `hidden`."""
+    """Return the summed loss of a chunk, and d loss / d logits [n, V] in the dtype of `hidden`."""
     logits = (hidden @ weight.T).float()
     counts = targets != IGNORE
     local = targets - vocab.offset

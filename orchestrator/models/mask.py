@@ -27,12 +27,12 @@ class CausalMask:
     device: torch.device
 
     def visible_keys(self, start: int, stop: int) -> tuple[int, int]:
-        """First and end of the keys outside of which the queries [start, stop) see nothing."""
+        """Return the first and the end of the keys outside of which the queries [start, stop) see nothing."""
         first = 0 if self.window is None else max(0, self.past + start - self.window + 1)
         return first, self.past + stop
 
     def part(self, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor | None:
-        """The mask of the queries [start, stop) over the keys [first, end).
+        """Make the mask of the queries [start, stop) over the keys [first, end).
 
         Returns:
             bool [B or 1, 1, stop - start, end - first], True where attention may look; None where plain causal
@@ -53,7 +53,7 @@ class CausalMask:
         return mask
 
     def whole(self) -> Tensor | None:
-        """The mask of all queries over all keys, as `part`."""
+        """Make the mask of all queries over all keys, as `part`."""
         return self.part((0, self.queries), (0, self.past + self.queries))
 
 
@@ -65,7 +65,14 @@ def attention_mask(
     window: int | None,
     device: torch.device,
 ) -> Tensor | None:
-    """The whole mask of one forward pass, shared by all layers; see `CausalMask`.
+    """Make the whole mask of one forward pass, shared by all layers; see `CausalMask`.
+
+    Args:
+        queries: T, number of new positions.
+        past: number of cached positions.
+        documents: [B, T], number of the document of each position; None: one document.
+        window: positions that a query sees at most; None: all.
+        device: of the mask.
 
     Returns:
         bool [B or 1, 1, T, past + T], True where attention may look; None where plain causal attention
@@ -75,9 +82,13 @@ def attention_mask(
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of bools as what is added to the scores: zero where attention may look, minus infinity elsewhere.
+    """Convert a mask of bools to what is added to the scores: 0 where attention may look, minus infinity elsewhere.
 
     Attention kernels want it so, and torch would make and keep one for every layer.
+
+    Args:
+        mask: bool.
+        dtype: of the scores.
     """
     look, away = (torch.full((), value, dtype=dtype, device=mask.device) for value in (0.0, float("-inf")))
     return torch.where(mask, look, away)

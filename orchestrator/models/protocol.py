@@ -64,7 +64,7 @@ class ShardableModel(nn.Module):
 
     @abstractmethod
     def logical_axes(self) -> ParameterAxes:
-        """The logical axis (`sharding.axes`) of each dim of each parameter; a tied weight is listed once."""
+        """Return the logical axis (`sharding.axes`) of each dim of each parameter; a tied weight is listed once."""
 
     @abstractmethod
     def initializers(self) -> dict[str, Init]:
@@ -110,7 +110,12 @@ def attention_cores(model: ShardableModel) -> Iterator[tuple[nn.Module, str, Att
 
 
 def attend_in_blocks(model: ShardableModel, block: int, checkpoint: Callable[..., Tensor]) -> None:
-    """Let every layer of `model` attend as `BlockedAttentionCore`, whose arguments these are."""
+    """Let every layer of `model` attend as `BlockedAttentionCore`, whose arguments these are.
+
+    Args:
+        block: queries whose scores exist at one time.
+        checkpoint: the function that recomputes activations.
+    """
     model.make_mask = CausalMask
     for parent, name, core in list(attention_cores(model)):
         setattr(parent, name, BlockedAttentionCore(core, block, checkpoint))
@@ -155,7 +160,10 @@ def gathering_modules(model: ShardableModel, axes: ParameterAxes, cut: Callable[
 
 
 def check_model(model: object, key: str) -> ShardableModel:
-    """See that `model` is what the strategies need; it may be on the meta device.
+    """Check that `model` is what the strategies need; it may be on the meta device.
+
+    Args:
+        key: dotted key of the model in the configuration, for messages.
 
     Raises:
         ConfigError: the first thing that it lacks.

@@ -64,7 +64,7 @@ def remat_function(
 def apply_remat(
     model: ShardableModel, policy: RematPolicy, checkpoint: Callable[..., Any] = torch_checkpoint.checkpoint
 ) -> None:
-    """Give every block of the model the policy; see `remat_function`."""
+    """Apply a rematerialisation policy to every block of the model; see `remat_function`."""
     function = remat_function(policy, checkpoint)
     if function is run_directly:
         return
@@ -74,7 +74,7 @@ def apply_remat(
 
 
 def run_directly(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """No rematerialisation: keep every activation."""
+    """Call `function` without rematerialisation: keep every activation."""
     return function(*args)
 
 

@@ -44,7 +44,14 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 def inverse_frequencies(
     head_dim: int, theta: float, scaling: RopeScalingConfig, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """Radians per token of each pair of elements, [head_dim / 2] in fp32, and a factor on cosine and sine."""
+    """Return the radians per token of each pair of elements, [head_dim / 2] in fp32, and a factor on cosine and sine.
+
+    Args:
+        head_dim: width of one head.
+        theta: base of the frequencies.
+        scaling: how they are scaled to longer texts.
+        device: of the result.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / (theta**exponents)
     if scaling.kind == "linear":

@@ -26,12 +26,12 @@ class Bar:
         self._bar.close()
 
     def add(self, done: int) -> None:
-        """So much more is done."""
+        """Advance by `done`."""
         with self._lock:
             self._bar.update(done)
 
     def at(self, done: int, total: int) -> None:
-        """So much is done in all."""
+        """Set the bar to `done` of `total`."""
         with self._lock:
             self._bar.total = total
             self._bar.update(done - self._bar.n)

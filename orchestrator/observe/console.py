@@ -110,7 +110,7 @@ def guarded(quits: bool = False) -> Iterator[Console]:
 
 
 def _open_standard_files() -> None:
-    """A file that is opened later must not become standard output, because that was closed when the process began."""
+    """Open standard streams that were closed when the process began, so that no file takes their place."""
     for number in range(3):
         try:
             os.fstat(number)

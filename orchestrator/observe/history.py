@@ -38,7 +38,7 @@ class History:
                     kept.add(json.dumps(row, allow_nan=False).encode())
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is kept of the rows, by rising step."""
+        """Return the rows that are kept, by rising step."""
         found = [json.loads(text) for kept in self._kept.values() for text in kept.rows]
         return sorted(found, key=lambda row: int(row["step"]))
 
@@ -55,7 +55,7 @@ NONFINITE = "nonfinite"
 
 
 def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as JSON has it: a number that is not finite is null, and `nonfinite` says what it was.
+    """Return a row as JSON has it: a number that is not finite is null, and `nonfinite` says what it was.
 
     `{"loss": nan}` becomes `{"loss": null, "nonfinite": {"loss": "nan"}}`.
     """
@@ -66,7 +66,11 @@ def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_content(data: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Legs, and rows by rising step, of a checkpoint's JSON; what is no such thing is left out."""
+    """Return legs, and rows by rising step, of a checkpoint's JSON; what is no such thing is left out.
+
+    Args:
+        data: parsed JSON.
+    """
     legs, rows = (data.get(key) if isinstance(data, dict) else None for key in ("legs", "rows"))
     good_legs = [leg for leg in legs if isinstance(leg, dict)] if isinstance(legs, list) else []
     found = rows if isinstance(rows, list) else []

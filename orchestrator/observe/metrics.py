@@ -101,7 +101,7 @@ class Metrics(lightning.Callback):
         self._since = time.perf_counter()
 
     def record(self, **values: Any) -> None:
-        """One step: `step`, `loss`, `grad_norm`, `lr`."""
+        """Record one step: `step`, `loss`, `grad_norm`, `lr`."""
         self._steps.append({**values, "time": time.time()})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -149,7 +149,7 @@ class Metrics(lightning.Callback):
         self._since = time.perf_counter()
 
     def write_evaluation(self, step: int, **values: float) -> None:
-        """A row of held-out metrics."""
+        """Write a row of held-out metrics."""
         self._write([finite_row({"step": step, **values, "time": time.time(), "leg": self._leg})])
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -64,7 +64,11 @@ class Progress(lightning.Callback):
         return (time.monotonic() - self._started) / max(1, step - self._first) * (self._max_steps - step)
 
     def watch(self, what: str, items: Iterable[T]) -> Iterator[T]:
-        """The same items, while a person sees how many of them have been taken: work that is no step."""
+        """Yield the same items, and show how many of them have been taken: work that is no step.
+
+        Args:
+            what: is done, for the bar.
+        """
         total, pause = len(items) if isinstance(items, Sized) else "?", _LINE_SECONDS if self._bar is None else 0.2
         due = time.monotonic() + pause
         for number, item in enumerate(items, start=1):
@@ -91,7 +95,7 @@ class Progress(lightning.Callback):
 
 
 def _width() -> dict[str, Any]:
-    """The terminal's width, followed as it changes; some terminals say 0, and then a bar would not show at all."""
+    """Return the terminal's width, followed as it changes; where a terminal says 0 a bar would not show at all."""
     known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return {"dynamic_ncols": True} if known else {"ncols": _FALLBACK_COLUMNS}
 

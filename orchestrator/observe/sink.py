@@ -136,7 +136,12 @@ class SideChannels:
         unit: str | None = "rows",
         close: Callable[[], object] | None = None,
     ) -> Channel[Any]:
-        """A new channel; `close` is called when the run ends, and may fail as `write` may."""
+        """Open a channel; `close` is called when the run ends, and may fail as `write` may.
+
+        Args:
+            name: for messages.
+            unit: what is written, for messages; None: not counted.
+        """
         channel: Channel[Any] = Channel(name, write, self._warn, unit)
         self._channels.append(channel)
         if close is not None:
@@ -161,7 +166,7 @@ class SideChannels:
 
 
 def reason(error: BaseException | None) -> str:
-    """An exception in a few words, for a message."""
+    """Return an exception in a few words, for a message."""
     text = getattr(error, "strerror", None) or (str(error).partition("\n")[0] if error else "") or repr(error)
     return str(text)[:300]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def mfu(
     tokens_per_second: float | None, flops_per_token: float | None, peak_flops_per_device: float | None, devices: int
 ) -> float | None:
-    """Model FLOPs utilisation: the share of the devices' peak that the model's arithmetic takes, without recompute.
+    """Return the model FLOPs utilisation: the model's arithmetic, without recompute, per peak of the devices.
 
     The definition of PaLM (arXiv 2204.02311, appendix B). None where a part is unknown.
     """

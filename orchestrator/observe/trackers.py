@@ -40,7 +40,7 @@ TAGS = {
 
 
 def tagged(row: Row) -> dict[str, float]:
-    """The numbers of a row by tag; what is unknown is left out."""
+    """Return the numbers of a row by tag; what is unknown is left out."""
     return {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
 
 

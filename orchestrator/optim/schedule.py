@@ -11,7 +11,7 @@ from orchestrator.errors import PartError
 
 
 def schedule_of(config: RunConfig) -> Callable[[int, float], float]:
-    """The configuration's schedule: from completed steps and the peak to the learning rate of the step that follows.
+    """Return the configuration's schedule: from completed steps and the peak to the next step's learning rate.
 
     Raises:
         ConfigError: an own schedule that cannot be found or made.

@@ -24,12 +24,12 @@ PARTS = {
 
 
 def parts(time: TimeEstimate) -> dict[str, float]:
-    """Seconds of the step by what the device waits for."""
+    """Return the seconds of the step by what the device waits for."""
     return {name: float(getattr(time, name)) for name in PARTS}
 
 
 def layout_text(plan: ParallelPlan) -> str:
-    """The degrees above one and the rest of the choice: `fsdp 128 x tensor 8, micro-batch 1, remat none`."""
+    """Format the degrees above one and the rest: `fsdp 128 x tensor 8, micro-batch 1, remat none`."""
     degrees = [(axis, getattr(plan, axis)) for axis in ("replicate", "fsdp", "context", "tensor", "pipeline")]
     words = " x ".join(f"{axis} {degree:,}" for axis, degree in degrees if degree > 1) or "one device"
     if plan.expert > 1:
@@ -43,7 +43,7 @@ def layout_text(plan: ParallelPlan) -> str:
 
 
 def link_of(axis: str, plan: ParallelPlan, cluster: Cluster) -> str:
-    """The slowest link that an axis' traffic crosses."""
+    """Return the slowest link that an axis' traffic crosses."""
     chip = cluster.chip
     topology = chip.topology
     domain = (
@@ -64,7 +64,7 @@ def link_of(axis: str, plan: ParallelPlan, cluster: Cluster) -> str:
 
 
 def bound(candidate: Candidate, cluster: Cluster) -> str:
-    """What holds the step back: `compute, 71% of the step; next fsdp over the network between hosts, 12%`."""
+    """Explain what limits the step: `compute, 71% of the step; next fsdp over the network between hosts, 12%`."""
     shares = sorted(parts(candidate.time).items(), key=lambda item: -item[1])
     said = [
         _part(name, candidate, cluster, seconds / candidate.time.step) for name, seconds in shares[:2] if seconds > 0
@@ -73,7 +73,7 @@ def bound(candidate: Candidate, cluster: Cluster) -> str:
 
 
 def loses(loser: Candidate, best: Candidate) -> str:
-    """Why a runner-up is slower, by time per token: `7% slower: pipeline bubble +9%, fsdp -2%`."""
+    """Explain why a runner-up is slower, by time per token: `7% slower: pipeline bubble +9%, fsdp -2%`."""
     per_token = 1 / best.tokens_per_second
     slower = 1 / loser.tokens_per_second / per_token - 1
     mine, theirs = _per_token(best), _per_token(loser)

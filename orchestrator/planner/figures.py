@@ -21,7 +21,7 @@ FIGURES = (*SPEED, *RUN, *BILL)
 
 
 def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catalogue) -> dict[str, Value]:
-    """Of a step, and of the run if nothing ever failed."""
+    """Return the figures of a step, and of the run if nothing ever failed."""
     job = best.job
     step = _step(fleet, best, catalogue)
     batch = given("tokens per step", float(job.global_batch_tokens), "tokens", "the batch")
@@ -46,7 +46,7 @@ def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catal
 
 
 def goodput_of(fleet: Fleet, best: Candidate, step: Value, failures: FailureOptions) -> Goodput:
-    """What failures make of the time; a fleet's own rate goes before the general one."""
+    """Return what failures make of the time; a fleet's own rate goes before the general one."""
     if fleet.entry.failures_per_chip_day is not None:
         failures = replace(failures, failures_per_chip_day=fleet.entry.failures_per_chip_day)
     state = best.memory.parameters + best.memory.optimizer
@@ -55,7 +55,7 @@ def goodput_of(fleet: Fleet, best: Candidate, step: Value, failures: FailureOpti
 
 
 def run_figures(fleet: Fleet, ideal: Value, kept: Goodput, tokens: Value) -> dict[str, Value]:
-    """Of the run with its failures: days, saves, cost and energy."""
+    """Return the figures of the run with its failures: days, saves, cost and energy."""
     formula = "days without failures / goodput"
     days = derive("days", "days", formula, lambda d, g: d / g, ideal, kept.fraction, falling=(1,))
     formula = "days x 86400 / time between failures"
@@ -72,7 +72,7 @@ def _working(fleet: Fleet, best: Candidate) -> Value:
 
 
 def _step(fleet: Fleet, best: Candidate, catalogue: Catalogue) -> Value:
-    """The step as the sum of its parts; marked where it goes over a network whose rate is an estimate."""
+    """Return the step as the sum of its parts; marked where it goes over a network whose rate is an estimate."""
     network = inter_bandwidth(fleet, catalogue)
     values = []
     for name, seconds in parts(best.time).items():

@@ -104,12 +104,12 @@ class Fleet:
 
 
 def split_fleets(text: str) -> list[str]:
-    """The words of `h100x1024`, or of several fleets in brackets."""
+    """Split `h100x1024`, or several fleets in brackets, into words."""
     return [word.strip() for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
 
 
 def parse_fleet(word: str) -> FleetEntry:
-    """A fleet in the short way.
+    """Parse a fleet in the short form.
 
     Raises:
         ConfigError: it is not written as `GRAMMAR` says.
@@ -121,7 +121,7 @@ def parse_fleet(word: str) -> FleetEntry:
 
 
 def find_chip(name: str, catalogue: Catalogue) -> Chip:
-    """The chip that a user calls `name`.
+    """Return the chip that a user calls `name`.
 
     Raises:
         ConfigError: no such chip.
@@ -144,7 +144,7 @@ def find_chip(name: str, catalogue: Catalogue) -> Chip:
 def resolve_fleets(
     items: Sequence[str | FleetEntry], catalogue: Catalogue, defaults: FleetEntry = FleetEntry()
 ) -> list[Fleet]:
-    """The fleets with their figures; what an entry leaves open is taken from `defaults`, then from the catalogue.
+    """Return the fleets with their figures; gaps of an entry are filled from `defaults`, then the catalogue.
 
     Raises:
         ConfigErrors: all that is wrong with all of them.
@@ -169,9 +169,12 @@ def resolve_fleets(
 
 
 def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = None) -> Fleet:
-    """One fleet. `chips`: how many, where the entry gives a budget and the caller has chosen.
+    """Return one fleet with its figures.
 
     A budget without `chips` gives the smallest fleet that there is.
+
+    Args:
+        chips: how many, where the entry gives a budget and the caller has chosen.
 
     Raises:
         ConfigError: no such chip or shape, or chips that power does not determine.
@@ -204,7 +207,7 @@ def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = N
 
 
 def inter_bandwidth(fleet: Fleet, catalogue: Catalogue) -> Value:
-    """Bytes/s one way and chip between hosts or slices, as the estimators take it."""
+    """Return the bytes/s, one way and chip, between hosts or slices, as the estimators take it."""
     name, links = "network per chip", fleet.cluster.chip.inter_bandwidths
     if fleet.cluster.inter_bandwidth is not None:
         return given(name, fleet.cluster.inter_bandwidth, "byte/s", "given for this fleet")

@@ -101,7 +101,7 @@ def plan_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPla
 
 
 def batch_for(request: Request, fleet: Fleet) -> Batch:
-    """The batch of a step: the user's, or one that suits the fleet."""
+    """Return the batch of a step: the user's, or one that suits the fleet."""
     if request.batch_tokens is not None:
         return Batch(request.batch_tokens)
     tokens = min(BATCH_MOST, max(BATCH_LEAST, BATCH_PER_CHIP * fleet.cluster.chips))
@@ -109,13 +109,13 @@ def batch_for(request: Request, fleet: Fleet) -> Batch:
 
 
 def search_fleet(request: Request, fleet: Fleet, leaders: int = LEADERS) -> SearchResult:
-    """The layouts of the job on the fleet; `leaders` as for `search`."""
+    """Search the layouts of the job on the fleet; `leaders` as for `search`."""
     batch, space, domains = batch_for(request, fleet), request.space, fleet.domains
     return search(request.job, fleet.cluster, batch, space, request.estimators, domains, leaders=leaders)
 
 
 def ladder(fleet: Fleet, most: int = MOST_CHIPS) -> list[int]:
-    """Numbers of chips as they can be had, about eight to each doubling, up to `most`."""
+    """List the numbers of chips that can be had, about eight to each doubling, up to `most`."""
     chip = fleet.cluster.chip
     if is_tpu(chip):
         shapes = sorted(legal_shapes(chip.key, chip.topology.domain_chips or 0))
@@ -155,7 +155,7 @@ def _plan(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
 
 
 def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: SearchResult) -> Remedy:
-    """What would make the job fit: other choices on this fleet, or more of its chips."""
+    """Find what would make the job fit: other choices on this fleet, or more of its chips."""
     free = replace(request, space=request.widest)
     layout = search_fleet(free, fleet).best if request.restricted else None
     chips = smallest_fleet(free, fleet, catalogue)
@@ -163,7 +163,7 @@ def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: Se
 
 
 def smallest_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> int | None:
-    """Chips of the smallest fleet of that kind on which some layout fits; None where no million does."""
+    """Return the chips of the smallest fleet of that kind on which some layout fits; None where no million does."""
     frugal = replace(request, space=replace(request.widest, remats=("full",), micro_batch=1))
     sizes = ladder(fleet)
 
@@ -199,7 +199,7 @@ def _needs(request: Request, fleet: Fleet, result: SearchResult) -> str:
 
 
 def _within_budget(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
-    """The largest fleet whose run costs no more than the budget; more chips cost more, since they work less well.
+    """Plan the largest fleet whose run costs no more than the budget; more chips cost more, since they work less well.
 
     A run that would be over within the hour is not counted: chips are rented, started and filled for longer than that.
     """
@@ -230,12 +230,12 @@ def _within_budget(request: Request, fleet: Fleet, catalogue: Catalogue) -> Flee
 
 
 def sized(fleet: Fleet, chips: int) -> FleetEntry:
-    """What to ask for to have so many of the fleet's chips."""
+    """Return the entry that asks for so many of the fleet's chips."""
     return replace(fleet.entry, chips=chips, shape=None, megawatts=None, budget_usd=None)
 
 
 def rank(plans: Sequence[FleetPlan], objective: str) -> list[FleetPlan]:
-    """The plans, the best first; those without the figure, or that do not fit, last."""
+    """Sort the plans, the best first; those without the figure, or that do not fit, last."""
     key = {"time": "days", "cost": "cost", "energy": "energy"}[objective]
 
     def order(plan: FleetPlan) -> tuple[bool, bool, float]:
@@ -246,7 +246,7 @@ def rank(plans: Sequence[FleetPlan], objective: str) -> list[FleetPlan]:
 
 
 def pareto(plans: Sequence[FleetPlan]) -> list[FleetPlan]:
-    """Plans that no other beats in both days and cost; those with an unknown cost are left out."""
+    """Return the plans that no other beats in both days and cost; those with an unknown cost are left out."""
     points = [(plan, plan.figures["days"].value, plan.figures["cost"].value) for plan in plans if plan.figures]
     known = [(plan, days, cost) for plan, days, cost in points if days is not None and cost is not None]
     return [

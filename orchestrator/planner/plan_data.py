@@ -15,7 +15,7 @@ from orchestrator.planner.search import Candidate
 
 
 def as_data(request: Request, plans: Sequence[FleetPlan], objective: str, explain: str | None = None) -> dict[str, Any]:
-    """All plans, in their order; with the derivation of the figure `explain`, or of `all`."""
+    """Return all plans, in their order, as plain data; with the derivation of the figure `explain`, or of `all`."""
     best = pareto(plans)
     return {
         "model": {**asdict(request.job.model), "parameters": parameters(request.job.model)},
@@ -35,7 +35,7 @@ def as_data(request: Request, plans: Sequence[FleetPlan], objective: str, explai
 
 
 def fleet_data(plan: FleetPlan) -> dict[str, Any]:
-    """One fleet's answer: its figures, or what would make the model fit."""
+    """Return one fleet's answer: its figures, or what would make the model fit."""
     fleet, best = plan.fleet, plan.best
     data: dict[str, Any] = {
         "fleet": fleet.label,
@@ -69,7 +69,7 @@ def fleet_data(plan: FleetPlan) -> dict[str, Any]:
 
 
 def portfolio_data(portfolio: Portfolio, objective: str) -> dict[str, Any]:
-    """An assignment of jobs to fleets."""
+    """Return an assignment of jobs to fleets, as plain data."""
     return {
         "objective": objective,
         "exact": portfolio.exact,

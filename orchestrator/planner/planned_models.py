@@ -30,7 +30,7 @@ class PlannedModel:
 
 @functools.cache
 def planned_models() -> dict[str, PlannedModel]:
-    """The models of `models.yaml` by the word that chooses them."""
+    """Return the models of `models.yaml` by the word that chooses them."""
     data = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))
     return {
         name: PlannedModel(
@@ -41,7 +41,10 @@ def planned_models() -> dict[str, PlannedModel]:
 
 
 def refuse_planned_only(words: Sequence[str], verb: str) -> None:
-    """Say of a model that is only known to the planner that the verb cannot have it.
+    """Refuse a model that is only known to the planner.
+
+    Args:
+        verb: that cannot have it.
 
     Raises:
         ConfigError: one of `words` chooses such a model.

@@ -36,7 +36,11 @@ class Portfolio:
     energy: Value
 
     def on(self, fleet: str) -> list[tuple[str, FleetPlan]]:
-        """Jobs of one fleet, in the order in which they were asked for."""
+        """List the jobs of one fleet, in the order in which they were asked for.
+
+        Args:
+            fleet: its label.
+        """
         return [(job, plan) for job, plan in self.placed.items() if plan.fleet.label == fleet]
 
 

@@ -61,13 +61,13 @@ class Value:
         }
 
     def all_sources(self) -> Iterator[str]:
-        """Sources of the figure and of everything below it."""
+        """Yield the sources of the figure and of everything below it."""
         yield from self.sources
         for part in self.parts:
             yield from part.all_sources()
 
     def explain(self) -> str:
-        """The derivation as an indented tree; what was said already is not said again."""
+        """Return the derivation as an indented tree; what was shown already is not repeated."""
         return "\n".join(_tree(self, 0, set()))
 
     def renamed(self, name: str) -> Value:
@@ -76,17 +76,25 @@ class Value:
 
 
 def given(name: str, value: float, unit: str, source: str, *, estimated: bool = False) -> Value:
-    """An input with its source."""
+    """Make an input with its source.
+
+    Args:
+        estimated: whether the source confirms it.
+    """
     return Value(name, value, unit, estimated, sources=(source,))
 
 
 def unknown(name: str, unit: str, why: str) -> Value:
-    """A figure that nobody published."""
+    """Make a figure that nobody published.
+
+    Args:
+        why: it is unknown.
+    """
     return Value(name, None, unit, sources=(why,))
 
 
 def of_figure(name: str, figure: Figure, unit: str, catalogue: Catalogue) -> Value:
-    """A figure of the chip catalogue. What no source confirms counts as an estimate."""
+    """Take a figure of the chip catalogue. What no source confirms counts as an estimate."""
     if figure.value is None:
         return unknown(name, unit, figure.note or "no public figure found")
     note = f"; {figure.note}" if figure.note and figure.note != figure.source else ""
@@ -125,7 +133,7 @@ def derive(
 
 
 def write(value: float, unit: str) -> str:
-    """A number with its unit, short enough for a table."""
+    """Format a number with its unit, short enough for a table."""
     if unit == "usd":
         return f"${_short(value)}"
     if unit == "usd/h":

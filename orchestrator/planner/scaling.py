@@ -38,7 +38,7 @@ class ScalePoint:
 
 
 def sizes(fleet: Fleet) -> list[int]:
-    """Numbers of chips to look at: about `_STEP` times more each time, and the fleet's own."""
+    """List numbers of chips to look at: about `_STEP` times more each time, and the fleet's own."""
     wanted, size = [], _FROM
     while size <= MOST_CHIPS:
         wanted.append(size)
@@ -51,7 +51,7 @@ def sizes(fleet: Fleet) -> list[int]:
 
 
 def scale(request: Request, fleet: Fleet, catalogue: Catalogue, chips: Iterable[int]) -> list[ScalePoint]:
-    """The curve at these sizes; those on which the model does not fit are left out."""
+    """Compute the curve at these sizes; those on which the model does not fit are left out."""
     points = []
     for count in chips:
         other = resolve_fleet(sized(fleet, count), catalogue)
@@ -68,7 +68,7 @@ def scale(request: Request, fleet: Fleet, catalogue: Catalogue, chips: Iterable[
 
 
 def binding(points: Sequence[ScalePoint]) -> dict[str, ScalePoint]:
-    """Link -> the first point at which it binds."""
+    """Return link -> the first point at which it binds."""
     first: dict[str, ScalePoint] = {}
     for point in points:
         for link, share in point.links.items():

@@ -224,7 +224,7 @@ class _Walk:
                         yield _Frame(tensor, context, pipeline, expert, groups)
 
     def best(self, frame: _Frame, thorough: bool) -> Candidate | None:
-        """The fastest filling that fits."""
+        """Return the fastest filling that fits."""
         found: Candidate | None = None
         for replicate, fsdp in self._shardings(frame, thorough):
             zeros = self._space.zeros if fsdp > 1 else self._space.zeros[:1]
@@ -355,7 +355,7 @@ class _Walk:
 
 @functools.lru_cache(maxsize=4096)
 def divisors_of(number: int) -> tuple[int, ...]:
-    """All divisors, in order."""
+    """Return all divisors, in order."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if not number % divisor]
     return tuple(sorted({*small, *(number // divisor for divisor in small)}))
 

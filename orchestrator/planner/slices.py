@@ -46,13 +46,17 @@ class Slices:
 
 
 def is_tpu(chip: Chip) -> bool:
-    """Whether the chip comes in slices."""
+    """Return whether the chip comes in slices."""
     return chip.vendor == "google"
 
 
 @functools.cache
 def legal_shapes(key: str, domain_chips: int) -> dict[int, Shape]:
-    """Chips of a slice -> its shape, the one nearest to a cube; `domain_chips`: of the whole pod."""
+    """Map the chips of a slice to its shape, the one nearest to a cube; `domain_chips`: of the whole pod.
+
+    Args:
+        key: of the chip.
+    """
     if key in ("tpu-v5e", "tpu-v6e"):
         return {_size(shape): shape for shape in _FLAT}
     shapes: dict[int, Shape] = {_size(shape): shape for shape in _BELOW_A_CUBE}
@@ -71,7 +75,7 @@ def legal_shapes(key: str, domain_chips: int) -> dict[int, Shape]:
 
 
 def fit_slices(chip: Chip, chips: int) -> Slices | None:
-    """The slices of one shape that use most of `chips`, few of them; None where not even the smallest fits."""
+    """Return the slices of one shape that use most of `chips`, few of them; None where not even the smallest fits."""
     shapes = legal_shapes(chip.key, chip.topology.domain_chips or 0)
     sizes = sorted(size for size in shapes if size <= chips)
     if not sizes:

@@ -123,7 +123,7 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
 
 
 def trace_deep(config: RunConfig, devices: int) -> Trace:
-    """`trace_step` for a deep model: through few layers, and from there on in a straight line, phase by phase.
+    """Trace a deep model by tracing shallow ones and extrapolating linearly in the layers, phase by phase.
 
     Every layer adds the same to what is alive at a phase's fullest moment. What lies between the first layer and the
     last one is left out: it is nowhere fuller than at both ends.
@@ -196,7 +196,7 @@ class _Watch(TorchDispatchMode):
             self._note(local_storage(tensor), ("", tuple(tensor.shape), str(tensor.dtype)))
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """What a rank has for good, by what it is for. FSDP may put another tensor in a parameter's place."""
+        """Yield what a rank has for good, by what it is for. FSDP may put another tensor in a parameter's place."""
         for _, parameter in local_parameters(self._model):
             yield "parameters", parameter
             if parameter.grad is not None:

@@ -100,7 +100,7 @@ class StagingStrategy(XlaStrategy):
             state.update({key: self._send(value, ()) for key, value in state.items() if not value.dim()})
 
     def outputs(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """What the step leaves on the devices: weights and optimizer state."""
+        """Return what the step leaves on the devices: weights and optimizer state."""
         return [tensor for _, tensor in self._named(model, optimizer)]
 
     def _send(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
@@ -144,7 +144,7 @@ class Staged:
 
 
 def stage(config: RunConfig) -> Staged:
-    """The optimizer step of `config`, for `hardware.simulate` devices.
+    """Write down the optimizer step of `config` for `hardware.simulate` devices.
 
     With several micro-batches it is the last one's graph, which adds to the gradients that are there, clips them
     and updates: the largest of a step.
@@ -193,7 +193,7 @@ def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np
 
 
 def _declare(text: str) -> tuple[str, int]:
-    """The program with the partitions of its arguments in its signature, and how many arguments it has so.
+    """Return the program with the partitions of its arguments in its signature, and how many arguments it has so.
 
     What is not whole numbers is state (a batch is): the step replaces it, and a run gives its memory to the results.
     """

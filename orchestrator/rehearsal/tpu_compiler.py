@@ -89,7 +89,7 @@ class Verdict:
 
 
 def compiler_python() -> Path:
-    """The interpreter of the compiler's environment.
+    """Return the interpreter of the compiler's environment.
 
     Raises:
         MissingExtraError: it is not there.
@@ -114,7 +114,10 @@ class MissingCompilerError(MissingExtraError):
 
 
 def count_devices(topology: str) -> int:
-    """Devices of a topology, as the compiler counts them: chips of v2, v3 and v7x have two.
+    """Return the devices of a topology, as the compiler counts them: chips of v2, v3 and v7x have two.
+
+    Args:
+        topology: such as `v5e:4x4`.
 
     Raises:
         ConfigError: there is no such topology.
@@ -218,7 +221,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _devices(text: str) -> list[Any]:
-    """The devices of a topology, one slice after the other."""
+    """Return the devices of a topology, one slice after the other."""
     from jax.experimental import topologies
 
     topology = CompileTopology.parse(text)
@@ -236,7 +239,7 @@ def _devices(text: str) -> list[Any]:
 
 
 def _in_mesh(devices: list[Any], degrees: list[int]) -> list[Any]:
-    """The devices in the order in which a run's mesh has them."""
+    """Return the devices in the order in which a run's mesh has them."""
     from orchestrator.hardware.mesh import order_devices
 
     names = ("coords", "core_on_chip", "slice_index")

@@ -76,10 +76,10 @@ class TracedStrategy(DTensorStrategy):
 
 
 def local_storage(tensor: Any) -> Any:
-    """Where this rank's part of a tensor is kept."""
+    """Return the storage of this rank's part of a tensor."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 def is_split(types: Iterable[type]) -> bool:
-    """Whether an operation on tensors of these types is one on whole tensors, of which a rank has parts."""
+    """Return whether an operation on tensors of these types is one on whole tensors, of which a rank has parts."""
     return any(issubclass(kind, DTensor) for kind in types)

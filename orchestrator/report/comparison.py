@@ -88,7 +88,7 @@ def compare_text(runs: Sequence[Compared]) -> str:
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:
-    """The last parts of the paths: as few as tell the runs apart, the name and the time at least."""
+    """Return the last parts of the paths: as few as tell the runs apart, the name and the time at least."""
     parts = [directory.resolve().parts for directory in directories]
     for count in range(2, max(map(len, parts), default=2) + 1):
         labels = ["/".join(path[-count:]) for path in parts]

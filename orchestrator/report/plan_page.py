@@ -50,7 +50,11 @@ def write_page(path: Path, request: Request, plans: Sequence[FleetPlan], objecti
 
 
 def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves: Sequence[Sequence[ScalePoint]]) -> str:
-    """The page. `curves`: the scaling of each plan's fleet, in the same order."""
+    """Return the page as HTML.
+
+    Args:
+        curves: the scaling of each plan's fleet, in the order of `plans`.
+    """
     shape = request.job.model
     title = f"{shape.name}: plan"
     lead = (
@@ -76,7 +80,7 @@ def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves:
 
 
 def _curves(request: Request, plans: Sequence[FleetPlan], catalogue: Catalogue) -> list[list[ScalePoint]]:
-    """The scaling of every kind of chip, searched size by size."""
+    """Compute the scaling of every kind of chip, searched size by size."""
     wanted = [sizes(plan.fleet) for plan in plans]
     hide = None if is_printed() else True
     with tqdm(total=sum(map(len, wanted)), desc="scaling", file=sys.stderr, leave=False, disable=hide) as bar:

@@ -23,7 +23,11 @@ _LETTERS = {"≥": ">=", "≤": "<=", "×": "x"}
 
 
 def train_words(best: Candidate) -> str:
-    """Return the overrides with which `train` runs a layout, or what of it this version of `train` does not have."""
+    """Return the overrides with which `train` runs a layout, or what of it this version of `train` does not have.
+
+    Args:
+        best: the layout.
+    """
     plan, job = best.plan, best.job
     lacks = [
         name
@@ -53,13 +57,13 @@ class PlanText:
         self._plain = plain
 
     def write(self, plans: Sequence[FleetPlan], objective: str) -> str:
-        """All plans: a table where there are several, then each fleet by itself."""
+        """Return all plans: a table where there are several, then each fleet by itself."""
         blocks = [self.table(plans, objective)] if len(plans) > 1 else []
         blocks += [self.fleet(plan) for plan in plans]
         return self._clean("\n\n".join(blocks))
 
     def table(self, plans: Sequence[FleetPlan], objective: str) -> str:
-        """The fleets beside each other, in the order given; those that none beats in both time and cost are marked."""
+        """Return the fleets beside each other, in order; those that none beats in time and cost are marked."""
         best = pareto(plans)
         rows: list[Sequence[str]] = [
             ("", "fleet", "step", "tokens/s/chip", "MFU", "goodput", "days", "cost", "$/T tokens", "energy", "power")
@@ -75,14 +79,14 @@ class PlanText:
         return f"{aligned(rows)}\n{note}"
 
     def fleet(self, plan: FleetPlan) -> str:
-        """One fleet: layout, memory, time, failures, money."""
+        """Return one fleet: layout, memory, time, failures, money."""
         lines = [plan.fleet.label]
         lines += _pairs(self._answer(plan) if plan.figures else _refusal(plan))
         lines += _pairs([("note", note) for note in plan.notes])
         return "\n".join(lines)
 
     def portfolio(self, portfolio: Portfolio, objective: str) -> str:
-        """Which job runs on which fleet."""
+        """Return which job runs on which fleet."""
         rows = [("job", "fleet", "days", "cost", "energy", "layout")]
         for job, plan in portfolio.placed.items():
             best, figures = plan.best, plan.figures
@@ -167,7 +171,7 @@ class PlanText:
 
 
 def _shares(plan: FleetPlan) -> list[tuple[str, float]]:
-    """The largest parts of the step, as shares of it."""
+    """Return the largest parts of the step, as shares of it."""
     assert plan.best is not None, "a plan with figures has a layout"
     time = plan.best.time
     shares = sorted(((name, seconds / time.step) for name, seconds in parts(time).items()), key=lambda item: -item[1])
@@ -180,7 +184,7 @@ def _memory_words(memory: MemoryEstimate) -> str:
 
 
 def _why_remat(plan: FleetPlan) -> str:
-    """What the layout would need if nothing were computed again, where that is why something is."""
+    """Return what the layout would need if nothing were computed again, where that is why something is."""
     best, request = plan.best, plan.request
     assert best is not None, "a plan with figures has a layout"
     if best.plan.remat == "none" or best.memory.capacity is None:
@@ -192,7 +196,7 @@ def _why_remat(plan: FleetPlan) -> str:
 
 
 def stack_of(plan: FleetPlan) -> str:
-    """The software stack whose calibration the times have."""
+    """Return the software stack whose calibration the times have."""
     return calibration(plan.fleet.cluster.chip, plan.request.job.stack).stack
 
 

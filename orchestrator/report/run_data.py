@@ -48,7 +48,11 @@ class RunData:
         return [leg for leg in legs if isinstance(leg, Mapping)] if isinstance(legs, list) else []
 
     def series(self, key: str, rows: Sequence[Row] | None = None) -> list[Point]:
-        """The finite values of `key` over the steps."""
+        """Return the finite values of `key` over the steps.
+
+        Args:
+            rows: where they are; None: the training rows.
+        """
         values = ((row["step"], number(row.get(key))) for row in (self.train if rows is None else rows))
         return [(float(step), value) for step, value in values if value is not None]
 
@@ -59,7 +63,7 @@ class RunData:
 
 
 def read_run_data(run_dir: Path) -> RunData:
-    """Read what is there; lines that a crash has cut are counted and left out."""
+    """Read the files of a run; lines that a crash has cut are counted and left out."""
     facts = _read_json(run_dir / "run.json")
     metrics, bad_metrics = read_lines(run_dir / "metrics.jsonl")
     samples, bad_samples = read_lines(run_dir / "samples.jsonl")
@@ -80,7 +84,7 @@ def read_run_data(run_dir: Path) -> RunData:
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
-    """The run's headline numbers; None where one is unknown.
+    """Return the run's headline numbers; None where one is unknown.
 
     `tokens_per_second` and `mfu` are medians over the last leg, `loss_mean` is over the last `MEAN_STEPS` steps,
     `seconds` are those of all legs, without the time between them.
@@ -89,7 +93,11 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 
 
 def headline(data: RunData) -> dict[str, Any]:
-    """`summarise` of data that has been read."""
+    """Return `summarise` of data that has been read.
+
+    Args:
+        data: of the run.
+    """
     losses, evals = data.series("loss"), data.series("val_loss", data.evals)
     last_leg = data.legs[-1] if data.legs else {}
     perplexities = data.series("val_perplexity", data.evals)
@@ -125,14 +133,14 @@ def headline(data: RunData) -> dict[str, Any]:
 
 
 def _status(data: RunData) -> str:
-    """What `run.json` says; of a run of an earlier version that ended with numbers that are not finite: diverged."""
+    """Return what `run.json` says; `diverged` of an older run that ended with numbers that are not finite."""
     status = str(data.facts.get("status") or "unknown")
     ended_so = bool(data.train) and number(data.train[-1].get("loss")) is None and not data.train[-1].get("skipped")
     return "diverged" if status == "finished" and ended_so else status
 
 
 def _diverged(data: RunData) -> Mapping[str, Any]:
-    """What the last leg says of how it diverged; empty where it did not."""
+    """Return what the last leg says of how it diverged; empty where it did not."""
     said = data.legs[-1].get("diverged") if data.legs else None
     if isinstance(said, Mapping) and number(said.get("step")) is not None:
         return said
@@ -141,19 +149,19 @@ def _diverged(data: RunData) -> Mapping[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """Return a finite number, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def leg_of(row: Mapping[str, Any]) -> int:
-    """The leg that wrote a row; 0 where it does not say."""
+    """Return the leg that wrote a row; 0 where it does not say."""
     return int(number(row.get("leg")) or 0)
 
 
 def read_lines(path: Path) -> tuple[list[Row], int]:
-    """The JSON objects of a `.jsonl` file, and how many lines are none."""
+    """Return the JSON objects of a `.jsonl` file, and how many lines are none."""
     rows: list[Row] = []
     bad = 0
     for line in _read_text(path).split("\n"):
@@ -171,7 +179,7 @@ def read_lines(path: Path) -> tuple[list[Row], int]:
 
 
 def downsample(points: Sequence[Point], limit: int = 2000) -> list[Point]:
-    """At most `limit` of the points, in order: of each stretch its lowest and its highest, so that no spike is lost."""
+    """Return at most `limit` points, in order: of each stretch its lowest and its highest, so that spikes stay."""
     if len(points) <= limit:
         return list(points)
     stretches = (limit - 2) // 2
@@ -185,7 +193,7 @@ def downsample(points: Sequence[Point], limit: int = 2000) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """The mean over `window` points around each point, over fewer near the ends, always as many on either side."""
+    """Return the mean over `window` points around each point, fewer near the ends, as many on either side."""
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
@@ -201,7 +209,7 @@ def _y(point: Point) -> float:
 
 
 def _leg_starts(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[int, float]:
-    """The step that each leg started after: as `run.json` says, else from its first training row."""
+    """Return the step that each leg started after: as `run.json` says, else from its first training row."""
     starts: dict[int, float] = {}
     for row in rows:
         if "loss" in row:
@@ -216,7 +224,7 @@ def _leg_starts(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[int, floa
 
 
 def _current(rows: Iterable[Row], starts: Mapping[int, float]) -> list[Row]:
-    """The rows that count: a leg takes back the steps of earlier legs after its start, and a later row its like."""
+    """Return the rows that count: a leg replaces the steps of earlier legs after its start, a later row its like."""
 
     def taken_back(row: Row) -> bool:
         leg = leg_of(row)
@@ -259,7 +267,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_list(path: Path) -> list[Row]:
-    """The mappings of a JSON list; none where the file is missing or cut."""
+    """Return the mappings of a JSON list; none where the file is missing or cut."""
     try:
         value = json.loads(_read_text(path))
     except ValueError:

@@ -48,7 +48,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(data: RunData) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     facts = headline(data)
     name, status = escape(str(facts["name"])), escape(str(facts["status"]))
     shown = f"{status} at step {facts['diverged']['step']}" if facts["diverged"] else status

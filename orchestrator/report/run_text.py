@@ -37,7 +37,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def value(item: Any) -> str:
-    """A plain value: grouped, shortened, lower-case, or its parts one after the other."""
+    """Format a plain value: grouped, shortened, lower-case, or its parts one after the other."""
     if isinstance(item, bool) or item is None:
         return "unknown" if item is None else str(item).lower()
     if isinstance(item, int):
@@ -50,7 +50,11 @@ def value(item: Any) -> str:
 
 
 def layout(degrees: Any) -> str:
-    """The degrees above one: `fsdp 4 × tensor 2`."""
+    """Format the degrees above one: `fsdp 4 × tensor 2`.
+
+    Args:
+        degrees: by mesh axis.
+    """
     if not isinstance(degrees, Mapping):
         return "unknown" if degrees is None else str(degrees)
     above = [(axis, degree) for axis, degree in degrees.items() if isinstance(degree, int) and degree > 1]
@@ -58,28 +62,32 @@ def layout(degrees: Any) -> str:
 
 
 def known(item: Any) -> str:
-    """As `value`, where that may be missing."""
+    """Format as `value`, where that may be missing."""
     return value(item)
 
 
 def grouped(value: Any) -> str | None:
-    """A whole number with its thousands apart."""
+    """Format an integer with its thousands apart."""
     size = number(value)
     return None if size is None else f"{size:,.0f}"
 
 
 def fixed(value: float | None) -> str | None:
-    """Four decimals."""
+    """Format with four decimals."""
     return None if value is None else f"{value:.4f}"
 
 
 def short(value: float | None) -> str | None:
-    """A number with up to four digits."""
+    """Format a number with up to four digits."""
     return None if value is None else format_number(value)
 
 
 def flops(value: float | None) -> str | None:
-    """An amount of arithmetic with its SI prefix: 91.2 GFLOP."""
+    """Format an amount of arithmetic with its SI prefix: 91.2 GFLOP.
+
+    Args:
+        value: FLOP.
+    """
     if value is None:
         return None
     power = min(5, max(0, int(math.log10(value) // 3))) if value >= 1 else 0
@@ -87,24 +95,28 @@ def flops(value: float | None) -> str | None:
 
 
 def whole(value: float | None) -> str | None:
-    """Without decimals, its thousands apart."""
+    """Format without decimals, its thousands apart."""
     return None if value is None else f"{value:,.0f}"
 
 
 def gib(value: float) -> str:
-    """Bytes in GiB."""
+    """Format bytes in GiB.
+
+    Args:
+        value: bytes.
+    """
     return f"{value / 2**30:.2f} GiB"
 
 
 def step_time(seconds: float | None) -> str:
-    """Seconds or milliseconds per step."""
+    """Format seconds per step, as seconds or milliseconds."""
     if seconds is None:
         return ""
     return f"{seconds:.2f} s per step" if seconds >= 1 else f"{seconds * 1000:.0f} ms per step"
 
 
 def duration(seconds: float | None) -> str | None:
-    """Hours, minutes and seconds, as far as they matter."""
+    """Format hours, minutes and seconds, as far as they matter."""
     if seconds is None:
         return None
     whole = round(seconds)
@@ -115,12 +127,16 @@ def duration(seconds: float | None) -> str | None:
 
 
 def clock_time(seconds: float) -> str:
-    """Local date and time of seconds since the epoch."""
+    """Format local date and time.
+
+    Args:
+        seconds: since the epoch.
+    """
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def table(title: str, rows: Mapping[str, Any]) -> str:
-    """Rows of a name and a value; nothing where there is none."""
+    """Return rows of a name and a value as HTML; nothing where there is none."""
     cells = [
         f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>'
         for key, value in rows.items()

@@ -50,7 +50,7 @@ class Chart:
     include: Sequence[float] = field(default=())
 
     def render(self) -> str:
-        """The figure's HTML; a line of text where there is nothing to draw."""
+        """Return the figure's HTML; a line of text where there is nothing to draw."""
         drawn = [series for series in self.series if series.points]
         title = escape(self.title)
         if not drawn:
@@ -78,7 +78,7 @@ class Chart:
         return f'<ul class="legend">{items}</ul>'
 
     def _data(self, shown: Sequence[tuple[Series, Sequence[Point]]], frame: _Frame) -> str:
-        """What the tooltip needs: the values, and the scale of x."""
+        """Return what the tooltip needs: the values, and the scale of x."""
         data = {
             "x": [frame.x_low, frame.x_high, _LEFT, self.width - _RIGHT],
             "unit": self.unit,
@@ -153,7 +153,11 @@ class _Frame:
 
 
 def ticks_between(low: float, high: float, count: int, *, whole: bool = False) -> tuple[list[float], list[str]]:
-    """About `count` round values from `low` to `high`, and how they are written."""
+    """Return about `count` round values from `low` to `high`, and how they are written.
+
+    Args:
+        whole: integers only.
+    """
     rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in _TICK_STEPS if power * factor >= rough * 0.8)
@@ -170,7 +174,7 @@ def ticks_between(low: float, high: float, count: int, *, whole: bool = False) -
 
 
 def format_number(value: float) -> str:
-    """A number as people read it, with up to four digits: 1.2M, 34k, 0.0012, 3e-5."""
+    """Format a number with up to four digits: 1.2M, 34k, 0.0012, 3e-5."""
     if value == 0:
         return "0"
     if abs(value) < 1e-3:
@@ -216,7 +220,7 @@ def _in_words(series: Series) -> str:
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
-    """The interval, widened where it is a single point."""
+    """Return the interval, widened where it is a single point."""
     if high > low:
         return low, high
     around = abs(low) * 0.1 or 1.0

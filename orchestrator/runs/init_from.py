@@ -26,7 +26,7 @@ _WHICH_TOKENIZER = tuple(f"data.tokenizer{key}" for key in ("", ".kind", ".path"
 
 
 def settle(composed: Composed, verify: bool, report: Callable[[str], object]) -> RunConfig:
-    """The configuration, with the model of the checkpoint where `train.init_from` names one.
+    """Return the configuration, with the model of the checkpoint where `train.init_from` names one.
 
     Keys of `model` on the command line are set on top of it, and `model=` replaces it. A tokenizer that travels with
     the checkpoint is used for text, unless the command line names one.

@@ -151,7 +151,11 @@ def discard_empty(run_dir: Path) -> None:
 
 
 def with_uuid(runs_dir: Path, value: str) -> Path | None:
-    """Return the run directory of the run `value`; None where it is not in this folder."""
+    """Return the run directory of the run `value`; None where it is not in this folder.
+
+    Args:
+        value: the uuid.
+    """
     for path in runs_dir.glob(f"*/*/{identity.IDENTITY}"):
         try:
             if path.read_text().strip() == value:

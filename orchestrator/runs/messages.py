@@ -13,12 +13,12 @@ _QUIET = ("logger=quiet", "logger.progress=false")
 
 
 def say(text: str) -> None:
-    """Tell a line of the run's own."""
+    """Tell a line about the run."""
     tell(text, stream="stdout")
 
 
 def warn(text: str) -> None:
-    """Say on standard error what went otherwise than asked."""
+    """Warn on standard error of what went otherwise than asked."""
     tell(printable(text), level=logging.WARNING)
 
 

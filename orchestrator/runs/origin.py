@@ -18,7 +18,7 @@ _OF_MODELS = ("*.safetensors", "*.safetensors.index.json", "*.bin", ".metadata")
 
 
 def import_command(place: AnyPath) -> str | None:
-    """The command that makes a checkpoint of what lies at a place of this machine; None where that is no model."""
+    """Return the command that imports what lies at a place of this machine; None where that is no model."""
     if not isinstance(place, Path):
         return None
     try:
@@ -51,7 +51,11 @@ def refuse_foreign(place: AnyPath) -> None:
 
 
 def model_files(config: RunConfig, restored: Checkpoint | None) -> dict[str, bytes]:
-    """What of the import travels with a run's checkpoints: from the one that it goes on from, or started from."""
+    """Return what of the import travels with a run's checkpoints: from the one that it resumes or started from.
+
+    Args:
+        restored: that checkpoint.
+    """
     source = restored
     if source is None and config.train.init_from is not None:
         source = Checkpoint(locate(config.train.init_from), look=False)

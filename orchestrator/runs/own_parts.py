@@ -29,7 +29,10 @@ _STAND_IN_VOCABULARY = 1024  # rows of a model that is described before its toke
 
 
 def build_model(config: ModelConfig, loss_chunk_tokens: int) -> ShardableModel:
-    """The model of a run, on torch's default device.
+    """Build the model of a run, on torch's default device.
+
+    Args:
+        loss_chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
         ConfigError: an own model that cannot be found or made, or that the strategies cannot shard.
@@ -50,7 +53,7 @@ def _model_part(config: ModelConfig) -> OwnPart:
 
 
 def describe_model(config: ModelConfig) -> ShardableModel:
-    """The model without its numbers, on the meta device.
+    """Build the model without its numbers, on the meta device.
 
     Raises:
         ConfigError: as `build_model`.
@@ -62,7 +65,7 @@ def describe_model(config: ModelConfig) -> ShardableModel:
 
 
 def own_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Name and shape of every parameter of an own model, a tied one once: measured, as nothing else knows them."""
+    """Measure name and shape of every parameter of an own model, a tied one once."""
     return {name: tuple(parameter.shape) for name, parameter in describe_model(config).named_parameters()}
 
 
@@ -105,7 +108,11 @@ def _places(model: ModelConfig) -> dict[str, rules.Placement]:
 
 
 def own_indivisible(model: ModelConfig, tensor: int) -> list[LayoutError]:
-    """The parameters of an own model that the tensor axis cannot cut evenly; the vocabulary's size is the data's."""
+    """List the parameters of an own model that the tensor axis cannot cut evenly; the vocabulary's size is the data's.
+
+    Args:
+        tensor: degree of the tensor axis.
+    """
     return [
         LayoutError(
             "a parameter of the model does not divide by layout.tensor",
@@ -147,7 +154,7 @@ def _parts(kind: str, entries: tuple[dict[str, Any], ...], key: str) -> list[Own
 
 
 def own_callbacks(config: RunConfig) -> list[lightning.Callback]:
-    """The user's callbacks, made anew.
+    """Make the user's callbacks.
 
     Raises:
         ConfigError: one cannot be found or made.
@@ -160,7 +167,7 @@ def own_callbacks(config: RunConfig) -> list[lightning.Callback]:
 
 
 def own_loggers(config: RunConfig) -> dict[str, Callable[[], Logger]]:
-    """What makes each of the user's loggers, by a name for messages; making one may open a connection."""
+    """Return what makes each of the user's loggers, by a name for messages; making one may open a connection."""
     if not config.logger.own:
         return {}
     from lightning.pytorch.loggers import Logger
@@ -189,7 +196,7 @@ def blamed(callbacks: Sequence[object]) -> Iterator[None]:
 
 
 def _culprit(error: BaseException, callbacks: Sequence[object]) -> object | None:
-    """The callback in one of whose methods the exception was raised, or passed through."""
+    """Return the callback in one of whose methods the exception was raised, or passed through."""
     known = {id(callback): callback for callback in callbacks}
     frame = error.__traceback__
     while frame is not None:

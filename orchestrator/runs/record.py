@@ -42,16 +42,16 @@ class Record:
             )
 
     def begin(self) -> None:
-        """The run is `running` from now on."""
+        """Set the run's status to `running`."""
         self._leg["started"] = time.time()
         self._put({"status": "running"})
 
     def note(self, **facts: Any) -> None:
-        """Say more of this leg, which is written when it ends."""
+        """Add facts of this leg, which are written when it ends."""
         self._leg.update(facts)
 
     def end(self, status: str, step: int, left_out: list[str]) -> None:
-        """The run has ended. On a full disk this takes some seconds of trying again.
+        """Write how the run has ended. On a full disk this retries for some seconds.
 
         Args:
             status: finished, interrupted, failed or diverged.

@@ -155,7 +155,11 @@ def _has(directory: AnyPath, name: str) -> bool:
 
 
 def run_of(checkpoint: AnyPath, saved: Mapping[str, Any]) -> Path | None:
-    """The run directory that a checkpoint belongs to: around it, or, with a `checkpoint.dir`, of the same name."""
+    """Return the run directory that a checkpoint belongs to: around it, or, with a `checkpoint.dir`, of the same name.
+
+    Args:
+        saved: its configuration.
+    """
     named = Path(str(saved.get("runs_dir", ""))) / checkpoint.parent.parent.name / checkpoint.parent.name
     around = [] if is_remote(checkpoint) else [checkpoint.parent.parent]
     return next((path for path in (*around, named) if (path / run_directory.CONFIG).exists()), None)
@@ -240,7 +244,7 @@ def _step(checkpoint: AnyPath) -> int:
 
 
 def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object] = lambda text: None) -> RunConfig:
-    """The saved run's configuration with what this command line asks for on top.
+    """Return the saved run's configuration with what this command line asks for on top.
 
     A group given on the command line (`hardware=cuda`) replaces that group, a key replaces that key;
     everything else stays as it was when the checkpoint was written. A checkpoint may come from strangers: what

@@ -124,7 +124,7 @@ def lock(directory: Path, what: str = "run directory", patient: bool = False) ->
 
 
 def checkpoints_dir(run_dir: Path, config: RunConfig) -> AnyPath:
-    """Where the run keeps its checkpoints: below a directory of the user's, which runs share, under its own name.
+    """Return where the run keeps its checkpoints: below a directory of the user's, which runs share, under its name.
 
     Raises:
         MissingExtraError: it is in a store whose libraries are not installed.
@@ -188,7 +188,7 @@ def _claim(checkpoints: AnyPath, run_dir: Path, name: str | None) -> None:
 
 @contextlib.contextmanager
 def writing(run_dir: Path) -> Iterator[None]:
-    """Around what a start writes into the run directory before there is anything to lose.
+    """Wrap what a start writes into the run directory before there is anything to lose.
 
     Raises:
         RunDirectoryError: it cannot be written.
@@ -200,7 +200,7 @@ def writing(run_dir: Path) -> Iterator[None]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Facts and legs so far; empty for a new run or where the file was cut."""
+    """Read facts and legs so far; empty for a new run or where the file was cut."""
     try:
         return dict(json.loads((run_dir / RUN).read_text()))
     except (FileNotFoundError, ValueError):

@@ -54,7 +54,7 @@ def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], 
 
 
 def checkpoints_of(path: AnyPath) -> AnyPath:
-    """The directory of the checkpoints of a run, or `path` itself where it is no run directory.
+    """Return the directory of the checkpoints of a run, or `path` itself where it is no run directory.
 
     Raises:
         ConfigErrors: the run's configuration is of another version.
@@ -65,7 +65,7 @@ def checkpoints_of(path: AnyPath) -> AnyPath:
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The model whose weights a checkpoint holds, with the size of its vocabulary.
+    """Return the model whose weights a checkpoint holds, with the size of its vocabulary.
 
     Raises:
         CheckpointError: it holds none, or one of a user's own: what reads checkpoints by themselves knows `Decoder`.
@@ -86,7 +86,7 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def stored_config(checkpoint: Checkpoint) -> RunConfig:
-    """The configuration of the run that wrote a checkpoint, which may come from a stranger.
+    """Return the configuration of the run that wrote a checkpoint, which may be untrusted.
 
     Raises:
         CheckpointError: it is damaged.
@@ -136,7 +136,7 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The files that travel with the model of a checkpoint, of those that its manifest lists, by name.
+    """Return the files that travel with the model of a checkpoint, of those that its manifest lists, by name.
 
     Raises:
         CheckpointError: one is larger than such a file may be, or damaged.
@@ -145,7 +145,7 @@ def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer that travels with a checkpoint, if one does, with the documents that the model was trained on.
+    """Return the tokenizer that travels with a checkpoint, with the documents that the model was trained on.
 
     Those of an imported model are what its tokenizer says. Before it was recorded, only the end-of-text token was put.
 

@@ -93,7 +93,7 @@ def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
 
 
 def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_tokens: int) -> list[LayoutError]:
-    """What the model and the batch do not allow of this layout, each with its arithmetic."""
+    """List what the model and the batch do not allow of this layout, each with its arithmetic."""
     problems = []
     # Which sizes an own model has, its parameters say: `check_parts`.
     for field in ("vocab_size",) if model._target_ else ("heads", "kv_heads", "mlp_dim", "vocab_size"):

@@ -66,7 +66,7 @@ class Placement:
         return tuple(1 if dim in reduced else size for dim, size in enumerate(self.shape))
 
     def is_owner(self, layout: Layout, rank: int, reduced: Reduced = ()) -> bool:
-        """Whether `rank` is the one that writes its part: the first of those that hold the same."""
+        """Return whether `rank` is the one that writes its part: the first of those that hold the same."""
         if not self.shape:
             return rank == 0
         at = layout.coordinates(rank)
@@ -78,7 +78,7 @@ class Placement:
         return copies == 0
 
     def copies(self, layout: Layout) -> int:
-        """How many ranks hold the same part."""
+        """Return how many ranks hold the same part."""
         if not self.shape:
             return layout.devices
         return layout.replicate * (layout.tensor if self.tensor_dim is None else 1)
@@ -131,7 +131,7 @@ def _place_one(name: str, axes: tuple[str, ...], shape: tuple[int, ...], rules: 
 
 
 def _chunk(bounds: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
-    """The `index`-th of `parts` pieces as `torch.chunk` cuts them: the last ones may be short or empty."""
+    """Return the `index`-th of `parts` pieces as `torch.chunk` cuts them: the last ones may be short or empty."""
     start, stop = bounds
     step = -(-(stop - start) // parts)
     return min(start + index * step, stop), min(start + (index + 1) * step, stop)

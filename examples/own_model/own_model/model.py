@@ -118,7 +118,7 @@ class SigmoidDecoder(ShardableModel):
         documents: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """The summed loss with targets, logits without; see `ShardableModel`."""
+        """Return the summed loss with targets, logits without; see `ShardableModel`."""
         length, device = tokens.shape[1], tokens.device
         if positions is None:
             positions = torch.arange(length, device=device).unsqueeze(0)

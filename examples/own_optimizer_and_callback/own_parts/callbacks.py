@@ -77,5 +77,5 @@ class InverseSquareRoot:
         self._warmup = warmup_steps
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
-        """The learning rate of the step that follows `step` completed ones; `lr` is the peak."""
+        """Return the learning rate of the step that follows `step` completed ones; `lr` is the peak."""
         return lr * min((step + 1) / self._warmup, math.sqrt(self._warmup / (step + 1)))

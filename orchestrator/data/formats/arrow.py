@@ -14,7 +14,7 @@ _BATCH_ROWS = 1024
 
 
 def read_parquet(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Rows of a Parquet file, of which only the wanted columns are read."""
+    """Yield the rows of a Parquet file, of which only the wanted columns are read."""
     import pyarrow.parquet as parquet
 
     size = item.size_bytes
@@ -29,7 +29,7 @@ def read_parquet(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
 
 
 def read_arrow(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Rows of one or several Arrow files or streams in order."""
+    """Yield the rows of one or several Arrow files or streams in order."""
     import pyarrow
 
     for file in item.files:
@@ -39,7 +39,11 @@ def read_arrow(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
 
 
 def read_source(source: Any, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Rows of an open Arrow file or stream, of which only the wanted columns are taken."""
+    """Yield the rows of an open Arrow file or stream, of which only the wanted columns are taken.
+
+    Args:
+        source: a reader of pyarrow.
+    """
     schema, batches = _batches(source)
     wanted = [_column(schema, column, spec, place.file) for column in spec.fields]
     roots = list(dict.fromkeys(column if column in schema.names else column.split(".")[0] for column in wanted))
@@ -86,7 +90,7 @@ def _name_the_damage(batch: Any, place: SourcePosition) -> None:
 
 
 def _column(schema: Any, wanted: str, spec: TextSpec, path: Path) -> str:
-    """The column of text that `wanted` names: one of that very name, else a field of nested structs."""
+    """Return the column of text that `wanted` names: one of that very name, else a field of nested structs."""
     import pyarrow
 
     found = schema.field(wanted).type if wanted in schema.names else None

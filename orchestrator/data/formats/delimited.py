@@ -12,12 +12,12 @@ from orchestrator.errors import DataError
 
 
 def read_csv(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Comma-separated rows; the first line names the columns."""
+    """Yield comma-separated rows; the first line names the columns."""
     return _rows(item, spec, place, ",")
 
 
 def read_tsv(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Tab-separated rows; the first line names the columns."""
+    """Yield tab-separated rows; the first line names the columns."""
     return _rows(item, spec, place, "\t")
 
 

@@ -70,7 +70,7 @@ class Detected:
 
 
 def detect(path: Path) -> Detected:
-    """Look at the name and the first bytes of a file.
+    """Detect the format of a file by its name and its first bytes.
 
     Raises:
         OSError: the file cannot be opened.
@@ -173,7 +173,7 @@ def _not_text(head: bytes, whole: bool) -> str:
 
 
 def _is_arrow_stream(head: bytes) -> bool:
-    """A message of Arrow's IPC: a marker, the length of the metadata, and a flatbuffer that begins with its root."""
+    """Recognise a message of Arrow's IPC: a marker, the length of the metadata, and a flatbuffer."""
     if len(head) < 16 or not head.startswith(b"\xff\xff\xff\xff"):
         return False
     length = int.from_bytes(head[4:8], "little", signed=True)

@@ -62,7 +62,7 @@ def find_inputs(inputs: Sequence[str], spec: TextSpec | None = None) -> FoundFil
 
 
 def _builtin_files() -> list[Input]:
-    """The sources of the Python standard library, without its tests: text that every machine has."""
+    """List the sources of the Python standard library, without its tests: text that every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files: list[Input] = []
     for folder, folders, names in os.walk(root):
@@ -101,7 +101,7 @@ def _search(text: str, spec: TextSpec) -> FoundFiles:
 
 
 def _named(path: Path, spec: TextSpec) -> Input:
-    """The input that a path is which the user named.
+    """Return the input of a path that the user named.
 
     Raises:
         DataError: it is nothing that can be trained on.
@@ -126,7 +126,7 @@ def _named(path: Path, spec: TextSpec) -> Input:
 
 
 def _look_at(path: Path, spec: TextSpec) -> Detected:
-    """What a file is; one that is a JSON object is a document if it has the fields of one.
+    """Detect what a file is; a JSON object is a document if it has the fields of one.
 
     Raises:
         DataError: the file cannot be read.
@@ -198,7 +198,7 @@ class _Search:
                 self.beside[path] = detected.beside_data
 
     def result(self, text: str) -> FoundFiles:
-        """What is read: where there are data files, the texts about them are not, and of several splits only train."""
+        """Return what is read: beside data files texts about them are left out, and of several splits all but train."""
         data = [item for item in self.inputs if item.format != "text"]
         kept: list[Input] = []
         splits = {item.path: _split_of(item.name) for item in data}
@@ -221,7 +221,7 @@ class _Search:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a name speaks of: train, test or validation; None if it speaks of none."""
+    """Return the split that a name speaks of, train, test or validation; None if it speaks of none."""
     for part in reversed(Path(name).parts):
         if match := _SPLIT.match(part.lower()):
             return "train" if match[1].startswith("train") else match[1]

@@ -14,7 +14,10 @@ _MAX_METADATA_BYTES = 64 << 20
 
 
 def detect_folder(path: Path, name: str) -> tuple[Input, list[LeftOut]] | None:
-    """The data set that a folder is, and what of it is left out; None for a folder of files.
+    """Return the data set that a folder is, and what of it is left out; None for a folder of files.
+
+    Args:
+        name: of the folder, as the user gave it.
 
     Raises:
         DataError: the folder is a data set that cannot be read, or has several splits and none is to train on.
@@ -37,7 +40,11 @@ def detect_folder(path: Path, name: str) -> tuple[Input, list[LeftOut]] | None:
 
 
 def member(folder: Path, name: object, where: str) -> Path:
-    """The file of a data set that its metadata names, which lies in its folder.
+    """Return the file of a data set that its metadata names, which has to lie in its folder.
+
+    Args:
+        name: as in the metadata.
+        where: the metadata, for messages.
 
     Raises:
         DataError: the name leads out of the folder, or there is no such file.

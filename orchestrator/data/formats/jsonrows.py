@@ -17,14 +17,14 @@ _SPACE = " \t\r\n"
 
 
 def read_json_lines(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """One object per line; blank lines are no rows."""
+    """Yield one object per line; blank lines are no rows."""
     for line, consumed in read_lines(item, place):
         if line.strip():
             yield _object(_parsed(line, place), place, "one JSON object per line"), consumed
 
 
 def read_json_object(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """The whole file is one object, a single row."""
+    """Yield the one object that the whole file is."""
     content, raw = open_input(item)
     with raw, content:
         data = content.read(MAX_ROW_BYTES + 1)
@@ -35,7 +35,7 @@ def read_json_object(item: Input, spec: TextSpec, place: SourcePosition) -> Rows
 
 
 def read_json_array(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """An array of objects, one at a time: memory is that of the largest object."""
+    """Yield the objects of an array, one at a time: memory is that of the largest object."""
     content, raw = open_input(item)
     before = 0
     with raw, content:
@@ -46,7 +46,7 @@ def read_json_array(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
 
 
 def _elements(text: io.TextIOWrapper, place: SourcePosition) -> Iterator[Any]:
-    """The elements of the array that `text` holds; `place.row` is the number of the element."""
+    """Yield the elements of the array that `text` holds; `place.row` is the number of the element."""
     window = _Window(text, place)
     if window.next_mark() != "[":
         raise DataError(f"the file is no JSON array: {place.file}", got=window.shown(), allowed="[ at its beginning")
@@ -77,7 +77,7 @@ class _Window:
         self._buffer, self.at = "", 0
 
     def next_mark(self) -> str:
-        """The next character that is no white space, which stays where it is; empty at the end."""
+        """Return the next character that is no white space, without taking it; empty at the end."""
         while True:
             while self.at < len(self._buffer) and self._buffer[self.at] in _SPACE:
                 self.at += 1

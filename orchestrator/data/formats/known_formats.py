@@ -116,7 +116,7 @@ FORMATS: dict[str, Format] = {entry.name: entry for entry in _TABLE}
 
 
 def describe_formats() -> str:
-    """The formats as aligned lines for `--help`."""
+    """Return the formats as aligned lines for `--help`."""
     shown = [entry for entry in _TABLE if entry.holds != "nothing"]
     width = max(len(entry.title) for entry in shown)
     lines = [f"  {entry.title:<{width}}  {entry.known_by}" for entry in shown]

@@ -22,7 +22,7 @@ _MAX_HEADER_BYTES = 1 << 28
 
 
 def read_mds(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """The samples of all shards in the order of the index, of which text, JSON and whole numbers are taken."""
+    """Yield the samples of all shards in the order of the index, of which text, JSON and integers are taken."""
     index = json.loads((item.path / "index.json").read_bytes())
     shards = item.files[:-1]
     for file, shard in zip(shards, index["shards"], strict=True):

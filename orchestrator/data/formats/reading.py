@@ -125,7 +125,7 @@ def too_long(place: SourcePosition, what: str = "line") -> NoReturn:
 
 
 def decoded(data: bytes, place: SourcePosition) -> str:
-    """Bytes of a row as text.
+    """Decode the bytes of a row as UTF-8.
 
     Raises:
         DataError: they are not UTF-8.

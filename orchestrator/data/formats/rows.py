@@ -63,7 +63,11 @@ class TextSpec:
         return [self.field, self.template, self.messages, self.on_null]
 
     def text_of(self, row: Mapping[str, Any], place: object) -> str | None:
-        """The text of a row; None if a field that it needs is null or missing.
+        """Return the text of a row; None if a field that it needs is null or missing.
+
+        Args:
+            row: its fields.
+            place: of the row, for messages.
 
         Raises:
             DataError: a field holds something that is not text.
@@ -113,7 +117,12 @@ class TextSpec:
 
 
 def look_up(row: Mapping[str, Any], field: str) -> Any:
-    """The value of a field: of that very name, else along the dots; `_ABSENT` if there is none."""
+    """Return the value of a field: of that very name, else along the dots; `_ABSENT` if there is none.
+
+    Args:
+        row: its fields.
+        field: name, or names joined by dots.
+    """
     value: Any = row.get(field, _ABSENT)
     if value is _ABSENT and "." in field:
         value = row
@@ -125,7 +134,11 @@ def look_up(row: Mapping[str, Any], field: str) -> Any:
 
 
 def has_fields(row: object, spec: TextSpec) -> bool:
-    """Whether an object has all the fields that `spec` asks for."""
+    """Return whether an object has all the fields that `spec` asks for.
+
+    Args:
+        row: parsed JSON.
+    """
     return isinstance(row, Mapping) and all(look_up(row, field) is not _ABSENT for field in spec.fields)
 
 

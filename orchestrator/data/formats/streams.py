@@ -38,7 +38,7 @@ class Stream(NamedTuple):
 
 
 def compression_of(head: bytes) -> str | None:
-    """The compression that the first bytes of a file are of."""
+    """Recognise the compression of a file by its first bytes; None if there is none."""
     return next((name for name, magics in MAGIC.items() if head.startswith(magics)), None)
 
 
@@ -81,7 +81,7 @@ def open_input(item: Input) -> Stream:
 
 
 def read_lines(item: Input, place: SourcePosition) -> Iterator[tuple[bytes, int]]:
-    """Lines with their ends, and the bytes of the file that each took. A byte order mark of UTF-8 is left away.
+    """Yield lines with their ends, and the number of bytes of the file that each took. A byte order mark is dropped.
 
     Raises:
         DataError: a line is too long.

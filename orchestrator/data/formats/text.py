@@ -15,7 +15,7 @@ PIECE_CHARACTERS = 1 << 20  # longer texts are divided at a line end, so that me
 
 
 def read(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """UTF-8 text, with or without a byte order mark."""
+    """Yield a file of UTF-8 text, with or without a byte order mark, as one row."""
     try:
         yield from _pieces(open_input(item), "utf-8-sig", place)
     except UnicodeDecodeError:
@@ -24,7 +24,7 @@ def read(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
 
 
 def read_python(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Python sources in the encoding that they declare."""
+    """Yield a Python source, in the encoding that it declares, as one row."""
     with open(item.path, "rb") as raw:
         encoding, _lines = tokenize.detect_encoding(raw.readline)
     return _pieces(open_stream(item.path, None), encoding, place)

@@ -18,7 +18,7 @@ _BLOCK_RUN, _BLOCK_RESERVED = 1, 3
 
 
 def check_frames(path: Path) -> None:
-    """Make sure that a file is whole zstd frames which can be decoded here. Reads headers only.
+    """Check that a file consists of whole zstd frames which can be decoded here. Reads headers only.
 
     Raises:
         DataError: it ends early, is damaged, has a window that is too large or needs a dictionary; names the byte.

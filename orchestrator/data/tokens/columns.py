@@ -15,7 +15,11 @@ COLUMNS = ("input_ids", "tokens", "token_ids")
 
 
 def choose_column(names: list[str], asked: str | None, where: str) -> str:
-    """The column that holds the ids.
+    """Choose the column that holds the ids.
+
+    Args:
+        names: of the columns of lists of integers.
+        asked: the column that the user names.
 
     Raises:
         DataError: there is none, or several and none is asked for.
@@ -34,7 +38,11 @@ def choose_column(names: list[str], asked: str | None, where: str) -> str:
 
 
 def list_columns(schema: Any) -> list[str]:
-    """Names of the columns that are lists of whole numbers."""
+    """List the names of the columns that are lists of integers.
+
+    Args:
+        schema: of pyarrow.
+    """
     import pyarrow
 
     kinds = pyarrow.types
@@ -47,7 +55,7 @@ def list_columns(schema: Any) -> list[str]:
 
 
 def read_parquet(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """The rows of Parquet files.
+    """Yield the rows of Parquet files.
 
     Raises:
         DataError: a file is damaged, or has no such column.
@@ -67,7 +75,7 @@ def read_parquet(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]
 
 
 def read_arrow(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """The rows of Arrow files or streams, such as those of `datasets.save_to_disk`.
+    """Yield the rows of Arrow files or streams, such as those of `datasets.save_to_disk`.
 
     Raises:
         DataError: a file is damaged, or has no such column.

@@ -23,13 +23,13 @@ _NPY_MAGIC = b"\x93NUMPY"
 
 
 def read_nanogpt(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """The documents of a .bin without a header, which end with `spec.eos_id`."""
+    """Yield the documents of a .bin without a header, which end with `spec.eos_id`."""
     for file in files:
         yield from split_flat(map_ids(file, spec.raw_dtype), spec.eos_id, str(file))
 
 
 def read_llmc(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """The documents of a .bin of llm.c, each of which begins with `spec.eos_id`."""
+    """Yield the documents of a .bin of llm.c, each of which begins with `spec.eos_id`."""
     for file in files:
         size = regular_size(file)
         head = file.open("rb").read(12) if size >= _LLMC_HEADER_BYTES else b""
@@ -46,7 +46,7 @@ def read_llmc(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
 
 
 def read_numpy(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """The documents of a .npy, with NumPy's header or without; the rows of an array of two dimensions."""
+    """Yield the documents of a .npy, with NumPy's header or without; the rows of an array of two dimensions."""
     for file in files:
         with file.open("rb") as stream:
             has_header = stream.read(len(_NPY_MAGIC)) == _NPY_MAGIC
@@ -62,7 +62,7 @@ def read_numpy(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
 
 
 def _with_header(file: Path) -> np.ndarray:
-    """Maps the array; nothing of it is unpickled."""
+    """Map the array; nothing of it is unpickled."""
     try:
         with file.open("rb") as stream:
             version = npy.read_magic(stream)

@@ -22,7 +22,7 @@ _NUMPY = {0: "<i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "<u1", 5: "<u2", 6: "<u4", 
 
 
 def read(folder: Path) -> Iterator[TokenRow]:
-    """The items of a folder, by its index.json.
+    """Yield the items of a folder, by its index.json.
 
     Raises:
         DataError: a file is damaged, compressed, or its items are no tensors of ids.

@@ -26,7 +26,7 @@ _NAMES |= {"uint64": "u8", "int64": "i8"}
 
 
 def read(folder: Path, spec: TokenSpec) -> Iterator[TokenRow]:
-    """The samples of a folder, by its index.json. A column of plain bytes needs `spec.dtype`.
+    """Yield the samples of a folder, by its index.json. A column of plain bytes needs `spec.dtype`.
 
     Raises:
         DataError: a file is damaged, compressed, or the column holds something else.

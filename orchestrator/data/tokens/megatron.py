@@ -29,7 +29,7 @@ class _Index:
 
 
 def read(files: tuple[Path, ...]) -> Iterator[TokenRow]:
-    """The documents of a .bin by the .idx beside it; `files` are both, in any order.
+    """Yield the documents of a .bin by the .idx beside it; `files` are both, in any order.
 
     Raises:
         DataError: one of the files is damaged, or of a kind that holds more than tokens.

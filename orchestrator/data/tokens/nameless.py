@@ -10,7 +10,7 @@ from orchestrator.errors import ConfigError
 
 
 def nameless_tokenizer(config: TokensConfig) -> Tokenizer:
-    """The ids 0 to `config.vocab_size` - 1, of which `config.eos_id` ends a document.
+    """Make a tokenizer of the ids 0 to `config.vocab_size` - 1, of which `config.eos_id` ends a document.
 
     Raises:
         ConfigError: one of the two is not given.

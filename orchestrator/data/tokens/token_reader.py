@@ -43,7 +43,10 @@ class TokenSpec:
 
 
 def token_spec(config: TokensConfig, vocab_size: int, eos_id: int) -> TokenSpec:
-    """What the configuration says, with the rest from the tokenizer.
+    """Return what the configuration says, with the rest from the tokenizer.
+
+    Args:
+        eos_id: of the tokenizer.
 
     Raises:
         ConfigError: a value contradicts the tokenizer.
@@ -89,7 +92,7 @@ class TokenTally:
     stored_eos_id: int = 0
 
     def lines(self) -> list[str]:
-        """What a user has to know."""
+        """Return what a user has to know, as lines."""
         eos_id = self.eos_id
         lines = [f"documents are delimited {' and '.join(sorted(self.by))}"] if self.by else []
         if self.stored_eos_id != eos_id:
@@ -126,7 +129,11 @@ class TokenChunk:
 def token_batches(
     rows: Iterable[TokenRow], spec: TokenSpec, tally: TokenTally, dtype: np.dtype
 ) -> Iterator[TokenChunk]:
-    """Rows of a reader as batches of documents of `dtype`.
+    """Convert the rows of a reader to batches of documents of `dtype`.
+
+    Args:
+        rows: of a reader.
+        tally: counts what was read and left out.
 
     Raises:
         DataError: an id is not in the vocabulary; names the place.
@@ -150,7 +157,12 @@ def token_batches(
 
 
 def split_flat(ids: np.ndarray, eos_id: int, where: str) -> Iterator[TokenRow]:
-    """Documents of one long sequence, each with its end. A sequence that begins with the token has it in front."""
+    """Divide one long sequence into documents, each with its end; or with the token in front, if it begins so.
+
+    Args:
+        ids: [tokens].
+        eos_id: the token between documents.
+    """
     size = ids.itemsize
     leading = bool(ids.size) and int(ids[0]) == eos_id
     start = 1 if leading else 0
@@ -164,7 +176,11 @@ def split_flat(ids: np.ndarray, eos_id: int, where: str) -> Iterator[TokenRow]:
 
 
 def map_ids(file: Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> np.ndarray:
-    """The ids of a file, mapped, from byte `offset` on.
+    """Map the ids of a file into memory, from byte `offset` on.
+
+    Args:
+        dtype: of an id.
+        count: number of ids; None: to the end of the file.
 
     Raises:
         DataError: its size does not fit.
@@ -182,7 +198,10 @@ def map_ids(file: Path, dtype: np.dtype, offset: int = 0, count: int | None = No
 
 
 def integers(values: np.ndarray, where: str) -> np.ndarray:
-    """The array, if it holds whole numbers in one dimension.
+    """Return the array, if it holds integers in one dimension.
+
+    Args:
+        values: as read.
 
     Raises:
         DataError: it does not.

@@ -72,13 +72,17 @@ class Goodput:
 
 @functools.cache
 def failure_data() -> dict[str, Any]:
-    """The contents of `failures.yaml`."""
+    """Return the contents of `failures.yaml`."""
     data: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("failures.yaml").read_text(encoding="utf-8"))
     return data
 
 
 def failure_rate(chip: Chip, own: float | None = None) -> Value:
-    """Interruptions of a job per chip and day: measured, else of the vendor, else the highest known; marked."""
+    """Return the interruptions of a job per chip and day: measured, else of the vendor, else the highest known; marked.
+
+    Args:
+        own: a rate that the user gives.
+    """
     name, unit = "failures per chip-day", "1/day"
     if own is not None:
         return given(name, own, unit, "given for this fleet")
@@ -96,19 +100,24 @@ def failure_rate(chip: Chip, own: float | None = None) -> Value:
 
 
 def young_interval(stall: float, mtbf: float) -> float:
-    """Seconds between saves, to first order."""
+    """Return the best seconds between saves, to first order."""
     return math.sqrt(2 * stall * mtbf)
 
 
 def daly_interval(stall: float, mtbf: float) -> float:
-    """Seconds between saves, to higher order."""
+    """Return the best seconds between saves, to higher order."""
     if stall >= 2 * mtbf:
         return mtbf
     return young_interval(stall, mtbf) * (1 + math.sqrt(stall / (2 * mtbf)) / 3 + stall / (18 * mtbf)) - stall
 
 
 def restart_goodput(interval: float, stall: float, mtbf: float, restart: float) -> float:
-    """Share of the time that is progress, with exponential failures, each of which costs a restart."""
+    """Return the share of the time that is progress, with exponential failures, each of which costs a restart.
+
+    Args:
+        interval: seconds between saves.
+        restart: seconds that a restart takes.
+    """
     exponent = (interval + stall) / mtbf
     if exponent + restart / mtbf > _MOST_EXPONENT:
         return _LEAST_GOODPUT
@@ -116,10 +125,14 @@ def restart_goodput(interval: float, stall: float, mtbf: float, restart: float) 
 
 
 def replace_goodput(stall: float, mtbf: float, step: float, groups: float, repair: float) -> float:
-    """Share of the time that is progress where a failure takes one data-parallel group out for a while.
+    """Return the share of the time that is progress where a failure takes one data-parallel group out for a while.
 
     Every failure stops the others for `stall` seconds and costs half a step; the group is missing for `repair` seconds
     until spare chips stand in. Failures during a stop make it longer: hence the exponential.
+
+    Args:
+        step: seconds of one.
+        groups: data-parallel groups.
     """
     stopped = math.exp(-min(_MOST_EXPONENT, (stall + step / 2) / mtbf))
     missing = min(1.0, repair / mtbf / groups)

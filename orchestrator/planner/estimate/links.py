@@ -58,7 +58,11 @@ class Ring:
         return max(within, between) + self.hops
 
     def reduce(self, total_bytes: float) -> float:
-        """Seconds of an all-reduce: a reduce-scatter, then an all-gather."""
+        """Return the seconds of an all-reduce: a reduce-scatter, then an all-gather.
+
+        Args:
+            total_bytes: of the whole tensor.
+        """
         return 2 * self.gather(total_bytes)
 
     def exchange(self, token_bytes: float, copies: int) -> float:
@@ -86,7 +90,7 @@ class Ring:
 
 
 def ring(cluster: Cluster, constants: Calibration, size: int, stride: int) -> Ring:
-    """The group of `size` devices that are `stride` apart.
+    """Return the group of `size` devices that are `stride` apart.
 
     Axes are laid out from the inside: tensor, context, fsdp, replicate, pipeline.
     """
@@ -111,7 +115,7 @@ def ring(cluster: Cluster, constants: Calibration, size: int, stride: int) -> Ri
 
 
 def inter_bandwidth(cluster: Cluster) -> float | None:
-    """Bytes/s one way and chip between domains: the cluster's own, or the catalogue's first deployment."""
+    """Return the bytes/s, one way and chip, between domains: the cluster's own, or the catalogue's first deployment."""
     if cluster.inter_bandwidth is not None:
         return cluster.inter_bandwidth
     known = cluster.chip.inter_bandwidths

@@ -22,12 +22,12 @@ KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 5, "eager": 11}
 
 
 def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
-    """What the fullest device needs at the peak of a step."""
+    """Estimate what the fullest device needs at the peak of a step."""
     return step_memory(job, cluster, plan, calibration(cluster.chip, job.stack))
 
 
 def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> MemoryEstimate:
-    """`estimate_memory` with the constants given."""
+    """Estimate memory as `estimate_memory`, with the constants given."""
     if constants.stack.startswith("orchestrator") and covers(job, plan):
         return native_memory(job, plan, constants, device_capacity(cluster))
     ends = {0, plan.pipeline - 1}
@@ -36,14 +36,14 @@ def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: C
 
 
 def device_capacity(cluster: Cluster) -> float | None:
-    """Bytes that a program may use of one device: what the runtime reports, else the catalogue's memory."""
+    """Return the bytes that a program may use of one device: as the runtime reports, else the catalogue's memory."""
     chip = cluster.chip
     known = chip.hbm_runtime_bytes.value or chip.hbm_bytes.value
     return None if known is None else known / chip.logical_devices_per_chip
 
 
 def layer_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -> float:
-    """Bytes of activations that one layer keeps for its backward pass when nothing is computed again.
+    """Return the bytes of activations that one layer keeps for its backward pass without recomputation.
 
     Per token, in elements: inputs and results of two norms (4 d), queries and attention's result (2 h),
     keys and values, and of a gated block the two products, the activation and their product (4 f; 2 f ungated).
@@ -61,7 +61,7 @@ def layer_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -
 
 
 def kept_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool, constants: Calibration) -> float:
-    """Bytes that one layer keeps of one micro-batch between forward and backward, under the plan's remat."""
+    """Return the bytes that one layer keeps of one micro-batch between forward and backward, under the plan's remat."""
     shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
     if plan.remat == "full":
         return job.element_bytes * tokens * shape.dim / split
@@ -179,7 +179,7 @@ def _in_flight(plan: ParallelPlan, micro_batches: int, stage: int, extra: int) -
 
 
 def _buffers(job: JobSpec, plan: ParallelPlan, tokens: float, ends: float, elements: float) -> float:
-    """What collectives need room for.
+    """Return the bytes of buffers that collectives need.
 
     Under ZeRO 3: two gathered layers, one layer's gradients before and after their cast to fp32, and a matrix of the
     vocabulary, which stays gathered from its use forward to the one backward. The stages of a pipeline keep all their

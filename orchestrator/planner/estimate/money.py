@@ -26,7 +26,11 @@ class Bill:
 
 
 def bill(fleet: Fleet, days: Value, tokens: Value) -> Bill:
-    """Compute cost and energy of `days` on all chips of the fleet."""
+    """Compute cost and energy of `days` on all chips of the fleet.
+
+    Args:
+        tokens: of the run.
+    """
     chips = given("chips paid for", float(fleet.paid_chips), "chips", f"fleet {fleet.label}")
     run = derive(
         "cost of the run", "usd", "chips x days x 24 x price", lambda n, d, p: n * d * 24 * p, chips, days, fleet.price

@@ -65,7 +65,7 @@ def _parts(shape: ModelShape, plan: ParallelPlan) -> Iterator[tuple[int, float, 
 
 
 def _blocks(shape: ModelShape, plan: ParallelPlan) -> Iterator[tuple[int, float, float]]:
-    """The same of the blocks' matrices alone."""
+    """Yield the same of the blocks' matrices alone."""
     shards, tensor, layers = plan.shards, plan.tensor, shape.layers
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield layers, queries / shards / tensor, shape.dim

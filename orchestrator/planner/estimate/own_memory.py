@@ -24,13 +24,17 @@ XLA_BLOCK = 512  # queries whose scores exist at one time, as in `strategies/xla
 
 
 def covers(job: JobSpec, plan: ParallelPlan) -> bool:
-    """Whether the strategies can do this at all: no experts, no pipeline, no offloading, fully sharded states."""
+    """Return whether the strategies can do this: no experts, no pipeline, no offloading, fully sharded states."""
     known = not job.model.experts and not job.model.latent_kv
     return known and plan.pipeline == 1 and plan.zero == 3 and plan.remat != "offload"
 
 
 def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capacity: float | None) -> MemoryEstimate:
-    """What a device needs at the fullest moment of a step."""
+    """Estimate what a device needs at the fullest moment of a step.
+
+    Args:
+        capacity: bytes that a program may use of a device; None where unknown.
+    """
     sizes = _Sizes(job, plan, constants)
     moments = (sizes.loss(), sizes.last_layer(), sizes.first_layer(), sizes.embedding(), sizes.update())
     fullest = max(moments, key=lambda moment: moment.total)
@@ -157,7 +161,7 @@ class _Sizes:
     # --- activations of a layer -------------------------------------------------------------------
 
     def _norm(self, width: float, tokens: float, fused: bool) -> float:
-        """A norm's input and, where no kernel fuses it, the input in fp32 and its normalised values instead."""
+        """Return the bytes that a norm keeps: its input and, where no kernel fuses it, fp32 copy and result instead."""
         return tokens * width * (self.wide if fused else 2 * FP32)
 
     @cached_property
@@ -263,7 +267,7 @@ class _Sizes:
         )
 
     def _working(self) -> float:
-        """What a layer's backward pass makes: in the feed-forward, or with a tensor axis in attention's gathering."""
+        """Return the bytes that a layer's backward pass makes: in the feed-forward or in attention's gathering."""
         wide, dim = self.wide, self.shape.dim
         gathered = wide * self.tokens * dim
         inner = self.narrow * (2 * self.tokens * self.hidden + self.hidden * dim)

@@ -97,7 +97,7 @@ class Cost:
 
 
 def estimate_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> TimeEstimate:
-    """How long one optimizer step takes, in parts that add up.
+    """Estimate how long one optimizer step takes, in parts that add up.
 
     Raises:
         ConfigError: the batch does not divide over the plan, or the plan does not use the cluster's devices.
@@ -107,7 +107,7 @@ def estimate_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> TimeEst
 
 
 def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> TimeEstimate:
-    """`estimate_time` with the constants given."""
+    """Estimate time as `estimate_time`, with the constants given."""
     micro_batches = _check(job, cluster, plan)
     rates = device_rates(cluster, job.precision, constants)
     rings = plan_rings(cluster, plan, constants)
@@ -147,7 +147,7 @@ def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Cal
 
 
 def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Rates:
-    """The achievable rates of one device; unknown peaks are named, and fp8's and fp32's then count as bf16's."""
+    """Return the achievable rates of one device; unknown peaks are named, and fp8's and fp32's then count as bf16's."""
     chip, parts = cluster.chip, cluster.chip.logical_devices_per_chip
     unknown = [name for name in ("bf16_flops", "hbm_bandwidth") if not getattr(chip, name).known]
     estimated = []
@@ -174,7 +174,7 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
 
 
 def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> Rings:
-    """The groups of the plan's axes, laid out from the inside: tensor, context, fsdp, replicate, pipeline."""
+    """Return the groups of the plan's axes, laid out from the inside: tensor, context, fsdp, replicate, pipeline."""
     inner = plan.tensor * plan.context
     return Rings(
         tensor=ring(cluster, constants, plan.tensor, 1),
@@ -187,7 +187,7 @@ def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> 
 
 
 def fused_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -> float:
-    """Bytes that a layer's kernels between the products move forward and backward, each fused as far as it goes.
+    """Return the bytes that a layer's kernels between the products move forward and backward, fused.
 
     Per token, in elements: two norms with their residual sums move 8 d forward and 12 d backward; the
     rotation 4 per element of queries and keys; a gated activation 3 f and 6 f, another 2 f and 3 f; sending tokens

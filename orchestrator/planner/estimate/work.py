@@ -52,7 +52,7 @@ class LayerElements(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def layer_elements(shape: ModelShape, sparse: bool) -> LayerElements:
-    """Parameters of a dense or a sparse layer."""
+    """Count the parameters of a dense or a sparse layer."""
     per_width = (3 if shape.gated else 2) * shape.dim
     dense = shape.shared_experts * shape.expert_dim if sparse else shape.mlp_dim
     experts = shape.experts * per_width * shape.expert_dim if sparse else 0
@@ -68,7 +68,7 @@ def sparse_layers(shape: ModelShape) -> int:
 
 @functools.lru_cache(maxsize=256)
 def parameters(shape: ModelShape) -> int:
-    """All elements of the model, a tied weight counted once."""
+    """Count all elements of the model, a tied weight once."""
     sparse = sparse_layers(shape)
     layers = sparse * layer_elements(shape, True).total + (shape.layers - sparse) * layer_elements(shape, False).total
     ends = shape.vocab * shape.dim * (1 if shape.tied else 2) + shape.dim + shape.learned_positions * shape.dim
@@ -95,13 +95,14 @@ def mean_attended(shape: ModelShape, seq_len: int, causal: bool = True, block: i
 
 
 def score_width(shape: ModelShape) -> int:
-    """Elements of a query and a value that each pair of positions costs a multiplication and an addition."""
+    """Return the elements of a query and a value that each pair of positions costs a multiplication and an addition."""
     return shape.heads * (2 * shape.head_dim + shape.rope_dim)
 
 
 @functools.lru_cache(maxsize=256)
 def model_flops_per_token(shape: ModelShape, seq_len: int, causal: bool = True) -> float:
-    """Forward and backward, without recomputation: `6 N + 6 L W S`, `flops.flops_per_token` for any `ModelShape`.
+    """Count forward and backward FLOPs per token, without recomputation: `6 N + 6 L W S`.
+    It is `flops.flops_per_token` for any `ModelShape`.
 
     W is `score_width` (2 H Q for ordinary attention), S the mean number of positions seen. With `causal=False`
     S is the whole sequence, which is the convention of the PaLM paper and of many benchmarks.

@@ -86,7 +86,12 @@ class Pick:
 
 
 def check(runs: Iterable[PublishedRun], held: set[str]) -> list[Checked]:
-    """Estimate every run."""
+    """Estimate every run.
+
+    Args:
+        runs: published runs.
+        held: families that no constant has seen.
+    """
     checked = []
     for run in runs:
         time = estimate_time(run.job, run.cluster, run.plan)
@@ -96,7 +101,11 @@ def check(runs: Iterable[PublishedRun], held: set[str]) -> list[Checked]:
 
 
 def errors(signed: Sequence[float]) -> Errors | None:
-    """None of no rows. The 90th percentile interpolates between rows."""
+    """Summarise signed errors; None of no rows. The 90th percentile interpolates between rows.
+
+    Args:
+        signed: relative errors.
+    """
     if not signed:
         return None
     sizes = sorted(abs(error) for error in signed)
@@ -108,13 +117,13 @@ def errors(signed: Sequence[float]) -> Errors | None:
 
 
 def verdicts(checked: Iterable[Checked]) -> Verdicts:
-    """Of the runs whose source sorts them by out of memory or not."""
+    """Count right and wrong verdicts on memory, of the runs whose source says whether they fit."""
     pairs = [(item.run.out_of_memory, item.fits is False) for item in checked if item.run.out_of_memory is not None]
     return Verdicts(pairs.count((True, True)), pairs.count((False, True)), pairs.count((True, False)))
 
 
 def picks(checked: Iterable[Checked]) -> list[Pick]:
-    """For each sheet of the sweep: the fastest estimate among those estimated to fit, against the best measured."""
+    """Compare the fastest estimate of those estimated to fit with the best measured, for each sheet of the sweep."""
     sheets: dict[str, list[Checked]] = {}
     for item in checked:
         if item.run.out_of_memory is not None:

@@ -127,7 +127,7 @@ class Calibration:
 
 
 def calibration(chip: Chip, stack: str = "auto") -> Calibration:
-    """The constants of `stack` on `chip`, or with `auto` of the vendor's default stack.
+    """Return the constants of `stack` on `chip`, or with `auto` of the vendor's default stack.
 
     Raises:
         ConfigError: there is no such stack.
@@ -146,7 +146,13 @@ def stacks() -> tuple[str, ...]:
 
 
 def parse(data: Mapping[str, Any], stack: str, chip: str) -> Calibration:
-    """One stack's constants of the file's mapping: the vendor's, then the chip's, then what the stack changes."""
+    """Read one stack's constants from the file's mapping: the vendor's, then the chip's, then what the stack changes.
+
+    Args:
+        data: the parsed YAML.
+        stack: name of the stack.
+        chip: key of the chip.
+    """
     entry = data["stacks"][stack]
     vendor = data["vendors"][entry["vendor"]]
     constants = {

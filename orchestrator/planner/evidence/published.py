@@ -130,7 +130,11 @@ class NotStatedError(Exception):
 
 
 def read(*paths: Path) -> tuple[list[PublishedRun], list[LeftOutRun]]:
-    """All runs of the CSV files, and those that cannot be used, each with the reason."""
+    """Read all runs of the CSV files, and those that cannot be used, each with the reason.
+
+    Args:
+        *paths: of the files.
+    """
     groups: dict[str, dict[str, Row]] = {}
     for path in paths:
         with path.open(newline="", encoding="utf-8") as file:
@@ -147,7 +151,7 @@ def read(*paths: Path) -> tuple[list[PublishedRun], list[LeftOutRun]]:
 
 
 def held_out_families(runs: Iterable[PublishedRun]) -> set[str]:
-    """The families that no fit may see: of each stack's, in alphabetical order, every second; and a sole one."""
+    """Choose the families that no fit may see: of each stack's, alphabetically, every second; and a sole one."""
     by_stack: dict[str, set[str]] = {}
     for run in runs:
         by_stack.setdefault(run.family.partition(":")[0], set()).add(run.family)
@@ -407,6 +411,6 @@ def _memory(rows: Mapping[str, Row]) -> float | None:
 
 @functools.cache
 def shipped(folder: Path) -> tuple[tuple[PublishedRun, ...], tuple[LeftOutRun, ...]]:
-    """The published runs and the sweep that lie in `folder`."""
+    """Read the published runs and the sweep that lie in `folder`."""
     runs, left_out = read(folder / "published_runs.csv", folder / "layout_sweep_a100.csv")
     return tuple(runs), tuple(left_out)
