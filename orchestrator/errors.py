@@ -63,6 +63,9 @@ def describe_defect(error: BaseException) -> str:
     """Describe an error that is none of the user's: in one paragraph; with `ORCHESTRATOR_TRACEBACK=1` the stack.
 
     A system that refuses (a full disk, no memory) is named as that; whatever else escapes is a defect of the product.
+
+    Args:
+        error: what was raised.
     """
     if os.environ.get("ORCHESTRATOR_TRACEBACK") == "1":
         return "".join(traceback.format_exception(error)).rstrip()
@@ -170,7 +173,11 @@ class MissingExtraError(UserError):
 
 
 def error_to_dict(error: UserError) -> dict[str, Any]:
-    """Return an error as JSON data, for another process to raise."""
+    """Return an error as JSON data, for another process to raise.
+
+    Args:
+        error: what was raised.
+    """
     parts = {name: None if (part := getattr(error, name)) is None else str(part) for name in _PARTS}
     problems = [error_to_dict(problem) for problem in error.problems] if isinstance(error, ConfigErrors) else []
     return {"type": type(error).__name__, **parts, "problems": problems}

@@ -35,6 +35,7 @@ def relay(line: str, stream: Stream) -> None:
 
     Args:
         line: of text.
+        stream: `stdout` or `stderr`.
     """
     for level, prefix in _PREFIXES.items():
         if line.startswith(prefix):

@@ -239,6 +239,9 @@ def end_process(code: int) -> NoReturn:
 
     Taking the interpreter down would let threads of native libraries abort it now and then ("terminate called without
     an active exception"), and a finished run would count as failed.
+
+    Args:
+        code: exit code of the process.
     """
     atexit._run_exitfuncs()  # such as torch_xla's, which ends the client of the chips
     for stream in (sys.stdout, sys.stderr):

@@ -19,9 +19,9 @@ from orchestrator.hardware.target_table import TARGETS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "orchestrator"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-MAX_LINES, MAX_FUNCTION_LINES = 450, 60
+MAX_LINES, MAX_FUNCTION_LINES = 400, 55  # without docstrings
 # The front door: the order of a run, one statement after the other.
-LONGER: dict[tuple[str, str], int] = {}
+LONGER = {("training/job.py", "_assemble"): 60}
 
 # Modules that import nothing of the product, and that all may import.
 LEAVES = {"errors.py", "installing.py", "lazy_exports.py", "output.py", "stopping.py"}
@@ -229,12 +229,19 @@ def test_of_pickle_only_the_unpickler_is_used_that_makes_records():
     assert readers == ["interop/importing.py"], "which asks the user first"
 
 
+def _docstring_lines(node: ast.AST) -> int:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [each.body[0] for each in ast.walk(node) if isinstance(each, kinds) and ast.get_docstring(each) is not None]
+    return sum(text.end_lineno - text.lineno + 1 for text in texts)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_and_functions_stay_short(name):
-    assert len((PACKAGE / name).read_text().splitlines()) <= MAX_LINES
-    for node in ast.walk(_tree(name)):
+    tree, lines = _tree(name), len((PACKAGE / name).read_text().splitlines())
+    assert lines - _docstring_lines(tree) <= MAX_LINES
+    for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = node.end_lineno - node.lineno + 1
+            length = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
             assert length <= LONGER.get((name, node.name), MAX_FUNCTION_LINES), (
                 f"{name}: {node.name} has {length} lines"
             )

@@ -38,7 +38,11 @@ class Saver:
         self._copies: list[torch.Tensor] = []
 
     def prepare(self, shards: Sequence[Shard]) -> None:
-        """Allocate the memory for copies of such shards ahead of the first save, which then need not wait."""
+        """Allocate the memory for copies of such shards ahead of the first save, which then need not wait.
+
+        Args:
+            shards: this rank's parts of the tensors.
+        """
         if self._asynchronous:
             owned = [shard for shard in shards if shard.owned]
             self._start(lambda: self._allocate(owned))
@@ -47,6 +51,11 @@ class Saver:
         """Save the shards as they are now; they may change when this returns. `wait` tells how it went.
 
         A save that is under way is waited for first, and its error lost: call `wait` before where it matters.
+
+        Args:
+            step: optimizer steps completed.
+            shards: this rank's parts of the tensors.
+            contents: what is saved beside the tensors.
         """
         self.join()
         begun = begin(self._parent, step, self._peers)
@@ -86,7 +95,11 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def join(self, timeout_seconds: float | None = None) -> None:
-        """Wait until nothing is being written, or for so long."""
+        """Wait until nothing is being written, or for so long.
+
+        Args:
+            timeout_seconds: how long to wait; None: without limit.
+        """
         if self._thread is not None:
             self._thread.join(timeout_seconds)
             if not self._thread.is_alive():

@@ -238,6 +238,7 @@ class Checkpoint:
 
         Args:
             progress: told the number of bytes of each piece.
+            places: pieces to look at; None: all.
         """
 
         def check(place: ByteRange) -> Damage | None:
@@ -291,7 +292,13 @@ class Checkpoint:
 
 
 def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]) -> DamagedError:
-    """Make the error for damage in `files`, with the `lines` that describe it."""
+    """Make the error for damage in `files`, with the `lines` that describe it.
+
+    Args:
+        directory: of the checkpoint.
+        files: names of the damaged ones.
+        lines: what is wrong, one line each.
+    """
     shown = "\n           ".join(lines[:_MAX_LINES])
     more = f"\n           and {len(lines) - _MAX_LINES} more ranges" if len(lines) > _MAX_LINES else ""
     return DamagedError(

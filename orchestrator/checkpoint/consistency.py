@@ -19,7 +19,11 @@ REQUIRED = (STATE, CONFIG)
 
 
 def contradictions(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield a line for each part of a checkpoint that contradicts another."""
+    """Yield a line for each part of a checkpoint that contradicts another.
+
+    Args:
+        checkpoint: the checkpoint to read.
+    """
     yield from (f"{name} is missing" for name in REQUIRED if name not in checkpoint.manifest.files)
     yield from _tensor_files(checkpoint)
     yield from _optimizer(checkpoint)

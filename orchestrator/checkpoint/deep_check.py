@@ -27,7 +27,11 @@ class NonFinite:
 
 
 def element_count(checkpoint: Checkpoint) -> int:
-    """Return the number of elements that `nonfinite_tensors` has to look at."""
+    """Return the number of elements that `nonfinite_tensors` has to look at.
+
+    Args:
+        checkpoint: the checkpoint to read.
+    """
     return sum(math.prod(tensor.shape) for tensor in checkpoint.manifest.tensors.values())
 
 

@@ -72,7 +72,13 @@ class TensorDifferences:
 
 
 def common_elements(first: Checkpoint, second: Checkpoint, prefix: str = "") -> int:
-    """Return the number of elements that `compare` has to look at."""
+    """Return the number of elements that `compare` has to look at.
+
+    Args:
+        first: one checkpoint.
+        second: the other one.
+        prefix: of the tensors that are looked at.
+    """
     return sum(math.prod(first.manifest.tensors[name].shape) for name in _comparable(first, second, prefix))
 
 
@@ -172,6 +178,7 @@ def boxes(shape: Sequence[int], limit: int) -> Iterator[Box]:
 
     Args:
         shape: of the tensor.
+        limit: largest size in bytes, or elements of a box.
     """
     if math.prod(shape) <= limit:
         yield tuple(slice(0, size) for size in shape)

@@ -28,14 +28,22 @@ def finite_flags(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def count_nonfinite(data: Tensor) -> tuple[int, int]:
-    """Count the elements that are NaN, and those that are infinite."""
+    """Count the elements that are NaN, and those that are infinite.
+
+    Args:
+        data: a tensor of any dtype.
+    """
     if not data.is_floating_point():
         return 0, 0
     return int(data.isnan().sum()), int(data.isinf().sum())
 
 
 def describe_nonfinite(data: Tensor) -> str:
-    """Describe what of a tensor is not finite: `3 NaN, 1 inf of 4,096 elements`."""
+    """Describe what of a tensor is not finite: `3 NaN, 1 inf of 4,096 elements`.
+
+    Args:
+        data: a tensor of any dtype.
+    """
     nan, infinite = count_nonfinite(data)
     parts = [f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "inf")) if count]
     return f"{', '.join(parts) or 'none'} of {data.numel():,} elements"

@@ -141,6 +141,9 @@ class Manifest:
     def read(cls, directory: AnyPath) -> Manifest:
         """Read and check `manifest.json`.
 
+        Args:
+            directory: of the checkpoint.
+
         Raises:
             CheckpointError: it is missing, damaged, of a newer version, or contradicts itself.
         """
@@ -149,6 +152,10 @@ class Manifest:
     @classmethod
     def parse(cls, content: bytes, directory: AnyPath) -> Manifest:
         """Check the content of the `manifest.json` of `directory`.
+
+        Args:
+            content: bytes of the file.
+            directory: of the checkpoint.
 
         Raises:
             CheckpointError: as `read`.
@@ -165,6 +172,9 @@ def _most_pieces(file: StoredFile, shards: int) -> int:
 
 def read_manifest(directory: AnyPath) -> bytes:
     """Return the bytes of `manifest.json`.
+
+    Args:
+        directory: of the checkpoint.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -183,6 +193,7 @@ def check_cover(name: str, tensor: StoredTensor) -> None:
 
     Args:
         name: of the tensor, for messages.
+        tensor: its entry in the manifest.
 
     Raises:
         CheckpointError: an element is missing or held twice, or a box does not lie in the tensor.
@@ -302,6 +313,7 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
     """Validate `state.json` against its schema: the types that a resumed run relies on.
 
     Args:
+        state: parsed JSON.
         step: of the manifest.
 
     Raises:
@@ -321,7 +333,11 @@ def _schema(name: str = "manifest") -> Any:
 
 
 def stored_to_dict(file: StoredFile) -> dict[str, Any]:
-    """Convert to the JSON entry of a file: its bytes, and bytes and hash of each piece."""
+    """Convert to the JSON entry of a file: its bytes, and bytes and hash of each piece.
+
+    Args:
+        file: its entry in the manifest.
+    """
     return {"bytes": file.bytes, "pieces": [[piece.bytes, piece.hash] for piece in file.pieces]}
 
 

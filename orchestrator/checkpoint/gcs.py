@@ -31,7 +31,11 @@ def prepare() -> None:
 
 
 def understood(error: Exception) -> OSError | None:
-    """Return the system's error that an error of gcsfs stands for; None where it is one itself."""
+    """Return the system's error that an error of gcsfs stands for; None where it is one itself.
+
+    Args:
+        error: what was raised.
+    """
     text = str(error)
     upload = _UPLOAD_TO.search(text)
     if isinstance(error, FileNotFoundError):

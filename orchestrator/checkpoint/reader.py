@@ -84,6 +84,7 @@ class Reader:
 
         Args:
             name: of the tensor.
+            box: the part, a slice per dim.
 
         Raises:
             CheckpointError: as `fill`.

@@ -202,6 +202,7 @@ def reference_batch(batch: Mapping[str, np.ndarray], length: int) -> dict[str, n
 
     Args:
         batch: arrays [B, T].
+        length: of each, in bytes.
     """
     return {name: np.ascontiguousarray(array[:, :length]) for name, array in batch.items()}
 
@@ -216,6 +217,7 @@ def share(batch: Mapping[str, np.ndarray], groups: int, split: int, rank: int, s
     Args:
         batch: arrays [rows, length].
         groups: data-parallel groups.
+        split: ranks that share a sequence.
         rank: number of the share.
         shares: number of shares.
 
@@ -247,6 +249,9 @@ def to_files(reference: Reference) -> dict[str, bytes]:
 def read_reference(checkpoint: Checkpoint) -> Reference | None:
     """Read the reference that a checkpoint carries; None where it has none.
 
+    Args:
+        checkpoint: the checkpoint to read.
+
     Raises:
         CheckpointError: what it carries is damaged, or is nothing that its model could be given.
     """
@@ -276,6 +281,9 @@ def read_reference(checkpoint: Checkpoint) -> Reference | None:
 
 def read_sums(checkpoint: Checkpoint) -> dict[str, int]:
     """Read the sum over the bits of each stored tensor; empty for a checkpoint that has none.
+
+    Args:
+        checkpoint: the checkpoint to read.
 
     Raises:
         CheckpointError: they are damaged.

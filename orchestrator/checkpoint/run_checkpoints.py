@@ -26,6 +26,9 @@ _MAX_MEASURED_BYTES = 1 << 16
 def committed(parent: AnyPath) -> list[AnyPath]:
     """List the directories with a manifest, newest first.
 
+    Args:
+        parent: the directory of checkpoints.
+
     Raises:
         CheckpointError: they cannot be listed.
     """
@@ -94,6 +97,9 @@ def diverged(path: AnyPath) -> bool:
     """Whether the model of a checkpoint gave a loss or gradients that are not finite when it was saved.
 
     So say saves of earlier versions; today's are refused. Where nothing was measured, or it cannot be read: no.
+
+    Args:
+        path: of this machine or of a store.
     """
     try:
         numbers = parse_json(read_bounded(path / MEASURED, _MAX_MEASURED_BYTES))
@@ -106,6 +112,11 @@ def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> 
     """List the checkpoints older than the `keep_last` newest, at least one, without multiples of `keep_every_steps`.
 
     One whose model was not finite counts for nothing: no good one goes because of it.
+
+    Args:
+        parent: the directory of checkpoints.
+        keep_last: number of the newest checkpoints to keep.
+        keep_every_steps: keep checkpoints at multiples of this step, too; None: no others.
     """
     found, paths, kept = [], committed(parent), 0
     while paths and kept < max(1, keep_last):
@@ -120,6 +131,11 @@ def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> 
 
 def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
     """Remove the checkpoints that are `removable`.
+
+    Args:
+        parent: the directory of checkpoints.
+        keep_last: number of the newest checkpoints to keep.
+        keep_every_steps: keep checkpoints at multiples of this step, too; None: no others.
 
     Returns:
         The directories that were removed.
@@ -143,6 +159,9 @@ def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list
 
 def remove_uncommitted(parent: AnyPath) -> list[AnyPath]:
     """Remove what saves left that never committed. Only the holder of the run directory may call it.
+
+    Args:
+        parent: the directory of checkpoints.
 
     Raises:
         CheckpointError: the place cannot be listed.

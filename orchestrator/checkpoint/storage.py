@@ -77,12 +77,19 @@ def locate(where: str | Path) -> AnyPath:
 
 
 def is_remote(path: AnyPath) -> bool:
-    """Whether the path is one of an object store."""
+    """Whether the path is one of an object store.
+
+    Args:
+        path: of this machine or of a store.
+    """
     return not isinstance(path, Path)
 
 
 def resolved(path: Path) -> Path:
     """Return an absolute path of this machine, without links.
+
+    Args:
+        path: of this machine.
 
     Raises:
         CheckpointError: links that lead back to themselves.
@@ -97,6 +104,9 @@ def size_of(path: AnyPath) -> int | None:
     """Return the size of a plain file in bytes, else None.
 
     A link counts as none: a checkpoint holds its files itself.
+
+    Args:
+        path: of this machine or of a store.
 
     Raises:
         OSError: the store does not answer.
@@ -117,6 +127,9 @@ def size_of(path: AnyPath) -> int | None:
 def there(path: AnyPath) -> bool:
     """Return whether anything has that name: a file, a directory, a link, or objects with that prefix.
 
+    Args:
+        path: of this machine or of a store.
+
     Raises:
         OSError: the store does not answer.
     """
@@ -127,6 +140,10 @@ def there(path: AnyPath) -> bool:
 
 def read_bounded(path: AnyPath, limit: int) -> bytes:
     """Read a file of at most `limit` bytes.
+
+    Args:
+        path: of this machine or of a store.
+        limit: largest size in bytes, or elements of a box.
 
     Raises:
         CheckpointError: it is larger.
@@ -145,6 +162,9 @@ def read_bounded(path: AnyPath, limit: int) -> bytes:
 def children(parent: AnyPath) -> list[AnyPath]:
     """List a directory, or what lies directly below a prefix; empty where there is none.
 
+    Args:
+        parent: the directory of checkpoints.
+
     Raises:
         OSError: it cannot be listed.
     """
@@ -160,7 +180,11 @@ def children(parent: AnyPath) -> list[AnyPath]:
 
 
 def modified(path: AnyPath) -> float:
-    """Return when a file was written, in seconds since 1970, by the store's own clock; 0 where it is not known."""
+    """Return when a file was written, in seconds since 1970, by the store's own clock; 0 where it is not known.
+
+    Args:
+        path: of this machine or of a store.
+    """
     if not is_remote(path):
         return path.stat().st_mtime
     try:
@@ -170,7 +194,11 @@ def modified(path: AnyPath) -> float:
 
 
 def make_directory(path: AnyPath) -> None:
-    """Make a directory and its parents. An object store has none: a mistyped name makes no bucket."""
+    """Make a directory and its parents. An object store has none: a mistyped name makes no bucket.
+
+    Args:
+        path: of this machine or of a store.
+    """
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
     elif getattr(path, "protocol", "") not in _WITHOUT_DIRECTORIES:
@@ -181,6 +209,7 @@ def claim(path: AnyPath, owner: bytes) -> bytes:
     """Write an object unless it exists: of several writers, one succeeds. Returns the content that is there.
 
     Args:
+        path: of this machine or of a store.
         owner: the content to write.
 
     Raises:
@@ -229,6 +258,7 @@ def read_range(path: AnyPath, start: int, stop: int) -> bytes:
     """Read the bytes `[start, stop)` of a file, fewer where it ends before.
 
     Args:
+        path: of this machine or of a store.
         start: first byte.
         stop: the byte behind the last one.
 
@@ -284,7 +314,10 @@ def read_runs(path: AnyPath, starts: Sequence[int], length: int, out: memoryview
     """Read stretches of `length` bytes, one behind the other into `out`.
 
     Args:
+        path: of this machine or of a store.
         starts: first byte of each stretch.
+        length: of each, in bytes.
+        out: the buffer to fill.
 
     Returns:
         False where the file is too short.
@@ -317,6 +350,7 @@ def put_last(path: AnyPath, content: bytes) -> None:
     """Publish a commit marker atomically, after all other files are durable.
 
     Args:
+        path: of this machine or of a store.
         content: of the file.
 
     Raises:
@@ -355,6 +389,9 @@ def _put_whole(path: AnyPath, content: bytes) -> None:
 def remove_tree(directory: AnyPath) -> None:
     """Remove a directory and what is in it; in a store it may be gone.
 
+    Args:
+        directory: of the checkpoint.
+
     Raises:
         OSError: something cannot be removed.
     """
@@ -369,6 +406,9 @@ def remove_tree(directory: AnyPath) -> None:
 
 def remove_file(path: AnyPath) -> None:
     """Remove a file; in a store it may be gone.
+
+    Args:
+        path: of this machine or of a store.
 
     Raises:
         OSError: it cannot be removed.

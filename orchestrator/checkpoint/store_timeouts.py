@@ -29,7 +29,11 @@ _limit = DEFAULT_SECONDS
 
 
 def wait_for_stores(seconds: float) -> None:
-    """Set the time limit of one operation of a store, all attempts together."""
+    """Set the time limit of one operation of a store, all attempts together.
+
+    Args:
+        seconds: of waiting, at most.
+    """
     global _limit
     _limit = seconds
 
@@ -104,7 +108,11 @@ def retried(action: Callable[[], Any], operation: str, path: Path) -> Any:
 
 
 def as_os_error(error: Exception) -> OSError:
-    """Return the system's error that an error of a store's library stands for."""
+    """Return the system's error that an error of a store's library stands for.
+
+    Args:
+        error: what was raised.
+    """
     said = gcs.understood(error) or error
     return said if isinstance(said, OSError) else OSError(f"{type(said).__name__}: {said}")
 

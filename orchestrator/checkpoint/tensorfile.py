@@ -94,6 +94,10 @@ class TensorFile:
     def read(self, key: str, box: tuple[slice, ...]) -> np.ndarray:
         """Read a part of a tensor.
 
+        Args:
+            key: name of the tensor in the file.
+            box: the part, a slice per dim.
+
         Returns:
             uint8 [*shape of the box, bytes of an item].
         """
@@ -105,6 +109,10 @@ class TensorFile:
 
     def parts(self, key: str, box: tuple[slice, ...]) -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
         """Read a part of a tensor in portions that take little memory, with hardly more than its own bytes.
+
+        Args:
+            key: name of the tensor in the file.
+            box: the part, a slice per dim.
 
         Yields:
             Where in the box, and its bytes: uint8 [*shape there, bytes of an item], of at most 16 MiB or one row.
@@ -141,7 +149,12 @@ class TensorFile:
                 yield (*outer, slice(low, high)), rows[(slice(None), slice(None), *inner)]
 
     def stretch(self, key: str, box: tuple[slice, ...]) -> tuple[int, int] | None:
-        """Return the bytes `[start, stop)` of the file that a part of a tensor is; None where it is not contiguous."""
+        """Return the bytes `[start, stop)` of the file that a part of a tensor is; None where it is not contiguous.
+
+        Args:
+            key: name of the tensor in the file.
+            box: the part, a slice per dim.
+        """
         entry = self.entries[key]
         if any(part != slice(0, size) for part, size in zip(box[1:], entry.shape[1:], strict=True)):
             return None
@@ -153,7 +166,9 @@ class TensorFile:
         """Read the bytes from `start` on straight into the memory that they are for; `tell` gets them part by part.
 
         Args:
+            start: offset of the first byte.
             out: the buffer to fill.
+            tell: given each part of `out` as it is filled.
         """
         if read_range_into(self._path, start, out, tell) != len(out):
             raise self._damaged("it is shorter than it was")

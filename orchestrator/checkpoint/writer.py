@@ -118,7 +118,13 @@ class Begun:
 
 
 def begin(parent: AnyPath, step: int, coordinator: Coordinator) -> Begun:
-    """Choose a directory for `step` together. All ranks call it; none raises, so that none is left waiting."""
+    """Choose a directory for `step` together. All ranks call it; none raises, so that none is left waiting.
+
+    Args:
+        parent: the directory of checkpoints.
+        step: optimizer steps completed.
+        coordinator: the processes of the job.
+    """
     name, problem, error = f"step-{step:08d}", "", None
     if coordinator.rank == 0:
         name, error = _attempt(lambda: _free_directory(parent, step).name, name)
@@ -132,6 +138,10 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], coordinator: Coordin
 
     Args:
         begun: what `begin` returned.
+        step: optimizer steps completed.
+        shards: this rank's parts of the tensors.
+        coordinator: the processes of the job.
+        contents: what is saved beside the tensors.
 
     Raises:
         SaveError: as `save`, the same on all ranks.
@@ -323,6 +333,7 @@ def write_safetensors(
     The format is https://github.com/huggingface/safetensors#format; device tensors come to the host one by one.
 
     Args:
+        path: of this machine or of a store.
         keys: names of the tensors.
         tensors: in the order of `keys`, on any device.
         hash: a name that `new_hash` takes.

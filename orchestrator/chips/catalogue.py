@@ -61,7 +61,11 @@ class Catalogue:
         return None
 
     def cite(self, figure: Figure) -> str:
-        """Return the figure's source in full; `unknown` where there is no figure."""
+        """Return the figure's source in full; `unknown` where there is no figure.
+
+        Args:
+            figure: of a chip.
+        """
         if figure.source is None:
             return "unknown"
         return self.sources.get(figure.source, figure.source)

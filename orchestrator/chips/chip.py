@@ -43,6 +43,7 @@ class Figure:
         """Return the figure times `factor`; unknown stays unknown.
 
         Args:
+            factor: what it is multiplied by.
             note: what the factor stands for, added to the source.
         """
         if self.value is None:

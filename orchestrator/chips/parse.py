@@ -67,6 +67,7 @@ def check_shape(data: Any, origin: str) -> None:
 
     Args:
         data: the parsed YAML.
+        origin: the file's name, for messages.
 
     Raises:
         ConfigErrors: a part is no mapping.

@@ -28,7 +28,11 @@ def clean(text: object) -> str:
 
 
 def strict_json(data: Any) -> str:
-    """Serialize to JSON that every reader takes: numbers that are not finite become text."""
+    """Serialize to JSON that every reader takes: numbers that are not finite become text.
+
+    Args:
+        data: plain data.
+    """
     return json.dumps(_finite(data), indent=2)
 
 
@@ -55,7 +59,11 @@ def size_text(count: int) -> str:
 
 
 def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that show what `checkpoint.summary.facts` found."""
+    """Yield the lines that show what `checkpoint.summary.facts` found.
+
+    Args:
+        facts: as `checkpoint.summary.facts` gives them.
+    """
     rows: list[tuple[str, object]] = [
         ("checkpoint", facts["path"]),
         ("step", f"{facts['step']:,}"),
@@ -98,7 +106,11 @@ def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def difference_rows(found: TensorDifferences) -> Iterator[str]:
-    """Yield the lines that show what `checkpoint.diff.compare` found."""
+    """Yield the lines that show what `checkpoint.diff.compare` found.
+
+    Args:
+        found: the differences.
+    """
     for title, names in (("only in a", found.only_first), ("only in b", found.only_second)):
         yield from (f"{title}  {clean(name)}" for name in names[:_MAX_CHANGED_ROWS])
         if len(names) > _MAX_CHANGED_ROWS:

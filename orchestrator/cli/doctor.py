@@ -30,6 +30,9 @@ class DoctorOptions:
 def main(argv: list[str]) -> int:
     """Run the verb. Returns 0 where training works at least on the CPU, else 1.
 
+    Args:
+        argv: the words after the verb.
+
     Raises:
         ConfigErrors: wrong options.
     """

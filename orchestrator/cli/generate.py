@@ -50,6 +50,9 @@ class GenerateOptions:
 def main(argv: list[str]) -> int:
     """Run the verb. Returns the exit status.
 
+    Args:
+        argv: the words after the verb.
+
     Raises:
         UserError: wrong options, or a checkpoint that cannot be used; before anything is printed.
     """

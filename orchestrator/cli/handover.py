@@ -33,6 +33,9 @@ AGREES, DIFFERS = 0, 1
 def main(argv: list[str]) -> int:
     """Run the verb. Returns `AGREES` or `DIFFERS`.
 
+    Args:
+        argv: the words after the verb.
+
     Raises:
         UserError: the checkpoint cannot be read or carries no reference, or does not fit the hardware or the layout.
     """
@@ -65,7 +68,11 @@ def main(argv: list[str]) -> int:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """Return the result as text for a terminal."""
+    """Return the result as text for a terminal.
+
+    Args:
+        result: as `handover.json` has it.
+    """
     lines = [
         f"{'checkpoint':<15}{result['checkpoint']}, step {result['step']}",
         f"{'saved on':<15}{_side(result['from'])}",

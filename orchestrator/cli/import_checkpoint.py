@@ -36,6 +36,9 @@ class ImportOptions:
 def main(argv: list[str]) -> int:
     """Run the verb. Returns the exit status.
 
+    Args:
+        argv: the words after the verb.
+
     Raises:
         UserError: wrong options, or what cannot be imported.
     """

@@ -52,6 +52,9 @@ fits no fleet."""
 def main(argv: list[str]) -> int:
     """Run the verb. Returns 0, or `DOES_NOT_FIT` where no fleet holds the model.
 
+    Args:
+        argv: the words after the verb.
+
     Raises:
         UserError: all that is wrong with the configuration, the fleets and the options.
     """

@@ -54,6 +54,9 @@ class RehearseOptions:
 def main(argv: list[str]) -> int:
     """Run the verb. Returns a code of `EXIT_CODES`.
 
+    Args:
+        argv: the words after the verb.
+
     Raises:
         UserError: what of the configuration, the topology or the environments is wrong.
     """

@@ -61,7 +61,9 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int 
     sweeper gets the objective of each job, where `task` returns one.
 
     Args:
+        argv: words of the command line.
         prog: name of the command, for messages.
+        task: called with each job's configuration.
 
     Returns:
         The exit code of the job. Of a multirun: that of the stopped job; else `FAILED` where trying again may help

@@ -23,6 +23,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     """Build the dataclass `cls`, whose fields all have defaults, from nested mappings.
 
     Args:
+        cls: the dataclass.
         data: as parsed from YAML or JSON.
 
     Raises:
@@ -65,6 +66,8 @@ def convert_text(cls: type[Any], key: str, text: str) -> Any:
     """Convert one word of a command line to the type of the field `key` of `cls`.
 
     Args:
+        cls: the dataclass.
+        key: name of the field.
         text: the word.
     """
     hint = typing.get_type_hints(cls)[key]

@@ -17,6 +17,9 @@ _MAX_BYTES, _MAX_DEPTH = 1 << 20, 50
 def read_plain(path: Path) -> dict[str, Any]:
     """Read a YAML mapping as plain data.
 
+    Args:
+        path: the file.
+
     Raises:
         ConfigError: the file is missing, no plain file, unreadable as YAML, or not a mapping.
     """
@@ -28,6 +31,9 @@ def read_plain(path: Path) -> dict[str, Any]:
 
 def check_option(path: Path) -> None:
     """Check a file of a config group before it is composed.
+
+    Args:
+        path: the file.
 
     Raises:
         ConfigError: it is no YAML, names a key twice, is nested without end, or is no mapping.

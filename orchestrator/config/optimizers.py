@@ -30,7 +30,11 @@ _RANGES: dict[str, tuple[str, Any]] = {
 
 
 def check_optimizer(config: OptimConfig) -> list[ConfigError]:
-    """Return everything that is wrong with an optimizer's configuration by itself."""
+    """Return everything that is wrong with an optimizer's configuration by itself.
+
+    Args:
+        config: of the optimizer.
+    """
     problems = list(_ranges("optim", config))
     if isinstance(config, MuonConfig):
         problems += _ranges("optim.adamw", config.adamw)

@@ -66,7 +66,11 @@ def parse_options(cls: type[Options], argv: Sequence[str], positional: Sequence[
 
 
 def describe_options(cls: type[Any]) -> str:
-    """Return the options of a verb as aligned lines for `--help`."""
+    """Return the options of a verb as aligned lines for `--help`.
+
+    Args:
+        cls: the dataclass.
+    """
     rows = []
     for field in dataclasses.fields(cls):
         default = (

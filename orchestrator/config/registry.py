@@ -41,7 +41,11 @@ _FREE_TEXT = ("train.sample.prompt",)  # what a person writes there is not looke
 
 
 def permit(names: Iterable[str]) -> None:
-    """Allow this process to import these dotted names, which its user has given."""
+    """Allow this process to import these dotted names, which its user has given.
+
+    Args:
+        names: dotted paths of code.
+    """
     _permitted.update(names)
 
 
@@ -51,7 +55,11 @@ def permitted() -> list[str]:
 
 
 def is_dotted(named: str) -> bool:
-    """Return whether a name is a dotted path of code, rather than an installed entry point."""
+    """Return whether a name is a dotted path of code, rather than an installed entry point.
+
+    Args:
+        named: value of a `_target_`.
+    """
     return "." in named or ":" in named
 
 
@@ -59,6 +67,7 @@ def targets(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each `_target_` in plain data, at any depth: its dotted key, and its value.
 
     Args:
+        data: plain data.
         key: dotted key of `data` itself.
     """
     for path, name, value in _walk(data, key):
@@ -151,6 +160,7 @@ class OwnPart:
 
         Args:
             kind: what it is, such as `optimizer`.
+            entry: the mapping.
             key: dotted key of `entry`, for messages.
 
         Raises:
@@ -198,6 +208,11 @@ class OwnPart:
 
     def make(self, *given: Any, expected: type | None = None, **named: Any) -> Any:
         """Import what is named and call it; arguments as of `check`.
+
+        Args:
+            given: positional arguments.
+            expected: the class that the result has to be of; None: any.
+            named: value of a `_target_`.
 
         Raises:
             ConfigError: as `check`, or the call raises, or gives something of another kind.
@@ -283,7 +298,12 @@ class OwnPart:
 
 
 def trace(error: BaseException, ours: str) -> str:
-    """Return an exception of the user's code with its traceback, from the first frame outside of the file `ours`."""
+    """Return an exception of the user's code with its traceback, from the first frame outside of the file `ours`.
+
+    Args:
+        error: the exception.
+        ours: path of the file that called the user's code.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     last = max((number for number, frame in enumerate(frames) if frame.filename == ours), default=-1)
     theirs = [frame for frame in frames[last + 1 :] if not frame.filename.startswith("<frozen importlib")]

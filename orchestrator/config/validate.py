@@ -100,12 +100,19 @@ def check_stored(config: RunConfig) -> list[ConfigError]:
     """List what is wrong with the configuration of a checkpoint, before a model of it is built.
 
     How the run was to be started is not looked at: other hardware, another batch and other places may be meant.
+
+    Args:
+        config: of a run.
     """
     return [*check_ranges(config), *_model(config.model)]
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:
-    """List the values that are out of range, each key looked at alone; also used for what a checkpoint brings."""
+    """List the values that are out of range, each key looked at alone; also used for what a checkpoint brings.
+
+    Args:
+        config: of a run.
+    """
     problems = [
         _out(key, value, f"{least} or more" if value < least else f"{least} to {largest}")
         for key, (least, largest) in _COUNTS.items()

@@ -34,7 +34,11 @@ BASE = "base"
 
 
 def group_options(directories: Sequence[Path]) -> dict[str, list[str]]:
-    """List the options of each config group in the folders."""
+    """List the options of each config group in the folders.
+
+    Args:
+        directories: folders of config groups.
+    """
     groups: dict[str, set[str]] = {}
     for directory in directories:
         for file in sorted(directory.glob("*/*.yaml")):
@@ -45,6 +49,9 @@ def group_options(directories: Sequence[Path]) -> dict[str, list[str]]:
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], str | None]:
     """Separate overrides from the value of --config-dir.
+
+    Args:
+        argv: words of the command line.
 
     Raises:
         ConfigError: a flag that is none here, or a --config-dir that is no folder.
@@ -97,6 +104,9 @@ def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     `optim._target_=...` chooses `optim=own` where no optimizer is chosen, and the keys of free mappings
     (`optim.arguments.KEY=...`) need no plus sign.
 
+    Args:
+        argv: words of the command line.
+
     Returns:
         The words, and those groups among them that were chosen here.
     """
@@ -127,7 +137,11 @@ def not_chosen(key: str, word: str) -> ConfigError:
 
 
 def parse_words(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[ConfigError]]:
-    """Parse each word by Hydra's grammar. Returns words with their parsed overrides, and the errors of the others."""
+    """Parse each word by Hydra's grammar. Returns words with their parsed overrides, and the errors of the others.
+
+    Args:
+        words: of the command line.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -36,6 +36,10 @@ def check_same_documents(store: TokenStore, tokenizer: Tokenizer, other: str, fi
 def check_as_asked(store: TokenStore, config: TokenizerConfig) -> None:
     """Check that a prepared store is what the configuration asks for by name; `auto` takes it as it is.
 
+    Args:
+        store: a token store.
+        config: what the user asks for.
+
     Raises:
         DataError: it is otherwise.
     """
@@ -66,6 +70,10 @@ def _word(key: str, value: object) -> str:
 
 def check_made(config: TokenizerConfig, corpora: Sequence[Corpus]) -> None:
     """Check that tokens come with the tokenizer that made them, or without one by request, and that text has one.
+
+    Args:
+        config: what the user asks for.
+        corpora: the documents of each source.
 
     Raises:
         DataError: it is otherwise.

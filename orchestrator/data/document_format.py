@@ -51,6 +51,10 @@ class DocumentFormat:
 def from_record(record: object, vocab_size: int) -> DocumentFormat:
     """Read the format that a store or a checkpoint has kept.
 
+    Args:
+        record: as `DocumentFormat.record` gives it.
+        vocab_size: tokens of the vocabulary.
+
     Raises:
         DataError: it is damaged.
     """

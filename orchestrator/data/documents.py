@@ -73,7 +73,11 @@ class Corpus:
             yield from read_documents(item, self.spec, tally)
 
     def left_out_facts(self, tally: Tally) -> dict[str, Any]:
-        """Return what was left out, for the index of a store: counts, and names by reason. Empty if nothing was."""
+        """Return what was left out, for the index of a store: counts, and names by reason. Empty if nothing was.
+
+        Args:
+            tally: counts what was read and left out.
+        """
         reasons: dict[str, dict[str, Any]] = {}
         for entry in self.left_out:
             fact = reasons.setdefault(entry.reason, {"count": 0, "names": []})
@@ -133,6 +137,10 @@ def _holds_tokens(item: Input, column: str | None) -> bool:
 def spec_of(config: DataConfig, source: SourceConfig) -> TextSpec:
     """Return where the text of a source's rows is: as the source says, else as the data says.
 
+    Args:
+        config: the `data` group of a run.
+        source: a source of the mixture.
+
     Raises:
         ConfigError: a field and a template are given together.
     """
@@ -157,6 +165,11 @@ def spec_of(config: DataConfig, source: SourceConfig) -> TextSpec:
 
 def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> Iterator[Document]:
     """Yield the documents of an input in order; empty ones are left out and counted.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        tally: counts what was read and left out.
 
     Raises:
         DataError: the input is damaged, or a row is not as it should be; names the file and the row.
@@ -185,7 +198,11 @@ def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> I
 
 
 def describe_left_out(facts: Mapping[str, Any]) -> list[str]:
-    """Format what was left out as lines for users, from `Corpus.left_out_facts`."""
+    """Format what was left out as lines for users, from `Corpus.left_out_facts`.
+
+    Args:
+        facts: as `Corpus.left_out_facts` gives them.
+    """
     lines = []
     files = facts.get("files") or {}
     for reason, fact in files.items():

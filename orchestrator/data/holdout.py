@@ -30,7 +30,11 @@ class Extents:
     text_bytes: np.ndarray
 
     def take(self, which: np.ndarray) -> Extents:
-        """Return the documents that an index array or a mask chooses."""
+        """Return the documents that an index array or a mask chooses.
+
+        Args:
+            which: indices, or a mask.
+        """
         return Extents(self.starts[which], self.lengths[which], self.hashes[which], self.text_bytes[which])
 
 

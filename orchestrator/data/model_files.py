@@ -40,6 +40,9 @@ _FLAT_TEMPLATE = re.compile(rf"{TEMPLATES_FOLDER}\.([A-Za-z0-9_-]{{1,64}})\.jinj
 def collect(folder: Path) -> dict[str, bytes]:
     """Read the travelling files of a directory, by their flat names; links are followed.
 
+    Args:
+        folder: the directory.
+
     Raises:
         OSError: one cannot be read.
         DataError: one is no plain file, or too large.

@@ -53,6 +53,10 @@ def regular_size(file: Path, within: Path | None = None) -> int:
 def read_regular(path: Path, limit: int) -> bytes:
     """Read a plain file: a pipe or a device, which may never end, is refused, and so is a larger file.
 
+    Args:
+        path: a file or a directory.
+        limit: largest size in bytes.
+
     Raises:
         OSError: it cannot be read.
         DataError: it is no plain file, or larger than `limit` bytes.

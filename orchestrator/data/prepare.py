@@ -154,6 +154,7 @@ def build_store(
 
     Args:
         inputs: paths, globs, folders or `builtin`.
+        output: a new or empty directory.
         tokenizer_config: the tokenizer, and what documents are to be.
         spec: the fields of a document; None: the defaults.
         validation_fraction: of the tokens, held out.

@@ -290,7 +290,11 @@ def is_store(path: str | os.PathLike[str]) -> bool:
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's content, in hex."""
+    """Return the sha256 of a file's content, in hex.
+
+    Args:
+        path: a file or a directory.
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

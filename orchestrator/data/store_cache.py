@@ -52,6 +52,7 @@ def content_digest(inputs: Sequence[Input], root: Path) -> str:
     Large inputs are not read again while paths, sizes and times of modification are those of the last time.
 
     Args:
+        inputs: the input files.
         root: of the cache, where digests of large inputs are kept.
 
     Raises:
@@ -147,6 +148,7 @@ def note(text: str, say: bool, level: int = logging.INFO) -> None:
 
     Args:
         text: the line.
+        say: whether to tell.
         level: of `logging`.
     """
     if say:

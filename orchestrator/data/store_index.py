@@ -167,7 +167,13 @@ def has_index(folder: Path) -> bool:
 
 
 def store_fingerprint(shards: Sequence[ShardInfo], splits: dict[str, SplitInfo], tokenizer_fingerprint: str) -> str:
-    """Hash the hashes of the tokens, split by split, and the tokenizer's, by sha256."""
+    """Hash the hashes of the tokens, split by split, and the tokenizer's, by sha256.
+
+    Args:
+        shards: of the store.
+        splits: of the store, by name.
+        tokenizer_fingerprint: hash of the tokenizer.
+    """
     parts = [tokenizer_fingerprint]
     for name in SPLITS:
         parts += [name, *(shards[i].sha256 for i in splits[name].shards)]
@@ -178,6 +184,7 @@ def damaged(file: Path, got: str, wanted: str) -> DamagedDataError:
     """Make the error for a file of a store that is not what was written.
 
     Args:
+        file: its path.
         got: what was found.
         wanted: what was expected.
     """

@@ -105,11 +105,18 @@ class TokenStream:
         `tokens`; `targets`, the next token, or -100 where that belongs to another document; `positions` in the
         document, counted from where it starts in the sequence; with `document_mask`, `documents`, counted from 0 in
         the sequence.
+
+        Args:
+            index: number of the sequence.
         """
         return {name: array[0] for name, array in self.batch([index]).items()}
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Return several sequences: the arrays of `sequence`, of shape [len(indices), seq_len]."""
+        """Return several sequences: the arrays of `sequence`, of shape [len(indices), seq_len].
+
+        Args:
+            indices: numbers of the sequences.
+        """
         windows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
         boundaries = np.empty((len(indices), 2), dtype=np.int64)
         for row, index in enumerate(indices):
@@ -185,7 +192,11 @@ class StepLoader:
         return _read_ahead(source, self.prefetch) if self.prefetch > 0 else source
 
     def step(self, step: int) -> Batch:
-        """Return this rank's share of one step."""
+        """Return this rank's share of one step.
+
+        Args:
+            step: number of the step, from 0.
+        """
         first = self._first(step)
         return self.stream.batch(range(first + self.data_rank, first + self.global_batch, self.data_world))
 
@@ -237,21 +248,34 @@ def validation_batches(
 
     Args:
         stream_val: made with `repeat=False`.
+        sequences: number of sequences.
         batch: sequences per batch.
         rank: number of this share.
+        world: number of shares.
     """
     return ValidationBatches(stream_val, sequences, batch, rank, world)
 
 
 def blank_batch(sequences: int, seq_len: int, document_mask: bool) -> Batch:
-    """Make a batch of zeros, of the names, shapes and types that a stream of these settings gives."""
+    """Make a batch of zeros, of the names, shapes and types that a stream of these settings gives.
+
+    Args:
+        sequences: number of sequences.
+        seq_len: tokens of a sequence.
+        document_mask: whether attention stays within a document.
+    """
     windows = np.zeros((sequences, seq_len + 1), dtype=np.int64)
     fields = _fields(windows, np.ones((sequences, 2), dtype=np.int64), document_mask)
     return {name: np.zeros_like(array) for name, array in fields.items()}
 
 
 def windows_of(tokens: int, seq_len: int) -> int:
-    """Return the number of windows of `seq_len` tokens and one target that a split of so many tokens has."""
+    """Return the number of windows of `seq_len` tokens and one target that a split of so many tokens has.
+
+    Args:
+        tokens: of the split.
+        seq_len: tokens of a sequence.
+    """
     return max(0, (tokens - 1) // seq_len)
 
 
@@ -277,6 +301,9 @@ def mixture_shares(weights: Sequence[float]) -> list[float]:
     """Return the share of the sequences that each source really has: grain makes integers of the weights.
 
     Its rule (grain 0.2): the smallest weight becomes 100, the others are cut to whole numbers.
+
+    Args:
+        weights: of the sources.
     """
     scale = 100 / min(weights)
     whole = [int(weight * scale) for weight in weights]
@@ -400,7 +427,14 @@ def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
 
 
 def too_short(store: TokenStore, split: str, tokens: int, seq_len: int) -> DataError:
-    """Make the error for a split that has not one window."""
+    """Make the error for a split that has not one window.
+
+    Args:
+        store: a token store.
+        split: `train` or `validation`.
+        tokens: of the split.
+        seq_len: tokens of a sequence.
+    """
     return DataError(
         f"the {split} split is shorter than one sequence: {store.path}",
         got=f"{tokens} tokens",

@@ -98,7 +98,12 @@ class Tokenizer:
         self._backend.encode_special_tokens = documents.special_tokens_in_text == "text"
 
     def with_documents(self, documents: DocumentFormat, eos_token: str | None = None) -> Tokenizer:
-        """Return the same vocabulary with another document format."""
+        """Return the same vocabulary with another document format.
+
+        Args:
+            documents: what begins and ends a document.
+            eos_token: the end-of-text token; None: as it is.
+        """
         result = copy.copy(self)
         result.__dict__.pop("fingerprint", None)
         # The library does not read back all that it has read once, so a copy is loaded like a file.
@@ -108,6 +113,9 @@ class Tokenizer:
 
     def decided(self, config: TokenizerConfig) -> Tokenizer:
         """Return it with the documents that a configuration asks for; `auto` is what the tokenizer's files say.
+
+        Args:
+            config: what the user asks for.
 
         Raises:
             ConfigError: it has no such token, or nothing would separate documents.
@@ -153,7 +161,11 @@ class Tokenizer:
         return hashlib.sha256(f"{self.eos_token}\n{canonical}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def agrees_with(self, other: Tokenizer) -> bool:
-        """Return whether both turn any text into the same tokens; document formats may differ."""
+        """Return whether both turn any text into the same tokens; document formats may differ.
+
+        Args:
+            other: the tokenizer to compare with.
+        """
         keys = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         return all(self._content.get(key) == other._content.get(key) for key in keys)
 
@@ -193,23 +205,38 @@ class Tokenizer:
         return f"{' '.join([*first, 'text', *last])}; {end}"
 
     def split(self, text: str) -> list[str]:
-        """Divide a text into documents: where special tokens in text are tokens, the end-of-text token separates."""
+        """Divide a text into documents: where special tokens in text are tokens, the end-of-text token separates.
+
+        Args:
+            text: the text.
+        """
         if self.documents.special_tokens_in_text != "token" or not self.documents.eos or self.eos_token not in text:
             return [text]
         return [part for part in text.split(self.eos_token) if part]
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text alone, with nothing in front of it and nothing behind. Returns token ids."""
+        """Encode a text alone, with nothing in front of it and nothing behind. Returns token ids.
+
+        Args:
+            text: the text.
+        """
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Encode a text that a model is to continue, begun as a document. Returns at least one token id."""
+        """Encode a text that a model is to continue, begun as a document. Returns at least one token id.
+
+        Args:
+            text: the text.
+        """
         ids, first = self.encode(text), list(self.documents.bos_ids)
         return (ids if ids[: len(first)] == first else first + ids) or [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode texts, each into int64 of shape [tokens]. Other threads run meanwhile.
+
+        Args:
+            texts: the texts.
 
         Raises:
             DataError: the vocabulary has ids alone, or no token for a text, or a text spells a special token and must
@@ -289,7 +316,11 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Decode tokens, special ones written out; bytes that are not UTF-8 become U+FFFD."""
+        """Decode tokens, special ones written out; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids.
+        """
         known = [int(token) for token in ids if 0 <= int(token) < self.vocab_size]
         return str(self._backend.decode(known, skip_special_tokens=False))
 
@@ -442,7 +473,12 @@ def _token_of(content: Mapping[str, Any], beside: Beside, number: object) -> str
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE vocabulary; the same texts give the same vocabulary. As `vocabulary.train_bpe_json`."""
+    """Train a byte-level BPE vocabulary; the same texts give the same vocabulary. As `vocabulary.train_bpe_json`.
+
+    Args:
+        texts: the texts.
+        vocab_size: tokens of the vocabulary.
+    """
     return Tokenizer(train_bpe_json(texts, vocab_size))
 
 

@@ -134,6 +134,10 @@ def stop_ids(generation: Mapping[str, Any]) -> list[int]:
 def complete(content: dict[str, Any], beside: Beside) -> bool:
     """Add to the content of a `tokenizer.json` what only the files beside it say. Returns whether anything was.
 
+    Args:
+        content: parsed `tokenizer.json`.
+        beside: the files beside it.
+
     Raises:
         DataError: the content is no tokenizer, or an id is out of bounds.
     """
@@ -164,7 +168,11 @@ def complete(content: dict[str, Any], beside: Beside) -> bool:
 
 
 def template_prefix(content: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids that the post-processor of a `tokenizer.json` puts in front of a text."""
+    """Return the ids that the post-processor of a `tokenizer.json` puts in front of a text.
+
+    Args:
+        content: parsed `tokenizer.json`.
+    """
     prefix: list[int] = []
     for node in _nodes(content.get("post_processor"), "processors"):
         ids: list[Any] = []
@@ -184,6 +192,7 @@ def set_template_prefix(content: dict[str, Any], tokens: Mapping[str, int]) -> N
     """Make the post-processor of a `tokenizer.json` put these tokens, and no others, in front of a text.
 
     Args:
+        content: parsed `tokenizer.json`.
         tokens: text to id.
     """
     sequence: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
@@ -201,7 +210,11 @@ def set_template_prefix(content: dict[str, Any], tokens: Mapping[str, int]) -> N
 
 
 def without_special_tokens(content: Mapping[str, Any]) -> str:
-    """Return a `tokenizer.json` of the same ids whose special tokens no text can spell, nor pieces of its model."""
+    """Return a `tokenizer.json` of the same ids whose special tokens no text can spell, nor pieces of its model.
+
+    Args:
+        content: parsed `tokenizer.json`.
+    """
     special = {token["content"] for token in content["added_tokens"] if token.get("special")}
 
     def unspelt(text: str) -> str:
@@ -264,6 +277,9 @@ def from_vocab_and_merges(files: Mapping[str, bytes], model_type: object, place:
 def refuse_foreign(path: Path) -> None:
     """Raise the error that names what lies at a path that is no `tokenizer.json`, and says how to get one.
 
+    Args:
+        path: a file or a directory.
+
     Raises:
         DataError: where it is something that is known, or nothing.
     """
@@ -288,6 +304,7 @@ def foreign(path: Path, kind: str) -> DataError:
     """Make the error for a vocabulary of another form.
 
     Args:
+        path: a file or a directory.
         kind: the form.
     """
     folder = path if path.is_dir() else path.parent
@@ -341,6 +358,9 @@ def _added_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 def pieces_of(content: Mapping[str, Any]) -> set[str]:
     """Return every piece of the vocabulary, added tokens included.
 
+    Args:
+        content: parsed `tokenizer.json`.
+
     Raises:
         DataError: the content is no tokenizer.
     """
@@ -379,6 +399,9 @@ def _id(number: Any, where: str) -> int:
 
 def guessed_eos(content: Mapping[str, Any]) -> str:
     """Return the token that is known to end texts.
+
+    Args:
+        content: parsed `tokenizer.json`.
 
     Raises:
         DataError: there is none.

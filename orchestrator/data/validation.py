@@ -57,7 +57,11 @@ class ValidationData:
         return min(self.wanted, sum(part.sequences for part in self.parts))
 
     def stream(self, document_mask: bool) -> TokenStream | None:
-        """Return the sequences, the same for every seed, so that runs can be compared; None where there are none."""
+        """Return the sequences, the same for every seed, so that runs can be compared; None where there are none.
+
+        Args:
+            document_mask: whether attention stays within a document.
+        """
         parts = self.used
         if not parts:
             return None
@@ -94,7 +98,12 @@ class ValidationData:
 
 
 def validation_data(config: RunConfig, data: PreparedData) -> ValidationData:
-    """Return what a run of `config` is evaluated on."""
+    """Return what a run of `config` is evaluated on.
+
+    Args:
+        config: of the run.
+        data: the prepared sources of the run.
+    """
     seq_len = config.train.seq_len
     if data.validation is not None:
         splits = data.validation.index.splits
@@ -109,6 +118,10 @@ def validation_data(config: RunConfig, data: PreparedData) -> ValidationData:
 
 def check_data(config: RunConfig, data: PreparedData) -> list[str]:
     """Check that the data gives the sequences that a run of `config` takes. Costs nothing.
+
+    Args:
+        config: of the run.
+        data: the prepared sources of the run.
 
     Returns:
         Warnings for the user.
@@ -135,7 +148,11 @@ def check_data(config: RunConfig, data: PreparedData) -> list[str]:
 
 
 def mixture_lines(data: PreparedData) -> list[str]:
-    """Describe the share of the sequences that each source has, where there are several, for the user."""
+    """Describe the share of the sequences that each source has, where there are several, for the user.
+
+    Args:
+        data: the prepared sources of the run.
+    """
     if len(data.stores) == 1:
         return []
     lines = []

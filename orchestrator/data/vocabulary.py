@@ -76,6 +76,9 @@ def library_threads(enabled: bool) -> Iterator[None]:
 
     Afterwards it does not, unless the user has said so: the callers bring their threads, and a later fork of a
     process that left this open would be warned about on standard error.
+
+    Args:
+        enabled: whether it does.
     """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name, "false")

@@ -131,7 +131,12 @@ def entropy_nats(counts: np.ndarray) -> float:
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that it is seen whole or not at all."""
+    """Write a file so that it is seen whole or not at all.
+
+    Args:
+        file: its path.
+        content: of the file.
+    """
     aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with open(aside, "wb") as stream:
         stream.write(content)

@@ -57,6 +57,8 @@ def await_listener(host: str, port: int, wait_seconds: float) -> None:
     """Wait until a process listens at the address.
 
     Args:
+        host: name or address.
+        port: of the listener.
         wait_seconds: for how long.
 
     Raises:
@@ -74,7 +76,11 @@ def await_listener(host: str, port: int, wait_seconds: float) -> None:
 
 
 def resolves(host: str) -> bool:
-    """Return whether this machine knows an address of the name."""
+    """Return whether this machine knows an address of the name.
+
+    Args:
+        host: name or address.
+    """
     try:
         return bool(socket.getaddrinfo(host, None))
     except (OSError, UnicodeError):

@@ -103,7 +103,12 @@ class ProcessCoordinator:
         return self._store.get(key).decode()
 
     def put(self, key: str, text: str) -> None:
-        """Publish `text` to all ranks under a key that is used once."""
+        """Publish `text` to all ranks under a key that is used once.
+
+        Args:
+            key: used once.
+            text: the value.
+        """
         self._store.set(key, text)
 
     def get_now(self, key: str) -> str | None:
@@ -115,7 +120,11 @@ class ProcessCoordinator:
         return int(self._store.add(key, 1))
 
     def beat(self, text: str) -> None:
-        """Publish this process's sign of life. Any thread may call it."""
+        """Publish this process's sign of life. Any thread may call it.
+
+        Args:
+            text: the value.
+        """
         kind, _, path = self._world.store.partition(":")
         if kind == "file":
             # torch's file store only ever grows.
@@ -124,7 +133,11 @@ class ProcessCoordinator:
             self._store.set(f"beat{self._world.rank}", text)
 
     def beat_of(self, rank: int) -> Beat | None:
-        """Return the last sign of life of a process; None where there is none yet."""
+        """Return the last sign of life of a process; None where there is none yet.
+
+        Args:
+            rank: of the process.
+        """
         kind, _, path = self._world.store.partition(":")
         if kind == "file":
             return read_beat(Path(path), rank)

@@ -28,7 +28,12 @@ class Coordinator(Protocol):
         """Return rank 0's `text` on every rank. All ranks call it, in the same order."""
 
     def put(self, key: str, text: str) -> None:
-        """Publish `text` to all ranks under a key that is used once."""
+        """Publish `text` to all ranks under a key that is used once.
+
+        Args:
+            key: used once.
+            text: the value.
+        """
 
     def get_now(self, key: str) -> str | None:
         """Return what a rank has published under `key`, or None. Does not wait."""

@@ -42,6 +42,7 @@ def write_beat(store: Path, rank: int, text: str) -> None:
 
     Args:
         store: that file.
+        rank: of the process.
         text: the beat, as `Beat.to_text` gives it.
     """
     path = _path(store, rank)
@@ -56,6 +57,7 @@ def read_beat(store: Path, rank: int) -> Beat | None:
 
     Args:
         store: the file where the processes meet.
+        rank: of the process.
     """
     try:
         return Beat.from_text(_path(store, rank).read_text())

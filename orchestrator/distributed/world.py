@@ -54,6 +54,9 @@ class World:
 def detect(environ: Mapping[str, str]) -> World | None:
     """Detect the world that the environment describes; None where no engine has started several processes.
 
+    Args:
+        environ: environment variables of this process.
+
     Raises:
         HardwareError: an engine is there and its variables are incomplete, no numbers, or contradict each other.
     """
@@ -214,7 +217,11 @@ def tpu_world(env: Mapping[str, str]) -> World | None:
 
 
 def first_host(nodelist: str) -> str:
-    """Return the first name of a Slurm host list: `gpu[03-07,9],x1` -> `gpu03`."""
+    """Return the first name of a Slurm host list: `gpu[03-07,9],x1` -> `gpu03`.
+
+    Args:
+        nodelist: as `SLURM_JOB_NODELIST` has it.
+    """
     head = re.match(r"(?:[^,\[\]]|\[[^\],-][^\]]*\])+(?=,|$)", nodelist)
     if head is None:
         raise ValueError(nodelist)

@@ -130,7 +130,11 @@ def _check_package(name: str, series: str | None) -> Check:
 
 
 def check_storage(runs_dir: str) -> list[Check]:
-    """Check the disks of the runs and of the caches, file locks, shared memory, and the limit on open files."""
+    """Check the disks of the runs and of the caches, file locks, shared memory, and the limit on open files.
+
+    Args:
+        runs_dir: where runs are kept.
+    """
     runs = Path(runs_dir).expanduser()
     caches = os.environ.get("ORCHESTRATOR_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = Path(caches).expanduser()
@@ -198,6 +202,7 @@ def try_devices(device_types: Sequence[str], *, deep: bool = False) -> list[Chec
 
     Args:
         device_types: of torch, such as `cuda`.
+        deep: whether to try collectives, too.
     """
     checks = []
     for device in dict.fromkeys(device_types):

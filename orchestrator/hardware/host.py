@@ -50,17 +50,29 @@ class TorchBuild:
 
 
 def path(text: str) -> Path:
-    """Return an absolute path of this machine."""
+    """Return an absolute path of this machine.
+
+    Args:
+        text: an absolute path.
+    """
     return ROOT / text.lstrip("/")
 
 
 def glob(pattern: str) -> list[Path]:
-    """List the paths that match an absolute pattern, sorted."""
+    """List the paths that match an absolute pattern, sorted.
+
+    Args:
+        pattern: an absolute glob.
+    """
     return sorted(ROOT.glob(pattern.lstrip("/")))
 
 
 def read(text: str | Path) -> str | None:
-    """Return the stripped content of a small file; None where it cannot be read."""
+    """Return the stripped content of a small file; None where it cannot be read.
+
+    Args:
+        text: an absolute path.
+    """
     try:
         return (text if isinstance(text, Path) else path(text)).read_text(errors="replace").strip()
     except OSError:
@@ -96,7 +108,11 @@ def pci_devices() -> list[PciDevice]:
 
 
 def package_version(name: str) -> str | None:
-    """Return the version of an installed distribution, without importing it."""
+    """Return the version of an installed distribution, without importing it.
+
+    Args:
+        name: of the distribution.
+    """
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -61,6 +61,7 @@ def slices_problem(replicate: int, slices: int) -> LayoutError | None:
 
     Args:
         replicate: degree of that axis.
+        slices: groups of devices with a slow network between them.
     """
     if replicate % slices == 0:
         return None

@@ -84,11 +84,19 @@ class Target(ABC):
         self._simulate: int | None = None
 
     def use(self, config: HardwareConfig) -> None:
-        """Configure the target; before the first `probe`."""
+        """Configure the target; before the first `probe`.
+
+        Args:
+            config: the `hardware` group of a run.
+        """
         self._simulate = config.simulate
 
     def processes(self, devices: int) -> int:
-        """Return the number of processes on this host that drive so many devices."""
+        """Return the number of processes on this host that drive so many devices.
+
+        Args:
+            devices: of this host.
+        """
         return devices
 
     def world(self) -> World | None:
@@ -160,19 +168,35 @@ class Target(ABC):
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device:
-        """Return the device of a rank of this host."""
+        """Return the device of a rank of this host.
+
+        Args:
+            local_rank: number of the process on this host.
+        """
 
     @abstractmethod
     def memory_bytes(self, device: torch.device) -> int | None:
-        """Return the bytes in use now; None where unknown."""
+        """Return the bytes in use now; None where unknown.
+
+        Args:
+            device: a device of this host.
+        """
 
     @abstractmethod
     def peak_memory_bytes(self, device: torch.device) -> int | None:
-        """Return the most bytes that were in use so far; None where unknown."""
+        """Return the most bytes that were in use so far; None where unknown.
+
+        Args:
+            device: a device of this host.
+        """
 
     @abstractmethod
     def synchronize(self, device: torch.device) -> None:
-        """Wait until the device has finished its work."""
+        """Wait until the device has finished its work.
+
+        Args:
+            device: a device of this host.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Return the hardware in plain values, for `run.json` and the report."""

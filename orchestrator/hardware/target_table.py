@@ -90,6 +90,11 @@ def resolve(config: HardwareConfig) -> Target:
 def device_count(config: HardwareConfig, target: Target, probe: Probe) -> int:
     """Return the number of devices on this host that a run uses: `auto` is 1 on a CPU, else all.
 
+    Args:
+        config: the `hardware` group of a run.
+        target: the hardware.
+        probe: of this machine.
+
     Raises:
         HardwareError: more are asked for than there are or than makes sense.
     """
@@ -111,6 +116,11 @@ def device_count(config: HardwareConfig, target: Target, probe: Probe) -> int:
 
 def job_devices(config: HardwareConfig, target: Target, world: World) -> int:
     """Return the number of devices of the whole job: those of this host's process, on as many as were started.
+
+    Args:
+        config: the `hardware` group of a run.
+        target: the hardware.
+        world: this process among the job's.
 
     Raises:
         HardwareError: one process drives all devices of a host, and a host has several processes; or the devices are
@@ -137,6 +147,10 @@ def job_devices(config: HardwareConfig, target: Target, world: World) -> int:
 
 def find_world(config: HardwareConfig, environ: Mapping[str, str]) -> World | None:
     """Find this process among the job's: as its launcher says, else as the machine does; None for a single host.
+
+    Args:
+        config: the `hardware` group of a run.
+        environ: environment variables of this process.
 
     Raises:
         HardwareError: what they say is incomplete or contradicts itself.

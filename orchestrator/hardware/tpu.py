@@ -49,6 +49,7 @@ def libtpu_problems(runtime: dict[str, str], install: str) -> tuple[Problem, ...
     """Check that libtpu is installed: as a package of `runtime`, or where TPU_LIBRARY_PATH says.
 
     Args:
+        runtime: versions of the installed packages.
         install: the command that installs it.
     """
     path = os.environ.get("TPU_LIBRARY_PATH")

@@ -141,6 +141,10 @@ def _tokenizer(checkpoint: Checkpoint, special_tokens: SpecialTokens | None) -> 
 def load_decoder(checkpoint: Checkpoint, device: torch.device) -> Decoder:
     """Load a checkpoint's model onto one device, in fp32 and ready for inference.
 
+    Args:
+        checkpoint: the checkpoint.
+        device: where the model goes.
+
     Raises:
         CheckpointError: it holds no model, or is damaged.
     """

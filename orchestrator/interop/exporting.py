@@ -195,7 +195,12 @@ def _read(reader: Reader, name: str, wanted: torch.dtype) -> torch.Tensor:
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: Dtype) -> int:
-    """Return how many bytes an export writes."""
+    """Return how many bytes an export writes.
+
+    Args:
+        checkpoint: the checkpoint.
+        dtype: of the written weights; `stored` keeps each one's own.
+    """
     model = model_of(checkpoint)
     dtypes = _dtypes(checkpoint, model, dtype)
     return sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in our_shapes(model).items())

@@ -28,6 +28,9 @@ _NANOGPT = re.compile(r"^transformer\.h\.\d+\.attn\.c_attn\.weight$")
 def refuse_quantised(names: Iterable[str]) -> None:
     """Refuse weights whose names say that they are quantised: codes and scales.
 
+    Args:
+        names: of the tensors.
+
     Raises:
         CheckpointError: they do.
     """

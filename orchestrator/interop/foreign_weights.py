@@ -111,6 +111,7 @@ def about(given: Mapping[str, Tensor], name: str) -> tuple[str, tuple[int, ...]]
 
     Args:
         given: the state dict.
+        name: of a tensor.
     """
     if hasattr(given, "about"):
         dtype, shape = given.about(name)

@@ -67,6 +67,10 @@ def regular_file(path: Path) -> Path:
 def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object of untrusted origin.
 
+    Args:
+        path: a file or a directory.
+        limit: largest size in bytes.
+
     Raises:
         CheckpointError: it is missing, too large, or none; or names a key twice, where readers would disagree.
     """
@@ -154,7 +158,11 @@ class HFTensors(Mapping[str, torch.Tensor]):
         return torch.from_numpy(items).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def about(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return the dtype, as safetensors names it, and the shape of a tensor, whatever it holds."""
+        """Return the dtype, as safetensors names it, and the shape of a tensor, whatever it holds.
+
+        Args:
+            name: of a tensor.
+        """
         entry = self._files[name][1].entries[name]
         return entry.dtype, entry.shape
 

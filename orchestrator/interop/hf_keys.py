@@ -83,6 +83,9 @@ class Keys(Mapping[str, Any]):
     def need(self, key: str) -> Any:
         """Return the value of a key that must be there.
 
+        Args:
+            key: of the `config.json`.
+
         Raises:
             CheckpointError: it is not, or null.
         """
@@ -95,6 +98,7 @@ class Keys(Mapping[str, Any]):
         """Take a key that may be missing, and may otherwise have these values alone.
 
         Args:
+            key: of the `config.json`.
             *allowed: the values.
 
         Raises:
@@ -108,6 +112,7 @@ class Keys(Mapping[str, Any]):
         """Record what became of a key.
 
         Args:
+            key: of the `config.json`.
             fate: in words.
         """
         if key in self._config:
@@ -165,6 +170,8 @@ def unsupported(key: str, value: object, allowed: str) -> CheckpointError:
     """Make the error for a value that changes what is computed in a way that is not known here.
 
     Args:
+        key: of the `config.json`.
+        value: what was found.
         allowed: the values that are.
     """
     return CheckpointError(

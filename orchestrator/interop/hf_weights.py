@@ -81,17 +81,30 @@ _DERIVED = re.compile(r"((^|\.)rotary_emb\.inv_freq|\.attn\.(masked_)?bias|(^|\.
 
 
 def is_derived(name: str) -> bool:
-    """Return whether a foreign tensor follows from the configuration: a table of angles or positions, or a mask."""
+    """Return whether a foreign tensor follows from the configuration: a table of angles or positions, or a mask.
+
+    Args:
+        name: of a tensor.
+    """
     return _DERIVED.search(name) is not None
 
 
 def embedding_of(family: Family) -> str:
-    """Return the name of the embedding in the family's files."""
+    """Return the name of the embedding in the family's files.
+
+    Args:
+        family: the Hugging Face family.
+    """
     return _source("embed.weight", family).name
 
 
 def without_prefix(name: str, family: Family) -> str:
-    """Return a foreign name as files that were saved from the inner model have it."""
+    """Return a foreign name as files that were saved from the inner model have it.
+
+    Args:
+        name: of a tensor.
+        family: the Hugging Face family.
+    """
     return name.removeprefix(_INNER[family])
 
 
@@ -153,6 +166,10 @@ class HFTensor:
 def hf_tensors(family: Family, config: ModelConfig) -> list[HFTensor]:
     """List the tensors that `Decoder(config)` has in a Hugging Face state dict; a tied head is none, as in their files.
 
+    Args:
+        family: the Hugging Face family.
+        config: of the model.
+
     Raises:
         CheckpointError: a family that is not known, or that has no counterpart of a parameter.
     """
@@ -188,7 +205,11 @@ def to_hf(parameters: Mapping[str, Tensor], family: Family, config: ModelConfig)
 
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of `Decoder(config)`; a tied head is none of its own."""
+    """Return the shape of every parameter of `Decoder(config)`; a tied head is none of its own.
+
+    Args:
+        config: of the model.
+    """
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 

@@ -140,7 +140,11 @@ class DcpTensors(Mapping[str, torch.Tensor]):
         return whole
 
     def about(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return the dtype, as safetensors names it, and the shape of a tensor."""
+        """Return the dtype, as safetensors names it, and the shape of a tensor.
+
+        Args:
+            name: of a tensor.
+        """
         dtype, shape, _ = self._tensors[name]
         return DTYPE_NAMES[dtype], shape
 
@@ -234,6 +238,9 @@ def read_state_dict(path: Path) -> StateDict:
     """Read the weights of a file of `torch.save`: a state dict, or what training loops wrap around one.
 
     A directory is one of transformers from before safetensors: `pytorch_model.bin`, or an index and its parts.
+
+    Args:
+        path: a file or a directory.
 
     Raises:
         CheckpointError: it cannot be read, or holds more than tensors and plain data.

@@ -63,7 +63,11 @@ def draw_slice(init: Init, name: str, seed: int, shape: tuple[int, ...], slices:
 
 
 def rows_per_chunk(shape: tuple[int, ...]) -> int:
-    """Return the number of rows on dim 0 that share a generator: about 64 Ki elements, at least one row."""
+    """Return the number of rows on dim 0 that share a generator: about 64 Ki elements, at least one row.
+
+    Args:
+        shape: of the parameter.
+    """
     return max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 

@@ -23,6 +23,10 @@ class LayerCache:
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, kv_heads, T, head_dim]; returns all positions so far, [B, kv_heads, length, head_dim].
 
+        Args:
+            k: keys.
+            v: values.
+
         Raises:
             ValueError: more positions than the cache was made for.
         """

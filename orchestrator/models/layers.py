@@ -24,6 +24,9 @@ Mask = Tensor | CausalMask | None  # what `Attention.core` takes; see `models.at
 def resolved_head_dim(config: ModelConfig) -> int:
     """Return the width of one head: as configured, or `dim / heads`.
 
+    Args:
+        config: of the model.
+
     Raises:
         ConfigError: `head_dim: auto` with a `dim` that the heads do not divide.
     """
@@ -52,6 +55,7 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """Make the configured normalisation over the last dim.
 
     Args:
+        config: of the model.
         width: size of that dim.
     """
     return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(width, eps=config.norm_eps)

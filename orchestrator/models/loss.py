@@ -86,7 +86,11 @@ class HeadOps:
 
 
 def default_head_ops(chunk_tokens: int) -> HeadOps:
-    """Return the head of a model whose vocabulary is whole on every device."""
+    """Return the head of a model whose vocabulary is whole on every device.
+
+    Args:
+        chunk_tokens: tokens whose logits exist at one time.
+    """
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens)

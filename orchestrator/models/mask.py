@@ -27,12 +27,21 @@ class CausalMask:
     device: torch.device
 
     def visible_keys(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the first and the end of the keys outside of which the queries [start, stop) see nothing."""
+        """Return the first and the end of the keys outside of which the queries [start, stop) see nothing.
+
+        Args:
+            start: first query.
+            stop: the query behind the last one.
+        """
         first = 0 if self.window is None else max(0, self.past + start - self.window + 1)
         return first, self.past + stop
 
     def part(self, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor | None:
         """Make the mask of the queries [start, stop) over the keys [first, end).
+
+        Args:
+            queries: `(start, stop)` of the queries.
+            keys: `(first, end)` of the keys.
 
         Returns:
             bool [B or 1, 1, stop - start, end - first], True where attention may look; None where plain causal

@@ -113,6 +113,7 @@ def attend_in_blocks(model: ShardableModel, block: int, checkpoint: Callable[...
     """Let every layer of `model` attend as `BlockedAttentionCore`, whose arguments these are.
 
     Args:
+        model: before it is sharded.
         block: queries whose scores exist at one time.
         checkpoint: the function that recomputes activations.
     """
@@ -163,6 +164,7 @@ def check_model(model: object, key: str) -> ShardableModel:
     """Check that `model` is what the strategies need; it may be on the meta device.
 
     Args:
+        model: the object to check.
         key: dotted key of the model in the configuration, for messages.
 
     Raises:

@@ -64,7 +64,13 @@ def remat_function(
 def apply_remat(
     model: ShardableModel, policy: RematPolicy, checkpoint: Callable[..., Any] = torch_checkpoint.checkpoint
 ) -> None:
-    """Apply a rematerialisation policy to every block of the model; see `remat_function`."""
+    """Apply a rematerialisation policy to every block of the model; see `remat_function`.
+
+    Args:
+        model: before it is sharded.
+        policy: what is recomputed.
+        checkpoint: the function that recomputes activations.
+    """
     function = remat_function(policy, checkpoint)
     if function is run_directly:
         return
@@ -74,7 +80,12 @@ def apply_remat(
 
 
 def run_directly(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call `function` without rematerialisation: keep every activation."""
+    """Call `function` without rematerialisation: keep every activation.
+
+    Args:
+        function: computes a block's output.
+        args: its arguments.
+    """
     return function(*args)
 
 

@@ -35,7 +35,12 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, scaling: RopeSca
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate `x` [B, T, H, head_dim]; the arithmetic is fp32, the result has the dtype of `x`."""
+    """Rotate `x` [B, T, H, head_dim]; the arithmetic is fp32, the result has the dtype of `x`.
+
+    Args:
+        x: queries or keys, [B, T, H, head_dim].
+        rope: cosines and sines of the positions.
+    """
     cos, signed_sin = rope
     # Rolling by half a head puts each element's partner in its place: two passes less than negating and joining halves.
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin).to(x.dtype)

@@ -31,7 +31,11 @@ class History:
         self.write(rows)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows; others than those of training and evaluation are not kept."""
+        """Add rows; others than those of training and evaluation are not kept.
+
+        Args:
+            rows: by rising step.
+        """
         for row in rows:
             for key, kept in self._kept.items():
                 if key in row:
@@ -58,6 +62,9 @@ def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as JSON has it: a number that is not finite is null, and `nonfinite` says what it was.
 
     `{"loss": nan}` becomes `{"loss": null, "nonfinite": {"loss": "nan"}}`.
+
+    Args:
+        row: figures by name.
     """
     wrong = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
     if not wrong:

@@ -101,7 +101,11 @@ class Metrics(lightning.Callback):
         self._since = time.perf_counter()
 
     def record(self, **values: Any) -> None:
-        """Record one step: `step`, `loss`, `grad_norm`, `lr`."""
+        """Record one step: `step`, `loss`, `grad_norm`, `lr`.
+
+        Args:
+            values: figures by name.
+        """
         self._steps.append({**values, "time": time.time()})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -141,7 +145,11 @@ class Metrics(lightning.Callback):
         self._since = time.perf_counter()
 
     def forget_after(self, step: int) -> None:
-        """Drop what was recorded of later steps and is not written yet: they were computed and had no effect."""
+        """Drop what was recorded of later steps and is not written yet: they were computed and had no effect.
+
+        Args:
+            step: optimizer steps completed.
+        """
         self._steps = [values for values in self._steps if values["step"] <= step]
 
     def pause(self) -> None:
@@ -149,7 +157,12 @@ class Metrics(lightning.Callback):
         self._since = time.perf_counter()
 
     def write_evaluation(self, step: int, **values: float) -> None:
-        """Write a row of held-out metrics."""
+        """Write a row of held-out metrics.
+
+        Args:
+            step: optimizer steps completed.
+            values: figures by name.
+        """
         self._write([finite_row({"step": step, **values, "time": time.time(), "leg": self._leg})])
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

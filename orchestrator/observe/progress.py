@@ -68,6 +68,7 @@ class Progress(lightning.Callback):
 
         Args:
             what: is done, for the bar.
+            items: what to go through.
         """
         total, pause = len(items) if isinstance(items, Sized) else "?", _LINE_SECONDS if self._bar is None else 0.2
         due = time.monotonic() + pause
@@ -82,7 +83,11 @@ class Progress(lightning.Callback):
         self._shown = {}
 
     def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
+        """Print a line without tearing the bar.
+
+        Args:
+            text: the line.
+        """
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:

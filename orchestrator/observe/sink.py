@@ -140,7 +140,9 @@ class SideChannels:
 
         Args:
             name: for messages.
+            write: called with what was put into the channel.
             unit: what is written, for messages; None: not counted.
+            close: called when the run ends; None: nothing.
         """
         channel: Channel[Any] = Channel(name, write, self._warn, unit)
         self._channels.append(channel)
@@ -166,7 +168,11 @@ class SideChannels:
 
 
 def reason(error: BaseException | None) -> str:
-    """Return an exception in a few words, for a message."""
+    """Return an exception in a few words, for a message.
+
+    Args:
+        error: the exception.
+    """
     text = getattr(error, "strerror", None) or (str(error).partition("\n")[0] if error else "") or repr(error)
     return str(text)[:300]
 
@@ -216,6 +222,9 @@ class JsonLines:
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows.
 
+        Args:
+            rows: by rising step.
+
         Raises:
             OSError: none was.
         """
@@ -226,6 +235,10 @@ class JsonLines:
 
 def write_all(file: int, data: bytes) -> None:
     """Write all of `data` to a file descriptor.
+
+    Args:
+        file: the file descriptor.
+        data: what to write.
 
     Raises:
         OSError: some of it, or nothing, was written.

@@ -18,6 +18,12 @@ def mfu(
     """Return the model FLOPs utilisation: the model's arithmetic, without recompute, per peak of the devices.
 
     The definition of PaLM (arXiv 2204.02311, appendix B). None where a part is unknown.
+
+    Args:
+        tokens_per_second: of the whole job.
+        flops_per_token: of the model, forward and backward.
+        peak_flops_per_device: FLOP/s.
+        devices: of the job.
     """
     if tokens_per_second is None or not flops_per_token or not peak_flops_per_device or devices < 1:
         return None

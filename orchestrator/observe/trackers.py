@@ -40,7 +40,11 @@ TAGS = {
 
 
 def tagged(row: Row) -> dict[str, float]:
-    """Return the numbers of a row by tag; what is unknown is left out."""
+    """Return the numbers of a row by tag; what is unknown is left out.
+
+    Args:
+        row: figures by name.
+    """
     return {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
 
 
@@ -63,6 +67,9 @@ class TensorBoard:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Add rows.
+
+        Args:
+            rows: by rising step.
 
         Raises:
             OSError: none was.
@@ -131,6 +138,9 @@ class Wandb:
     def write(self, rows: Sequence[Row]) -> None:
         """Log rows.
 
+        Args:
+            rows: by rising step.
+
         Raises:
             Exception: whatever W&B says; it is safe to log the rows again, for a step keeps its last values.
         """
@@ -177,6 +187,9 @@ class OwnLogger:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Log rows.
+
+        Args:
+            rows: by rising step.
 
         Raises:
             Exception: whatever the logger says.

@@ -13,6 +13,9 @@ from orchestrator.errors import PartError
 def schedule_of(config: RunConfig) -> Callable[[int, float], float]:
     """Return the configuration's schedule: from completed steps and the peak to the next step's learning rate.
 
+    Args:
+        config: of the run.
+
     Raises:
         ConfigError: an own schedule that cannot be found or made.
     """

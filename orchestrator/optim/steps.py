@@ -50,7 +50,11 @@ class GuardedOptimizer(torch.optim.Optimizer):
         return None if self.found_inf is None else self.found_inf.bool()
 
     def with_gradients(self, group: dict[str, Any]) -> list[Tensor]:
-        """Return the parameters of a group that have a gradient."""
+        """Return the parameters of a group that have a gradient.
+
+        Args:
+            group: of the optimizer.
+        """
         return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 

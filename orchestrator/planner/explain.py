@@ -24,12 +24,20 @@ PARTS = {
 
 
 def parts(time: TimeEstimate) -> dict[str, float]:
-    """Return the seconds of the step by what the device waits for."""
+    """Return the seconds of the step by what the device waits for.
+
+    Args:
+        time: of a step.
+    """
     return {name: float(getattr(time, name)) for name in PARTS}
 
 
 def layout_text(plan: ParallelPlan) -> str:
-    """Format the degrees above one and the rest: `fsdp 128 x tensor 8, micro-batch 1, remat none`."""
+    """Format the degrees above one and the rest: `fsdp 128 x tensor 8, micro-batch 1, remat none`.
+
+    Args:
+        plan: the layout and its settings.
+    """
     degrees = [(axis, getattr(plan, axis)) for axis in ("replicate", "fsdp", "context", "tensor", "pipeline")]
     words = " x ".join(f"{axis} {degree:,}" for axis, degree in degrees if degree > 1) or "one device"
     if plan.expert > 1:
@@ -43,7 +51,13 @@ def layout_text(plan: ParallelPlan) -> str:
 
 
 def link_of(axis: str, plan: ParallelPlan, cluster: Cluster) -> str:
-    """Return the slowest link that an axis' traffic crosses."""
+    """Return the slowest link that an axis' traffic crosses.
+
+    Args:
+        axis: of the mesh.
+        plan: the layout and its settings.
+        cluster: chips and links.
+    """
     chip = cluster.chip
     topology = chip.topology
     domain = (
@@ -64,7 +78,12 @@ def link_of(axis: str, plan: ParallelPlan, cluster: Cluster) -> str:
 
 
 def bound(candidate: Candidate, cluster: Cluster) -> str:
-    """Explain what limits the step: `compute, 71% of the step; next fsdp over the network between hosts, 12%`."""
+    """Explain what limits the step: `compute, 71% of the step; next fsdp over the network between hosts, 12%`.
+
+    Args:
+        candidate: the layout.
+        cluster: chips and links.
+    """
     shares = sorted(parts(candidate.time).items(), key=lambda item: -item[1])
     said = [
         _part(name, candidate, cluster, seconds / candidate.time.step) for name, seconds in shares[:2] if seconds > 0
@@ -73,7 +92,12 @@ def bound(candidate: Candidate, cluster: Cluster) -> str:
 
 
 def loses(loser: Candidate, best: Candidate) -> str:
-    """Explain why a runner-up is slower, by time per token: `7% slower: pipeline bubble +9%, fsdp -2%`."""
+    """Explain why a runner-up is slower, by time per token: `7% slower: pipeline bubble +9%, fsdp -2%`.
+
+    Args:
+        loser: the runner-up.
+        best: the layout.
+    """
     per_token = 1 / best.tokens_per_second
     slower = 1 / loser.tokens_per_second / per_token - 1
     mine, theirs = _per_token(best), _per_token(loser)

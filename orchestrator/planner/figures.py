@@ -21,7 +21,14 @@ FIGURES = (*SPEED, *RUN, *BILL)
 
 
 def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catalogue) -> dict[str, Value]:
-    """Return the figures of a step, and of the run if nothing ever failed."""
+    """Return the figures of a step, and of the run if nothing ever failed.
+
+    Args:
+        fleet: the chips.
+        best: the layout.
+        tokens: of the run.
+        catalogue: of chips.
+    """
     job = best.job
     step = _step(fleet, best, catalogue)
     batch = given("tokens per step", float(job.global_batch_tokens), "tokens", "the batch")
@@ -46,7 +53,14 @@ def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catal
 
 
 def goodput_of(fleet: Fleet, best: Candidate, step: Value, failures: FailureOptions) -> Goodput:
-    """Return what failures make of the time; a fleet's own rate goes before the general one."""
+    """Return what failures make of the time; a fleet's own rate goes before the general one.
+
+    Args:
+        fleet: the chips.
+        best: the layout.
+        step: seconds of one.
+        failures: rates, and how the job recovers.
+    """
     if fleet.entry.failures_per_chip_day is not None:
         failures = replace(failures, failures_per_chip_day=fleet.entry.failures_per_chip_day)
     state = best.memory.parameters + best.memory.optimizer
@@ -55,7 +69,14 @@ def goodput_of(fleet: Fleet, best: Candidate, step: Value, failures: FailureOpti
 
 
 def run_figures(fleet: Fleet, ideal: Value, kept: Goodput, tokens: Value) -> dict[str, Value]:
-    """Return the figures of the run with its failures: days, saves, cost and energy."""
+    """Return the figures of the run with its failures: days, saves, cost and energy.
+
+    Args:
+        fleet: the chips.
+        ideal: seconds of the run without failures.
+        kept: share of the time that is kept.
+        tokens: of the run.
+    """
     formula = "days without failures / goodput"
     days = derive("days", "days", formula, lambda d, g: d / g, ideal, kept.fraction, falling=(1,))
     formula = "days x 86400 / time between failures"

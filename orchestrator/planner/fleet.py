@@ -104,12 +104,19 @@ class Fleet:
 
 
 def split_fleets(text: str) -> list[str]:
-    """Split `h100x1024`, or several fleets in brackets, into words."""
+    """Split `h100x1024`, or several fleets in brackets, into words.
+
+    Args:
+        text: one word or several.
+    """
     return [word.strip() for word in text.strip().removeprefix("[").removesuffix("]").split(",")]
 
 
 def parse_fleet(word: str) -> FleetEntry:
     """Parse a fleet in the short form.
+
+    Args:
+        word: the short form.
 
     Raises:
         ConfigError: it is not written as `GRAMMAR` says.
@@ -122,6 +129,10 @@ def parse_fleet(word: str) -> FleetEntry:
 
 def find_chip(name: str, catalogue: Catalogue) -> Chip:
     """Return the chip that a user calls `name`.
+
+    Args:
+        name: of the figure.
+        catalogue: of chips.
 
     Raises:
         ConfigError: no such chip.
@@ -145,6 +156,11 @@ def resolve_fleets(
     items: Sequence[str | FleetEntry], catalogue: Catalogue, defaults: FleetEntry = FleetEntry()
 ) -> list[Fleet]:
     """Return the fleets with their figures; gaps of an entry are filled from `defaults`, then the catalogue.
+
+    Args:
+        items: words or entries.
+        catalogue: of chips.
+        defaults: for what an entry leaves open.
 
     Raises:
         ConfigErrors: all that is wrong with all of them.
@@ -174,6 +190,8 @@ def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = N
     A budget without `chips` gives the smallest fleet that there is.
 
     Args:
+        entry: what is asked for.
+        catalogue: of chips.
         chips: how many, where the entry gives a budget and the caller has chosen.
 
     Raises:
@@ -207,7 +225,12 @@ def resolve_fleet(entry: FleetEntry, catalogue: Catalogue, chips: int | None = N
 
 
 def inter_bandwidth(fleet: Fleet, catalogue: Catalogue) -> Value:
-    """Return the bytes/s, one way and chip, between hosts or slices, as the estimators take it."""
+    """Return the bytes/s, one way and chip, between hosts or slices, as the estimators take it.
+
+    Args:
+        fleet: the chips.
+        catalogue: of chips.
+    """
     name, links = "network per chip", fleet.cluster.chip.inter_bandwidths
     if fleet.cluster.inter_bandwidth is not None:
         return given(name, fleet.cluster.inter_bandwidth, "byte/s", "given for this fleet")

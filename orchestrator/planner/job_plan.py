@@ -91,6 +91,11 @@ class FleetPlan:
 def plan_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
     """Plan a job on one fleet.
 
+    Args:
+        request: what is to be planned.
+        fleet: the chips.
+        catalogue: of chips.
+
     Raises:
         ConfigError: no fleet of its chips stays within the budget.
     """
@@ -101,7 +106,12 @@ def plan_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPla
 
 
 def batch_for(request: Request, fleet: Fleet) -> Batch:
-    """Return the batch of a step: the user's, or one that suits the fleet."""
+    """Return the batch of a step: the user's, or one that suits the fleet.
+
+    Args:
+        request: what is to be planned.
+        fleet: the chips.
+    """
     if request.batch_tokens is not None:
         return Batch(request.batch_tokens)
     tokens = min(BATCH_MOST, max(BATCH_LEAST, BATCH_PER_CHIP * fleet.cluster.chips))
@@ -109,13 +119,24 @@ def batch_for(request: Request, fleet: Fleet) -> Batch:
 
 
 def search_fleet(request: Request, fleet: Fleet, leaders: int = LEADERS) -> SearchResult:
-    """Search the layouts of the job on the fleet; `leaders` as for `search`."""
+    """Search the layouts of the job on the fleet; `leaders` as for `search`.
+
+    Args:
+        request: what is to be planned.
+        fleet: the chips.
+        leaders: frames that are filled to the end.
+    """
     batch, space, domains = batch_for(request, fleet), request.space, fleet.domains
     return search(request.job, fleet.cluster, batch, space, request.estimators, domains, leaders=leaders)
 
 
 def ladder(fleet: Fleet, most: int = MOST_CHIPS) -> list[int]:
-    """List the numbers of chips that can be had, about eight to each doubling, up to `most`."""
+    """List the numbers of chips that can be had, about eight to each doubling, up to `most`.
+
+    Args:
+        fleet: the chips.
+        most: the largest number.
+    """
     chip = fleet.cluster.chip
     if is_tpu(chip):
         shapes = sorted(legal_shapes(chip.key, chip.topology.domain_chips or 0))
@@ -155,7 +176,14 @@ def _plan(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
 
 
 def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: SearchResult) -> Remedy:
-    """Find what would make the job fit: other choices on this fleet, or more of its chips."""
+    """Find what would make the job fit: other choices on this fleet, or more of its chips.
+
+    Args:
+        request: what is to be planned.
+        fleet: the chips.
+        catalogue: of chips.
+        result: of the search.
+    """
     free = replace(request, space=request.widest)
     layout = search_fleet(free, fleet).best if request.restricted else None
     chips = smallest_fleet(free, fleet, catalogue)
@@ -163,7 +191,13 @@ def find_remedy(request: Request, fleet: Fleet, catalogue: Catalogue, result: Se
 
 
 def smallest_fleet(request: Request, fleet: Fleet, catalogue: Catalogue) -> int | None:
-    """Return the chips of the smallest fleet of that kind on which some layout fits; None where no million does."""
+    """Return the chips of the smallest fleet of that kind on which some layout fits; None where no million does.
+
+    Args:
+        request: what is to be planned.
+        fleet: the chips.
+        catalogue: of chips.
+    """
     frugal = replace(request, space=replace(request.widest, remats=("full",), micro_batch=1))
     sizes = ladder(fleet)
 
@@ -230,12 +264,22 @@ def _within_budget(request: Request, fleet: Fleet, catalogue: Catalogue) -> Flee
 
 
 def sized(fleet: Fleet, chips: int) -> FleetEntry:
-    """Return the entry that asks for so many of the fleet's chips."""
+    """Return the entry that asks for so many of the fleet's chips.
+
+    Args:
+        fleet: the chips.
+        chips: number of chips.
+    """
     return replace(fleet.entry, chips=chips, shape=None, megawatts=None, budget_usd=None)
 
 
 def rank(plans: Sequence[FleetPlan], objective: str) -> list[FleetPlan]:
-    """Sort the plans, the best first; those without the figure, or that do not fit, last."""
+    """Sort the plans, the best first; those without the figure, or that do not fit, last.
+
+    Args:
+        plans: one for each fleet.
+        objective: the figure that ranks them.
+    """
     key = {"time": "days", "cost": "cost", "energy": "energy"}[objective]
 
     def order(plan: FleetPlan) -> tuple[bool, bool, float]:
@@ -246,7 +290,11 @@ def rank(plans: Sequence[FleetPlan], objective: str) -> list[FleetPlan]:
 
 
 def pareto(plans: Sequence[FleetPlan]) -> list[FleetPlan]:
-    """Return the plans that no other beats in both days and cost; those with an unknown cost are left out."""
+    """Return the plans that no other beats in both days and cost; those with an unknown cost are left out.
+
+    Args:
+        plans: one for each fleet.
+    """
     points = [(plan, plan.figures["days"].value, plan.figures["cost"].value) for plan in plans if plan.figures]
     known = [(plan, days, cost) for plan, days, cost in points if days is not None and cost is not None]
     return [

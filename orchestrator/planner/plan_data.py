@@ -15,7 +15,14 @@ from orchestrator.planner.search import Candidate
 
 
 def as_data(request: Request, plans: Sequence[FleetPlan], objective: str, explain: str | None = None) -> dict[str, Any]:
-    """Return all plans, in their order, as plain data; with the derivation of the figure `explain`, or of `all`."""
+    """Return all plans, in their order, as plain data; with the derivation of the figure `explain`, or of `all`.
+
+    Args:
+        request: what is to be planned.
+        plans: one for each fleet.
+        objective: the figure that ranks them.
+        explain: name of a figure, or `all`; None: no derivations.
+    """
     best = pareto(plans)
     return {
         "model": {**asdict(request.job.model), "parameters": parameters(request.job.model)},
@@ -35,7 +42,11 @@ def as_data(request: Request, plans: Sequence[FleetPlan], objective: str, explai
 
 
 def fleet_data(plan: FleetPlan) -> dict[str, Any]:
-    """Return one fleet's answer: its figures, or what would make the model fit."""
+    """Return one fleet's answer: its figures, or what would make the model fit.
+
+    Args:
+        plan: of one fleet.
+    """
     fleet, best = plan.fleet, plan.best
     data: dict[str, Any] = {
         "fleet": fleet.label,
@@ -69,7 +80,12 @@ def fleet_data(plan: FleetPlan) -> dict[str, Any]:
 
 
 def portfolio_data(portfolio: Portfolio, objective: str) -> dict[str, Any]:
-    """Return an assignment of jobs to fleets, as plain data."""
+    """Return an assignment of jobs to fleets, as plain data.
+
+    Args:
+        portfolio: the assignment.
+        objective: the figure that ranks them.
+    """
     return {
         "objective": objective,
         "exact": portfolio.exact,

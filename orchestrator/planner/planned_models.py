@@ -44,6 +44,7 @@ def refuse_planned_only(words: Sequence[str], verb: str) -> None:
     """Refuse a model that is only known to the planner.
 
     Args:
+        words: of the command line.
         verb: that cannot have it.
 
     Raises:

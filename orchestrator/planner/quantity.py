@@ -71,7 +71,11 @@ class Value:
         return "\n".join(_tree(self, 0, set()))
 
     def renamed(self, name: str) -> Value:
-        """Return the same value under another name."""
+        """Return the same value under another name.
+
+        Args:
+            name: of the figure.
+        """
         return replace(self, name=name)
 
 
@@ -79,6 +83,10 @@ def given(name: str, value: float, unit: str, source: str, *, estimated: bool = 
     """Make an input with its source.
 
     Args:
+        name: of the figure.
+        value: the number.
+        unit: of the figure.
+        source: where the number is from.
         estimated: whether the source confirms it.
     """
     return Value(name, value, unit, estimated, sources=(source,))
@@ -88,13 +96,22 @@ def unknown(name: str, unit: str, why: str) -> Value:
     """Make a figure that nobody published.
 
     Args:
+        name: of the figure.
+        unit: of the figure.
         why: it is unknown.
     """
     return Value(name, None, unit, sources=(why,))
 
 
 def of_figure(name: str, figure: Figure, unit: str, catalogue: Catalogue) -> Value:
-    """Take a figure of the chip catalogue. What no source confirms counts as an estimate."""
+    """Take a figure of the chip catalogue. What no source confirms counts as an estimate.
+
+    Args:
+        name: of the figure.
+        figure: of the catalogue.
+        unit: of the figure.
+        catalogue: of chips.
+    """
     if figure.value is None:
         return unknown(name, unit, figure.note or "no public figure found")
     note = f"; {figure.note}" if figure.note and figure.note != figure.source else ""
@@ -133,7 +150,12 @@ def derive(
 
 
 def write(value: float, unit: str) -> str:
-    """Format a number with its unit, short enough for a table."""
+    """Format a number with its unit, short enough for a table.
+
+    Args:
+        value: the number.
+        unit: of the figure.
+    """
     if unit == "usd":
         return f"${_short(value)}"
     if unit == "usd/h":

@@ -38,7 +38,11 @@ class ScalePoint:
 
 
 def sizes(fleet: Fleet) -> list[int]:
-    """List numbers of chips to look at: about `_STEP` times more each time, and the fleet's own."""
+    """List numbers of chips to look at: about `_STEP` times more each time, and the fleet's own.
+
+    Args:
+        fleet: the chips.
+    """
     wanted, size = [], _FROM
     while size <= MOST_CHIPS:
         wanted.append(size)
@@ -51,7 +55,14 @@ def sizes(fleet: Fleet) -> list[int]:
 
 
 def scale(request: Request, fleet: Fleet, catalogue: Catalogue, chips: Iterable[int]) -> list[ScalePoint]:
-    """Compute the curve at these sizes; those on which the model does not fit are left out."""
+    """Compute the curve at these sizes; those on which the model does not fit are left out.
+
+    Args:
+        request: what is to be planned.
+        fleet: the chips.
+        catalogue: of chips.
+        chips: numbers of chips.
+    """
     points = []
     for count in chips:
         other = resolve_fleet(sized(fleet, count), catalogue)
@@ -68,7 +79,11 @@ def scale(request: Request, fleet: Fleet, catalogue: Catalogue, chips: Iterable[
 
 
 def binding(points: Sequence[ScalePoint]) -> dict[str, ScalePoint]:
-    """Return link -> the first point at which it binds."""
+    """Return link -> the first point at which it binds.
+
+    Args:
+        points: of the curve, by rising size.
+    """
     first: dict[str, ScalePoint] = {}
     for point in points:
         for link, share in point.links.items():

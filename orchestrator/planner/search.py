@@ -355,7 +355,11 @@ class _Walk:
 
 @functools.lru_cache(maxsize=4096)
 def divisors_of(number: int) -> tuple[int, ...]:
-    """Return all divisors, in order."""
+    """Return all divisors, in order.
+
+    Args:
+        number: 1 or more.
+    """
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if not number % divisor]
     return tuple(sorted({*small, *(number // divisor for divisor in small)}))
 

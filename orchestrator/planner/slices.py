@@ -46,7 +46,11 @@ class Slices:
 
 
 def is_tpu(chip: Chip) -> bool:
-    """Return whether the chip comes in slices."""
+    """Return whether the chip comes in slices.
+
+    Args:
+        chip: of the catalogue.
+    """
     return chip.vendor == "google"
 
 
@@ -56,6 +60,7 @@ def legal_shapes(key: str, domain_chips: int) -> dict[int, Shape]:
 
     Args:
         key: of the chip.
+        domain_chips: chips of a whole pod.
     """
     if key in ("tpu-v5e", "tpu-v6e"):
         return {_size(shape): shape for shape in _FLAT}
@@ -75,7 +80,12 @@ def legal_shapes(key: str, domain_chips: int) -> dict[int, Shape]:
 
 
 def fit_slices(chip: Chip, chips: int) -> Slices | None:
-    """Return the slices of one shape that use most of `chips`, few of them; None where not even the smallest fits."""
+    """Return the slices of one shape that use most of `chips`, few of them; None where not even the smallest fits.
+
+    Args:
+        chip: of the catalogue.
+        chips: number of chips.
+    """
     shapes = legal_shapes(chip.key, chip.topology.domain_chips or 0)
     sizes = sorted(size for size in shapes if size <= chips)
     if not sizes:

@@ -62,7 +62,12 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: ModelConfig, vocab: int | None = None) -> ModelShape:
-        """Return the shape of a configured model; `vocab` where the configuration leaves it to the tokenizer."""
+        """Return the shape of a configured model; `vocab` where the configuration leaves it to the tokenizer.
+
+        Args:
+            config: of the model.
+            vocab: tokens of the vocabulary; None: as the configuration says.
+        """
         size = vocab if config.vocab_size == "auto" else config.vocab_size
         assert isinstance(size, int), "the vocabulary is known to whoever plans"
         return cls(
@@ -186,13 +191,21 @@ class ParallelPlan:
         return self.replicate * self.fsdp
 
     def micro_batches(self, job: JobSpec) -> int:
-        """Return the forward passes per optimizer step and data-parallel group; 0 where the batch does not divide."""
+        """Return the forward passes per optimizer step and data-parallel group; 0 where the batch does not divide.
+
+        Args:
+            job: model, batch and precision.
+        """
         sequences, rest = divmod(job.global_batch_tokens, job.seq_len)
         per_step = self.data_parallel * self.micro_batch
         return 0 if rest or sequences % per_step else sequences // per_step
 
     def keeps_whole_gradients(self, job: JobSpec) -> bool:
-        """Return whether earlier micro-batches leave gradients that nothing has split."""
+        """Return whether earlier micro-batches leave gradients that nothing has split.
+
+        Args:
+            job: model, batch and precision.
+        """
         split = self.reduce_gradients == "each" and self.shards > 1
         return self.micro_batches(job) > 1 and not split
 

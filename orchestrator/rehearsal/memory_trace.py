@@ -127,6 +127,10 @@ def trace_deep(config: RunConfig, devices: int) -> Trace:
 
     Every layer adds the same to what is alive at a phase's fullest moment. What lies between the first layer and the
     last one is left out: it is nowhere fuller than at both ends.
+
+    Args:
+        config: of the run, complete.
+        devices: of the whole job.
     """
     layers = config.model.layers
     if layers <= SHALLOW[1]:

@@ -88,7 +88,11 @@ class StagingStrategy(XlaStrategy):
             super().shard(model, placements)
 
     def parts(self, model: ShardableModel) -> Parts:
-        """Return the parts as on a TPU, whatever this process runs on."""
+        """Return the parts as on a TPU, whatever this process runs on.
+
+        Args:
+            model: the staged model.
+        """
         return WholeParts(cpu=False)  # the program is for a TPU
 
     def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
@@ -100,7 +104,12 @@ class StagingStrategy(XlaStrategy):
             state.update({key: self._send(value, ()) for key, value in state.items() if not value.dim()})
 
     def outputs(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Return what the step leaves on the devices: weights and optimizer state."""
+        """Return what the step leaves on the devices: weights and optimizer state.
+
+        Args:
+            model: the staged model.
+            optimizer: over the model's parameters.
+        """
         return [tensor for _, tensor in self._named(model, optimizer)]
 
     def _send(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
@@ -211,7 +220,11 @@ def _declare(text: str) -> tuple[str, int]:
 
 
 def main(argv: list[str]) -> int:
-    """Stage `DIRECTORY/config.yaml` into `PROGRAM` and `FACTS` beside it."""
+    """Stage `DIRECTORY/config.yaml` into `PROGRAM` and `FACTS` beside it.
+
+    Args:
+        argv: the directory.
+    """
     directory, start = Path(argv[0]), time.monotonic()
     try:
         with printing():

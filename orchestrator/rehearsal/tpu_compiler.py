@@ -59,6 +59,9 @@ class CompileTopology:
     def parse(cls, text: str) -> CompileTopology:
         """Read `KIND:SIZE` or `SLICESxKIND:SIZE`.
 
+        Args:
+            text: of the topology.
+
         Raises:
             ConfigError: it is neither.
         """

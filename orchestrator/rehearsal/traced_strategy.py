@@ -76,10 +76,18 @@ class TracedStrategy(DTensorStrategy):
 
 
 def local_storage(tensor: Any) -> Any:
-    """Return the storage of this rank's part of a tensor."""
+    """Return the storage of this rank's part of a tensor.
+
+    Args:
+        tensor: a tensor or `DTensor`.
+    """
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 def is_split(types: Iterable[type]) -> bool:
-    """Return whether an operation on tensors of these types is one on whole tensors, of which a rank has parts."""
+    """Return whether an operation on tensors of these types is one on whole tensors, of which a rank has parts.
+
+    Args:
+        types: of the operation's tensors.
+    """
     return any(issubclass(kind, DTensor) for kind in types)

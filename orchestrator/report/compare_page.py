@@ -22,6 +22,10 @@ _TONES = ("#1f6feb", "#c2620a", "#1a7f4b", "#7a4fd0", "#c0362c", "#0e8a8a", "#b0
 def write_compare_page(path: Path, runs: Sequence[Compared]) -> None:
     """Write the page.
 
+    Args:
+        path: of the file.
+        runs: as `read_compared` gives them.
+
     Raises:
         FileExistsError: there is a file of that name; it stays as it is.
         OSError: it cannot be written.
@@ -32,7 +36,11 @@ def write_compare_page(path: Path, runs: Sequence[Compared]) -> None:
 
 
 def render_compare(runs: Sequence[Compared]) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML.
+
+    Args:
+        runs: as `read_compared` gives them.
+    """
     title = " and ".join(run.label for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     labels = [escape(printable(run.label)) for run in runs]
     changed = [[key, *texts] for key, texts in differences(runs).items()]

@@ -52,7 +52,11 @@ def read_compared(directories: Sequence[Path], configs: Sequence[Mapping[str, An
 
 
 def differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
-    """Return the keys whose values are not the same in all runs, with the value of each run as text."""
+    """Return the keys whose values are not the same in all runs, with the value of each run as text.
+
+    Args:
+        runs: as `read_compared` gives them.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in _OF_A_START)
     found = {key: [_written(run.config[key]) if key in run.config else ABSENT for run in runs] for key in keys}
     return {key: texts for key, texts in found.items() if len(set(texts)) > 1}
@@ -65,6 +69,9 @@ def rows(runs: Sequence[Compared]) -> list[list[str]]:
     """Return a row of `COLUMNS` for each run.
 
     Losses are in nats per token; tokens per second are a median of the last leg; time is without that between legs.
+
+    Args:
+        runs: as `read_compared` gives them.
     """
     found = []
     for run in runs:
@@ -77,7 +84,11 @@ def rows(runs: Sequence[Compared]) -> list[list[str]]:
 
 
 def compare_text(runs: Sequence[Compared]) -> str:
-    """Return both tables for a terminal."""
+    """Return both tables for a terminal.
+
+    Args:
+        runs: as `read_compared` gives them.
+    """
     changed = differences(runs)
     parts = [aligned([list(COLUMNS), *rows(runs)])]
     if changed:

@@ -40,6 +40,13 @@ _COLUMNS = {
 def write_page(path: Path, request: Request, plans: Sequence[FleetPlan], objective: str, catalogue: Catalogue) -> None:
     """Write the report of `plans`, in their order.
 
+    Args:
+        path: of the file.
+        request: what was planned.
+        plans: one for each fleet.
+        objective: the figure that ranks the plans.
+        catalogue: of chips.
+
     Raises:
         OSError: the file cannot be written.
     """
@@ -53,6 +60,9 @@ def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves:
     """Return the page as HTML.
 
     Args:
+        request: what was planned.
+        plans: one for each fleet.
+        objective: the figure that ranks the plans.
         curves: the scaling of each plan's fleet, in the order of `plans`.
     """
     shape = request.job.model

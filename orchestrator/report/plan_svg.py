@@ -67,7 +67,16 @@ def stacked_bar(segments: Sequence[tuple[str, float, str]], whole: float, limit:
 def log_chart(
     title: str, x_title: str, y_title: str, lines: Sequence[Line], dots: Sequence[Dot], height: float = 330.0
 ) -> str:
-    """Draw curves and points over logarithmic axes; a line of text where there is nothing to draw."""
+    """Draw curves and points over logarithmic axes; a line of text where there is nothing to draw.
+
+    Args:
+        title: above it.
+        x_title: of the x axis.
+        y_title: of the y axis.
+        lines: the curves.
+        dots: the points.
+        height: in pixels.
+    """
     points = [*(point for line in lines for point in line.points), *((dot.x, dot.y) for dot in dots)]
     heading = f"<figcaption>{escape(title)}{_legend(lines)}</figcaption>"
     if not points:

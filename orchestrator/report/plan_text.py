@@ -57,13 +57,23 @@ class PlanText:
         self._plain = plain
 
     def write(self, plans: Sequence[FleetPlan], objective: str) -> str:
-        """Return all plans: a table where there are several, then each fleet by itself."""
+        """Return all plans: a table where there are several, then each fleet by itself.
+
+        Args:
+            plans: one for each fleet.
+            objective: the figure that ranks the plans.
+        """
         blocks = [self.table(plans, objective)] if len(plans) > 1 else []
         blocks += [self.fleet(plan) for plan in plans]
         return self._clean("\n\n".join(blocks))
 
     def table(self, plans: Sequence[FleetPlan], objective: str) -> str:
-        """Return the fleets beside each other, in order; those that none beats in time and cost are marked."""
+        """Return the fleets beside each other, in order; those that none beats in time and cost are marked.
+
+        Args:
+            plans: one for each fleet.
+            objective: the figure that ranks the plans.
+        """
         best = pareto(plans)
         rows: list[Sequence[str]] = [
             ("", "fleet", "step", "tokens/s/chip", "MFU", "goodput", "days", "cost", "$/T tokens", "energy", "power")
@@ -79,14 +89,23 @@ class PlanText:
         return f"{aligned(rows)}\n{note}"
 
     def fleet(self, plan: FleetPlan) -> str:
-        """Return one fleet: layout, memory, time, failures, money."""
+        """Return one fleet: layout, memory, time, failures, money.
+
+        Args:
+            plan: of one fleet.
+        """
         lines = [plan.fleet.label]
         lines += _pairs(self._answer(plan) if plan.figures else _refusal(plan))
         lines += _pairs([("note", note) for note in plan.notes])
         return "\n".join(lines)
 
     def portfolio(self, portfolio: Portfolio, objective: str) -> str:
-        """Return which job runs on which fleet."""
+        """Return which job runs on which fleet.
+
+        Args:
+            portfolio: the assignment.
+            objective: the figure that ranks the plans.
+        """
         rows = [("job", "fleet", "days", "cost", "energy", "layout")]
         for job, plan in portfolio.placed.items():
             best, figures = plan.best, plan.figures
@@ -196,7 +215,11 @@ def _why_remat(plan: FleetPlan) -> str:
 
 
 def stack_of(plan: FleetPlan) -> str:
-    """Return the software stack whose calibration the times have."""
+    """Return the software stack whose calibration the times have.
+
+    Args:
+        plan: of one fleet.
+    """
     return calibration(plan.fleet.cluster.chip, plan.request.job.stack).stack
 
 

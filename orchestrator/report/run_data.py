@@ -51,6 +51,7 @@ class RunData:
         """Return the finite values of `key` over the steps.
 
         Args:
+            key: of the figure in a row.
             rows: where they are; None: the training rows.
         """
         values = ((row["step"], number(row.get(key))) for row in (self.train if rows is None else rows))
@@ -63,7 +64,11 @@ class RunData:
 
 
 def read_run_data(run_dir: Path) -> RunData:
-    """Read the files of a run; lines that a crash has cut are counted and left out."""
+    """Read the files of a run; lines that a crash has cut are counted and left out.
+
+    Args:
+        run_dir: the run's directory.
+    """
     facts = _read_json(run_dir / "run.json")
     metrics, bad_metrics = read_lines(run_dir / "metrics.jsonl")
     samples, bad_samples = read_lines(run_dir / "samples.jsonl")
@@ -88,6 +93,9 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 
     `tokens_per_second` and `mfu` are medians over the last leg, `loss_mean` is over the last `MEAN_STEPS` steps,
     `seconds` are those of all legs, without the time between them.
+
+    Args:
+        run_dir: the run's directory.
     """
     return headline(read_run_data(run_dir))
 
@@ -149,19 +157,31 @@ def _diverged(data: RunData) -> Mapping[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, or None for anything else."""
+    """Return a finite number, or None for anything else.
+
+    Args:
+        value: of JSON.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def leg_of(row: Mapping[str, Any]) -> int:
-    """Return the leg that wrote a row; 0 where it does not say."""
+    """Return the leg that wrote a row; 0 where it does not say.
+
+    Args:
+        row: of `metrics.jsonl`.
+    """
     return int(number(row.get("leg")) or 0)
 
 
 def read_lines(path: Path) -> tuple[list[Row], int]:
-    """Return the JSON objects of a `.jsonl` file, and how many lines are none."""
+    """Return the JSON objects of a `.jsonl` file, and how many lines are none.
+
+    Args:
+        path: of the file.
+    """
     rows: list[Row] = []
     bad = 0
     for line in _read_text(path).split("\n"):
@@ -179,7 +199,12 @@ def read_lines(path: Path) -> tuple[list[Row], int]:
 
 
 def downsample(points: Sequence[Point], limit: int = 2000) -> list[Point]:
-    """Return at most `limit` points, in order: of each stretch its lowest and its highest, so that spikes stay."""
+    """Return at most `limit` points, in order: of each stretch its lowest and its highest, so that spikes stay.
+
+    Args:
+        points: (x, y), by rising x.
+        limit: number of points to keep at most.
+    """
     if len(points) <= limit:
         return list(points)
     stretches = (limit - 2) // 2
@@ -193,7 +218,12 @@ def downsample(points: Sequence[Point], limit: int = 2000) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Return the mean over `window` points around each point, fewer near the ends, as many on either side."""
+    """Return the mean over `window` points around each point, fewer near the ends, as many on either side.
+
+    Args:
+        points: (x, y), by rising x.
+        window: number of points.
+    """
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)

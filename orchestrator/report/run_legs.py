@@ -15,7 +15,11 @@ _QUANTITIES = (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("logits", "Log
 
 
 def marks(data: RunData) -> list[tuple[float, str]]:
-    """Return where a later leg took over; named where something changed, so that restarts in place stay quiet."""
+    """Return where a later leg took over; named where something changed, so that restarts in place stay quiet.
+
+    Args:
+        data: of the run.
+    """
     found = []
     for before, leg in zip(data.legs, data.legs[1:], strict=False):
         start = number(leg.get("start_step"))
@@ -30,7 +34,11 @@ def marks(data: RunData) -> list[tuple[float, str]]:
 
 
 def legs_section(data: RunData) -> str:
-    """Return a table of the legs; nothing where there is none."""
+    """Return a table of the legs; nothing where there is none.
+
+    Args:
+        data: of the run.
+    """
     if not data.legs:
         return ""
     head = (
@@ -67,7 +75,11 @@ def legs_section(data: RunData) -> str:
 
 
 def handovers_section(data: RunData) -> str:
-    """Return a table of the checks of `handover.json`, also of those that stopped the run, if there are any."""
+    """Return a table of the checks of `handover.json`, also of those that stopped the run, if there are any.
+
+    Args:
+        data: of the run.
+    """
     if not data.handovers:
         return ""
     head = ("Step", "Leg", "From", "To", "Changed", *(title for _, title in _QUANTITIES), "Verdict")

@@ -37,6 +37,9 @@ _SMOOTH_FROM = 200  # training rows from which the loss is smoothed
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory from whatever files are there.
 
+    Args:
+        run_dir: the run's directory.
+
     Raises:
         OSError: the file cannot be written.
     """
@@ -48,7 +51,11 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(data: RunData) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML.
+
+    Args:
+        data: of the run.
+    """
     facts = headline(data)
     name, status = escape(str(facts["name"])), escape(str(facts["status"]))
     shown = f"{status} at step {facts['diverged']['step']}" if facts["diverged"] else status

@@ -13,7 +13,12 @@ from orchestrator.report.svg import format_number
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings, and lists of them by their numbers, as dotted keys; an empty mapping keeps its key."""
+    """Return nested mappings, and lists of them by their numbers, as dotted keys; an empty mapping keeps its key.
+
+    Args:
+        values: by name.
+        prefix: of the keys.
+    """
     found: dict[str, Any] = {}
     for key, item in values.items():
         if isinstance(item, list) and item and all(isinstance(part, Mapping) for part in item):
@@ -26,18 +31,30 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return nested mappings as dotted keys, with their values as people read them."""
+    """Return nested mappings as dotted keys, with their values as people read them.
+
+    Args:
+        values: by name.
+    """
     return {key: value(item) for key, item in flatten(values).items() if not isinstance(item, Mapping)}
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as lines whose columns are as wide as their widest cell."""
+    """Return rows of cells as lines whose columns are as wide as their widest cell.
+
+    Args:
+        rows: of cells.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def value(item: Any) -> str:
-    """Format a plain value: grouped, shortened, lower-case, or its parts one after the other."""
+    """Format a plain value: grouped, shortened, lower-case, or its parts one after the other.
+
+    Args:
+        item: of JSON.
+    """
     if isinstance(item, bool) or item is None:
         return "unknown" if item is None else str(item).lower()
     if isinstance(item, int):
@@ -62,23 +79,39 @@ def layout(degrees: Any) -> str:
 
 
 def known(item: Any) -> str:
-    """Format as `value`, where that may be missing."""
+    """Format as `value`, where that may be missing.
+
+    Args:
+        item: of JSON.
+    """
     return value(item)
 
 
 def grouped(value: Any) -> str | None:
-    """Format an integer with its thousands apart."""
+    """Format an integer with its thousands apart.
+
+    Args:
+        value: of JSON.
+    """
     size = number(value)
     return None if size is None else f"{size:,.0f}"
 
 
 def fixed(value: float | None) -> str | None:
-    """Format with four decimals."""
+    """Format with four decimals.
+
+    Args:
+        value: None where it is unknown.
+    """
     return None if value is None else f"{value:.4f}"
 
 
 def short(value: float | None) -> str | None:
-    """Format a number with up to four digits."""
+    """Format a number with up to four digits.
+
+    Args:
+        value: None where it is unknown.
+    """
     return None if value is None else format_number(value)
 
 
@@ -95,7 +128,11 @@ def flops(value: float | None) -> str | None:
 
 
 def whole(value: float | None) -> str | None:
-    """Format without decimals, its thousands apart."""
+    """Format without decimals, its thousands apart.
+
+    Args:
+        value: None where it is unknown.
+    """
     return None if value is None else f"{value:,.0f}"
 
 
@@ -109,14 +146,22 @@ def gib(value: float) -> str:
 
 
 def step_time(seconds: float | None) -> str:
-    """Format seconds per step, as seconds or milliseconds."""
+    """Format seconds per step, as seconds or milliseconds.
+
+    Args:
+        seconds: None where unknown.
+    """
     if seconds is None:
         return ""
     return f"{seconds:.2f} s per step" if seconds >= 1 else f"{seconds * 1000:.0f} ms per step"
 
 
 def duration(seconds: float | None) -> str | None:
-    """Format hours, minutes and seconds, as far as they matter."""
+    """Format hours, minutes and seconds, as far as they matter.
+
+    Args:
+        seconds: None where unknown.
+    """
     if seconds is None:
         return None
     whole = round(seconds)
@@ -136,7 +181,12 @@ def clock_time(seconds: float) -> str:
 
 
 def table(title: str, rows: Mapping[str, Any]) -> str:
-    """Return rows of a name and a value as HTML; nothing where there is none."""
+    """Return rows of a name and a value as HTML; nothing where there is none.
+
+    Args:
+        title: above it.
+        rows: name to value.
+    """
     cells = [
         f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(str(value))}</td></tr>'
         for key, value in rows.items()

@@ -156,6 +156,9 @@ def ticks_between(low: float, high: float, count: int, *, whole: bool = False) -
     """Return about `count` round values from `low` to `high`, and how they are written.
 
     Args:
+        low: end of the interval.
+        high: other end of it.
+        count: of values, about.
         whole: integers only.
     """
     rough = (high - low) / max(1, count)
@@ -174,7 +177,11 @@ def ticks_between(low: float, high: float, count: int, *, whole: bool = False) -
 
 
 def format_number(value: float) -> str:
-    """Format a number with up to four digits: 1.2M, 34k, 0.0012, 3e-5."""
+    """Format a number with up to four digits: 1.2M, 34k, 0.0012, 3e-5.
+
+    Args:
+        value: the number.
+    """
     if value == 0:
         return "0"
     if abs(value) < 1e-3:

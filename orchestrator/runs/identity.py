@@ -79,7 +79,11 @@ def name_of(config: RunConfig, sweep_job: int | None = None, environ: Mapping[st
 
 
 def uuid_of(run_dir: Path) -> str:
-    """Return the run's uuid (32 hexadecimal digits), made at the first call. Whoever calls holds the run directory."""
+    """Return the run's uuid (32 hexadecimal digits), made at the first call. Whoever calls holds the run directory.
+
+    Args:
+        run_dir: the run's directory.
+    """
     path = run_dir / IDENTITY
     try:
         text = path.read_text().strip()
@@ -92,7 +96,12 @@ def uuid_of(run_dir: Path) -> str:
 
 
 def adopt_uuid(run_dir: Path, value: str) -> None:
-    """Make the run directory that of the run `value`: one that began in another place."""
+    """Make the run directory that of the run `value`: one that began in another place.
+
+    Args:
+        run_dir: the run's directory.
+        value: the uuid.
+    """
     aside = run_dir / f"{IDENTITY}.partial"
     aside.write_text(value)
     os.replace(aside, run_dir / IDENTITY)

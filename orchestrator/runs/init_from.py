@@ -31,6 +31,11 @@ def settle(composed: Composed, verify: bool, report: Callable[[str], object]) ->
     Keys of `model` on the command line are set on top of it, and `model=` replaces it. A tokenizer that travels with
     the checkpoint is used for text, unless the command line names one.
 
+    Args:
+        composed: the configuration of this command line.
+        verify: check the hashes of all but the tensors.
+        report: told of what is passed over.
+
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
         ConfigErrors: keys do not fit the model.

@@ -66,7 +66,11 @@ class Wanted:
 
 
 def wanted_by(composed: Composed) -> Wanted:
-    """Return what a command line with `resume=latest` says of the run that it means."""
+    """Return what a command line with `resume=latest` says of the run that it means.
+
+    Args:
+        composed: the configuration of this command line.
+    """
     given, config = composed.overrides, composed.config
     return Wanted(
         name=config.name if "name" in given else None,
@@ -77,17 +81,28 @@ def wanted_by(composed: Composed) -> Wanted:
 
 
 def latest_runs(runs_dir: Path) -> list[Path]:
-    """Return the run directories `<runs_dir>/<name>/<time>`, the one that was worked on last first."""
+    """Return the run directories `<runs_dir>/<name>/<time>`, the one that was worked on last first.
+
+    Args:
+        runs_dir: of all runs.
+    """
     return _by_time(path.parent for path in runs_dir.glob(f"*/*/{run_directory.CONFIG}"))
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Return the run directories of a folder of one name (`<runs_dir>/<name>`) or of all, the newest first."""
+    """Return the run directories of a folder of one name (`<runs_dir>/<name>`) or of all, the newest first.
+
+    Args:
+        folder: of runs.
+    """
     return _by_time(path.parent for path in folder.glob(f"*/{run_directory.CONFIG}")) or latest_runs(folder)
 
 
 def newest_run(runs_dir: str) -> Path:
     """Return the run directory with checkpoints that was worked on last.
+
+    Args:
+        runs_dir: of all runs.
 
     Raises:
         CheckpointError: there is none.
@@ -129,7 +144,11 @@ def find_run(where: str, runs_dir: str) -> Path:
 
 
 def is_empty(run_dir: Path) -> bool:
-    """Return whether nothing was trained in a run directory: its start failed, and it holds nothing of worth."""
+    """Return whether nothing was trained in a run directory: its start failed, and it holds nothing of worth.
+
+    Args:
+        run_dir: the run's directory.
+    """
     try:
         names = {path.name for path in run_dir.iterdir()}
         if (run_dir / METRICS).exists() and (run_dir / METRICS).stat().st_size:
@@ -143,7 +162,11 @@ def is_empty(run_dir: Path) -> bool:
 
 
 def discard_empty(run_dir: Path) -> None:
-    """Remove a run directory in which nothing was trained, and the folder of its name if that is then empty."""
+    """Remove a run directory in which nothing was trained, and the folder of its name if that is then empty.
+
+    Args:
+        run_dir: the run's directory.
+    """
     if is_empty(run_dir):
         shutil.rmtree(run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -154,6 +177,7 @@ def with_uuid(runs_dir: Path, value: str) -> Path | None:
     """Return the run directory of the run `value`; None where it is not in this folder.
 
     Args:
+        runs_dir: of all runs.
         value: the uuid.
     """
     for path in runs_dir.glob(f"*/*/{identity.IDENTITY}"):

@@ -13,12 +13,20 @@ _QUIET = ("logger=quiet", "logger.progress=false")
 
 
 def say(text: str) -> None:
-    """Tell a line about the run."""
+    """Tell a line about the run.
+
+    Args:
+        text: the line.
+    """
     tell(text, stream="stdout")
 
 
 def warn(text: str) -> None:
-    """Warn on standard error of what went otherwise than asked."""
+    """Warn on standard error of what went otherwise than asked.
+
+    Args:
+        text: the line.
+    """
     tell(printable(text), level=logging.WARNING)
 
 

@@ -18,7 +18,11 @@ _OF_MODELS = ("*.safetensors", "*.safetensors.index.json", "*.bin", ".metadata")
 
 
 def import_command(place: AnyPath) -> str | None:
-    """Return the command that imports what lies at a place of this machine; None where that is no model."""
+    """Return the command that imports what lies at a place of this machine; None where that is no model.
+
+    Args:
+        place: a path, or one of a store.
+    """
     if not isinstance(place, Path):
         return None
     try:
@@ -39,6 +43,9 @@ def import_command(place: AnyPath) -> str | None:
 def refuse_foreign(place: AnyPath) -> None:
     """Point to the import where a checkpoint of this product is wanted and other software's model lies.
 
+    Args:
+        place: a path, or one of a store.
+
     Raises:
         CheckpointError: it does.
     """
@@ -54,6 +61,7 @@ def model_files(config: RunConfig, restored: Checkpoint | None) -> dict[str, byt
     """Return what of the import travels with a run's checkpoints: from the one that it resumes or started from.
 
     Args:
+        config: of the run.
         restored: that checkpoint.
     """
     source = restored

@@ -32,6 +32,7 @@ def build_model(config: ModelConfig, loss_chunk_tokens: int) -> ShardableModel:
     """Build the model of a run, on torch's default device.
 
     Args:
+        config: of the model.
         loss_chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
@@ -55,6 +56,9 @@ def _model_part(config: ModelConfig) -> OwnPart:
 def describe_model(config: ModelConfig) -> ShardableModel:
     """Build the model without its numbers, on the meta device.
 
+    Args:
+        config: of the model.
+
     Raises:
         ConfigError: as `build_model`.
     """
@@ -65,12 +69,19 @@ def describe_model(config: ModelConfig) -> ShardableModel:
 
 
 def own_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Measure name and shape of every parameter of an own model, a tied one once."""
+    """Measure name and shape of every parameter of an own model, a tied one once.
+
+    Args:
+        config: of the model.
+    """
     return {name: tuple(parameter.shape) for name, parameter in describe_model(config).named_parameters()}
 
 
 def check_parts(config: RunConfig) -> None:
     """Find, and where it costs nothing make, every part that the configuration names. No device is touched.
+
+    Args:
+        config: of the run.
 
     Raises:
         ConfigErrors: all that is wrong with them.
@@ -111,6 +122,7 @@ def own_indivisible(model: ModelConfig, tensor: int) -> list[LayoutError]:
     """List the parameters of an own model that the tensor axis cannot cut evenly; the vocabulary's size is the data's.
 
     Args:
+        model: of the run.
         tensor: degree of the tensor axis.
     """
     return [
@@ -156,6 +168,9 @@ def _parts(kind: str, entries: tuple[dict[str, Any], ...], key: str) -> list[Own
 def own_callbacks(config: RunConfig) -> list[lightning.Callback]:
     """Make the user's callbacks.
 
+    Args:
+        config: of the run.
+
     Raises:
         ConfigError: one cannot be found or made.
     """
@@ -167,7 +182,11 @@ def own_callbacks(config: RunConfig) -> list[lightning.Callback]:
 
 
 def own_loggers(config: RunConfig) -> dict[str, Callable[[], Logger]]:
-    """Return what makes each of the user's loggers, by a name for messages; making one may open a connection."""
+    """Return what makes each of the user's loggers, by a name for messages; making one may open a connection.
+
+    Args:
+        config: of the run.
+    """
     if not config.logger.own:
         return {}
     from lightning.pytorch.loggers import Logger

@@ -47,7 +47,11 @@ class Record:
         self._put({"status": "running"})
 
     def note(self, **facts: Any) -> None:
-        """Add facts of this leg, which are written when it ends."""
+        """Add facts of this leg, which are written when it ends.
+
+        Args:
+            facts: by name.
+        """
         self._leg.update(facts)
 
     def end(self, status: str, step: int, left_out: list[str]) -> None:

@@ -158,6 +158,7 @@ def run_of(checkpoint: AnyPath, saved: Mapping[str, Any]) -> Path | None:
     """Return the run directory that a checkpoint belongs to: around it, or, with a `checkpoint.dir`, of the same name.
 
     Args:
+        checkpoint: the checkpoint.
         saved: its configuration.
     """
     named = Path(str(saved.get("runs_dir", ""))) / checkpoint.parent.parent.name / checkpoint.parent.name
@@ -291,6 +292,11 @@ def _optimizer_of(data: Mapping[str, Any]) -> str:
 
 def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> None:
     """Set what the command line says of `keys` in the plain data `result`.
+
+    Args:
+        composed: the configuration of this command line.
+        result: plain data, changed in place.
+        keys: dotted.
 
     Raises:
         ConfigError: an experiment is asked for that is not that of `result`.

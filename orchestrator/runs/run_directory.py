@@ -52,7 +52,12 @@ class RunPaths:
 
 
 def named(config: RunConfig, name: str) -> Path:
-    """Return the directory of the run that is known by `name` and not by the time of its start."""
+    """Return the directory of the run that is known by `name` and not by the time of its start.
+
+    Args:
+        config: of the run.
+        name: of the run.
+    """
     return Path(config.runs_dir) / config.name / name
 
 
@@ -88,7 +93,12 @@ def create(config: RunConfig, name: str | None = None) -> Path:
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Write the configuration; that of an earlier leg is kept beside it."""
+    """Write the configuration; that of an earlier leg is kept beside it.
+
+    Args:
+        run_dir: the run's directory.
+        config: of the run.
+    """
     path = run_dir / CONFIG
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
     if path.exists() and path.read_text() != text:
@@ -126,6 +136,10 @@ def lock(directory: Path, what: str = "run directory", patient: bool = False) ->
 def checkpoints_dir(run_dir: Path, config: RunConfig) -> AnyPath:
     """Return where the run keeps its checkpoints: below a directory of the user's, which runs share, under its name.
 
+    Args:
+        run_dir: the run's directory.
+        config: of the run.
+
     Raises:
         MissingExtraError: it is in a store whose libraries are not installed.
         CheckpointError: the kind of store is unknown.
@@ -136,7 +150,11 @@ def checkpoints_dir(run_dir: Path, config: RunConfig) -> AnyPath:
 
 
 def beside(run_dir: Path) -> Path:
-    """Return where a run keeps its checkpoints by default, and where its last one goes that no store takes."""
+    """Return where a run keeps its checkpoints by default, and where its last one goes that no store takes.
+
+    Args:
+        run_dir: the run's directory.
+    """
     return run_dir / "checkpoints"
 
 
@@ -190,6 +208,9 @@ def _claim(checkpoints: AnyPath, run_dir: Path, name: str | None) -> None:
 def writing(run_dir: Path) -> Iterator[None]:
     """Wrap what a start writes into the run directory before there is anything to lose.
 
+    Args:
+        run_dir: the run's directory.
+
     Raises:
         RunDirectoryError: it cannot be written.
     """
@@ -200,7 +221,11 @@ def writing(run_dir: Path) -> Iterator[None]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Read facts and legs so far; empty for a new run or where the file was cut."""
+    """Read facts and legs so far; empty for a new run or where the file was cut.
+
+    Args:
+        run_dir: the run's directory.
+    """
     try:
         return dict(json.loads((run_dir / RUN).read_text()))
     except (FileNotFoundError, ValueError):
@@ -224,7 +249,12 @@ def read_history(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[dic
 
 
 def adopt_history(run_dir: Path, checkpoint: Checkpoint) -> None:
-    """Begin a new run directory with what the run of `checkpoint` was until then: it is the same run, moved."""
+    """Begin a new run directory with what the run of `checkpoint` was until then: it is the same run, moved.
+
+    Args:
+        run_dir: the run's directory.
+        checkpoint: the checkpoint.
+    """
     legs, rows = read_history(checkpoint)
     write_run(run_dir, {"legs": legs})
     (run_dir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -232,6 +262,10 @@ def adopt_history(run_dir: Path, checkpoint: Checkpoint) -> None:
 
 def write_run(run_dir: Path, facts: Mapping[str, Any]) -> None:
     """Write run.json anew. The file has some room to spare, so that a status fits into it when the disk is full.
+
+    Args:
+        run_dir: the run's directory.
+        facts: by name.
 
     Raises:
         OSError: it is as it was.

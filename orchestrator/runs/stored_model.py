@@ -67,6 +67,9 @@ def checkpoints_of(path: AnyPath) -> AnyPath:
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """Return the model whose weights a checkpoint holds, with the size of its vocabulary.
 
+    Args:
+        checkpoint: the checkpoint.
+
     Raises:
         CheckpointError: it holds none, or one of a user's own: what reads checkpoints by themselves knows `Decoder`.
         ConfigErrors: its configuration is of another version.
@@ -87,6 +90,9 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
 
 def stored_config(checkpoint: Checkpoint) -> RunConfig:
     """Return the configuration of the run that wrote a checkpoint, which may be untrusted.
+
+    Args:
+        checkpoint: the checkpoint.
 
     Raises:
         CheckpointError: it is damaged.
@@ -138,6 +144,9 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
 def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return the files that travel with the model of a checkpoint, of those that its manifest lists, by name.
 
+    Args:
+        checkpoint: the checkpoint.
+
     Raises:
         CheckpointError: one is larger than such a file may be, or damaged.
     """
@@ -148,6 +157,9 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
     """Return the tokenizer that travels with a checkpoint, with the documents that the model was trained on.
 
     Those of an imported model are what its tokenizer says. Before it was recorded, only the end-of-text token was put.
+
+    Args:
+        checkpoint: the checkpoint.
 
     Raises:
         DataError: it is damaged.

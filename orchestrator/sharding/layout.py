@@ -42,7 +42,11 @@ class Layout:
         return self.fsdp * self.context
 
     def degree(self, axis: str) -> int:
-        """Return the degree of a mesh axis."""
+        """Return the degree of a mesh axis.
+
+        Args:
+            axis: its name.
+        """
         return int(getattr(self, axis))
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -69,6 +73,10 @@ class Layout:
 def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
     """Fill the `auto` degrees so that the product is `devices`.
 
+    Args:
+        config: degrees, some of them `auto`.
+        devices: of the job.
+
     Raises:
         LayoutError: a degree below 1, or degrees whose product cannot be the number of devices.
     """
@@ -93,7 +101,14 @@ def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
 
 
 def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_tokens: int) -> list[LayoutError]:
-    """List what the model and the batch do not allow of this layout, each with its arithmetic."""
+    """List what the model and the batch do not allow of this layout, each with its arithmetic.
+
+    Args:
+        layout: degrees of the mesh axes.
+        model: of the run.
+        seq_len: tokens of a sequence.
+        global_batch_tokens: of a step.
+    """
     problems = []
     # Which sizes an own model has, its parameters say: `check_parts`.
     for field in ("vocab_size",) if model._target_ else ("heads", "kv_heads", "mlp_dim", "vocab_size"):

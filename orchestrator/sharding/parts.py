@@ -28,16 +28,33 @@ class Parts(Protocol):
     cpu: bool
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return this process's part of a parameter, gradient or state tensor, sharing its memory."""
+        """Return this process's part of a parameter, gradient or state tensor, sharing its memory.
+
+        Args:
+            tensor: shaped as a parameter.
+        """
 
     def zeros(self, parameter: Tensor, reduced: Reduced = ()) -> Tensor:
-        """Allocate this process's part of a state tensor of the parameter's shape, with size 1 in `reduced` dims."""
+        """Allocate this process's part of a state tensor of the parameter's shape, with size 1 in `reduced` dims.
+
+        Args:
+            parameter: of the model.
+            reduced: dims in which the tensor has size 1.
+        """
 
     def numel(self, parameter: Tensor) -> int:
-        """Return the number of elements of the whole parameter."""
+        """Return the number of elements of the whole parameter.
+
+        Args:
+            parameter: of the model.
+        """
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Return the shape of the whole parameter."""
+        """Return the shape of the whole parameter.
+
+        Args:
+            parameter: of the model.
+        """
 
     def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
         """Add up sums that each process has taken over `dims` of its part.
@@ -105,6 +122,10 @@ class WholeParts:
 
 
 def reduced_dims(optimizer: torch.optim.Optimizer) -> Mapping[str, Reduced]:
-    """Return, for each key of an optimizer's state that is not shaped as its parameter, the dims of size 1."""
+    """Return, for each key of an optimizer's state that is not shaped as its parameter, the dims of size 1.
+
+    Args:
+        optimizer: of the run.
+    """
     found: Mapping[str, Reduced] = getattr(optimizer, "reduced_dims", {})
     return found

@@ -66,7 +66,13 @@ class Placement:
         return tuple(1 if dim in reduced else size for dim, size in enumerate(self.shape))
 
     def is_owner(self, layout: Layout, rank: int, reduced: Reduced = ()) -> bool:
-        """Return whether `rank` is the one that writes its part: the first of those that hold the same."""
+        """Return whether `rank` is the one that writes its part: the first of those that hold the same.
+
+        Args:
+            layout: degrees of the mesh axes.
+            rank: of the process.
+            reduced: dims in which the tensor has size 1.
+        """
         if not self.shape:
             return rank == 0
         at = layout.coordinates(rank)
@@ -78,7 +84,11 @@ class Placement:
         return copies == 0
 
     def copies(self, layout: Layout) -> int:
-        """Return how many ranks hold the same part."""
+        """Return how many ranks hold the same part.
+
+        Args:
+            layout: degrees of the mesh axes.
+        """
         if not self.shape:
             return layout.devices
         return layout.replicate * (layout.tensor if self.tensor_dim is None else 1)

@@ -14,7 +14,13 @@ _BATCH_ROWS = 1024
 
 
 def read_parquet(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield the rows of a Parquet file, of which only the wanted columns are read."""
+    """Yield the rows of a Parquet file, of which only the wanted columns are read.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     import pyarrow.parquet as parquet
 
     size = item.size_bytes
@@ -29,7 +35,13 @@ def read_parquet(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
 
 
 def read_arrow(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield the rows of one or several Arrow files or streams in order."""
+    """Yield the rows of one or several Arrow files or streams in order.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     import pyarrow
 
     for file in item.files:
@@ -43,6 +55,8 @@ def read_source(source: Any, spec: TextSpec, place: SourcePosition) -> Rows:
 
     Args:
         source: a reader of pyarrow.
+        spec: the fields of a document.
+        place: where reading is, for messages.
     """
     schema, batches = _batches(source)
     wanted = [_column(schema, column, spec, place.file) for column in spec.fields]

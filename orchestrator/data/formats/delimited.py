@@ -12,12 +12,24 @@ from orchestrator.errors import DataError
 
 
 def read_csv(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield comma-separated rows; the first line names the columns."""
+    """Yield comma-separated rows; the first line names the columns.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     return _rows(item, spec, place, ",")
 
 
 def read_tsv(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield tab-separated rows; the first line names the columns."""
+    """Yield tab-separated rows; the first line names the columns.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     return _rows(item, spec, place, "\t")
 
 

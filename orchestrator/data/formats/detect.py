@@ -72,6 +72,9 @@ class Detected:
 def detect(path: Path) -> Detected:
     """Detect the format of a file by its name and its first bytes.
 
+    Args:
+        path: the file.
+
     Raises:
         OSError: the file cannot be opened.
     """

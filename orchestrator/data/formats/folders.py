@@ -17,6 +17,7 @@ def detect_folder(path: Path, name: str) -> tuple[Input, list[LeftOut]] | None:
     """Return the data set that a folder is, and what of it is left out; None for a folder of files.
 
     Args:
+        path: the file.
         name: of the folder, as the user gave it.
 
     Raises:
@@ -43,6 +44,7 @@ def member(folder: Path, name: object, where: str) -> Path:
     """Return the file of a data set that its metadata names, which has to lie in its folder.
 
     Args:
+        folder: the folder.
         name: as in the metadata.
         where: the metadata, for messages.
 

@@ -17,14 +17,26 @@ _SPACE = " \t\r\n"
 
 
 def read_json_lines(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield one object per line; blank lines are no rows."""
+    """Yield one object per line; blank lines are no rows.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     for line, consumed in read_lines(item, place):
         if line.strip():
             yield _object(_parsed(line, place), place, "one JSON object per line"), consumed
 
 
 def read_json_object(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield the one object that the whole file is."""
+    """Yield the one object that the whole file is.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     content, raw = open_input(item)
     with raw, content:
         data = content.read(MAX_ROW_BYTES + 1)
@@ -35,7 +47,13 @@ def read_json_object(item: Input, spec: TextSpec, place: SourcePosition) -> Rows
 
 
 def read_json_array(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield the objects of an array, one at a time: memory is that of the largest object."""
+    """Yield the objects of an array, one at a time: memory is that of the largest object.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     content, raw = open_input(item)
     before = 0
     with raw, content:

@@ -25,7 +25,13 @@ _TEXT = ("str", "string")
 
 
 def read_litdata(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield the items of all chunks in the order of the index, of which text is taken."""
+    """Yield the items of all chunks in the order of the index, of which text is taken.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     index = json.loads((item.path / "index.json").read_bytes())
     config = index["config"]
     compression = _check_config(config, item.path)

@@ -22,7 +22,13 @@ _MAX_HEADER_BYTES = 1 << 28
 
 
 def read_mds(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield the samples of all shards in the order of the index, of which text, JSON and integers are taken."""
+    """Yield the samples of all shards in the order of the index, of which text, JSON and integers are taken.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     index = json.loads((item.path / "index.json").read_bytes())
     shards = item.files[:-1]
     for file, shard in zip(shards, index["shards"], strict=True):

@@ -127,6 +127,10 @@ def too_long(place: SourcePosition, what: str = "line") -> NoReturn:
 def decoded(data: bytes, place: SourcePosition) -> str:
     """Decode the bytes of a row as UTF-8.
 
+    Args:
+        data: UTF-8 bytes.
+        place: where reading is, for messages.
+
     Raises:
         DataError: they are not UTF-8.
     """

@@ -138,6 +138,7 @@ def has_fields(row: object, spec: TextSpec) -> bool:
 
     Args:
         row: parsed JSON.
+        spec: the fields of a document.
     """
     return isinstance(row, Mapping) and all(look_up(row, field) is not _ABSENT for field in spec.fields)
 

@@ -38,12 +38,20 @@ class Stream(NamedTuple):
 
 
 def compression_of(head: bytes) -> str | None:
-    """Recognise the compression of a file by its first bytes; None if there is none."""
+    """Recognise the compression of a file by its first bytes; None if there is none.
+
+    Args:
+        head: first bytes of the file.
+    """
     return next((name for name, magics in MAGIC.items() if head.startswith(magics)), None)
 
 
 def open_stream(path: Path, compression: str | None) -> Stream:
     """Open a file for reading; close both parts of the result.
+
+    Args:
+        path: the file.
+        compression: as `compression_of` gives it; None: none.
 
     Raises:
         OSError: it cannot be opened. What the decoder raises later is of its own kind.
@@ -71,6 +79,9 @@ def open_stream(path: Path, compression: str | None) -> Stream:
 def open_input(item: Input) -> Stream:
     """Open an input that is one file, to read all of it; close both parts of the result.
 
+    Args:
+        item: the input.
+
     Raises:
         OSError: it cannot be opened.
         DataError: a zstd file is not whole, or cannot be decoded here.
@@ -82,6 +93,10 @@ def open_input(item: Input) -> Stream:
 
 def read_lines(item: Input, place: SourcePosition) -> Iterator[tuple[bytes, int]]:
     """Yield lines with their ends, and the number of bytes of the file that each took. A byte order mark is dropped.
+
+    Args:
+        item: the input.
+        place: where reading is, for messages.
 
     Raises:
         DataError: a line is too long.

@@ -15,7 +15,13 @@ PIECE_CHARACTERS = 1 << 20  # longer texts are divided at a line end, so that me
 
 
 def read(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield a file of UTF-8 text, with or without a byte order mark, as one row."""
+    """Yield a file of UTF-8 text, with or without a byte order mark, as one row.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     try:
         yield from _pieces(open_input(item), "utf-8-sig", place)
     except UnicodeDecodeError:
@@ -24,7 +30,13 @@ def read(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
 
 
 def read_python(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
-    """Yield a Python source, in the encoding that it declares, as one row."""
+    """Yield a Python source, in the encoding that it declares, as one row.
+
+    Args:
+        item: the input.
+        spec: the fields of a document.
+        place: where reading is, for messages.
+    """
     with open(item.path, "rb") as raw:
         encoding, _lines = tokenize.detect_encoding(raw.readline)
     return _pieces(open_stream(item.path, None), encoding, place)

@@ -20,6 +20,9 @@ _BLOCK_RUN, _BLOCK_RESERVED = 1, 3
 def check_frames(path: Path) -> None:
     """Check that a file consists of whole zstd frames which can be decoded here. Reads headers only.
 
+    Args:
+        path: the file.
+
     Raises:
         DataError: it ends early, is damaged, has a window that is too large or needs a dictionary; names the byte.
     """

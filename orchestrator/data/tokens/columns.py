@@ -20,6 +20,7 @@ def choose_column(names: list[str], asked: str | None, where: str) -> str:
     Args:
         names: of the columns of lists of integers.
         asked: the column that the user names.
+        where: the place, for messages.
 
     Raises:
         DataError: there is none, or several and none is asked for.
@@ -57,6 +58,10 @@ def list_columns(schema: Any) -> list[str]:
 def read_parquet(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
     """Yield the rows of Parquet files.
 
+    Args:
+        files: paths, in order.
+        spec: how ids are to be read.
+
     Raises:
         DataError: a file is damaged, or has no such column.
     """
@@ -76,6 +81,10 @@ def read_parquet(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]
 
 def read_arrow(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
     """Yield the rows of Arrow files or streams, such as those of `datasets.save_to_disk`.
+
+    Args:
+        files: paths, in order.
+        spec: how ids are to be read.
 
     Raises:
         DataError: a file is damaged, or has no such column.

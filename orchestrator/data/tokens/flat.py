@@ -23,13 +23,23 @@ _NPY_MAGIC = b"\x93NUMPY"
 
 
 def read_nanogpt(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """Yield the documents of a .bin without a header, which end with `spec.eos_id`."""
+    """Yield the documents of a .bin without a header, which end with `spec.eos_id`.
+
+    Args:
+        files: paths, in order.
+        spec: how ids are to be read.
+    """
     for file in files:
         yield from split_flat(map_ids(file, spec.raw_dtype), spec.eos_id, str(file))
 
 
 def read_llmc(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """Yield the documents of a .bin of llm.c, each of which begins with `spec.eos_id`."""
+    """Yield the documents of a .bin of llm.c, each of which begins with `spec.eos_id`.
+
+    Args:
+        files: paths, in order.
+        spec: how ids are to be read.
+    """
     for file in files:
         size = regular_size(file)
         head = file.open("rb").read(12) if size >= _LLMC_HEADER_BYTES else b""
@@ -46,7 +56,12 @@ def read_llmc(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
 
 
 def read_numpy(files: tuple[Path, ...], spec: TokenSpec) -> Iterator[TokenRow]:
-    """Yield the documents of a .npy, with NumPy's header or without; the rows of an array of two dimensions."""
+    """Yield the documents of a .npy, with NumPy's header or without; the rows of an array of two dimensions.
+
+    Args:
+        files: paths, in order.
+        spec: how ids are to be read.
+    """
     for file in files:
         with file.open("rb") as stream:
             has_header = stream.read(len(_NPY_MAGIC)) == _NPY_MAGIC

@@ -24,6 +24,9 @@ _NUMPY = {0: "<i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "<u1", 5: "<u2", 6: "<u4", 
 def read(folder: Path) -> Iterator[TokenRow]:
     """Yield the items of a folder, by its index.json.
 
+    Args:
+        folder: of the data set.
+
     Raises:
         DataError: a file is damaged, compressed, or its items are no tensors of ids.
     """

@@ -28,6 +28,10 @@ _NAMES |= {"uint64": "u8", "int64": "i8"}
 def read(folder: Path, spec: TokenSpec) -> Iterator[TokenRow]:
     """Yield the samples of a folder, by its index.json. A column of plain bytes needs `spec.dtype`.
 
+    Args:
+        folder: of the data set.
+        spec: how ids are to be read.
+
     Raises:
         DataError: a file is damaged, compressed, or the column holds something else.
     """

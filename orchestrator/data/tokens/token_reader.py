@@ -46,6 +46,8 @@ def token_spec(config: TokensConfig, vocab_size: int, eos_id: int) -> TokenSpec:
     """Return what the configuration says, with the rest from the tokenizer.
 
     Args:
+        config: the `tokens` settings of the source.
+        vocab_size: tokens of the tokenizer.
         eos_id: of the tokenizer.
 
     Raises:
@@ -133,7 +135,9 @@ def token_batches(
 
     Args:
         rows: of a reader.
+        spec: how ids are to be read.
         tally: counts what was read and left out.
+        dtype: of the ids of a batch.
 
     Raises:
         DataError: an id is not in the vocabulary; names the place.
@@ -162,6 +166,7 @@ def split_flat(ids: np.ndarray, eos_id: int, where: str) -> Iterator[TokenRow]:
     Args:
         ids: [tokens].
         eos_id: the token between documents.
+        where: the place, for messages.
     """
     size = ids.itemsize
     leading = bool(ids.size) and int(ids[0]) == eos_id
@@ -179,7 +184,9 @@ def map_ids(file: Path, dtype: np.dtype, offset: int = 0, count: int | None = No
     """Map the ids of a file into memory, from byte `offset` on.
 
     Args:
+        file: its path.
         dtype: of an id.
+        offset: first byte of the ids.
         count: number of ids; None: to the end of the file.
 
     Raises:
@@ -202,6 +209,7 @@ def integers(values: np.ndarray, where: str) -> np.ndarray:
 
     Args:
         values: as read.
+        where: the place, for messages.
 
     Raises:
         DataError: it does not.

@@ -37,7 +37,11 @@ class ParameterCount:
 
 
 def head_width(config: ModelConfig) -> int:
-    """Return the width of one attention head."""
+    """Return the width of one attention head.
+
+    Args:
+        config: of the model.
+    """
     return config.dim // config.heads if config.head_dim == "auto" else config.head_dim
 
 
@@ -94,7 +98,12 @@ def flops_per_token(config: ModelConfig, seq_len: int, vocab_size: int | None = 
 
 
 def mean_attended(config: ModelConfig, seq_len: int) -> float:
-    """Return the positions that a query sees, averaged over a sequence; half of `seq_len` without a window."""
+    """Return the positions that a query sees, averaged over a sequence; half of `seq_len` without a window.
+
+    Args:
+        config: of the model.
+        seq_len: tokens of a sequence.
+    """
     window = min(config.sliding_window or seq_len, seq_len)
     return window - window**2 / (2 * seq_len)
 

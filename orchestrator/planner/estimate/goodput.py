@@ -81,6 +81,7 @@ def failure_rate(chip: Chip, own: float | None = None) -> Value:
     """Return the interruptions of a job per chip and day: measured, else of the vendor, else the highest known; marked.
 
     Args:
+        chip: of the catalogue.
         own: a rate that the user gives.
     """
     name, unit = "failures per chip-day", "1/day"
@@ -100,12 +101,22 @@ def failure_rate(chip: Chip, own: float | None = None) -> Value:
 
 
 def young_interval(stall: float, mtbf: float) -> float:
-    """Return the best seconds between saves, to first order."""
+    """Return the best seconds between saves, to first order.
+
+    Args:
+        stall: seconds that a save stops the training.
+        mtbf: mean seconds between failures of the job.
+    """
     return math.sqrt(2 * stall * mtbf)
 
 
 def daly_interval(stall: float, mtbf: float) -> float:
-    """Return the best seconds between saves, to higher order."""
+    """Return the best seconds between saves, to higher order.
+
+    Args:
+        stall: seconds that a save stops the training.
+        mtbf: mean seconds between failures of the job.
+    """
     if stall >= 2 * mtbf:
         return mtbf
     return young_interval(stall, mtbf) * (1 + math.sqrt(stall / (2 * mtbf)) / 3 + stall / (18 * mtbf)) - stall
@@ -116,6 +127,8 @@ def restart_goodput(interval: float, stall: float, mtbf: float, restart: float) 
 
     Args:
         interval: seconds between saves.
+        stall: seconds that a save stops the training.
+        mtbf: mean seconds between failures of the job.
         restart: seconds that a restart takes.
     """
     exponent = (interval + stall) / mtbf
@@ -131,8 +144,11 @@ def replace_goodput(stall: float, mtbf: float, step: float, groups: float, repai
     until spare chips stand in. Failures during a stop make it longer: hence the exponential.
 
     Args:
+        stall: seconds that a save stops the training.
+        mtbf: mean seconds between failures of the job.
         step: seconds of one.
         groups: data-parallel groups.
+        repair: seconds until a failed host is back.
     """
     stopped = math.exp(-min(_MOST_EXPONENT, (stall + step / 2) / mtbf))
     missing = min(1.0, repair / mtbf / groups)

@@ -93,6 +93,12 @@ def ring(cluster: Cluster, constants: Calibration, size: int, stride: int) -> Ri
     """Return the group of `size` devices that are `stride` apart.
 
     Axes are laid out from the inside: tensor, context, fsdp, replicate, pipeline.
+
+    Args:
+        cluster: chips and links.
+        constants: of the software stack.
+        size: devices of the group.
+        stride: distance of neighbours in the group, in devices.
     """
     if size == 1:
         return Ring(1, 1, None, None, 0.0)
@@ -115,7 +121,11 @@ def ring(cluster: Cluster, constants: Calibration, size: int, stride: int) -> Ri
 
 
 def inter_bandwidth(cluster: Cluster) -> float | None:
-    """Return the bytes/s, one way and chip, between domains: the cluster's own, or the catalogue's first deployment."""
+    """Return the bytes/s, one way and chip, between domains: the cluster's own, or the catalogue's first deployment.
+
+    Args:
+        cluster: chips and links.
+    """
     if cluster.inter_bandwidth is not None:
         return cluster.inter_bandwidth
     known = cluster.chip.inter_bandwidths

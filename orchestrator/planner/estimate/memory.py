@@ -22,12 +22,25 @@ KEPT_SCORE_BYTES = {"flash": 0, "flash1": 0, "fused": 5, "eager": 11}
 
 
 def estimate_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> MemoryEstimate:
-    """Estimate what the fullest device needs at the peak of a step."""
+    """Estimate what the fullest device needs at the peak of a step.
+
+    Args:
+        job: model, batch and precision.
+        cluster: chips and links.
+        plan: the layout and its settings.
+    """
     return step_memory(job, cluster, plan, calibration(cluster.chip, job.stack))
 
 
 def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> MemoryEstimate:
-    """Estimate memory as `estimate_memory`, with the constants given."""
+    """Estimate memory as `estimate_memory`, with the constants given.
+
+    Args:
+        job: model, batch and precision.
+        cluster: chips and links.
+        plan: the layout and its settings.
+        constants: of the software stack.
+    """
     if constants.stack.startswith("orchestrator") and covers(job, plan):
         return native_memory(job, plan, constants, device_capacity(cluster))
     ends = {0, plan.pipeline - 1}
@@ -36,7 +49,11 @@ def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: C
 
 
 def device_capacity(cluster: Cluster) -> float | None:
-    """Return the bytes that a program may use of one device: as the runtime reports, else the catalogue's memory."""
+    """Return the bytes that a program may use of one device: as the runtime reports, else the catalogue's memory.
+
+    Args:
+        cluster: chips and links.
+    """
     chip = cluster.chip
     known = chip.hbm_runtime_bytes.value or chip.hbm_bytes.value
     return None if known is None else known / chip.logical_devices_per_chip
@@ -47,6 +64,12 @@ def layer_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -
 
     Per token, in elements: inputs and results of two norms (4 d), queries and attention's result (2 h),
     keys and values, and of a gated block the two products, the activation and their product (4 f; 2 f ungated).
+
+    Args:
+        job: model, batch and precision.
+        plan: the layout and its settings.
+        tokens: of the micro-batch on one device.
+        sparse: whether the layer has routed experts.
     """
     shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
     width = shape.mlp_dim
@@ -61,7 +84,15 @@ def layer_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -
 
 
 def kept_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool, constants: Calibration) -> float:
-    """Return the bytes that one layer keeps of one micro-batch between forward and backward, under the plan's remat."""
+    """Return the bytes that one layer keeps of one micro-batch between forward and backward, under the plan's remat.
+
+    Args:
+        job: model, batch and precision.
+        plan: the layout and its settings.
+        tokens: of the micro-batch on one device.
+        sparse: whether the layer has routed experts.
+        constants: of the software stack.
+    """
     shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
     if plan.remat == "full":
         return job.element_bytes * tokens * shape.dim / split

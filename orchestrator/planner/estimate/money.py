@@ -29,6 +29,8 @@ def bill(fleet: Fleet, days: Value, tokens: Value) -> Bill:
     """Compute cost and energy of `days` on all chips of the fleet.
 
     Args:
+        fleet: the chips that are paid for.
+        days: length of the run.
         tokens: of the run.
     """
     chips = given("chips paid for", float(fleet.paid_chips), "chips", f"fleet {fleet.label}")

@@ -16,14 +16,22 @@ _TEMPORARIES = 3  # parts of the largest size, while a part is updated without a
 
 
 def optimizer_kind(config: OptimConfig) -> str:
-    """Return what `JobSpec.optimizer` says of a configuration. Of a user's own it is not known: it counts as AdamW."""
+    """Return what `JobSpec.optimizer` says of a configuration. Of a user's own it is not known: it counts as AdamW.
+
+    Args:
+        config: of the optimizer.
+    """
     if isinstance(config, OwnOptimConfig):
         return "adamw"
     return PLAIN_SGD if isinstance(config, SGDConfig) and not config.momentum else config.name
 
 
 def least_moments(job: JobSpec) -> float:
-    """Return what is kept of each parameter at least, in moments of its size: AdamW keeps 2."""
+    """Return what is kept of each parameter at least, in moments of its size: AdamW keeps 2.
+
+    Args:
+        job: model, batch and precision.
+    """
     return _LEAST.get(job.optimizer, 2.0)
 
 
@@ -46,7 +54,12 @@ def optimizer_elements(job: JobSpec, plan: ParallelPlan, owned: float) -> float:
 
 
 def update_bytes(job: JobSpec, plan: ParallelPlan) -> float:
-    """Return the bytes of what exists only while parameters are updated, without fused kernels."""
+    """Return the bytes of what exists only while parameters are updated, without fused kernels.
+
+    Args:
+        job: model, batch and precision.
+        plan: the layout and its settings.
+    """
     if job.optimizer == "muon":
         whole = [rows * columns * plan.shards * plan.tensor for count, rows, columns in _blocks(job.model, plan)]
         return FP32 * _AT_ONE_TIME * max(whole)

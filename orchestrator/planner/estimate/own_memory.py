@@ -24,7 +24,12 @@ XLA_BLOCK = 512  # queries whose scores exist at one time, as in `strategies/xla
 
 
 def covers(job: JobSpec, plan: ParallelPlan) -> bool:
-    """Return whether the strategies can do this: no experts, no pipeline, no offloading, fully sharded states."""
+    """Return whether the strategies can do this: no experts, no pipeline, no offloading, fully sharded states.
+
+    Args:
+        job: model, batch and precision.
+        plan: the layout and its settings.
+    """
     known = not job.model.experts and not job.model.latent_kv
     return known and plan.pipeline == 1 and plan.zero == 3 and plan.remat != "offload"
 
@@ -33,6 +38,9 @@ def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capa
     """Estimate what a device needs at the fullest moment of a step.
 
     Args:
+        job: model, batch and precision.
+        plan: the layout and its settings.
+        constants: of the software stack.
         capacity: bytes that a program may use of a device; None where unknown.
     """
     sizes = _Sizes(job, plan, constants)

@@ -99,6 +99,11 @@ class Cost:
 def estimate_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> TimeEstimate:
     """Estimate how long one optimizer step takes, in parts that add up.
 
+    Args:
+        job: model, batch and precision.
+        cluster: chips and links.
+        plan: the layout and its settings.
+
     Raises:
         ConfigError: the batch does not divide over the plan, or the plan does not use the cluster's devices.
     """
@@ -107,7 +112,14 @@ def estimate_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan) -> TimeEst
 
 
 def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> TimeEstimate:
-    """Estimate time as `estimate_time`, with the constants given."""
+    """Estimate time as `estimate_time`, with the constants given.
+
+    Args:
+        job: model, batch and precision.
+        cluster: chips and links.
+        plan: the layout and its settings.
+        constants: of the software stack.
+    """
     micro_batches = _check(job, cluster, plan)
     rates = device_rates(cluster, job.precision, constants)
     rings = plan_rings(cluster, plan, constants)
@@ -147,7 +159,13 @@ def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Cal
 
 
 def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Rates:
-    """Return the achievable rates of one device; unknown peaks are named, and fp8's and fp32's then count as bf16's."""
+    """Return the achievable rates of one device; unknown peaks are named, and fp8's and fp32's then count as bf16's.
+
+    Args:
+        cluster: chips and links.
+        precision: of the matrix products.
+        constants: of the software stack.
+    """
     chip, parts = cluster.chip, cluster.chip.logical_devices_per_chip
     unknown = [name for name in ("bf16_flops", "hbm_bandwidth") if not getattr(chip, name).known]
     estimated = []
@@ -174,7 +192,13 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
 
 
 def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> Rings:
-    """Return the groups of the plan's axes, laid out from the inside: tensor, context, fsdp, replicate, pipeline."""
+    """Return the groups of the plan's axes, laid out from the inside: tensor, context, fsdp, replicate, pipeline.
+
+    Args:
+        cluster: chips and links.
+        plan: the layout and its settings.
+        constants: of the software stack.
+    """
     inner = plan.tensor * plan.context
     return Rings(
         tensor=ring(cluster, constants, plan.tensor, 1),
@@ -192,6 +216,12 @@ def fused_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -
     Per token, in elements: two norms with their residual sums move 8 d forward and 12 d backward; the
     rotation 4 per element of queries and keys; a gated activation 3 f and 6 f, another 2 f and 3 f; sending tokens
     to experts and back 8 d for each expert of a token.
+
+    Args:
+        job: model, batch and precision.
+        plan: the layout and its settings.
+        tokens: of the micro-batch on one device.
+        sparse: whether the layer has routed experts.
     """
     shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
     width = shape.mlp_dim

@@ -52,7 +52,12 @@ class LayerElements(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def layer_elements(shape: ModelShape, sparse: bool) -> LayerElements:
-    """Count the parameters of a dense or a sparse layer."""
+    """Count the parameters of a dense or a sparse layer.
+
+    Args:
+        shape: of the model.
+        sparse: whether the layer has routed experts.
+    """
     per_width = (3 if shape.gated else 2) * shape.dim
     dense = shape.shared_experts * shape.expert_dim if sparse else shape.mlp_dim
     experts = shape.experts * per_width * shape.expert_dim if sparse else 0
@@ -62,13 +67,21 @@ def layer_elements(shape: ModelShape, sparse: bool) -> LayerElements:
 
 @functools.lru_cache(maxsize=256)
 def sparse_layers(shape: ModelShape) -> int:
-    """Return the number of layers that have routed experts."""
+    """Return the number of layers that have routed experts.
+
+    Args:
+        shape: of the model.
+    """
     return shape.layers - shape.dense_layers if shape.experts else 0
 
 
 @functools.lru_cache(maxsize=256)
 def parameters(shape: ModelShape) -> int:
-    """Count all elements of the model, a tied weight once."""
+    """Count all elements of the model, a tied weight once.
+
+    Args:
+        shape: of the model.
+    """
     sparse = sparse_layers(shape)
     layers = sparse * layer_elements(shape, True).total + (shape.layers - sparse) * layer_elements(shape, False).total
     ends = shape.vocab * shape.dim * (1 if shape.tied else 2) + shape.dim + shape.learned_positions * shape.dim
@@ -95,17 +108,25 @@ def mean_attended(shape: ModelShape, seq_len: int, causal: bool = True, block: i
 
 
 def score_width(shape: ModelShape) -> int:
-    """Return the elements of a query and a value that each pair of positions costs a multiplication and an addition."""
+    """Return the elements of a query and a value that each pair of positions costs a multiplication and an addition.
+
+    Args:
+        shape: of the model.
+    """
     return shape.heads * (2 * shape.head_dim + shape.rope_dim)
 
 
 @functools.lru_cache(maxsize=256)
 def model_flops_per_token(shape: ModelShape, seq_len: int, causal: bool = True) -> float:
     """Count forward and backward FLOPs per token, without recomputation: `6 N + 6 L W S`.
-    It is `flops.flops_per_token` for any `ModelShape`.
 
     W is `score_width` (2 H Q for ordinary attention), S the mean number of positions seen. With `causal=False`
     S is the whole sequence, which is the convention of the PaLM paper and of many benchmarks.
+
+    Args:
+        shape: of the model.
+        seq_len: tokens of a sequence.
+        causal: whether what the mask hides is left out of S.
     """
     sparse = sparse_layers(shape)
     active = shape.experts_per_token * (3 if shape.gated else 2) * shape.dim * shape.expert_dim

@@ -117,13 +117,21 @@ def errors(signed: Sequence[float]) -> Errors | None:
 
 
 def verdicts(checked: Iterable[Checked]) -> Verdicts:
-    """Count right and wrong verdicts on memory, of the runs whose source says whether they fit."""
+    """Count right and wrong verdicts on memory, of the runs whose source says whether they fit.
+
+    Args:
+        checked: runs with their estimates.
+    """
     pairs = [(item.run.out_of_memory, item.fits is False) for item in checked if item.run.out_of_memory is not None]
     return Verdicts(pairs.count((True, True)), pairs.count((False, True)), pairs.count((True, False)))
 
 
 def picks(checked: Iterable[Checked]) -> list[Pick]:
-    """Compare the fastest estimate of those estimated to fit with the best measured, for each sheet of the sweep."""
+    """Compare the fastest estimate of those estimated to fit with the best measured, for each sheet of the sweep.
+
+    Args:
+        checked: runs with their estimates.
+    """
     sheets: dict[str, list[Checked]] = {}
     for item in checked:
         if item.run.out_of_memory is not None:

@@ -151,7 +151,11 @@ def read(*paths: Path) -> tuple[list[PublishedRun], list[LeftOutRun]]:
 
 
 def held_out_families(runs: Iterable[PublishedRun]) -> set[str]:
-    """Choose the families that no fit may see: of each stack's, alphabetically, every second; and a sole one."""
+    """Choose the families that no fit may see: of each stack's, alphabetically, every second; and a sole one.
+
+    Args:
+        runs: published runs.
+    """
     by_stack: dict[str, set[str]] = {}
     for run in runs:
         by_stack.setdefault(run.family.partition(":")[0], set()).add(run.family)
