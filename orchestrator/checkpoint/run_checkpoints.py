@@ -99,7 +99,7 @@ def diverged(path: AnyPath) -> bool:
     So say saves of earlier versions; today's are refused. Where nothing was measured, or it cannot be read: no.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
     """
     try:
         numbers = parse_json(read_bounded(path / MEASURED, _MAX_MEASURED_BYTES))

@@ -80,7 +80,7 @@ def is_remote(path: AnyPath) -> bool:
     """Whether the path is one of an object store.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
     """
     return not isinstance(path, Path)
 
@@ -89,7 +89,7 @@ def resolved(path: Path) -> Path:
     """Return an absolute path of this machine, without links.
 
     Args:
-        path: of this machine.
+        path: a path of this machine.
 
     Raises:
         CheckpointError: links that lead back to themselves.
@@ -106,7 +106,7 @@ def size_of(path: AnyPath) -> int | None:
     A link counts as none: a checkpoint holds its files itself.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
 
     Raises:
         OSError: the store does not answer.
@@ -128,7 +128,7 @@ def there(path: AnyPath) -> bool:
     """Return whether anything has that name: a file, a directory, a link, or objects with that prefix.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
 
     Raises:
         OSError: the store does not answer.
@@ -142,8 +142,8 @@ def read_bounded(path: AnyPath, limit: int) -> bytes:
     """Read a file of at most `limit` bytes.
 
     Args:
-        path: of this machine or of a store.
-        limit: largest size in bytes, or elements of a box.
+        path: a path of this machine or of an object store.
+        limit: largest size in bytes.
 
     Raises:
         CheckpointError: it is larger.
@@ -163,7 +163,7 @@ def children(parent: AnyPath) -> list[AnyPath]:
     """List a directory, or what lies directly below a prefix; empty where there is none.
 
     Args:
-        parent: the directory of checkpoints.
+        parent: a directory, or a prefix.
 
     Raises:
         OSError: it cannot be listed.
@@ -183,7 +183,7 @@ def modified(path: AnyPath) -> float:
     """Return when a file was written, in seconds since 1970, by the store's own clock; 0 where it is not known.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
     """
     if not is_remote(path):
         return path.stat().st_mtime
@@ -197,7 +197,7 @@ def make_directory(path: AnyPath) -> None:
     """Make a directory and its parents. An object store has none: a mistyped name makes no bucket.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
     """
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def claim(path: AnyPath, owner: bytes) -> bytes:
     """Write an object unless it exists: of several writers, one succeeds. Returns the content that is there.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
         owner: the content to write.
 
     Raises:
@@ -258,7 +258,7 @@ def read_range(path: AnyPath, start: int, stop: int) -> bytes:
     """Read the bytes `[start, stop)` of a file, fewer where it ends before.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
         start: first byte.
         stop: the byte behind the last one.
 
@@ -314,7 +314,7 @@ def read_runs(path: AnyPath, starts: Sequence[int], length: int, out: memoryview
     """Read stretches of `length` bytes, one behind the other into `out`.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
         starts: first byte of each stretch.
         length: of each, in bytes.
         out: the buffer to fill.
@@ -350,7 +350,7 @@ def put_last(path: AnyPath, content: bytes) -> None:
     """Publish a commit marker atomically, after all other files are durable.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
         content: of the file.
 
     Raises:
@@ -390,7 +390,7 @@ def remove_tree(directory: AnyPath) -> None:
     """Remove a directory and what is in it; in a store it may be gone.
 
     Args:
-        directory: of the checkpoint.
+        directory: the directory, or a prefix.
 
     Raises:
         OSError: something cannot be removed.
@@ -408,7 +408,7 @@ def remove_file(path: AnyPath) -> None:
     """Remove a file; in a store it may be gone.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
 
     Raises:
         OSError: it cannot be removed.

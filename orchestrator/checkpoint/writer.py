@@ -333,7 +333,7 @@ def write_safetensors(
     The format is https://github.com/huggingface/safetensors#format; device tensors come to the host one by one.
 
     Args:
-        path: of this machine or of a store.
+        path: a path of this machine or of an object store.
         keys: names of the tensors.
         tensors: in the order of `keys`, on any device.
         hash: a name that `new_hash` takes.

@@ -148,7 +148,7 @@ def replace_goodput(stall: float, mtbf: float, step: float, groups: float, repai
         mtbf: mean seconds between failures of the job.
         step: seconds of one.
         groups: data-parallel groups.
-        repair: seconds until a failed host is back.
+        repair: seconds until spare chips stand in.
     """
     stopped = math.exp(-min(_MOST_EXPONENT, (stall + step / 2) / mtbf))
     missing = min(1.0, repair / mtbf / groups)

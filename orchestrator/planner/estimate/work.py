@@ -120,8 +120,9 @@ def score_width(shape: ModelShape) -> int:
 def model_flops_per_token(shape: ModelShape, seq_len: int, causal: bool = True) -> float:
     """Count forward and backward FLOPs per token, without recomputation: `6 N + 6 L W S`.
 
-    W is `score_width` (2 H Q for ordinary attention), S the mean number of positions seen. With `causal=False`
-    S is the whole sequence, which is the convention of the PaLM paper and of many benchmarks.
+    It is `flops.flops_per_token` for any `ModelShape`. W is `score_width` (2 H Q for ordinary attention), S the mean
+    number of positions seen. With `causal=False` S is the whole sequence, which is the convention of the PaLM paper
+    and of many benchmarks.
 
     Args:
         shape: of the model.
