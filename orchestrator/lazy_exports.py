@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used.
+"""Import a package's public names when they are first used.
 
 A package that imported its modules itself would load torch for whoever needs only a constant of it, and would close
 circles of imports.

@@ -1,4 +1,4 @@
-"""The product's own lines: records of Python's logger `orchestrator`, which the command line prints.
+"""Output for users: records of Python's logger `orchestrator`, which the command line prints.
 
 A program that imports the package sees nothing of them until it configures `logging`, as with any library. The command
 line and the processes of a run print them (`printing`): results on standard output, the rest on standard error.

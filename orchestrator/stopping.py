@@ -1,4 +1,4 @@
-"""A request to stop, by SIGINT or SIGTERM: acknowledged at once, obeyed at a boundary, counted once.
+"""Requests to stop, by SIGINT or SIGTERM: acknowledged at once, obeyed at a boundary, counted once.
 
 No other module is imported here, so that the handlers can be in place before anything that takes time.
 

@@ -1,4 +1,4 @@
-"""Runs side by side."""
+"""Compare runs from Python."""
 
 from __future__ import annotations
 

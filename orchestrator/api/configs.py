@@ -1,4 +1,4 @@
-"""Configurations from Python."""
+"""Compose configurations from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How text is drawn: the ranges of the settings, for the command line and for Python."""
+"""Valid ranges of the sampling settings, shared by the command line and the Python API."""
 
 from __future__ import annotations
 

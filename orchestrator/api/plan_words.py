@@ -1,4 +1,4 @@
-"""From the words of `plan` to what is planned: fleets, and a job or several."""
+"""Parse the words of `plan` into fleets, and one job or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planning from Python: what a run needs, on whose chips, how long and for how much. No torch, no device."""
+"""Plan a run from Python: chips, layout, time and cost. No torch, no device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rehearsing from Python: whether a run fits a TPU, by Google's own compiler and without a TPU."""
+"""Rehearse from Python: whether a run fits a TPU, by Google's own compiler and without a TPU."""
 
 from __future__ import annotations
 

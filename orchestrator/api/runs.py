@@ -1,4 +1,4 @@
-"""Runs as Python objects: what their directories hold."""
+"""Runs as Python objects: status, metrics, checkpoints and report of a run directory."""
 
 from __future__ import annotations
 

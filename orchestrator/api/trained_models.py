@@ -1,4 +1,4 @@
-"""Trained models in Python: load one, let it write, measure its loss. On one device, in the calling process."""
+"""Load, evaluate and generate from trained models in Python, on one device, in the calling process."""
 
 from __future__ import annotations
 

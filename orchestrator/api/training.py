@@ -1,4 +1,4 @@
-"""Training from Python."""
+"""Train from Python."""
 
 from __future__ import annotations
 

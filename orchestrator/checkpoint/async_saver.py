@@ -1,4 +1,4 @@
-"""Saving behind the run's back: the step waits for a copy in host memory, the rest goes on beside it."""
+"""Asynchronous saving: a step blocks only for the copy to host memory; a thread writes, hashes and commits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening a checkpoint means checking it. No torch: the launcher decides where to resume before it starts anyone."""
+"""Open and verify a checkpoint. No torch: the launcher uses it before it starts any process."""
 
 from __future__ import annotations
 

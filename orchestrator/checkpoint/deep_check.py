@@ -1,4 +1,4 @@
-"""What hashes cannot tell of a checkpoint: whether the numbers in its tensors are numbers."""
+"""Find NaN and infinity in the tensors of a checkpoint, which hashes do not reveal."""
 
 from __future__ import annotations
 

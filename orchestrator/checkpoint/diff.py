@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, tensor by tensor, with a bounded part of either in memory."""
+"""Compare two checkpoints tensor by tensor, with a bounded part of either in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether tensors hold numbers: neither NaN nor infinity."""
+"""Test tensors for NaN and infinity."""
 
 from __future__ import annotations
 

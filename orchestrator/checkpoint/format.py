@@ -1,4 +1,4 @@
-"""The checkpoint directory: names, the manifest, and the checks that it must pass before it is believed.
+"""The checkpoint format: names, the manifest, and the checks that a directory must pass.
 
     step-00000100/
         rank-00000.safetensors   the shards that rank 0 owned; one file per rank that owned any

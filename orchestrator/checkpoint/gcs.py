@@ -1,4 +1,4 @@
-"""What gcsfs, the library of Google Cloud Storage, needs beside what all libraries of stores need."""
+"""Workarounds for gcsfs, the library of Google Cloud Storage."""
 
 from __future__ import annotations
 

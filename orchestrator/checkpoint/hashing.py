@@ -1,4 +1,4 @@
-"""What a file is hashed by: in pieces, so that damage is located and hashes are computed side by side."""
+"""Hashing of files in pieces, so that damage is located and hashes are computed in parallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hashes that are checked while a checkpoint is read: each process those of what it reads, all of them the rest.
+"""Verify hashes while a checkpoint is read: each process those of what it reads, all together the rest.
 
 A piece that lies whole in what a process wants is hashed where it was read to. So on the layout that wrote it a
 checkpoint is read once, every process its part, and what is trained on is what was hashed. The pieces that nobody has

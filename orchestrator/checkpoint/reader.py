@@ -1,4 +1,4 @@
-"""Reading a checkpoint: each rank just the slices that it holds, whatever layout wrote them."""
+"""Read a checkpoint: each rank only the slices that it holds, whatever layout wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint computes where it was loaded what it did where it was saved: what travels, how it is compared.
+"""Handover check: whether a restored model reproduces loss, gradient norm and logits recorded at the save.
 
     reference.safetensors   a few short sequences as the model gets them, and a digest of the logits that it gave
     handover.json           the loss and the norm of the gradients that it gave

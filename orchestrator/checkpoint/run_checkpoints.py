@@ -1,4 +1,4 @@
-"""The checkpoints of a run directory: which there are, which is the newest that can be trusted, which may go."""
+"""List, select and delete the checkpoints of a run."""
 
 from __future__ import annotations
 

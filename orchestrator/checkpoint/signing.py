@@ -1,4 +1,4 @@
-"""Who wrote a checkpoint: Ed25519 signatures of its manifest, which in turn has the hash of every file.
+"""Ed25519 signatures of a checkpoint's manifest, which in turn has the hash of every file.
 
 The message that is signed is the content of `manifest.json`, byte for byte. `cryptography` (the extra `signing`) is
 imported where a key is used; a signature that was damaged is noticed without it.

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder, or a prefix of an object store. Both are paths here (universal_pathlib).
+"""Files of checkpoints: in a folder, or below a prefix of an object store (universal_pathlib).
 
 A file of a folder is on disk when `write_file` returns; an object appears whole or not at all.
 """

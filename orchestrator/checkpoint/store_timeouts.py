@@ -1,4 +1,4 @@
-"""How long an object store is waited for. Their libraries wait for minutes, some without end.
+"""Time limits for object stores, whose libraries wait for minutes, some without end.
 
 An operation that takes longer is cancelled: what its library would still send is not sent.
 """

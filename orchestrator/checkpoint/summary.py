@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, as plain data. Nothing of it is a reason to trust it. No torch."""
+"""Summarise a checkpoint as plain data. No torch. What a checkpoint says of itself is no reason to trust it."""
 
 from __future__ import annotations
 

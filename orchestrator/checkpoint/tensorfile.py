@@ -1,4 +1,4 @@
-"""Reading parts of a safetensors file, of a folder or of an object store, whoever wrote it.
+"""Read parts of a safetensors file, from a folder or an object store.
 
 The format is https://github.com/huggingface/safetensors#format. Its own library maps local files only. Nothing that
 the header claims is believed before it was compared with the size of the file.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its own shards, rank 0 the manifest when all are on disk."""
+"""Write a checkpoint: every rank its own shards, rank 0 the manifest when all are durable."""
 
 from __future__ import annotations
 

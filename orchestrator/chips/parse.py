@@ -1,4 +1,4 @@
-"""The catalogue's YAML to `Chip` objects, strictly: all wrong entries are listed at once, each by its path."""
+"""Parse the catalogue's YAML into `Chip` objects, strictly: all wrong entries are listed at once, by path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `checkpoint` shows what it found. Names come from strangers' files: nothing of them steers the terminal."""
+"""Format what `checkpoint` found. Names come from untrusted files: control characters are escaped."""
 
 from __future__ import annotations
 

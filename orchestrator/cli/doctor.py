@@ -1,4 +1,4 @@
-"""`python -m orchestrator doctor`: what hardware and software is here, what is missing, and what to do."""
+"""`python -m orchestrator doctor`: list hardware and software, and say what is missing and how to get it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`checkpoint handover`: whether a checkpoint's model computes on some hardware what it did where it was saved."""
+"""`checkpoint handover`: check that a checkpoint's model computes here what it computed at the save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`checkpoint import`: models of other software as checkpoints to train on from."""
+"""`checkpoint import`: make checkpoints from models of other software."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m orchestrator plan`: what a run needs, on whose chips, how long and for how much. No torch, no device."""
+"""`python -m orchestrator plan`: chips, layout, time and cost of a run. No torch, no device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command line and YAML files to a `RunConfig`: with `words.py` the only file that imports Hydra or OmegaConf.
+"""Compose a `RunConfig` from command line and YAML. Only this file and `words.py` import Hydra or OmegaConf.
 
 What is wrong with the words is found first (`words.py`); with anything wrong, the rest is still composed and converted,
 and all problems are reported together. Whatever Hydra, OmegaConf or YAML raise is one error, of the user.

@@ -1,4 +1,4 @@
-"""Plain data to frozen dataclasses and back, strictly: every problem is collected, none is coerced away."""
+"""Convert plain data to frozen dataclasses and back, strictly: all problems are collected, nothing is coerced."""
 
 from __future__ import annotations
 

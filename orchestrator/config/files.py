@@ -1,4 +1,4 @@
-"""YAML files of configuration: each mistake in one with its file and line."""
+"""Read YAML files of configuration; each mistake is reported with file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the types of the optimizers' configurations cannot say: ranges, and keys that must fit each other. No torch."""
+"""Validate optimizer configurations: ranges, and keys that must fit each other. No torch."""
 
 from __future__ import annotations
 

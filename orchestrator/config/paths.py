@@ -1,4 +1,4 @@
-"""The keys that name places on this machine, made independent of the folder that a run was started from."""
+"""Make the keys that hold paths absolute, so that a run does not depend on the folder it was started from."""
 
 from __future__ import annotations
 

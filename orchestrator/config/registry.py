@@ -1,4 +1,4 @@
-"""Parts that a user brings: a configuration names them, and here they are found and made.
+"""Find and construct the parts that a user's configuration names by `_target_`.
 
 A part is named by Hydra's convention, `_target_: package.module.Name` with its arguments, or by the name of an
 installed entry point (`_target_: name`, without a dot; its group is in `GROUPS`). Code comes from the user, never from

@@ -1,4 +1,4 @@
-"""The jobs of a multirun: what each one's values were, what became of it, and what it reached."""
+"""Run the jobs of a multirun and record values, status and objective of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the types of the schema cannot say: ranges, and keys that must fit each other. All problems at once.
+"""Validate what types cannot express: ranges, and keys that must fit each other. All problems at once.
 
 The same rules hold for what a user writes and for what a checkpoint brings.
 """

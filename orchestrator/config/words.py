@@ -1,4 +1,4 @@
-"""The words of a command line against the schema: which keys and options there are, before Hydra composes.
+"""Check the words of a command line against the schema, before Hydra composes.
 
 Hydra reports the first wrong override and stops, and lets `+newkey=1` through; here every mistake is found.
 """

@@ -1,4 +1,4 @@
-"""Whether prepared stores are as the configuration asks, and as each other: what begins and ends their documents."""
+"""Check that prepared stores agree with the configuration and each other on how documents begin and end."""
 
 from __future__ import annotations
 

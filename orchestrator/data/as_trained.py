@@ -1,4 +1,4 @@
-"""Tokenizer files that say what a model was trained with, where that is something else than they said before."""
+"""Rewrite tokenizer files so that they describe the documents that a model was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a document is in tokens: what stands in front of its text, what ends it, and what its text may spell."""
+"""The format of a document in tokens: what precedes its text, what ends it, and special tokens in its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents out of the inputs of a source, one at a time, and what was left out of them."""
+"""Read documents from the inputs of a source, one at a time, and record what was left out."""
 
 from __future__ import annotations
 

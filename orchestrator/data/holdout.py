@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: a function of their content, not of files, order or workers."""
+"""Choose the documents that are held out for validation, by their content alone."""
 
 from __future__ import annotations
 

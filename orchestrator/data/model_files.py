@@ -1,4 +1,4 @@
-"""Which files travel with a model, beside its weights and `config.json`: one list for every hop.
+"""The files that travel with a model beside its weights and `config.json`.
 
 Import, data preparation, training, resuming and export hand them on with their bytes unchanged. In a checkpoint they
 are plain files of its manifest, without folders: the templates that transformers keeps in one have flat names there.

@@ -1,4 +1,4 @@
-"""Files that others may have written: looked at before they are opened, and read no further than they may be long.
+"""Read files of untrusted origin: regular files only, and up to a size limit.
 
 Opening a FIFO waits for a writer that may never come, a device has no end, and a link may lead out of the directory
 that was named.

@@ -1,4 +1,4 @@
-"""From the configuration of the data to token stores that are ready to be read.
+"""Prepare the token stores that the data configuration describes.
 
 A source is `builtin`, input files, or a store that exists already. The first two are tokenised into the user's cache,
 under a key of everything that their tokens depend on.

@@ -1,4 +1,4 @@
-"""The token store: a directory of memory-mapped shards that many processes read at random positions.
+"""The token store: a directory of memory-mapped shards, read by many processes at random positions.
 
 ```
 index.json            written last, by atomic rename: a directory without it is not a store

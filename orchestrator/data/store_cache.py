@@ -1,4 +1,4 @@
-"""The user's cache of what preparing data costs time: built once, by one process, and never half visible."""
+"""The user's cache of prepared data: built once, by one process, and never visible in part."""
 
 from __future__ import annotations
 

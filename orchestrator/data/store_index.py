@@ -1,4 +1,4 @@
-"""The index of a token store: what it lists, and that it can be true. Nothing else of a store is opened before."""
+"""The index of a token store and its validation, before any other file of the store is opened."""
 
 from __future__ import annotations
 

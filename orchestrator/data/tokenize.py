@@ -1,4 +1,4 @@
-"""Text to tokens and back: one wrapper over Hugging Face `tokenizers`, whatever the vocabulary came from.
+"""Tokenizers: one wrapper over Hugging Face `tokenizers`, whatever the vocabulary came from.
 
 A tokenizer is a `tokenizer.json` and the files beside it that say which tokens begin and end a text. These are formats
 of Hugging Face, so a tokenizer from there is used as it is and one from here is read there.

@@ -1,4 +1,4 @@
-"""What the files around a vocabulary say: which tokens begin and end a text, which were added, which file is which.
+"""Read the files beside a vocabulary: special tokens, added tokens, and the roles of the files.
 
 They are read as `AutoTokenizer` of transformers 5 reads them, so that both give the same ids.
 """

@@ -1,4 +1,4 @@
-"""What a run is evaluated on: what its sources hold out, or data of its own. Known before anything is started."""
+"""The validation data of a run: what its sources hold out, or data of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vocabularies that are made here: byte-level BPE, trained on texts, and one token per byte."""
+"""Make vocabularies: byte-level BPE trained on texts, or one token per byte."""
 
 from __future__ import annotations
 

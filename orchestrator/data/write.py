@@ -1,4 +1,4 @@
-"""Documents to a token store: tokenised in parallel, shuffled, divided into splits and shards.
+"""Write documents into a token store: tokenized in parallel, shuffled, divided into splits and shards.
 
 Two passes keep memory bounded. The first tokenises in the order of the input into one spool file; the second gathers
 the documents in their final order, one shard at a time.

@@ -1,4 +1,4 @@
-"""Where the first process of a job is reached, where its name alone does not say it."""
+"""Resolve the address of the first process of a job, where its name alone does not resolve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each process of a job has done last: a sign of life, for those that look for the one that is missing."""
+"""Signs of life of the processes of a job, to find the one that is missing."""
 
 from __future__ import annotations
 

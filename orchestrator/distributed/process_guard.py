@@ -1,4 +1,4 @@
-"""What ends the processes of a job when the one that started them is gone: `guard.py PID ...`, by itself.
+"""End the processes of a job when the one that started them is gone: `process_guard.py PID ...`.
 
 Standard input is a pipe whose other end the launcher holds. Its end of file says that the launcher has gone, however it
 went. What still runs then is asked to save and stop (SIGTERM). A process that is stopped (SIGSTOP) acts on no signal

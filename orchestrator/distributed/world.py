@@ -1,4 +1,4 @@
-"""Which process of a job this is, as the engine that started it says.
+"""Detect which process of a job this is, from the variables of the engine that started it.
 
 Recognised by their environment are the product's own launcher, torchrun, whoever sets the variables that
 torch.distributed reads, Slurm's srun, and MPI's launchers. Each is one function in `_DETECTORS`. Where none of them

@@ -1,4 +1,4 @@
-"""The single checks of `doctor`: system, packages, storage, and a trial of the devices. No torch in this process."""
+"""The checks of `doctor`: system, packages, storage, and a trial of the devices. No torch in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on the processor, with gloo between processes: the target that is always there."""
+"""The CPU target, with gloo between processes; always available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operating system says about this machine: devices, drivers, cores and memory, all without torch.
+"""Facts of this machine from the operating system: devices, drivers, cores and memory. No torch.
 
 The launcher's parent process and `doctor` look here, so that asking which hardware there is neither costs the
 seconds of `import torch` nor touches a device. Tests put a made-up machine under `ROOT`.

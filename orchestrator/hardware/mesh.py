@@ -1,4 +1,4 @@
-"""Which device stands where in the mesh, from where the devices are: the innermost axis goes to nearest neighbours.
+"""Order devices into the mesh by their physical coordinates; the innermost axis gets nearest neighbours.
 
 The idea is that of jax's `mesh_utils` and torch_xla's `HybridMesh`: in each slice the logical axes are laid over the
 axes of the torus, the innermost first, and slices make up the outermost one. `HybridMesh` itself (torch_xla 2.9) asks

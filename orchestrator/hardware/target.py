@@ -1,4 +1,4 @@
-"""The interface of a hardware target, and what a look at the machine brings.
+"""The interface of a hardware target, and the result of a probe.
 
 A target knows one vendor's devices: whether they are here, which precision they are good at, which
 environment a worker needs, and where a rank's device and its memory counters are. It knows nothing about

@@ -1,4 +1,4 @@
-"""What a host says of its TPU chips, whichever library drives them: how many, which, and what is in the way."""
+"""Probe a host's TPU chips, whichever library drives them: number, kind, and problems."""
 
 from __future__ import annotations
 

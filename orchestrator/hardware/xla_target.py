@@ -1,4 +1,4 @@
-"""What the targets that go through torch_xla have in common."""
+"""Common base of the targets that use torch_xla."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from a checkpoint, on one device."""
+"""Generate text from a checkpoint on one device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Softmax attention of given queries, keys and values: all at once, or a block of queries at a time."""
+"""Softmax attention of given queries, keys and values: at once, or a block of queries at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values of earlier positions, kept while text is generated."""
+"""The cache of keys and values of earlier positions for text generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which positions attend to which."""
+"""Attention masks: causal, within documents, and windowed."""
 
 from __future__ import annotations
 

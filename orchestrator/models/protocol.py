@@ -1,4 +1,4 @@
-"""What a model has to be so that every strategy can shard it, and everything else train, save and check it.
+"""The protocol of a model that every strategy can shard, and everything else train, save and check.
 
 A model is single-device code: no `torch.distributed`, no vendor's library, no device. It says what its parameters are
 (`logical_axes`) and where its parts are, and a strategy cuts it. What holds for its modules:

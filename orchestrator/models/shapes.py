@@ -1,4 +1,4 @@
-"""The names and shapes of a model's parameters, from its description alone: no torch, no model built."""
+"""Names and shapes of a model's parameters, from its configuration alone. No torch, no model built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bar for long work that is no training step."""
+"""A progress bar for long work other than training steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output and error of a process that works: what is printed there may be lost, the work goes on.
+"""Standard output and error that never fail: what cannot be printed is lost, and the work continues.
 
 A reader that has gone (`| head`), a full disk under a redirection, a stream that was closed from the start, a letter
 that the locale's encoding lacks: none of them may end a training. While `guarded` holds, `sys.stdout` and `sys.stderr`

@@ -1,4 +1,4 @@
-"""The rate of matrix products that a device reaches: the yardstick of MFU where no published peak applies."""
+"""Measure the rate of matrix products of a device: the reference of MFU where no published peak applies."""
 
 from __future__ import annotations
 

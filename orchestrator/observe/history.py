@@ -1,4 +1,4 @@
-"""The course of a run, small enough to travel in each of its checkpoints: a run that moves keeps one loss curve."""
+"""The metrics history of a run, thinned to travel in each of its checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of the steps: kept on the device, fetched and written every so many steps.
+"""Step metrics: buffered on the device, fetched and written every few steps.
 
 A `self.log` per step and key costs Lightning more than the rest of its loop, and every fetch waits for the
 device. So a step only appends tensors to a buffer; a flush stacks them, reduces them over the ranks in one

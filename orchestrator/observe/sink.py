@@ -1,4 +1,4 @@
-"""Side channels: what a run writes for people to look at. One that fails is said, and never ends the run.
+"""Side channels: outputs of a run for people. A failure of one is reported and never ends the run.
 
 Metrics, samples, TensorBoard, W&B, run.json and the lines on the terminal all go through a `Channel`. It hands what it
 is given to a function that writes. Where that raises (a full disk, a quota, a reader that has gone) the items wait, the

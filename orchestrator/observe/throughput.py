@@ -1,4 +1,4 @@
-"""MFU, and the peak that it is a share of."""
+"""MFU, and the peak rate that it refers to."""
 
 from __future__ import annotations
 

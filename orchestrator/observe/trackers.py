@@ -1,4 +1,4 @@
-"""What shows the metrics of a run beside its own files: TensorBoard, Weights & Biases, loggers of the user's own.
+"""Experiment trackers: TensorBoard, Weights & Biases, and loggers of the user's own.
 
 All of them may fail.
 """

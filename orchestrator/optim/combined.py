@@ -1,4 +1,4 @@
-"""Several optimizers as one: of the blocks' matrices one, of everything else another."""
+"""Several optimizers as one: one for the blocks' matrices, another for everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimizer that the user names: imported, tried on a small parameter, and held to what a checkpoint can hold.
+"""A user's own optimizer: imported, tried on a small parameter, and restricted to state a checkpoint can hold.
 
 Its state has to be tensors, each a scalar or shaped as its parameter: so every layout can read its part of it. That is
 looked at before the training, on two parameters of a few elements.

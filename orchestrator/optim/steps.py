@@ -1,4 +1,4 @@
-"""What the optimizers here have in common: an update that is left out where its step was not finite."""
+"""Common base of the optimizers: an update is skipped where its step was not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a layout was chosen, and why the others lose, in words."""
+"""Explain in words why a layout was chosen, and why the others are slower."""
 
 from __future__ import annotations
 

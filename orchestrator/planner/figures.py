@@ -1,4 +1,4 @@
-"""What a layout means: speed, days, failures, money, as values that know their derivation."""
+"""The figures of a layout: speed, days, failures and cost, as values that know their derivation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fleets: which chips, how many, at what price and power; and the short way to write them.
+"""Fleets: which chips, how many, at what price and power; and their short notation.
 
 `h100x1024` is so many chips, `tpu_v7x@1GW` as many as so much power carries, `tpu_v7xx1M@1GW` no more than either,
 `h100@$5M` as many as make the run cost no more than that, `2xtpu_v5p:8x16x16` two slices of that shape. A YAML file

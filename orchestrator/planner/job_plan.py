@@ -1,4 +1,4 @@
-"""A job on a fleet, from the layout to the bill: the search, then what its best layout means in days and dollars."""
+"""Plan a job on a fleet: search the layouts, then compute days and cost of the best one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that can be planned and not yet trained: mixtures of experts, from `models.yaml`."""
+"""Models that can be planned and not trained: mixtures of experts, from `models.yaml`."""
 
 from __future__ import annotations
 

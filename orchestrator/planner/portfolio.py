@@ -1,4 +1,4 @@
-"""Several jobs on several fleets: which job runs where.
+"""Assign several jobs to several fleets.
 
 Jobs on one fleet run one after the other, each on the whole of it. All assignments are compared where there are at
 most `EXACT` of them; beyond that jobs are placed the longest first and then moved one by one while that helps, which

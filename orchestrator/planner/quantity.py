@@ -1,4 +1,4 @@
-"""A number that knows where it comes from.
+"""A number with its unit, source and derivation.
 
 Every figure that the planner shows is a `Value`: unknown inputs make unknown results, an estimate marks all that is
 built on it, a lower bound stays one, and the formula with its inputs can be printed as a tree.

@@ -1,4 +1,4 @@
-"""How a job scales on one kind of chip, from a host to a million, and where each link begins to hold it back."""
+"""Scaling of a job on one kind of chip, from a host to a million, and where each link becomes the limit."""
 
 from __future__ import annotations
 

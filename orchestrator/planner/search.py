@@ -1,4 +1,4 @@
-"""All the ways to lay a job over a cluster, ranked by how fast they go through tokens.
+"""Enumerate parallel layouts, ranked by tokens per second.
 
 A layout is a *frame* (tensor, context, pipeline, expert: who works on one sequence) and a *filling* of it (how the
 data-parallel groups shard the state, micro-batch, remat, interleaving). The search has two rounds: every legal frame

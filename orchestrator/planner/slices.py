@@ -1,4 +1,4 @@
-"""TPU slices that exist: the shapes in which Google hands chips out.
+"""The shapes of TPU slices that Google offers.
 
 A slice is the part of a pod that the fast links join; several slices talk over the data-centre network. From one cube
 of 4x4x4 on, a slice of a three-dimensional torus is any box of whole cubes; v5e and v6e have a fixed list.

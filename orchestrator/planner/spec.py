@@ -1,4 +1,4 @@
-"""What is planned: a model's shape, the job, the cluster, and the way the job is laid over it.
+"""Input of the planner: a model's shape, the job, the cluster, and the layout.
 
 Pure data, without torch: the estimators (`memory`, `time`), the search and the reports all speak in these terms.
 """

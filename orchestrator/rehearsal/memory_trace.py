@@ -1,4 +1,4 @@
-"""What one training step keeps in memory on one rank of any world, found by going through it without data.
+"""Peak memory of one training step on one rank of any world, measured on fake tensors.
 
 The step is the product's own: model, optimizer, strategy and module of a run, driven by the trainer of a run, as one
 rank of a world that is not there (`strategies.traced`). Every operation's results are watched from when they are made

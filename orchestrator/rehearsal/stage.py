@@ -1,4 +1,4 @@
-"""The training step as a program for a compiler, written down without a byte of the model.
+"""Export the training step as a program for a compiler, without allocating the model.
 
 The step is the product's own: the model, the optimizer, the strategy and the module that a run has, driven by the
 trainer of a run. Two things differ. What the strategy would send to the devices is a placeholder, a tensor with a

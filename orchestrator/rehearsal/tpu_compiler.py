@@ -1,4 +1,4 @@
-"""Google's TPU compiler on a machine without a TPU: jax and libtpu in an environment and a process of their own.
+"""Google's TPU compiler on a machine without a TPU: jax and libtpu in their own environment and process.
 
 libtpu installs signal handlers, can abort and can take very long; its versions also do not go with those of torch_xla.
 So the compiler is a child process that leaves its answer in a file, and whatever happens to it is an answer too.

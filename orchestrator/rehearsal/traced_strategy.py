@@ -1,4 +1,4 @@
-"""The torch-native strategy as one rank of a world that is not there: no data, and nobody to send it to.
+"""The torch-native strategy on fake tensors and a fake process group: one rank of any world in one process.
 
 Everything is done as in a run; the process group says that it has sent and received, and tensors know their
 shapes and how many bytes they would need (`FakeTensorMode`). So one process can go through the step of any rank of

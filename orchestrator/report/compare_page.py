@@ -1,4 +1,4 @@
-"""The page of several runs: their loss curves over each other, what they reached, and what differs between them."""
+"""The HTML page that compares runs: loss curves, results, and differences of configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs side by side: what each reached, and which keys of their configurations differ."""
+"""Compare runs: what each reached, and which keys of their configurations differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of a plan as inline SVG: stacked bars, and charts whose axes are logarithmic. No script: titles tell."""
+"""Charts of a plan as inline SVG: stacked bars, and charts with logarithmic axes. No script."""
 
 from __future__ import annotations
 

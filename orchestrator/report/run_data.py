@@ -1,4 +1,4 @@
-"""What the files of a run directory say, made fit for a report: all of it optional, none of it trusted."""
+"""Read the files of a run directory for a report: all of them optional, none trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of a report about where a run has been: its legs, and the checks between them."""
+"""The sections of a report on the legs of a run and the handover checks between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of a report as people read them; `unknown` where one is not there."""
+"""Format values of a report; `unknown` where one is missing."""
 
 from __future__ import annotations
 

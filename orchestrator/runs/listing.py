@@ -1,4 +1,4 @@
-"""The runs in a folder: which there are, which was worked on last, which one the command line means. No torch."""
+"""List the runs in a folder, and choose the latest or the one that the command line means. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user is told before and beside the run's own lines."""
+"""Messages about a run before and beside its own output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model came from: how to import what is no checkpoint yet, and what of an import travels on. No torch."""
+"""The origin of an imported model: how to import it, and which files of an import travel on. No torch."""
 
 from __future__ import annotations
 

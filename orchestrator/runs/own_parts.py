@@ -1,4 +1,4 @@
-"""The user's own parts of a run: what is made of them, and what can be found wrong before a device is touched.
+"""Construct and check the user's own parts of a run, before a device is touched.
 
 Torch is loaded only where a configuration names such a part.
 """

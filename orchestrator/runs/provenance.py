@@ -1,4 +1,4 @@
-"""Which software a result came from. No torch."""
+"""The versions of the software that a result depends on. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Removing checkpoints that nobody needs, from a run that is not running. No torch."""
+"""Remove old checkpoints of a run that is not running. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""run.json while its run goes on: the status in it is the true one, and where it cannot be written that is said."""
+"""Keep run.json up to date while its run goes on."""
 
 from __future__ import annotations
 

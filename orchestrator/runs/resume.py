@@ -1,4 +1,4 @@
-"""Where a resumed run goes on from, and with which configuration. No torch: the launcher asks first."""
+"""Find the checkpoint that a run resumes from, and merge the configurations. No torch."""
 
 from __future__ import annotations
 

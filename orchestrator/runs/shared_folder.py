@@ -1,4 +1,4 @@
-"""Whether all processes of a job see the directory of the checkpoints: asked before the first step, not at a save."""
+"""Check before the first step that all processes of a job see the directory of the checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a user means, and which model it holds. No torch."""
+"""Find the checkpoint that a user means, and the model that it holds. No torch."""
 
 from __future__ import annotations
 

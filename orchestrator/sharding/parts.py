@@ -1,4 +1,4 @@
-"""How an optimizer sees tensors that may be split over devices: local parts, sums over them, and whole matrices.
+"""The interface by which an optimizer sees split tensors: local parts, sums over them, and whole matrices.
 
 An element-wise optimizer (AdamW, SGD) needs nothing of this: it works on local parts alone. Adafactor needs sums over
 rows, columns and whole tensors; Muon needs whole matrices. Strategies implement `Parts`; optimizers call it and never

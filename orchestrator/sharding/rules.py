@@ -1,4 +1,4 @@
-"""From logical axes to mesh axes: which part of each parameter a rank holds.
+"""Map logical axes to mesh axes: which part of each parameter a rank holds.
 
 Two rules, both data. The table gives some logical axes to the `tensor` mesh axis. Then the `fsdp` axis
 (with `context`, whose ranks hold the same sequences) cuts dim 0 of every parameter once more, inside its

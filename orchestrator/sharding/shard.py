@@ -1,4 +1,4 @@
-"""One part of a named global tensor, with the memory that holds it: what strategies and checkpoints exchange."""
+"""A shard: one part of a named global tensor, with its memory. Strategies and checkpoints exchange these."""
 
 from __future__ import annotations
 

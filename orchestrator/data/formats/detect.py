@@ -1,4 +1,4 @@
-"""What a file is, by its content and its name together."""
+"""Detect the format of a file by its content and name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inputs that paths, globs and folders stand for, and what of them is left out."""
+"""Expand paths, globs and folders to input files, and record what is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that are one data set, known by their metadata: its files are no documents of their own."""
+"""Folders that are one data set, recognised by their metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of file and folder that is known: what holds documents, what holds tokens, and what holds neither."""
+"""The table of known files and folders: those of documents, those of tokens, and those of neither."""
 
 from __future__ import annotations
 

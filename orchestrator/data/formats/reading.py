@@ -1,4 +1,4 @@
-"""What the readers of all formats share: an input, its place of reading, and what was left out."""
+"""Types shared by the readers of all formats: an input, a position in it, and what was left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of a row: a field, also of a nested object; several fields by a template; or a list of messages."""
+"""Extract the text of a row: a field, nested or not; several fields by a template; or a list of messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of a file as they were before it was compressed, and lines of a bounded length."""
+"""Decompressed streams of files, and lines of bounded length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frames of a zstd file, walked by their headers: pyarrow takes a file that ends early for a whole one.
+"""Check the frames of a zstd file by their headers: pyarrow takes a truncated file for a whole one.
 
 The layout is that of RFC 8878, section 3.1.
 """

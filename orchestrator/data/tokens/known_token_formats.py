@@ -1,4 +1,4 @@
-"""Formats whose content is tokens, or that can hold them in a column: how each is read, and what ends a document."""
+"""The table of formats that hold tokens: how each is read, and what ends a document."""
 
 from __future__ import annotations
 

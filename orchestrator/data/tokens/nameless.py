@@ -1,4 +1,4 @@
-"""A tokenizer for tokens of which none is known: every id has a name, and no text has ids."""
+"""A tokenizer for token ids without a vocabulary: it names every id and encodes no text."""
 
 from __future__ import annotations
 

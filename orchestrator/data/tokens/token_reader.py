@@ -1,4 +1,4 @@
-"""What the readers of tokens share: documents as arrays of ids, checked against the vocabulary, in batches."""
+"""Shared code of the token readers: documents as arrays of ids, checked against the vocabulary, in batches."""
 
 from __future__ import annotations
 

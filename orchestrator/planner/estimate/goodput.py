@@ -1,4 +1,4 @@
-"""How often a run fails, how often it should save, and how many days it then really takes.
+"""Goodput: how often a run fails, how often it should save, and how many days it really takes.
 
 The interval is Young's `sqrt(2 C M)` (CACM 17(9), 1974) and Daly's `sqrt(2 C M) [1 + sqrt(C / 2M) / 3 + C / 18M] - C`
 (FGCS 22, 2006; M where C >= 2M), for a blocking save of C seconds and a mean time between failures of M. The

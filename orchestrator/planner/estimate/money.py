@@ -1,4 +1,4 @@
-"""What a run costs and what it draws. Unknown prices and powers make unknown results, never zeros."""
+"""Cost and energy of a run. Unknown prices and powers give unknown results, never zeros."""
 
 from __future__ import annotations
 

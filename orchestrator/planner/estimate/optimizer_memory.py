@@ -1,4 +1,4 @@
-"""Memory of the optimizers: what each keeps of a parameter, and what its update needs for a moment. No torch."""
+"""Memory of the optimizers: state per parameter, and what an update allocates. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one layer of a decoder is made of: elements, matrix products, bytes that cross the memory."""
+"""The work of one decoder layer: elements, matrix products, and bytes that cross the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the estimates are from published runs: errors per vendor, verdicts on memory, layouts picked."""
+"""Accuracy of the estimates against published runs: errors per vendor, verdicts on memory, layouts picked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The constants that measured runs have taught, from `calibration.yaml`: few, named, per software stack."""
+"""Constants fitted to measured runs, from `calibration.yaml`, per software stack."""
 
 from __future__ import annotations
 

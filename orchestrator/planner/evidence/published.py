@@ -1,4 +1,4 @@
-"""Runs that others have published, as jobs, clusters and plans that the estimators understand.
+"""Published runs as jobs, clusters and plans for the estimators.
 
 One row of the CSV is one metric; rows of one run share the `id` up to the colon. What a page does not state is
 either known of its software (then it is named in `PublishedRun.assumed`) or a reason to leave the run out.
