@@ -29,6 +29,7 @@ import numpy as np
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import SUMS, parse_json
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.errors import CheckpointError, HandoverError
 
 REFERENCE, MEASURED = "reference.safetensors", "handover.json"
@@ -38,7 +39,6 @@ _SIDE = ("target", "device_names", "devices", "hosts", "layout", "precision", "s
 _NAMES = {"loss": "loss", "grad_norm": "gradient norm", "logits": "logits"}
 _NAMED = 8  # tensors that are listed
 _FIELDS, _OPTIONAL = ("tokens", "targets", "positions"), ("documents",)
-_IGNORE = -100  # target of a position that has none
 _MAX_BYTES, _MAX_TOKENS = 1 << 26, 1 << 20
 # Below these a difference counts as it is: rounding of the logits does not shrink with what is computed from them.
 _LEAST_LOSS, _LEAST_NORM = 1.0, 0.1
@@ -228,7 +228,7 @@ def share(batch: Mapping[str, np.ndarray], groups: int, split: int, rank: int, s
     whole = math.lcm(rows, groups)
     mine = np.arange(whole)[rank * whole // shares : (rank + 1) * whole // shares] % rows
     padding = -length % split
-    values = {"targets": _IGNORE, "documents": int(batch["documents"].max()) + 1 if "documents" in batch else 0}
+    values = {"targets": IGNORE_INDEX, "documents": int(batch["documents"].max()) + 1 if "documents" in batch else 0}
     return {
         name: np.pad(array[mine], ((0, 0), (0, padding)), constant_values=values.get(name, 0))
         for name, array in batch.items()
@@ -311,7 +311,7 @@ def _reference(arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> 
             if array.shape != shape or array.dtype != kind:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}")
     lowest = min(array.min() for name, array in batch.items() if name != "targets")
-    if lowest < 0 or ((batch["targets"] < 0) & (batch["targets"] != _IGNORE)).any():
+    if lowest < 0 or ((batch["targets"] < 0) & (batch["targets"] != IGNORE_INDEX)).any():
         raise ValueError("a negative token or position")
     if batch["positions"].max() >= shape[1]:
         raise ValueError("a position beyond its sequence")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.data.formats.reading import Input
 from orchestrator.data.plain_files import read_bounded
 from orchestrator.data.store import hash_file
@@ -81,9 +82,7 @@ def content_digest(inputs: Sequence[Input], root: Path) -> str:
         digest.update(f"{item.name}\0{item.format}\0{content}\n".encode("utf-8", "surrogateescape"))
     if large and settled:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        aside = memo.with_suffix(f".{os.getpid()}")
-        aside.write_text(digest.hexdigest(), encoding="ascii")
-        os.replace(aside, memo)
+        write_atomically(memo, digest.hexdigest(), shared=True)
     return digest.hexdigest()
 
 

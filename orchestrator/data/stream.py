@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError
 
 STREAM_VERSION = 1  # of the order; a change makes old data positions meaningless
-IGNORE = -100  # target of a position whose loss does not count
 Batch = dict[str, np.ndarray]
 
 
@@ -234,7 +234,7 @@ class ValidationBatches:
             real = [index for index in indices if index < self.sequences]
             # The first sequence stands in for those that are missing; its targets do not count.
             batch = self.stream.batch(real + [0] * (self.batch - len(real)))
-            batch["targets"][len(real) :] = IGNORE
+            batch["targets"][len(real) :] = IGNORE_INDEX
             yield batch
 
 
@@ -370,7 +370,7 @@ def _fields(windows: np.ndarray, boundaries: np.ndarray, document_mask: bool) ->
     tokens, targets = windows[:, :-1], windows[:, 1:].copy()
     last, first = boundaries[:, :1], boundaries[:, 1:]
     ends = ((tokens == last) | (last < 0)) & ((targets == first) | (first < 0))
-    targets[ends & (last >= 0)] = IGNORE
+    targets[ends & (last >= 0)] = IGNORE_INDEX
     index = np.arange(tokens.shape[1], dtype=np.int64)
     if not document_mask:
         positions = np.broadcast_to(index, tokens.shape).copy()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.config.schema import TokensConfig
 from orchestrator.data.documents import Corpus, Document, Tally
 from orchestrator.data.holdout import Extents, hold_out
@@ -115,7 +116,7 @@ def write_store(
         skipped_files=len(corpus.left_out),
         documents=tokenizer.documents.record(),
     )
-    write_atomically(folder / INDEX_FILE, index.to_json().encode())
+    write_atomically(folder / INDEX_FILE, index.to_json(), durable=True)
     return TokenStore.open(folder)
 
 
@@ -128,21 +129,6 @@ def entropy_nats(counts: np.ndarray) -> float:
     total = int(counts.sum())
     share = counts[counts > 0] / total
     return float(-(share * np.log(share)).sum())
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that it is seen whole or not at all.
-
-    Args:
-        file: its path.
-        content: of the file.
-    """
-    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
 
 
 def _spool(path: Path, chunks: Iterable[_Chunk], total: int, progress: bool) -> Extents:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from orchestrator.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ def write_beat(store: Path, rank: int, text: str) -> None:
     """
     path = _path(store, rank)
     with suppress(OSError):
-        aside = path.with_name(f"{path.name}.partial")
-        aside.write_text(text)
-        os.replace(aside, path)
+        write_atomically(path, text)
 
 
 def read_beat(store: Path, rank: int) -> Beat | None:

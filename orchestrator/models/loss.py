@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100  # target of a position that has none
+from orchestrator.constants import IGNORE_INDEX
 
 
 def _same(t: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _one_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the summed loss of a chunk, and d loss / d logits [n, V] in the dtype of `hidden`."""
     logits = (hidden @ weight.T).float()
-    counts = targets != IGNORE
+    counts = targets != IGNORE_INDEX
     local = targets - vocab.offset
     here = counts & (local >= 0) & (local < weight.shape[0])
     at = torch.where(here, local, 0).unsqueeze(-1)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.errors import ConfigError, MissingExtraError
 
 PYTHON_VARIABLE = "ORCHESTRATOR_TPU_COMPILER_PYTHON"
@@ -217,9 +218,7 @@ def _main(argv: list[str]) -> int:
         answer["error"] = f"{error}" or type(error).__name__
     answer["compile_seconds"] = time.monotonic() - start
     # In one go: a crash while the answer is being written must not look like one.
-    part = Path(path + ".part")
-    part.write_text(json.dumps(answer))
-    part.replace(path)
+    write_atomically(Path(path), json.dumps(answer))
     return 0
 
 

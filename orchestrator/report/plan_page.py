@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.output import is_printed
 from orchestrator.planner.estimate.work import parameters
@@ -51,9 +51,7 @@ def write_page(path: Path, request: Request, plans: Sequence[FleetPlan], objecti
         OSError: the file cannot be written.
     """
     curves = _curves(request, plans, catalogue)
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(render(request, plans, objective, curves), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, render(request, plans, objective, curves))
 
 
 def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves: Sequence[Sequence[ScalePoint]]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.report.page import frame
 from orchestrator.report.run_data import MEAN_STEPS, Point, RunData, headline, number, read_run_data, smooth, summarise
 from orchestrator.report.run_legs import handovers_section, legs_section, marks
@@ -44,9 +44,7 @@ def write_report(run_dir: Path) -> Path:
         OSError: the file cannot be written.
     """
     path = run_dir / "report.html"
-    aside = path.with_name("report.html.partial")
-    aside.write_text(render(read_run_data(run_dir)), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, render(read_run_data(run_dir)))
     return path
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError
 
@@ -102,9 +103,7 @@ def adopt_uuid(run_dir: Path, value: str) -> None:
         run_dir: the run's directory.
         value: the uuid.
     """
-    aside = run_dir / f"{IDENTITY}.partial"
-    aside.write_text(value)
-    os.replace(aside, run_dir / IDENTITY)
+    write_atomically(run_dir / IDENTITY, value)
 
 
 def is_uuid(value: object) -> bool:

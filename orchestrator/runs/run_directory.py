@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import parse_json
 from orchestrator.checkpoint.storage import AnyPath, claim, is_remote, locate
@@ -104,7 +104,7 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
     if path.exists() and path.read_text() != text:
         number = len(list(run_dir.glob("config.leg*.yaml")))
         path.rename(run_dir / f"config.leg{number}.yaml")
-    _replace(path, text)
+    write_atomically(path, text)
 
 
 def lock(directory: Path, what: str = "run directory", patient: bool = False) -> FileLock:
@@ -273,7 +273,7 @@ def write_run(run_dir: Path, facts: Mapping[str, Any]) -> None:
     path = run_dir / RUN
     text = json.dumps(facts, indent=1)
     try:
-        _replace(path, text + " " * _SPARE_BYTES + "\n")
+        write_atomically(path, text + " " * _SPARE_BYTES + "\n")
     except OSError:
         if not _overwritten(path, text.encode()):
             raise
@@ -306,14 +306,3 @@ def mark_ended(run_dir: Path, status: str, step: int | None) -> None:
         write_run(run_dir, {**facts, "status": status})
     except OSError as error:
         warn(f"the status '{status}' cannot be written to {run_dir / RUN}: {reason(error)}")
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.partial")
-    try:
-        aside.write_text(text)
-        os.replace(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.models.decoder import Decoder
-from orchestrator.training.module import IGNORED
 
 
 @torch.no_grad()
@@ -26,5 +26,5 @@ def mean_loss(model: Decoder, batches: Iterable[Mapping[str, Any]], device: torc
     for batch in batches:
         placed = {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
         total += model(**placed).double()
-        count += int((placed["targets"] != IGNORED).sum())
+        count += int((placed["targets"] != IGNORE_INDEX).sum())
     return float(total) / max(1, count), count

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.checkpoint.finite import finite_flags
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
@@ -98,7 +99,7 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
     watch = _Watch(model)
     with torch.enable_grad(), watch.watching(), parallel.uncompiled():
         placed = parallel.prepare_batch(batch)
-        targets = parallel.sum_over_data((placed["targets"] != -100).sum()).clamp(min=1)
+        targets = parallel.sum_over_data((placed["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
         total = torch.zeros((), device=parallel.root_device)
         for part, last in module.micro_batches(placed):
             with parallel.backward_context(model, last):

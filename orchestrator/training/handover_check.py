@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.reference import (
     DIGEST,
@@ -34,10 +34,10 @@ from orchestrator.checkpoint.reference import (
 )
 from orchestrator.checkpoint.writer import SUM_RANGE, sum_bits
 from orchestrator.config.schema import RunConfig
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.stream import TokenStream
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.errors import NonFiniteError
-from orchestrator.models.loss import IGNORE
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
@@ -128,9 +128,7 @@ def note(run_dir: Path, entry: Mapping[str, Any]) -> None:
         entries = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         entries = []
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(json.dumps([*entries, {**entry, "time": time.time()}], indent=1))
-    os.replace(aside, path)
+    write_atomically(path, json.dumps([*entries, {**entry, "time": time.time()}], indent=1))
 
 
 def measure(model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]) -> Measurement:
@@ -148,7 +146,7 @@ def measure(model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[st
     training = model.training
     model.eval()
     placed = parallel.prepare_batch(mine)
-    targets = parallel.sum_over_data((placed["targets"] != IGNORE).sum()).clamp(min=1)
+    targets = parallel.sum_over_data((placed["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
     whole = torch.as_tensor(mine["targets"]).to(parallel.root_device)
     with parallel.uncompiled(), _digesting(model, whole, digests), parallel.backward_context(model, last=True):
         with parallel.forward_context():
@@ -187,7 +185,7 @@ def _digesting(model: ShardableModel, targets: Tensor, into: list[Tensor]) -> It
 def _digest(logits: Tensor, targets: Tensor) -> Tensor:
     """[B, T, V] and [B, T] to the parts of `DIGEST`, and a one: [B, T, parts + 1]."""
     size = logits.shape[-1]
-    has = targets != IGNORE
+    has = targets != IGNORE_INDEX
     at = torch.where(has, targets, 0).unsqueeze(-1)
     target = torch.where(has, logits.gather(-1, at).squeeze(-1), 0.0)
     # Products one by one: as a matrix product they would be rounded to bf16 on some hardware.

@@ -11,13 +11,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from orchestrator.config.schema import RunConfig
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.optim.schedule import schedule_of
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.optimizer_setup import PEAK
-
-IGNORED = -100  # target of a position that does not count
 
 
 class LanguageModule(lightning.LightningModule):
@@ -66,7 +65,7 @@ class LanguageModule(lightning.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         self._set_learning_rate()
-        targets = self.parallel.sum_over_data((batch["targets"] != IGNORED).sum()).clamp(min=1)
+        targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
         total = torch.zeros((), device=self.parallel.root_device)
         for part, last in self.micro_batches(batch):
             with self.parallel.backward_context(self.model, last):
@@ -111,7 +110,7 @@ def evaluate(model: ShardableModel, parallel: ParallelStrategy, batches: Iterabl
         placed = parallel.prepare_batch(batch)
         with parallel.forward_context():
             totals[0] += model(**placed).double()
-        totals[1] += (placed["targets"] != IGNORED).sum()
+        totals[1] += (placed["targets"] != IGNORE_INDEX).sum()
         parallel.finish_step()
     model.train()
     totals = parallel.sum_over_data(totals)

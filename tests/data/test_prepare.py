@@ -135,11 +135,15 @@ def test_damage_in_the_cache_is_repaired(docs: Path, builds: list[Path]) -> None
     TokenStore.open(first.stores[0].path, verify=True)
 
 
+def _interrupted(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_crash_leaves_nothing_that_looks_complete(
     docs: Path, cache: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.data.write.write_atomically", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("orchestrator.data.write.write_atomically", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(config(docs), progress=False)
     assert not [path for path in (cache / "stores").iterdir() if path.is_dir()]

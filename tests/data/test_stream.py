@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data import stream as stream_module
 from orchestrator.data.store import TokenStore
 from orchestrator.data.stream import (
-    IGNORE,
     Batch,
     Position,
     StepLoader,
@@ -54,7 +54,7 @@ def slow_fields(window: list[int], document_mask: bool) -> dict[str, list[int]]:
     document = position = 0
     for token, following in itertools.pairwise(window):
         result["tokens"].append(token)
-        result["targets"].append(IGNORE if token == EOS else following)
+        result["targets"].append(IGNORE_INDEX if token == EOS else following)
         result["documents"].append(document)
         result["positions"].append(position)
         position += 1
@@ -97,7 +97,7 @@ def test_documents_are_told_apart_in_every_form(texts: list[list[int]], form: st
     assert batch["documents"][0].tolist() == [number - numbers[0] for number in numbers[:-1]]
     assert batch["positions"][0].tolist() == [i - numbers.index(numbers[i]) for i in range(len(numbers) - 1)]
     crosses = [a != b and bool(eos) for a, b in itertools.pairwise(numbers)]
-    wanted = [IGNORE if crossed else token for crossed, (token, _) in zip(crosses, window[1:], strict=True)]
+    wanted = [IGNORE_INDEX if crossed else token for crossed, (token, _) in zip(crosses, window[1:], strict=True)]
     assert batch["targets"][0].tolist() == wanted
 
 
@@ -320,7 +320,7 @@ def test_validation_is_one_set_for_every_world(store: TokenStore, sequences: int
         for batches in zip(*ranks, strict=True):
             assert all(batch["tokens"].shape == (2, SEQ) for batch in batches)
             rows += [batch["targets"][row] for row in range(2) for batch in batches]
-        real = [row for row in rows if (row != IGNORE).any()]
+        real = [row for row in rows if (row != IGNORE_INDEX).any()]
         assert len(rows) == len(ranks[0]) * 2 * world
         assert np.array_equal(np.stack(real), wanted["targets"])
 

@@ -174,7 +174,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_directory.os, "replace", die)
+    monkeypatch.setattr("os.replace", die)
     with pytest.raises(KeyboardInterrupt):
         run_directory.write_run(tmp_path, {"legs": [1, 2]})
     assert run_directory.read_run(tmp_path) == {"legs": [1]}
