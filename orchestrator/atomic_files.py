@@ -21,10 +21,9 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False,
     """
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
     try:
-        with open(aside, "wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                stream.flush()
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            with open(aside, "rb") as stream:
                 os.fsync(stream.fileno())
         os.replace(aside, path)
     except OSError:

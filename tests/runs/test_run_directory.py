@@ -104,14 +104,14 @@ def test_facts_of_a_run_survive_and_a_cut_file_is_a_new_start(tmp_path):
 def full_disk(monkeypatch):
     """A disk on which no file can be made or grow."""
     full = [False]
-    write_text = run_directory.Path.write_text
+    write_bytes = run_directory.Path.write_bytes
 
     def refuse(path, *args, **options):
         if full[0]:
             raise OSError(28, "No space left on device")
-        return write_text(path, *args, **options)
+        return write_bytes(path, *args, **options)
 
-    monkeypatch.setattr(run_directory.Path, "write_text", refuse)
+    monkeypatch.setattr(run_directory.Path, "write_bytes", refuse)
     return full
 
 
