@@ -26,13 +26,26 @@ _PARTS = ("what", "got", "allowed", "fix")
 
 
 def printable(text: object) -> str:
-    """`text` as it may go to a terminal: what a terminal would obey, and what no encoding holds, is written out.
+    """Escape control characters, and characters that no encoding holds; line breaks and tabs stay.
 
-    Names, prompts and configurations come from strangers' files; line breaks and tabs stay.
+    Names, prompts and configurations come from untrusted files, and a terminal obeys control characters.
+
+    Args:
+        text: anything; `str` of it is used.
     """
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in str(text)
     )
+
+
+def shown(value: object, length: int = 200) -> str:
+    """Return untrusted text for a message: truncated, ASCII alone, with control characters escaped.
+
+    Args:
+        value: anything; `str` of it is used.
+        length: characters that are kept.
+    """
+    return ascii(str(value))[1:-1][:length]
 
 
 class UserError(Exception):

@@ -31,7 +31,7 @@ import numpy as np
 
 from orchestrator.checkpoint.hashing import Piece, StoredFile
 from orchestrator.checkpoint.storage import AnyPath, read_bounded
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, shown
 
 FORMAT, VERSION = "orchestrator-checkpoint", 2
 MANIFEST, STATE, CONFIG, SIGNATURE = "manifest.json", "state.json", "config.yaml", "manifest.sig"
@@ -262,11 +262,11 @@ def _tensor_to_dict(tensor: StoredTensor) -> dict[str, Any]:
 
 def _parse(data: Any, directory: AnyPath) -> Manifest:
     if data["format"] != FORMAT:
-        raise CheckpointError("not a checkpoint of this product", got=_shown(data["format"]), allowed=FORMAT)
+        raise CheckpointError("not a checkpoint of this product", got=shown(data["format"]), allowed=FORMAT)
     if data["version"] != VERSION:
         raise CheckpointError(
             "the checkpoint has another format version",
-            got=_shown(data["version"]),
+            got=shown(data["version"]),
             allowed=str(VERSION),
             fix="read it with the version of the product that wrote it",
         )
@@ -275,7 +275,7 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
     if unknown:
         raise CheckpointError(
             "the checkpoint needs what this version does not know",
-            got=_shown(", ".join(unknown)),
+            got=shown(", ".join(unknown)),
             allowed=", ".join(FEATURES) or "nothing",
             fix="read it with the version of the product that wrote it, or a newer one",
         )
@@ -288,7 +288,7 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
         _check_name(name, "the name of a tensor")
         if entry["dtype"] not in ITEM_BYTES:
             raise CheckpointError(
-                f"tensor '{name}' has an unknown dtype", got=_shown(entry["dtype"]), allowed=", ".join(ITEM_BYTES)
+                f"tensor '{name}' has an unknown dtype", got=shown(entry["dtype"]), allowed=", ".join(ITEM_BYTES)
             )
         shards = tuple(_shard_from_dict(shard) for shard in entry["shards"])
         tensors[name] = StoredTensor(entry["dtype"], _counts(entry["shape"]), shards)
@@ -299,8 +299,8 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
     except ValueError as error:  # nested deeper than the validator goes
         raise CheckpointError(f"the manifest is damaged: {error}", got=directory) from error
     if problem is not None:
-        where = _shown("/".join(map(str, problem.instance_path)))
-        raise CheckpointError(f"the manifest is damaged: {_shown(problem.message)}", got=f"{where} in {directory}")
+        where = shown("/".join(map(str, problem.instance_path)))
+        raise CheckpointError(f"the manifest is damaged: {shown(problem.message)}", got=f"{where} in {directory}")
     return manifest
 
 
@@ -321,7 +321,7 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
     """
     if (problem := next(_schema("state").iter_errors(state), None)) is not None:
         where = "/".join(map(str, problem.instance_path))
-        raise ValueError(_shown(f"{where}: {problem.message}"))
+        raise ValueError(shown(f"{where}: {problem.message}"))
     if state.get("step", step) != step:
         raise ValueError(f"it is of step {state['step']}, the manifest of step {step}")
 
@@ -354,7 +354,7 @@ def stored_from_dict(name: str, entry: Mapping[str, Any]) -> StoredFile:
     pieces = tuple(Piece(_count(size), text) for size, text in entry["pieces"])
     for piece in pieces:
         if not piece.bytes or not _HASH.fullmatch(piece.hash):
-            raise CheckpointError(f"a piece of file '{name}' has no bytes or no hash", got=_shown(piece))
+            raise CheckpointError(f"a piece of file '{name}' has no bytes or no hash", got=shown(piece))
     file = StoredFile(_count(entry["bytes"]), pieces)
     if sum(piece.bytes for piece in pieces) != file.bytes:
         raise CheckpointError(f"the pieces of file '{name}' do not add up to its size", got=file.bytes)
@@ -385,24 +385,19 @@ def parse_json(content: bytes) -> Any:
     return json.loads(content, object_pairs_hook=unique)
 
 
-def _shown(value: object) -> str:
-    """Return untrusted text for a message: truncated, with control characters escaped."""
-    return ascii(str(value))[1:-1][:200]
-
-
 _NAMES = "1 to 512 printable ASCII characters, no spaces, quotes or backslashes"
 
 
 def _check_name(name: str, what: str) -> str:
     if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{what} is not allowed", got=_shown(name), allowed=_NAMES)
+        raise CheckpointError(f"{what} is not allowed", got=shown(name), allowed=_NAMES)
     return name
 
 
 def _safe(name: str) -> str:
     if not _FILE_NAME.fullmatch(name):
         raise CheckpointError(
-            "a file name in the manifest is not allowed", got=_shown(name), allowed="letters, digits, . _ -"
+            "a file name in the manifest is not allowed", got=shown(name), allowed="letters, digits, . _ -"
         )
     return name
 
@@ -415,5 +410,5 @@ def _counts(values: Sequence[Any]) -> tuple[int, ...]:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
-        raise CheckpointError("a number in the manifest is not a count", got=_shown(value))
+        raise CheckpointError("a number in the manifest is not a count", got=shown(value))
     return value

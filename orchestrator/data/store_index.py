@@ -18,7 +18,7 @@ import numpy as np
 
 from orchestrator.data.document_format import DocumentFormat, from_record
 from orchestrator.data.plain_files import read_bounded
-from orchestrator.errors import DamagedDataError, DataError
+from orchestrator.errors import DamagedDataError, DataError, shown
 
 FORMAT = "orchestrator-token-store"
 FORMAT_VERSION = 2  # 1: no checks of blocks; documents are held out by the hash alone
@@ -194,15 +194,6 @@ def damaged(file: Path, got: str, wanted: str) -> DamagedDataError:
         allowed=wanted,
         fix="copy the store again from where it is whole, or move it away and prepare it again",
     )
-
-
-def shown(value: object) -> str:
-    """Return untrusted text for a message: truncated, with control characters escaped.
-
-    Args:
-        value: whatever was read.
-    """
-    return ascii(str(value))[1:-1][:200]
 
 
 def _load(file: Path) -> Any:

@@ -21,7 +21,7 @@ from orchestrator.checkpoint.format import ITEM_BYTES, read_bounded
 from orchestrator.checkpoint.reader import DTYPES
 from orchestrator.checkpoint.storage import read_range
 from orchestrator.checkpoint.tensorfile import TensorFile
-from orchestrator.errors import CheckpointError, DamagedError
+from orchestrator.errors import CheckpointError, DamagedError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,7 +81,7 @@ def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
             twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
             raise CheckpointError(
                 f"'{path.name}' names a key twice, of which readers take one or the other",
-                got=f"{ascii(twice)[1:-1][:100]} in {path}",
+                got=f"{shown(twice, 100)} in {path}",
                 fix="leave the right one",
             )
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, shown
 
 READ = "read"
 KEPT = "changes nothing that is computed; kept for export"
@@ -151,19 +151,14 @@ class Keys(Mapping[str, Any]):
         if unknown:
             raise CheckpointError(
                 "config.json has keys of which it is not known what they change",
-                got=", ".join(f"{_shown(key, 60)}={_shown(self._config[key], 60)}" for key in unknown[:6])[:400],
-                fix=f"where the model computes the same without them: ignore_keys={_shown(','.join(unknown), 200)}",
+                got=", ".join(f"{shown(key, 60)}={shown(self._config[key], 60)}" for key in unknown[:6])[:400],
+                fix=f"where the model computes the same without them: ignore_keys={shown(','.join(unknown), 200)}",
             )
         return {key: self._fates[key] for key in self._config}
 
 
 def _is_dropout(key: str) -> bool:
     return key.endswith(("_dropout", "_pdrop", "_dropout_prob"))
-
-
-def _shown(value: object, length: int) -> str:
-    """Return untrusted text for a message: truncated, with control characters escaped."""
-    return ascii(str(value))[1:-1][:length]
 
 
 def unsupported(key: str, value: object, allowed: str) -> CheckpointError:
@@ -175,7 +170,7 @@ def unsupported(key: str, value: object, allowed: str) -> CheckpointError:
         allowed: the values that are.
     """
     return CheckpointError(
-        f"a model with this '{_shown(key, 60)}' cannot be computed here",
-        got=f"{_shown(key, 60)}={_shown(value, 100)}",
+        f"a model with this '{shown(key, 60)}' cannot be computed here",
+        got=f"{shown(key, 60)}={shown(value, 100)}",
         allowed=allowed,
     )
