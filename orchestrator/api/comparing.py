@@ -33,6 +33,9 @@ class Comparison:
     def write_html(self, path: str | Path) -> Path:
         """Write a page with the loss curves over each other. Returns its path.
 
+        Args:
+            path: of the new file.
+
         Raises:
             ConfigError: there is a file of that name, or it cannot be written.
         """

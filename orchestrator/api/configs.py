@@ -37,6 +37,10 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 def to_composed(config: Configuration, config_dir: str | Path | None = None) -> Composed:
     """Return whatever a user gave for a run as a composed configuration.
 
+    Args:
+        config: whatever form of a configuration the user has.
+        config_dir: a folder of the user's own options.
+
     Raises:
         ConfigErrors: everything that is wrong with it.
     """

@@ -18,7 +18,18 @@ def check_drawing(
     repetition_penalty: float,
     seed: int,
 ) -> list[ConfigError]:
-    """Return what is wrong with the settings, all at once; `inference.sampling.Sampling` says what they mean."""
+    """Return what is wrong with the settings, all at once; `inference.sampling.Sampling` says what they mean.
+
+    Args:
+        tokens: to write at most.
+        samples: texts to write.
+        temperature: as `Sampling` has it, like the following.
+        top_k: None: no limit.
+        top_p: None: no limit.
+        min_p: None: no limit.
+        repetition_penalty: 1: none.
+        seed: of the first sample; each of the others has the next one.
+    """
     ranges: list[tuple[str, object, bool, str]] = [
         ("tokens", tokens, tokens >= 1, "1 or more"),
         ("samples", samples, samples >= 1, "1 or more"),

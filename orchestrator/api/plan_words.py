@@ -73,7 +73,13 @@ class JobEntry:
 
 
 def read_fleets(options: PlanOptions, catalogue: Catalogue, problems: list[UserError]) -> list[Fleet]:
-    """The fleets of the command line, or of a file. What is wrong goes to `problems`."""
+    """Return the fleets of the command line, or of a file.
+
+    Args:
+        options: of the verb.
+        catalogue: of chips.
+        problems: gets what is wrong.
+    """
     names = {field.name for field in fields(FleetEntry)} & {field.name for field in fields(options)}
     defaults = FleetEntry(**{name: getattr(options, name) for name in names})
     items: list[str | FleetEntry] = []
@@ -93,7 +99,13 @@ def read_fleets(options: PlanOptions, catalogue: Catalogue, problems: list[UserE
 
 
 def read_requests(words: list[str], options: PlanOptions, problems: list[UserError]) -> dict[str, Request]:
-    """What is planned, by name: one job of the command line, or several of a file. As for `problems`, see above."""
+    """Return what is planned, by name: one job of the command line, or several of a file.
+
+    Args:
+        words: overrides of the configuration.
+        options: of the verb.
+        problems: gets what is wrong.
+    """
     requests: dict[str, Request] = {}
     try:
         if not options.jobs:
@@ -113,7 +125,11 @@ def read_requests(words: list[str], options: PlanOptions, problems: list[UserErr
 
 
 def read_request(words: list[str], options: PlanOptions) -> Request:
-    """One job.
+    """Return the one job of the command line.
+
+    Args:
+        words: overrides of the configuration.
+        options: of the verb.
 
     Raises:
         ConfigErrors: all that is wrong with it.
@@ -145,7 +161,7 @@ def read_request(words: list[str], options: PlanOptions) -> Request:
 def _request(
     composed: Composed, shape: ModelShape, longest: int, keys: set[str], asked: Value | None, options: PlanOptions
 ) -> Request:
-    """The job of a composed configuration. `keys`: what the command line set of it."""
+    """Return the job of a composed configuration. `keys`: what the command line set of it."""
     train, experiment = composed.config.train, composed.choices.get("experiment") is not None
     seq_len = train.seq_len if experiment or "train.seq_len" in keys else min(SEQ_LEN, longest)
     batch = train.global_batch_tokens if experiment or "train.global_batch_tokens" in keys else None
@@ -182,7 +198,7 @@ def _request(
 
 
 def _without_config_dir(words: list[str]) -> tuple[list[str], str | None]:
-    """The words without `--config-dir DIR`, and the folder."""
+    """Return the words without `--config-dir DIR`, and the folder."""
     if "--config-dir" not in words:
         return words, None
     at = words.index("--config-dir")
@@ -192,7 +208,7 @@ def _without_config_dir(words: list[str]) -> tuple[list[str], str | None]:
 
 
 def _known_model(words: list[str], config_dir: str | None, problems: list[UserError]) -> list[str]:
-    """The words; without the model where nobody knows it, so that the others are still looked at."""
+    """Return the words, without the model where it is not known, so that the others are still checked."""
     folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
     known = [*group_options(folders)["model"], *planned_models()]
     for word in words:
@@ -206,7 +222,7 @@ def _known_model(words: list[str], config_dir: str | None, problems: list[UserEr
 
 
 def _planned_shape(words: list[str], problems: list[UserError]) -> tuple[ModelShape | None, int, list[str]]:
-    """A model that only the planner knows, with overrides of its sizes, and the words for the configuration."""
+    """Return a model that only the planner knows, with overrides of its sizes, and the words for the configuration."""
     named = [word.removeprefix("model=") for word in words if word.startswith("model=")]
     if not named or named[-1] not in planned_models():
         return None, 0, words
@@ -249,7 +265,7 @@ def _widest(composed: Composed, keys: set[str], options: PlanOptions) -> Space:
 
 
 def _space(composed: Composed, keys: set[str], widest: Space) -> tuple[Space, tuple[str, ...]]:
-    """What the search may choose, and what the user fixed, in words."""
+    """Return what the search may choose, and what the user fixed, in words."""
     train, layout = composed.config.train, composed.config.layout
     fixed: dict[str, Any] = {}
     said = []

@@ -57,6 +57,9 @@ class Plans:
     def write_html(self, path: str | Path) -> None:
         """Write a page with plots.
 
+        Args:
+            path: of the file.
+
         Raises:
             OSError: it cannot be written.
         """
@@ -115,7 +118,14 @@ def plan(
 
 
 def plan_fleets(request: Request, fleets: Sequence[Fleet], catalogue: Catalogue, options: PlanOptions) -> Plans:
-    """Plan a job on each fleet and rank them; those beyond the user's limits come last."""
+    """Plan a job on each fleet and rank them; those beyond the user's limits come last.
+
+    Args:
+        request: what is to be planned.
+        fleets: chips to plan on.
+        catalogue: of chips.
+        options: the user's limits and the objective.
+    """
     plans = rank([plan_fleet(request, fleet, catalogue) for fleet in fleets], options.objective)
     return Plans(request, _within(plans, options), options.objective, catalogue)
 
@@ -136,7 +146,11 @@ def _within(plans: list[FleetPlan], options: PlanOptions) -> list[FleetPlan]:
 
 
 def about(request: Request) -> str:
-    """Return the job in a line."""
+    """Return the job in a line.
+
+    Args:
+        request: the job.
+    """
     shape = request.job.model
     sparse = f", {shape.experts} experts of which {shape.experts_per_token} per token" if shape.experts else ""
     return (

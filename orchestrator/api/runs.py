@@ -47,8 +47,11 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How it stands: `running`, `finished`, `interrupted` (a signal stopped it; it was saved), `diverged` or
-        `failed`; `unknown` where the directory does not say."""
+        """How it stands.
+
+        `running`, `finished`, `interrupted` (a signal stopped it; it was saved), `diverged` or `failed`; `unknown`
+        where the directory does not say.
+        """
         return str(self.summary["status"])
 
     @property
@@ -63,9 +66,12 @@ class Run:
 
     @property
     def metrics(self) -> Table:
-        """One row for each step, by rising step: `step`, `loss` (nats per token), `grad_norm`, `lr`, `tokens`,
-        `tokens_per_second`, `step_seconds`, `mfu`, `memory_bytes`, `time` and `leg`; after an evaluation `val_loss` and
-        `val_perplexity`, too. None stands for what was not finite or is not known."""
+        """One row for each step, by rising step.
+
+        Its keys: `step`, `loss` (nats per token), `grad_norm`, `lr`, `tokens`, `tokens_per_second`, `step_seconds`,
+        `mfu`, `memory_bytes`, `time` and `leg`; after an evaluation `val_loss` and `val_perplexity`, too. None stands
+        for what was not finite or is not known.
+        """
         data = self._data()
         rows: dict[int, dict[str, Any]] = {}
         for row in (*data.train, *data.evals):

@@ -236,7 +236,7 @@ def evaluate(
 def _measured(
     checkpoint: Checkpoint, data: str | Path | None, overrides: Sequence[str], runs_dir: str | Path
 ) -> RunConfig:
-    """The configuration of a checkpoint's run, with other data and with overrides."""
+    """Return the configuration of a checkpoint's run, with other data and with overrides."""
     composed = compose([f"runs_dir={runs_dir}", *overrides])
     place = checkpoint.directory
     point = resume.find(str(place), str(runs_dir), True, warn, composed.config.checkpoint)

@@ -45,6 +45,11 @@ def changes(saved: RunConfig, now: RunConfig, step: int) -> list[Change]:
     """List what the steps after `step` completed ones compute otherwise than in the saved run, by configuration.
 
     Whether the data is the same is told by its fingerprint, not by its path; see `restoring`.
+
+    Args:
+        saved: configuration of the saved run.
+        now: configuration of this command line.
+        step: optimizer steps completed.
     """
     found = []
     for key, was, is_now in differing(to_dict(saved), to_dict(now)):
@@ -60,6 +65,10 @@ def changes(saved: RunConfig, now: RunConfig, step: int) -> list[Change]:
 
 def check(found: list[Change], allowed: tuple[str, ...]) -> None:
     """Refuse the changes that break a promise and are not allowed.
+
+    Args:
+        found: the changes.
+        allowed: as `resume_allow` names them.
 
     Raises:
         ConfigErrors: one for each of them.
@@ -82,6 +91,7 @@ def precision_change(was: object, now: str) -> Change | None:
 
     Args:
         was: as the checkpoint's state has it.
+        now: that of this run.
     """
     if not isinstance(was, str) or was == now:
         return None
@@ -122,7 +132,13 @@ def _number(value: float) -> str:
 
 
 def differing(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield each key whose value differs between two configurations as plain data: name, value before, value now."""
+    """Yield each key whose value differs between two configurations as plain data: name, value before, value now.
+
+    Args:
+        was: configuration before.
+        now: configuration now.
+        prefix: of the keys.
+    """
     for key, value in now.items():
         before = was.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):

@@ -26,7 +26,11 @@ _LOST = re.compile(
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective or the store has failed because another process went away or does not answer."""
+    """Return whether a collective or the store has failed because another process is gone or does not answer.
+
+    Args:
+        error: the exception.
+    """
     # gloo raises RuntimeError for everything; a defect of ours, such as unequal sizes, says nothing of a connection.
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
 
@@ -64,7 +68,11 @@ class RankMonitor:
             thread.join(BEAT_SECONDS)
 
     def follow(self, step: Callable[[], int]) -> None:
-        """Tell from now on how many steps are completed."""
+        """Tell from now on how many steps are completed.
+
+        Args:
+            step: returns the number of completed steps.
+        """
         self._step = step
 
     @contextmanager

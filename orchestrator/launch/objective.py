@@ -15,7 +15,10 @@ _LARGER_IS_BETTER = ("tokens_per_second",)
 
 
 def start_and_score(composed: Composed) -> Scored:
-    """Train as the command line says, and tell the objective that the run has reached.
+    """Train as the command line says, and return the objective that the run has reached.
+
+    Args:
+        composed: the configuration of this command line.
 
     Raises:
         UserError: what is wrong, before anything was started or written.

@@ -10,7 +10,11 @@ from orchestrator.output import printing
 
 
 def main(argv: list[str]) -> int:
-    """Be one process of a run (`train`) or of a handover check (`handover FOLDER CHECKPOINT`); its exit code."""
+    """Be one process of a run (`train`) or of a handover check (`handover FOLDER CHECKPOINT`); its exit code.
+
+    Args:
+        argv: the kind of the process, and its words.
+    """
     # Before anything is imported that takes time. The launcher acknowledges a signal, for all.
     with printing(), stopping.listening(announce=False):
         try:

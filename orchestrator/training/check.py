@@ -1,4 +1,4 @@
-"""What of a run can be found wrong before a device is touched or a process started. No torch."""
+"""Check a run before a device is touched or a process started. No torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, sl
     """Check the layout against the devices, the model, the batch and, if it is known yet, the tokenizer.
 
     Args:
+        config: of the run.
+        devices: of the job.
+        vocab_size: tokens of the tokenizer; None while it is not known.
         slices: groups of devices between which the network is slow.
 
     Raises:
@@ -45,6 +48,10 @@ def resolve_model(config: ModelConfig, vocab_size: int) -> ModelConfig:
 
     An automatic one is the tokenizer's rounded up to a multiple of 128, so that tensor parallelism can cut
     it and matrix units like it; one that is given must hold the tokenizer's.
+
+    Args:
+        config: of the model.
+        vocab_size: tokens of the tokenizer.
 
     Raises:
         ConfigError: the tokenizer has more tokens than the model.

@@ -1,4 +1,4 @@
-"""The loss of a checkpoint's model on data, on one device."""
+"""Compute the loss of a checkpoint's model on data, on one device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers stopped being finite: the step is computed once more, with an eye on every layer."""
+"""Find where a run's numbers stopped being finite: recompute the step and watch every layer."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ class Diagnosis:
         return self.loss is None or self.grad_norm is None
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to plain data for JSON."""
         return {**asdict(self), "reproduced": self.reproduced}
 
     def lines(self, size: int) -> list[str]:
-        """What was found, in sentences, for a job of `size` processes."""
+        """Return what was found, in sentences, for a job of `size` processes."""
         found = []
         if self.state:
             found.append(f"not finite before the step already: {_some(self.state)}")
@@ -76,7 +77,12 @@ class Diagnosis:
 
 
 def find_nonfinite(shards: Sequence[Shard], parallel: ParallelStrategy) -> list[str]:
-    """Names of the tensors that are not finite on some rank, on all ranks. All ranks call it together."""
+    """List the tensors that are not finite on some rank, on all ranks. All ranks call it together.
+
+    Args:
+        shards: this rank's parts.
+        parallel: the strategy.
+    """
     mine = [shard for shard in shards if shard.owned]
     flags = finite_flags([shard.data for shard in mine])
     names = {shard.name for shard, good in zip(mine, flags, strict=True) if not good}
@@ -91,7 +97,9 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
     Weights and optimizer state must be those from before the step, and stay so; no gradients are left.
 
     Args:
+        module: the module of the run.
         batch: this rank's share of the step, as the loader gives it.
+        step: number of the step, from 1.
     """
     parallel, model = module.parallel, module.model
     state = find_nonfinite(parallel.state_shards(model, module._optimizer), parallel)
@@ -171,7 +179,7 @@ class _Watch:
 def _first(
     mine: Sequence[tuple[int, str, str]], parallel: ParallelStrategy
 ) -> tuple[tuple[int, str, str] | None, tuple[int, ...]]:
-    """The earliest of what the ranks found, and which of them found it."""
+    """Return the earliest of what the ranks found, and which of them found it."""
 
     def earliest(told: list[str]) -> str:
         found = [json.loads(text) for text in told]

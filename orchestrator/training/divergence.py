@@ -1,4 +1,4 @@
-"""A step whose numbers are not finite never reaches the weights, and the run does not go on as if nothing were."""
+"""Keep a step whose numbers are not finite from the weights, and stop the run or count the step."""
 
 from __future__ import annotations
 
@@ -86,9 +86,11 @@ class FiniteGuard(lightning.Callback):
         return bad
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Read the verdict of the previous step, or of this one where others look at the run now."""
         self.settle(later=0 if self.due(pl_module.step) else 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Read the verdicts that are left."""
         self.settle()
 
     def settle(self, later: int = 0) -> None:
@@ -118,6 +120,10 @@ class FiniteGuard(lightning.Callback):
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """`loss nan, gradient norm inf`: those of the values that are not finite."""
+    """Describe those of the values that are not finite: `loss nan, gradient norm inf`.
+
+    Args:
+        values: by name.
+    """
     names = {"grad_norm": "gradient norm", "val_loss": "validation loss"}
     return ", ".join(f"{names.get(name, name)} {value}" for name, value in values.items() if not math.isfinite(value))

@@ -1,4 +1,4 @@
-"""Looking at the model on the way: held-out loss, and text that it writes."""
+"""Evaluate during training: loss on held-out data, and samples of text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPENING_TOKENS = 16
 
 
 def opening(stream: TokenStream) -> list[int]:
-    """The first tokens of a document of `stream`: of the second in its first sequence, where that has two."""
+    """Return the first tokens of a document of `stream`: of the second one in its first sequence, if it has two."""
     sequence = stream.sequence(0)
     starts = np.flatnonzero(sequence["positions"] == 0).tolist()
     begin = starts[1] if len(starts) > 1 else 0
@@ -54,11 +54,15 @@ class Validation(lightning.Callback):
         self._done_at: int | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Evaluate where a period ends."""
         if self._every and pl_module.step % self._every == 0:
             self.run(pl_module)
 
     def run(self, pl_module: Any) -> None:
         """Evaluate now, unless this step has been.
+
+        Args:
+            pl_module: the `LanguageModule`.
 
         Raises:
             Diverged: the loss is not finite.
@@ -102,6 +106,7 @@ class Samples(lightning.Callback):
         self._kept: Channel[dict[str, Any]] = channels.open(SAMPLES, JsonLines(run_dir / SAMPLES).write, unit="samples")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Write a sample where a period ends."""
         every = self._config.train.sample.every_steps
         if every and pl_module.step % every == 0:
             self._metrics.flush()
@@ -113,6 +118,9 @@ class Samples(lightning.Callback):
 
         What goes wrong on all ranks alike ends no training. Where one rank alone fails the others wait for it, and the
         run ends.
+
+        Args:
+            pl_module: the `LanguageModule`.
         """
         settings = self._config.train.sample
         if not settings.tokens:
@@ -145,7 +153,7 @@ class Samples(lightning.Callback):
 
     @torch.no_grad()
     def _continue(self, model: Any, ids: list[int]) -> list[int]:
-        """The tokens that follow on `ids`, of which only the last ones count where there are too many."""
+        """Return the tokens that follow on `ids`, of which only the last ones count where there are too many."""
         settings, layout = self._config.train.sample, self._parallel.layout
         # One shape for all tokens, padded on the right where causality hides it, so that nothing recompiles.
         split = layout.tensor * layout.context

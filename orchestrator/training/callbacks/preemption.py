@@ -1,4 +1,4 @@
-"""Stopping on a signal at a step boundary that all ranks agree on."""
+"""Stop on a signal, at a step boundary that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ class StopOnSignal(lightning.Callback):
         self.stopped = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Keep Lightning from installing signal handlers of its own."""
         # Lightning's own handler broadcasts from inside the handler and raises without saving.
         trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Read the vote of the previous step, and start the next one."""
         if self._vote is not None and (number := self._vote.result()):
             self.stopped = number
             trainer.should_stop = True
@@ -49,6 +51,7 @@ class StopOnSignal(lightning.Callback):
         return self.stopped
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait for the last vote."""
         # The last vote is still under way; its collective must not outlive the process group.
         if self._vote is not None:
             self._vote.result()
