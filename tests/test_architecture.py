@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "chips": set(),
     "sharding": set(),
     "distributed": set(),
-    "data": set(),
+    "data": {"config"},
     "hardware": {"chips", "distributed"},
     "models": {"sharding"},
     "optim": {"config", "sharding"},

@@ -41,6 +41,8 @@ class PrepareOptions:
     text_template: str | None = option(None, help="several fields instead: '{title}\\n\\n{body}'")
     messages: Literal["plain"] | None = option(None, help="plain: a list of messages becomes 'role: content' of each")
     on_null: Literal["error", "skip"] = option("error", help="rows whose field is null or missing; skip: counted")
+    reader: str | None = option(None, help="your own: package.module.function, called with each path")
+    transform: str | None = option(None, help="your own: package.module.function, called with each document's text")
     validation_fraction: float = option(0.02, help="of the tokens, held out")
     workers: int | Literal["auto"] = option("auto", help="threads that tokenise")
     progress: bool = option(True, help="show a progress bar")
@@ -93,8 +95,9 @@ def _help() -> str:
 
 
 def _prepare(options: PrepareOptions) -> int:
-    from orchestrator.config.schema import DataConfig, TokensConfig
+    from orchestrator.config.schema import DataConfig, SourceConfig, TokensConfig
     from orchestrator.data.documents import spec_of
+    from orchestrator.data.own_documents import own_documents
     from orchestrator.data.prepare import build_store
 
     data = DataConfig(
@@ -102,6 +105,8 @@ def _prepare(options: PrepareOptions) -> int:
         text_template=options.text_template,
         messages=options.messages,
         on_null=options.on_null,
+        reader=_own_part(options.reader, "reader"),
+        transform=_own_part(options.transform, "transform"),
     )
     store = build_store(
         options.input,
@@ -118,11 +123,32 @@ def _prepare(options: PrepareOptions) -> int:
             column=options.column,
             packed=options.packed,
         ),
+        own=own_documents(data, SourceConfig(path="")),
     )
     _print_facts(store)
     print("\nTrain on it:")
     print(f"  python -m orchestrator train data=store data.sources='[{{path: {_yaml(options.output)}, weight: 1}}]'")
     return 0
+
+
+def _own_part(text: str | None, key: str) -> dict[str, Any]:
+    """A part as `data.reader` describes it in a configuration, from a dotted name or a mapping with arguments."""
+    from orchestrator.config import registry
+
+    if text is None:
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(text) if text.startswith("{") else {registry.TARGET: text}
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the option '{key}' cannot be read",
+            got=text,
+            allowed="package.module.function, or {_target_: package.module.function, ARGUMENT: VALUE}",
+        ) from error
+    registry.permit(named for _, named in registry.targets(found) if isinstance(named, str))
+    return dict(found)
 
 
 def _inspect(options: InspectStoreOptions) -> int:

@@ -116,6 +116,7 @@ class SourceConfig:
     weight: float = 1.0
     text_field: str | None = None  # of this source's rows; None: as in data.text_field and data.text_template
     text_template: str | None = None
+    reader: dict[str, Any] = field(default_factory=dict)  # of one's own, for this source; {}: data.reader
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class DataConfig:
     text_template: str | None = None  # several fields instead: "{title}\\n\\n{body}"
     messages: Literal["plain"] | None = None  # what a list of messages becomes: "role: content", an empty line between
     on_null: Literal["error", "skip"] = "error"  # rows whose field is null or missing
+    reader: dict[str, Any] = field(default_factory=dict)  # of one's own, by _target_; {}: files are read by format
+    transform: dict[str, Any] = field(default_factory=dict)  # of every document, by _target_; {}: none
     cache_dir: str | Auto = "auto"
     workers: int | Auto = "auto"  # threads that tokenise
     prefetch: int = 2  # steps read ahead by the training process

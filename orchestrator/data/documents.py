@@ -11,6 +11,7 @@ from orchestrator.data.formats.find import find_inputs
 from orchestrator.data.formats.known_formats import FORMATS
 from orchestrator.data.formats.reading import Input, LeftOut, SourcePosition
 from orchestrator.data.formats.rows import TextSpec
+from orchestrator.data.own_documents import OwnDocuments, find_own_inputs
 from orchestrator.errors import ConfigError, DataError, UserError
 
 _NAMES_KEPT = 20  # of what was left out, per reason
@@ -36,6 +37,7 @@ class Tally:
 
     null_rows: int = 0
     empty_documents: int = 0
+    transformed_away: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Corpus:
     left_out: tuple[LeftOut, ...]
     spec: TextSpec
     holds_tokens: bool = False
+    own: OwnDocuments = OwnDocuments()
 
     @property
     def size_bytes(self) -> int:
@@ -61,16 +64,23 @@ class Corpus:
     @property
     def is_plain(self) -> bool:
         """Whether bytes of the files are bytes of text, nearly."""
-        return not any(item.compression or item.format in ("parquet", "arrow", "save_to_disk") for item in self.inputs)
+        no_text = ("parquet", "arrow", "save_to_disk")
+        return self.own.reader is None and not any(item.compression or item.format in no_text for item in self.inputs)
+
+    @property
+    def facts(self) -> list[Any]:
+        """What the documents depend on beside the files, for a key."""
+        return [*self.spec.facts, *self.own.facts]
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """All documents in order; rows without text are counted in `tally`.
 
         Raises:
             DataError: an input is damaged, or a row is not as it should be; names the file and the row.
+            PartError: code of the user's own failed.
         """
         for item in self.inputs:
-            yield from read_documents(item, self.spec, tally)
+            yield from read_documents(item, self.spec, tally, self.own)
 
     def left_out_facts(self, tally: Tally) -> dict[str, Any]:
         """Return what was left out, for the index of a store: counts, and names by reason. Empty if nothing was.
@@ -85,15 +95,20 @@ class Corpus:
             if len(fact["names"]) < _NAMES_KEPT:
                 fact["names"].append(entry.name)
         facts = {"files": reasons, "null_rows": tally.null_rows, "empty_documents": tally.empty_documents}
+        if tally.transformed_away:
+            facts["transformed_away"] = tally.transformed_away
         return facts if any(facts.values()) else {}
 
 
-def find_corpus(inputs: Sequence[str], spec: TextSpec, tokens: TokensConfig | None = None) -> Corpus:
+def find_corpus(
+    inputs: Sequence[str], spec: TextSpec, tokens: TokensConfig | None = None, own: OwnDocuments | None = None
+) -> Corpus:
     """Find the documents that inputs stand for.
 
     Args:
         inputs: paths, globs, folders or `builtin`.
         spec: the fields of a document.
+        own: code of the user's own that reads or changes documents.
         tokens: with a column, tables and data sets are read as tokens.
 
     Raises:
@@ -102,8 +117,19 @@ def find_corpus(inputs: Sequence[str], spec: TextSpec, tokens: TokensConfig | No
     """
     if not spec.fields:
         raise AssertionError("a template names a field")
+    own, column = own or OwnDocuments(), tokens.column if tokens else None
+    own.check()
+    if own.names and column is not None:
+        raise ConfigError(
+            "a data reader and a document transform of one's own work on text",
+            got=f"data.tokens.column={column}",
+            fix="leave out one of them",
+        )
+    if own.reader is not None:
+        return Corpus(
+            tuple(inputs), tuple(item for name in inputs for item in find_own_inputs(name)), (), spec, own=own
+        )
     found = find_inputs(inputs, spec)
-    column = tokens.column if tokens else None
     kinds = {_holds_tokens(item, column): item for item in found.inputs}
     if len(kinds) > 1:
         raise DataError(
@@ -112,7 +138,13 @@ def find_corpus(inputs: Sequence[str], spec: TextSpec, tokens: TokensConfig | No
             allowed="one of the two in one source",
             fix="name them as two sources",
         )
-    return Corpus(tuple(inputs), found.inputs, found.left_out, spec, True in kinds)
+    if True in kinds and own.transform is not None:
+        raise ConfigError(
+            "a document transform works on text, and the source holds tokens",
+            got=f"data.transform for {', '.join(map(str, inputs))}",
+            fix="leave out data.transform, or give the text",
+        )
+    return Corpus(tuple(inputs), found.inputs, found.left_out, spec, True in kinds, own)
 
 
 def _holds_tokens(item: Input, column: str | None) -> bool:
@@ -163,25 +195,29 @@ def spec_of(config: DataConfig, source: SourceConfig) -> TextSpec:
     return TextSpec(field, template, config.messages or "refuse", config.on_null)
 
 
-def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> Iterator[Document]:
+def read_documents(
+    item: Input, spec: TextSpec, tally: Tally | None = None, own: OwnDocuments | None = None
+) -> Iterator[Document]:
     """Yield the documents of an input in order; empty ones are left out and counted.
 
     Args:
-        item: the input.
-        spec: the fields of a document.
-        tally: counts what was read and left out.
+        item: the file, or the files that are one data set.
+        spec: where the text of a row is.
+        tally: counts what gives no document.
+        own: code of the user's own that reads or changes documents.
 
     Raises:
         DataError: the input is damaged, or a row is not as it should be; names the file and the row.
+        PartError: code of the user's own failed.
     """
-    read = FORMATS[item.format].read
-    if read is None:
-        raise AssertionError(f"{item.format} is not read as documents")
-    tally = tally if tally is not None else Tally()
+    tally, own = tally if tally is not None else Tally(), own or OwnDocuments()
     place, rows, nulls = SourcePosition(item.path), 0, 0
-    for row, consumed in _guarded(read(item, spec, place), place):
+    for row, consumed in _guarded(_rows(item, spec, place, own), place):
         rows += 1
         text = row if isinstance(row, str) else spec.text_of(row, place)
+        if text and own.transform is not None and (text := own.transformed(text, place)) is None:
+            tally.transformed_away += 1
+            continue
         if text is None or (spec.on_null == "skip" and not _is_unicode(text)):
             nulls += 1
         elif not text:
@@ -195,6 +231,18 @@ def read_documents(item: Input, spec: TextSpec, tally: Tally | None = None) -> I
             got=f"{rows:,} rows, null or without the field",
             fix="name the field: text_field=... (data.text_field, or text_field of the source, in a run)",
         )
+
+
+def _rows(item: Input, spec: TextSpec, place: SourcePosition, own: OwnDocuments) -> Iterator[tuple[Any, int]]:
+    if own.reader is not None:
+        for row in own.rows(item.path):
+            place.row += 1
+            yield row, 0  # how many bytes that took, the reader alone knows
+        return
+    read = FORMATS[item.format].read
+    if read is None:
+        raise AssertionError(f"{item.format} is not read as documents")
+    yield from read(item, spec, place)
 
 
 def describe_left_out(facts: Mapping[str, Any]) -> list[str]:
@@ -212,6 +260,7 @@ def describe_left_out(facts: Mapping[str, Any]) -> list[str]:
     for key, what in (
         ("null_rows", "without text (null, or without the field)"),
         ("empty_documents", "with empty text"),
+        ("transformed_away", "left out by the document transform"),
     ):
         if count := int(facts.get(key) or 0):
             lines.append(f"{count:,} {'row' if count == 1 else 'rows'} {what}")

@@ -28,6 +28,7 @@ from orchestrator.data.formats.reading import Input
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.holdout import nothing_left
 from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from orchestrator.data.own_documents import OwnDocuments, own_documents
 from orchestrator.data.plain_files import read_bounded, regular_size
 from orchestrator.data.store import TokenStore, is_store
 from orchestrator.data.store_cache import cache_root, cached, content_digest, key_of, note
@@ -149,6 +150,7 @@ def build_store(
     workers: int | Auto = "auto",
     progress: bool = True,
     tokens: TokensConfig | None = None,
+    own: OwnDocuments | None = None,
 ) -> TokenStore:
     """Tokenize inputs into a permanent store in the directory `output`, which may not hold anything yet.
 
@@ -177,7 +179,7 @@ def build_store(
             fix="choose another output, or move this one away",
         )
     tokens = tokens or TokensConfig()
-    corpus = find_corpus(inputs, spec or TextSpec(), tokens)
+    corpus = find_corpus(inputs, spec or TextSpec(), tokens, own)
     tokenizer = _make_tokenizer(tokenizer_config, tokens, [corpus], progress).decided(tokenizer_config)
     tokenizer = _of_corpus(tokenizer, tokenizer_config, corpus)
     note(f"documents: {tokenizer.describe_documents()}", progress)
@@ -215,7 +217,9 @@ class _Maker:
         """Find out what a source is: a store, or files."""
         if source.path != BUILTIN and is_store(source.path):
             return _Source(source, store=self._open(Path(source.path).expanduser()))
-        corpus = find_corpus([source.path], spec_of(self.config, source), self.config.tokens)
+        corpus = find_corpus(
+            [source.path], spec_of(self.config, source), self.config.tokens, own_documents(self.config, source)
+        )
         digest = content_digest(corpus.inputs, self.root)
         return _Source(source, corpus=corpus, stamps=_stamps(corpus.inputs), digest=digest)
 
@@ -232,7 +236,7 @@ class _Maker:
             left_out=[[entry.name, entry.reason] for entry in corpus.left_out],
             tokenizer=tokenizer.fingerprint,
             documents=tokenizer.record(),
-            text=dataclasses.asdict(config.tokens) if corpus.holds_tokens else corpus.spec.facts,
+            text=dataclasses.asdict(config.tokens) if corpus.holds_tokens else corpus.facts,
             validation_fraction=config.validation_fraction,
         )
 
@@ -326,7 +330,7 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
         version=_BPE_VERSION,
         vocab_size=config.tokenizer.vocab_size,
         sample=BPE_SAMPLE_CHARACTERS,
-        inputs=[[source.digest, source.corpus.spec.facts] for source in raw if source.corpus],
+        inputs=[[source.digest, source.corpus.facts] for source in raw if source.corpus],
     )
     corpora = _corpora(raw)
     check_made(config.tokenizer, corpora)
@@ -403,7 +407,7 @@ def _sample(corpora: Sequence[Corpus]) -> Iterator[str]:
         share = budget if small else max(_MIN_FILE_SAMPLE, budget // max(1, len(ordered)))
         for item in ordered:
             taken = 0
-            for document in read_documents(item, corpus.spec):
+            for document in read_documents(item, corpus.spec, own=corpus.own):
                 text = document.text[: min(share - taken, budget)]
                 taken += len(text)
                 budget -= len(text)
@@ -419,6 +423,7 @@ def _provenance(corpus: Corpus) -> dict[str, Any]:
         "inputs": list(corpus.named),
         "files": sum(len(item.files) for item in corpus.inputs),
         "bytes": corpus.size_bytes,
+        **corpus.own.names,
     }
     if BUILTIN in corpus.named:
         source["python"] = platform.python_version()

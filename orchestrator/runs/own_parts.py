@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.registry import OwnPart
 from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.data.own_documents import own_documents
 from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, PartError, UserError
 from orchestrator.optim.schedule import schedule_of
 from orchestrator.sharding import rules
@@ -87,7 +88,7 @@ def check_parts(config: RunConfig) -> None:
         ConfigErrors: all that is wrong with them.
     """
     problems: list[UserError] = []
-    for check in (_check_model, _check_schedule, _check_callbacks, _check_loggers):
+    for check in (_check_model, _check_schedule, _check_documents, _check_callbacks, _check_loggers):
         try:
             check(config)
         except ConfigErrors as errors:
@@ -143,6 +144,11 @@ def _check_schedule(config: RunConfig) -> None:
     if config.optim.schedule._target_ is not None:
         for step in (0, config.train.max_steps - 1):
             rate(step, config.optim.lr)
+
+
+def _check_documents(config: RunConfig) -> None:
+    for source in config.data.sources:
+        own_documents(config.data, source).check()
 
 
 def _check_callbacks(config: RunConfig) -> None:
