@@ -102,7 +102,7 @@ def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Complete the words by what Hydra has to be told and users may leave out.
 
     `optim._target_=...` chooses `optim=own` where no optimizer is chosen, and the keys of free mappings
-    (`optim.arguments.KEY=...`) need no plus sign.
+    (`optim.arguments.KEY=...`, `data.transform={KEY: ...}`) need no plus sign.
 
     Args:
         argv: words of the command line.
@@ -110,8 +110,9 @@ def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         The words, and those groups among them that were chosen here.
     """
-    free = tuple(f"{key}." for key, is_free in schema_keys(RunConfig).items() if is_free)
-    words = [f"++{word}" if word.startswith(free) and "=" in word else word for word in argv]
+    free = [key for key, is_free in schema_keys(RunConfig).items() if is_free]
+    within = tuple(end for key in free for end in (f"{key}.", f"{key}={{"))
+    words = [f"++{word}" if word.startswith(within) and "=" in word else word for word in argv]
     keys = [word.partition("=")[0].lstrip("+") for word in words]
     if f"{_OPTIM}._target_" in keys and not any(key.partition("@")[0] == _OPTIM for key in keys):
         return [*words, f"{_OPTIM}=own"], [_OPTIM]

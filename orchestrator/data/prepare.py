@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,29 +21,28 @@ from typing import Any
 
 from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
 from orchestrator.data.agreement import check_as_asked, check_made, check_same_documents
-from orchestrator.data.document_format import DocumentFormat
-from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, read_documents, spec_of
+from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, spec_of
 from orchestrator.data.formats.find import BUILTIN
 from orchestrator.data.formats.reading import Input
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.holdout import nothing_left
-from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from orchestrator.data.make_tokenizer import (
+    BPE_SAMPLE_CHARACTERS,
+    FINGERPRINT_FILE,
+    load_made,
+    make_tokenizer,
+    of_corpus,
+)
 from orchestrator.data.own_documents import OwnDocuments, own_documents
-from orchestrator.data.plain_files import read_bounded, regular_size
 from orchestrator.data.store import TokenStore, is_store
 from orchestrator.data.store_cache import cache_root, cached, content_digest, key_of, note
 from orchestrator.data.store_index import FORMAT_VERSION
-from orchestrator.data.tokenize import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from orchestrator.data.tokens.nameless import nameless_tokenizer
+from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.write import write_store
 from orchestrator.errors import ConfigError, DataError
 
-BPE_SAMPLE_CHARACTERS = 20_000_000
 WHOLE_CHECK_BYTES = 1 << 30  # of tokens: up to here the launcher reads a store whole, which takes seconds
-_FINGERPRINT_FILE = "fingerprint"
 _BPE_VERSION = 2  # of how a vocabulary is made and kept
-_MIN_FILE_SAMPLE = 1 << 18
-_SAMPLE_PART = 1 << 16  # characters that are given to the training at once: it keeps many times what it is given
 _MAX_AUTO_WORKERS = 32
 
 
@@ -163,6 +162,7 @@ def build_store(
         workers: threads that tokenize; `auto`: as many as cores.
         progress: show bars and messages on standard error.
         tokens: how inputs are to be read as tokens; None: as text.
+        own: code of the user's own that reads or changes documents.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -180,8 +180,8 @@ def build_store(
         )
     tokens = tokens or TokensConfig()
     corpus = find_corpus(inputs, spec or TextSpec(), tokens, own)
-    tokenizer = _make_tokenizer(tokenizer_config, tokens, [corpus], progress).decided(tokenizer_config)
-    tokenizer = _of_corpus(tokenizer, tokenizer_config, corpus)
+    tokenizer = make_tokenizer(tokenizer_config, tokens, [corpus], progress).decided(tokenizer_config)
+    tokenizer = of_corpus(tokenizer, tokenizer_config, corpus)
     note(f"documents: {tokenizer.describe_documents()}", progress)
     aside = target.with_name(f"{target.name}.building-{os.getpid()}")
     try:
@@ -229,7 +229,7 @@ class _Maker:
             return source.store
         assert source.corpus is not None
         config, corpus = self.config, source.corpus
-        tokenizer = _of_corpus(tokenizer, config.tokenizer, corpus)
+        tokenizer = of_corpus(tokenizer, config.tokenizer, corpus)
         key = key_of(
             version=FORMAT_VERSION,
             inputs=source.digest,
@@ -305,7 +305,7 @@ def _shared_tokenizer(sources: Sequence[_Source], config: DataConfig, root: Path
         return stores[0].tokenizer
     if kind == "bpe":
         return _cached_bpe(raw, config, root, progress)
-    tokenizer = _make_tokenizer(config.tokenizer, config.tokens, _corpora(raw), progress).decided(config.tokenizer)
+    tokenizer = make_tokenizer(config.tokenizer, config.tokens, _corpora(raw), progress).decided(config.tokenizer)
     if stores and not tokenizer.agrees_with(stores[0].tokenizer):
         raise _mismatch(
             f"{stores[0].path} and data.tokenizer ({kind})",
@@ -336,86 +336,15 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
     check_made(config.tokenizer, corpora)
 
     def make(folder: Path) -> None:
-        tokenizer = _make_tokenizer(config.tokenizer, config.tokens, corpora, progress)
+        tokenizer = make_tokenizer(config.tokenizer, config.tokens, corpora, progress)
         tokenizer.save(folder)
-        (folder / _FINGERPRINT_FILE).write_text(tokenizer.fingerprint, encoding="ascii")
+        (folder / FINGERPRINT_FILE).write_text(tokenizer.fingerprint, encoding="ascii")
 
-    return cached(root, "tokenizers", key, _load_made, make, progress).decided(config.tokenizer)
-
-
-def _load_made(folder: Path) -> Tokenizer:
-    """Load a tokenizer of the cache, and check that its vocabulary is the one that was made."""
-    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
-        regular_size(folder / name, within=folder)
-    tokenizer = load_tokenizer(folder)
-    made = read_bounded(folder / _FINGERPRINT_FILE, 64, within=folder).decode("ascii", "replace")
-    if tokenizer.fingerprint != made:
-        raise DataError(
-            f"the tokenizer is not the one that was made: {folder}", got=tokenizer.fingerprint, allowed=ascii(made)
-        )
-    return tokenizer
-
-
-def _of_corpus(tokenizer: Tokenizer, config: TokenizerConfig, corpus: Corpus) -> Tokenizer:
-    """Tokens that were made elsewhere get no BOS of themselves: they may have one already."""
-    if corpus.holds_tokens and config.bos == "auto" and tokenizer.documents.eos:
-        return tokenizer.with_documents(DocumentFormat())
-    return tokenizer
+    return cached(root, "tokenizers", key, load_made, make, progress).decided(config.tokenizer)
 
 
 def _corpora(sources: Sequence[_Source]) -> list[Corpus]:
     return [source.corpus for source in sources if source.corpus]
-
-
-def _make_tokenizer(
-    config: TokenizerConfig, tokens: TokensConfig, corpora: Sequence[Corpus], progress: bool
-) -> Tokenizer:
-    check_made(config, corpora)
-    if config.made_from == "none":
-        return nameless_tokenizer(tokens)
-    if config.made_from == "bytes":
-        return byte_tokenizer()
-    if config.made_from == "file":
-        if not config.path:
-            raise ConfigError(
-                "data.tokenizer.kind=file needs the file",
-                got="data.tokenizer.path=null",
-                allowed="a tokenizer.json or the directory that holds one",
-                fix="add data.tokenizer.path=<file>",
-            )
-        tokenizer = load_tokenizer(config.path, config)
-        for text in tokenizer.notes:
-            note(text, progress)
-        return tokenizer
-    note(f"training a vocabulary of {config.vocab_size} tokens", progress)
-    tokenizer = train_bpe(_sample(corpora), config.vocab_size)
-    if tokenizer.vocab_size < config.vocab_size:
-        note(f"the text gives only {tokenizer.vocab_size} of the {config.vocab_size} tokens", progress)
-    return tokenizer
-
-
-def _sample(corpora: Sequence[Corpus]) -> Iterator[str]:
-    """Texts to train a vocabulary on: everything, or of large inputs the beginnings of files in a fixed random order.
-
-    Every corpus has an equal part of the sample.
-    """
-    for corpus in corpora:
-        budget = BPE_SAMPLE_CHARACTERS // len(corpora)
-        small = corpus.is_plain and corpus.size_bytes <= budget
-        by_hash = lambda item: hashlib.sha256(item.name.encode("utf-8", "surrogateescape")).digest()  # noqa: E731
-        ordered = corpus.inputs if small else sorted(corpus.inputs, key=by_hash)
-        share = budget if small else max(_MIN_FILE_SAMPLE, budget // max(1, len(ordered)))
-        for item in ordered:
-            taken = 0
-            for document in read_documents(item, corpus.spec, own=corpus.own):
-                text = document.text[: min(share - taken, budget)]
-                taken += len(text)
-                budget -= len(text)
-                yield from (text[start : start + _SAMPLE_PART] for start in range(0, len(text), _SAMPLE_PART))
-                if taken >= share or budget <= 0:
-                    break
-            if budget <= 0:
-                break
 
 
 def _provenance(corpus: Corpus) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.cli import data as data_verb
 from orchestrator.config import registry
+from orchestrator.config.compose import compose
 from orchestrator.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from orchestrator.data.prepare import prepare
 from orchestrator.data.store import TokenStore
@@ -174,3 +175,12 @@ def test_data_prepare_takes_them_from_the_command_line(mine, capsys):
     assert TokenStore.open(mine / "store").split("train").documents == 5
     with pytest.raises(ConfigError, match="reader"):
         data_verb.main([*words, "reader={oops"])
+
+
+def test_a_run_is_composed_with_them():
+    words = ["data.transform={_target_: mine.clean, words: 3}", "data.reader._target_=mine.read", "data.reader.size=4"]
+    data = compose(words).config.data
+    assert data.transform == {"_target_": "mine.clean", "words": 3}
+    assert data.reader == {"_target_": "mine.read", "size": 4}
+    found = compose(["data.sources=[{path: a, weight: 1, reader: {_target_: mine.read}}]"]).config.data.sources
+    assert found[0].reader == {"_target_": "mine.read"}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from orchestrator.data import make_tokenizer
 from orchestrator.data import prepare as prepare_module
 from orchestrator.data import store_cache as cache_module
 from orchestrator.data.documents import find_corpus
@@ -228,13 +229,13 @@ def test_a_tokenizer_file_is_used_as_it_is(docs: Path, tmp_path: Path) -> None:
 def test_large_inputs_give_a_bounded_sample(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         (docs / f"{number}.txt").write_text(f"{number} " * 5000)
-    monkeypatch.setattr(prepare_module, "BPE_SAMPLE_CHARACTERS", 9000)
-    monkeypatch.setattr(prepare_module, "_MIN_FILE_SAMPLE", 1000)
+    monkeypatch.setattr(make_tokenizer, "BPE_SAMPLE_CHARACTERS", 9000)
+    monkeypatch.setattr(make_tokenizer, "_MIN_FILE_SAMPLE", 1000)
     corpora = [find_corpus([str(docs / name)], TextSpec()) for name in ("*.txt", "a.jsonl")]
-    sample = list(prepare_module._sample(corpora))
+    sample = list(make_tokenizer._sample(corpora))
     assert 4500 < sum(map(len, sample)) <= 9000
     assert len({text.split()[0] for text in sample if not text.startswith("docs")}) >= 4
-    assert sample == list(prepare_module._sample(corpora))
+    assert sample == list(make_tokenizer._sample(corpora))
 
 
 def test_nothing_is_overwritten(docs: Path, tmp_path: Path) -> None:
