@@ -102,7 +102,11 @@ class ConfigError(UserError):
 
 
 class ConfigErrors(UserError):
-    """All the wrong entries of a configuration, so that they can be mended in one go."""
+    """All the wrong entries of a configuration, so that they can be mended in one go.
+
+    Args:
+        problems: the wrong entries, at least one.
+    """
 
     def __init__(self, problems: Sequence[UserError]):
         self.problems = list(problems)
@@ -153,7 +157,12 @@ class NonFiniteError(CheckpointError):
 
 
 class RunDirectoryError(UserError):
-    """A run directory cannot be written, such as on a full disk. The run may be tried again when it can."""
+    """A run directory cannot be written, such as on a full disk. The run may be tried again when it can.
+
+    Args:
+        what: could not be done.
+        directory: the run directory.
+    """
 
     exit_code = FAILED
 
@@ -176,7 +185,13 @@ class LostPeerError(RunFailedError):
 
 
 class MissingExtraError(UserError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed.
+
+    Args:
+        package: that is missing.
+        extra: that brings it.
+        purpose: what it is needed for.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(

@@ -77,7 +77,13 @@ class Damage:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """A piece where it lies: `piece.bytes` of `file` from `start` on."""
+    """A piece where it lies: `piece.bytes` of `file` from `start` on.
+
+    Attributes:
+        file: its name.
+        start: first byte.
+        piece: size and hash.
+    """
 
     file: str
     start: int
@@ -93,6 +99,7 @@ class Checkpoint:
     """A committed checkpoint.
 
     Args:
+        directory: of this machine or of a store.
         trust: whose checkpoints are believed; by default anybody's.
         look: see whether every file is there with its size. False where that was done a moment ago.
 

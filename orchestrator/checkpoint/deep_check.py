@@ -14,7 +14,14 @@ from orchestrator.checkpoint.reader import Reader
 
 @dataclass(frozen=True)
 class NonFinite:
-    """A tensor that is not finite, and how many of its elements are not."""
+    """A tensor that is not finite, and how many of its elements are not.
+
+    Attributes:
+        name: of the tensor.
+        elements: of the whole tensor.
+        nan: elements that are NaN.
+        infinite: elements that are infinite.
+    """
 
     name: str
     elements: int

@@ -24,6 +24,8 @@ class Changed:
     """A tensor whose elements differ.
 
     Attributes:
+        name: of the tensor.
+        elements: of the whole tensor.
         differing: elements with other bits; where the dtypes differ, with other values.
         max_abs: largest absolute difference; NaN where only one of the two is a number.
         relative_l2: L2 norm of the difference over that of the first; None where that is 0.
@@ -38,7 +40,13 @@ class Changed:
 
 @dataclass(frozen=True)
 class Mismatched:
-    """A tensor of another shape or dtype, as `F32 (4, 5)`."""
+    """A tensor of another shape or dtype, as `F32 (4, 5)`.
+
+    Attributes:
+        name: of the tensor.
+        first: dtype and shape in the first checkpoint.
+        second: dtype and shape in the second.
+    """
 
     name: str
     first: str
@@ -50,6 +58,10 @@ class TensorDifferences:
     """What two checkpoints do not have in common.
 
     Attributes:
+        only_first: tensors that the second does not have.
+        only_second: tensors that the first does not have.
+        mismatched: tensors of another shape or dtype.
+        changed: tensors of the same shape whose elements differ.
         compared: tensors that both have in the same shape.
         same: those of them that are bitwise equal.
         nonfinite_first: those of them that hold NaN or infinity in the first checkpoint.

@@ -57,7 +57,14 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A part of a tensor: the box [start, stop) and where its bytes are."""
+    """A part of a tensor: the box [start, stop) and where its bytes are.
+
+    Attributes:
+        file: its name.
+        key: of the tensor in the file.
+        start: first index in each dim.
+        stop: the index behind the last one in each dim.
+    """
 
     file: str
     key: str
@@ -70,9 +77,9 @@ class StoredTensor:
     """A tensor of a checkpoint.
 
     Attributes:
-    dtype: its name in safetensors, such as `F32`.
-    shape: global.
-    shards: its parts, which cover every element exactly once.
+        dtype: its name in safetensors, such as `F32`.
+        shape: global.
+        shards: its parts, which cover every element exactly once.
     """
 
     dtype: str
@@ -85,6 +92,9 @@ class Manifest:
     """What a checkpoint holds. Making one proves that its shards cover every tensor exactly once.
 
     Attributes:
+        step: optimizer steps completed.
+        tensors: by name.
+        files: by name.
         hash: of the pieces of its files, `sha256` or `blake3`.
     """
 

@@ -12,7 +12,12 @@ from orchestrator.errors import MissingExtraError
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a file and the hash of its content, in hex."""
+    """A stretch of a file and the hash of its content, in hex.
+
+    Attributes:
+        bytes: its size.
+        hash: in hex.
+    """
 
     bytes: int
     hash: str
@@ -20,7 +25,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file's size, and the hashes of the pieces that it consists of, in order."""
+    """A file's size, and the hashes of the pieces that it consists of, in order.
+
+    Attributes:
+        bytes: its size.
+        pieces: in order.
+    """
 
     bytes: int
     pieces: tuple[Piece, ...]

@@ -36,6 +36,7 @@ class Reader:
     """Reads parts of the tensors of one checkpoint. Each file is opened once; several threads may read.
 
     Args:
+        checkpoint: the checkpoint to read.
         cast: floating point numbers that are stored in another format are converted.
         checks: told of what is read, where it is to be checked on the way.
         progress: told the number of bytes of each stretch that was read.

@@ -107,7 +107,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference batch (int64 arrays [rows, length], as `data.stream` gives them) and what the saved model gave."""
+    """A reference batch (int64 arrays [rows, length], as `data.stream` gives them) and what the saved model gave.
+
+    Attributes:
+        batch: the reference batch.
+        measured: by the saved model.
+    """
 
     batch: Mapping[str, np.ndarray]
     measured: Measurement
@@ -115,7 +120,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Difference:
-    """One compared quantity; `saved` and `measured` are None where there is no single number, or it is not finite."""
+    """One compared quantity; `saved` and `measured` are None where there is no single number, or it is not finite.
+
+    Attributes:
+        quantity: `loss`, `grad_norm` or `logits`.
+        difference: relative, or between digests; NaN where a value is not finite.
+        tolerance: largest difference that agrees.
+    """
 
     quantity: str
     saved: float | None

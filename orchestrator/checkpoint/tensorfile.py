@@ -26,7 +26,14 @@ _SHORTEST_BYTES, _SHORTEST_REMOTE_BYTES = 1 << 10, 1 << 18
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file: its bytes are `[start, stop)` of the file, row-major."""
+    """A tensor of the file: its bytes are `[start, stop)` of the file, row-major.
+
+    Attributes:
+        dtype: its name in safetensors.
+        shape: of the tensor.
+        start: first byte.
+        stop: the byte behind the last one.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,6 +45,7 @@ class TensorFile:
     """The tensors of one file by key.
 
     Args:
+        path: a path of this machine or of an object store.
         items: the dtypes that it may hold, and the bytes of an element of each.
 
     Attributes:

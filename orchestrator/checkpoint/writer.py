@@ -110,7 +110,13 @@ def save(parent: AnyPath, step: int, shards: Sequence[Shard], coordinator: Coord
 
 @dataclass(frozen=True)
 class Begun:
-    """A directory that all ranks write into, or why there is none."""
+    """A directory that all ranks write into, or why there is none.
+
+    Attributes:
+        directory: of the checkpoint.
+        topic: under which the ranks exchange what they have written.
+        problem: why there is no directory; empty where there is one.
+    """
 
     directory: AnyPath
     topic: str

@@ -64,7 +64,11 @@ class Topology:
     Attributes:
         kind: `3D torus`, `switched (NVSwitch)`, ...
         domain_chips: chips that the fast links join.
+        chips_per_host: None where unknown.
+        hosts_per_domain: None where unknown.
         dims: longest side per dimension of a torus; None where unknown.
+        source: of these figures.
+        note: what else is to be known.
     """
 
     kind: str | None = None
@@ -78,7 +82,12 @@ class Topology:
 
 @dataclass(frozen=True)
 class Price:
-    """An on-demand list price in USD per chip-hour, and whose it is."""
+    """An on-demand list price in USD per chip-hour, and whose it is.
+
+    Attributes:
+        usd_per_chip_hour: the price.
+        provider: whose price it is.
+    """
 
     usd_per_chip_hour: Figure
     provider: str
@@ -89,11 +98,26 @@ class Chip:
     """One accelerator as it is sold.
 
     Attributes:
+        key: in the catalogue.
+        vendor: such as `nvidia`.
+        name: for people.
         device_names: what the driver or torch calls exactly this chip.
+        fp32_flops: dense peak, FLOP/s.
+        bf16_flops: dense peak, FLOP/s.
+        fp8_flops: dense peak, FLOP/s.
+        int8_ops: dense peak, operations/s.
+        hbm_bytes: memory of the chip.
+        hbm_runtime_bytes: of it, what the runtime lets a program use.
+        hbm_bandwidth: bytes/s.
         intra_bandwidth: bytes/s one way between chips of a fast domain.
+        link_bandwidth: bytes/s one way of one link.
         inter_bandwidths: bytes/s one way and chip between hosts, one per deployment (`note` says which).
-        logical_devices_per_chip: devices that torch sees per chip.
+        power: watts of the chip.
         server_power: of the whole server, per chip.
+        prices: on-demand list prices.
+        links_per_chip: fast links; None where unknown.
+        logical_devices_per_chip: devices that torch sees per chip.
+        topology: how a fast domain is wired.
         achievable_*: the best matrix product that was measured.
     """
 

@@ -24,6 +24,7 @@ class Document:
     """One document.
 
     Attributes:
+        text: of the document.
         consumed: bytes of the input file that reading it took, for a progress bar.
     """
 
@@ -33,7 +34,12 @@ class Document:
 
 @dataclass
 class Tally:
-    """Rows that were read and gave no document."""
+    """Rows that were read and gave no document.
+
+    Attributes:
+        null_rows: rows whose field is null or missing.
+        empty_documents: rows whose text is empty.
+    """
 
     null_rows: int = 0
     empty_documents: int = 0
@@ -46,6 +52,9 @@ class Corpus:
 
     Attributes:
         named: the inputs as the user wrote them.
+        inputs: the files.
+        left_out: files that are not read.
+        spec: the fields of a document.
         holds_tokens: they were made by other software; there are no documents of text.
     """
 

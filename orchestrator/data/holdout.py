@@ -19,6 +19,7 @@ class Extents:
     """Where documents lie in the spool, each field of shape [documents].
 
     Attributes:
+        starts: first token in the spool.
         lengths: in tokens.
         hashes: of the content, uint64.
         text_bytes: of the text as UTF-8.

@@ -53,6 +53,7 @@ class PreparedData:
     Attributes:
         stores: with one tokenizer.
         weights: of each store in the mixture; they sum to 1.
+        tokenizer: of all stores.
         validation: a store to evaluate on in place of what the others hold out.
         names: what the user calls each store.
     """

@@ -167,7 +167,12 @@ class _Shard:
 
 
 class TokenStore:
-    """A store that is complete. Open one with `TokenStore.open`."""
+    """A store that is complete. Open one with `TokenStore.open`.
+
+    Args:
+        path: the directory.
+        index: its parsed `index.json`.
+    """
 
     def __init__(self, path: Path, index: StoreIndex):
         self.path, self.index = path, index

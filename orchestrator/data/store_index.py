@@ -37,9 +37,15 @@ class ShardInfo:
     """One shard as the index lists it.
 
     Attributes:
+        file: of the tokens.
+        offsets_file: of the documents' ends.
         tokens: how many, the end-of-text tokens included.
+        documents: how many.
         bytes: size of the token file.
+        sha256: of the token file.
+        offsets_sha256: of the offsets file.
         checks_file: CRC-32 of every block of the token file; None in stores of version 1.
+        checks_sha256: of the checks file.
     """
 
     file: str
@@ -70,7 +76,14 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split as the index lists it: its shards in order, and the UTF-8 bytes of its text."""
+    """One split as the index lists it: its shards in order, and the UTF-8 bytes of its text.
+
+    Attributes:
+        shards: numbers of its shards, in order.
+        tokens: how many.
+        documents: how many.
+        text_bytes: of its text as UTF-8.
+    """
 
     shards: tuple[int, ...]
     tokens: int
@@ -83,8 +96,15 @@ class StoreIndex:
     """The content of `index.json`.
 
     Attributes:
+        dtype: of a token in the files.
+        vocab_size: tokens of the tokenizer.
+        eos_id: id of the end-of-text token.
+        shards: the files of tokens.
+        splits: `train` and `validation`.
         unigram_entropy_nats: of the training split's tokens; a model that has learnt anything has a lower loss.
+        tokenizer_fingerprint: hash of the tokenizer.
         fingerprint: of every token, of the order of the documents and of the tokenizer.
+        source: where the documents come from.
         skipped_files: files that a search found and that are not text.
         version: of the format.
         documents: what documents are in tokens, as `DocumentFormat.record` says; of older stores nothing, which is

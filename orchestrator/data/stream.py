@@ -40,6 +40,7 @@ class TokenStream:
         weights: of the stores in the mixture, positive.
         split: `train` or `validation`.
         seq_len: tokens per sequence.
+        seed: of the order.
         document_mask: number the documents of a sequence; otherwise it is one, and has no `documents`.
         repeat: start new epochs for ever; otherwise the stream has every window of every store once, in the proportion
             of the weights for as long as all have some left.
@@ -151,7 +152,10 @@ class StepLoader:
     again starts at `start` again.
 
     Args:
+        stream: the training sequences.
         global_batch: sequences per step over all ranks.
+        data_rank: number of this share.
+        data_world: number of shares.
         start: where the first step begins.
         steps: how many it yields.
         prefetch: steps that are read ahead; 0 reads when asked.
@@ -218,7 +222,15 @@ class StepLoader:
 
 
 class ValidationBatches:
-    """A fixed set of sequences, the same number of batches on every rank. Sized and iterable; see the function."""
+    """A fixed set of sequences, the same number of batches on every rank. Sized and iterable; see the function.
+
+    Args:
+        stream: made with `repeat=False`.
+        sequences: of the set, over all ranks.
+        batch: sequences per batch.
+        rank: number of this share.
+        world: number of shares.
+    """
 
     def __init__(self, stream: TokenStream, sequences: int, batch: int, rank: int, world: int):
         self.stream, self.batch, self.rank, self.world = stream, batch, rank, world

@@ -19,6 +19,7 @@ class ValidationPart:
 
     Attributes:
         name: of the store, in the user's words.
+        store: a token store.
         split: of the store.
         weight: of the store in the mixture.
         tokens: of the split.
@@ -39,6 +40,7 @@ class ValidationData:
 
     Attributes:
         parts: one for each source, or the one of `data.validation`; some may have no sequence.
+        seq_len: tokens of a sequence.
         wanted: sequences of an evaluation, where there are as many.
     """
 

@@ -27,7 +27,11 @@ _POLL_SECONDS = 0.05
 
 
 class Vote:
-    """The answer to a vote, already known."""
+    """The answer to a vote, already known.
+
+    Args:
+        value: the answer.
+    """
 
     def __init__(self, value: int):
         self._value = int(value)
@@ -41,6 +45,7 @@ class ProcessCoordinator:
     """The processes of `world`. A single one needs no `meet`.
 
     Args:
+        world: this process among the job's.
         timeout_seconds: how long a process waits for the others, each time.
 
     Raises:

@@ -16,6 +16,8 @@ class Beat:
 
     Attributes:
         step: optimizer steps completed.
+        host: name of the machine.
+        pid: of the process.
         count: signs of life so far; a process whose count stays the same is not there, or does not run.
     """
 

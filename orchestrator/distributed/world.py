@@ -24,6 +24,10 @@ class World:
     """This process among those of the job.
 
     Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_rank: number of this process on its host.
+        local_size: number of processes on its host.
         store: where the processes meet: `file:<path>`, `tcp:<host>:<port>`, or empty for a process that is alone.
         attempt: restarts so far; keeps a restarted job from meeting the ghosts of the last one.
         engine: who started the processes.

@@ -81,7 +81,14 @@ dist.destroy_process_group()
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the findings. `error` means that training cannot work."""
+    """One line of the findings. `error` means that training cannot work.
+
+    Attributes:
+        name: of the line.
+        state: how it stands.
+        text: what was found.
+        fix: what to do about it; None: nothing.
+    """
 
     name: str
     state: State

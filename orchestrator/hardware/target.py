@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a target cannot be used, and what the user can do about it."""
+    """Why a target cannot be used, and what the user can do about it.
+
+    Attributes:
+        what: is wrong.
+        fix: what to do.
+    """
 
     what: str
     fix: str

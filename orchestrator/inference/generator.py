@@ -76,6 +76,13 @@ class Writer:
 class Continuation:
     """The text that follows on a prompt: iterate over its pieces.
 
+    Args:
+        tokenizer: of the model.
+        prompt: token ids.
+        drawn: yields the token ids that follow.
+        count: tokens to draw at most.
+        stop: texts at which to end.
+
     Attributes:
         ids: the tokens that were drawn so far.
         stopped: by what it ended: the model's own end of text, a stop text, or the number of tokens.

@@ -67,6 +67,7 @@ class Description:
     """What a `config.json` describes.
 
     Attributes:
+        family: the Hugging Face family.
         fields: of a `ModelConfig`; their values are not checked yet.
         fates: what became of every key.
         notes: what a user should know of them.

@@ -37,7 +37,13 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True)
 class FileLayout:
-    """How a file lays its tensors out: `tensors` by name in the order of its header, and its `metadata`."""
+    """How a file lays its tensors out: `tensors` by name in the order of its header, and its `metadata`.
+
+    Attributes:
+        name: of the file.
+        tensors: names in the order of its header.
+        metadata: of its header; None: none.
+    """
 
     name: str
     tensors: tuple[str, ...]
@@ -115,6 +121,9 @@ class HFTensors(Mapping[str, torch.Tensor]):
     """The weights of a directory by name, each mapped from its file when it is asked for.
 
     Which files they are is decided as transformers does it: the single file before the index.
+
+    Args:
+        directory: of the weights.
 
     Attributes:
         layouts: the files that were taken.

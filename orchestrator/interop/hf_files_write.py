@@ -23,7 +23,13 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that is to be written: `dtype` as safetensors names it."""
+    """A tensor that is to be written: `dtype` as safetensors names it.
+
+    Attributes:
+        name: of the tensor.
+        dtype: as safetensors names it.
+        shape: of the tensor.
+    """
 
     name: str
     dtype: str

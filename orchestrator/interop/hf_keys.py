@@ -56,6 +56,9 @@ LEFT_OUT = {
 class Keys(Mapping[str, Any]):
     """A configuration that notes which of its keys were asked for.
 
+    Args:
+        config: the parsed `config.json`.
+
     Attributes:
         notes: what is worth telling a user about them.
     """

@@ -17,12 +17,15 @@ class ImportReport:
 
     Attributes:
         source: what was imported.
+        format: of the source.
+        family: the Hugging Face family; None: none.
         files: of the weights, as they lay there.
         tensors: name in the source -> dtype, shape and what became of it.
         taken: of those, the ones that are weights of the model.
         keys: of config.json -> value and what became of it.
         notes: what a user should know, most of all where something was not as it seemed.
         logits: how they compare with those of transformers.
+        difference: largest difference of the logits; None where they were not compared.
     """
 
     source: str

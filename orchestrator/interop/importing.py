@@ -48,8 +48,12 @@ class Described:
     """The model that weights are of.
 
     Attributes:
+        model: the model.
         family: where transformers has one.
         config: the `config.json` that says so, and where it lies.
+        config_file: path of the `config.json`; None: none.
+        fates: what became of its keys.
+        notes: what a user should know.
     """
 
     model: ModelConfig
@@ -65,6 +69,10 @@ class Imported:
     """What was read.
 
     Attributes:
+        format: of the source.
+        model: the model.
+        parameters: elements of the weights.
+        dtypes: of the weights.
         left_out: tensors of the source that are no weights of the model.
         tokenizer: whether one came along.
         report: what became of each tensor and of each key of `config.json`.

@@ -109,6 +109,9 @@ class _Chunk:
 class DcpTensors(Mapping[str, torch.Tensor]):
     """The tensors of a `torch.distributed.checkpoint` directory, each read when it is asked for.
 
+    Args:
+        directory: of the checkpoint.
+
     Attributes:
         skipped: what else lies there by name, and why it is no weight.
 

@@ -27,6 +27,9 @@ class Change:
     """One key of the configuration that is not as it was when the checkpoint was written.
 
     Attributes:
+        key: dotted.
+        was: value in the saved run.
+        now: value of this command line.
         effect: on the steps that follow.
         needs: the entry of `resume_allow` that allows it; None where nothing that was promised is broken.
     """

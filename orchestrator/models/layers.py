@@ -62,7 +62,11 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions and optional QK-norm."""
+    """Grouped-query self-attention with rotary positions and optional QK-norm.
+
+    Args:
+        config: of the model.
+    """
 
     q_norm: nn.Module | None
     k_norm: nn.Module | None
@@ -96,7 +100,11 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward. Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
+    """Gated feed-forward. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+
+    Args:
+        config: of the model.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -110,7 +118,11 @@ class SwiGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """Feed-forward with the tanh approximation of GELU, as GPT-2's."""
+    """Feed-forward with the tanh approximation of GELU, as GPT-2's.
+
+    Args:
+        config: of the model.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -123,7 +135,11 @@ class GELU(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention and feed-forward, each added to the residual stream."""
+    """One pre-norm layer: attention and feed-forward, each added to the residual stream.
+
+    Args:
+        config: of the model.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()

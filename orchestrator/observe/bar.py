@@ -9,7 +9,14 @@ from orchestrator.output import is_printed
 
 
 class Bar:
-    """A bar on standard error, where that is a terminal. Several threads may report."""
+    """A bar on standard error, where that is a terminal. Several threads may report.
+
+    Args:
+        title: in front of the bar.
+        total: amount of work; None where unknown.
+        shown: whether it is to be shown.
+        unit: of the work, such as `B` for bytes.
+    """
 
     def __init__(self, title: str, total: int | None, shown: bool, unit: str = "B"):
         from tqdm import tqdm

@@ -214,7 +214,11 @@ class Appended:
 
 
 class JsonLines:
-    """A row of JSON per line."""
+    """A row of JSON per line.
+
+    Args:
+        path: of the file.
+    """
 
     def __init__(self, path: Path):
         self._file = Appended(path)

@@ -53,11 +53,15 @@ class FleetEntry:
     With both `chips` and `megawatts`, as many as both allow.
 
     Attributes:
+        name: of the fleet; None: its chips.
         shape: of a TPU slice; `slices` of them.
         megawatts: of the facility, cooling included.
         budget_usd: that the whole run may cost.
         inter_gb_per_s: one way and chip, between hosts or slices.
+        domain_chips: chips that the fast links join; None: the catalogue's.
+        price_usd_per_chip_hour: None: the lowest list price.
         watts_per_chip: of the server, per chip.
+        pue: facility power over server power; None: by vendor.
         failures_per_chip_day: that stop a job.
     """
 
@@ -81,10 +85,14 @@ class Fleet:
     """Chips that exist, with what they cost.
 
     Attributes:
+        label: for people.
+        entry: what was asked for.
         paid_chips: what was asked for; `cluster.chips` of them are whole hosts or slices.
         slices: of a TPU.
+        price: USD per chip-hour.
+        power: watts of the server, per chip.
+        pue: facility power over server power.
         notes: what was rounded or assumed.
-        price: USD per chip-hour. power: watts of the server, per chip. pue: of the facility.
     """
 
     label: str

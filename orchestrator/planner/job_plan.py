@@ -35,8 +35,11 @@ class Request:
 
     Attributes:
         job: its batch is `batch_tokens`; where that is None, it follows the fleet.
+        tokens: of the run.
         space: what the search may choose.
         widest: the same without what the user fixed; `restricted` says that in words.
+        failures: rates, and how the job recovers.
+        estimators: of memory and time.
     """
 
     job: JobSpec
@@ -69,7 +72,11 @@ class FleetPlan:
     """One fleet's answer.
 
     Attributes:
+        fleet: the chips.
+        request: what was planned.
+        result: of the search.
         figures: by short name, as `explain=` takes it; empty where the model does not fit.
+        goodput: what failures make of the time; None where the model does not fit.
         remedy: where it does not fit.
         notes: what was rounded, assumed or is idle.
     """

@@ -18,8 +18,10 @@ class PlannedModel:
     """A model's sizes with their source.
 
     Attributes:
+        shape: the model's sizes.
         max_seq_len: tokens that the model was made for.
         parameters: in all, as the source states them.
+        source: of the sizes.
     """
 
     shape: ModelShape

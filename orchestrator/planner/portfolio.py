@@ -25,7 +25,9 @@ class Portfolio:
         placed: job -> its plan on the fleet that it runs on.
         impossible: jobs that fit no fleet.
         exact: whether all assignments were compared.
-        days: until the last fleet is done. cost, energy: of all jobs.
+        days: until the last fleet is done.
+        cost: of all jobs.
+        energy: of all jobs.
     """
 
     placed: Mapping[str, FleetPlan]

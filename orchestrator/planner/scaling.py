@@ -24,6 +24,8 @@ class ScalePoint:
     """The best layout of one size of fleet.
 
     Attributes:
+        chips: size of the fleet.
+        best: the best layout.
         links: link -> share of the step that waits for it.
     """
 

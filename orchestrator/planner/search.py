@@ -54,7 +54,12 @@ _LEAST_PART = 2048  # tokens of a sequence that a context rank keeps, where devi
 
 @dataclass(frozen=True)
 class Estimators:
-    """Who says what a layout needs and how long it takes."""
+    """Who says what a layout needs and how long it takes.
+
+    Attributes:
+        memory: bytes per device of a layout.
+        time: seconds of a step.
+    """
 
     memory: Memory = estimate_memory
     time: Time = estimate_time
@@ -78,8 +83,18 @@ class Space:
     """What the search may choose. None leaves an axis to it.
 
     Attributes:
+        replicate: degree of the axis, like the next ones; None: to be searched.
+        fsdp: degree.
+        context: degree.
+        tensor: degree.
+        pipeline: degree.
+        expert: degree.
+        micro_batch: sequences; None: to be searched.
+        remats: policies to try.
+        zeros: what fsdp may shard, as `ParallelPlan.zero`.
         whole: every device works, as a training run of this product wants it.
         even: all axes divide what they split (this product's rules); else heads may be copied and stages be uneven.
+        compiled: as in a plan.
         copies: replicate is a multiple of it.
         reduce_gradients: as in a plan. Compilers for TPU and Trainium cut gradients always, whatever it says.
         reserve: share of a device's memory that stays free: the memory model is not better than that.
@@ -107,7 +122,10 @@ class Candidate:
     """One layout that was estimated.
 
     Attributes:
+        plan: the layout and its settings.
         job: with the batch that this layout takes.
+        memory: bytes per device.
+        time: of a step.
     """
 
     plan: ParallelPlan

@@ -25,7 +25,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Slices:
-    """Slices of one shape."""
+    """Slices of one shape.
+
+    Attributes:
+        count: of slices.
+        shape: chips along each side.
+    """
 
     count: int
     shape: Shape

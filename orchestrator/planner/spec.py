@@ -22,8 +22,16 @@ class ModelShape:
     """A decoder's sizes, dense or mixture of experts.
 
     Attributes:
+        name: of the model.
+        layers: decoder layers.
+        dim: width of the residual stream.
         mlp_dim: hidden width of a dense feed-forward block.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: width of a head.
+        vocab: tokens of the vocabulary.
         gated: three matrices per feed-forward block (SwiGLU) instead of two.
+        tied: the output head shares the embedding's weight.
         experts: routed experts per sparse layer; 0 for a dense model.
         experts_per_token: routed experts that each token goes through.
         shared_experts: experts that every token goes through, beside the routed ones.
@@ -31,7 +39,10 @@ class ModelShape:
         dense_layers: leading layers with a dense block in a model that has experts.
         window: tokens that a position sees, itself included; None for all before it.
         global_layers: layers that see everything before them in a model that has a window.
-        latent_q, latent_kv, rope_dim: ranks of multi-head latent attention (0 = ordinary attention).
+        learned_positions: rows of a position table; 0: none.
+        latent_q: rank of the queries in multi-head latent attention; 0: ordinary attention.
+        latent_kv: rank of keys and values in it.
+        rope_dim: width of a head's rotary part in it.
         qk_norm: queries and keys are normalised.
         layer_norm: norms with a shift instead of RMS norms.
     """
@@ -93,12 +104,14 @@ class JobSpec:
     """The work: which model, in what batches, how much of it.
 
     Attributes:
+        model: the model's shape.
+        seq_len: tokens of a sequence.
         global_batch_tokens: per optimizer step, over all devices.
         total_tokens: of the whole run; None where only a step is asked for.
         precision: of the matrix products; master weights and optimizer state are fp32.
-        document_mask: attention does not cross documents, which takes a mask of every pair of positions.
         stack: software whose calibration applies (a key of `calibration.yaml`), or `auto`: the chip's vendor's.
         loss_chunk_tokens: tokens whose logits are alive at one time; None for what the stack does.
+        document_mask: attention does not cross documents, which takes a mask of every pair of positions.
         optimizer: `adamw`, `muon`, `adafactor`, `sgd`, or `sgd without momentum`.
     """
 
@@ -123,6 +136,7 @@ class Cluster:
     """Chips of one kind that work together. Devices are what the axes count: a chip may have several.
 
     Attributes:
+        chip: of the catalogue.
         chips: as sold.
         inter_bandwidth: bytes/s one way and chip between hosts or domains; None takes the catalogue's first
             deployment, and stays unknown where it has none.
@@ -149,9 +163,12 @@ class ParallelPlan:
     Attributes:
         replicate: whole copies (or copies of fsdp groups).
         fsdp: shards of parameters, gradients and optimizer state.
-        zero: what fsdp shards: 3 all, 2 gradients and optimizer, 1 the optimizer only.
+        context: parts of each sequence.
+        tensor: parts of each matrix.
         pipeline: stages; `virtual_stages` chunks of each are interleaved.
         micro_batch: sequences of one forward pass per data-parallel group.
+        remat: what is recomputed in backward.
+        zero: what fsdp shards: 3 all, 2 gradients and optimizer, 1 the optimizer only.
         sequence_parallel: activations between the tensor-parallel regions are split along the sequence.
         compiled: kernels between the matrix products are fused.
         attention: `flash` never holds the scores (`flash1`: its first version, half as fast); `fused` holds them
@@ -215,6 +232,13 @@ class MemoryEstimate:
     """Bytes per device at the peak of a step, by what they are for.
 
     Attributes:
+        parameters: the working copy of the weights.
+        gradients: of this device.
+        optimizer: state, and a master copy.
+        activations: kept for backward, and the working memory of a layer.
+        logits: at the peak of the loss.
+        communication: buffers of collectives.
+        overhead: of the runtime and the allocator.
         capacity: what the runtime lets a program use; None where the chip's memory is unknown.
     """
 

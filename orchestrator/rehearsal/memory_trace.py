@@ -66,7 +66,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Alive:
-    """One allocation at the fullest moment: bytes, the operation that made it, its first shape and type."""
+    """One allocation at the fullest moment: bytes, the operation that made it, its first shape and type.
+
+    Attributes:
+        size: bytes.
+        kind: what it is for, a field of `Memory`.
+        operation: that made it.
+        shape: of its first tensor.
+        dtype: of its first tensor.
+    """
 
     size: int
     kind: str

@@ -106,7 +106,11 @@ def compiler_python() -> Path:
 
 
 class MissingCompilerError(MissingExtraError):
-    """The environment of the TPU compiler is not there. No extra brings it: it cannot be that of torch_xla."""
+    """The environment of the TPU compiler is not there. No extra brings it: it cannot be that of torch_xla.
+
+    Args:
+        got: what is there instead.
+    """
 
     def __init__(self, got: str):
         super(MissingExtraError, self).__init__(

@@ -22,9 +22,11 @@ class RunData:
     """A run as its files tell it.
 
     Attributes:
+        run_dir: the run's directory.
         facts: `run.json`; empty where it is missing or cut.
         train: training rows of `metrics.jsonl` by rising step, without those that a later leg replaced.
         evals: evaluation rows, likewise.
+        samples: rows of `samples.jsonl`.
         config_text: `config.yaml` as it is.
         skipped: lines that could not be read.
         non_finite: training rows whose loss or gradient norm is not a finite number.

@@ -18,7 +18,13 @@ _MAX_DOTS = 60  # beyond it the dots of a curve run together
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `style` is its CSS class; `hidden` curves are drawn faintly and left out of legend and tooltip."""
+    """One curve. `style` is its CSS class; `hidden` curves are drawn faintly and left out of legend and tooltip.
+
+    Attributes:
+        label: in the legend.
+        points: (x, y), by rising x.
+        dots: points are drawn, too.
+    """
 
     label: str
     points: Sequence[Point]
@@ -33,6 +39,10 @@ class Chart:
 
     Attributes:
         key: unique on the page.
+        title: above it.
+        series: the curves.
+        width: in pixels.
+        height: in pixels.
         rules: horizontal lines, (y, label, style).
         marks: vertical lines, (x, label); an empty label is not written.
         unit: behind the values of the tooltip.

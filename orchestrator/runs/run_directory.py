@@ -44,7 +44,13 @@ _PATIENCE_SECONDS = 60.0  # of a restarted job, whose last process may not have 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where the run is kept, as all its processes have agreed."""
+    """Where the run is kept, as all its processes have agreed.
+
+    Attributes:
+        run_dir: the run's directory.
+        checkpoints: the directory of its checkpoints.
+        resume_from: the checkpoint to restore; None for a new run.
+    """
 
     run_dir: Path
     checkpoints: AnyPath

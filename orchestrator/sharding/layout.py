@@ -19,7 +19,14 @@ _AUTO_PREFERENCE = ("fsdp", "replicate", "context", "tensor")
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of the mesh axes; their product is the number of devices."""
+    """Degrees of the mesh axes; their product is the number of devices.
+
+    Attributes:
+        replicate: copies of the model.
+        fsdp: shards of parameters, gradients and optimizer state.
+        context: parts of each sequence.
+        tensor: parts of each matrix.
+    """
 
     replicate: int = 1
     fsdp: int = 1

@@ -55,6 +55,10 @@ class FiniteGuard(lightning.Callback):
 
     Must be the first callback: what looks at the model or saves it must not see a step that was not asked about.
 
+    Args:
+        parallel: the strategy.
+        config: the `train` group.
+
     Attributes:
         due: whether others look at the run after so many steps; then it is asked about at once.
         skipped: steps that were left out, in this leg.

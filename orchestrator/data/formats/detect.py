@@ -59,6 +59,7 @@ class Detected:
 
     Attributes:
         format: name of a row of `registry.FORMATS`.
+        compression: around the file; None: none.
         detail: what is wrong or special about this file, if anything.
         beside_data: the format that a text turns out to be where data files are beside it: a card, a licence.
     """

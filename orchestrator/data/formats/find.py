@@ -31,7 +31,12 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+]*://")
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """What inputs stand for, in a fixed order, and what is left out of it."""
+    """What inputs stand for, in a fixed order, and what is left out of it.
+
+    Attributes:
+        inputs: what is read.
+        left_out: what is not.
+    """
 
     inputs: tuple[Input, ...] = ()
     left_out: tuple[LeftOut, ...] = ()

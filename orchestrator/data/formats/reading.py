@@ -22,6 +22,7 @@ class Input:
         name: what identifies it independent of where it lies (relative to the input that named it).
         format: name of a row of `registry.FORMATS`.
         compression: gzip, bz2, xz, zstd or lz4 around a single file.
+        parts: files of the data set, in order; empty for a single file.
         files: what is read, in order; of a single file the file itself.
     """
 
@@ -47,6 +48,7 @@ class LeftOut:
     """Something that a search found and that is not read.
 
     Attributes:
+        name: its path, relative to the input that named it.
         reason: what it is, as a noun phrase ("dataset card"); what was left out is counted by it.
         detail: of this one ("it holds NUL bytes").
     """
@@ -64,6 +66,7 @@ class SourcePosition:
     """How far the reading of an input has come; readers move it, and errors name it.
 
     Attributes:
+        file: that is being read.
         row: number of the line or row, from 1; 0 before the first one.
         lines: rows are lines of a text file.
         byte: offset in the file, where rows are not what is counted.
@@ -91,6 +94,7 @@ class Format:
     """A kind of file or folder.
 
     Attributes:
+        name: in `FORMATS`.
         title: for people.
         known_by: by what it is recognised, for people.
         holds: documents; tokens (made by other software with a tokenizer); or nothing that can be trained on.

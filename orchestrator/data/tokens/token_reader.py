@@ -120,7 +120,13 @@ class TokenTally:
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """Documents back to back without their ends: `tokens`, and per document its length and the hash of its content."""
+    """Documents back to back without their ends: `tokens`, and per document its length and the hash of its content.
+
+    Attributes:
+        lengths: of the documents, in tokens.
+        hashes: of the documents' content, uint64.
+        consumed: bytes of the input that were read for them.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray

@@ -30,6 +30,11 @@ class FailureOptions:
     """What a user may know better than `failures.yaml`; None takes its figure.
 
     Attributes:
+        failures_per_chip_day: that stop a job.
+        save_stall_seconds: that a save stops the step.
+        restart_seconds: from a failure to the next step.
+        replace_seconds: from a failure until the other groups go on.
+        repair_hours: until a failed host is back.
         recovery: `restart` from the last save, or `replace` the group that failed while the others go on; `auto`
             restarts, as runs do today, unless that loses more than a fifth of the time.
     """
@@ -47,6 +52,11 @@ class Goodput:
     """What failures make of a run.
 
     Attributes:
+        rate: failures per chip and day.
+        mtbf: mean time between failures of the job.
+        stall: seconds that a save stops the training.
+        young: best interval between saves, to first order.
+        interval: interval between saves that is counted.
         recovery: which of `restart` and `replace` was counted.
         restart: share of the time that is progress where every failure sends the job back to its last save.
         replace: the same where a data-parallel group that fails is replaced while the others go on; None with

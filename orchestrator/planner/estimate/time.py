@@ -72,7 +72,15 @@ class Rings:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a layer, or of the head, for one micro-batch forward and backward."""
+    """Seconds of a layer, or of the head, for one micro-batch forward and backward.
+
+    Attributes:
+        compute: matrix products and attention.
+        memory: kernels limited by the memory's bandwidth.
+        tensor: communication of the tensor axis.
+        context: communication of the context axis.
+        expert: communication of the expert axis.
+    """
 
     compute: float
     memory: float

@@ -16,6 +16,7 @@ class Checked:
     """A run with its estimates.
 
     Attributes:
+        run: the published run.
         held_out: no constant has seen its family.
         seconds: of a step, estimated.
         memory: bytes of the fullest device, estimated.
@@ -75,6 +76,10 @@ class Pick:
     """The layout that the estimates would choose from a sheet of the sweep.
 
     Attributes:
+        sheet: of the sweep.
+        held_out: no constant has seen its family.
+        picked: the layout with the best estimate.
+        best: the layout with the best measurement.
         gap: how much slower it was, measured, than the sheet's best; None where it ran out of memory.
     """
 

@@ -25,6 +25,7 @@ class Calibration:
 
     Attributes:
         stack: the key in `calibration.yaml`.
+        vendor: of the chip.
         gemm: fraction of the achievable rate that matrix products reach in a training step (clocks under load
             included); where the catalogue has no achievable rate, `achievable` of the peak stands for it.
         gemm_fp8: the same for products in fp8.

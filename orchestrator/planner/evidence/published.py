@@ -93,7 +93,12 @@ class PublishedRun:
     """One published run.
 
     Attributes:
+        key: its id.
+        source: page it is from.
         family: what is fitted or held out as a whole: software stack and model, or the sheet of a sweep.
+        job: model, batch and precision.
+        cluster: chips and links.
+        plan: the layout and its settings.
         seconds: measured, per optimizer step; None where it ran out of memory.
         memory: measured peak in bytes.
         out_of_memory: None where the source does not sort its runs by it.
@@ -119,7 +124,12 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class LeftOutRun:
-    """A published run that is not used, and why."""
+    """A published run that is not used, and why.
+
+    Attributes:
+        key: its id.
+        reason: why it is not used.
+    """
 
     key: str
     reason: str

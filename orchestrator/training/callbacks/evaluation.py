@@ -38,7 +38,16 @@ def opening(stream: TokenStream) -> list[int]:
 
 
 class Validation(lightning.Callback):
-    """Loss and perplexity on the held-out data, every so many steps and at the end; nothing where there is none."""
+    """Loss and perplexity on the held-out data, every so many steps and at the end; nothing where there is none.
+
+    Args:
+        parallel: the strategy.
+        metrics: gets a row per evaluation.
+        every: steps between evaluations; None: only when asked.
+        batches: makes this rank's batches; None where there is no data.
+        say: prints a line.
+        progress: shows the batches; None: not shown.
+    """
 
     def __init__(
         self,
@@ -87,6 +96,11 @@ class Samples(lightning.Callback):
     """Text that the sharded model writes, all ranks computing together.
 
     Args:
+        parallel: the strategy.
+        tokenizer: of the data.
+        config: of the run.
+        run_dir: the run's directory.
+        metrics: flushed before a sample, and paused during it.
         channels: those of the run; samples are one of them.
         opening: tokens to continue where the configuration names no prompt.
     """

@@ -20,6 +20,7 @@ class StopOnSignal(lightning.Callback):
     waits for the slowest rank's signal state.
 
     Args:
+        parallel: the strategy.
         say: prints a line, on the rank that speaks for all.
 
     Attributes:
