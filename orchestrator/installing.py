@@ -1,6 +1,6 @@
 """How the user brings in what is missing, by how this product was installed.
 
-The command that is named must work as it is typed, and must not fetch somebody else's package: so a checkout is
+The command that is named must work as it is typed, and must not fetch a package of another project: so a checkout is
 installed from where it is, and of an installed wheel the packages of an extra are named one by one.
 """
 

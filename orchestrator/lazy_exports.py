@@ -1,6 +1,6 @@
 """Import a package's public names when they are first used.
 
-A package that imported its modules itself would load torch for whoever needs only a constant of it, and would close
+A package that imported its modules itself would load torch also for a constant of it, and would close
 circles of imports.
 """
 

@@ -51,7 +51,7 @@ def is_printed() -> bool:
 
 @contextmanager
 def printing(on: bool = True) -> Iterator[None]:
-    """Print the lines within the block, and hand them to nobody else.
+    """Print the lines within the block, and propagate them to no other handler.
 
     Args:
         on: off leaves everything as it is.

@@ -89,7 +89,7 @@ def requested() -> int:
 
 
 def insisted() -> bool:
-    """Whether somebody pressed Ctrl-C again to end at once."""
+    """Whether Ctrl-C was pressed again to end at once."""
     return _request.insisted
 
 

@@ -100,7 +100,7 @@ class Checkpoint:
 
     Args:
         directory: of this machine or of a store.
-        trust: whose checkpoints are believed; by default anybody's.
+        trust: whose checkpoints are accepted; by default all.
         look: see whether every file is there with its size. False where that was done a moment ago.
 
     Raises:

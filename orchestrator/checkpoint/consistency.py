@@ -1,6 +1,6 @@
 """Consistency of a checkpoint beyond its hashes: its parts are compared with each other. No torch.
 
-Whoever wants to can make hashes that fit. What is looked at here is what a run, an export or a generation would trip
+Hashes that fit can be forged. What is looked at here is what a run, an export or a generation would trip
 over: the tensor files against the manifest, the state, the configuration, and what travels beside them.
 """
 

@@ -10,7 +10,7 @@
         tokenizer*.json          what turns text into the model's tokens
         manifest.json            every tensor, shard, file, size and hash; renamed into place last
 
-A directory without `manifest.json` is not a checkpoint. A checkpoint comes from strangers: nothing in it is
+A directory without `manifest.json` is not a checkpoint. A checkpoint is untrusted: nothing in it is
 unpickled or executed, and no name in it leaves the directory. docs/checkpoint-format.md is the specification.
 """
 

@@ -44,7 +44,7 @@ def understood(error: Exception) -> OSError | None:
         if upload[2]:
             return OSError(errno.EIO, "the store knows an upload in parts no more")
         return FileNotFoundError(errno.ENOENT, f"there is no bucket '{upload[1]}'")
-    # The service's words are the second line. The first is the address, with which anybody could go on uploading.
+    # The service's words are the second line. The first is the address, which is enough to go on uploading.
     kind, _, said = text.partition("\n")
     if kind.startswith("Forbidden: "):
         return PermissionError(errno.EACCES, said or "Forbidden")

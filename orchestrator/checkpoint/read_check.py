@@ -24,7 +24,7 @@ _TOLD_LINES = 100
 
 
 class Checks:
-    """Which pieces of `checkpoint` this process has held against their hashes. Several threads may."""
+    """Which pieces of `checkpoint` this process has compared with their hashes. Thread-safe."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
@@ -79,8 +79,8 @@ class Checks:
             progress: told the number of bytes of each stretch that is read.
 
         Raises:
-            DamagedError: somebody found damage.
-            CheckpointError: somebody has a problem.
+            DamagedError: a rank found damage.
+            CheckpointError: a rank has a problem.
         """
         topic = coordinator.broadcast(new_topic())
         told = {"problem": _describe(problem), "seen": np.packbits(self._seen).tobytes().hex()}

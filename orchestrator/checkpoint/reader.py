@@ -212,8 +212,8 @@ def read_into(
         shards: the parts that this process holds; `data` is written in place.
         ignore: prefixes of stored names that need not be wanted.
         cast: as for `Reader`.
-        check: the processes that read the checkpoint together, each its own shards: all of it is then held against its
-            hashes, and what one of them finds is raised by all. None: nothing is hashed, and each is on its own.
+        check: the processes that read the checkpoint together, each its own shards: all of it is then compared with
+            its hashes, and what one of them finds is raised by all. None: nothing is hashed, and no rank waits.
         progress: told the number of bytes of each stretch that this process has read.
 
     Raises:

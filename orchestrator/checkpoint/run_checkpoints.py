@@ -69,7 +69,7 @@ def newest_valid(
 
     Args:
         parent: the directory of checkpoints.
-        verify: hash what lies beside the tensors, too. Those are hashed by whoever reads them.
+        verify: hash the files beside the tensors, too. Tensors are hashed when they are read.
         report: told of each checkpoint that is not valid.
         trust: whose signatures are accepted.
         before: look only at those older than this one.

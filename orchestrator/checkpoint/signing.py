@@ -45,7 +45,7 @@ class Trust:
             where: the checkpoint, for messages.
 
         Raises:
-            CheckpointError: the signature is damaged, of another manifest or by a stranger, or is missing.
+            CheckpointError: the signature is damaged, of another manifest or with an untrusted key, or is missing.
             MissingExtraError: it cannot be checked without `cryptography`, and has to be.
         """
         if signature is None:

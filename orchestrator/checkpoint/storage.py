@@ -37,7 +37,7 @@ _HASHING_THREADS = min(4, os.cpu_count() or 1)
 
 
 class UndecidedError(OSError):
-    """A store has been asked for something, and nobody knows whether it does it."""
+    """A store has been asked for an operation, and it is unknown whether it is done."""
 
 
 def locate(where: str | Path) -> AnyPath:
@@ -469,7 +469,7 @@ class _Flushed:
         os.fsync(self._file.fileno())
 
     def _settle(self) -> None:
-        # The system tells of a failed flush once: whoever asked must hear of it.
+        # The system reports a failed flush once: the caller must see it.
         if self._flush is not None:
             self._flush.result()
 

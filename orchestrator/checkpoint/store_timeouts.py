@@ -168,7 +168,7 @@ def _silent(operation: str, path: Path, seconds: float | None = None) -> Timeout
 class _Call:
     """An operation, and what a store's library runs for it in the event loop of `fsspec`.
 
-    Without a stop there, a library goes on trying when nobody waits any more: an object could appear late.
+    Without a stop there, a library goes on trying when the caller has given up: an object could appear late.
     """
 
     def __init__(self) -> None:

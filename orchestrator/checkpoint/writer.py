@@ -217,7 +217,7 @@ def _remedy(problem: str, directory: AnyPath) -> str:
 def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     """Return the directory for `step`; a committed one, even if damaged, is never overwritten."""
     directory, number = parent / f"step-{step:08d}", 1
-    # In a store a manifest that nobody waited for may still appear: not beside the files of another save.
+    # In a store a manifest that was given up may still appear: not beside the files of another save.
     while there(directory / MANIFEST) or (is_remote(directory) and there(directory)):
         number += 1
         directory = parent / f"step-{step:08d}.{number}"

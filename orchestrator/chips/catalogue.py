@@ -1,6 +1,6 @@
 """The catalogue of accelerators, by key, with the table of sources.
 
-Figures come from `chips.yaml`, where each has a source; what nobody published is `unknown` (a `Figure` whose
+Figures come from `chips.yaml`, where each has a source; what is not published is `unknown` (a `Figure` whose
 value is None), never a guess. A user's own YAML adds chips or overrides single figures. Everything here is in
 SI units per chip as sold: FLOP/s, bytes, bytes/s, watts.
 """

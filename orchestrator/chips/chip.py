@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from orchestrator.errors import ConfigError
 
 UNVERIFIED = "memory-unverified"
-"""The source of a figure that nobody has confirmed."""
+"""The source of a figure without a published confirmation."""
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,7 @@ _SUBVERBS = {
         "step, provenance, tensors and data position", InspectCheckpointOptions, _inspect, "latest tensors=true"
     ),
     "verify": _Subverb(
-        "hash every byte and hold the parts against each other; exits with 1 where something is wrong, and names it",
+        "hash every byte and compare the parts with each other; exits with 1 where something is wrong, and names it",
         VerifyOptions,
         _verify,
         "runs/tiny/20261124-120000",

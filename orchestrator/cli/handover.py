@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(result, indent=2) if as_json else describe(result))
         return AGREES if result["verdict"] == "agrees" else DIFFERS
 
-    # As of a resumed run, keys are held against each other beside the saved ones.
+    # As for a resumed run, keys are checked together with the saved ones.
     quoted = where.replace("'", r"\'")
     return run_composed([*words, f"resume='{quoted}'"], "orchestrator checkpoint handover", check)
 

@@ -196,7 +196,7 @@ def _convert(cfg: Any, settings: Any, chosen: Sequence[str] = ()) -> Composed:
     overrides = {override.key_or_group: override.key_or_group in choices for override in given}
     overrides = {key: is_group for key, is_group in overrides.items() if key not in chosen}
     config, problems = from_dict_partly(RunConfig, data)
-    # Keys are held against each other only where each is right by itself; where a checkpoint brings some, beside those.
+    # Keys are checked against each other only where each is valid alone; where a checkpoint brings some, with those.
     elsewhere = config.resume is not None or config.train.init_from is not None
     problems += check_ranges(config) if problems or elsewhere else validate(config)
     if problems:

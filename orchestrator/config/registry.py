@@ -194,7 +194,7 @@ class OwnPart:
         return found
 
     def check(self, *given: Any, expected: type | None = None, **named: Any) -> None:
-        """Import what is named and hold the arguments against its signature; nothing is made.
+        """Import what is named and check the arguments against its signature; nothing is made.
 
         Args:
             given: the arguments that the product gives, in order.

@@ -1,7 +1,7 @@
 """The configuration of a run as frozen dataclasses, read by every package.
 
 Values come from the YAML files in `conf/`, whose comments explain each key to the user; this file is
-what they are checked against. "auto" is filled in by whoever knows: the target fills precision and
+what they are checked against. "auto" is filled in later: the target fills precision and
 device counts, `sharding.layout` the degrees, the tokenizer the vocabulary.
 """
 

@@ -20,7 +20,7 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _LARGEST = 1 << 63
 _STEPS = (1, 10**12)
 # Key -> the least and the largest whole number. The upper bounds are beyond anything that is built, and below what
-# overflows a counter, takes all memory, or asks a library for the impossible: a configuration can come from a stranger.
+# overflows a counter, takes all memory, or asks a library for the impossible: a configuration can be untrusted.
 _COUNTS: dict[str, tuple[int, int]] = {
     "seed": (0, _LARGEST - 1),
     "hardware.devices": (1, 1 << 16),

@@ -61,7 +61,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: it cannot be read.
         DataError: it is no plain file, or larger than `limit` bytes.
     """
-    # A pipe that nobody writes to would keep a blocking open waiting.
+    # A blocking open of a pipe without a writer would wait for ever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)

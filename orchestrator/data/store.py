@@ -143,7 +143,7 @@ class _Shard:
         if self._checks is not None and stop > start:
             self._check(start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES)
         tokens = self._tokens[start:stop]
-        # Also where the checksums agree: whoever wrote the store may have been wrong.
+        # Also where the checksums agree: the writer of the store may have been wrong.
         if tokens.size and (largest := int(tokens.max())) > self._largest:
             at = start + int(np.argmax(tokens))
             raise damaged(

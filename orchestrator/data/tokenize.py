@@ -176,7 +176,7 @@ class Tokenizer:
 
     @property
     def is_nameless(self) -> bool:
-        """Whether ids stand for no text: the tokens were made elsewhere, and nobody said by what."""
+        """Whether ids stand for no text: the tokens were made elsewhere, by an unknown tokenizer."""
         return self.eos_token == f"<id {self.eos_id}>"
 
     @property

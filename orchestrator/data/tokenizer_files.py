@@ -73,7 +73,7 @@ class Beside:
         config, special, added, generation = (parse_json(files.get(name, b"{}"), name) for name in names)
         self.config, self._generation = config, generation
         self._listed = config.get("added_tokens_decoder")
-        # A list of added tokens in the configuration makes special_tokens_map.json a copy that nobody reads.
+        # A list of added tokens in the configuration makes special_tokens_map.json a copy that is not read.
         self._tokens = {**special, **config} if isinstance(self._listed, dict) else {**config, **special}
         self._added = added
 

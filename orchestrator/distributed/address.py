@@ -62,7 +62,7 @@ def await_listener(host: str, port: int, wait_seconds: float) -> None:
         wait_seconds: for how long.
 
     Raises:
-        TimeoutError: nobody does in time; with the reason of the last attempt.
+        TimeoutError: none does in time; with the reason of the last attempt.
     """
     deadline = time.monotonic() + wait_seconds
     while True:

@@ -49,7 +49,7 @@ class ProcessCoordinator:
         timeout_seconds: how long a process waits for the others, each time.
 
     Raises:
-        HardwareError: nobody answers where the processes are to meet.
+        HardwareError: no process answers at the address where they are to meet.
     """
 
     def __init__(self, world: World, timeout_seconds: float):
@@ -188,7 +188,7 @@ def _warn(text: str) -> None:
 def _start_of_job(store: dist.Store, world: World, timeout: timedelta) -> str:
     """Agree on a name for this start of the job, where the store has seen other starts.
 
-    The first process makes the name up and greets each other one by it. Whoever reads the name of an earlier start
+    The first process makes the name up and greets each other one by it. One that reads the name of an earlier start
     is not greeted, as its first process is gone, and reads again.
     """
     if world.rank == 0:

@@ -96,7 +96,7 @@ def _heard(processes: Sequence[Process], hear: Hear) -> Iterator[None]:
     def read(pipe: IO[bytes], stream: Stream) -> None:
         with pipe:
             for line in pipe:
-                # Whatever becomes of a line, a pipe that nobody reads would hold the process up.
+                # Whatever becomes of a line, a pipe without a reader would block the process.
                 with lock, contextlib.suppress(Exception):
                     hear(line.decode(errors="replace").rstrip("\r\n"), stream)
 

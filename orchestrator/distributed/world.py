@@ -29,7 +29,7 @@ class World:
         local_rank: number of this process on its host.
         local_size: number of processes on its host.
         store: where the processes meet: `file:<path>`, `tcp:<host>:<port>`, or empty for a process that is alone.
-        attempt: restarts so far; keeps a restarted job from meeting the ghosts of the last one.
+        attempt: restarts so far; keeps a restarted job apart from processes of the last attempt.
         engine: who started the processes.
         store_is_kept: the engine keeps the store at that address, for all its starts of the job; else the first
             process opens it.
@@ -167,7 +167,7 @@ def _mpi(env: Mapping[str, str]) -> World | None:
     for names in _MPI:
         if int(env.get(names[1], "1")) > 1:
             rank, size, local_rank, local_size = (int(env[name]) for name in names)
-            # MPI says nobody's address. On one host none is needed.
+            # MPI gives no address. On one host none is needed.
             address = "localhost" if local_size == size else env["MASTER_ADDR"]
             store = f"tcp:{env.get('MASTER_ADDR', address)}:{int(env.get('MASTER_PORT', DEFAULT_PORT))}"
             return World(rank, size, local_rank, local_size, store, engine="mpirun")

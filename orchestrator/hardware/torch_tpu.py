@@ -50,7 +50,7 @@ class TorchTpuTarget(Target):
     accelerator = "tpu"
     strategy = "dtensor"
     runtime = "torch_tpu"
-    pin_memory = False  # its page-locked memory comes from the runtime, and nobody has tried it yet
+    pin_memory = False  # its page-locked memory comes from the runtime, which is untested
     experimental = True
     state = f"experimental (hardware.runtime=torch_tpu): written against torch_tpu {TORCH_TPU}; never run on a chip yet"
 
@@ -180,7 +180,7 @@ def _topology(chip: str | None, processes: int) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of this host that nobody listens on now, all different."""
+    """Return free ports of this host, all different."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

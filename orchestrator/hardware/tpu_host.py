@@ -74,7 +74,7 @@ def _count(on_bus: list[host.PciDevice], files: int) -> tuple[str, str | None, i
 
 
 def _access(files: list[Path]) -> tuple[Problem, ...]:
-    """Whether this user may open the chips and nobody else has them."""
+    """Whether this user may open the chips and no other process holds them."""
     if not files:
         fix = "give the process /dev/accel* or /dev/vfio (in a container: --privileged, or the TPU device plugin)"
         return (Problem("a TPU is on the PCI bus, but its device files are missing", fix),)
@@ -141,7 +141,7 @@ def _metadata_variables() -> dict[str, str]:
     # The hosts as "name:uid:ip,…", the rest as lines "KEY: 'value'": torch_xla 2.9.0, _internal/tpu.py.
     hosts = [entry.split(":")[-1] for entry in _metadata("worker-network-endpoints").split(",") if entry]
     if not hosts:
-        return {}  # no such machine, or nobody who tells: not to be asked again
+        return {}  # no such machine, or no metadata server: not asked again
     entries = dict(re.findall(r"^(\w+): *'?([^'\n]*)'?$", _metadata("tpu-env"), re.MULTILINE))
     found = {name: entries[name] for name in _SLICE_VARIABLES if entries.get(name)}
     if entries.get("WORKER_ID"):

@@ -1,7 +1,7 @@
 """Weights in a directory as Hugging Face lays them out: safetensors files, with an index where there are several.
 
-Such a directory is a stranger's. Links in it are followed, as the hub's cache consists of them, where they end in a
-regular file; nothing that a header or an index claims is believed before it was held against the files.
+Such a directory is untrusted. Links in it are followed, as the hub's cache consists of them, where they end in a
+regular file; nothing that a header or an index claims is believed before it was checked against the files.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class HFTensors(Mapping[str, torch.Tensor]):
         if entry.start == entry.stop:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         if path not in self._mapped:
-            # Copy on write: torch wants memory that it could write to, and nobody does.
+            # Copy on write: torch wants writable memory, which is never written.
             self._mapped[path] = np.memmap(path, np.uint8, "c")
         items = self._mapped[path][entry.start : entry.stop]
         return torch.from_numpy(items).view(DTYPES[entry.dtype]).reshape(entry.shape)

@@ -1,4 +1,4 @@
-"""The keys of a `config.json`: which were read, which are known to change nothing, and which nobody understood."""
+"""Track the keys of a `config.json`: those read, those known to change nothing, and those not understood."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def import_weights(
         tokenizer: a `tokenizer.json` or its directory; by default what lies beside the weights.
         progress: told bytes written and bytes in all.
         ignore_keys: of `config.json`, which the user says to change nothing that is computed.
-        logits: whether they are held against those of transformers; `auto`: where it is installed and memory allows.
+        logits: whether they are compared with those of transformers; `auto`: where it is installed and memory allows.
 
     Raises:
         UserError: what is missing, damaged, or of a model that this product cannot compute.

@@ -21,7 +21,7 @@ class Bar:
     def __init__(self, title: str, total: int | None, shown: bool, unit: str = "B"):
         from tqdm import tqdm
 
-        # disable=None: no bar where nobody sees it.
+        # disable=None: no bar where standard error is no terminal.
         hide = None if shown and is_printed() else True
         self._bar: Any = tqdm(desc=title, total=total, unit=unit, unit_scale=True, disable=hide, leave=False)
         self._lock = threading.Lock()

@@ -2,7 +2,7 @@
 
 A reader that has gone (`| head`), a full disk under a redirection, a stream that was closed from the start, a letter
 that the locale's encoding lacks: none of them may end a training. While `guarded` holds, `sys.stdout` and `sys.stderr`
-write through a `Channel`, so whoever prints, a library too, prints safely.
+write through a `Channel`, so every print, of a library too, is safe.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Console:
         stream: where the text goes.
         name: of it, for messages.
         escape: control characters but tabs and newlines are written as `\x1b`: what is printed on standard output may
-            come from a stranger's file. Off for standard error, where bars move the cursor.
+            come from an untrusted file. Off for standard error, where bars move the cursor.
         quits: a reader that goes has had enough: that is not said.
     """
 
@@ -55,7 +55,7 @@ class Console:
             self.write(line)
 
     def close(self) -> bool:
-        """Print what waits. Returns whether all was printed, or nobody is there to read it."""
+        """Print what is queued. Returns whether all was printed, or there is no reader."""
         self.flush()
         self._channel.retry(now=True)
         problem = self._channel.problem

@@ -80,7 +80,7 @@ class Adafactor(GuardedOptimizer):
                 variance = parts.local(state["row_var"]) @ parts.local(state["col_var"]) / means[parameter]
             else:
                 variance = parts.local(state["variance"]).clone()
-            # In the gradient's memory, which nobody reads after the step: all updates must be there at one time.
+            # In the gradient's memory, which is not read after the step: all updates must be there at one time.
             updates.append(gradient.mul_(variance.clamp_(min=floor * floor).rsqrt_()))
         squares = parts.sum([update.square().sum() for update in updates], parameters, (0, 1))
         for parameter, update, rate, square in zip(parameters, updates, rates, squares, strict=True):

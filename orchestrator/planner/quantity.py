@@ -93,7 +93,7 @@ def given(name: str, value: float, unit: str, source: str, *, estimated: bool = 
 
 
 def unknown(name: str, unit: str, why: str) -> Value:
-    """Make a figure that nobody published.
+    """Make a figure that is not published.
 
     Args:
         name: of the figure.

@@ -10,7 +10,7 @@ with a few fillings, then the best frames with all of them. What is left out, an
 - Tensor parallelism stays within a domain of fast links, and pipelines of a TPU within a slice (a rule of the field,
   not a theorem: it is what the links are for).
 - Degrees are divisors of what they split, at most `_DEGREES` of an axis, evenly over the logarithm; and only the
-  frames that lead after the first round are filled to the end (approximate; tests hold it against all layouts).
+  frames that lead after the first round are filled to the end (approximate; tests compare it with all layouts).
 - Data parallelism takes the devices that are left and that the batch can use. Where the batch is free, up to 2% of them
   stay idle for the sake of degrees that divide well; idle devices are counted and shown.
 """

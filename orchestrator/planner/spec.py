@@ -80,7 +80,7 @@ class ModelShape:
             vocab: tokens of the vocabulary; None: as the configuration says.
         """
         size = vocab if config.vocab_size == "auto" else config.vocab_size
-        assert isinstance(size, int), "the vocabulary is known to whoever plans"
+        assert isinstance(size, int), "the vocabulary is known before planning"
         return cls(
             config.name,
             config.layers,
@@ -287,7 +287,7 @@ class TimeEstimate:
         other: fixed costs of a step, input, stragglers.
         unknown: what could not be counted, for want of a figure (such as `inter_bandwidth`); then the step is a
             lower bound and everything shown of it says so.
-        estimated: figures of the chip that nobody has measured, so that constants stand for them.
+        estimated: figures of the chip that were not measured and are replaced by constants.
     """
 
     compute: float

@@ -80,7 +80,7 @@ def name_of(config: RunConfig, sweep_job: int | None = None, environ: Mapping[st
 
 
 def uuid_of(run_dir: Path) -> str:
-    """Return the run's uuid (32 hexadecimal digits), made at the first call. Whoever calls holds the run directory.
+    """Return the run's uuid (32 hexadecimal digits), made at the first call. The caller holds the run directory.
 
     Args:
         run_dir: the run's directory.
@@ -107,5 +107,5 @@ def adopt_uuid(run_dir: Path, value: str) -> None:
 
 
 def is_uuid(value: object) -> bool:
-    """Return whether `value`, of a file that anybody may have written, has the form of a run's uuid."""
+    """Return whether `value`, of an untrusted file, has the form of a run's uuid."""
     return isinstance(value, str) and _UUID.fullmatch(value) is not None

@@ -25,7 +25,7 @@ from orchestrator.runs.origin import refuse_foreign
 
 LATEST, AUTO = "latest", "auto"
 
-# Of a checkpoint's configuration, what could make this machine run, write or sign something for whoever wrote it.
+# Of a checkpoint's configuration, what could make this machine run, write or sign something for its writer.
 _OF_THIS_MACHINE = ("runs_dir", "data.cache_dir", "hardware.environment")
 _TRUST = ("checkpoint.signing_key", "checkpoint.trusted_keys", "checkpoint.require_signature")
 
@@ -188,7 +188,7 @@ def _in_runs(
     """Find the newest valid checkpoint of the first of `places` that has one: run directories, or such of checkpoints.
 
     A run that has none yet is passed over for an older one of its own name only: what is older and has another name is
-    another experiment, which nobody asked to train on.
+    another experiment, which was not asked for.
     """
     others: list[str] = []
     without: AnyPath | None = None
@@ -248,7 +248,7 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     """Return the saved run's configuration with what this command line asks for on top.
 
     A group given on the command line (`hardware=cuda`) replaces that group, a key replaces that key;
-    everything else stays as it was when the checkpoint was written. A checkpoint may come from strangers: what
+    everything else stays as it was when the checkpoint was written. A checkpoint may be untrusted: what
     concerns this machine and its keys is the run directory's, if it is one of `runs_dir`, else the command line's.
 
     Args:

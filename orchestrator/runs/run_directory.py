@@ -177,7 +177,7 @@ def hold(checkpoints: AnyPath, run_dir: Path, name: str | None = None) -> contex
             on a host without its run directory is known by it, and takes over the uuid that it left.
 
     Raises:
-        CheckpointError: another run or process writes there, or nobody can.
+        CheckpointError: another run or process writes there, or it cannot be written.
     """
     try:
         if is_remote(checkpoints):

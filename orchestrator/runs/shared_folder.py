@@ -49,7 +49,7 @@ def check_shared(checkpoints: AnyPath, coordinator: Coordinator, here: str | Non
     mine = "" if seen else f"rank {coordinator.rank} on {here or socket.gethostname()}"
     blind = json.loads(exchange(coordinator, topic, mine, lambda texts: json.dumps([text for text in texts if text])))
     if coordinator.rank == 0:
-        with contextlib.suppress(OSError):  # left behind it harms nobody
+        with contextlib.suppress(OSError):  # left behind it does no harm
             remove_file(_probe(checkpoints, topic))
     if blind:
         more = f" and {len(blind) - _SHOWN} more" if len(blind) > _SHOWN else ""

@@ -6,7 +6,7 @@ tensor shard. Cutting dim 0 lets a rank draw just its rows at initialisation and
 range per parameter into a checkpoint.
 
 Strict both ways: a parameter that the model gives no axes, an axis that no rule covers, a name or a rule
-that matches nothing are errors of whoever changed the model or the table.
+that matches nothing are errors in the model or the table.
 """
 
 from __future__ import annotations
