@@ -49,7 +49,7 @@ def shown(value: object, length: int = 200) -> str:
 
 
 class UserError(Exception):
-    """A problem that the user can mend.
+    """A problem that the user can solve.
 
     Args:
         what: the problem, in one sentence.
@@ -102,7 +102,7 @@ class ConfigError(UserError):
 
 
 class ConfigErrors(UserError):
-    """All the wrong entries of a configuration, so that they can be mended in one go.
+    """All the wrong entries of a configuration, so that they can be corrected at once.
 
     Args:
         problems: the wrong entries, at least one.
@@ -119,7 +119,7 @@ class ConfigErrors(UserError):
 
 
 class PartError(UserError):
-    """A part that the user brought has failed; its traceback is in the message. Perhaps one process meets it alone."""
+    """A part of the user's own has failed; its traceback is in the message. One rank alone may raise it."""
 
 
 class LayoutError(UserError):
@@ -127,7 +127,7 @@ class LayoutError(UserError):
 
 
 class HardwareError(UserError):
-    """The wanted hardware or its runtime is not here."""
+    """The wanted hardware or its runtime is not available."""
 
 
 class DataError(UserError):
@@ -135,7 +135,7 @@ class DataError(UserError):
 
 
 class DamagedDataError(DataError):
-    """A token store is not what was written. Perhaps one process alone meets it."""
+    """A token store is damaged. One rank alone may raise it."""
 
 
 class CheckpointError(UserError):
@@ -143,13 +143,13 @@ class CheckpointError(UserError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written. The run may be tried again: it is no mistake of the user's."""
+    """A checkpoint could not be written. The run may be retried: it is no mistake of the user's."""
 
     exit_code = FAILED
 
 
 class DamagedError(CheckpointError):
-    """Files of a checkpoint are not what was written; an older checkpoint may be whole."""
+    """Files of a checkpoint are damaged; an older checkpoint may be whole."""
 
 
 class NonFiniteError(CheckpointError):
@@ -171,7 +171,7 @@ class RunDirectoryError(UserError):
 
 
 class HandoverError(CheckpointError):
-    """A checkpoint computes something else where it was loaded than where it was saved."""
+    """A checkpoint computes other results where it was loaded than where it was saved."""
 
 
 class RunFailedError(UserError):

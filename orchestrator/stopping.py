@@ -31,7 +31,7 @@ GRACE_SECONDS = 3.0
 
 
 class Stopped(BaseException):
-    """The process was asked to stop while nothing has to be brought to an end first.
+    """The process was asked to stop while nothing has to be completed first.
 
     Args:
         number: of the signal.

@@ -16,7 +16,7 @@ from orchestrator.runs import run_directory
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs, as they were when they were compared. `str` gives the tables of the command line."""
+    """The comparison of several runs. `str` gives the tables of the command line."""
 
     runs: Sequence[Compared]
 

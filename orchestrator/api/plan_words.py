@@ -64,7 +64,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class JobEntry:
-    """One job of a file of jobs; `overrides` are words as on the command line."""
+    """One job in a file of jobs; `overrides` are words as on the command line."""
 
     name: str | None = None
     model: str = ""

@@ -26,7 +26,7 @@ from orchestrator.training.check import check_run, resolve_model
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal brought: facts of the staged program, and the compiler's verdict on it."""
+    """The result of a rehearsal: facts of the staged program, and the compiler's verdict on it."""
 
     devices: int
     precision: str

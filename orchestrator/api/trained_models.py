@@ -60,7 +60,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Generated:
-    """A text that a model has written. `str` gives prompt and continuation.
+    """Generated text. `str` gives prompt and continuation.
 
     Attributes:
         prompt: what it continues.
@@ -80,7 +80,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A loss that was measured.
+    """A measured loss.
 
     Attributes:
         loss: nats per token, the mean over the target tokens.

@@ -54,7 +54,7 @@ _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 @dataclass(frozen=True)
 class Damage:
-    """A stretch of a file that is not what was written.
+    """A range of a file whose hash is not the recorded one.
 
     Attributes:
         file: its name.
@@ -77,7 +77,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """A piece where it lies: `piece.bytes` of `file` from `start` on.
+    """The location of a piece: `piece.bytes` bytes of `file` from `start` on.
 
     Attributes:
         file: its name.
@@ -352,7 +352,7 @@ def _parse_yaml(content: bytes) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them describe more data than any memory holds."""
+    """YAML without aliases, by which a few lines can expand beyond any memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -14,7 +14,7 @@ from orchestrator.checkpoint.reader import Reader
 
 @dataclass(frozen=True)
 class NonFinite:
-    """A tensor that is not finite, and how many of its elements are not.
+    """A tensor with elements that are not finite, and their number.
 
     Attributes:
         name: of the tensor.

@@ -40,7 +40,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Mismatched:
-    """A tensor of another shape or dtype, as `F32 (4, 5)`.
+    """A tensor of another shape or dtype, given as `F32 (4, 5)`.
 
     Attributes:
         name: of the tensor.
@@ -55,7 +55,7 @@ class Mismatched:
 
 @dataclass(frozen=True)
 class TensorDifferences:
-    """What two checkpoints do not have in common.
+    """The differences of two checkpoints.
 
     Attributes:
         only_first: tensors that the second does not have.

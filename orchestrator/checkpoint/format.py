@@ -89,7 +89,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds. Making one proves that its shards cover every tensor exactly once.
+    """The manifest of a checkpoint. Constructing one checks that its shards cover every tensor exactly once.
 
     Attributes:
         step: optimizer steps completed.

@@ -12,7 +12,7 @@ from orchestrator.errors import MissingExtraError
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a file and the hash of its content, in hex.
+    """A range of a file and the hash of its content.
 
     Attributes:
         bytes: its size.
@@ -25,7 +25,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file's size, and the hashes of the pieces that it consists of, in order.
+    """The size of a file, and the hashes of its pieces.
 
     Attributes:
         bytes: its size.

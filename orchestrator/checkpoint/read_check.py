@@ -24,7 +24,7 @@ _TOLD_LINES = 100
 
 
 class Checks:
-    """Which pieces of `checkpoint` this process has compared with their hashes. Thread-safe."""
+    """The pieces of `checkpoint` that this process has compared with their hashes. Thread-safe."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint

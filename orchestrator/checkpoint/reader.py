@@ -33,7 +33,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Reader:
-    """Reads parts of the tensors of one checkpoint. Each file is opened once; several threads may read.
+    """Reads parts of the tensors of one checkpoint. Each file is opened once. Thread-safe.
 
     Args:
         checkpoint: the checkpoint to read.

@@ -46,7 +46,7 @@ _LEAST_LOSS, _LEAST_NORM = 1.0, 0.1
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two measurements may differ, each relative to the saved one.
+    """The largest allowed differences of two measurements, each relative to the saved one.
 
     Attributes:
         loss: of a loss below 1 nat, absolute.
@@ -91,7 +91,7 @@ def tolerance(one: str, other: str) -> Tolerance:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model gave for a reference batch.
+    """Loss, gradient norm and logits of a model for a reference batch.
 
     Attributes:
         loss: mean over the target tokens, in nats; None where it is not finite.
@@ -107,7 +107,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference batch (int64 arrays [rows, length], as `data.stream` gives them) and what the saved model gave.
+    """A reference batch (int64 arrays [rows, length], as `data.stream` gives them) and the saved model's results.
 
     Attributes:
         batch: the reference batch.
@@ -331,7 +331,7 @@ def _reference(arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Handover:
-    """The result of one check.
+    """The result of one handover check.
 
     Attributes:
         step: of the checkpoint.

@@ -26,7 +26,7 @@ _MAKE_PUBLIC = "openssl pkey -in key.pem -pubout -out key.pub.pem"
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose checkpoints are believed.
+    """The keys whose checkpoints are accepted.
 
     Attributes:
         keys: raw public keys, of 32 bytes each; where there are any, a signature by another key is refused.

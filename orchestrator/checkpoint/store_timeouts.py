@@ -209,7 +209,7 @@ def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) 
 
 
 class PatientFile:
-    """A file of a store that is written, each step of it in time.
+    """A file of a store that is being written, with a time limit on each operation.
 
     Args:
         file: as `fsspec` opens it.

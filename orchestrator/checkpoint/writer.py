@@ -71,7 +71,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds beside the tensors.
+    """The contents of a checkpoint beside its tensors.
 
     Attributes:
         state: JSON data that travels along (the same on all ranks).
@@ -110,7 +110,7 @@ def save(parent: AnyPath, step: int, shards: Sequence[Shard], coordinator: Coord
 
 @dataclass(frozen=True)
 class Begun:
-    """A directory that all ranks write into, or why there is none.
+    """The directory that all ranks write into, or the reason that there is none.
 
     Attributes:
         directory: of the checkpoint.

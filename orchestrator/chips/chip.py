@@ -13,7 +13,7 @@ UNVERIFIED = "memory-unverified"
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its origin.
+    """A number with its source.
 
     Attributes:
         value: None where no public figure was found.
@@ -59,7 +59,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Topology:
-    """How the chips of one fast domain are wired.
+    """The wiring of the chips of one fast domain.
 
     Attributes:
         kind: `3D torus`, `switched (NVSwitch)`, ...

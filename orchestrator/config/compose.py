@@ -37,7 +37,7 @@ _OF_COMPOSING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticE
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed configuration and how the command line came to it."""
+    """A composed configuration, with the choices and overrides that led to it."""
 
     config: RunConfig
     data: dict[str, Any]  # the same, as plain data

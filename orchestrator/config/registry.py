@@ -140,7 +140,7 @@ def _walk(data: Any, path: str) -> Iterator[tuple[str, str, Any]]:
 
 @dataclass(frozen=True)
 class OwnPart:
-    """A part as a configuration names it.
+    """A part of the user's own, as the configuration names it.
 
     Attributes:
         kind: key of `GROUPS`.

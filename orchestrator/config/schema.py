@@ -15,7 +15,7 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What the run executes on."""
+    """The hardware target, its devices, and how processes use them."""
 
     target: Literal["auto", "cpu", "cuda", "rocm", "tpu", "trainium"] = "auto"
     devices: int | Auto = "auto"  # devices on this host; one process each on torch-native targets
@@ -80,7 +80,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes tokens when the source is not a prepared store, and what prepared ones have to be."""
+    """The tokenizer of sources that are not prepared stores, and the document format of all."""
 
     kind: Literal["auto", "bpe", "file", "bytes", "none"] = "auto"  # auto: file where a path is given, else bpe
     vocab_size: int = 4096  # of a trained BPE, special tokens included
@@ -99,7 +99,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class TokensConfig:
-    """How sources that hold tokens already are to be understood."""
+    """How sources that are tokenized already are read."""
 
     vocab_size: int | None = None  # ids are below it; null: the tokenizer's
     eos_id: int | None = None  # the token that ends a document; null: the tokenizer's
@@ -110,7 +110,7 @@ class TokensConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One ingredient of the training mixture."""
+    """One source of the training mixture."""
 
     path: str = "builtin"  # "builtin", a prepared store, or files and folders (glob)
     weight: float = 1.0
@@ -121,7 +121,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model learns from."""
+    """Training and validation data."""
 
     name: str = "builtin"
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
@@ -240,7 +240,7 @@ OptimConfig: TypeAlias = AdamWConfig | MuonConfig | AdafactorConfig | SGDConfig 
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Degrees of the mesh axes; the first `auto` one of fsdp, replicate, context, tensor takes what is left."""
+    """Degrees of the mesh axes; the first `auto` one of fsdp, replicate, context, tensor takes what remains."""
 
     name: str = "auto"
     replicate: int | Auto = 1
@@ -251,7 +251,7 @@ class LayoutConfig:
 
 @dataclass(frozen=True)
 class HandoverConfig:
-    """A few short sequences travel with each checkpoint, and what the model gave for them; a resume gives the same."""
+    """The handover check: short sequences and the model's results for them, saved with each checkpoint."""
 
     enabled: bool = True
     sequences: int = 2
@@ -261,7 +261,7 @@ class HandoverConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved, and what is kept."""
+    """When the run is saved, where, and which checkpoints are kept."""
 
     dir: str | Auto = "auto"  # auto: <run directory>/checkpoints; a path, or s3://..., gs://...
     every_steps: int | None = 100
@@ -290,7 +290,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where the metrics go beside metrics.jsonl, which is always written."""
+    """Outputs of the metrics beside metrics.jsonl, which is always written."""
 
     name: str = "default"
     every_steps: int = 10  # how often buffered metrics are fetched from the device and written
@@ -302,7 +302,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Text generated at the end of the run, and on the way."""
+    """Text generated during the run and at its end."""
 
     prompt: str | None = None  # null: the beginning of a held-out document
     tokens: int = 64  # 0: no samples
@@ -312,7 +312,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The job: how long, in what batches, how often it is looked at."""
+    """Length, batch size, evaluation and numerical settings of the training."""
 
     max_steps: int = 300
     seq_len: int = 256
@@ -333,7 +333,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, complete."""
+    """The complete configuration of a run."""
 
     name: str = "run"
     seed: int = 0

@@ -12,7 +12,7 @@ from orchestrator.errors import DONE, FAILED, STOPPED, UserError, describe_defec
 
 @dataclass(frozen=True)
 class Scored:
-    """How a job ended.
+    """The exit code and the objective of a job.
 
     Attributes:
         code: its exit code.
@@ -32,7 +32,7 @@ class SweepStopped(BaseException):
 
 
 class Sweep:
-    """What became of the jobs.
+    """Collects the results of the jobs of a multirun.
 
     Attributes:
         jobs: name of a job -> its values, by key, and how it ended.

@@ -34,7 +34,7 @@ class Document:
 
 @dataclass
 class Tally:
-    """Rows that were read and gave no document.
+    """Counts of rows that gave no document.
 
     Attributes:
         null_rows: rows whose field is null or missing.
@@ -48,7 +48,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of one source, how their rows become text, and what of them is left out.
+    """The files of one source, how their rows become text, and which files are left out.
 
     Attributes:
         named: the inputs as the user wrote them.

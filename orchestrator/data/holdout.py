@@ -16,7 +16,7 @@ _TOLERANCE = 2  # between what the hashes choose and what is wanted, before toke
 
 @dataclass(frozen=True)
 class Extents:
-    """Where documents lie in the spool, each field of shape [documents].
+    """Locations of documents in the spool, each field of shape [documents].
 
     Attributes:
         starts: first token in the spool.

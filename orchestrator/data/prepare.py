@@ -48,7 +48,7 @@ _MAX_AUTO_WORKERS = 32
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run learns from.
+    """The prepared data of a run: stores, weights and tokenizer.
 
     Attributes:
         stores: with one tokenizer.

@@ -167,7 +167,7 @@ class _Shard:
 
 
 class TokenStore:
-    """A store that is complete. Open one with `TokenStore.open`.
+    """A complete token store. Open one with `TokenStore.open`.
 
     Args:
         path: the directory.

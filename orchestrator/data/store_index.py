@@ -34,7 +34,7 @@ _MAX_INDEX_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard as the index lists it.
+    """The index entry of one shard.
 
     Attributes:
         file: of the tokens.
@@ -76,7 +76,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split as the index lists it: its shards in order, and the UTF-8 bytes of its text.
+    """The index entry of one split: its shards in order, and the UTF-8 bytes of its text.
 
     Attributes:
         shards: numbers of its shards, in order.

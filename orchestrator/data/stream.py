@@ -130,7 +130,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data.
+    """The position of a run in its data.
 
     Attributes:
         step: completed optimizer steps.

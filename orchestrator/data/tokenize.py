@@ -47,7 +47,7 @@ _CONTEXT = 64  # tokens before a continuation whose text may change the beginnin
 
 
 class Tokenizer:
-    """A vocabulary, and what a document is in its tokens.
+    """A vocabulary, and the document format in its tokens.
 
     Args:
         text: the content of a `tokenizer.json`.

@@ -59,7 +59,7 @@ def parse_json(content: bytes | str, name: object) -> dict[str, Any]:
 
 
 class Beside:
-    """What the files beside a `tokenizer.json` say.
+    """The files beside a `tokenizer.json`.
 
     Args:
         files: by name; those that are missing say nothing.

@@ -15,7 +15,7 @@ _FEW_TOKENS = 2048  # an evaluation on less is hardly a figure
 
 @dataclass(frozen=True)
 class ValidationPart:
-    """What one store gives to the evaluation.
+    """The validation data of one store.
 
     Attributes:
         name: of the store, in the user's words.
@@ -36,7 +36,7 @@ class ValidationPart:
 
 @dataclass(frozen=True)
 class ValidationData:
-    """Everything that a run could be evaluated on.
+    """All validation data of a run.
 
     Attributes:
         parts: one for each source, or the one of `data.validation`; some may have no sequence.

@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.05
 
 
 class Vote:
-    """The answer to a vote, already known.
+    """The result of a vote, already known.
 
     Args:
         value: the answer.
@@ -42,7 +42,7 @@ class Vote:
 
 
 class ProcessCoordinator:
-    """The processes of `world`. A single one needs no `meet`.
+    """Coordinates the processes of `world`. A single one needs no `meet`.
 
     Args:
         world: this process among the job's.

@@ -14,7 +14,7 @@ SAID_NOTHING = "has said nothing"
 
 
 class Coordinator(Protocol):
-    """What ranks tell each other, as a strategy provides it. Any thread may call `put` and `get_now`."""
+    """Communication of the ranks, as a strategy provides it. Any thread may call `put` and `get_now`."""
 
     @property
     def rank(self) -> int:

@@ -36,7 +36,7 @@ Hear = Callable[[str, Stream], object]
 
 @dataclass(frozen=True)
 class Ended:
-    """How the processes of a job have ended.
+    """The result of the processes of a job.
 
     Attributes:
         code: the exit code for the whole job.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CpuTarget(Target):
-    """Each process is one device; its threads share the host's cores with the other processes'."""
+    """CPUs: each process is one device; its threads share the host's cores with those of the other processes."""
 
     name = "cpu"
     device_type = "cpu"

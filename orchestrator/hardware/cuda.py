@@ -24,7 +24,7 @@ _BF16_CAPABILITY = 8.0  # Ampere
 
 
 class CudaTarget(Target):
-    """One process per GPU. The look uses nvidia-smi and torch's build information, so no CUDA context is made."""
+    """NVIDIA GPUs, one process each. A probe uses nvidia-smi and torch's build facts, and makes no CUDA context."""
 
     name = "cuda"
     device_type = "cuda"

@@ -38,7 +38,7 @@ _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_hf` has written.
+    """The result of `export_hf`.
 
     Attributes:
         loader: class of transformers that loads it.

@@ -64,7 +64,7 @@ _SAME = {
 
 @dataclass(frozen=True)
 class Description:
-    """What a `config.json` describes.
+    """The model that a `config.json` describes.
 
     Attributes:
         family: the Hugging Face family.

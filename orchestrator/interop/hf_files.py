@@ -37,7 +37,7 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True)
 class FileLayout:
-    """How a file lays its tensors out: `tensors` by name in the order of its header, and its `metadata`.
+    """The layout of a file: `tensors` by name in the order of its header, and its `metadata`.
 
     Attributes:
         name: of the file.
@@ -118,7 +118,7 @@ def _depth(data: Any) -> int:
 
 
 class HFTensors(Mapping[str, torch.Tensor]):
-    """The weights of a directory by name, each mapped from its file when it is asked for.
+    """The weights of a directory by name, each mapped from its file on access.
 
     Which files they are is decided as transformers does it: the single file before the index.
 

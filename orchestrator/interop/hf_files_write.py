@@ -23,7 +23,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that is to be written: `dtype` as safetensors names it.
+    """A tensor to be written.
 
     Attributes:
         name: of the tensor.

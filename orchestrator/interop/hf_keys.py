@@ -54,7 +54,7 @@ LEFT_OUT = {
 
 
 class Keys(Mapping[str, Any]):
-    """A configuration that notes which of its keys were asked for.
+    """A configuration that records which of its keys were read.
 
     Args:
         config: the parsed `config.json`.

@@ -13,7 +13,7 @@ from orchestrator.interop.hf_files import FileLayout
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import has made of every tensor and key of its source.
+    """The report of an import: every tensor and key of the source, and what became of it.
 
     Attributes:
         source: what was imported.

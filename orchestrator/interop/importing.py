@@ -45,7 +45,7 @@ _LENGTHS = {"rope": {"max_seq_len"}, "learned": set[str]()}
 
 @dataclass(frozen=True)
 class Described:
-    """The model that weights are of.
+    """The description of an imported model.
 
     Attributes:
         model: the model.
@@ -66,7 +66,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read.
+    """The result of an import.
 
     Attributes:
         format: of the source.

@@ -23,7 +23,7 @@ _OVERHEAD_BYTES = 1 << 30  # transformers itself
 
 @dataclass(frozen=True)
 class LogitCheck:
-    """How far the logits are apart.
+    """The result of the comparison of logits.
 
     Attributes:
         difference: the largest one, relative to the largest logit; None where it was not measured.

@@ -107,7 +107,7 @@ class _Chunk:
 
 
 class DcpTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a `torch.distributed.checkpoint` directory, each read when it is asked for.
+    """The tensors of a `torch.distributed.checkpoint` directory, each read on access.
 
     Args:
         directory: of the checkpoint.

@@ -24,7 +24,7 @@ _NOT_COMPUTED = ("model.name", "optim.name")
 
 @dataclass(frozen=True)
 class Change:
-    """One key of the configuration that is not as it was when the checkpoint was written.
+    """One key of the configuration that differs from the checkpoint's.
 
     Attributes:
         key: dotted.

@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts.
+    """The initial distribution of a parameter.
 
     Attributes:
         kind: `normal` has mean 0 and standard deviation `std`.

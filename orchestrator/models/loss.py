@@ -23,7 +23,7 @@ def _same(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which rows of the head's weight this rank holds, and how ranks combine what they have.
+    """The rows of the head's weight that this rank holds, and the reductions over the ranks.
 
     Attributes:
         offset: vocabulary index of the first local row.
@@ -72,7 +72,7 @@ def chunked_cross_entropy(
 
 @dataclass
 class HeadOps:
-    """What the output head does with its weight; a strategy that shards the vocabulary puts its own here.
+    """The operations of the output head on its weight; a strategy that shards the vocabulary replaces them.
 
     Attributes:
         loss: (hidden [B, T, D], weight, targets [B, T]) -> fp32 scalar sum.

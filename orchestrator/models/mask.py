@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class CausalMask:
-    """The mask of one forward pass as a rule, from which any part of it is made when it is needed.
+    """The mask of one forward pass as a rule, from which any part of it is made on demand.
 
     Attributes:
         queries: T, the number of new positions.

@@ -9,7 +9,7 @@ from orchestrator.output import is_printed
 
 
 class Bar:
-    """A bar on standard error, where that is a terminal. Several threads may report.
+    """A progress bar on standard error, where that is a terminal. Thread-safe.
 
     Args:
         title: in front of the bar.

@@ -21,7 +21,7 @@ _LINES_KEPT = 1000
 
 
 class Console:
-    r"""A text stream that never raises. What it does not define itself is that of the stream below.
+    r"""A text stream that never raises. Other attributes are those of the stream below.
 
     Args:
         stream: where the text goes.

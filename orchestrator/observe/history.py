@@ -13,7 +13,7 @@ LIMIT = 2000
 
 
 class History:
-    """Legs and rows so far.
+    """Legs and rows of a run so far.
 
     With more than `LIMIT` training rows only every second step is kept, then every fourth, and so on; the same for
     evaluations. Rows are kept as text: putting them together at a save must cost nothing.

@@ -24,7 +24,7 @@ _PAUSE_SECONDS = (1.0, 60.0)
 
 
 class Channel(Generic[T]):
-    """Hands items to a sink that may fail, in order, and never raises. Any thread may call it.
+    """Passes items in order to a sink that may fail, and never raises. Thread-safe.
 
     Args:
         name: of the sink, for messages.
@@ -178,7 +178,7 @@ def reason(error: BaseException | None) -> str:
 
 
 class Appended:
-    """A file that grows by whole pieces: one that does not fit leaves nothing behind. Opened for each piece.
+    """A file that is appended to by whole pieces: one that does not fit leaves nothing behind. Opened for each piece.
 
     Args:
         path: of the file; its folder is made.
@@ -214,7 +214,7 @@ class Appended:
 
 
 class JsonLines:
-    """A row of JSON per line.
+    """Writes a row of JSON per line.
 
     Args:
         path: of the file.

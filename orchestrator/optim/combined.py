@@ -12,7 +12,7 @@ from orchestrator.sharding.parts import reduced_dims
 
 
 class CombinedOptimizer(GuardedOptimizer):
-    """Steps several optimizers together. Their groups and their state are its own: a checkpoint has it whole.
+    """Steps several optimizers together. It has all their groups and state, so that a checkpoint is complete.
 
     Args:
         members: over different parameters; each heeds `found_inf`.

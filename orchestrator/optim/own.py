@@ -32,7 +32,7 @@ class _Entry:
 
 
 class OwnOptimizer(GuardedOptimizer):
-    """Steps a user's optimizer, unless the step was not finite: the host waits for that answer, as it knows of no flag.
+    """Steps a user's optimizer, unless the step was not finite; the host waits for that answer.
 
     Args:
         inner: the user's.

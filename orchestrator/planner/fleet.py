@@ -82,7 +82,7 @@ class FleetEntry:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Chips that exist, with what they cost.
+    """A fleet of chips, with price and power.
 
     Attributes:
         label: for people.

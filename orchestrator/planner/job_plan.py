@@ -31,7 +31,7 @@ _SHORTEST_RUN_HOURS = 1.0  # of a fleet that a budget sizes: clouds reserve and 
 
 @dataclass(frozen=True)
 class Request:
-    """What is planned.
+    """A job to be planned.
 
     Attributes:
         job: its batch is `batch_tokens`; where that is None, it follows the fleet.
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What would make a model fit that does not.
+    """Changes with which a model would fit.
 
     Attributes:
         needs: what it takes at least as it was asked for.
@@ -69,7 +69,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """One fleet's answer.
+    """The plan of a job on one fleet.
 
     Attributes:
         fleet: the chips.

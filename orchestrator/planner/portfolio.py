@@ -19,7 +19,7 @@ EXACT = 100_000
 
 @dataclass(frozen=True)
 class Portfolio:
-    """An assignment.
+    """An assignment of jobs to fleets.
 
     Attributes:
         placed: job -> its plan on the fleet that it runs on.

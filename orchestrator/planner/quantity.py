@@ -17,7 +17,7 @@ _MARKS = {1: "≥", 0: "", -1: "≤"}
 
 @dataclass(frozen=True)
 class Value:
-    """One figure.
+    """One figure, with unit, source and derivation.
 
     Attributes:
         name: what it is, in words.

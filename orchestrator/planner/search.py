@@ -54,7 +54,7 @@ _LEAST_PART = 2048  # tokens of a sequence that a context rank keeps, where devi
 
 @dataclass(frozen=True)
 class Estimators:
-    """Who says what a layout needs and how long it takes.
+    """The functions that estimate memory and time of a layout.
 
     Attributes:
         memory: bytes per device of a layout.
@@ -67,7 +67,7 @@ class Estimators:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens per step: fixed, or at most so many, and then as many as suit a layout.
+    """Tokens per step: fixed, or a maximum, below which a layout takes what suits it.
 
     Attributes:
         tokens: of the step, or the most of it.
@@ -80,7 +80,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Space:
-    """What the search may choose. None leaves an axis to it.
+    """The choices of the search. None leaves an axis open.
 
     Attributes:
         replicate: degree of the axis, like the next ones; None: to be searched.
@@ -119,7 +119,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout that was estimated.
+    """One layout with its estimates.
 
     Attributes:
         plan: the layout and its settings.
@@ -141,7 +141,7 @@ class Candidate:
 
 @dataclass
 class SearchResult:
-    """What the search found.
+    """The result of the search.
 
     Attributes:
         ranked: layouts that fit, the fastest first, one per frame.

@@ -101,7 +101,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """The work: which model, in what batches, how much of it.
+    """The job: model, batch and number of tokens.
 
     Attributes:
         model: the model's shape.

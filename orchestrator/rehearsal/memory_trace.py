@@ -43,7 +43,7 @@ _About = tuple[str, tuple[int, ...], str]  # operation, shape and type of what w
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes alive on one rank at the fullest moment of a phase, by what they are for.
+    """Bytes allocated on one rank at the peak of a phase, by use.
 
     Attributes:
         parameters: the rank's shards, the master copy.
@@ -66,7 +66,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Alive:
-    """One allocation at the fullest moment: bytes, the operation that made it, its first shape and type.
+    """One allocation at the peak.
 
     Attributes:
         size: bytes.
@@ -85,7 +85,7 @@ class Alive:
 
 @dataclass(frozen=True)
 class Trace:
-    """A step that was gone through.
+    """The memory trace of a step.
 
     Attributes:
         phases: the fullest moment of each of `PHASES`; of several micro-batches the fullest.

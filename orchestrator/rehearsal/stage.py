@@ -63,7 +63,7 @@ class _VirtualMesh(xs.Mesh):
 
 
 class StagingStrategy(XlaStrategy):
-    """The XLA strategy, whose tensors hold nothing and whose step is not executed.
+    """The XLA strategy on placeholders; the step is exported and not executed.
 
     Attributes:
         accumulates: whether earlier micro-batches have left gradients that the backward pass adds to.
@@ -131,7 +131,7 @@ class StagingStrategy(XlaStrategy):
 
 @dataclass(frozen=True)
 class Staged:
-    """A step, written down.
+    """An exported step.
 
     Attributes:
         program: StableHLO text; every argument has its partition, those that the step updates are given away.

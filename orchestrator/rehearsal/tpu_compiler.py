@@ -44,7 +44,7 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class CompileTopology:
-    """Chips and how they are wired.
+    """Chips and their wiring.
 
     Attributes:
         slices: groups of chips of the same size, with the data-centre network between them.
@@ -76,7 +76,7 @@ class CompileTopology:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the compiler said of a program.
+    """The compiler's result for a program.
 
     Attributes:
         status: `unknown` where the compiler did not come to an answer.
@@ -106,7 +106,7 @@ def compiler_python() -> Path:
 
 
 class MissingCompilerError(MissingExtraError):
-    """The environment of the TPU compiler is not there. No extra brings it: it cannot be that of torch_xla.
+    """The environment of the TPU compiler is missing. No extra brings it: it cannot be that of torch_xla.
 
     Args:
         got: what is there instead.

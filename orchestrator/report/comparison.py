@@ -17,7 +17,7 @@ UNKNOWN, ABSENT = "unknown", "-"
 
 @dataclass(frozen=True)
 class Compared:
-    """One of several runs.
+    """One of several compared runs.
 
     Attributes:
         label: a short name, another one for each run.

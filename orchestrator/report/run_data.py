@@ -19,7 +19,7 @@ MEAN_STEPS = 20
 
 @dataclass(frozen=True)
 class RunData:
-    """A run as its files tell it.
+    """The content of a run's files.
 
     Attributes:
         run_dir: the run's directory.

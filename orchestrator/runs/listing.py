@@ -31,7 +31,7 @@ _OF_A_START = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says of the run that it means; None where it says nothing.
+    """What a command line says about the run that it means; None where it says nothing.
 
     Attributes:
         name: of the run, the folder that holds its directory.

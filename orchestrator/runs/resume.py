@@ -32,7 +32,7 @@ _TRUST = ("checkpoint.signing_key", "checkpoint.trusted_keys", "checkpoint.requi
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes:
         checkpoint: committed and checked.

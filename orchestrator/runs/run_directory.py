@@ -44,7 +44,7 @@ _PATIENCE_SECONDS = 60.0  # of a restarted job, whose last process may not have 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where the run is kept, as all its processes have agreed.
+    """The paths of a run, as all its processes have agreed.
 
     Attributes:
         run_dir: the run's directory.

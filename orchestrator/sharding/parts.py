@@ -19,7 +19,7 @@ Reduced = tuple[int, ...]
 
 
 class Parts(Protocol):
-    """The parts of the parameters that this process holds, and what several processes compute of them together.
+    """The parts of the parameters that this process holds, and the computations over all parts.
 
     Attributes:
         cpu: whether a CPU computes: there fp32 costs no more than bf16.

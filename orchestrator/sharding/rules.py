@@ -35,7 +35,7 @@ RULES: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one parameter lies.
+    """The placement of one parameter on the mesh.
 
     Attributes:
         shape: global shape.

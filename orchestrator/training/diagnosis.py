@@ -25,7 +25,7 @@ _NAMED = 4  # tensors that are listed
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a second look at a step found.
+    """The result of recomputing a step that was not finite.
 
     Attributes:
         state: weights and optimizer state that were not finite before the step already.

@@ -55,7 +55,7 @@ _LICENCE = re.compile(r"(licen[cs]e|copying|notice)(\..*)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Detected:
-    """What a file is.
+    """The detected format of a file.
 
     Attributes:
         format: name of a row of `registry.FORMATS`.

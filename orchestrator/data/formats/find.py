@@ -31,7 +31,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+]*://")
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """What inputs stand for, in a fixed order, and what is left out of it.
+    """The files that inputs expand to, in a fixed order, and those left out.
 
     Attributes:
         inputs: what is read.

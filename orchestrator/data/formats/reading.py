@@ -45,7 +45,7 @@ class Input:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something that a search found and that is not read.
+    """A file that a search found and that is not read.
 
     Attributes:
         name: its path, relative to the input that named it.
@@ -63,7 +63,7 @@ class LeftOut:
 
 @dataclass
 class SourcePosition:
-    """How far the reading of an input has come; readers move it, and errors name it.
+    """A position in an input; readers advance it, and errors name it.
 
     Attributes:
         file: that is being read.

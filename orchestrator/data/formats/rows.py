@@ -16,7 +16,7 @@ _OPTION = "text_field=... (data.text_field, or text_field of the source, in a ru
 
 @dataclass(frozen=True)
 class TextSpec:
-    r"""Where the text of a row is found.
+    r"""The fields of a row that hold its text.
 
     Attributes:
         field: its name; where no field has the whole name, a dot leads into a nested object: `text.content`.

@@ -31,7 +31,7 @@ SUFFIXES = {
 
 
 class Stream(NamedTuple):
-    """What is read, and the file underneath, whose position tells how far the reading has come."""
+    """A decompressed stream, and the file underneath, whose position is the progress."""
 
     content: Any
     raw: IO[bytes]

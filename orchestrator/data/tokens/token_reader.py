@@ -20,7 +20,7 @@ _SCAN_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """How the ids of a source are to be understood.
+    """How the ids of a source are to be read.
 
     Attributes:
         vocab_size: ids are below it.
@@ -82,7 +82,7 @@ class TokenRow:
 
 @dataclass
 class TokenTally:
-    """How documents turned out to be delimited."""
+    """Counts of how documents were delimited."""
 
     ended: int = 0  # with the end-of-text token in the data
     given_an_end: int = 0

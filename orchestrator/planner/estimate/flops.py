@@ -10,7 +10,7 @@ from orchestrator.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Elements, by what they are for.
+    """Numbers of elements, by use.
 
     Attributes:
         embedding: rows of the token embedding.

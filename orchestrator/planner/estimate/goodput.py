@@ -27,7 +27,7 @@ _ENOUGH = 0.8  # goodput with which restarts are accepted
 
 @dataclass(frozen=True)
 class FailureOptions:
-    """What a user may know better than `failures.yaml`; None takes its figure.
+    """Figures on failures that replace those of `failures.yaml`; None takes its figure.
 
     Attributes:
         failures_per_chip_day: that stop a job.
@@ -49,7 +49,7 @@ class FailureOptions:
 
 @dataclass(frozen=True)
 class Goodput:
-    """What failures make of a run.
+    """Failures, saves, and the share of the time that is progress.
 
     Attributes:
         rate: failures per chip and day.

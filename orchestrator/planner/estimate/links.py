@@ -16,7 +16,7 @@ from orchestrator.planner.spec import Cluster
 
 @dataclass(frozen=True)
 class Ring:
-    """How the devices of one axis reach each other.
+    """The links among the devices of one axis.
 
     Attributes:
         inside: devices of the group within a domain.

@@ -10,7 +10,7 @@ from orchestrator.planner.quantity import Value, derive, given
 
 @dataclass(frozen=True)
 class Bill:
-    """Money and energy of a run on a fleet; idle chips are paid for and draw power like the others.
+    """Cost and energy of a run on a fleet; idle chips are paid for and draw power like the others.
 
     Attributes:
         run: USD for the whole run.

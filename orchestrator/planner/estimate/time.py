@@ -34,7 +34,7 @@ FLASH_1 = 0.55
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device does per second.
+    """The rates of one device, per second.
 
     Attributes:
         products: FLOP/s of matrix products in the job's precision; `wide` in bf16 (head, attention).

@@ -44,7 +44,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Errors:
-    """Absolute relative errors: of how many rows, the median, the 90th percentile; `bias` is the signed median."""
+    """Absolute relative errors: number of rows, median, and 90th percentile; `bias` is the signed median."""
 
     rows: int
     median: float
@@ -54,7 +54,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Out of memory: how often a warning was right (precision) and how many were warned of (recall)."""
+    """Verdicts on out of memory: how often a warning was right (precision), and the share warned of (recall)."""
 
     right: int
     false_alarms: int

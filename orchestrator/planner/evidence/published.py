@@ -25,7 +25,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of the pages whose ids begin alike.
+    """Facts about the pages whose ids begin alike.
 
     Attributes:
         stack: the key of `calibration.yaml`.
@@ -136,7 +136,7 @@ class LeftOutRun:
 
 
 class NotStatedError(Exception):
-    """The page lacks something that an estimate needs, or has what the planner does not model."""
+    """A page lacks what an estimate needs, or has what the planner does not model."""
 
 
 def read(*paths: Path) -> tuple[list[PublishedRun], list[LeftOutRun]]:

@@ -38,7 +38,7 @@ def opening(stream: TokenStream) -> list[int]:
 
 
 class Validation(lightning.Callback):
-    """Loss and perplexity on the held-out data, every so many steps and at the end; nothing where there is none.
+    """Evaluates loss and perplexity on the held-out data, every so many steps and at the end, if there is any.
 
     Args:
         parallel: the strategy.
@@ -93,7 +93,7 @@ class Validation(lightning.Callback):
 
 
 class Samples(lightning.Callback):
-    """Text that the sharded model writes, all ranks computing together.
+    """Generates text during training, all ranks computing together.
 
     Args:
         parallel: the strategy.
