@@ -105,6 +105,32 @@ NOWHERE = {"unittest", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "ma
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_CALLS |= {"yaml.full_load", "np.load", "numpy.load", "os.system", "os.popen"}
 
+# Packages that find a run resolved.
+BELOW_THE_LAUNCHER = {"checkpoint", "data", "distributed", "inference", "models", "observe", "optim", "report"}
+BELOW_THE_LAUNCHER |= {"sharding", "strategies", "training"}
+# Their modules that compare with "auto" all the same, and why.
+READS_AUTO = {
+    "training/check.py": "the launcher's: a vocabulary that follows the tokenizer",
+    "training/layout_choice.py": "the launcher's: the plan of what is open",
+    "training/resolved.py": "the launcher's: decides",
+    "sharding/layout.py": "the rule for degrees that nobody has planned, which `training.resolved` applies",
+    "data/agreement.py": "BOS and EOS of a prepared store may be as they are",
+    "data/prepare.py": "threads of this host; BOS as the tokenizer's files say, or none beside tokens made elsewhere",
+    "data/store_cache.py": "where this host keeps its cache",
+}
+# What decides, and the modules that may import it: those that start a run or a part of one.
+DECIDED_IN = {
+    "orchestrator.training.layout_choice": {"launch/plan.py", "launch/start.py", "training/resolved.py"},
+    "orchestrator.training.resolved.resolve_run": {
+        *("api/rehearsing.py", "launch/canary.py", "launch/start.py", "rehearsal/memory_trace.py"),
+    },
+    "orchestrator.hardware.target_table.resolve": {
+        *("api/rehearsing.py", "api/trained_models.py", "cli/generate.py", "launch/canary.py", "launch/plan.py"),
+        "rehearsal/memory_trace.py",
+    },
+    "orchestrator.checkpoint.signing.trust": {"cli/checkpoint.py", "launch/plan.py", "launch/run.py", "runs/resume.py"},
+}
+
 
 @functools.cache
 def _tree(name: str) -> ast.Module:
@@ -253,6 +279,27 @@ def test_files_and_functions_stay_short(name):
             assert length <= LONGER.get((name, node.name), MAX_FUNCTION_LINES), (
                 f"{name}: {node.name} has {length} lines"
             )
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.partition("/")[0] in BELOW_THE_LAUNCHER])
+def test_nothing_below_the_launcher_reads_an_auto(name):
+    """What is open in a configuration is decided once, by `training.resolved`, for whoever starts a run."""
+    found = []
+    for node in ast.walk(_tree(name)):
+        if isinstance(node, (ast.Compare, ast.match_case)):
+            compared = node.pattern if isinstance(node, ast.match_case) else node
+            found += [part for part in ast.walk(compared) if isinstance(part, ast.Constant) and part.value == "auto"]
+    if name in READS_AUTO:
+        assert found, f"{name} reads no auto any more: take it out of READS_AUTO"
+    else:
+        assert not found, f"{name}:{found[0].lineno} compares with 'auto'"
+
+
+def test_only_who_starts_a_run_decides_what_is_open():
+    for decider, places in DECIDED_IN.items():
+        importers = {name for name in FILES if any(_is(module, decider) for module in _imports(_tree(name)))}
+        importers -= {name for name in importers if name.endswith("__init__.py")}  # exports
+        assert importers == places, f"{decider} is imported elsewhere"
 
 
 def _repeated(names: Iterator[str]) -> list[str]:

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.api.configs import Configuration, to_composed
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import MuonConfig, RunConfig
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import UserError
-from orchestrator.hardware.target_table import get_target, resolve
+from orchestrator.hardware.target import Target
+from orchestrator.hardware.target_table import resolve
 from orchestrator.installing import importable
 from orchestrator.rehearsal.tpu_compiler import CompileTopology, Verdict, compile_program, count_devices
-from orchestrator.runs import run_directory
 from orchestrator.runs.init_from import settle
 from orchestrator.runs.messages import warn
-from orchestrator.training.check import check_run, resolve_model
+from orchestrator.training.check import check_run
+from orchestrator.training.resolved import Resolved, resolve_run, write_resolved
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,18 @@ def rehearse_config(config: RunConfig, topology: str, timeout_seconds: float) ->
     precision = "bf16" if config.hardware.precision == "auto" else config.hardware.precision
     hardware = replace(config.hardware, target="tpu", simulate=devices, devices="auto", precision=precision)
     config = replace(config, hardware=hardware)
-    resolve(hardware)
+    target = resolve(hardware)
     check_run(config, devices, slices=slices)
-    if config.model.vocab_size == "auto":
+    vocab_size = config.model.vocab_size
+    if vocab_size == "auto":
         vocab_size = prepare(config.data, progress=True).vocab_size
-        config = replace(config, model=resolve_model(config.model, vocab_size))
         check_run(config, devices, vocab_size, slices)
+    if isinstance(config.optim, MuonConfig) and config.optim.ns_dtype == "auto":
+        # Of the chip, not of the CPU that pretends to be one.
+        config = replace(config, optim=replace(config.optim, ns_dtype="bf16"))
+    resolved = resolve_run(config, target, devices, vocab_size)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
-        staged, reason = _stage(config, Path(folder), timeout_seconds)
+        staged, reason = _stage(resolved, target, Path(folder), timeout_seconds)
         if reason:
             verdict = Verdict("unknown", reason)
         else:
@@ -89,16 +94,14 @@ def rehearse_config(config: RunConfig, topology: str, timeout_seconds: float) ->
     return Rehearsal(devices, precision, staged, verdict)
 
 
-def _stage(config: RunConfig, folder: Path, timeout_seconds: float) -> tuple[dict[str, Any], str]:
+def _stage(resolved: Resolved, target: Target, folder: Path, timeout_seconds: float) -> tuple[dict[str, Any], str]:
     """Let a process write the program into `folder`. Returns its facts, or why there are none."""
-    run_directory.write_config(folder, config)
-    target = get_target("tpu")
-    target.use(config.hardware)
+    write_resolved(folder, resolved)
     # The mesh has all devices; the runtime is asked for nothing and needs only more than one.
     environment = {
         **os.environ,
         **importable(),
-        **target.environment(config.hardware, 0, 1),
+        **target.environment(resolved.config.hardware, 0, 1),
         "CPU_NUM_DEVICES": "2",
     }
     command = [sys.executable, "-m", "orchestrator.rehearsal.stage", str(folder)]

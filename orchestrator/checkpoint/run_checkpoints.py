@@ -65,7 +65,19 @@ def newest_valid(
     trust: Trust = Trust(),
     before: AnyPath | None = None,
 ) -> AnyPath | None:
-    """Return the newest checkpoint whose manifest and files have the right sizes; None where there is none.
+    """Where the checkpoint lies that `open_newest` opens."""
+    found = open_newest(parent, verify, report, trust, before)
+    return None if found is None else found.directory
+
+
+def open_newest(
+    parent: AnyPath,
+    verify: bool,
+    report: Callable[[str], object],
+    trust: Trust = Trust(),
+    before: AnyPath | None = None,
+) -> Checkpoint | None:
+    """Open the newest checkpoint whose manifest, files and their sizes are right.
 
     Args:
         parent: the directory of checkpoints.
@@ -89,7 +101,7 @@ def newest_valid(
         except CheckpointError as error:
             report(f"skipping {path}: {error}")
             continue
-        return path
+        return checkpoint
     return None
 
 

@@ -31,10 +31,19 @@ class Trust:
     Attributes:
         keys: raw public keys, of 32 bytes each; where there are any, a signature by another key is refused.
         required: refuse checkpoints without a signature too.
+        files: that the keys were read from.
     """
 
     keys: tuple[bytes, ...] = ()
     required: bool = False
+    files: tuple[str, ...] = ()
+
+    def is_of(self, public_keys: Sequence[str], required: bool) -> bool:
+        """Whether these settings are what it was built from, so that the keys need not be read again."""
+        mine, other = (
+            [os.path.abspath(os.path.expanduser(file)) for file in files] for files in (self.files, public_keys)
+        )
+        return mine == other and self.required == required
 
     def check(self, manifest: bytes, signature: bytes | None, where: object) -> None:
         """Verify the signature of a manifest.
@@ -86,7 +95,7 @@ def trust(public_keys: Sequence[str], required: bool) -> Trust:
         ConfigError: a file that is no Ed25519 public key.
         MissingExtraError: `cryptography` is not installed.
     """
-    return Trust(tuple(_public(path) for path in public_keys), required)
+    return Trust(tuple(_public(path) for path in public_keys), required, tuple(public_keys))
 
 
 def signer(private_key: str) -> Callable[[bytes], bytes]:

@@ -77,6 +77,11 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
 
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, with `auto` filled in."""
+        return self.dim // self.heads if self.head_dim == "auto" else self.head_dim
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.run_checkpoints import newest_valid
+from orchestrator.checkpoint.run_checkpoints import open_newest
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, UserError
@@ -36,10 +36,10 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
         `advice` (pairs of options and reasons).
     """
     module, parallel = job.module, job.parallel
-    job.metrics.forget_after(found.step)
-    job.metrics.flush()
+    job.watchers.metrics.forget_after(found.step)
+    job.watchers.metrics.flush()
     try:
-        job.checkpoints.settle()
+        job.watchers.checkpoints.settle()
     except Diverged:
         pass  # it was refused for the same reason
     except CheckpointError as error:
@@ -61,7 +61,7 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
         kept = start = _newest(job)
         if kept is not None and found.source == "step" and (diagnosis is None or diagnosis.reproduced):
             start = _before(job, kept, found.step - found.in_a_row)
-    before = _config_of(start) if start is not None else to_dict(module.config)
+    before = _config_of(start) if start is not None else to_dict(job.resolved.asked)
     return {
         "step": found.step,
         "source": found.source,
@@ -72,7 +72,7 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
         "checkpoint": str(kept.directory) if kept is not None else None,
         "start": str(start.directory) if start is not None else None,
         "resume": _resume(job, start, run_dir),
-        "changed": changed(before, module.config, start.step) if start is not None else [],
+        "changed": changed(before, job.resolved.asked, start.step) if start is not None else [],
         "advice": advise(module.config, before, parallel.precision, found, diagnosis, start is not None),
     }
 
@@ -162,8 +162,7 @@ def _state_lines(diagnosis: Diagnosis) -> list[str]:
 def _newest(job: Job) -> Checkpoint | None:
     """What the run can go on from."""
     try:
-        path = newest_valid(job.checkpoints.directory, False, lambda line: None)
-        return Checkpoint(path) if path is not None else job.restored
+        return open_newest(job.watchers.checkpoints.directory, False, lambda line: None) or job.restored
     except CheckpointError:
         return job.restored
 
@@ -174,9 +173,9 @@ def _before(job: Job, kept: Checkpoint, step: int) -> Checkpoint | None:
     with contextlib.suppress(CheckpointError):
         while found is not None and found.step >= step:
             older = None
-            if found.directory.parent == job.checkpoints.directory:
-                older = newest_valid(found.directory.parent, False, lambda line: None, before=found.directory)
-            found = Checkpoint(older) if older is not None else None
+            if found.directory.parent == job.watchers.checkpoints.directory:
+                older = open_newest(found.directory.parent, False, lambda line: None, before=found.directory)
+            found = older
     if found is not None and found.step >= step:
         found = None
     restored = job.restored
@@ -188,7 +187,7 @@ def _resume(job: Job, start: Checkpoint | None, run_dir: Path) -> str | None:
         return None
     # A run directory means its newest one. A run that branched off, and has saved nothing yet, begins there again.
     newest = _newest(job)
-    own = start.directory.parent == job.checkpoints.directory
+    own = start.directory.parent == job.watchers.checkpoints.directory
     return str(run_dir if own and newest is not None and newest.step == start.step else start.directory)
 
 

@@ -16,20 +16,22 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import stopping
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.reference import read_reference
-from orchestrator.checkpoint.storage import AnyPath, locate
+from orchestrator.checkpoint.storage import locate
 from orchestrator.config import registry
-from orchestrator.config.compose import Composed, read_config
+from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate import validate
 from orchestrator.distributed.local_processes import run_local
 from orchestrator.distributed.world import OWN_PREFIX, World, detect
 from orchestrator.errors import MISTAKE, CheckpointError, ConfigErrors, RunFailedError, UserError
+from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import device_count, find_world, job_devices, resolve
-from orchestrator.runs import resume, run_directory
+from orchestrator.runs import resume
 from orchestrator.runs.messages import warn
 from orchestrator.runs.own_parts import check_parts
 from orchestrator.runs.stored_model import holds_model
 from orchestrator.training.check import check_run
+from orchestrator.training.resolved import Resolved, read_resolved, resolve_run, write_resolved
 
 if TYPE_CHECKING:
     from orchestrator.strategies.parallel_strategy import ParallelStrategy
@@ -49,23 +51,28 @@ def run_check(composed: Composed, where: str) -> Result | None:
         UserError: the checkpoint cannot be read or carries no reference, or does not fit the hardware or the layout.
     """
     world = find_world(composed.config.hardware, os.environ)
-    config, checkpoint = _settle(composed, where, verify=world is None or world.rank == 0)
-    target = resolve(config.hardware)
+    config, checkpoint = _find(composed, where, verify=world is None or world.rank == 0)
+    target, hardware = resolve(config.hardware), config.hardware
+    vocabulary = config.model.vocab_size
+    assert isinstance(vocabulary, int), "the checkpoint has it"
     if world is None:
-        devices = device_count(config.hardware, target, target.probe())
+        devices = device_count(hardware, target, target.probe())
         check_run(config, devices)
-        processes = target.processes(devices)
+        resolved, processes = resolve_run(config, target, devices, vocabulary), target.processes(devices)
         return _in_processes(
-            config, checkpoint, [target.environment(config.hardware, rank, processes) for rank in range(processes)]
+            resolved, checkpoint, [target.environment(hardware, rank, processes) for rank in range(processes)]
         )
-    check_run(config, job_devices(config.hardware, target, world), slices=target.slices())
-    for key, value in target.environment(config.hardware, world.local_rank, world.local_size).items():
+    devices = job_devices(hardware, target, world)
+    check_run(config, devices, slices=target.slices())
+    for key, value in target.environment(hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)
-    result = _measure(config, world, checkpoint)
+    resolved = resolve_run(config, target, devices, vocabulary, here=max(1, devices // world.size) * world.local_size)
+    result = _measure(resolved, target, world, checkpoint)
     return result if world.rank == 0 else None
 
 
-def _settle(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, AnyPath]:
+def _find(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, Checkpoint]:
+    """The checkpoint that `where` names, and the configuration of its run with what the command line asks for."""
     asked = composed.config
     check = verify and asked.checkpoint.verify_on_load
 
@@ -74,23 +81,23 @@ def _settle(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, An
     if problems := validate(config):
         raise ConfigErrors(problems)
     check_parts(config)
-    checkpoint = Checkpoint(point.checkpoint)
+    checkpoint = point.checkpoint
     if read_reference(checkpoint) is None:
         raise CheckpointError(
             "the checkpoint carries no reference batch to compare with",
-            got=point.checkpoint,
+            got=point.directory,
             fix="save it again with checkpoint.handover.enabled=true",
         )
-    return replace(config, model=holds_model(checkpoint, config.model)), point.checkpoint
+    return replace(config, model=holds_model(checkpoint, config.model)), checkpoint
 
 
-def _in_processes(config: RunConfig, checkpoint: AnyPath, environments: list[dict[str, str]]) -> Result:
+def _in_processes(resolved: Resolved, checkpoint: Checkpoint, environments: list[dict[str, str]]) -> Result:
     """Measure with processes of this machine."""
     with tempfile.TemporaryDirectory(prefix="handover-") as name:
         folder = Path(name)
-        run_directory.write_config(folder, config)
+        write_resolved(folder, resolved)
         parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
-        worker = [sys.executable, "-m", "orchestrator.launch.worker", "handover", name, str(checkpoint)]
+        worker = [sys.executable, "-m", "orchestrator.launch.worker", "handover", name, str(checkpoint.directory)]
         ended = run_local(worker, [{**environment, **parts} for environment in environments])
         stopping.check()
         if ended.code == MISTAKE:
@@ -102,31 +109,31 @@ def _in_processes(config: RunConfig, checkpoint: AnyPath, environments: list[dic
         return result
 
 
-def _measure(config: RunConfig, world: World, where: AnyPath) -> Result:
+def _measure(resolved: Resolved, target: Target, world: World, checkpoint: Checkpoint) -> Result:
     """Be one process of the job, which measures."""
     from orchestrator.launch.run import quiet
     from orchestrator.training.job import make_strategy
 
     quiet(world.rank)
-    parallel = make_strategy(config, resolve(config.hardware), world)
+    parallel = make_strategy(resolved, target, world)
     parallel.join()
     try:
-        return measure_checkpoint(config, parallel, where)
+        return measure_checkpoint(resolved, parallel, checkpoint)
     finally:
         parallel.leave()
 
 
-def measure_checkpoint(config: RunConfig, parallel: ParallelStrategy, where: AnyPath) -> Result:
+def measure_checkpoint(resolved: Resolved, parallel: ParallelStrategy, checkpoint: Checkpoint) -> Result:
     """Load the model of a checkpoint and check it, on a strategy that has joined the others."""
+    from orchestrator.training.facts import provenance
     from orchestrator.training.handover_check import check_handover
-    from orchestrator.training.job import place_model, provenance
+    from orchestrator.training.job import place_model
     from orchestrator.training.restore import restore_weights
 
-    checkpoint = Checkpoint(where, look=False)
-    model = place_model(config, config.model, parallel)
-    restore_weights(checkpoint, config, parallel, model, cast=False)
+    model = place_model(resolved, parallel)
+    restore_weights(checkpoint, resolved.config, parallel, model, cast=False)
     result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
-    return {"checkpoint": str(where), **result.to_dict()}
+    return {"checkpoint": str(checkpoint.directory), **result.to_dict()}
 
 
 def check_worker(argv: list[str]) -> int:
@@ -134,7 +141,9 @@ def check_worker(argv: list[str]) -> int:
     folder, world = Path(argv[0]), detect(os.environ) or World()
     registry.permit(json.loads(os.environ.get(OWN_PREFIX + "PARTS", "[]")))
     try:
-        result = _measure(read_config(folder / run_directory.CONFIG), world, locate(argv[1]))
+        resolved = read_resolved(folder)
+        # Whoever chose it has looked at each file.
+        result = _measure(resolved, resolved.target(), world, Checkpoint(locate(argv[1]), look=False))
     except UserError as error:
         # All ranks meet the same problem; one says so.
         if world.rank == 0:

@@ -8,31 +8,34 @@ import logging
 import os
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import stopping
-from orchestrator.checkpoint.storage import locate
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.store_timeouts import wait_for_stores
-from orchestrator.config.schema import RunConfig
+from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.distributed.world import OWN_PREFIX, World, detect
 from orchestrator.errors import (
     DIVERGED,
     DONE,
     DamagedDataError,
+    DataError,
     LostPeerError,
     PartError,
     UserError,
     error_to_dict,
 )
-from orchestrator.hardware.target_table import resolve
+from orchestrator.hardware.target import Target
 from orchestrator.output import tell
 from orchestrator.runs import run_directory
 from orchestrator.runs.messages import doing, say, warn
 from orchestrator.runs.record import Record
-from orchestrator.runs.run_directory import RunPaths
 from orchestrator.runs.shared_folder import check_shared
+from orchestrator.training.resolved import Resolved, read_resolved
 
 if TYPE_CHECKING:
     from orchestrator.launch.missing_ranks import RankMonitor
@@ -40,14 +43,40 @@ if TYPE_CHECKING:
     from orchestrator.training.job import Job
 
 
-ERRORS = "ERRORS"  # variable, behind OWN_PREFIX: the folder where processes leave their errors for the launcher
+# Variables, behind OWN_PREFIX: the run directory, and the folder where processes leave their errors for the launcher.
+RUN_DIR, ERRORS = "RUN_DIR", "ERRORS"
 
 
-def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], RunPaths]) -> int:
-    """Train as one process of the job.
+@dataclass(frozen=True)
+class Opened:
+    """What of a run this process has opened: each once, and handed on to whoever needs it.
+
+    Attributes:
+        target: whose devices the run uses, looked at.
+        trusted: whose checkpoints are believed.
+        data: what the run learns from; None where it is not open yet.
+        checkpoint: that the run goes on or starts from; None where it is not open yet.
+    """
+
+    target: Target
+    trusted: Trust
+    data: PreparedData | None = None
+    checkpoint: Checkpoint | None = None
+
+    @classmethod
+    def of(cls, resolved: Resolved) -> Opened:
+        """What a process opens by itself that was given no more than the record."""
+        settings = resolved.config.checkpoint
+        return cls(resolved.target(), trust(settings.trusted_keys, settings.require_signature))
+
+
+def work(resolved: Resolved, world: World, opened: Opened | None = None) -> int:
+    """Train as one process of the job, in the run directory that the launcher has opened.
 
     Args:
-        settle: called when the processes have met, to say where the run is kept.
+        resolved: the run.
+        world: this process among the job's.
+        opened: what this process has opened already.
 
     Returns:
         0; `DIVERGED`; or `INTERRUPTED` or `TERMINATED` when a signal ended the run early; it can be resumed.
@@ -56,43 +85,80 @@ def work(config: RunConfig, world: World, settle: Callable[[ParallelStrategy], R
         Stopped: a signal came before the first step.
         LostPeerError: another process has gone or does not answer.
     """
+    opened = opened or Opened.of(resolved)
+    with joined(resolved, world, opened.target) as (parallel, monitor):
+        return train(resolved, parallel, monitor, opened)
 
-    def show(text: str) -> None:
-        if world.rank == 0:
-            doing(text, config)
 
-    wait_for_stores(config.checkpoint.store_timeout_seconds)
-    show("loading torch")
+@contextlib.contextmanager
+def joined(resolved: Resolved, world: World, target: Target) -> Iterator[tuple[ParallelStrategy, RankMonitor]]:
+    """Within it this process is one of the job's: they have met, and each notices when another one is gone.
+
+    Args:
+        resolved: the run. Its layout and precision have to be those of the other processes: the mesh is made of them.
+        world: this process among the job's.
+        target: whose devices the run uses.
+    """
+    wait_for_stores(resolved.config.checkpoint.store_timeout_seconds)
+    _show(world.rank, "loading torch", resolved)
     if threading.current_thread() is not threading.main_thread():
         warn("signals are not seen outside of the main thread: a request to stop ends this process unsaved")
-    from orchestrator.data.prepare import prepare
     from orchestrator.launch.missing_ranks import RankMonitor
-    from orchestrator.training.job import build, make_strategy
+    from orchestrator.training.job import make_strategy
 
     quiet(world.rank)
     with stopping.listening():
-        parallel = make_strategy(config, resolve(config.hardware), world)
+        parallel = make_strategy(resolved, target, world)
         if world.size > 1:
-            show(f"waiting for {world.size} processes to meet")
+            _show(world.rank, f"waiting for {world.size} processes to meet", resolved)
         parallel.join()
         monitor = RankMonitor(parallel)
         try:
             with monitor.watched():
-                place = settle(parallel)
-                check_shared(place.checkpoints, parallel)
-                data = prepare(config.data, progress=False, verify=False)
-                # As rank 0 reads it: not every host need see the run directory.
-                facts = parallel.broadcast(run_directory.read_run(place.run_dir))
-                show(f"restoring {place.resume_from}" if place.resume_from else "building the model")
-                job = build(config, parallel, data, place, leg=len(facts["legs"]))
-                monitor.follow(lambda: job.module.step)
-                checked = _hand_over(config, job, place.run_dir)
-                return _drive(job, place.run_dir, facts, checked, monitor)
+                yield parallel, monitor
         finally:
             parallel.leave()
 
 
-def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
+def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, opened: Opened) -> int:
+    """Train, from the run directory that is open to its report. Returns what `work` does."""
+    from orchestrator.training.job import build
+
+    place = resolved.place
+    check_shared(place.checkpoints, parallel)
+    data = opened.data or _open_data(resolved)
+    # As rank 0 reads it: not every host need see the run directory.
+    facts = parallel.broadcast(run_directory.read_run(place.run_dir))
+    _show(parallel.rank, f"restoring {place.resume_from}" if place.resume_from else "building the model", resolved)
+    job = build(resolved, parallel, data, len(facts["legs"]), opened.trusted, opened.checkpoint)
+    monitor.follow(lambda: job.module.step)
+    checked = _hand_over(job)
+    return _drive(job, facts, checked, monitor)
+
+
+def _open_data(resolved: Resolved) -> PreparedData:
+    """Open what the launcher has prepared and checked.
+
+    Raises:
+        DataError: it is not that any more.
+    """
+    data = prepare(resolved.config.data, progress=False, verify=False)
+    if resolved.data and data.fingerprint != resolved.data:
+        raise DataError(
+            "the data was changed while the run was being started",
+            got=f"fingerprint {data.fingerprint[:12]}",
+            allowed=f"fingerprint {resolved.data[:12]}, which was checked",
+            fix="start it again when nobody writes to the data",
+        )
+    return data
+
+
+def _show(rank: int, text: str, resolved: Resolved) -> None:
+    if rank == 0:
+        doing(text, resolved.config)
+
+
+def _hand_over(job: Job) -> str | None:
     """Whether the restored model computes what it did where it was saved, in a line; asked before it trains on.
 
     Raises:
@@ -100,7 +166,7 @@ def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
     """
     from orchestrator.training.handover_check import check_handover, note
 
-    settings = config.checkpoint.handover
+    settings, run_dir = job.resolved.config.checkpoint.handover, job.resolved.place.run_dir
     if job.restored is None or not settings.enabled:
         return None
     module = job.module
@@ -118,27 +184,27 @@ def _hand_over(config: RunConfig, job: Job, run_dir: Path) -> str | None:
     return str(result)
 
 
-def _drive(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
+def _drive(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
     # From here on a signal is obeyed after a step, by all ranks at the same one. It may have come to one of them only.
     # A runtime that was started meanwhile may have put handlers of its own into place.
     with stopping.listening(), stopping.deferred():
         if number := job.parallel.start_vote(stopping.requested()).result():
             raise stopping.Stopped(number)
-        return _train(job, run_dir, facts, checked, monitor)
+        return _go_through(job, facts, checked, monitor)
 
 
-def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
-    main = job.parallel.rank == 0
-    record = Record(run_dir, {**facts, **job.facts}, job.leg, job.channels, main)
-    job.history.legs = record.legs
+def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
+    main, run_dir = job.parallel.rank == 0, job.resolved.place.run_dir
+    record = Record(run_dir, {**facts, **job.facts}, job.leg, job.watchers.channels, main)
+    job.watchers.history.legs = record.legs
     status, left_out = "failed", list[str]()
     with contextlib.ExitStack() as ending:  # in reverse order, each of it whatever becomes of the others
         if main:
             ending.callback(_report, run_dir)
-        ending.callback(job.progress.close if job.progress else int)
-        ending.callback(job.channels.close)
+        ending.callback(job.watchers.progress.close if job.watchers.progress else int)
+        ending.callback(job.watchers.channels.close)
         ending.callback(lambda: record.end(status, job.module.step, left_out))
-        ending.callback(job.checkpoints.close)
+        ending.callback(job.watchers.checkpoints.close)
         record.begin()
         if main:
             _introduce(job, run_dir, checked)
@@ -150,7 +216,7 @@ def _train(job: Job, run_dir: Path, facts: dict[str, Any], checked: str | None, 
         _conclude(job, run_dir, status, left_out)
     if status == "diverged":
         return DIVERGED
-    return stopping.exit_code(job.stop.stopped) if status == "interrupted" or left_out else DONE
+    return stopping.exit_code(job.watchers.stop.stopped) if status == "interrupted" or left_out else DONE
 
 
 def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) -> str:
@@ -161,7 +227,7 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
 
     try:
         if not _all_steps_done(job):
-            with blamed(job.own_callbacks):
+            with blamed(job.watchers.own):
                 job.trainer.fit(job.module, job.loader)
         _save(job, record)
         if _all_steps_done(job):
@@ -170,7 +236,7 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
         status = "finished" if _all_steps_done(job) else "interrupted"
     except Diverged as found:
         left_out.clear()
-        job.stop.on_train_end(job.trainer, job.module)
+        job.watchers.stop.on_train_end(job.trainer, job.module)
         record.note(diverged=examine(job, found, run_dir))
         status = "diverged"
     if skipped := job.module.guard.skipped:
@@ -189,30 +255,30 @@ def _save(job: Job, record: Record) -> None:
         CheckpointError: it could not be written.
     """
     trained = job.module.step > job.leg["start_step"]
-    if trained and (job.checkpoints.at_end or not _all_steps_done(job)):
-        path = job.checkpoints.save_now(job.module)
+    if trained and (job.watchers.checkpoints.at_end or not _all_steps_done(job)):
+        path = job.watchers.checkpoints.save_now(job.module)
         job.say(f"saved {path}")
-        if job.checkpoints.elsewhere:
-            record.note(saved_elsewhere={"checkpoint": str(path), "because": job.checkpoints.elsewhere})
+        if job.watchers.checkpoints.elsewhere:
+            record.note(saved_elsewhere={"checkpoint": str(path), "because": job.watchers.checkpoints.elsewhere})
     else:
-        job.checkpoints.settle()
+        job.watchers.checkpoints.settle()
 
 
 def _look_back(job: Job, left_out: list[str]) -> None:
     """The last evaluation and sample; what is done leaves the list. With a signal to stop the time for it is short."""
     for what, action in (("evaluation", _evaluate), ("sample", _sample)):
-        if job.stop.ask():
+        if job.watchers.stop.ask():
             return
         action(job)
         left_out.remove(what)
 
 
 def _evaluate(job: Job) -> None:
-    job.evaluation.run(job.module)
+    job.watchers.evaluation.run(job.module)
 
 
 def _sample(job: Job) -> None:
-    sample = job.samples.run(job.module)
+    sample = job.watchers.samples.run(job.module)
     if sample is not None:
         sample = textwrap.indent(sample, "  | ", lambda line: True)
         job.say(f"\nsample of generated text\n{sample}\n")
@@ -234,7 +300,7 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
 
 
 def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None:
-    latest = job.metrics.latest
+    latest = job.watchers.metrics.latest
     numbers = ""
     if latest:
         loss = "not finite" if latest["loss"] is None else f"{latest['loss']:.4f}"  # of a step that was left out
@@ -244,9 +310,9 @@ def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None
     say(f"run        {run_dir}")
     if left_out:
         say(f"left out   the last {' and '.join(left_out)}: asked to stop. Resuming does that, and trains no more")
-    if job.checkpoints.elsewhere and job.checkpoints.saved:
-        last = job.checkpoints.saved[1]
-        say(f"saved      in {last}, and not in {job.checkpoints.directory}, which did not take it")
+    if job.watchers.checkpoints.elsewhere and job.watchers.checkpoints.saved:
+        last = job.watchers.checkpoints.saved[1]
+        say(f"saved      in {last}, and not in {job.watchers.checkpoints.directory}, which did not take it")
         say(f"continue   python -m orchestrator train resume={last}")
     elif left_out or status == "interrupted":
         say(f"continue   python -m orchestrator train resume={run_dir}")
@@ -289,14 +355,12 @@ def quiet(rank: int) -> None:
 def train_worker() -> int:
     """Be one process of a run that the product's own launcher started."""
     from orchestrator.config import registry
-    from orchestrator.config.compose import read_config
 
+    # What of the configuration is the user's own code no file may say.
     registry.permit(json.loads(os.environ.get(OWN_PREFIX + "PARTS", "[]")))
-    run_dir, checkpoints, resume = (os.environ[OWN_PREFIX + name] for name in ("RUN_DIR", "CHECKPOINTS_DIR", "RESUME"))
     world = detect(os.environ) or World()
     try:
-        place = RunPaths(Path(run_dir), locate(checkpoints), locate(resume) if resume else None)
-        return work(read_config(place.run_dir / run_directory.CONFIG), world, lambda parallel: place)
+        return work(read_resolved(Path(os.environ[OWN_PREFIX + RUN_DIR])), world)
     except UserError as error:
         # All ranks meet the same problem; one says so. Who lost the others may be the only one that is left, and a
         # damaged part of the data is met by whoever reads it.

@@ -61,8 +61,8 @@ class Decoder(ShardableModel):
 
     def __init__(self, config: ModelConfig, loss_chunk_tokens: int = 2048):
         super().__init__()
-        if config.vocab_size == "auto":
-            raise ConfigError("model.vocab_size is not known", got="auto", fix="give the number of tokens")
+        if not isinstance(config.vocab_size, int):
+            raise ConfigError("model.vocab_size is not known", got=config.vocab_size, fix="give the number of tokens")
         self.config = config
         self.head_dim = resolved_head_dim(config)
         self.embed = nn.Embedding(config.vocab_size, config.dim)

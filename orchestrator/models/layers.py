@@ -30,16 +30,14 @@ def resolved_head_dim(config: ModelConfig) -> int:
     Raises:
         ConfigError: `head_dim: auto` with a `dim` that the heads do not divide.
     """
-    if config.head_dim != "auto":
-        return config.head_dim
-    if config.dim % config.heads:
+    if not isinstance(config.head_dim, int) and config.dim % config.heads:
         raise ConfigError(
             "model.dim cannot be divided among the heads",
             got=f"model.dim={config.dim}, model.heads={config.heads}",
             allowed="a multiple of model.heads",
             fix="set model.head_dim, or change one of the two",
         )
-    return config.dim // config.heads
+    return config.head_width
 
 
 class RMSNorm(nn.RMSNorm):

@@ -15,7 +15,7 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     Args:
         config: checked by `config.validate`, with `vocab_size` a number.
     """
-    assert config.vocab_size != "auto"
+    assert isinstance(config.vocab_size, int)
     dim = config.dim
     yield "embed.weight", (config.vocab_size, dim)
     if config.positions == "learned":
@@ -30,7 +30,7 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 def _layer(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     dim, mlp = config.dim, config.mlp_dim
-    head = dim // config.heads if config.head_dim == "auto" else config.head_dim
+    head = config.head_width
     width, kv_width = config.heads * head, config.kv_heads * head
     yield from _norm(config, "attn_norm")
     for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):

@@ -10,7 +10,6 @@ from typing import Literal
 
 from orchestrator.chips.chip import Chip
 from orchestrator.config.schema import ModelConfig
-from orchestrator.planner.estimate.flops import head_width
 
 Remat = Literal["none", "selective", "full", "offload"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -88,7 +87,7 @@ class ModelShape:
             config.mlp_dim,
             config.heads,
             config.kv_heads,
-            head_width(config),
+            config.head_width,
             size,
             gated=config.activation == "swiglu",
             tied=config.tied_embeddings,

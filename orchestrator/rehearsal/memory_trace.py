@@ -27,11 +27,11 @@ from orchestrator.distributed.world import World
 from orchestrator.hardware.target_table import resolve
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.rehearsal.traced_strategy import TracedStrategy, is_split, local_storage
-from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.training.job import make_trainer, micro_batch_size, place_model
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
+from orchestrator.training.resolved import Resolved, resolve_run
 
 PHASES = ("forward", "head", "last_layer", "between", "first_layer", "embedding", "update")
 """Of a step, in order: forward with the loss; backward through the head, the layers and the embedding; clipping and
@@ -105,27 +105,28 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
     """Go through one step of `config` as `rank` of `devices` on the torch-native strategy.
 
     Args:
-        config: complete, with a number as the vocabulary. `hardware.precision=auto` means fp32.
+        config: complete, with a number as the vocabulary. It is resolved as for a CPU: `hardware.precision=auto` means
+            fp32, and the layout is not planned.
         devices: in the whole job.
         rank: the process that is traced.
 
     Raises:
         LayoutError: the degrees do not fit the devices.
     """
-    assert config.model.vocab_size != "auto", "the vocabulary is known to whoever traces"
-    precision = "fp32" if config.hardware.precision == "auto" else config.hardware.precision
-    layout = resolve_layout(config.layout, devices)
+    assert isinstance(config.model.vocab_size, int), "the vocabulary is known to whoever traces"
     target = resolve(HardwareConfig(target="cpu"))
+    resolved = resolve_run(config, target, devices, config.model.vocab_size)
+    world, config = World(rank, devices, 0, 1), resolved.config
     parallel = TracedStrategy(
-        target, World(rank, devices, 0, 1), layout, precision, reduce_gradients=config.train.reduce_gradients
+        target, world, resolved.layout, resolved.precision, reduce_gradients=config.train.reduce_gradients
     )
     parallel.join()
     try:
-        model = place_model(config, config.model, parallel)
+        model = place_model(resolved, parallel)
         parts = parallel.parts(model)  # looks into the mesh's ranks, which are data
         with parallel.fake, _quiet():
             optimizer = build_optimizer(model, config.optim, parallel.root_device, parts)
-            return _watch(config, parallel, model, optimizer)
+            return _watch(resolved, parallel, model, optimizer)
     finally:
         parallel.leave()
 
@@ -154,11 +155,11 @@ def trace_deep(config: RunConfig, devices: int) -> Trace:
 
 
 def _watch(
-    config: RunConfig, parallel: TracedStrategy, model: ShardableModel, optimizer: torch.optim.Optimizer
+    resolved: Resolved, parallel: TracedStrategy, model: ShardableModel, optimizer: torch.optim.Optimizer
 ) -> Trace:
-    train = config.train
+    config, train = resolved.config, resolved.config.train
     sequences = train.global_batch_tokens // train.seq_len // parallel.data_share[1]
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(config, parallel), step=0)
+    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(resolved, parallel), step=0)
     batch = blank_batch(sequences, train.seq_len, config.data.document_mask)
     watch = _Watch(model, optimizer)
     _mark_phases(model, watch)

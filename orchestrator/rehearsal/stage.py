@@ -29,25 +29,19 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
-from orchestrator.config.compose import read_config
-from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import blank_batch
 from orchestrator.distributed.world import World
 from orchestrator.errors import UserError
-from orchestrator.hardware.target_table import job_devices, resolve
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.output import printing
-from orchestrator.runs import run_directory
 from orchestrator.sharding.axes import MESH_AXES
-from orchestrator.sharding.layout import resolve_layout
-from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.strategies.xla import XlaStrategy
 from orchestrator.training.job import make_trainer, micro_batch_size, place_model
-from orchestrator.training.layout_choice import precision_of, settle_layout
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
+from orchestrator.training.resolved import Resolved, read_resolved
 
 PROGRAM, FACTS = "step.mlir", "staged.json"
 
@@ -86,14 +80,6 @@ class StagingStrategy(XlaStrategy):
         # The zeros that would be sent are made on meta: of them only the shape is used.
         with torch.device("meta"):
             super().shard(model, placements)
-
-    def parts(self, model: ShardableModel) -> Parts:
-        """Return the parts as on a TPU, whatever this process runs on.
-
-        Args:
-            model: the staged model.
-        """
-        return WholeParts(cpu=False)  # the program is for a TPU
 
     def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
         """Put placeholders in place of the optimizer's state."""
@@ -152,8 +138,8 @@ class Staged:
     micro_batches: int
 
 
-def stage(config: RunConfig) -> Staged:
-    """Write down the optimizer step of `config` for `hardware.simulate` devices.
+def stage(resolved: Resolved) -> Staged:
+    """Write down the optimizer step of a run for `hardware.simulate` devices.
 
     With several micro-batches it is the last one's graph, which adds to the gradients that are there, clips them
     and updates: the largest of a step.
@@ -161,13 +147,13 @@ def stage(config: RunConfig) -> Staged:
     Raises:
         UserError: what of the configuration the strategy cannot do.
     """
-    parallel = _make_strategy(config)
+    config, parallel = resolved.config, _make_strategy(resolved)
     parallel.join()
-    model = place_model(config, config.model, parallel)
+    model = place_model(resolved, parallel)
     optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
     parallel.prepare_optimizer(model, optimizer)
     sequences = config.train.global_batch_tokens // config.train.seq_len
-    micro_batch = micro_batch_size(config, parallel)
+    micro_batch = micro_batch_size(resolved, parallel)
     parallel.accumulates = micro_batch < sequences
     module = LanguageModule(model, optimizer, parallel, config, micro_batch, step=0)
     batch = blank_batch(micro_batch, config.train.seq_len, config.data.document_mask)
@@ -180,16 +166,10 @@ def stage(config: RunConfig) -> Staged:
     return Staged(program, str(layout), tuple(layout.as_dict().values()), size, arguments, micro_batch, passes)
 
 
-def _make_strategy(config: RunConfig) -> StagingStrategy:
-    """Return the strategy of `hardware.simulate` devices, with its layout filled in.
-
-    Raises:
-        LayoutError: the degrees do not fit the devices.
-    """
-    target, world = resolve(config.hardware), World()
-    devices = job_devices(config.hardware, target, world)
-    layout = resolve_layout(settle_layout(config, target, devices).layout, devices)
-    return StagingStrategy(target, world, layout, precision_of(config, target), config.hardware.timeout_seconds)
+def _make_strategy(resolved: Resolved) -> StagingStrategy:
+    """As `training.job.make_strategy`, for one process that stands for all hosts."""
+    seconds = resolved.config.hardware.timeout_seconds
+    return StagingStrategy(resolved.target(), World(), resolved.layout, resolved.precision, seconds)
 
 
 def _run_step(module: LanguageModule, parallel: XlaStrategy, batch: dict[str, np.ndarray]) -> list[Tensor]:
@@ -220,7 +200,7 @@ def _declare(text: str) -> tuple[str, int]:
 
 
 def main(argv: list[str]) -> int:
-    """Stage `DIRECTORY/config.yaml` into `PROGRAM` and `FACTS` beside it.
+    """Stage the resolved run in a directory into `PROGRAM` and `FACTS` beside it.
 
     Args:
         argv: the directory.
@@ -228,7 +208,7 @@ def main(argv: list[str]) -> int:
     directory, start = Path(argv[0]), time.monotonic()
     try:
         with printing():
-            staged = stage(read_config(directory / run_directory.CONFIG))
+            staged = stage(read_resolved(directory))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

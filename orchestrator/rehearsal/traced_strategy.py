@@ -52,6 +52,9 @@ class TracedStrategy(DTensorStrategy):
         self.before_update: Callable[[], None] = lambda: None
         self._coordinator = _FakeCoordinator(self.world, self.timeout_seconds)
 
+    def check_agreement(self) -> None:
+        """There is nobody to agree with."""
+
     def leave(self) -> None:
         """Leave the fake process group and forget what was derived from it."""
         super().leave()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.storage import is_remote, locate
+from orchestrator.checkpoint.storage import is_remote
 from orchestrator.config import registry
 from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict, to_dict
@@ -28,23 +28,54 @@ _WHICH_TOKENIZER = tuple(f"data.tokenizer{key}" for key in ("", ".kind", ".path"
 def settle(composed: Composed, verify: bool, report: Callable[[str], object]) -> RunConfig:
     """Return the configuration, with the model of the checkpoint where `train.init_from` names one.
 
-    Keys of `model` on the command line are set on top of it, and `model=` replaces it. A tokenizer that travels with
-    the checkpoint is used for text, unless the command line names one.
-
     Args:
         composed: the configuration of this command line.
         verify: check the hashes of all but the tensors.
         report: told of what is passed over.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        ConfigErrors: keys do not fit the model.
+        UserError: as `find` and `settle_on`.
+    """
+    found = find(composed, verify, report)
+    return settle_on(composed, None if found is None else found.checkpoint, report)
+
+
+def find(composed: Composed, verify: bool, report: Callable[[str], object]) -> resume.ResumePoint | None:
+    """Open the checkpoint that `train.init_from` names, if it names one.
+
+    Args:
+        composed: the command line.
+        verify: as in `resume.find`.
+        report: told of each checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or it is not trusted.
     """
     config = composed.config
     if config.train.init_from is None:
+        return None
+    return resume.find(config.train.init_from, config.runs_dir, verify, report, config.checkpoint)
+
+
+def settle_on(composed: Composed, checkpoint: Checkpoint | None, report: Callable[[str], object]) -> RunConfig:
+    """Return the configuration, with the model of `checkpoint` where the run starts from one.
+
+    Keys of `model` on the command line are set on top of it, and `model=` replaces it. A tokenizer that travels with
+    the checkpoint is used for text, unless the command line names one.
+
+    Args:
+        composed: the configuration of this command line.
+        checkpoint: that the run starts from; None for random weights.
+        report: told of what cannot be known.
+
+    Raises:
+        CheckpointError: it holds no model, or came without the tokenizer that its text needs.
+        ConfigErrors: keys do not fit the model.
+    """
+    config = composed.config
+    if checkpoint is None:
         return config
-    found = resume.find(config.train.init_from, config.runs_dir, verify, report, config.checkpoint).checkpoint
-    checkpoint = Checkpoint(found)
+    found = checkpoint.directory
     # All processes read the same one, wherever they start and whatever is `latest` then.
     where = str(found if is_remote(found) else found.resolve())
     data = copy.deepcopy(to_dict(config))
@@ -106,20 +137,22 @@ def take_tokenizer(composed: Composed, checkpoint: Checkpoint, settings: dict[st
             settings.update(taken)
 
 
-def check_tokenizer(config: RunConfig, tokenizer: Tokenizer, report: Callable[[str], object]) -> None:
+def check_tokenizer(
+    config: RunConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer, report: Callable[[str], object]
+) -> None:
     """Check that the data has the tokens that the weights were trained on.
 
     Args:
         config: the run.
+        checkpoint: that the run starts from or, later, goes on from; None without one.
         tokenizer: of the data.
         report: told where documents begin or end otherwise than those that the model was trained on.
 
     Raises:
-        CheckpointError: the data has other tokens than the checkpoint of `train.init_from`.
+        CheckpointError: the data has other tokens than the checkpoint of a run that began with `train.init_from`.
     """
-    if config.train.init_from is None:
+    if config.train.init_from is None or checkpoint is None:
         return
-    checkpoint = Checkpoint(locate(config.train.init_from))
     stored = tokenizer_of(checkpoint)
     if stored is not None and not stored.agrees_with(tokenizer):
         raise CheckpointError(

@@ -19,6 +19,8 @@ from orchestrator.runs import identity, run_directory
 _OF_A_START = {
     run_directory.CONFIG,
     f"{run_directory.CONFIG}.partial",
+    run_directory.RESOLVED,
+    f"{run_directory.RESOLVED}.partial",
     run_directory.RUN,
     f"{run_directory.RUN}.partial",
     identity.IDENTITY,

@@ -7,8 +7,7 @@ import shlex
 from pathlib import Path
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.storage import AnyPath, locate
-from orchestrator.config.schema import RunConfig
+from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.errors import CheckpointError
 
 # Files of an imported checkpoint: what became of the source's tensors and keys, and the config.json that it came with.
@@ -57,16 +56,12 @@ def refuse_foreign(place: AnyPath) -> None:
         )
 
 
-def model_files(config: RunConfig, restored: Checkpoint | None) -> dict[str, bytes]:
-    """Return what of the import travels with a run's checkpoints: from the one that it resumes or started from.
+def model_files(source: Checkpoint | None) -> dict[str, bytes]:
+    """Return what of the import travels with a run's checkpoints.
 
     Args:
-        config: of the run.
-        restored: that checkpoint.
+        source: the checkpoint that the run goes on from, or started from; None for random weights.
     """
-    source = restored
-    if source is None and config.train.init_from is not None:
-        source = Checkpoint(locate(config.train.init_from), look=False)
     if source is None or SOURCE_CONFIG not in source.manifest.files:
         return {}
     return {SOURCE_CONFIG: source.read(SOURCE_CONFIG)}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
-from orchestrator.checkpoint.run_checkpoints import committed, newest_valid
+from orchestrator.checkpoint.run_checkpoints import committed, open_newest
 from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.storage import AnyPath, children, is_remote, locate, modified, resolved, there
 from orchestrator.config import registry
@@ -35,20 +35,27 @@ class ResumePoint:
     """A checkpoint to resume from.
 
     Attributes:
-        checkpoint: committed and checked.
+        checkpoint: opened and checked.
         run_dir: the run to go on in; None where that is not here, or the checkpoint is not its newest: then a new
             directory begins.
         saved: the configuration of the checkpoint's run, as plain data.
         newest: no later checkpoint lies beside it. An older one branches off: that is another run.
+        trusted: by whom it may be signed.
     """
 
-    checkpoint: AnyPath
+    checkpoint: Checkpoint
     run_dir: Path | None
     saved: dict[str, Any]
     newest: bool = True
+    trusted: Trust = Trust()
 
     def __post_init__(self) -> None:
         _keep_documents(self.saved)
+
+    @property
+    def directory(self) -> AnyPath:
+        """Of the checkpoint."""
+        return self.checkpoint.directory
 
 
 def find(
@@ -88,7 +95,8 @@ def find(
         saved = checkpoint.config()
         beside = [str(one) for one in committed(whole.parent)]
         goes_on = beside[:1] == [str(whole)]
-        return ResumePoint(path, run_of(whole, saved) if goes_on else None, saved, goes_on or str(whole) not in beside)
+        run_dir = run_of(whole, saved) if goes_on else None
+        return ResumePoint(checkpoint, run_dir, saved, goes_on or str(whole) not in beside, trusted)
     if _has(path, run_directory.CONFIG) or committed(path):
         return _in_runs([path], resume, verify, report, trusted)
     if not is_remote(path) and (places := [*runs_below(path)]):
@@ -227,21 +235,21 @@ def _in_run(place: AnyPath, verify: bool, report: Callable[[str], object], trust
             report(f"skipping {place}: {error}")
             return None
         run_dir, parent = place, run_directory.checkpoints_dir(place, config)
-        if not trusted.keys:
-            own = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
-            trusted = Trust(own.keys, own.required or trusted.required)
-    found = newest_valid(parent, verify, report, trusted)
+        trusted = _or_own(trusted, config.checkpoint)
+    found = open_newest(parent, verify, report, trusted)
     if run_dir is not None and is_remote(parent):
         # The last save that the store did not take.
-        beside = newest_valid(run_directory.beside(run_dir), verify, report, trusted)
-        found = beside if found is None or (beside is not None and _step(beside) > _step(found)) else found
-    return None if found is None else ResumePoint(found, run_dir, Checkpoint(found, trusted).config())
+        beside = open_newest(run_directory.beside(run_dir), verify, report, trusted)
+        found = beside if found is None or (beside is not None and beside.step > found.step) else found
+    return None if found is None else ResumePoint(found, run_dir, found.config(), trusted=trusted)
 
 
-def _step(checkpoint: AnyPath) -> int:
-    match = DIRECTORY.fullmatch(checkpoint.name)
-    assert match
-    return int(match[1])
+def _or_own(trusted: Trust, settings: CheckpointConfig) -> Trust:
+    """Whom the command line trusts; where it names nobody, whom the run directory's own configuration names."""
+    if trusted.keys:
+        return trusted
+    required = settings.require_signature or trusted.required
+    return trust(settings.trusted_keys, required) if settings.trusted_keys else replace(trusted, required=required)
 
 
 def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object] = lambda text: None) -> RunConfig:
@@ -266,7 +274,7 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
     _keep_optimizer(result, point)
-    registry.refuse_stored(result, composed.data, point.checkpoint)
+    registry.refuse_stored(result, composed.data, point.directory)
     result["resume"] = composed.config.resume
     # What is allowed is allowed once.
     result["resume_allow"] = list(composed.config.resume_allow)
@@ -281,7 +289,7 @@ def _keep_optimizer(result: Mapping[str, Any], point: ResumePoint) -> None:
             "a resumed run keeps its optimizer: the checkpoint holds the state of that one alone",
             got=now,
             allowed=was,
-            fix=f"leave it out; or start a new run from the weights: train.init_from={point.checkpoint}",
+            fix=f"leave it out; or start a new run from the weights: train.init_from={point.directory}",
         )
 
 
@@ -335,7 +343,7 @@ def _localize(result: dict[str, Any], point: ResumePoint, composed: Composed, re
     keys = [*_OF_THIS_MACHINE, *_TRUST]
     saved_dir = str(_at(result, "checkpoint.dir") or "auto")
     # Where the checkpoint was found at the user's word, the run goes on keeping others.
-    if saved_dir != "auto" and not str(point.checkpoint).startswith(f"{saved_dir.rstrip('/')}/"):
+    if saved_dir != "auto" and not str(point.directory).startswith(f"{saved_dir.rstrip('/')}/"):
         keys.append("checkpoint.dir")
     for key in keys:
         was, value = _at(result, key), _at(ours, key)

@@ -1,6 +1,7 @@
 """The directory of a run: `<runs_dir>/<name>/<time>/`, or `<runs_dir>/<name>/<run_id>/`.
 
-config.yaml      the resolved configuration
+config.yaml      the configuration, as the user has it
+resolved.json    what the last start has decided of it: layout, devices, precision, and so on
 run.json         facts of the run and its legs (one leg per start)
 metrics.jsonl    one row per step, and one per evaluation
 samples.jsonl    generated text
@@ -36,7 +37,7 @@ from orchestrator.observe.sink import reason
 from orchestrator.runs import identity
 from orchestrator.runs.messages import warn
 
-CONFIG, RUN, SAMPLES = "config.yaml", "run.json", "samples.jsonl"
+CONFIG, RESOLVED, RUN, SAMPLES = "config.yaml", "resolved.json", "run.json", "samples.jsonl"
 OWNER = "owner.json"
 _SPARE_BYTES = 256
 _PATIENCE_SECONDS = 60.0  # of a restarted job, whose last process may not have ended yet

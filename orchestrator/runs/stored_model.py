@@ -39,7 +39,7 @@ def find_checkpoint(where: str, runs_dir: str, report: Callable[[str], object], 
     Raises:
         CheckpointError: there is none.
     """
-    path = locate(where) if where != LATEST else resume.find(LATEST, runs_dir, False, report).checkpoint.parent
+    path = locate(where) if where != LATEST else resume.find(LATEST, runs_dir, False, report).directory.parent
     try:
         if (path / MANIFEST).is_file():
             return path

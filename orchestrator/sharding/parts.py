@@ -19,13 +19,7 @@ Reduced = tuple[int, ...]
 
 
 class Parts(Protocol):
-    """The parts of the parameters that this process holds, and the computations over all parts.
-
-    Attributes:
-        cpu: whether a CPU computes: there fp32 costs no more than bf16.
-    """
-
-    cpu: bool
+    """The parts of the parameters that this process holds, and the computations over all parts."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return this process's part of a parameter, gradient or state tensor, sharing its memory.
@@ -84,14 +78,7 @@ class Parts(Protocol):
 
 
 class WholeParts:
-    """`Parts` where every tensor is global: of a single device, and of XLA's SPMD, whose compiler splits them.
-
-    Args:
-        cpu: as for `Parts`.
-    """
-
-    def __init__(self, cpu: bool):
-        self.cpu = cpu
+    """`Parts` where every tensor is global: of a single device, and of XLA's SPMD, whose compiler splits them."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return the tensor itself, detached."""

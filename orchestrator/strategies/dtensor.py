@@ -77,6 +77,8 @@ class DTensorStrategy(ParallelStrategy):
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{backend}"
         self.coordinator.meet(backend)
+        if self.world.size > 1:
+            self.check_agreement()
         names, degrees = (
             ("replicate", "shard", "tensor"),
             (self.layout.replicate, self.layout.shards, self.layout.tensor),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from orchestrator.distributed.coordinator import ProcessCoordinator, Vote
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.world import World
+from orchestrator.errors import HardwareError
 from orchestrator.hardware.target import Target
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
@@ -60,6 +61,21 @@ class ParallelStrategy(Strategy):
     def join(self) -> None:
         """Meet the other processes and build the device mesh."""
 
+    def check_agreement(self) -> None:
+        """See that all processes have the same layout and precision, before a mesh is made of them.
+
+        Raises:
+            HardwareError: one has not; on all of them.
+        """
+        mine = f"{self.layout}, {self.precision}, {self.layout.devices} devices"
+        first = self.broadcast(mine)
+        if self.any_raised(mine != first):
+            raise HardwareError(
+                "the processes of this job do not have the same layout",
+                got=f"{mine} in process {self.world.rank}, {first} in process 0",
+                fix="start the same command on every host, on hosts with the same devices",
+            )
+
     def leave(self) -> None:
         """Leave the job's process group."""
         if self._coordinator is not None:
@@ -82,7 +98,7 @@ class ParallelStrategy(Strategy):
 
     def parts(self, model: ShardableModel) -> Parts:
         """How the parameters of `model` are split, as an optimizer sees it. All ranks call it together."""
-        return WholeParts(self.root_device.type == "cpu")
+        return WholeParts()
 
     def adopt(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
         """Take over what a restore wrote into `state_shards`, where those are copies."""

@@ -32,7 +32,6 @@ class ShardedParts:
     """
 
     def __init__(self, mesh: DeviceMesh, layout: Layout, rank: int, placements: Mapping[Any, Placement]):
-        self.cpu = mesh.device_type == "cpu"
         self._layout, self._placements = layout, dict[Any, Placement](placements)
         self._size = layout.shards * layout.tensor
         # The ranks that hold one copy of the model; rank r of it is rank r of the first copy.

@@ -37,7 +37,7 @@ from orchestrator.models.loss import HeadOps, chunked_cross_entropy
 from orchestrator.models.protocol import ShardableModel, attend_in_blocks
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
-from orchestrator.sharding.parts import Parts, Reduced, WholeParts, reduced_dims
+from orchestrator.sharding.parts import Reduced, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
@@ -61,7 +61,7 @@ class XlaStrategy(ParallelStrategy):
         if self.world.size > 1:
             # Before the runtime starts, which waits for the devices of all hosts and does not say for whom.
             self.coordinator.meet("gloo")
-            self._check_agreement()
+            self.check_agreement()
         xr.use_spmd()
         devices = self._devices()
         self._check_devices(len(devices))
@@ -75,17 +75,6 @@ class XlaStrategy(ParallelStrategy):
     def _execute(self) -> None:
         """Compile and run what has been traced so far."""
         torch_xla.sync()
-
-    def _check_agreement(self) -> None:
-        """All hosts are about to build the same program."""
-        mine = f"{self.layout}, {self.precision}, {self.layout.devices} devices"
-        first = self.broadcast(mine)
-        if self.any_raised(mine != first):
-            raise HardwareError(
-                "the hosts of this job do not have the same layout",
-                got=f"{mine} on host {self.world.rank}, {first} on host 0",
-                fix="start the same command on every host, on hosts with the same devices",
-            )
 
     def _devices(self) -> list[Mapping[str, Any]]:
         """Attributes of all devices of the job, in the order of their numbers (`TPU:12`)."""
@@ -165,10 +154,6 @@ class XlaStrategy(ParallelStrategy):
         placed = tensor.to(self.root_device)
         xs.mark_sharding(placed, self._mesh, spec)
         return placed
-
-    def parts(self, model: ShardableModel) -> Parts:
-        # Every tensor is the global one; the compiler splits what is computed of it.
-        return WholeParts(cpu=xr.device_type() == "CPU")
 
     def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
         reduced = reduced_dims(optimizer)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.training.job import Job, build, make_strategy
     from orchestrator.training.module import LanguageModule
     from orchestrator.training.optimizer_setup import build_optimizer
+    from orchestrator.training.resolved import Resolved, resolve_run
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
@@ -23,14 +24,17 @@ else:
             "training.job": ["Job", "build", "make_strategy"],
             "training.module": ["LanguageModule"],
             "training.optimizer_setup": ["build_optimizer"],
+            "training.resolved": ["Resolved", "resolve_run"],
         },
     )
 
 __all__ = [
     "Job",
     "LanguageModule",
+    "Resolved",
     "build",
     "build_optimizer",
     "check_run",
     "make_strategy",
+    "resolve_run",
 ]

@@ -43,17 +43,14 @@ from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
 
 HANDOVERS = MEASURED  # of a run directory: a list, one entry per start from a checkpoint
-_STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
 
 
 def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
     """The reference batch of a run: the first sequences of the held-out data (else of the training data), cut short."""
-    settings, train = config.checkpoint.handover, config.train
-    # A save holds the training for as long as it takes to measure.
-    auto = min(_MAX_LENGTH, max(_MIN_LENGTH, train.global_batch_tokens // _STEP_PARTS))
-    length = auto if settings.seq_len == "auto" else settings.seq_len
+    settings = config.checkpoint.handover
+    assert isinstance(settings.seq_len, int), "training.resolved has filled it in"
     rows = stream.batch(range(min(settings.sequences, len(stream))))
-    return reference_batch(rows, min(length, train.seq_len))
+    return reference_batch(rows, min(settings.seq_len, config.train.seq_len))
 
 
 def reference_files(

@@ -1,8 +1,8 @@
-"""From a configuration to a job that is ready to train. Read this file first: a run goes in its order."""
+"""From what is resolved to a job that is ready to train. Read this file first: a run goes in its order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,230 +10,77 @@ import lightning.pytorch as lightning
 import torch
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import locate
-from orchestrator.chips.load import load_catalogue
-from orchestrator.config.convert import to_dict
-from orchestrator.config.schema import ModelConfig, RunConfig
-from orchestrator.data.model_files import TOKENIZER_FILE
+from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData
-from orchestrator.data.stream import Position, StepLoader, TokenStream, validation_batches
-from orchestrator.data.validation import ValidationData, mixture_lines, validation_data
+from orchestrator.data.stream import Position, StepLoader, TokenStream
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.target import Target
-from orchestrator.hardware.target_table import job_devices
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.remat import apply_remat
-from orchestrator.observe.history import History
-from orchestrator.observe.metrics import Metrics
-from orchestrator.observe.progress import Progress
-from orchestrator.observe.sink import SideChannels
-from orchestrator.observe.throughput import mfu, peak_flops
-from orchestrator.planner.estimate.flops import flops_per_token
-from orchestrator.runs import identity
-from orchestrator.runs.messages import say, warn
-from orchestrator.runs.origin import model_files
-from orchestrator.runs.own_parts import build_model, own_callbacks, own_loggers
-from orchestrator.runs.provenance import software
-from orchestrator.runs.run_directory import RunPaths, read_history
-from orchestrator.runs.stored_model import files_of
+from orchestrator.runs.own_parts import build_model
 from orchestrator.sharding import rules
-from orchestrator.sharding.layout import resolve_layout
 from orchestrator.strategies.environment import JobEnvironment
-from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
-from orchestrator.training.callbacks.checkpointing import Checkpoints
-from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
-from orchestrator.training.callbacks.preemption import StopOnSignal
-from orchestrator.training.check import resolve_model
-from orchestrator.training.handover_check import make_batch
-from orchestrator.training.layout_choice import precision_of, settle_layout
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
-from orchestrator.training.restore import data_position, restore_run, restore_weights
+from orchestrator.training.resolved import Resolved
+from orchestrator.training.restore import data_position, open_together, restore_run, restore_weights
+from orchestrator.training.watchers import Watchers, make_watchers
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """A run, built: what `launch.run` drives."""
+    """A run, built: what `launch.run` drives.
 
-    trainer: lightning.Trainer
+    Attributes:
+        resolved: what it is.
+        parallel: over which devices.
+        module: one step of it.
+        loader: its batches.
+        trainer: Lightning's, whose loop asks the one for the other.
+        watchers: what looks at it between the steps, and keeps it.
+        restored: the checkpoint that it goes on from; None for a new run.
+        facts: what is known of it before its first step.
+        leg: what is known of this start of it.
+    """
+
+    resolved: Resolved
+    parallel: ParallelStrategy
     module: LanguageModule
     loader: StepLoader
-    parallel: ParallelStrategy
-    stop: StopOnSignal
-    own_callbacks: list[lightning.Callback]
-    channels: SideChannels
-    metrics: Metrics
-    progress: Progress | None
-    checkpoints: Checkpoints
-    evaluation: Validation
-    samples: Samples
-    history: History
+    trainer: lightning.Trainer
+    watchers: Watchers
     restored: Checkpoint | None
     facts: dict[str, Any]
     leg: dict[str, Any]
-    say: Callable[[str], None]
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """Prints a line of the run, in the one process that speaks."""
+        return self.watchers.say
 
 
-def build(config: RunConfig, parallel: ParallelStrategy, data: PreparedData, place: RunPaths, leg: int) -> Job:
-    """Build the job of this process on a strategy that has joined the others.
+def make_strategy(resolved: Resolved, target: Target, world: World) -> ParallelStrategy:
+    """The strategy of the target, for the resolved layout; `join` is called next.
 
     Args:
-        leg: which start of the run this is, from 0.
+        resolved: the run.
+        target: whose devices they are.
+        world: this process among the job's.
 
     Raises:
-        UserError: whatever of the configuration does not fit the data, the devices or the checkpoint.
+        HardwareError: the target has no strategy.
     """
-    model_config = resolve_model(config.model, data.vocab_size)
-    model = place_model(config, model_config, parallel)
-    parts, restoring = parallel.parts(model), place.resume_from is not None
-    optimizer = build_optimizer(model, config.optim, parallel.root_device, parts, restoring)
-    parallel.prepare_optimizer(model, optimizer)
-    stream = _stream(config, data)
-    restored = None
-    if place.resume_from is None:
-        _initialize(model, config, parallel)
-    else:
-        restored = restore_run(place.resume_from, config, parallel, model, optimizer, stream)
-    step = restored.step if restored else 0
-    loader, micro_batch = _loader(config, stream, parallel, data_position(restored, stream))
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch, step)
-    return _assemble(config, parallel, data, place, leg, module, loader, restored)
-
-
-def place_model(config: RunConfig, model_config: ModelConfig, parallel: ParallelStrategy) -> ShardableModel:
-    """The model, described on the meta device, then each process's part of it allocated."""
-    with torch.device("meta"):
-        model = build_model(model_config, config.train.loss_chunk_tokens)
-    remat = settle_layout(config, parallel.target, parallel.layout.devices).remat
-    apply_remat(model, remat, parallel.checkpoint)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    parallel.shard(model, rules.place(model.logical_axes(), shapes))
-    return model
-
-
-def _initialize(model: ShardableModel, config: RunConfig, parallel: ParallelStrategy) -> None:
-    """The weights that a run starts with: random ones of its seed, or those of a checkpoint."""
-    if config.train.init_from is None:
-        parallel.initialize(model, config.seed)
-    else:
-        restore_weights(Checkpoint(locate(config.train.init_from), look=False), config, parallel, model)
-
-
-def _stream(config: RunConfig, data: PreparedData) -> TokenStream:
-    seq_len, mask = config.train.seq_len, config.data.document_mask
-    return TokenStream(data.stores, data.weights, "train", seq_len, config.seed, mask)
-
-
-def _loader(
-    config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, position: Position
-) -> tuple[StepLoader, int]:
-    """This rank's share of the steps from `position` on, and how many sequences of it one backward pass takes."""
-    train = config.train
-    sequences = train.global_batch_tokens // train.seq_len
-    (rank, shares), steps = parallel.data_share, train.max_steps - position.step
-    loader = StepLoader(stream, sequences, rank, shares, position, steps, config.data.prefetch)
-    return loader, micro_batch_size(config, parallel)
-
-
-def micro_batch_size(config: RunConfig, parallel: ParallelStrategy) -> int:
-    """Sequences of one backward pass of this process."""
-    train, layout, shares = config.train, parallel.layout, parallel.data_share[1]
-    share = train.global_batch_tokens // train.seq_len // shares
-    size = settle_layout(config, parallel.target, layout.devices).micro_batch
-    if size == "auto":
-        return share
-    # The size is per device; a process may drive several.
-    return min(share, size * layout.data_parallel // shares)
-
-
-def _assemble(
-    config: RunConfig,
-    parallel: ParallelStrategy,
-    data: PreparedData,
-    place: RunPaths,
-    leg: int,
-    module: LanguageModule,
-    loader: StepLoader,
-    restored: Checkpoint | None,
-) -> Job:
-    """What looks at the run and keeps it, around the module that trains."""
-    train, step, main = config.train, module.step, parallel.rank == 0
-    facts, utilisation = _facts(config, module.model, data, parallel)
-    side = provenance(parallel)
-    # Rank 0 alone writes what carries it; the run directory may not be there on other hosts.
-    run_uuid = identity.uuid_of(place.run_dir) if main else ""
-    history = History(read_history(restored)[1] if restored and main else ())
-    channels = SideChannels(warn)
-    metrics = Metrics(
-        place.run_dir,
-        config.logger,
-        fetch=parallel.fetch,
-        compilations=parallel.compilations,
-        tokens_per_step=train.global_batch_tokens,
-        tokens_after=loader.tokens_after,
-        mfu=utilisation,
-        memory=lambda: parallel.target.memory_bytes(parallel.root_device),
-        main=main,
-        leg=leg,
-        start_step=step,
-        run_config=to_dict(config),
-        run_uuid=run_uuid,
-        history=history,
-        channels=channels,
-        skips=train.on_nonfinite == "skip",
-        loggers=own_loggers(config),
-    )
-    progress = Progress(metrics, step, train.max_steps) if main and config.logger.progress else None
-    tell = progress.say if progress else (say if main else _silent)
-    stop = StopOnSignal(parallel, tell)
-    validation = validation_data(config, data)
-    held_out = validation.stream(config.data.document_mask)
-    reference = make_batch(config, held_out or loader.stream) if config.checkpoint.handover.enabled else None
-    files, sides = _travelling(config, data, restored, main), {**side, "run": run_uuid}
-    keep = (data.tokenizer, files, sides, metrics, history, reference, tell)
-    checkpoints = Checkpoints(place.checkpoints, place.run_dir, config, parallel, loader, *keep)
-    batches = _validation(validation, held_out, parallel, module.micro_batch)
-    evaluation = Validation(parallel, metrics, train.eval_every, batches, tell, progress)
-    samples = Samples(
-        parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(held_out or loader.stream)
-    )
-    periods = (config.logger.every_steps, train.eval_every, train.sample.every_steps, config.checkpoint.every_steps)
-    guard, own = module.guard, own_callbacks(config)
-    guard.due = lambda step: any(period and step % period == 0 for period in periods)
-    guard.say = tell
-    callbacks = [guard, metrics, *([progress] if progress else []), evaluation, samples, *own, checkpoints, stop]
-    trainer = make_trainer(parallel, callbacks, train.deterministic)
-    about = {"leg": leg, "start_step": step, "resumed_from": str(restored.directory) if restored else None, **side}
-    seen = (own, channels, metrics, progress, checkpoints, evaluation, samples, history, restored)
-    return Job(trainer, module, loader, parallel, stop, *seen, facts, about, tell)
-
-
-def _travelling(config: RunConfig, data: PreparedData, restored: Checkpoint | None, main: bool) -> dict[str, bytes]:
-    """The files that the model came with, as they were, or those of the data's tokenizer; the first process saves."""
-    if not main:
-        return {}
-    if restored is None and config.train.init_from is not None:
-        restored = Checkpoint(locate(config.train.init_from), look=False)
-    files = files_of(restored) if restored else {}
-    files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
-    return {**files, **model_files(config, restored)}
-
-
-def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelStrategy:
-    """The strategy that the target runs on, with its layout filled in.
-
-    Raises:
-        LayoutError: the degrees do not fit the devices.
-    """
-    hardware = config.hardware
-    devices = job_devices(hardware, target, world)
-    layout = resolve_layout(settle_layout(config, target, devices).layout, devices)
-    precision = precision_of(config, target)
+    config, layout, precision = resolved.config, resolved.layout, resolved.precision
+    seconds = config.hardware.timeout_seconds
     if target.strategy == "xla":
         from orchestrator.strategies.xla import XlaStrategy
 
-        return XlaStrategy(target, world, layout, precision, hardware.timeout_seconds)
+        return XlaStrategy(target, world, layout, precision, seconds)
     if target.strategy == "dtensor":
         from orchestrator.strategies.dtensor import DTensorStrategy
 
@@ -242,65 +89,122 @@ def make_strategy(config: RunConfig, target: Target, world: World) -> ParallelSt
             world,
             layout,
             precision,
-            timeout_seconds=hardware.timeout_seconds,
+            timeout_seconds=seconds,
             reduce_gradients=config.train.reduce_gradients,
-            compile=hardware.compile,
+            compile=config.hardware.compile,
         )
     raise HardwareError(
         f"the target '{target.name}' has no strategy in this version", got=target.strategy, allowed="dtensor, xla"
     )
 
 
-def _validation(
-    validation: ValidationData, stream: TokenStream | None, parallel: ParallelStrategy, micro_batch: int
-) -> Callable[[], Iterable[dict[str, Any]]] | None:
-    if stream is None:
+def build(
+    resolved: Resolved,
+    parallel: ParallelStrategy,
+    data: PreparedData,
+    leg: int,
+    trusted: Trust = Trust(),
+    opened: Checkpoint | None = None,
+) -> Job:
+    """Build the job of this process on a strategy that has joined the others.
+
+    Args:
+        resolved: the run, whose directory is open.
+        parallel: the strategy.
+        data: what `resolved.config.data` names.
+        leg: which start of the run this is, from 0.
+        trusted: whose checkpoints are believed.
+        opened: the checkpoint that this process has opened already, if it has: the one to go on or to start from.
+
+    Raises:
+        UserError: whatever of the data, the devices or the checkpoint does not fit.
+    """
+    config, resumes = resolved.config, resolved.place.resume_from is not None
+    model = place_model(resolved, parallel)
+    optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model), resumes)
+    parallel.prepare_optimizer(model, optimizer)
+    stream = _stream(config, data)
+    source = _fill(resolved, parallel, model, optimizer, stream, trusted, opened)
+    restored = source if resumes else None
+    position = data_position(restored, stream)
+    loader = _loader(config, stream, parallel, position)
+    module = LanguageModule(
+        model, optimizer, parallel, config, micro_batch=micro_batch_size(resolved, parallel), step=position.step
+    )
+    facts, mfu = run_facts(resolved, parallel, model, data)
+    side = provenance(parallel)
+    watchers = make_watchers(
+        resolved,
+        parallel,
+        data,
+        module,
+        loader,
+        leg=leg,
+        source=source,
+        restored=restored,
+        provenance=side,
+        mfu=mfu,
+    )
+    trainer = make_trainer(parallel, watchers.callbacks(module.guard), config.train.deterministic)
+    resumed_from = str(restored.directory) if restored else None
+    about = {"leg": leg, "start_step": position.step, "resumed_from": resumed_from, **side}
+    return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about)
+
+
+def place_model(resolved: Resolved, parallel: ParallelStrategy) -> ShardableModel:
+    """The model, described on the meta device, then each process's part of it allocated."""
+    with torch.device("meta"):
+        model = build_model(resolved.config.model, resolved.config.train.loss_chunk_tokens)
+    apply_remat(model, resolved.remat, parallel.checkpoint)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parallel.shard(model, rules.place(model.logical_axes(), shapes))
+    return model
+
+
+def _stream(config: RunConfig, data: PreparedData) -> TokenStream:
+    seq_len, mask = config.train.seq_len, config.data.document_mask
+    return TokenStream(data.stores, data.weights, "train", seq_len, config.seed, mask)
+
+
+def _fill(
+    resolved: Resolved,
+    parallel: ParallelStrategy,
+    model: ShardableModel,
+    optimizer: torch.optim.Optimizer,
+    stream: TokenStream,
+    trusted: Trust,
+    opened: Checkpoint | None,
+) -> Checkpoint | None:
+    """Give the model its weights: those of the run so far, those of other training, or random ones of the seed.
+
+    Returns:
+        The checkpoint that they are from.
+    """
+    config, resume_from = resolved.config, resolved.place.resume_from
+    if resume_from is not None:
+        return restore_run(resume_from, resolved, parallel, model, optimizer, stream, trusted, opened)
+    if config.train.init_from is None:
+        parallel.initialize(model, config.seed)
         return None
-    sequences = validation.sequences
-    rank, shares = parallel.data_share
-    batch = min(micro_batch, -(-sequences // shares))
-    return lambda: validation_batches(stream, sequences, batch, rank, shares)
+    source = open_together(locate(config.train.init_from), trusted, parallel, opened)
+    restore_weights(source, config, parallel, model)
+    return source
 
 
-def _facts(
-    config: RunConfig, model: ShardableModel, data: PreparedData, parallel: ParallelStrategy
-) -> tuple[dict[str, Any], Callable[[float], float | None]]:
-    """What is known of the run before its first step, and MFU as a function of tokens per second."""
-    target, devices = parallel.target, parallel.layout.devices
-    # What an own model computes no description says: its utilisation is unknown.
-    flops = None if model.config._target_ else flops_per_token(model.config, config.train.seq_len)
-    chip = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
-    figure = load_catalogue().get(chip).device_peak_flops(parallel.precision) if chip else None
-    peak, source = peak_flops(target, figure, parallel.precision, parallel.root_device)
-
-    facts = {
-        "name": config.name,
-        "parameters": sum(parameter.numel() for _, parameter in local_parameters(model)),
-        "flops_per_token": flops,
-        "peak_flops_per_device": peak,
-        "peak_source": source,
-        "vocab_size": model.config.vocab_size,
-        "unigram_entropy_nats": data.unigram_entropy_nats,
-        "data": data.describe(),
-        "mixture": mixture_lines(data),
-        "validation": validation_data(config, data).lines(),
-    }
-    return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)
+def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, position: Position) -> StepLoader:
+    """This process's share of the steps from `position` on."""
+    train = config.train
+    sequences = train.global_batch_tokens // train.seq_len
+    (rank, shares), steps = parallel.data_share, train.max_steps - position.step
+    return StepLoader(stream, sequences, rank, shares, position, steps, config.data.prefetch)
 
 
-def provenance(parallel: ParallelStrategy) -> dict[str, Any]:
-    """What a result may depend on: hardware, layout, precision, software."""
-    probe = parallel.target.probe()
-    return {
-        "target": parallel.target.name,
-        "device_names": list(probe.device_names),
-        "devices": parallel.layout.devices,
-        "hosts": parallel.world.hosts,
-        "engine": parallel.world.engine,
-        "layout": parallel.layout.as_dict(),
-        "precision": parallel.precision,
-        "software": software(),
-    }
+def micro_batch_size(resolved: Resolved, parallel: ParallelStrategy) -> int:
+    """Sequences of one backward pass of this process."""
+    train, layout, shares = resolved.config.train, parallel.layout, parallel.data_share[1]
+    share = train.global_batch_tokens // train.seq_len // shares
+    # The size is per device; a process may drive several.
+    return min(share, resolved.micro_batch * layout.data_parallel // shares)
 
 
 def make_trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic: bool) -> lightning.Trainer:
@@ -320,7 +224,3 @@ def make_trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-
-
-def _silent(text: str) -> None:
-    """Of the processes one speaks."""

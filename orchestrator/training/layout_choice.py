@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +14,7 @@ from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape
 from orchestrator.sharding.axes import MESH_AXES
 
-# An automatic vocabulary is known when the data is; for the plan, which all processes make alike, this one will do.
+# An automatic vocabulary is known when the data is, which is prepared after the plan: for that this one will do.
 _NOMINAL_VOCABULARY = 32768
 
 
@@ -40,8 +39,8 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     """Plan the degrees that are `auto`, if there is a choice and the chip is in the catalogue.
 
     With one open degree there is nothing to choose; on an unknown chip, on a CPU and in a rehearsal `resolve_layout`
-    fills them by its rule. The answer depends on the configuration, the chip and the number of devices alone, so
-    every process of a job comes to the same one.
+    fills them by its rule. The answer depends on the configuration, the chip and the number of devices alone: every
+    process that an engine has started comes to the same one, once.
     """
     train = config.train
     kept = Settled(config.layout, train.micro_batch_size, "none" if train.remat == "auto" else train.remat)
@@ -98,6 +97,5 @@ def precision_of(config: RunConfig, target: Target) -> str:
     return target.default_precision(target.probe()) if chosen == "auto" else chosen
 
 
-@functools.lru_cache(maxsize=16)
 def _best(job: JobSpec, cluster: Cluster, batch_tokens: int, space: Space) -> Candidate | None:
     return search(job, cluster, Batch(batch_tokens), space, domains=space.copies).best

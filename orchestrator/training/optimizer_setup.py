@@ -21,12 +21,15 @@ from orchestrator.config.schema import (
     OwnOptimConfig,
     SGDConfig,
 )
+from orchestrator.errors import ConfigError
 from orchestrator.optim.adafactor import Adafactor
 from orchestrator.optim.combined import CombinedOptimizer
 from orchestrator.optim.muon import Muon
 from orchestrator.optim.own import build_own
 from orchestrator.optim.sgd import SGD
 from orchestrator.sharding.parts import Parts, WholeParts
+
+_NS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 PEAK = "peak_lr"
 """Key of a parameter group: the rate that the schedule scales."""
@@ -53,9 +56,9 @@ def build_optimizer(
         The optimizer; each group has its peak learning rate under `PEAK`.
 
     Raises:
-        ConfigError: an optimizer of the user's cannot be made, or keeps what cannot be saved.
+        ConfigError: an optimizer of the user's cannot be made, or keeps what cannot be saved; or `ns_dtype` is open.
     """
-    parts = parts or WholeParts(device.type == "cpu")
+    parts = parts or WholeParts()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _build(model, parameters, config, device, parts, restoring)
     for group in optimizer.param_groups:
@@ -126,7 +129,8 @@ def _muon(
     inside = {id(parameter) for block in model.blocks for parameter in block.parameters()}  # type: ignore[union-attr]
     matrices = [p for p in parameters if id(p) in inside and p.dim() == 2]
     chosen = {id(parameter) for parameter in matrices}
-    exact = config.ns_dtype == "fp32" or (config.ns_dtype == "auto" and parts.cpu)
+    if config.ns_dtype not in _NS_DTYPES:
+        raise ConfigError("optim.ns_dtype is not known", got=config.ns_dtype, allowed=", ".join(_NS_DTYPES))
     muon = Muon(
         matrices,
         parts,
@@ -138,6 +142,6 @@ def _muon(
         config.ns_steps,
         config.eps,
         config.adjust_lr,
-        torch.float32 if exact else torch.bfloat16,
+        _NS_DTYPES[config.ns_dtype],
     )
     return CombinedOptimizer([muon, _adamw([p for p in parameters if id(p) not in chosen], config.adamw, device)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import STATE
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.run_checkpoints import newest_valid
-from orchestrator.checkpoint.signing import Trust, trust
-from orchestrator.checkpoint.storage import AnyPath
+from orchestrator.checkpoint.signing import Trust
+from orchestrator.checkpoint.storage import AnyPath, is_remote
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import Position, TokenStream
 from orchestrator.distributed.exchange import Coordinator
@@ -21,26 +22,38 @@ from orchestrator.errors import CheckpointError, DamagedError, NonFiniteError
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.observe.bar import Bar
 from orchestrator.runs.messages import warn
-from orchestrator.runs.resume import is_checkpoint
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.diagnosis import find_nonfinite
+from orchestrator.training.resolved import Resolved
 
 _NAMED = 4  # tensors that are listed
 
 
 def restore_run(
     where: AnyPath,
-    config: RunConfig,
+    resolved: Resolved,
     parallel: ParallelStrategy,
     model: ShardableModel,
     optimizer: torch.optim.Optimizer,
     stream: TokenStream,
+    trusted: Trust = Trust(),
+    opened: Checkpoint | None = None,
 ) -> Checkpoint:
     """Fill model and optimizer from the checkpoint `where`, on whatever layout. All ranks call it together.
 
-    Its hashes are checked while it is read. Where it is damaged, and the user has not named it but a run, the run goes
-    on from the newest one before it that is whole.
+    Its hashes are checked while it is read. Where it is damaged, and `resolved.takes_older`, the run goes on from the
+    newest one before it that is whole.
+
+    Args:
+        where: the checkpoint is.
+        resolved: the run.
+        parallel: the strategy.
+        model: placed.
+        optimizer: with its state allocated.
+        stream: the data, which has to be the checkpoint's.
+        trusted: whose checkpoints are believed.
+        opened: a checkpoint that this process has opened already; it is taken if it is the one.
 
     Returns:
         The checkpoint that it was.
@@ -50,15 +63,15 @@ def restore_run(
         DamagedError: it is damaged, and none before it is whole.
         NonFiniteError: its numbers are not finite, and none before it is whole.
     """
-    trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+    config = resolved.config
     while True:
         try:
-            checkpoint = _open(where, trusted, parallel)
+            checkpoint = open_together(where, trusted, parallel, opened)
             _check_run(checkpoint, config, stream)
             _fill(checkpoint, config, parallel, model, optimizer)
             return checkpoint
         except (DamagedError, NonFiniteError) as error:
-            if config.resume is None or is_checkpoint(config.resume):
+            if not resolved.takes_older:
                 raise
             if parallel.rank == 0:
                 warn(f"skipping {where}: {error}")
@@ -88,12 +101,25 @@ def restore_weights(
     _fill(checkpoint, config, parallel, model, None, cast)
 
 
-def _open(where: AnyPath, trusted: Trust, parallel: ParallelStrategy) -> Checkpoint:
-    """The checkpoint, on all ranks or on none: what one alone cannot read must not leave the others waiting."""
-    problem, checkpoint = None, None
+def open_together(
+    where: AnyPath, trusted: Trust, parallel: ParallelStrategy, opened: Checkpoint | None = None
+) -> Checkpoint:
+    """The checkpoint, on all ranks or on none: what one alone cannot read must not leave the others waiting.
+
+    Args:
+        where: it is.
+        trusted: whose checkpoints are believed.
+        parallel: the strategy.
+        opened: a checkpoint that this process has opened already; it is taken if it is the one. Another process may
+            have decided, and found a later one.
+
+    Raises:
+        DamagedError: a process cannot read it.
+    """
+    problem, checkpoint = None, opened if opened is not None and _is_at(opened, where) else None
     try:
         # Whoever chose it has looked at each file; a thousand processes need not.
-        checkpoint = Checkpoint(where, trusted, look=False)
+        checkpoint = checkpoint or Checkpoint(where, trusted, look=False)
         checkpoint.state()
     except CheckpointError as error:
         problem = error
@@ -101,6 +127,11 @@ def _open(where: AnyPath, trusted: Trust, parallel: ParallelStrategy) -> Checkpo
         what = problem.what if problem else "another process cannot read the checkpoint"
         raise DamagedError(what, got=problem.got if problem else where) from problem
     return checkpoint
+
+
+def _is_at(checkpoint: Checkpoint, where: AnyPath) -> bool:
+    mine, other = (path if is_remote(path) else Path(path).resolve() for path in (checkpoint.directory, where))
+    return str(mine) == str(other)
 
 
 def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:

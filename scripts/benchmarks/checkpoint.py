@@ -27,6 +27,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import psutil
 import torch
+from common import resolved_in
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.reader import read_into
@@ -35,8 +36,6 @@ from orchestrator.config.compose import compose
 from orchestrator.data.prepare import prepare
 from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.distributed.world import World
-from orchestrator.hardware.target_table import resolve
-from orchestrator.runs.run_directory import RunPaths
 from orchestrator.sharding.shard import Shard
 from orchestrator.training.job import build, make_strategy
 
@@ -195,18 +194,18 @@ def stall(asynchronous: bool, every: int, steps: int) -> None:
     config = compose([*words, "logger.progress=false", "checkpoint.keep_last=1"]).config
     data = prepare(config.data)
     with tempfile.TemporaryDirectory() as folder:
-        place = RunPaths(Path(folder), Path(folder) / "checkpoints", None)
-        parallel = make_strategy(config, resolve(config.hardware), World())
+        resolved = resolved_in(config, World(), data, Path(folder))
+        parallel = make_strategy(resolved, resolved.target(), World())
         parallel.join()
-        job = build(config, parallel, data, place, leg=0)
+        job = build(resolved, parallel, data, leg=0)
         clock = Clock()
         job.trainer.callbacks.append(clock)
         job.trainer.fit(job.module, job.loader)
-        job.checkpoints.close()
-        job.channels.close()
+        job.watchers.checkpoints.close()
+        job.watchers.channels.close()
         parallel.leave()
     step = statistics.median(clock.steps)
-    first, later = job.checkpoints.stalls[0], job.checkpoints.stalls[1:]
+    first, later = job.watchers.checkpoints.stalls[0], job.watchers.checkpoints.stalls[1:]
     print(
         f"  {'asynchronous' if asynchronous else 'synchronous'}: the save holds the training for "
         f"{statistics.median(later) / step:.1%} of a step of {step:.2f} s (median of {len(later)}; the first "

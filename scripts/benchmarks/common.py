@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +15,10 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.data.stream import Position, StepLoader, TokenStream
 from orchestrator.distributed.world import World
-from orchestrator.hardware.target_table import resolve
+from orchestrator.hardware.target_table import job_devices, resolve
 from orchestrator.runs.run_directory import RunPaths
 from orchestrator.training.job import build, make_strategy
+from orchestrator.training.resolved import Resolved, resolve_run
 
 Turns = TypeVar("Turns", bound=lightning.Callback)
 
@@ -36,20 +38,28 @@ def batches(config: RunConfig, data: PreparedData) -> Iterator[Any]:
     return iter(StepLoader(stream, sequences, 0, 1, Position(), config.train.max_steps))
 
 
+def resolved_in(config: RunConfig, world: World, data: PreparedData, run_dir: Path) -> Resolved:
+    """What a launcher decides for a new run of this world in `run_dir`."""
+    target = resolve(config.hardware)
+    devices = job_devices(config.hardware, target, world)
+    resolved = resolve_run(config, target, devices, data.vocab_size, data=data)
+    return replace(resolved, paths=RunPaths(run_dir, run_dir / "checkpoints", None))
+
+
 def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns], world: World = World()) -> Turns:
     """Train as the product does, with one more callback, which is returned."""
     data = prepare(config.data)
     with tempfile.TemporaryDirectory() as folder:
-        place = RunPaths(Path(folder), Path(folder) / "checkpoints", None)
-        parallel = make_strategy(config, resolve(config.hardware), world)
+        resolved = resolved_in(config, world, data, Path(folder))
+        parallel = make_strategy(resolved, resolved.target(), world)
         parallel.join()
-        job = build(config, parallel, data, place, leg=0)
+        job = build(resolved, parallel, data, leg=0)
         turns = make_turns(config, data)
         # Last, so that all of the product's own callbacks are on the product's clock.
         job.trainer.callbacks.append(turns)
         job.trainer.fit(job.module, job.loader)
-        job.channels.close()
-        if job.progress:
-            job.progress.close()
+        job.watchers.channels.close()
+        if job.watchers.progress:
+            job.watchers.progress.close()
         parallel.leave()
     return turns

@@ -176,9 +176,9 @@ def work(folder: Path, overrides: list[str]) -> None:
 def _train(config: RunConfig, world: World, run_dir: Path) -> list[float]:
     """Seconds of each step of a run like any other."""
     import lightning.pytorch as lightning
+    from common import resolved_in
 
     from orchestrator.data.prepare import prepare
-    from orchestrator.runs.run_directory import RunPaths
     from orchestrator.training.job import build, make_strategy
 
     ends: list[float] = []
@@ -188,15 +188,18 @@ def _train(config: RunConfig, world: World, run_dir: Path) -> list[float]:
             ends.append(time.perf_counter())
 
     run_dir.mkdir()
-    parallel = make_strategy(config, resolve(config.hardware), world)
+    data = prepare(config.data)
+    resolved = resolved_in(config, world, data, run_dir)
+    parallel = make_strategy(resolved, resolved.target(), world)
     parallel.join()
-    job = build(config, parallel, prepare(config.data), RunPaths(run_dir, run_dir / "checkpoints", None), leg=0)
+    job = build(resolved, parallel, data, leg=0)
     job.trainer.callbacks.append(Clock())
     # What the run does after its last step is not a step.
-    job.trainer.callbacks = [one for one in job.trainer.callbacks if one not in (job.checkpoints, job.samples)]
+    late = (job.watchers.checkpoints, job.watchers.samples)
+    job.trainer.callbacks = [one for one in job.trainer.callbacks if one not in late]
     job.trainer.fit(job.module, job.loader)
-    job.channels.close()
-    job.checkpoints.close()
+    job.watchers.channels.close()
+    job.watchers.checkpoints.close()
     parallel.leave()
     return [after - before for before, after in itertools.pairwise(ends)]
 

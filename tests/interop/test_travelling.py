@@ -172,7 +172,7 @@ def test_a_store_that_was_prepared_otherwise_than_the_model_wants(tmp_path: Path
         launch(compose(overrides))
     settled_now = settled(*overrides, "data.tokenizer.bos=false")
     said: list[str] = []
-    init_from.check_tokenizer(settled_now, store.tokenizer, said.append)
+    init_from.check_tokenizer(settled_now, Checkpoint(found), store.tokenizer, said.append)
     assert len(said) == 1
     assert "<s> (1) text </s> (2)" in said[0]
 

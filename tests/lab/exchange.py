@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,20 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
     from orchestrator.checkpoint.writer import Contents, save
     from orchestrator.config.compose import compose
     from orchestrator.data.prepare import prepare
-    from orchestrator.hardware.target_table import resolve
     from orchestrator.runs.run_directory import RunPaths
     from orchestrator.training.job import build, make_strategy
+    from tests.lab.runs import resolved_run
 
     config = compose(overrides).config
-    parallel = make_strategy(config, resolve(config.hardware), world)
+    resolved = resolved_run(config, world)
+    parallel = make_strategy(resolved, resolved.target(), world)
     parallel.join()
     data = prepare(config.data, progress=False)
     results = []
     for number, source in enumerate(sources):
         folder = target / str(number)
         folder.mkdir(parents=True, exist_ok=True)
-        job = build(config, parallel, data, RunPaths(folder, folder, Path(source)), leg=0)
+        job = build(replace(resolved, paths=RunPaths(folder, folder, Path(source))), parallel, data, leg=0)
         shards = parallel.state_shards(job.module.model, job.module._optimizer)
         path = save(folder, 10, shards, parallel, Contents({}, {}))
         batch = job.loader.step(job.module.step)
@@ -82,7 +84,7 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
             part = job.module.model(**placed) / targets
         (loss,) = parallel.fetch([parallel.sum_over_data(part.detach())])
         results.append({"path": str(path), "loss": loss, "tokens": [row.tobytes().hex() for row in batch["tokens"]]})
-        job.channels.close()
+        job.watchers.channels.close()
     parallel.leave()
     return results
 

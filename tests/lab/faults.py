@@ -28,7 +28,7 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.distributed.world import World
 from tests.lab.ranks import preload
-from tests.lab.runs import TINY, small_config
+from tests.lab.runs import TINY, resolved_run, small_config
 from tests.lab.tensors import read_all
 
 RANKS = 2
@@ -197,13 +197,11 @@ def _rank(
         os.dup2(file.fileno(), 2)
     try:
         from orchestrator.launch.run import work
-        from orchestrator.runs.run_directory import RunPaths
 
         torch.set_num_threads(1)
         if moment and moment[0] == "operation" and moment[2] == world.rank:
             _die_at(int(moment[1]))
-        place = RunPaths(run_dir, run_dir / "checkpoints", resume_from)
-        code = work(from_dict(RunConfig, config), world, lambda parallel: place)
+        code = work(resolved_run(from_dict(RunConfig, config), world, run_dir, resume_from), world)
     except BaseException:
         import traceback
 

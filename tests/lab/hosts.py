@@ -66,17 +66,24 @@ def _main() -> int:
     import torch_xla.distributed.spmd as xs
     import torch_xla.runtime as xr
 
+    from orchestrator.checkpoint.checkpoint import Checkpoint
     from orchestrator.config.compose import compose
+    from orchestrator.data.prepare import prepare
     from orchestrator.distributed.world import World
     from orchestrator.errors import UserError
-    from orchestrator.launch.run import work
-    from orchestrator.launch.start import Plan, _agree
+    from orchestrator.hardware.target_table import resolve
+    from orchestrator.launch.plan import Plan
+    from orchestrator.launch.run import Opened, joined, train
+    from orchestrator.launch.start import agree
+    from orchestrator.training.resolved import resolve_run
 
     request = json.loads(sys.argv[1])
     rank, size, config = request["rank"], request["size"], compose(request["overrides"]).config
     devices = config.hardware.simulate
     world = World(rank, size, 0, 1, f"tcp:localhost:{request['port']}" if size > 1 else "", engine="test")
-    plan = Plan(config, Path(request["resume"]) if "resume" in request else None, None)
+    target = resolve(config.hardware)
+    checkpoint = Checkpoint(Path(request["resume"])) if "resume" in request else None
+    plan = Plan(config, target, checkpoint=checkpoint, resumes=checkpoint is not None)
     whole = xs.XLAShardedTensor.local_shards.fget
 
     def local_shards(tensor: Any) -> Any:
@@ -89,12 +96,14 @@ def _main() -> int:
     with contextlib.ExitStack() as held:
         held.enter_context(mock.patch.object(xs.XLAShardedTensor, "local_shards", property(local_shards)))
         held.enter_context(mock.patch.object(xr, "process_count", return_value=request.get("processes", size)))
-        held.enter_context(mock.patch("orchestrator.training.job.job_devices", return_value=devices))
         if "slices" in request:
             places = made_up_slices(devices, request["slices"])
             held.enter_context(mock.patch.object(xr, "global_runtime_device_attributes", return_value=places))
         try:
-            return work(config, world, lambda parallel: _agree(plan, parallel, held))
+            resolved = resolve_run(config, target, devices, prepare(config.data, progress=False).vocab_size)
+            with joined(resolved, world, target) as (parallel, monitor):
+                resolved = agree(plan, resolved, parallel, held)
+                return train(resolved, parallel, monitor, Opened(target, plan.trusted, checkpoint=checkpoint))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code

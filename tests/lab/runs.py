@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.compose import compose
-from orchestrator.config.convert import to_dict
+from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
+from orchestrator.data.prepare import prepare
 from orchestrator.distributed.world import World
+from orchestrator.hardware.target_table import job_devices, resolve
+from orchestrator.runs.resume import is_checkpoint
+from orchestrator.runs.run_directory import RunPaths
+from orchestrator.training.resolved import Resolved, resolve_run
 from tests.lab.ranks import run_ranks
 
 STEPS = 20
@@ -74,6 +80,22 @@ def small_config(tmp: Path, *overrides: str) -> RunConfig:
     return compose(small_overrides(tmp, *overrides)).config
 
 
+def resolved_run(
+    config: RunConfig,
+    world: World,
+    run_dir: Path | None = None,
+    resume_from: Path | None = None,
+    checkpoints: Any = None,
+    vocab_size: int | None = None,
+) -> Resolved:
+    """What a launcher makes of `config`, which has looked for no run and opened no directory."""
+    target = resolve(config.hardware)
+    vocab_size = vocab_size or prepare(config.data, progress=False).vocab_size
+    result = resolve_run(config, target, job_devices(config.hardware, target, world), vocab_size)
+    paths = None if run_dir is None else RunPaths(run_dir, checkpoints or run_dir / "checkpoints", resume_from)
+    return replace(result, paths=paths, takes_older=config.resume is not None and not is_checkpoint(config.resume))
+
+
 def train(config: RunConfig, size: int, run_dir: Path, resume_from: Path | None = None) -> list[dict[str, Any]]:
     """Train on `size` forked ranks; returns the rows of metrics.jsonl."""
     work_ranks(config, size, run_dir, resume_from)
@@ -100,9 +122,6 @@ def checkpoint(run_dir: Path, step: int = STEPS) -> Path:
 
 
 def _work(world: World, data: dict[str, Any], run_dir: Path, resume_from: Path | None) -> int:
-    from orchestrator.config.convert import from_dict
     from orchestrator.launch.run import work
-    from orchestrator.runs.run_directory import RunPaths
 
-    place = RunPaths(run_dir, run_dir / "checkpoints", resume_from)
-    return work(from_dict(RunConfig, data), world, lambda parallel: place)
+    return work(resolved_run(from_dict(RunConfig, data), world, run_dir, resume_from), world)

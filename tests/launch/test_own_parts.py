@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config import registry
 from orchestrator.config.compose import compose
+from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigErrors, PartError
-from orchestrator.launch.start import _settle
+from orchestrator.launch.plan import find_plan
 from orchestrator.observe.trackers import tagged
 from orchestrator.runs.own_parts import check_parts
 from orchestrator.runs.stored_model import model_of
 from tests.lab.checkpoints import small_model, write_whole
-from tests.lab.runs import TINY, small_config, train
+from tests.lab.runs import TINY, resolved_run, small_config, train
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_optimizer_and_callback"
 
@@ -63,14 +63,11 @@ def test_what_a_callback_raises_is_the_users_error_with_its_traceback(tmp_path, 
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = small_config(tmp_path, *TINY, "callbacks=[{_target_: mine_failing.Failing}]")
-    from orchestrator.distributed.world import World
     from orchestrator.launch.run import work
-    from orchestrator.runs.run_directory import RunPaths
 
     (tmp_path / "run").mkdir()
-    place = RunPaths(tmp_path / "run", tmp_path / "run" / "checkpoints", None)
     with pytest.raises(PartError) as caught:
-        work(config, World(), lambda parallel: place)
+        work(resolved_run(config, World(), tmp_path / "run"), World())
     said = str(caught.value)
     assert said.startswith("the callback mine_failing.Failing failed")
     assert 'mine_failing.py", line 7, in helper' in said
@@ -139,9 +136,9 @@ def test_a_checkpoint_makes_no_code_run(tmp_path, marked, place, given):
     composed = compose([f"{given}={found}", f"runs_dir={tmp_path / 'runs'}"])
     if given == "resume" or place in ("model", "arguments", "an unknown key"):
         with pytest.raises((ConfigErrors, CheckpointError)):
-            _settle(composed, main=True, alone=True)
+            find_plan(composed, main=True, alone=True)
     else:
-        _settle(composed, main=True, alone=True)  # of a run that is not gone on with the model alone is taken
+        find_plan(composed, main=True, alone=True)  # of a run that is not gone on with the model alone is taken
     if place == "model":
         with pytest.raises(CheckpointError, match="own"):
             model_of(Checkpoint(found))
@@ -156,9 +153,9 @@ def test_what_the_user_gives_again_is_run_and_nothing_else(tmp_path, marked):
     found = write_whole(tmp_path / "checkpoints", weights, config=config, state=state)
     words = [f"resume={found}", f"runs_dir={tmp_path / 'runs'}"]
     with pytest.raises(ConfigErrors, match=r"give it again on the command line: model\._target_=mine_marked\.Model"):
-        _settle(compose(words), main=True, alone=True)
+        find_plan(compose(words), main=True, alone=True)
     assert not marked.exists()
-    plan = _settle(compose([*words, "model._target_=mine_marked.Model"]), main=True, alone=True)
+    plan = find_plan(compose([*words, "model._target_=mine_marked.Model"]), main=True, alone=True)
     assert plan.config.model._target_ == "mine_marked.Model"
     assert marked.exists(), "the user's own word imports it"
 
@@ -167,12 +164,12 @@ def test_a_planted_run_directory_makes_no_code_run_in_a_worker(tmp_path, marked,
     """A process that a launcher starts reads the run's directory; what may be imported it is told by the launcher."""
     from orchestrator.launch.run import train_worker
 
-    config = yaml.safe_load(yaml.safe_dump(_plain(small_config(tmp_path, *TINY))))
-    config["model"]["_target_"] = "mine_marked.Model"
+    planted = resolved_run(small_config(tmp_path, *TINY), World(), tmp_path / "run").to_dict()
+    for part in ("config", "asked"):
+        planted[part]["model"]["_target_"] = "mine_marked.Model"
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    for name, value in {"RUN_DIR": "run", "CHECKPOINTS_DIR": "run/checkpoints", "RESUME": ""}.items():
-        monkeypatch.setenv(f"ORCHESTRATOR_{name}", str(tmp_path / value) if value else "")
+    (tmp_path / "run" / "resolved.json").write_text(json.dumps(planted))
+    monkeypatch.setenv("ORCHESTRATOR_RUN_DIR", str(tmp_path / "run"))
     assert train_worker() == 2
     assert not marked.exists()
 

@@ -22,7 +22,7 @@ from orchestrator.runs import shared_folder
 from orchestrator.sharding.shard import Shard
 from tests.lab.cli import only_run, run
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import checkpoint, losses, read_rows, small_config, small_overrides
+from tests.lab.runs import checkpoint, losses, read_rows, resolved_run, small_config, small_overrides
 from tests.lab.store import reachable, serve
 from tests.lab.tensors import read_all
 
@@ -180,11 +180,10 @@ def _work_there(world, data, kept, run_dirs):
     from orchestrator.config.schema import RunConfig
     from orchestrator.errors import SaveError
     from orchestrator.launch.run import work
-    from orchestrator.runs.run_directory import RunPaths
 
-    place = RunPaths(run_dirs[world.rank], locate(kept), None)
+    resolved = resolved_run(from_dict(RunConfig, data), world, run_dirs[world.rank], checkpoints=locate(kept))
     try:
-        return work(from_dict(RunConfig, data), world, lambda parallel: place)
+        return work(resolved, world)
     except SaveError as error:
         return str(error)
 

@@ -16,7 +16,7 @@ from orchestrator.training.optimizer_setup import PEAK, build_optimizer
 
 CPU = torch.device("cpu")
 CONFIGS = {
-    "muon": MuonConfig(),
+    "muon": MuonConfig(ns_dtype="fp32"),
     "adafactor": AdafactorConfig(weight_decay=0.1),
     "sgd": SGDConfig(),
     "own": OwnOptimConfig("torch.optim.RAdam"),
@@ -76,7 +76,7 @@ def test_a_step_that_is_called_off_changes_no_bit(name):
 
 def test_muon_is_for_the_matrices_of_the_blocks():
     model = _Model()
-    optimizer = build_optimizer(model, MuonConfig(), CPU)
+    optimizer = build_optimizer(model, MuonConfig(ns_dtype="fp32"), CPU)
     by_muon = [p for p in model.parameters() if "momentum_buffer" in optimizer.state[p]]
     assert [id(p) for p in by_muon] == [id(model.blocks[0][i].weight) for i in (0, 2)]
     assert [group[PEAK] for group in optimizer.param_groups] == [0.02, 3e-3, 3e-3]

@@ -14,8 +14,11 @@ from orchestrator.config.compose import compose
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors
-from orchestrator.launch import start
+from orchestrator.launch import plan
+from orchestrator.launch.plan import Plan, find_plan
+from orchestrator.launch.start import open_run
 from orchestrator.runs import identity, listing, run_directory
+from orchestrator.training.resolved import Resolved, read_resolved, resolve_run
 from tests.lab.checkpoints import write_whole
 from tests.runs.test_resume import TENSORS
 
@@ -68,8 +71,8 @@ class Place:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def settle(self, *words: str) -> start.Plan:
-        return start._settle(compose([f"runs_dir={self.folder}", "model=tiny", *words]), main=True, alone=True)
+    def settle(self, *words: str) -> Plan:
+        return find_plan(compose([f"runs_dir={self.folder}", "model=tiny", *words]), main=True, alone=True)
 
     def add(self, name: str, stamp: str, *steps: int, **state) -> Path:
         run_dir = self.folder / name / stamp
@@ -90,7 +93,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     # Which run is meant is decided before its model is looked at; these checkpoints hold none.
-    monkeypatch.setattr(start, "holds_model", lambda checkpoint, model: None)
+    monkeypatch.setattr(plan, "holds_model", lambda checkpoint, model: None)
     return Place(tmp_path / "runs")
 
 
@@ -204,6 +207,10 @@ def test_two_runs_that_start_in_one_second_are_two(tmp_path):
     assert len(ids) == 2
 
 
+def _resolved(plan: Plan) -> Resolved:
+    return resolve_run(plan.config, plan.target, 1, 257)
+
+
 def test_nothing_is_left_of_a_start_that_failed_and_all_of_one_that_trained(place):
     run_dir = place.add("exp", "1")
     run_directory.write_run(run_dir, {"legs": []})
@@ -225,14 +232,17 @@ def test_the_directory_of_a_run_that_another_process_is_starting_is_left_alone(p
     plan = replace(place.settle(*words), patient=False)
     with run_directory.lock(run_dir):
         with pytest.raises(CheckpointError, match="another process is training"), contextlib.ExitStack() as held:
-            start._open_run(plan, held)
+            open_run(plan, _resolved(plan), held)
         assert (run_dir / "config.yaml").exists()
 
 
 def test_a_start_that_comes_to_nothing_leaves_no_directory(place):
     with contextlib.ExitStack() as held:
-        run_dir = start._open_run(place.settle("resume=auto", "run_id=mine", "name=exp"), held).run_dir
+        plan = place.settle("resume=auto", "run_id=mine", "name=exp")
+        resolved = open_run(plan, _resolved(plan), held)
+        run_dir = resolved.place.run_dir
         assert (run_dir / "config.yaml").exists()
+        assert read_resolved(run_dir) == resolved, "its processes read what was decided"
     assert not run_dir.exists()
 
 

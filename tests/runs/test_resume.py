@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 import yaml
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.config.compose import compose
 from orchestrator.config.convert import to_dict
@@ -57,7 +60,8 @@ def _step(path: Path, step: int) -> Path:
 
 def test_latest_is_the_run_that_was_worked_on_last(runs):
     old, new = runs.add("2", 10, age=100), runs.add("1", 10, 20)
-    assert runs.find() == resume.ResumePoint(_step(new, 20), new, {"name": "test", "seed": 1})
+    found = runs.find()
+    assert (found.directory, found.run_dir, found.saved) == (_step(new, 20), new, {"name": "test", "seed": 1})
     (old / "metrics.jsonl").write_text("")
     os.utime(old / "metrics.jsonl", (2 * 10**9, 2 * 10**9))
     assert runs.find().run_dir == old
@@ -66,7 +70,7 @@ def test_latest_is_the_run_that_was_worked_on_last(runs):
 def test_latest_passes_over_a_run_without_a_checkpoint(runs):
     old = runs.add("1", 10, age=100)
     runs.add("2")
-    assert runs.find().checkpoint == _step(old, 10)
+    assert runs.find().directory == _step(old, 10)
 
 
 def test_a_run_directory_goes_on_from_its_newest_valid_checkpoint(runs):
@@ -74,7 +78,7 @@ def test_a_run_directory_goes_on_from_its_newest_valid_checkpoint(runs):
     _damage(_step(run, 30))
     (_step(run, 20) / MANIFEST).unlink()
     point = runs.find(run)
-    assert (point.checkpoint, point.run_dir) == (_step(run, 10), run)
+    assert (point.directory, point.run_dir) == (_step(run, 10), run)
     assert len(runs.said) == 1
     assert "step-00000030" in runs.said[0]
 
@@ -82,14 +86,14 @@ def test_a_run_directory_goes_on_from_its_newest_valid_checkpoint(runs):
 def test_checkpoints_elsewhere_are_found_through_the_run(runs, tmp_path):
     config = replace(RunConfig().checkpoint, dir=str(tmp_path / "fast"))
     run = runs.add("1", 10, checkpoint=config)
-    assert runs.find(run).checkpoint == tmp_path / "fast" / "tiny" / "1" / "step-00000010"
+    assert runs.find(run).directory == tmp_path / "fast" / "tiny" / "1" / "step-00000010"
 
 
 def test_the_newest_checkpoint_goes_on_in_its_run(runs):
     run = runs.add("1", 10, 20)
     for path in (_step(run, 20), f"{_step(run, 20)}/"):
         point = runs.find(path)
-        assert (point.checkpoint, point.run_dir) == (_step(run, 20), run)
+        assert (point.directory, point.run_dir) == (_step(run, 20), run)
 
 
 def test_a_relative_path_is_the_same(runs, monkeypatch):
@@ -97,13 +101,13 @@ def test_a_relative_path_is_the_same(runs, monkeypatch):
     monkeypatch.chdir(_step(run, 10))
     assert runs.find(".").run_dir == run
     monkeypatch.chdir(run)
-    assert runs.find(".").checkpoint.resolve() == _step(run, 10)
+    assert runs.find(".").directory.resolve() == _step(run, 10)
 
 
 def test_an_older_checkpoint_branches_off(runs):
     run = runs.add("1", 10, 20)
     point = runs.find(_step(run, 10))
-    assert (point.checkpoint, point.run_dir) == (_step(run, 10), None)
+    assert (point.directory, point.run_dir) == (_step(run, 10), None)
 
 
 def test_the_newest_checkpoint_of_a_checkpoint_dir_of_ones_own_goes_on_in_its_run(runs, tmp_path):
@@ -119,7 +123,7 @@ def test_the_newest_checkpoint_of_a_checkpoint_dir_of_ones_own_goes_on_in_its_ru
 def test_a_run_with_an_unreadable_configuration_is_passed_over(runs):
     good, bad = runs.add("1", 10), runs.add("2", 20)
     (bad / "config.yaml").write_text("}{")
-    assert runs.find("latest").checkpoint.resolve() == _step(good, 10).resolve()
+    assert runs.find("latest").directory.resolve() == _step(good, 10).resolve()
     assert any("2" in line for line in runs.said)
 
 
@@ -136,7 +140,7 @@ def test_nothing_valid_there(runs, what):
     with pytest.raises(CheckpointError, match="no valid checkpoint was found"):
         runs.find(run if what == "run" else what)
     assert len(runs.said) == 2, "the damaged checkpoint, and the run that has no other"
-    assert runs.find(run, verify=False).checkpoint == _step(run, 10)
+    assert runs.find(run, verify=False).directory == _step(run, 10)
 
 
 def test_nothing_there_at_all(runs, tmp_path):
@@ -173,7 +177,8 @@ def _saved(**changes) -> dict:
 
 
 def _point(saved: dict, run_dir: Path | None = None) -> resume.ResumePoint:
-    return resume.ResumePoint(Path("/carried/step-00000001"), run_dir, saved)
+    checkpoint = cast(Checkpoint, SimpleNamespace(directory=Path("/carried/step-00000001")))
+    return resume.ResumePoint(checkpoint, run_dir, saved)
 
 
 def _merge(*overrides: str, saved: dict | None = None, run_dir: Path | None = None, said: list | None = None):

@@ -18,12 +18,11 @@ from orchestrator.hardware.target_table import get_target
 from orchestrator.models.decoder import Decoder
 from orchestrator.rehearsal.traced_strategy import is_split
 from orchestrator.strategies.parallel_strategy import local_parameters
-from orchestrator.training.check import resolve_model
 from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import small_config
+from tests.lab.runs import resolved_run, small_config
 
 # Shards of the parameters, copies of the model, ranks.
 LAYOUTS = {
@@ -66,13 +65,13 @@ def test_between_micro_batches_a_rank_holds_its_shard_of_the_gradients_or_all_of
 
 
 def _step(world: Any, data: dict[str, Any]) -> Seen:
-    config = from_dict(RunConfig, data)
-    parallel = make_strategy(config, get_target("cpu"), world)
+    resolved = resolved_run(from_dict(RunConfig, data), world, vocab_size=257)
+    config, parallel = resolved.config, make_strategy(resolved, get_target("cpu"), world)
     parallel.join()
-    model = place_model(config, resolve_model(config.model, 257), parallel)
+    model = place_model(resolved, parallel)
     parallel.initialize(model, config.seed)
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(config, parallel), step=0)
+    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(resolved, parallel), step=0)
     held, reductions, around = [], _Reductions(), parallel.backward_context
 
     @contextmanager

@@ -16,7 +16,7 @@ import torch
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.convert import to_dict
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import checkpoint, losses, small_config, train
+from tests.lab.runs import checkpoint, losses, resolved_run, small_config, train
 from tests.lab.tensors import read_all
 
 RELATIVE = 1e-5  # of the losses, in fp32, over 20 steps (contract 2)
@@ -151,14 +151,13 @@ def _initial(world, data, layout_words):
     from orchestrator.hardware.target_table import get_target
     from orchestrator.models.decoder import Decoder
     from orchestrator.sharding import rules
-    from orchestrator.training.check import resolve_model
     from orchestrator.training.job import make_strategy
 
-    config = from_dict(RunConfig, data)
-    parallel = make_strategy(config, get_target("cpu"), world)
+    resolved = resolved_run(from_dict(RunConfig, data), world, vocab_size=257)
+    config, parallel = resolved.config, make_strategy(resolved, get_target("cpu"), world)
     parallel.join()
     with torch.device("meta"):
-        model = Decoder(resolve_model(config.model, 257))
+        model = Decoder(config.model)
     parallel.shard(model, rules.place(model.logical_axes(), {n: tuple(p.shape) for n, p in model.named_parameters()}))
     parallel.initialize(model, config.seed)
     shards = parallel.state_shards(model, None)
@@ -205,19 +204,18 @@ def _load_and_save(world, data, source, target):
     from orchestrator.config.schema import RunConfig
     from orchestrator.data.prepare import prepare
     from orchestrator.hardware.target_table import get_target
-    from orchestrator.runs.run_directory import RunPaths
     from orchestrator.training.job import build, make_strategy
 
-    config = from_dict(RunConfig, data)
-    parallel = make_strategy(config, get_target("cpu"), world)
+    resolved = resolved_run(from_dict(RunConfig, data), world, target, source, checkpoints=target)
+    parallel = make_strategy(resolved, get_target("cpu"), world)
     parallel.join()
     target.mkdir(exist_ok=True)
-    job = build(config, parallel, prepare(config.data, progress=False), RunPaths(target, target, source), leg=0)
+    job = build(resolved, parallel, prepare(resolved.config.data, progress=False), leg=0)
     shards = parallel.state_shards(job.module.model, job.module._optimizer)
     path = save(target, 10, shards, parallel, Contents({}, {}))
     data_rank = parallel.layout.data_rank(world.rank)
     batch = next(iter(job.loader))
-    job.channels.close()
+    job.watchers.channels.close()
     parallel.leave()
     return {"path": str(path), "data_rank": data_rank, "tokens": batch["tokens"]}
 

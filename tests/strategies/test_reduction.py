@@ -10,17 +10,16 @@ import torch
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import small_config
+from tests.lab.runs import resolved_run, small_config
 
 STEPS = 10
 
 
 def _reduce(world, data: dict) -> list[list[float]]:
-    from orchestrator.hardware.target_table import resolve
     from orchestrator.training.job import make_strategy
 
-    config = from_dict(RunConfig, data)
-    parallel = make_strategy(config, resolve(config.hardware), world)
+    resolved = resolved_run(from_dict(RunConfig, data), world)
+    parallel = make_strategy(resolved, resolved.target(), world)
     parallel.join()
     parts = [*torch.rand(STEPS, generator=torch.Generator().manual_seed(world.rank)), torch.tensor(math.inf)]
     losses = [parallel.reduce_and_clip(torch.nn.Module(), part, None)[0] for part in parts]

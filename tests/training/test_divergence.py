@@ -16,7 +16,7 @@ from orchestrator.training.divergence import Diverged, FiniteGuard
 from tests.lab.cli import only_run, run
 from tests.lab.poison import left_out, poisoned
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import checkpoint, losses, small_config, small_overrides
+from tests.lab.runs import checkpoint, losses, resolved_run, small_config, small_overrides
 from tests.lab.tensors import read_all
 
 LAYOUTS = {
@@ -41,16 +41,14 @@ def _train(config, size, run_dir, poison=(), out=()):
 
 def _rank(world, data, run_dir, poison, out):
     from orchestrator.launch.run import work
-    from orchestrator.runs.run_directory import RunPaths
 
-    place = RunPaths(run_dir, run_dir / "checkpoints", None)
     with ExitStack() as faults:
         if poison:
             steps, layer, phase, rank = poison
             faults.enter_context(poisoned(steps, layer, phase, rank in (None, world.rank)))
         if out:
             faults.enter_context(left_out(out))
-        return work(from_dict(RunConfig, data), world, lambda parallel: place)
+        return work(resolved_run(from_dict(RunConfig, data), world, run_dir), world)
 
 
 CASES = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from orchestrator.errors import CheckpointError
 from tests.lab.checkpoints import forge
 from tests.lab.cli import only_run, run
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import checkpoint, losses, read_rows, small_config, train
+from tests.lab.runs import checkpoint, losses, read_rows, resolved_run, small_config, train
 from tests.lab.tensors import read_all
 
 LAYOUTS = {
@@ -48,16 +47,13 @@ def saved(tmp_path_factory):
 
 
 def _check(world, data, sources):
-    from orchestrator.hardware.target_table import resolve
     from orchestrator.launch.canary import measure_checkpoint
-    from orchestrator.training.check import resolve_model
     from orchestrator.training.job import make_strategy
 
-    config = from_dict(RunConfig, data)
-    config = replace(config, model=resolve_model(config.model, 257))
-    parallel = make_strategy(config, resolve(config.hardware), world)
+    resolved = resolved_run(from_dict(RunConfig, data), world, vocab_size=257)
+    parallel = make_strategy(resolved, resolved.target(), world)
     parallel.join()
-    results = [measure_checkpoint(config, parallel, source) for source in sources]
+    results = [measure_checkpoint(resolved, parallel, Checkpoint(source, look=False)) for source in sources]
     parallel.leave()
     return results
 

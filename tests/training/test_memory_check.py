@@ -12,6 +12,7 @@ from orchestrator.hardware import host
 from orchestrator.hardware.target import Probe
 from orchestrator.hardware.target_table import get_target
 from orchestrator.training import memory_check
+from orchestrator.training.resolved import resolve_run
 
 GIB = 2**30
 
@@ -30,7 +31,10 @@ def memory(monkeypatch):
 def _check(*words: str, devices: int = 1, target=None, vocab_size: int = 128256) -> None:
     config = compose(["hardware=cpu", "data.document_mask=false", *words]).config
     target = target or get_target("cpu")
-    memory_check.check_memory(config, target, devices, devices if target.name == "cpu" else 1, vocab_size)
+    if config.model.vocab_size != "auto":
+        vocab_size = config.model.vocab_size
+    resolved = resolve_run(config, target, devices, vocab_size)
+    memory_check.check_memory(resolved, target, devices if target.name == "cpu" else 1)
 
 
 def test_eight_billion_parameters_do_not_fit_a_laptop(memory):

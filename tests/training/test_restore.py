@@ -9,19 +9,18 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from tests.lab.checkpoints import write_whole
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import small_config
+from tests.lab.runs import resolved_run, small_config
 
 
 def _open(world, data, path, blind):
     """The step of the checkpoint that this rank has opened, or the error; rank `blind` cannot read its state."""
     from orchestrator.checkpoint.signing import Trust
     from orchestrator.errors import CheckpointError, DamagedError
-    from orchestrator.hardware.target_table import resolve
     from orchestrator.training import restore
     from orchestrator.training.job import make_strategy
 
-    config = from_dict(RunConfig, data)
-    parallel = make_strategy(config, resolve(config.hardware), world)
+    resolved = resolved_run(from_dict(RunConfig, data), world)
+    parallel = make_strategy(resolved, resolved.target(), world)
     parallel.join()
 
     class Blind(restore.Checkpoint):
@@ -31,7 +30,7 @@ def _open(world, data, path, blind):
     if world.rank == blind:
         restore.Checkpoint = Blind
     try:
-        return restore._open(path, Trust(), parallel).step
+        return restore.open_together(path, Trust(), parallel).step
     except DamagedError as error:
         return str(error)
     finally:

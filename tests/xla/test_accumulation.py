@@ -15,11 +15,11 @@ import pytest
 from orchestrator.config.compose import compose
 from orchestrator.data.stream import blank_batch
 from orchestrator.distributed.world import World
-from orchestrator.hardware.target_table import resolve
 from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
+from tests.lab.runs import resolved_run
 
 WORDS = ["hardware=tpu", "hardware.simulate=4", "model.vocab_size=512", "train.seq_len=64", "train.micro_batch_size=1"]
 WORDS += ["train.global_batch_tokens=1024"]
@@ -41,14 +41,14 @@ def main(words: list[str]) -> None:
     """Print the elements that one device holds after each micro-batch: of the gradients, of the parameters."""
     import torch_xla.core.xla_model as xm
 
-    config = compose(words).config
-    parallel = make_strategy(config, resolve(config.hardware), World())
+    resolved = resolved_run(compose(words).config, World())
+    config, parallel = resolved.config, make_strategy(resolved, resolved.target(), World())
     parallel.join()
-    model = place_model(config, config.model, parallel)
+    model = place_model(resolved, parallel)
     parallel.initialize(model, config.seed)
     optimizer = build_optimizer(model, config.optim, parallel.root_device)
     parallel.prepare_optimizer(model, optimizer)
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(config, parallel), step=0)
+    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(resolved, parallel), step=0)
     around, held = parallel.backward_context, []
 
     @contextmanager

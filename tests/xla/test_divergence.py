@@ -17,7 +17,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import DIVERGED
 from orchestrator.output import printing
 from tests.lab.poison import left_out, poisoned
-from tests.lab.runs import checkpoint, small_overrides
+from tests.lab.runs import checkpoint, resolved_run, small_overrides
 from tests.lab.tensors import read_all
 
 WORDS = ["hardware=tpu", "hardware.simulate=4", "layout.fsdp=2", "layout.tensor=2", "train.max_steps=7"]
@@ -59,7 +59,6 @@ def test_a_bad_step_changes_no_bit_compiles_nothing_and_stops_the_run(tmp_path):
 
 def main(about: dict[str, Any], words: list[str]) -> int:
     from orchestrator.launch.run import work
-    from orchestrator.runs.run_directory import RunPaths
 
     run_dir = Path(about["run_dir"])
     run_dir.mkdir(parents=True)
@@ -67,8 +66,7 @@ def main(about: dict[str, Any], words: list[str]) -> int:
         fault = poisoned(about["steps"], 1, "forward") if about["poison"] else left_out(about["steps"])
         faults.enter_context(fault)
         faults.enter_context(printing())
-        place = RunPaths(run_dir, run_dir / "checkpoints", None)
-        return work(compose(words).config, World(), lambda parallel: place)
+        return work(resolved_run(compose(words).config, World(), run_dir), World())
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def test_hosts_with_different_layouts_are_all_told(tmp_path):
     other = [word for word in overrides(tmp_path) if not word.startswith("layout")] + ["layout.fsdp=8"]
     for code, _, errors in finish(start_hosts(2, [overrides(tmp_path), other]), 60):
         assert code == 2
-        assert "the hosts of this job do not have the same layout" in errors
-        assert "replicate=2 x fsdp=2 x tensor=2, fp32, 8 devices on host 0" in errors
+        assert "the processes of this job do not have the same layout" in errors
+        assert "replicate=2 x fsdp=2 x tensor=2, fp32, 8 devices in process 0" in errors
 
 
 def test_a_host_that_was_not_started_is_missed(tmp_path):

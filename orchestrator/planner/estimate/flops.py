@@ -36,15 +36,6 @@ class ParameterCount:
         return self.embedding + self.positions + self.attention + self.mlp + self.norms + self.head
 
 
-def head_width(config: ModelConfig) -> int:
-    """Return the width of one attention head.
-
-    Args:
-        config: of the model.
-    """
-    return config.dim // config.heads if config.head_dim == "auto" else config.head_dim
-
-
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> ParameterCount:
     """Count the parameters of a model.
 
@@ -56,10 +47,10 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> Param
         ConfigError: neither says how large the vocabulary is.
     """
     vocab = _vocabulary(config, vocab_size)
-    width, kv_width = config.heads * head_width(config), config.kv_heads * head_width(config)
+    width, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
     attention_matrices = 2 * config.dim * (width + kv_width)
     attention_extra = (width + 2 * kv_width) * config.attention_bias + config.dim * config.output_bias
-    attention_extra += 2 * head_width(config) * config.qk_norm
+    attention_extra += 2 * config.head_width * config.qk_norm
     gated = config.activation == "swiglu"
     mlp_matrices = (3 if gated else 2) * config.dim * config.mlp_dim
     mlp_biases = ((2 if gated else 1) * config.mlp_dim + config.dim) * config.mlp_bias
@@ -94,7 +85,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, vocab_size: int | None = 
         vocab_size: as for `parameter_count`.
     """
     matmul = parameter_count(config, vocab_size).matmul
-    return 6.0 * matmul + 12.0 * config.layers * config.heads * head_width(config) * mean_attended(config, seq_len)
+    return 6.0 * matmul + 12.0 * config.layers * config.heads * config.head_width * mean_attended(config, seq_len)
 
 
 def mean_attended(config: ModelConfig, seq_len: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -33,17 +33,33 @@ from orchestrator.training.handover_check import measure, reference_files
 _GRACE_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class Keeps:
+    """What a run's checkpoints hold beside its state.
+
+    Attributes:
+        tokenizer: what documents are in its tokens is recorded.
+        files: what travels with the model, by name: without a tokenizer the weights cannot be used elsewhere.
+        reference: the batch of the handover check; None to leave it out.
+    """
+
+    tokenizer: Tokenizer
+    files: Mapping[str, bytes]
+    reference: Mapping[str, np.ndarray] | None
+
+
 class Checkpoints(lightning.Callback):
     """Saves every so many steps and, by `save_now`, at the end.
 
     Args:
-        directory: of the run's checkpoints.
-        tokenizer: what documents are in its tokens is recorded.
-        files: what travels with the model, by name: without a tokenizer the weights cannot be used elsewhere.
+        place: where the run is kept.
+        config: of the run, as the user has it; it travels along.
+        parallel: the strategy.
+        loader: whose position is saved.
+        keeps: what else travels along.
         provenance: what the state says of where it was written.
         metrics: flushed before a save, and told of the time that it took.
         history: the run so far; it travels along.
-        reference: the batch of the handover check; None to leave it out.
         say: prints a line.
 
     Attributes:
@@ -55,23 +71,20 @@ class Checkpoints(lightning.Callback):
 
     def __init__(
         self,
-        directory: AnyPath,
-        run_dir: Path,
+        place: run_directory.RunPaths,
         config: RunConfig,
         parallel: ParallelStrategy,
         loader: StepLoader,
-        tokenizer: Tokenizer,
-        files: Mapping[str, bytes],
+        keeps: Keeps,
         provenance: Mapping[str, Any],
         metrics: Metrics,
         history: History,
-        reference: Mapping[str, np.ndarray] | None,
         say: Callable[[str], None],
     ):
         self._config, self._parallel = config, parallel
         self._loader, self._provenance, self._say = loader, provenance, say
-        self._metrics, self._history, self._reference = metrics, history, reference
-        self._extra, self._documents = dict(files), tokenizer.record()
+        self._metrics, self._history, self._reference = metrics, history, keeps.reference
+        self._extra, self._documents = dict(keeps.files), keeps.tokenizer.record()
         key = config.checkpoint.signing_key
         # Only the process that writes manifests needs the key.
         self._sign = signer(key) if key and parallel.rank == 0 else None
@@ -81,8 +94,8 @@ class Checkpoints(lightning.Callback):
         self.stalls: list[float] = []
         self._started = 0
         self._refused: NonFiniteError | None = None
-        self.directory, self._run_dir = directory, run_dir
-        self._saver = Saver(directory, parallel, config.checkpoint.asynchronous, self._prune)
+        self.directory, self._run_dir = place.checkpoints, place.run_dir
+        self._saver = Saver(self.directory, parallel, config.checkpoint.asynchronous, self._prune)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._reference is not None and self._parallel.compilations() is not None:

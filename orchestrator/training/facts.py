@@ -1,0 +1,56 @@
+"""What is known of a run before its first step, and of where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.chips.load import load_catalogue
+from orchestrator.data.prepare import PreparedData
+from orchestrator.data.validation import mixture_lines, validation_data
+from orchestrator.models.protocol import ShardableModel
+from orchestrator.observe.throughput import mfu, peak_flops
+from orchestrator.planner.estimate.flops import flops_per_token
+from orchestrator.runs.provenance import software
+from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
+from orchestrator.training.resolved import Resolved
+
+
+def run_facts(
+    resolved: Resolved, parallel: ParallelStrategy, model: ShardableModel, data: PreparedData
+) -> tuple[dict[str, Any], Callable[[float], float | None]]:
+    """What is known of the run before its first step, and MFU as a function of tokens per second."""
+    config, target, devices = resolved.config, parallel.target, parallel.layout.devices
+    # What an own model computes no description says: its utilisation is unknown.
+    flops = None if model.config._target_ else flops_per_token(model.config, config.train.seq_len)
+    chip, precision = resolved.chip, parallel.precision
+    figure = load_catalogue().get(chip).device_peak_flops(precision) if chip else None
+    peak, source = peak_flops(target, figure, precision, parallel.root_device)
+    facts = {
+        "name": config.name,
+        "parameters": sum(parameter.numel() for _, parameter in local_parameters(model)),
+        "flops_per_token": flops,
+        "peak_flops_per_device": peak,
+        "peak_source": source,
+        "vocab_size": model.config.vocab_size,
+        "unigram_entropy_nats": data.unigram_entropy_nats,
+        "data": data.describe(),
+        "mixture": mixture_lines(data),
+        "validation": validation_data(config, data).lines(),
+    }
+    return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)
+
+
+def provenance(parallel: ParallelStrategy) -> dict[str, Any]:
+    """What a result may depend on: hardware, layout, precision, software."""
+    probe = parallel.target.probe()
+    return {
+        "target": parallel.target.name,
+        "device_names": list(probe.device_names),
+        "devices": parallel.layout.devices,
+        "hosts": parallel.world.hosts,
+        "engine": parallel.world.engine,
+        "layout": parallel.layout.as_dict(),
+        "precision": parallel.precision,
+        "software": software(),
+    }

@@ -1,0 +1,186 @@
+"""What looks at a run between its steps and keeps it: the callbacks of its trainer, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as lightning
+
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.config.convert import to_dict
+from orchestrator.data.model_files import TOKENIZER_FILE
+from orchestrator.data.prepare import PreparedData
+from orchestrator.data.stream import StepLoader, TokenStream, validation_batches
+from orchestrator.data.validation import ValidationData, validation_data
+from orchestrator.observe.history import History
+from orchestrator.observe.metrics import Metrics
+from orchestrator.observe.progress import Progress
+from orchestrator.observe.sink import SideChannels
+from orchestrator.runs import identity
+from orchestrator.runs.messages import say, warn
+from orchestrator.runs.origin import model_files
+from orchestrator.runs.own_parts import own_callbacks, own_loggers
+from orchestrator.runs.run_directory import read_history
+from orchestrator.runs.stored_model import files_of
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.callbacks.checkpointing import Checkpoints, Keeps
+from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
+from orchestrator.training.callbacks.preemption import StopOnSignal
+from orchestrator.training.divergence import FiniteGuard
+from orchestrator.training.handover_check import make_batch
+from orchestrator.training.module import LanguageModule
+from orchestrator.training.resolved import Resolved
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """The callbacks of a run, and what they share.
+
+    Attributes:
+        channels: to whom metrics and samples go.
+        history: the run so far.
+        own: the user's callbacks.
+        progress: the bar, in the process that shows one.
+        say: prints a line, in the process that speaks.
+    """
+
+    channels: SideChannels
+    history: History
+    metrics: Metrics
+    progress: Progress | None
+    evaluation: Validation
+    samples: Samples
+    own: list[lightning.Callback]
+    checkpoints: Checkpoints
+    stop: StopOnSignal
+    say: Callable[[str], None]
+
+    def callbacks(self, guard: FiniteGuard) -> list[lightning.Callback]:
+        """In the order in which they look at a step: nothing is recorded or saved of one that was not finite."""
+        bar = [self.progress] if self.progress else []
+        return [guard, self.metrics, *bar, self.evaluation, self.samples, *self.own, self.checkpoints, self.stop]
+
+
+def make_watchers(
+    resolved: Resolved,
+    parallel: ParallelStrategy,
+    data: PreparedData,
+    module: LanguageModule,
+    loader: StepLoader,
+    *,
+    leg: int,
+    source: Checkpoint | None,
+    restored: Checkpoint | None,
+    provenance: Mapping[str, Any],
+    mfu: Callable[[float], float | None],
+) -> Watchers:
+    """Make what looks at `module`.
+
+    Args:
+        resolved: the run.
+        parallel: the strategy.
+        data: of the run.
+        module: one step of it.
+        loader: its batches.
+        leg: which start of the run this is, from 0.
+        source: the checkpoint that the weights are from.
+        restored: the same, if the run goes on from it.
+        provenance: where it runs.
+        mfu: of tokens per second.
+    """
+    config, place, main = resolved.config, resolved.place, parallel.rank == 0
+    # Rank 0 alone writes what carries it; the run directory may not be there on other hosts.
+    run_uuid = identity.uuid_of(place.run_dir) if main else ""
+    history = History(read_history(restored)[1] if restored and main else ())
+    channels = SideChannels(warn)
+    metrics = _metrics(resolved, parallel, loader, module.step, leg, run_uuid, history, channels, mfu)
+    progress = Progress(metrics, module.step, config.train.max_steps) if main and config.logger.progress else None
+    tell = progress.say if progress else (say if main else _silent)
+    _set_guard(resolved, module, tell)
+    validation = validation_data(config, data)
+    held_out = validation.stream(config.data.document_mask)
+    batches = _validation(validation, held_out, parallel, module.micro_batch)
+    shown = held_out or loader.stream
+    keeps = _keeps(resolved, data, source, shown, main)
+    about = {**provenance, "run": run_uuid}
+    return Watchers(
+        channels=channels,
+        history=history,
+        metrics=metrics,
+        progress=progress,
+        evaluation=Validation(parallel, metrics, config.train.eval_every, batches, tell, progress),
+        samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
+        own=own_callbacks(config),
+        checkpoints=Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell),
+        stop=StopOnSignal(parallel, tell),
+        say=tell,
+    )
+
+
+def _metrics(
+    resolved: Resolved,
+    parallel: ParallelStrategy,
+    loader: StepLoader,
+    step: int,
+    leg: int,
+    run_uuid: str,
+    history: History,
+    channels: SideChannels,
+    mfu: Callable[[float], float | None],
+) -> Metrics:
+    config = resolved.config
+    return Metrics(
+        resolved.place.run_dir,
+        config.logger,
+        fetch=parallel.fetch,
+        compilations=parallel.compilations,
+        tokens_per_step=config.train.global_batch_tokens,
+        tokens_after=loader.tokens_after,
+        mfu=mfu,
+        memory=lambda: parallel.target.memory_bytes(parallel.root_device),
+        main=parallel.rank == 0,
+        leg=leg,
+        start_step=step,
+        run_config=to_dict(resolved.asked),
+        run_uuid=run_uuid,
+        history=history,
+        channels=channels,
+        skips=config.train.on_nonfinite == "skip",
+        loggers=own_loggers(config),
+    )
+
+
+def _set_guard(resolved: Resolved, module: LanguageModule, tell: Callable[[str], None]) -> None:
+    """Let the guard look at what the step has left at the latest when something else does."""
+    train, logger, checkpoint = resolved.config.train, resolved.config.logger, resolved.config.checkpoint
+    periods = (logger.every_steps, train.eval_every, train.sample.every_steps, checkpoint.every_steps)
+    module.guard.due = lambda step: any(period and step % period == 0 for period in periods)
+    module.guard.say = tell
+
+
+def _keeps(resolved: Resolved, data: PreparedData, source: Checkpoint | None, shown: TokenStream, main: bool) -> Keeps:
+    """What travels with the weights; the first process alone saves the files."""
+    config, files = resolved.config, dict[str, bytes]()
+    if main:
+        # As the model came with them, or those of the data's tokenizer.
+        files = files_of(source) if source else {}
+        files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
+        files |= model_files(source)
+    return Keeps(data.tokenizer, files, make_batch(config, shown) if config.checkpoint.handover.enabled else None)
+
+
+def _validation(
+    validation: ValidationData, stream: TokenStream | None, parallel: ParallelStrategy, micro_batch: int
+) -> Callable[[], Iterable[dict[str, Any]]] | None:
+    if stream is None:
+        return None
+    sequences = validation.sequences
+    rank, shares = parallel.data_share
+    batch = min(micro_batch, -(-sequences // shares))
+    return lambda: validation_batches(stream, sequences, batch, rank, shares)
+
+
+def _silent(text: str) -> None:
+    """Of the processes one speaks."""
