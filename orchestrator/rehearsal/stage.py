@@ -144,6 +144,9 @@ def stage(resolved: Resolved) -> Staged:
     With several micro-batches it is the last one's graph, which adds to the gradients that are there, clips them
     and updates: the largest of a step.
 
+    Args:
+        resolved: the run.
+
     Raises:
         UserError: what of the configuration the strategy cannot do.
     """

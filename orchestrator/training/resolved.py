@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from orchestrator.atomic_files import write_atomically
 from orchestrator.checkpoint.format import parse_json
 from orchestrator.checkpoint.storage import locate
 from orchestrator.config.convert import from_dict, to_dict
@@ -266,9 +266,7 @@ def write_resolved(folder: Path, resolved: Resolved) -> Path:
         OSError: the file cannot be written.
     """
     path = folder / RESOLVED
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(json.dumps(resolved.to_dict(), indent=1))
-    os.replace(aside, path)
+    write_atomically(path, json.dumps(resolved.to_dict(), indent=1))
     return path
 
 
