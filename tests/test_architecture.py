@@ -115,7 +115,8 @@ READS_AUTO = {
     "training/resolved.py": "the launcher's: decides",
     "sharding/layout.py": "the rule for degrees that nobody has planned, which `training.resolved` applies",
     "data/agreement.py": "BOS and EOS of a prepared store may be as they are",
-    "data/prepare.py": "threads of this host; BOS as the tokenizer's files say, or none beside tokens made elsewhere",
+    "data/make_tokenizer.py": "BOS as the tokenizer's files say, or none beside tokens made elsewhere",
+    "data/prepare.py": "threads of this host",
     "data/store_cache.py": "where this host keeps its cache",
 }
 # What decides, and the modules that may import it: those that start a run or a part of one.
