@@ -1,58 +1,21 @@
-"""Load checkpoints on one layout and save them again, in a process of its own: an environment and a device count each.
-
-    python -m tests.lab.exchange '{"overrides": [...], "size": 4, "sources": [...], "target": "..."}'
-
-prints JSON: for each source the path written, the loss of the next batch and a digest of its tokens.
-"""
+"""Load checkpoints on one layout and save them again, with the loss of the next batch and a digest of its tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.lab.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def exchange(python: str, overrides: list[str], size: int, sources: list[Path], target: Path) -> list[dict[str, Any]]:
-    """What `python` makes of each checkpoint of `sources`, on `size` ranks."""
-    from orchestrator.config.compose import compose
-    from orchestrator.hardware.target_table import get_target
-
-    hardware = compose(overrides).config.hardware
-    environment = get_target(hardware.target).environment(hardware, 0, size)
-    request = {"overrides": overrides, "size": size, "sources": [str(path) for path in sources], "target": str(target)}
-    command = [python, "-W", "ignore", "-m", "tests.lab.exchange", json.dumps(request)]
-    import os
-
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=400
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def _main() -> None:
-    request = json.loads(sys.argv[1])
-    arguments = (request["overrides"], request["sources"], Path(request["target"]))
-    if request["size"] == 1:
-        from orchestrator.distributed.world import World
-
-        results = [_work(World(), *arguments)]
-    else:
-        results = run_ranks(request["size"], _work, *arguments)
-    merged = results[0]
-    for number, entry in enumerate(merged):
+def merged(results: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What all ranks of `_work` found, as one: for each source the path written, the loss and the digest."""
+    found = results[0]
+    for number, entry in enumerate(found):
         # Ranks of one data share read the same rows: each counts once.
         rows = {row for result in results for row in result[number]["tokens"]}
         entry["tokens"] = hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()
-    print(json.dumps(merged))
+    return found
 
 
 def _work(world: Any, overrides: list[str], sources: list[str], target: Path) -> list[dict[str, Any]]:
@@ -88,6 +51,3 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
     parallel.leave()
     return results
 
-
-if __name__ == "__main__":
-    _main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.lab.cli import only_run, run
-from tests.lab.exchange import ROOT, exchange
+from tests.lab.run_server import ROOT, RunServer
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
 from tests.lab.tensors import read_all
 
@@ -36,25 +35,41 @@ XLA = {
 }
 
 
+class Trained:
+    """Runs by their overrides and environment, each trained when it is first asked for.
+
+    Args:
+        path: folders that hold parts of a user's own.
+    """
+
+    def __init__(self, tmp: Path, *path: str):
+        self.tmp, self._path = tmp, path
+        self._done: dict[tuple, Path] = {}
+        self._servers: dict[str, RunServer] = {}
+
+    def __call__(self, *words: str, python: str = sys.executable, resume_from: Path | None = None) -> Path:
+        key = (words, python, resume_from)
+        if key not in self._done:
+            overrides = small_overrides(self.tmp, *words, "checkpoint.keep_last=5")
+            self._done[key] = self.server(python).train(overrides, self.tmp / f"r{len(self._done)}", resume_from)
+        return self._done[key]
+
+    def server(self, python: str) -> RunServer:
+        if python not in self._servers:
+            self._servers[python] = RunServer(python, *self._path)
+        return self._servers[python]
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Run directories by overrides, each trained once."""
-    tmp = tmp_path_factory.mktemp("runs")
-    done: dict[tuple, Path] = {}
-
-    def get(*words: str, python: str = sys.executable) -> Path:
-        key = (words, python)
-        if key not in done:
-            folder = tmp / f"r{len(done)}"
-            overrides = small_overrides(tmp, *words, f"runs_dir={folder}", "checkpoint.keep_last=5")
-            command = [python, "-m", "orchestrator", "train", *overrides]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-            assert result.returncode == 0, result.stdout + result.stderr
-            done[key] = only_run(folder)
-        return done[key]
-
-    get.tmp = tmp
-    return get
+    trained = Trained(tmp_path_factory.mktemp("runs"))
+    yield trained
+    trained.close()
 
 
 @pytest.mark.parametrize("name", XLA)
@@ -132,9 +147,7 @@ def test_every_checkpoint_loads_everywhere_bitwise(runs, target, tmp_path):
     python, words = SOURCES[target]
     saved = {name: runs(*layout, python=which) for name, (which, layout) in SOURCES.items()}
     sources = [checkpoint(run_dir, 10) for run_dir in saved.values()]
-    size = NATIVE_LAYOUTS[target][0] if target in NATIVE_LAYOUTS else 1
-    overrides = small_overrides(runs.tmp, *[word for word in words if "hardware.devices" not in word])
-    results = exchange(python, overrides, size, sources, tmp_path)
+    results = runs.server(python).exchange(small_overrides(runs.tmp, *words), sources, tmp_path)
     for (name, run_dir), source, result in zip(saved.items(), sources, results, strict=True):
         before, after = read_all(source), read_all(Path(result["path"]))
         assert before.keys() == after.keys()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.lab.exchange import exchange
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
 from tests.lab.tensors import read_all
 from tests.xla.test_conformance import NATIVE, RELATIVE, XLA, runs  # noqa: F401
@@ -28,7 +27,7 @@ def test_losses_and_state_are_those_of_torch_native(runs, tmp_path, optimizer): 
     sources = [checkpoint(ours, 10), checkpoint(theirs, 10)]
     for python, layout in ((sys.executable, LAYOUT), (NATIVE, [])):
         overrides = small_overrides(runs.tmp, *words, *layout)
-        moved = exchange(python, overrides, 1, sources, tmp_path / Path(python).parts[-3])
+        moved = runs.server(python).exchange(overrides, sources, tmp_path / Path(python).parts[-3])
         for source, result in zip(sources, moved, strict=True):
             before, after = read_all(source), read_all(Path(result["path"]))
             assert before.keys() == after.keys()
