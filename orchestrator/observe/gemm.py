@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     import torch
 
 _MIN_REPEATS = 3
+_MOST_SECONDS = 2.0  # that the products of one shape may take
 # (rows, inner, columns): a square, and the up-projection of an MLP over a micro-batch of tokens.
 _CPU_SHAPES = ((1024, 1024, 1024), (2048, 512, 1536))
+_PROBE_SHAPE = (128, 128, 128)  # tells whether the others can be afforded
 _ACCELERATOR_SHAPES = ((8192, 8192, 8192), (16384, 4096, 14336))
 
 
@@ -27,7 +29,17 @@ def measure_gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float 
         seconds: about how long to measure, all shapes together.
     """
     shapes = _CPU_SHAPES if device.type == "cpu" else _ACCELERATOR_SHAPES
-    return max(_best_flops(device, dtype, shape, seconds / len(shapes)) for shape in shapes)
+    best = _best_flops(device, dtype, _PROBE_SHAPE, 0.0)
+    for shape in shapes:
+        # A CPU without instructions for a dtype takes seconds for one product, at the rate of the small one.
+        if (_MIN_REPEATS + 1) * _flops(shape) / best < _MOST_SECONDS:
+            best = max(best, _best_flops(device, dtype, shape, seconds / len(shapes)))
+    return best
+
+
+def _flops(shape: tuple[int, int, int]) -> float:
+    rows, inner, columns = shape
+    return 2.0 * rows * inner * columns
 
 
 def _best_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float) -> float:
@@ -52,7 +64,7 @@ def _best_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int,
         deadline = time.perf_counter() + seconds
         while len(times) < _MIN_REPEATS or time.perf_counter() < deadline:
             times.append(once())
-    return 2.0 * rows * inner * columns / min(times)
+    return _flops(shape) / min(times)
 
 
 def _wait(device: torch.device) -> None:

@@ -50,4 +50,3 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
         job.watchers.channels.close()
     parallel.leave()
     return results
-

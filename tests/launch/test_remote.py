@@ -23,12 +23,13 @@ from orchestrator.sharding.shard import Shard
 from tests.lab.cli import only_run, run
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, read_rows, resolved_run, small_config, small_overrides
+from tests.lab.slow import cases, slow
 from tests.lab.store import reachable, serve
 from tests.lab.tensors import read_all
 
 # What a store's library does is tested in tests/checkpoint; here, once each, that runs get there.
 on_s3 = pytest.mark.parametrize("server", ["s3"], indirect=True)
-on_each = pytest.mark.parametrize("server", ["s3", "gs"], indirect=True)
+on_each = pytest.mark.parametrize("server", cases(["s3", "gs"], quick=["s3"]), indirect=True)
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
@@ -189,7 +190,9 @@ def _work_there(world, data, kept, run_dirs):
 
 
 @on_s3
-@pytest.mark.parametrize("seen", [True, False], ids=["a shared run directory", "one for each"])
+@pytest.mark.parametrize(
+    "seen", [True, pytest.param(False, marks=slow)], ids=["a shared run directory", "one for each"]
+)
 def test_ranks_save_to_their_run_directory_together_or_not_at_all(server, tmp_path, monkeypatch, seen):
     monkeypatch.setattr(shared_folder, "WAIT_SECONDS", 0.3)
     kept = f"{server.place}/ranks-{seen}"

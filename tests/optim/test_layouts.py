@@ -13,6 +13,7 @@ from orchestrator.checkpoint.consistency import contradictions
 from orchestrator.config.convert import to_dict
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, read_rows, small_config, train
+from tests.lab.slow import cases
 from tests.lab.tensors import read_all
 from tests.strategies.test_conformance import RELATIVE, _load_and_save
 
@@ -51,7 +52,9 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("optimizer", "layout"), CASES)
+@pytest.mark.parametrize(
+    ("optimizer", "layout"), cases(CASES, quick=[case for case in CASES if case[1] == "fsdp2_tensor2"])
+)
 def test_every_layout_gives_the_losses_of_one_process(runs, optimizer, layout):
     ours, theirs = (losses(read_rows(runs(optimizer, where))) for where in (layout, None))
     assert len(ours) == 20

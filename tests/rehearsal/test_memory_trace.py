@@ -11,6 +11,7 @@ from orchestrator.planner.estimate.optimizer_memory import optimizer_elements, o
 from orchestrator.planner.estimate.work import parameters
 from orchestrator.rehearsal.memory_trace import trace_deep, trace_step
 from scripts.validate_planner_product import TRACES, Case, read
+from tests.lab.slow import cases, slow
 
 # One of each kind of layout, of remat and of micro-batches; scripts/validate_planner_product traces all.
 LIVE = [
@@ -22,7 +23,7 @@ LIVE = [
 ]
 
 
-@pytest.mark.parametrize("text", LIVE)
+@pytest.mark.parametrize("text", cases(LIVE, quick=LIVE[1:2]))
 def test_the_step_of_today_needs_what_was_recorded_and_what_is_predicted(text):
     case = Case(text)
     trace = trace_deep(case.config, case.plan.devices)
@@ -31,6 +32,7 @@ def test_the_step_of_today_needs_what_was_recorded_and_what_is_predicted(text):
     assert case.predict().total == pytest.approx(trace.peak.total, rel=0.1)
 
 
+@slow
 def test_states_are_counted_to_the_byte():
     case = Case("tiny fsdp=8 seq=256 batch=16 fp32")
     memory = trace_step(case.config, 8).phases["update"]
@@ -40,7 +42,9 @@ def test_states_are_counted_to_the_byte():
     assert memory.optimizer == pytest.approx(8 * count / 8 + 4 * 38, abs=4)
 
 
-@pytest.mark.parametrize("optim", [MuonConfig(), AdafactorConfig()], ids=lambda optim: optim.name)
+@pytest.mark.parametrize(
+    "optim", [MuonConfig(), pytest.param(AdafactorConfig(), marks=slow)], ids=lambda optim: optim.name
+)
 def test_what_an_optimizer_keeps_is_predicted(optim):
     case = Case("tiny fsdp=4,tensor=2 seq=256 batch=8 fp32")
     memory = trace_step(replace(case.config, optim=optim), 8).phases["update"]
@@ -50,6 +54,7 @@ def test_what_an_optimizer_keeps_is_predicted(optim):
     assert 0.6 < memory.working / update_bytes(job, case.plan) < 1.1
 
 
+@slow
 def test_few_layers_tell_of_many():
     case = Case("tiny fsdp=4,tensor=2 seq=256 batch=8 fp32")
     config = replace(case.config, model=replace(case.config.model, layers=6))
@@ -58,6 +63,7 @@ def test_few_layers_tell_of_many():
         assert memory.total == pytest.approx(full.phases[phase].total, rel=1e-3), phase
 
 
+@slow
 def test_a_rank_of_hundreds_has_its_share():
     case = Case("llama3_70b fsdp=64,tensor=8 seq=8192 batch=4 bf16 remat=full")
     config = replace(case.config, model=replace(case.config.model, layers=1))

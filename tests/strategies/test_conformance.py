@@ -17,6 +17,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.convert import to_dict
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, resolved_run, small_config, train
+from tests.lab.slow import cases
 from tests.lab.tensors import read_all
 
 RELATIVE = 1e-5  # of the losses, in fp32, over 20 steps (contract 2)
@@ -105,7 +106,7 @@ def test_same_losses_norms_and_evaluation(runs, name):
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_tensor2", "context2"])
+@pytest.mark.parametrize("name", cases(["fsdp2", "fsdp2_tensor2", "context2"], quick=["fsdp2_tensor2"]))
 def test_features_agree_too(runs, name, feature):
     ours = _rows(runs(*FEATURES[feature], *CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*[word for word in FEATURES[feature] if "micro_batch" not in word and "remat" not in word]))
@@ -120,7 +121,10 @@ WHEN = [(name, "each") for name in ACCUMULATED] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "when"), WHEN)
+QUICK = [("fsdp3", "each"), ("fsdp2_tensor2", "each"), ("fsdp2_context2", "each"), ("replicate2_fsdp2", "last")]
+
+
+@pytest.mark.parametrize(("name", "when"), cases(WHEN, quick=QUICK))
 def test_several_micro_batches_give_the_same_step_whenever_they_are_reduced(runs, name, when):
     ours = _rows(runs(SEVERAL, f"train.reduce_gradients={when}", *CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*_reference(CASES[name])))
@@ -129,8 +133,12 @@ def test_several_micro_batches_give_the_same_step_whenever_they_are_reduced(runs
     np.testing.assert_allclose(*norms, rtol=1e-4)
 
 
-@pytest.mark.parametrize("when", ["each", "last"])
-@pytest.mark.parametrize("name", ["fsdp2_tensor2", "replicate2_fsdp2"])
+RESUMED = [(name, when) for name in ("fsdp2_tensor2", "replicate2_fsdp2") for when in ("each", "last")]
+
+
+@pytest.mark.parametrize(
+    ("name", "when"), cases(RESUMED, quick=[("fsdp2_tensor2", "each"), ("replicate2_fsdp2", "last")])
+)
 def test_a_run_with_several_micro_batches_is_resumed_bitwise(runs, tmp_path, name, when):
     words = (SEVERAL, f"train.reduce_gradients={when}", *CASES[name])
     whole = runs(*words, size=SIZES[name])

@@ -19,6 +19,7 @@ from tests.lab.checkpoints import forge
 from tests.lab.cli import only_run, run
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, read_rows, resolved_run, small_config, train
+from tests.lab.slow import slow
 from tests.lab.tensors import read_all
 
 LAYOUTS = {
@@ -163,7 +164,10 @@ def test_a_run_that_moved_keeps_one_curve(saved, tmp_path):
     assert [row["step"] for row in last["rows"] if "loss" in row] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("words", [["model.dropout=0.1"], ["hardware.compile=true", "train.max_steps=6"]])
+COMPILED = ["hardware.compile=true", "train.max_steps=6"]
+
+
+@pytest.mark.parametrize("words", [["model.dropout=0.1"], pytest.param(COMPILED, marks=slow)])
 def test_the_training_does_not_notice(tmp_path, words):
     """With and without the reference: bitwise the same losses, weights and optimizer."""
     ends = []
