@@ -111,6 +111,10 @@ class OwnDocuments:
 def own_documents(config: DataConfig, source: SourceConfig) -> OwnDocuments:
     """Return the user's own parts for a source: those of the source, else those of the data.
 
+    Args:
+        config: the `data` group of a run.
+        source: a source of the mixture.
+
     Raises:
         ConfigError: one is not named by `_target_`.
     """

@@ -50,7 +50,7 @@ class CpuTarget(Target):
         return torch.device("cpu")
 
     def memory_bytes(self, device: torch.device) -> int | None:
-        """Resident memory of this process."""
+        """Return the resident memory of this process."""
         import psutil
 
         return int(psutil.Process().memory_info().rss)
@@ -65,4 +65,4 @@ class CpuTarget(Target):
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
     def synchronize(self, device: torch.device) -> None:
-        """Nothing to wait for: operations return when they are done."""
+        """Do nothing: operations return when they are done."""

@@ -84,7 +84,7 @@ class CudaTarget(Target):
         return torch.device("cuda", 0 if alone else local_rank)
 
     def memory_bytes(self, device: torch.device) -> int | None:
-        """Bytes in tensors, without what the allocator keeps in reserve."""
+        """Return the bytes in tensors, without what the allocator keeps in reserve."""
         import torch
 
         return int(torch.cuda.memory_allocated(device))

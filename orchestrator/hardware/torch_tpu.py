@@ -131,7 +131,7 @@ class TorchTpuTarget(Target):
         return torch.device("tpu", torch.accelerator.current_device_index())
 
     def memory_bytes(self, device: torch.device) -> int | None:
-        """Bytes in tensors. Without statistics of the allocator torch says 0."""
+        """Return the bytes in tensors; None where torch says 0, as it does without statistics of the allocator."""
         import torch
 
         return int(torch.accelerator.memory_allocated(device)) or None

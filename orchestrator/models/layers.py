@@ -85,7 +85,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope | None = None, mask: Mask = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """Map `x` [B, T, D] to [B, T, D]; `cache` holds earlier positions and takes these ones."""
+        """Map `x` [B, T, D] to [B, T, D]; `cache` holds earlier positions and takes these ones.
+
+        Args:
+            x: hidden states.
+            rope: cosines and sines of the positions; None: the model has none.
+            mask: as `attention_mask` makes it; None: plain causal.
+            cache: None outside of text generation.
+        """
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -150,7 +157,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope | None = None, mask: Mask = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """Map the residual stream [B, T or a rank's part of T, D] to its successor."""
+        """Map the residual stream [B, T or a rank's part of T, D] to its successor.
+
+        Args:
+            x: the residual stream.
+            rope: cosines and sines of the positions; None: the model has none.
+            mask: as `attention_mask` makes it; None: plain causal.
+            cache: earlier positions; None outside of text generation.
+        """
         x = x + self._drop(self.attn(self.attn_norm(x), rope, mask, cache))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
 
