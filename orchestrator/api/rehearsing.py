@@ -65,6 +65,8 @@ def rehearse_config(config: RunConfig, topology: str, timeout_seconds: float) ->
     """Stage the step of `config` for a topology and compile it.
 
     Args:
+        config: of the run.
+        topology: such as `v5e:4x4`.
         timeout_seconds: of the staging and of the compiler, each.
 
     Raises:

@@ -132,7 +132,7 @@ def _prepare(options: PrepareOptions) -> int:
 
 
 def _own_part(text: str | None, key: str) -> dict[str, Any]:
-    """A part as `data.reader` describes it in a configuration, from a dotted name or a mapping with arguments."""
+    """Return a part as `data.reader` describes it in a configuration, from a dotted name or a mapping."""
     from orchestrator.config import registry
 
     if text is None:

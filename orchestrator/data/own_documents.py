@@ -155,7 +155,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _called(part: OwnPart) -> Callable[[Any], Any]:
-    """The function that is named, with its arguments; or an object of the class that is, made with them."""
+    """Return the function that is named, with its arguments; or an object of the class that is, made with them."""
     found = part.find()
     if inspect.isclass(found):
         made = part.make()

@@ -1,4 +1,4 @@
-"""What is found out, kept and said of a run that diverged."""
+"""Find out why a run diverged, keep it in the run's record, and tell the user."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
     """Find out where the numbers of `job` stopped being finite. All ranks call it together, after the trainer's end.
 
     A save that is under way ends first. Rows of steps after the bad one, which had no effect, are dropped.
+
+    Args:
+        job: the job of this process.
+        found: what was not finite.
+        run_dir: the run's directory.
 
     Returns:
         JSON data for the run's record: `step`, `source`, `values` as text, `found` (sentences), `diagnosis`,
@@ -78,7 +83,11 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
 
 
 def text(about: Mapping[str, Any]) -> str:
-    """What a person is told, for a terminal."""
+    """Return what the user is told, for a terminal.
+
+    Args:
+        about: as `examine` returns it.
+    """
     lines = [f"diverged at step {about['step']}: {about['what']}"]
     lines += [f"  where:   {line}" if not index else f"           {line}" for index, line in enumerate(about["found"])]
     kept = about["checkpoint"]
@@ -123,11 +132,14 @@ def advise(
     diagnosis: Diagnosis | None,
     resumes: bool,
 ) -> list[tuple[str, str]]:
-    """Options to try, the likeliest help first, each with the reason. Never empty.
+    """List options to try, the likeliest help first, each with the reason. Never empty.
 
     Args:
+        config: of the run.
         before: configuration of the checkpoint that the run can go on from.
         precision: of the matrix products.
+        diverged: what was not finite.
+        diagnosis: of the step; None where none was made.
         resumes: there is such a checkpoint.
     """
     optim, train = config.optim, config.train
@@ -160,7 +172,7 @@ def _state_lines(diagnosis: Diagnosis) -> list[str]:
 
 
 def _newest(job: Job) -> Checkpoint | None:
-    """What the run can go on from."""
+    """Return the checkpoint that the run can be resumed from."""
     try:
         return open_newest(job.watchers.checkpoints.directory, False, lambda line: None) or job.restored
     except CheckpointError:

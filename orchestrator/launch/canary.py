@@ -1,4 +1,4 @@
-"""The handover check alone: a checkpoint's model on some hardware and layout, and whether it computes what it did.
+"""The handover check alone: whether a checkpoint's model computes here what it computed at the save.
 
 Only the weights are loaded, and no data is needed: the checkpoint carries the batch. No torch in the launcher.
 """
@@ -72,7 +72,7 @@ def run_check(composed: Composed, where: str) -> Result | None:
 
 
 def _find(composed: Composed, where: str, verify: bool) -> tuple[RunConfig, Checkpoint]:
-    """The checkpoint that `where` names, and the configuration of its run with what the command line asks for."""
+    """Return the checkpoint that `where` names, and its run's configuration with what the command line asks for."""
     asked = composed.config
     check = verify and asked.checkpoint.verify_on_load
 
@@ -124,7 +124,13 @@ def _measure(resolved: Resolved, target: Target, world: World, checkpoint: Check
 
 
 def measure_checkpoint(resolved: Resolved, parallel: ParallelStrategy, checkpoint: Checkpoint) -> Result:
-    """Load the model of a checkpoint and check it, on a strategy that has joined the others."""
+    """Load the model of a checkpoint and check it, on a strategy that has joined the others.
+
+    Args:
+        resolved: the run.
+        parallel: the strategy.
+        checkpoint: the checkpoint to check.
+    """
     from orchestrator.training.facts import provenance
     from orchestrator.training.handover_check import check_handover
     from orchestrator.training.job import place_model
@@ -137,7 +143,11 @@ def measure_checkpoint(resolved: Resolved, parallel: ParallelStrategy, checkpoin
 
 
 def check_worker(argv: list[str]) -> int:
-    """Be one process of those that `run_check` started: `FOLDER CHECKPOINT`."""
+    """Be one process of those that `run_check` started: `FOLDER CHECKPOINT`.
+
+    Args:
+        argv: the folder of the record, and the checkpoint.
+    """
     folder, world = Path(argv[0]), detect(os.environ) or World()
     registry.permit(json.loads(os.environ.get(OWN_PREFIX + "PARTS", "[]")))
     try:

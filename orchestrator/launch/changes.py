@@ -1,4 +1,4 @@
-"""What a command line changes of the run that it resumes, and whether that takes back what the run promised. No torch.
+"""What a command line changes of the run that it resumes, and which changes break its promises. No torch.
 
 A resumed run repeats what an uninterrupted one would have done. Some keys undo that without looking like it: a longer
 run bends the whole schedule, other data gives a step another batch. They are listed with their effect before the first

@@ -1,4 +1,4 @@
-"""Which process is missing when the others lose it or wait for it in vain."""
+"""Find the process that is missing when a collective fails or waits in vain."""
 
 from __future__ import annotations
 

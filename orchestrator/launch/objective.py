@@ -1,4 +1,4 @@
-"""What a run has reached, as one number: the objective of a sweep (`train.objective`). No torch."""
+"""The objective of a run for a sweep (`train.objective`). No torch."""
 
 from __future__ import annotations
 

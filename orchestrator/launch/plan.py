@@ -1,4 +1,4 @@
-"""Which run a command line means, and from where it goes on: found and checked once, by who starts it. No torch."""
+"""Find the run that a command line means, and where it resumes: decided and checked once, by the launcher. No torch."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _moved(point: resume.ResumePoint, uuid: object, runs_dir: str) -> str | None
 
 
 def _before_damaged(plan: Plan) -> Checkpoint | None:
-    """An older checkpoint, where the last one of a finished run is damaged: what that held is trained again."""
+    """Return an older checkpoint, where the last one of a finished run is damaged: later steps are trained again."""
     last = plan.checkpoint
     if last is None or not plan.takes_older:
         return None

@@ -1,4 +1,4 @@
-"""A run from start to report: what the launcher does, and what each process does."""
+"""A run from start to report: the part of the launcher, and the part of each process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ class Opened:
 
     @classmethod
     def of(cls, resolved: Resolved) -> Opened:
-        """What a process opens by itself that was given no more than the record."""
+        """Open what a process needs that was given no more than the record.
+
+        Args:
+            resolved: the run.
+        """
         settings = resolved.config.checkpoint
         return cls(resolved.target(), trust(settings.trusted_keys, settings.require_signature))
 
@@ -121,7 +125,14 @@ def joined(resolved: Resolved, world: World, target: Target) -> Iterator[tuple[P
 
 
 def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, opened: Opened) -> int:
-    """Train, from the run directory that is open to its report. Returns what `work` does."""
+    """Train, from the run directory that is open to its report. Returns what `work` does.
+
+    Args:
+        resolved: the run.
+        parallel: the strategy.
+        monitor: this process's sign of life.
+        opened: what the launcher has opened already, or this process itself.
+    """
     from orchestrator.training.job import build
 
     place = resolved.place
@@ -249,7 +260,7 @@ def _all_steps_done(job: Job) -> bool:
 
 
 def _save(job: Job, record: Record) -> None:
-    """The last checkpoint. A run is finished or interrupted when it is written, and failed where it cannot be.
+    """Save the last checkpoint. A run is finished or interrupted when it is written, and failed where it cannot be.
 
     Raises:
         CheckpointError: it could not be written.
@@ -265,7 +276,7 @@ def _save(job: Job, record: Record) -> None:
 
 
 def _look_back(job: Job, left_out: list[str]) -> None:
-    """The last evaluation and sample; what is done leaves the list. With a signal to stop the time for it is short."""
+    """Run the last evaluation and sample; what is done leaves the list. After a signal the time for it is short."""
     for what, action in (("evaluation", _evaluate), ("sample", _sample)):
         if job.watchers.stop.ask():
             return
@@ -337,7 +348,11 @@ def _report(run_dir: Path) -> None:
 
 
 def quiet(rank: int) -> None:
-    """Lightning announces devices and tips; the run says what matters itself."""
+    """Silence Lightning's announcements of devices and its tips; the run says what matters itself.
+
+    Args:
+        rank: of this process.
+    """
     import warnings
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):

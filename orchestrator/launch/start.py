@@ -1,4 +1,4 @@
-"""Starting a run: everything is resolved and checked once, then the processes are started. No torch here."""
+"""Start a run: resolve and check everything once, then start the processes. No torch here."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def launch(composed: Composed, captured: bool = False) -> Outcome:
     """Train as `composed` says, in processes of this machine or as one of those that an engine has started.
 
     Args:
+        composed: the configuration of this command line.
         captured: the processes print nothing, nor does this one: their lines go to the logger, and their errors come
             back.
 
@@ -134,7 +135,7 @@ def resolve_plan(plan: Plan, devices: int, world: World, slices: int = 1) -> tup
 
 
 def _unheard(text: str) -> None:
-    """What another process of this host says."""
+    """Drop a line of another process of this host."""
 
 
 class _Capture:
@@ -183,7 +184,7 @@ def _start_local(plan: Plan, captured: bool) -> Outcome:
 
 
 def _conclude(ended: Ended, place: RunPaths) -> None:
-    """What processes that were ended could not say: what has become of the run, and how it goes on."""
+    """Say for processes that were killed what has become of the run, and how it goes on."""
     step = ended.step
     if ended.code in STOPPED and "status" not in run_directory.read_run(place.run_dir):
         tell("stopped    before the first step: there is nothing to save")
@@ -226,7 +227,13 @@ def _join_external(plan: Plan, world: World) -> Outcome:
 
 
 def agree(plan: Plan, resolved: Resolved, parallel: ParallelStrategy, held: contextlib.ExitStack) -> Resolved:
-    """Let all processes have rank 0's record, and rank 0 open the run directory.
+    """Broadcast rank 0's record to all processes, and let rank 0 open the run directory.
+
+    Args:
+        plan: the run that the command line means.
+        resolved: this process's record.
+        parallel: the strategy, joined.
+        held: keeps the run directory locked.
 
     Raises:
         ConfigError: a process was started otherwise than rank 0.
@@ -249,7 +256,12 @@ def agree(plan: Plan, resolved: Resolved, parallel: ParallelStrategy, held: cont
 
 
 def open_run(plan: Plan, resolved: Resolved, held: contextlib.ExitStack) -> Resolved:
-    """Make what the run is kept in and hold it for this process. Returns the record, which then says where that is.
+    """Create the run directory and lock it for this process. Returns the record, with its paths.
+
+    Args:
+        plan: the run that the command line means.
+        resolved: the run.
+        held: keeps the run directory locked.
 
     Raises:
         UserError: it cannot be written, or another process holds it.

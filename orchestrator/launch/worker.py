@@ -1,4 +1,4 @@
-"""Entry point of a process that the product's own launcher started: `python -m orchestrator.launch.worker KIND ...`."""
+"""Entry point of the processes that the launcher starts: `python -m orchestrator.launch.worker KIND ...`."""
 
 from __future__ import annotations
 

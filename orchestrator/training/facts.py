@@ -1,4 +1,4 @@
-"""What is known of a run before its first step, and of where it runs."""
+"""Facts of a run before its first step: size, FLOPs, data, and provenance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from orchestrator.training.resolved import Resolved
 def run_facts(
     resolved: Resolved, parallel: ParallelStrategy, model: ShardableModel, data: PreparedData
 ) -> tuple[dict[str, Any], Callable[[float], float | None]]:
-    """What is known of the run before its first step, and MFU as a function of tokens per second."""
+    """Return the facts of a run before its first step, and MFU as a function of tokens per second.
+
+    Args:
+        resolved: the run.
+        parallel: the strategy.
+        model: the placed model.
+        data: the prepared data.
+    """
     config, target, devices = resolved.config, parallel.target, parallel.layout.devices
     # What an own model computes no description says: its utilisation is unknown.
     flops = None if model.config._target_ else flops_per_token(model.config, config.train.seq_len)
@@ -42,7 +49,11 @@ def run_facts(
 
 
 def provenance(parallel: ParallelStrategy) -> dict[str, Any]:
-    """What a result may depend on: hardware, layout, precision, software."""
+    """Return what a result may depend on: hardware, layout, precision, software.
+
+    Args:
+        parallel: the strategy.
+    """
     probe = parallel.target.probe()
     return {
         "target": parallel.target.name,

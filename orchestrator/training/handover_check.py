@@ -1,4 +1,4 @@
-"""The handover check: what a checkpoint's model gives for its reference batch, measured where it runs."""
+"""The handover check of a model on its devices: measure it on the reference batch, and compare."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ HANDOVERS = MEASURED  # of a run directory: a list, one entry per start from a c
 
 
 def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
-    """The reference batch of a run: the first sequences of the held-out data (else of the training data), cut short."""
+    """Return the reference batch of a run: the first sequences of the held-out data (else of the training data), cut.
+
+    Args:
+        config: of the run.
+        stream: where the sequences are from.
+    """
     settings = config.checkpoint.handover
     assert isinstance(settings.seq_len, int), "training.resolved has filled it in"
     rows = stream.batch(range(min(settings.sequences, len(stream))))
@@ -56,7 +61,12 @@ def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
 def reference_files(
     model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]
 ) -> dict[str, bytes]:
-    """What a checkpoint carries for the check: `batch`, and what `model` gives for it. All ranks call it together.
+    """Return what a checkpoint carries for the check: `batch`, and the model's results. All ranks call it together.
+
+    Args:
+        model: the model of the run.
+        parallel: the strategy.
+        batch: int64 arrays [rows, length], the same on all ranks.
 
     Raises:
         NonFiniteError: its loss or the norm of its gradients is not finite, on all ranks.
@@ -79,10 +89,13 @@ def check_handover(
     parallel: ParallelStrategy,
     here: Mapping[str, Any],
 ) -> Handover:
-    """Measure the restored `model` and hold it against `checkpoint`. All ranks call it together.
+    """Measure the restored `model` and compare it with `checkpoint`. All ranks call it together.
 
     Args:
+        checkpoint: the checkpoint that was restored.
+        model: the restored model.
         optimizer: restored too, or None.
+        parallel: the strategy.
         here: provenance of this side.
 
     Raises:
@@ -99,7 +112,12 @@ def check_handover(
 
 
 def sum_tensors(shards: Sequence[Shard], parallel: ParallelStrategy) -> dict[str, int]:
-    """The sum over the bits of each tensor, over all ranks, on all of them. All ranks call it together."""
+    """Sum the bits of each tensor over all ranks, on all of them. All ranks call it together.
+
+    Args:
+        shards: this rank's parts.
+        parallel: the strategy.
+    """
     mine: dict[str, int] = {}
     for shard in shards:
         if shard.owned:
@@ -119,7 +137,12 @@ def sum_tensors(shards: Sequence[Shard], parallel: ParallelStrategy) -> dict[str
 
 
 def note(run_dir: Path, entry: Mapping[str, Any]) -> None:
-    """Add a check to the run's list."""
+    """Add a check to the run's list.
+
+    Args:
+        run_dir: the run's directory.
+        entry: the result of the check.
+    """
     path = run_dir / HANDOVERS
     try:
         entries = json.loads(path.read_text())
@@ -129,11 +152,13 @@ def note(run_dir: Path, entry: Mapping[str, Any]) -> None:
 
 
 def measure(model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[str, np.ndarray]) -> Measurement:
-    """Loss, gradient norm and digest of the logits for `batch`. All ranks call it together.
+    """Compute loss, gradient norm and digest of the logits for `batch`. All ranks call it together.
 
     Weights, optimizer and random state stay as they are; gradients must not be waiting, and none are left.
 
     Args:
+        model: the model of the run.
+        parallel: the strategy.
         batch: int64 arrays [rows, length], the same on all ranks.
     """
     layout, (rank, shares) = parallel.layout, parallel.data_share
@@ -194,7 +219,7 @@ def _digest(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _gather(part: Tensor, parallel: ParallelStrategy, rank: int, shares: int) -> Tensor:
-    """The digests of all shares on all ranks; the ones tell how often each was counted."""
+    """Return the digests of all shares on all ranks; the ones tell how often each was counted."""
     rows = part.shape[0]
     zeros = [torch.zeros_like(part)] * shares
     zeros[rank] = part

@@ -1,4 +1,4 @@
-"""The layout of a run whose degrees are left open: planned where the chip is known, else by a plain rule. No torch."""
+"""Choose the layout of a run whose degrees are open: planned where the chip is known, else by a rule. No torch."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     With one open degree there is nothing to choose; on an unknown chip, on a CPU and in a rehearsal `resolve_layout`
     fills them by its rule. The answer depends on the configuration, the chip and the number of devices alone: every
     process that an engine has started comes to the same one, once.
+
+    Args:
+        config: of the run.
+        target: the hardware.
+        devices: of the job.
     """
     train = config.train
     kept = Settled(config.layout, train.micro_batch_size, "none" if train.remat == "auto" else train.remat)
@@ -92,7 +97,12 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
 
 
 def precision_of(config: RunConfig, target: Target) -> str:
-    """Return the precision of the matrix products: the configured one, else what suits the target's devices."""
+    """Return the precision of the matrix products: the configured one, else what suits the target's devices.
+
+    Args:
+        config: of the run.
+        target: the hardware.
+    """
     chosen = config.hardware.precision
     return target.default_precision(target.probe()) if chosen == "auto" else chosen
 

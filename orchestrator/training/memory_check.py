@@ -1,4 +1,4 @@
-"""Whether a run fits the memory of its devices, by the planner's memory model, before anything is made or loaded.
+"""Check that a run fits the memory of its devices, by the planner's memory model, before anything is allocated.
 
 No torch. On a CPU the processes of a host share its memory; on an accelerator each device has its own. The model is of
 the torch-native step (docs/planner-accuracy-product.md says how close it is); for XLA `rehearse` asks the compiler.
@@ -45,6 +45,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
+        """Whether the memory suffices."""
         return self.needs <= self.has
 
 
@@ -86,7 +87,7 @@ def check_memory(resolved: Resolved, target: Target, local: int) -> None:
 
 
 def _fit(resolved: Resolved, target: Target, local: int) -> Fit | None:
-    """The memory that the run needs; None where that of the devices is not known."""
+    """Return the memory that the run needs; None where that of the devices is not known."""
     estimate = _estimate(resolved, target)
     if target.name != "cpu":
         capacity = target.probe().device_memory_bytes
@@ -126,7 +127,7 @@ def _estimate(resolved: Resolved, target: Target) -> MemoryEstimate:
 
 
 def _remedy(resolved: Resolved, target: Target, local: int, fit: Fit) -> str:
-    """The first change that fits, from the cheapest on; else how large a model may be here."""
+    """Return the first change that fits, from the cheapest on; else how large a model may be here."""
     config, layout = resolved.config, resolved.layout
     for remat in _REMATS:
         for size in (config.train.micro_batch_size, 1):

@@ -1,4 +1,4 @@
-"""From a configuration to an optimizer over the parameters of a placed model, its state allocated.
+"""Build the optimizer over the parameters of a placed model, and allocate its state.
 
 A restore fills that state, and no step is the first one. What an optimizer computes stands in `orchestrator.optim`;
 AdamW is torch's own.

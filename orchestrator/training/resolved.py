@@ -1,4 +1,4 @@
-"""A run with nothing left open: made once, by who starts it, and read by every process. No torch."""
+"""A run without open choices: resolved once, by the launcher, and read by every process. No torch."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ class Resolved:
 
     @property
     def layout(self) -> Layout:
+        """Degrees of the mesh axes, none of them open."""
         return Layout(**{axis: cast(int, getattr(self.config.layout, axis)) for axis in MESH_AXES})
 
     @property
@@ -118,7 +119,7 @@ class Resolved:
         return self.paths
 
     def target(self) -> Target:
-        """The target, in a process that has not found it itself."""
+        """Return the target, in a process that has not found it itself."""
         target = get_target(self.config.hardware.target, self.config.hardware.runtime)
         target.use(self.config.hardware)
         return target
@@ -172,7 +173,7 @@ class Resolved:
         return result
 
     def _contradiction(self) -> str:
-        """What of it is no decision, or not one of what was asked for; empty where all is well."""
+        """Return what of it is no decision, or none of what was asked for; empty where all is right."""
         config, asked = dict(flat(to_dict(self.config))), dict(flat(to_dict(self.asked)))
         if still := [key for key in DECIDED if config.get(key) == "auto"]:
             return f"{', '.join(still)} is left open"
@@ -186,7 +187,11 @@ class Resolved:
         return ""
 
     def differences(self, other: Resolved) -> list[str]:
-        """What of this record is not as in rank 0's, but for what each host has of its own."""
+        """List what differs from rank 0's record, but for what each host has of its own.
+
+        Args:
+            other: rank 0's record.
+        """
         theirs = dict(flat(to_dict(other.config)))
         found = [
             f"{key}={value} (rank 0: {theirs.get(key)})"
@@ -260,7 +265,11 @@ def _handover_length(settings: HandoverConfig, config: RunConfig) -> int:
 
 
 def write_resolved(folder: Path, resolved: Resolved) -> Path:
-    """Write it into a run directory, for the processes of this start.
+    """Write the record into a run directory, for the processes of this start.
+
+    Args:
+        folder: the run directory.
+        resolved: the record.
 
     Raises:
         OSError: the file cannot be written.
@@ -272,6 +281,9 @@ def write_resolved(folder: Path, resolved: Resolved) -> Path:
 
 def read_resolved(folder: Path) -> Resolved:
     """Read what `write_resolved` has written.
+
+    Args:
+        folder: the run directory.
 
     Raises:
         ConfigError: there is no such file, or it is not what was written.
@@ -289,7 +301,12 @@ def read_resolved(folder: Path) -> Resolved:
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a configuration as plain data; lists are values."""
+    """Yield dotted keys and values of a configuration as plain data; lists are values.
+
+    Args:
+        data: the configuration.
+        prefix: of the keys.
+    """
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
@@ -313,7 +330,7 @@ _KINDS: dict[str, Any] = {
 
 
 def _checked(data: Any) -> str:
-    """What is wrong with the keys and the types of their values; empty where nothing is."""
+    """Return what is wrong with the keys and the types of their values; empty where nothing is."""
     if not isinstance(data, dict) or data.keys() != _KINDS.keys():
         keys = sorted(data.keys() ^ _KINDS.keys()) if isinstance(data, dict) else ["no mapping"]
         return f"missing or unknown: {', '.join(map(ascii, keys))[:200]}"

@@ -1,4 +1,4 @@
-"""Filling a run from a checkpoint, and from an older one where that is damaged."""
+"""Restore a run from a checkpoint, and from an older one where that is damaged."""
 
 from __future__ import annotations
 
@@ -93,6 +93,10 @@ def restore_weights(
     """Fill the model alone from `checkpoint`, on whatever layout. All ranks call it together.
 
     Args:
+        checkpoint: the checkpoint to read.
+        config: of the run.
+        parallel: the strategy.
+        model: the placed model.
         cast: weights in another format are converted, and no error.
 
     Raises:
@@ -104,11 +108,11 @@ def restore_weights(
 def open_together(
     where: AnyPath, trusted: Trust, parallel: ParallelStrategy, opened: Checkpoint | None = None
 ) -> Checkpoint:
-    """The checkpoint, on all ranks or on none: what one alone cannot read must not leave the others waiting.
+    """Open the checkpoint on all ranks or on none: a failure of one must not leave the others waiting.
 
     Args:
-        where: it is.
-        trusted: whose checkpoints are believed.
+        where: its directory.
+        trusted: whose checkpoints are accepted.
         parallel: the strategy.
         opened: a checkpoint that this process has opened already; it is taken if it is the one. Another process may
             have decided, and found a later one.
@@ -135,7 +139,7 @@ def _is_at(checkpoint: Checkpoint, where: AnyPath) -> bool:
 
 
 def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
-    """The data and the batch are those of the saved run: a step's batch is a function of its number."""
+    """Check that data and batch are those of the saved run: a step's batch is a function of its number."""
     saved: dict[str, Any] = checkpoint.state().get("data", {})
     if lacking := {"fingerprint", "global_batch_sequences"} - saved.keys():
         raise CheckpointError(
@@ -165,7 +169,12 @@ def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -
 
 
 def data_position(checkpoint: Checkpoint | None, stream: TokenStream) -> Position:
-    """Return where a run goes on in `stream`: behind what it was trained on, or at the start of other data."""
+    """Return where a run goes on in `stream`: behind what it was trained on, or at the start of other data.
+
+    Args:
+        checkpoint: the restored one; None for a new run.
+        stream: the training sequences.
+    """
     if checkpoint is None:
         return Position()
     saved: dict[str, Any] = checkpoint.state()["data"]
@@ -187,7 +196,7 @@ _DATA_KEYS = {
 
 
 def _other_data(saved: Any, stream: TokenStream) -> str:
-    """What to change so that the data is that of the saved run."""
+    """Return what to change so that the data is that of the saved run."""
     facts = stream.facts
     if not isinstance(saved, dict):
         keys = ", ".join(_DATA_KEYS[key] for key in facts if key in _DATA_KEYS and key != "version")

@@ -1,4 +1,4 @@
-"""What looks at a run between its steps and keeps it: the callbacks of its trainer, and what they share."""
+"""The callbacks of a run's trainer, and what they share."""
 
 from __future__ import annotations
 
@@ -41,8 +41,13 @@ class Watchers:
     Attributes:
         channels: to whom metrics and samples go.
         history: the run so far.
-        own: the user's callbacks.
+        metrics: records steps and evaluations.
         progress: the bar, in the process that shows one.
+        evaluation: of the held-out data.
+        samples: of text.
+        own: the user's callbacks.
+        checkpoints: saves.
+        stop: on a signal.
         say: prints a line, in the process that speaks.
     """
 
@@ -58,7 +63,11 @@ class Watchers:
     say: Callable[[str], None]
 
     def callbacks(self, guard: FiniteGuard) -> list[lightning.Callback]:
-        """In the order in which they look at a step: nothing is recorded or saved of one that was not finite."""
+        """List the callbacks in the order in which they see a step: nothing of a step that was not finite is kept.
+
+        Args:
+            guard: sees every step first.
+        """
         bar = [self.progress] if self.progress else []
         return [guard, self.metrics, *bar, self.evaluation, self.samples, *self.own, self.checkpoints, self.stop]
 
@@ -161,7 +170,7 @@ def _set_guard(resolved: Resolved, module: LanguageModule, tell: Callable[[str],
 
 
 def _keeps(resolved: Resolved, data: PreparedData, source: Checkpoint | None, shown: TokenStream, main: bool) -> Keeps:
-    """What travels with the weights; the first process alone saves the files."""
+    """Return what travels with the weights; the first process alone saves the files."""
     config, files = resolved.config, dict[str, bytes]()
     if main:
         # As the model came with them, or those of the data's tokenizer.

@@ -1,4 +1,4 @@
-"""When the run is saved, and what travels along with the tensors."""
+"""Save the run periodically, with what travels along with the tensors."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ class Checkpoints(lightning.Callback):
         self._saver = Saver(self.directory, parallel, config.checkpoint.asynchronous, self._prune)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Compile the graph of the reference batch, where graphs are compiled, and allocate the memory of saves."""
         if self._reference is not None and self._parallel.compilations() is not None:
             # Its graph is compiled here, before the first step, and never in the middle of the run.
             measure(pl_module.model, self._parallel, self._reference)
@@ -105,6 +106,7 @@ class Checkpoints(lightning.Callback):
             self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module._optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        """Save where a period ends, and learn how the last save went."""
         if not self._saver.busy:
             self._settle()
         every = self._config.checkpoint.every_steps
