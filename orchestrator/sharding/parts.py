@@ -81,29 +81,29 @@ class WholeParts:
     """`Parts` where every tensor is global: of a single device, and of XLA's SPMD, whose compiler splits them."""
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself, detached."""
+        """Return the `tensor` itself, detached."""
         return tensor.detach()
 
     def zeros(self, parameter: Tensor, reduced: Reduced = ()) -> Tensor:
-        """Return zeros of the parameter's shape, with size 1 in the `reduced` dims."""
+        """Return zeros of the shape of `parameter`, with size 1 in the `reduced` dims."""
         return parameter.detach().new_zeros([1 if dim in reduced else size for dim, size in enumerate(parameter.shape)])
 
     def numel(self, parameter: Tensor) -> int:
-        """Return the number of elements."""
+        """Return the number of elements of `parameter`."""
         return parameter.numel()
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Return the shape."""
+        """Return the shape of `parameter`."""
         return tuple(parameter.shape)
 
     def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
-        """Return the values: each is of the whole already."""
+        """Return `values`: each is of the whole already, whatever the `parameters` and `dims`."""
         return list(values)
 
     def on_wholes(
         self, part_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each parameter with `function` of what `part_of` gives for it."""
+        """Yield each of the `parameters` with `function` of what `part_of` gives for it."""
         for parameter in parameters:
             yield parameter, function(part_of(parameter))
 

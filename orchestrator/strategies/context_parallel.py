@@ -25,6 +25,10 @@ _SEQUENCE_DIM = 2  # of keys and values [B, H, T, head_dim]
 def parallelize_context(model: ShardableModel, group: dist.ProcessGroup) -> None:
     """Let `model`, which will get its part of each sequence, attend over the whole of it.
 
+    Args:
+        model: on the meta device.
+        group: the ranks that hold the parts of the same sequences.
+
     Raises:
         LayoutError: it has no attention core in which positions meet.
     """

@@ -1,4 +1,4 @@
-"""What Lightning is told of the job's processes: nothing, as everything between them is the strategy's."""
+"""The cluster environment that Lightning sees: one process, as the strategy does what happens between processes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ class JobEnvironment(LightningEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
+        """True: Lightning starts no process."""
         return True
 
     def world_size(self) -> int:
+        """Return 1."""
         return 1
 
     def set_world_size(self, size: int) -> None:
-        pass
+        """Ignore `size`."""
 
     def global_rank(self) -> int:
+        """Return 0."""
         return 0
 
     def set_global_rank(self, rank: int) -> None:
-        pass
+        """Ignore `rank`."""
 
     def local_rank(self) -> int:
+        """Return 0."""
         return 0
 
     def node_rank(self) -> int:
+        """Return 0."""
         return 0
 
     def teardown(self) -> None:
-        pass
+        """Do nothing."""

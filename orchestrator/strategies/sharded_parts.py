@@ -48,19 +48,24 @@ class ShardedParts:
         return mesh["shard", "tensor"]._flatten("model").get_group()
 
     def local(self, tensor: Tensor) -> Tensor:
+        """Return this rank's shard of `tensor`."""
         return local_part(tensor)
 
     def zeros(self, parameter: Tensor, reduced: Reduced = ()) -> Tensor:
+        """Allocate zeros of this rank's shard of `parameter`, with size 1 in the `reduced` dims."""
         local = local_part(parameter)
         return local.new_zeros([1 if dim in reduced else size for dim, size in enumerate(local.shape)])
 
     def numel(self, parameter: Tensor) -> int:
+        """Return the number of elements of the whole `parameter`."""
         return parameter.numel()
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return the shape of the whole `parameter`."""
         return self._placements[parameter].shape
 
     def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
+        """All-reduce partial sums over the ranks that hold parts; `values`, `parameters` and `dims` as in `Parts`."""
         result = list(values)
         cuts = [self._placements[parameter].tensor_dim for parameter in parameters]
         if self._shard_group is not None and 0 in dims:
@@ -72,6 +77,7 @@ class ShardedParts:
     def on_wholes(
         self, part_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Assemble each whole tensor on one rank and apply `function`; `part_of` and `parameters` as in `Parts`."""
         if self._group is None:
             for parameter in parameters:
                 yield parameter, function(part_of(parameter))

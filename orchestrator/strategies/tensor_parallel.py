@@ -37,6 +37,11 @@ _HEAD_DIM = 2  # of queries and keys [B, T, H, head_dim] where QK-norm sees them
 def parallelize_tensor(model: ShardableModel, placements: Mapping[str, Placement], mesh: DeviceMesh) -> None:
     """Cut the parameters of `model` over `mesh` (one axis) and hook the collectives in.
 
+    Args:
+        model: on the meta device.
+        placements: of the parameters.
+        mesh: of the tensor axis.
+
     Raises:
         LayoutError: a module of the model cannot be cut as its axes say.
     """
