@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 
 from orchestrator import __version__
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from tests.lab.runs import TINY, small_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+EXAMPLES = ROOT / "examples"
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, unpacked where nothing else of the project is."""
+    """The wheel, installed by pip where nothing else of the project is."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder / "site")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile", "--target", str(folder / "site")]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     return folder / "site"
+
+
+@pytest.fixture
+def run(installed, tmp_path):
+    """Run Python in an empty folder, with the installed wheel and `path` to import from; returns the process."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    def run(*arguments: str, path: str = ""):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(installed), path]))}
+        words = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 500}
+        return subprocess.run([sys.executable, *arguments], **words)
+
+    run.folder = folder
+    return run
 
 
 def test_the_wheel_brings_every_file_of_the_configuration(installed):
@@ -45,6 +67,57 @@ def test_the_wheel_composes_a_run(installed, tmp_path):
     result = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "llama_20m" in result.stdout
+
+
+def test_the_wheel_is_what_is_imported(installed, run):
+    done = run("-c", "import orchestrator; print(orchestrator.__file__)")
+    assert done.stdout.startswith(str(installed)), done
+
+
+def _small(tmp_path: Path, *words: str) -> list[str]:
+    small = small_overrides(tmp_path, *TINY, "train.max_steps=2", "checkpoint.handover.enabled=false", *words)
+    return [word for word in small if not word.startswith("runs_dir=")]
+
+
+def test_the_example_of_a_program_trains_from_an_empty_folder(run, tmp_path):
+    example = str(EXAMPLES / "train_from_python.py")
+    done = run(example, *_small(tmp_path))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-1000:] + done.stderr[-3000:]
+    first, row, measured, *_, report = done.stdout.splitlines()
+    assert first.split() == ["step", "loss", "validation"]
+    assert measured.startswith(f"measured again: {row.split()[2]} nats per token on ")
+    assert report.endswith("report.html")
+    refused = run(example, "optim.lrr=1")
+    assert (refused.returncode, refused.stderr.splitlines()[0]) == (1, "error: 1 problem in the configuration:")
+
+
+def test_the_example_of_a_model_trains_from_an_empty_folder(run, tmp_path):
+    folder = EXAMPLES / "own_model"
+    own = ("model=sigmoid", "model.dim=32", "model.layers=1", "model.heads=4", "model.mlp_dim=48")
+    layout = ("hardware.devices=4", "layout.fsdp=2", "layout.tensor=2")
+    words = _small(tmp_path, *own, *layout)
+    done = run("-m", "orchestrator", "train", "--config-dir", str(folder / "conf"), *words, path=str(folder))
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    (record,) = run.folder.glob("runs/*/*/run.json")
+    assert json.loads(record.read_text())["legs"][0]["layout"] == {"replicate": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert [path.name for path in run.folder.glob("runs/*/*/checkpoints/*")] == ["step-00000002"]
+
+
+def test_the_example_of_an_optimizer_and_a_callback_trains_from_an_empty_folder(run, tmp_path):
+    folder = EXAMPLES / "own_optimizer_and_callback"
+    words = _small(
+        tmp_path,
+        "optim._target_=own_parts.optimizers.Lion",
+        "optim.lr=3e-4",
+        "callbacks=[{_target_: own_parts.callbacks.CountTokens, directory: counts, every: 1}]",
+        "hardware.devices=2",
+        "layout.fsdp=2",
+    )
+    done = run("-m", "orchestrator", "train", *words, path=str(folder))
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert {path.name for path in (run.folder / "counts").iterdir()} == {"rank0.txt", "rank1.txt"}
+    (saved,) = run.folder.glob("runs/*/*/checkpoints/*")
+    assert any(name.startswith("optimizer.exp_avg.") for name in Checkpoint(saved).manifest.tensors)
 
 
 @pytest.mark.parametrize("recipe", [path.stem for path in (ROOT / "recipes/experiment").glob("*.yaml")])

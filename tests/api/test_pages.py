@@ -1,4 +1,4 @@
-"""The Python of README, docs/python.md and examples/, run from an empty folder."""
+"""The Python of README and docs/python.md, run from an empty folder."""
 
 from __future__ import annotations
 
@@ -72,22 +72,3 @@ def test_the_python_of_the_pages_runs_as_it_is_written(tmp_path):
     done = _run(["-"], folder, script)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert {path.name for path in folder.iterdir()} == {"runs", "compare.html"}
-
-
-def test_the_example_trains_from_an_empty_folder(tmp_path):
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    small = small_overrides(tmp_path, *TINY, "train.max_steps=2", "checkpoint.handover.enabled=false")
-    script = (
-        f"import runpy, sys; sys.path.insert(0, {str(pages.ROOT)!r}); sys.argv[0] = 'train_from_python.py'\n"
-        f"runpy.run_path({str(pages.ROOT / 'examples/train_from_python.py')!r}, run_name='__main__')"
-    )
-    done = _run(["-c", script, *small], folder)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert done.stderr == ""
-    first, row, measured, *_, report = done.stdout.splitlines()
-    assert first.split() == ["step", "loss", "validation"]
-    assert measured.startswith(f"measured again: {row.split()[2]} nats per token on ")
-    assert report.endswith("report.html")
-    refused = _run(["-c", script, "optim.lrr=1"], folder)
-    assert (refused.returncode, refused.stderr.splitlines()[0]) == (1, "error: 1 problem in the configuration:")
