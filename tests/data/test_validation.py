@@ -148,7 +148,7 @@ def test_the_shares_that_are_said_are_those_of_the_stream(make_store: MakeStore,
 
 
 def test_no_evaluation_is_made_where_there_is_nothing_for_it() -> None:
-    from orchestrator.training.job import _validation
+    from orchestrator.training.watchers import _validation
 
     class Never:
         def __getattr__(self, name: str) -> Any:
