@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.lab.exchange import ROOT
+from tests.lab.run_server import ROOT
 
 
 def start_hosts(size: int, overrides: list[list[str]] | list[str], **request: Any) -> list[subprocess.Popen[str]]:

@@ -13,6 +13,7 @@ import torch
 from tests.lab.cli import only_run, run
 from tests.lab.run_server import ROOT, RunServer
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 
 RELATIVE = 1e-5
@@ -72,7 +73,10 @@ def runs(tmp_path_factory):
     trained.close()
 
 
-@pytest.mark.parametrize("name", XLA)
+QUICK = ["fsdp4", "context2_fsdp2", "fsdp2_tensor2", "replicate2_fsdp2_tensor2"]
+
+
+@pytest.mark.parametrize("name", cases(XLA, quick=QUICK))
 def test_same_losses_norms_and_evaluation_as_torch_native(runs, name):
     ours, theirs = read_rows(runs(*XLA[name])), read_rows(runs(python=NATIVE))
     assert len(losses(ours)) == 20
@@ -96,7 +100,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", cases(FEATURES, quick=["accumulation", "remat", "gpt2", "attention in blocks"]))
 def test_features_agree_too(runs, feature):
     words = FEATURES[feature]
     reference = [word for word in words if word.startswith(("model", "data")) or word in LONG]
@@ -104,7 +108,7 @@ def test_features_agree_too(runs, feature):
     np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("name", ["fsdp4", "replicate4", "context2_fsdp2", "replicate2_fsdp2_tensor2"])
+@pytest.mark.parametrize("name", cases(["replicate4", *QUICK], quick=["context2_fsdp2", "replicate2_fsdp2_tensor2"]))
 def test_several_micro_batches_agree_on_every_kind_of_layout(runs, name):
     ours, theirs = runs(*FEATURES["accumulation"], *XLA[name]), runs(python=NATIVE)
     np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
@@ -141,7 +145,10 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("target", SOURCES)
+TARGETS = ["native fsdp2_tensor2", "xla fsdp4", "xla replicate2_fsdp2_tensor2"]
+
+
+@pytest.mark.parametrize("target", cases(SOURCES, quick=TARGETS))
 def test_every_checkpoint_loads_everywhere_bitwise(runs, target, tmp_path):
     """For all pairs: every tensor bitwise, optimizer included; the same next batch; the first resumed loss."""
     python, words = SOURCES[target]
@@ -158,7 +165,7 @@ def test_every_checkpoint_loads_everywhere_bitwise(runs, target, tmp_path):
     assert len({result["tokens"] for result in results}) == 1
 
 
-@pytest.mark.parametrize("features", [[], ["model.dropout=0.1"]], ids=["plain", "dropout"])
+@pytest.mark.parametrize("features", [pytest.param([], marks=slow), ["model.dropout=0.1"]], ids=["plain", "dropout"])
 def test_resume_is_bitwise_on_the_same_layout(runs, tmp_path, features):
     whole = runs(*XLA["fsdp2_tensor2"], *features)
     words = small_overrides(runs.tmp, *XLA["fsdp2_tensor2"], *features, f"runs_dir={tmp_path}")

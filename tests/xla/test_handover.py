@@ -12,8 +12,9 @@ import pytest
 
 from tests.lab.checkpoints import forge
 from tests.lab.cli import only_run
-from tests.lab.exchange import ROOT
+from tests.lab.run_server import ROOT
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.slow import cases
 
 # The torch-native side runs where users run it: in the environment of the current torch.
 NATIVE = os.environ.get("ORCHESTRATOR_VENV", str(ROOT / ".venv")) + "/bin/python"
@@ -61,14 +62,14 @@ XLA_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", NATIVE_LAYOUTS)
+@pytest.mark.parametrize("name", cases(NATIVE_LAYOUTS, quick=["1", "fsdp2_tensor2"]))
 def test_saved_by_xla_and_checked_by_torch_native(runs, name):
     code, result = _check(NATIVE, checkpoint(runs("xla"), 10), *NATIVE_LAYOUTS[name])
     assert (code, result["verdict"]) == (0, "agrees"), result
     assert {"backend", "software"} <= set(result["changed"])
 
 
-@pytest.mark.parametrize("name", XLA_LAYOUTS)
+@pytest.mark.parametrize("name", cases(XLA_LAYOUTS, quick=["fsdp2_tensor2", "fsdp2_context2"]))
 def test_saved_by_torch_native_and_checked_by_xla(runs, name):
     code, result = _check(sys.executable, checkpoint(runs("native"), 10), *XLA_LAYOUTS[name])
     assert (code, result["verdict"]) == (0, "agrees"), result
