@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 from tests.test_architecture import ALLOWED
 
-WIDTH, BOX, HIGH, ROW, LEFT = 980, 112, 34, 84, 20
+WIDTH, BOX, HIGH, ROW, LEFT, COLUMNS = 980, 112, 34, 84, 20, 7
+TRIES = 2000
+Point = tuple[float, float]
 
 
 def layers() -> list[list[str]]:
@@ -30,13 +33,64 @@ def reached(package: str) -> set[str]:
     return found
 
 
+def curve(start: Point, end: Point) -> tuple[Point, Point, Point, Point]:
+    """The Bezier points of an arrow from the lower edge of one box to the upper edge of another."""
+    (x, y), (to_x, to_y) = start, end
+    bend = (y + HIGH + to_y) / 2
+    return (x, y + HIGH), (x, bend), (to_x, bend), (to_x, to_y - 2)
+
+
+def cost(places: dict[str, Point]) -> float:
+    """How hard a drawing is to read: boxes that arrows run behind, above all, and the length of the arrows."""
+    total = 0.0
+    for name, start in places.items():
+        for below in direct(name):
+            points = curve(start, places[below])
+            total += abs(start[0] - places[below][0]) / WIDTH
+            for step in range(1, 20):
+                at = step / 20
+                weights = ((1 - at) ** 3, 3 * at * (1 - at) ** 2, 3 * at**2 * (1 - at), at**3)
+                x, y = (sum(w * point[axis] for w, point in zip(weights, points, strict=True)) for axis in (0, 1))
+                hidden = [
+                    one
+                    for one, (left, top) in places.items()
+                    if one not in (name, below) and abs(x - left) < BOX / 2 + 6 and top - 4 < y < top + HIGH + 4
+                ]
+                total += 3 * len(hidden)
+    return total
+
+
+def arrange(rows: list[list[str]]) -> dict[str, Point]:
+    """Place the boxes of each row in the columns where the fewest arrows run behind other boxes; always the same."""
+    step, chance = (WIDTH - 2 * LEFT) / COLUMNS, random.Random(0)
+    columns = {name: column for names in rows for column, name in enumerate(names)}
+
+    def places() -> dict[str, Point]:
+        return {
+            name: (LEFT + step * (columns[name] + 0.5), 30 + row * ROW)
+            for row, names in enumerate(rows)
+            for name in names
+        }
+
+    best = cost(places())
+    for _ in range(TRIES):
+        names = chance.choice(rows)
+        name, column = chance.choice(names), chance.randrange(COLUMNS)
+        before = dict(columns)
+        for other in names:
+            if columns[other] == column:
+                columns[other] = columns[name]
+        columns[name] = column
+        if (now := cost(places())) <= best:
+            best = now
+        else:
+            columns.update(before)
+    return places()
+
+
 def main() -> None:
     rows = layers()[::-1]
-    places = {}
-    for row, names in enumerate(rows):
-        step = (WIDTH - 2 * LEFT) / len(names)
-        for column, name in enumerate(names):
-            places[name] = (LEFT + step * (column + 0.5), 30 + row * ROW)
+    places = arrange(rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {40 + len(rows) * ROW}" '
         'font-family="sans-serif" font-size="14">',
@@ -47,9 +101,8 @@ def main() -> None:
     ]
     for name, (x, y) in places.items():
         for below in sorted(direct(name)):
-            to_x, to_y = places[below]
-            start, bend = y + HIGH, (y + HIGH + to_y) / 2
-            line = f"M{x:.0f} {start:.0f} C{x:.0f} {bend:.0f} {to_x:.0f} {bend:.0f} {to_x:.0f} {to_y - 2:.0f}"
+            first, *rest = (f"{at_x:.0f} {at_y:.0f}" for at_x, at_y in curve((x, y), places[below]))
+            line = f"M{first} C{' '.join(rest)}"
             parts.append(f'<path d="{line}" fill="none" stroke="#8a94a6" marker-end="url(#tip)"/>')
     for name, (x, y) in places.items():
         parts.append(
