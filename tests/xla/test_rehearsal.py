@@ -15,8 +15,9 @@ import pytest
 
 from orchestrator.config.compose import compose
 from orchestrator.errors import ConfigError, MissingExtraError, UserError
+from orchestrator.hardware.target_table import resolve
 from orchestrator.rehearsal import tpu_compiler
-from orchestrator.runs import run_directory
+from orchestrator.training.resolved import resolve_run, write_resolved
 from tests.lab import cli
 
 STAGE_SECONDS = 120
@@ -48,7 +49,8 @@ _NO_JAX = (
 def _stage(folder: Path, *overrides: str, devices: int = 8) -> subprocess.CompletedProcess[str]:
     """Stage as the verb does, in a process of its own."""
     hardware = ("hardware=tpu", f"hardware.simulate={devices}", "hardware.precision=bf16")
-    run_directory.write_config(folder, compose([*hardware, *TINY, *overrides]).config)
+    config = compose([*hardware, *TINY, *overrides]).config
+    write_resolved(folder, resolve_run(config, resolve(config.hardware), devices, 0))
     environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "orchestrator.rehearsal.stage", str(folder)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STAGE_SECONDS)
