@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {"chips", "sharding"},
     "observe": {"chips", "hardware"},
     "report": {"chips", "planner"},
-    "strategies": {"distributed", "hardware", "sharding", "models"},
+    "strategies": {"checkpoint", "distributed", "hardware", "sharding", "models"},
     "runs": {"config", "checkpoint", "data", "distributed", "models", "observe", "optim", "sharding"},
     "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding"},
     "interop": {"config", "checkpoint", "data", "distributed", "models", "runs", "sharding"},

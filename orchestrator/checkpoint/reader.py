@@ -28,6 +28,8 @@ from orchestrator.errors import CheckpointError, DamagedError
 from orchestrator.sharding.shard import Shard
 
 _THREADS = min(8, os.cpu_count() or 1)
+# Beside weights and optimizer state: what a Trainer keeps, which nobody has to want.
+_KEPT_BESIDE = ("rng.", "state.")
 Job: TypeAlias = Callable[[], None]
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -238,7 +240,7 @@ def read_into(
 
 
 def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) -> None:
-    stored = {name for name in manifest.tensors if not name.startswith(ignore)} if ignore else set(manifest.tensors)
+    stored = {name for name in manifest.tensors if not name.startswith((*ignore, *_KEPT_BESIDE))}
     missing, extra = sorted(wanted - set(manifest.tensors)), sorted(stored - wanted)
     if missing or extra:
         alike = all(name.startswith("optimizer.") for name in (*missing, *extra))

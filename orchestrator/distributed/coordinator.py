@@ -60,6 +60,7 @@ class ProcessCoordinator:
             self._store = dist.PrefixStore(start, store)
         self._votes: dist.ProcessGroup | None = None
         self._broadcasts = 0
+        self._met = False
 
     def meet(self, backend: str) -> None:
         """Wait for all processes and make torch's process group of them, for `backend`.
@@ -68,11 +69,14 @@ class ProcessCoordinator:
             HardwareError: not all have come in time.
         """
         size, rank = self._world.size, self._world.rank
+        if self._met:
+            return  # for another strategy of this process
         with self._waiting():
             dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=self._timeout)
             if size > 1:
                 # Votes overlap with the step's collectives, so they need a group of their own.
                 self._votes = dist.new_group(backend="gloo", timeout=self._timeout)
+        self._met = True
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -89,7 +93,9 @@ class ProcessCoordinator:
             ) from error
 
     def leave(self) -> None:
-        """Destroy the process group, where there is one."""
+        """Leave torch's process group; the next `coordinator_of` meets the others anew."""
+        if _current.get(self._world) is self:
+            del _current[self._world]
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -97,13 +103,13 @@ class ProcessCoordinator:
         """Start the vote for the largest `value` of all ranks, without waiting for the answer."""
         return Vote(value) if self._votes is None else _GroupVote(value, self._votes)
 
-    def broadcast(self, text: str) -> str:
-        """Return rank 0's `text` on every rank. All ranks call it, in the same order."""
+    def broadcast(self, text: str, src: int = 0) -> str:
+        """Return the text of rank `src`; all ranks call it, in the same order."""
         if self._world.size == 1:
             return text
         self._broadcasts += 1
         key = f"broadcast{self._broadcasts}"
-        if self._world.rank == 0:
+        if self._world.rank == src:
             self._store.set(key, text)
         return self._store.get(key).decode()
 
@@ -153,6 +159,24 @@ class ProcessCoordinator:
         """Wait for all ranks."""
         if self._votes is not None:
             dist.barrier(group=self._votes)
+
+
+_current: dict[World, ProcessCoordinator] = {}
+
+
+def coordinator_of(world: World, timeout_seconds: float) -> ProcessCoordinator:
+    """Return the coordinator of this process; the strategies that follow each other in a process share it.
+
+    Args:
+        world: this process among the job's.
+        timeout_seconds: how long a process waits for the others, where there is none yet.
+
+    Raises:
+        HardwareError: nobody answers where the processes are to meet.
+    """
+    if world not in _current:
+        _current[world] = ProcessCoordinator(world, timeout_seconds)
+    return _current[world]
 
 
 class _GroupVote(Vote):

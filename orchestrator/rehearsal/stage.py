@@ -111,7 +111,7 @@ class StagingStrategy(XlaStrategy):
         assert last, "a staged step has one backward pass"
         if self.accumulates:
             for name, parameter in local_parameters(model):
-                parameter.grad = self._send(parameter.detach(), self._spec(name))
+                parameter.grad = self._send(parameter.detach(), self._spec(model, name))
         yield
 
 

@@ -33,7 +33,7 @@ class _FakeCoordinator(ProcessCoordinator):
         rank, size = self._world.rank, self._world.size
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
-    def broadcast(self, text: str) -> str:
+    def broadcast(self, text: str, src: int = 0) -> str:
         """Return `text`: there is no rank 0 to wait for."""
         return text
 

@@ -8,6 +8,7 @@ costs about 5% of a step of 20M parameters on a CPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -19,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 
 from orchestrator.distributed.world import World
+from orchestrator.errors import LayoutError
 from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
 from orchestrator.models.protocol import ShardableModel
@@ -29,6 +32,17 @@ from orchestrator.sharding.parts import Parts, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.context_parallel import parallelize_context
+from orchestrator.strategies.module_sharding import (
+    check_reduced,
+    fsdp_modules,
+    is_sharded,
+    materialize,
+    move_others,
+    own_modules,
+    own_parameters,
+    shard_children,
+)
+from orchestrator.strategies.module_state import shardable_models
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
 from orchestrator.strategies.sharded_parts import ShardedParts, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
@@ -62,9 +76,12 @@ class DTensorStrategy(ParallelStrategy):
         self.reduce_each = reduce_gradients == "each" and layout.shards > 1
         self.compile = compile
         self.mesh: DeviceMesh | None = None
-        self._placements: dict[str, Placement] = {}
 
     # --- set-up ---------------------------------------------------------------------------------
+
+    @property
+    def joined(self) -> bool:
+        return self.mesh is not None
 
     def join(self) -> None:
         device = self.root_device
@@ -95,9 +112,13 @@ class DTensorStrategy(ParallelStrategy):
         group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timedelta(seconds=self.timeout_seconds))
         return group
 
+    def leave(self) -> None:
+        super().leave()
+        self.mesh = None
+
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
         assert self.mesh is not None, "join() comes first"
-        self._placements = dict(placements)
+        self.placements[model] = dict(placements)
         if self.layout.tensor > 1:
             parallelize_tensor(model, placements, self.mesh["tensor"])
         if self._context_group is not None:
@@ -120,7 +141,7 @@ class DTensorStrategy(ParallelStrategy):
         policy = MixedPrecisionPolicy(
             param_dtype=_DTYPES[self.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        mesh = self.mesh["replicate", "shard"] if self.layout.replicate > 1 else self.mesh["shard"]
+        mesh = self._fsdp_mesh()
         # The head is used last forward and first backward, so it stays gathered in between. An untied embedding
         # need not stay with it.
         units: list[tuple[nn.Module, bool]] = [(block, True) for block in model.blocks]
@@ -129,29 +150,30 @@ class DTensorStrategy(ParallelStrategy):
         for module, reshard in units:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # The loss is divided by the global number of target tokens, so gradients add up. Without the
-                # second line a factor asks for a reduction that only NCCL has.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        # The loss is divided by the global number of target tokens, so gradients add up.
+        _divide_gradients(model, 1)
+
+    def _fsdp_mesh(self) -> DeviceMesh:
+        assert self.mesh is not None
+        return self.mesh["replicate", "shard"] if self.layout.replicate > 1 else self.mesh["shard"]
 
     def _check(self, model: ShardableModel) -> None:
         """Our arithmetic of who holds what is the library's, for every parameter."""
         for name, parameter in local_parameters(model):
-            ours = tuple(part.stop - part.start for part in self._slices(name))
+            ours = tuple(part.stop - part.start for part in self._slices(model, name))
             theirs = tuple(local_part(parameter).shape)
             assert ours == theirs, f"{name}: the rules give {ours}, torch holds {theirs}"
 
-    def _slices(self, name: str) -> tuple[slice, ...]:
-        return self._placements[name].slices(self.layout, self.world.rank)
+    def _slices(self, model: ShardableModel, name: str) -> tuple[slice, ...]:
+        return self.placements[model][name].slices(self.layout, self.world.rank)
 
     @torch.no_grad()
     def initialize(self, model: ShardableModel, seed: int) -> None:
+        placements = self.placements[model]
         for name, init in model.initializers().items():
             local = local_part(model.get_parameter(name))
             if local.numel():
-                local.copy_(draw_slice(init, name, seed, self._placements[name].shape, self._slices(name)))
+                local.copy_(draw_slice(init, name, seed, placements[name].shape, self._slices(model, name)))
 
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         for module in model.modules():
@@ -160,15 +182,17 @@ class DTensorStrategy(ParallelStrategy):
                 module.reshard()
         shards = []
         for name, parameter in local_parameters(model):
-            placement, slices = self._placements[name], self._slices(name)
+            placement, slices = self.placements[model][name], self._slices(model, name)
             owned = placement.is_owner(self.layout, self.world.rank)
             shards.append(Shard(f"model.{name}", placement.shape, slices, local_part(parameter), owned))
-            shards += self._optimizer_shards(name, parameter, optimizer) if optimizer else []
+            shards += self._optimizer_shards(name, parameter, placement, optimizer) if optimizer else []
         return shards
 
-    def _optimizer_shards(self, name: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Iterator[Shard]:
+    def _optimizer_shards(
+        self, name: str, parameter: Tensor, placement: Placement, optimizer: torch.optim.Optimizer
+    ) -> Iterator[Shard]:
         """The parts of a parameter's optimizer state: scalars, of its shape, or with size 1 in some dims."""
-        placement, rank, reduced = self._placements[name], self.world.rank, reduced_dims(optimizer)
+        rank, reduced = self.world.rank, reduced_dims(optimizer)
         for key, value in optimizer.state[parameter].items():
             full, dims = f"optimizer.{key}.{name}", reduced.get(key, ())
             if value.dim() == 0:
@@ -181,8 +205,92 @@ class DTensorStrategy(ParallelStrategy):
 
     def parts(self, model: ShardableModel) -> Parts:
         assert self.mesh is not None, "join() comes first"
-        placements = {parameter: self._placements[name] for name, parameter in local_parameters(model)}
+        placements = {parameter: self.placements[model][name] for name, parameter in local_parameters(model)}
         return ShardedParts(self.mesh, self.layout, self.world.rank, placements)
+
+    # --- a LightningModule of the user's -----------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.lightning_module is not None and self.world.size > 1 and not self.placements:
+            # What Lightning's own ModelParallelStrategy sets, for `self.device_mesh` in `configure_model`.
+            self.lightning_module._device_mesh = self.device_mesh
+
+    @functools.cached_property
+    def device_mesh(self) -> DeviceMesh:
+        """The processes as Lightning's ModelParallelStrategy has them: `data_parallel` and `tensor_parallel`."""
+        groups = self.world.size // self.layout.tensor
+        ranks = torch.arange(self.world.size).reshape(groups, self.layout.tensor)
+        return DeviceMesh(self.root_device.type, ranks, mesh_dim_names=("data_parallel", "tensor_parallel"))
+
+    def _average_gradients(self, model: ShardableModel) -> None:
+        # Lightning's users return the mean over the samples of a process.
+        _divide_gradients(model, self.layout.replicate * self.layout.shards)
+
+    def _place_others(self, module: nn.Module) -> None:
+        split = self.layout.devices > 1
+        if split and is_sharded(module):
+            materialize(own_modules(module), self.root_device)
+        elif any(True for _ in own_parameters(module)):
+            whole_ranks = self.layout.tensor == self.layout.context == 1
+            if not whole_ranks and not any(True for _ in shardable_models(module)):
+                raise LayoutError(
+                    "only a model that says what its parameters are can be split along the tensor or context axis",
+                    got=f"{type(module).__name__} on layout {self.layout}",
+                    fix="let it hold an orchestrator.models.protocol.ShardableModel, shard in configure_model over "
+                    'self.device_mesh["tensor_parallel"], or leave tensor and context at 1',
+                )
+            whole = not split and self.precision == "fp32"
+            policy = MixedPrecisionPolicy(param_dtype=_DTYPES[self.precision], reduce_dtype=torch.float32)
+            shard_children(module, None if whole else self._fsdp_mesh(), policy)
+        move_others(module, self.root_device)
+        check_reduced(module, self.layout.devices // self.layout.tensor, self.layout.tensor, self.world.rank)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        units = fsdp_modules(self.lightning_module) if self.lightning_module is not None else []
+        for unit in units:
+            unit.set_requires_gradient_sync(self.reduce_each, recurse=False)
+            unit.set_requires_all_reduce(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_requires_gradient_sync(True, recurse=False)
+                unit.set_requires_all_reduce(True, recurse=False)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the processes; those of a tensor group hold the same, and count once.
+
+        Args:
+            tensor: of this process; anything else is returned as it is.
+            group: reduce over another group of processes, each counted.
+            reduce_op: `mean`, `avg`, `sum`, `min`, `max`, or one of torch's.
+        """
+        if not isinstance(tensor, Tensor) or self.world.size == 1:
+            return tensor
+        name = str(getattr(reduce_op, "name", reduce_op) or "sum").lower().rpartition(".")[2]
+        result = tensor.detach().clone().contiguous()
+        mean = name in ("mean", "avg")
+        if mean and not result.is_floating_point():
+            result = result.float()
+        if mean or name == "sum":
+            result = result if group is not None else self._counted(result)
+            dist.all_reduce(result, group=group)
+            counted = dist.get_world_size(group) if group is not None else self.world.size // self.layout.tensor
+            return result / counted if mean else result
+        dist.all_reduce(result, getattr(dist.ReduceOp, name.upper()), group=group)
+        return result
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return the tensors of all processes, of equal shape, along a new first dim."""
+        if self.world.size == 1:
+            return tensor
+        if sync_grads:
+            return torch.stack(differentiable_all_gather(tensor.contiguous(), group=group))
+        parts = [torch.zeros_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.stack(parts)
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -221,11 +329,11 @@ class DTensorStrategy(ParallelStrategy):
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
-        grads, owned = [], []
+        grads, owned, placements = [], [], self.placements.get(model, {})
         for name, parameter in local_parameters(model):
             if parameter.grad is not None:
                 grads.append(local_part(parameter.grad))
-                owned.append(self._placements[name].is_owner(self.layout, self.world.rank))
+                owned.append(placements[name].is_owner(self.layout, self.world.rank))
         counted = [grad for grad, mine in zip(grads, owned, strict=True) if mine]
         squares = torch.zeros((), device=self.root_device)
         if counted:
@@ -264,3 +372,10 @@ class DTensorStrategy(ParallelStrategy):
     def uncompiled(self) -> AbstractContextManager[Any]:
         # A second shape would make torch compile the blocks again, for any shape, and run the step by those.
         return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
+
+
+def _divide_gradients(model: nn.Module, by: int) -> None:
+    for module in fsdp_modules(model):
+        # Without the second line a factor asks for a reduction that only NCCL has.
+        module.set_gradient_divide_factor(float(by))
+        module.set_force_sum_reduction_for_comms(True)

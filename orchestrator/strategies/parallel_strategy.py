@@ -1,41 +1,46 @@
 """The one interface through which everything that touches more than one device goes.
 
-`ParallelStrategy` is a Lightning strategy. Lightning sees one process that trains one model: it is told a
-world of one, because its own multi-process steps (a broadcast per batch, a sampler, whole-model
-checkpoints) are ours to do. The model, the optimizer, the data, the checkpoint and the LightningModule
-call the methods below and never ask which strategy runs.
+The model, the optimizer, the data, the checkpoint and the LightningModule call the methods below and never ask which
+strategy runs. `ParallelStrategy` is a Lightning strategy, too (`trainer_strategy`): a user's own Trainer takes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal, Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from orchestrator.distributed.coordinator import ProcessCoordinator, Vote
+from orchestrator.checkpoint.plain_values import PlainEncoder, decode
+from orchestrator.config.schema import HardwareConfig, LayoutConfig
+from orchestrator.distributed.coordinator import ProcessCoordinator, Vote, coordinator_of
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.world import World
-from orchestrator.errors import HardwareError
+from orchestrator.errors import ConfigError, HardwareError, LayoutError
 from orchestrator.hardware.target import Target
+from orchestrator.hardware.target_table import find_world, job_devices, resolve
 from orchestrator.models.protocol import ShardableModel
-from orchestrator.sharding.layout import Layout
+from orchestrator.sharding.layout import Layout, resolve_layout
 from orchestrator.sharding.parts import Parts, WholeParts
-from orchestrator.sharding.rules import Placement
+from orchestrator.sharding.rules import Placement, place
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.accelerator import TargetAccelerator
+from orchestrator.strategies.module_sharding import move_others
+from orchestrator.strategies.module_state import ModuleState, shardable_models
+from orchestrator.strategies.trainer_strategy import TrainerStrategy
 
 Batch = dict[str, Tensor]
 
 
-class ParallelStrategy(Strategy):
+class ParallelStrategy(TrainerStrategy):
     """Shards one job over the devices of a layout.
 
     Life: `join` → `shard` → `initialize` or `load` into `state_shards` → per step `prepare_batch`,
@@ -50,16 +55,50 @@ class ParallelStrategy(Strategy):
     """
 
     def __init__(self, target: Target, world: World, layout: Layout, precision: str, timeout_seconds: float = 600):
-        super().__init__(accelerator=TargetAccelerator(target))
-        self.target, self.world, self.layout, self.precision = target, world, layout, precision
+        super().__init__(target, world, layout, precision)
         self.timeout_seconds = timeout_seconds
+        self.placements: WeakKeyDictionary[ShardableModel, dict[str, Placement]] = WeakKeyDictionary()
         self._coordinator: ProcessCoordinator | None = None
 
-    # --- set-up ---------------------------------------------------------------------------------
+    @classmethod
+    def from_environment(
+        cls,
+        *,
+        replicate: int | Literal["auto"] = 1,
+        fsdp: int | Literal["auto"] = "auto",
+        context: int | Literal["auto"] = 1,
+        tensor: int | Literal["auto"] = 1,
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        hardware: HardwareConfig | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make the strategy of this process, for a Trainer of one's own.
 
-    @abstractmethod
-    def join(self) -> None:
-        """Meet the other processes and build the device mesh."""
+        Which process this is, of how many, is what torchrun, Slurm, MPI or the product's launcher say.
+
+        Args:
+            replicate: copies of the model, each over the other axes.
+            fsdp: processes among which parameters, gradients and optimizer state are split; `auto` takes those that
+                the other axes leave over.
+            context: processes that share a sequence.
+            tensor: processes that share each matrix.
+            precision: of the matrix products; `auto` is what suits the devices.
+            hardware: target, devices and more; by default what is found here, on a CPU where no accelerator is.
+            options: as the class has them, such as `reduce_gradients`.
+
+        Raises:
+            HardwareError: the target cannot be used here, or what started the processes says nothing coherent.
+            LayoutError: the degrees do not fit the processes.
+        """
+        hardware = hardware or HardwareConfig()
+        target = resolve(hardware)
+        world = find_world(hardware, os.environ) or World()
+        degrees = LayoutConfig(replicate=replicate, fsdp=fsdp, context=context, tensor=tensor)
+        layout = resolve_layout(degrees, job_devices(hardware, target, world))
+        chosen = target.default_precision(target.probe()) if precision == "auto" else precision
+        return cls(target, world, layout, chosen, timeout_seconds=hardware.timeout_seconds, **options)
+
+    # --- set-up ---------------------------------------------------------------------------------
 
     def check_agreement(self) -> None:
         """See that all processes have the same layout and precision, before a mesh is made of them.
@@ -107,6 +146,46 @@ class ParallelStrategy(Strategy):
     def data_share(self) -> tuple[int, int]:
         """Which share of a batch this process reads, of how many."""
         return self.layout.data_rank(self.world.rank), self.layout.data_parallel
+
+    # --- a LightningModule of the user's -----------------------------------------------------------
+
+    def place(self, module: nn.Module) -> None:
+        for _, model in list(shardable_models(module)):
+            if model not in self.placements:
+                self._place_model(model)
+        self._place_others(module)
+
+    def _place_model(self, model: ShardableModel) -> None:
+        """Shard a model that a user has made, on the meta device or with weights, which it keeps."""
+        weights = {name: parameter.detach() for name, parameter in local_parameters(model) if not parameter.is_meta}
+        if any(isinstance(weight, DTensor) for weight in weights.values()):
+            raise LayoutError(
+                "the model was placed by another strategy",
+                got=type(model).__name__,
+                fix="give this Trainer the strategy of the first one, or make the module anew",
+            )
+        model.to("meta")
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.shard(model, place(model.logical_axes(), shapes))
+        self._average_gradients(model)
+        if not weights:
+            self.initialize(model, int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            return
+        shards = self.state_shards(model, None)
+        with torch.no_grad():
+            for shard in shards:
+                shard.data.copy_(weights[shard.name.removeprefix("model.")][shard.slices])
+        self.adopt(model, None, shards)
+
+    def _average_gradients(self, model: ShardableModel) -> None:
+        """Let gradients be means over the processes that read other samples, where they would be sums."""
+
+    def _place_others(self, module: nn.Module) -> None:
+        """Shard what is in no model that the rules place."""
+        move_others(module, self.root_device)
+
+    def module_state(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> ModuleState:
+        return ModuleState(module, optimizers, self.rank, self.state_shards, self.adopt)
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -186,7 +265,7 @@ class ParallelStrategy(Strategy):
     def coordinator(self) -> ProcessCoordinator:
         """The processes of the job; opened on first use."""
         if self._coordinator is None:
-            self._coordinator = ProcessCoordinator(self.world, self.timeout_seconds)
+            self._coordinator = coordinator_of(self.world, self.timeout_seconds)
         return self._coordinator
 
     def start_vote(self, value: int) -> Vote:
@@ -194,23 +273,32 @@ class ParallelStrategy(Strategy):
         return self.coordinator.start_vote(value)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give rank 0's object to every rank; all ranks call it, in the same order.
+        """Give one rank's object to every rank; all ranks call it, in the same order.
 
         Args:
-            obj: what JSON can carry. Anything else would have to be pickled. Only rank 0's counts.
-            src: 0, the one rank that the processes hear.
+            obj: what JSON can carry, a tuple, a path, or a small tensor. Anything else would have to be pickled. Only
+                that of rank `src` counts.
+            src: the rank that the processes hear.
 
         Returns:
-            A copy of rank 0's object: a tuple comes back as a list.
+            A copy of that rank's object.
 
         Raises:
-            ValueError: another source than rank 0.
+            ConfigError: it is something else.
         """
-        if src:
-            raise ValueError(f"objects are broadcast from rank 0, not from rank {src}")
         if self.world.size == 1:
             return obj
-        return json.loads(self.coordinator.broadcast(json.dumps(obj if self.rank == 0 else None)))
+        text, encoder = "", PlainEncoder()
+        if self.rank == src:
+            text = json.dumps([encoder.encode(obj), encoder.left_out])
+        value, left_out = json.loads(self.coordinator.broadcast(text, src))
+        if left_out:
+            raise ConfigError(
+                "an object cannot be sent to the other processes, as it would have to be pickled",
+                got="; ".join(left_out),
+                allowed="what JSON can carry, tuples, paths and small tensors",
+            )
+        return decode(value)
 
     def any_raised(self, flag: bool) -> bool:
         """Whether any rank calls with `flag` set; waits for all of them."""
@@ -248,45 +336,6 @@ class ParallelStrategy(Strategy):
     def size(self) -> int:
         """Processes of the job."""
         return self.world.size
-
-    # --- what Lightning asks of a strategy ------------------------------------------------------------
-
-    @property
-    def root_device(self) -> torch.device:
-        return self.target.device(self.world.local_rank)
-
-    @property
-    def is_global_zero(self) -> bool:
-        return self.world.rank == 0
-
-    @property
-    def global_rank(self) -> int:
-        return self.world.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.world.local_rank
-
-    def setup(self, trainer: Any) -> None:
-        # The model is placed and the optimizer built before the trainer exists: see training/job.py.
-        assert self.accelerator is not None
-        self.accelerator.setup(trainer)
-        self.setup_optimizers(trainer)
-
-    def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
-        return self.prepare_batch(batch)
-
-    def model_to_device(self) -> None:
-        """`shard` has put every parameter where it belongs."""
-
-    def teardown(self) -> None:
-        """Lightning would gather the model on the host here."""
-
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return tensor
-
-    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor
 
 
 def local_parameters(model: ShardableModel) -> Iterable[tuple[str, nn.Parameter]]:

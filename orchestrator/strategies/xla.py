@@ -52,10 +52,13 @@ class XlaStrategy(ParallelStrategy):
 
     def __init__(self, target: Target, world: World, layout: Layout, precision: str, timeout_seconds: float = 600):
         super().__init__(target, world, layout, precision, timeout_seconds)
-        self._placements: dict[str, Placement] = {}
         self._mesh: Any = None
 
     # --- set-up ---------------------------------------------------------------------------------
+
+    @property
+    def joined(self) -> bool:
+        return self._mesh is not None
 
     def join(self) -> None:
         if self.world.size > 1:
@@ -108,11 +111,11 @@ class XlaStrategy(ParallelStrategy):
         return 0, 1
 
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
-        self._placements = dict(placements)
+        self.placements[model] = dict(placements)
         for name, parameter in list(model.named_parameters()):
             path, _, leaf = name.rpartition(".")
             # Split on the way from the host: no device ever holds the whole.
-            placed = self._send(torch.zeros(parameter.shape), self._spec(name))
+            placed = self._send(torch.zeros(parameter.shape), self._spec(model, name))
             setattr(model.get_submodule(path), leaf, nn.Parameter(placed))
         model.tie_weights()
         for block in model.blocks:
@@ -136,9 +139,9 @@ class XlaStrategy(ParallelStrategy):
 
         return replace(ops, loss=loss)
 
-    def _spec(self, name: str, reduced: Reduced = ()) -> tuple[Any, ...]:
+    def _spec(self, model: ShardableModel, name: str, reduced: Reduced = ()) -> tuple[Any, ...]:
         """The parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
-        placement = self._placements[name]
+        placement = self.placements[model][name]
         spec: list[tuple[str, ...]] = [() for _ in placement.shape]
         if placement.tensor_dim is not None:
             spec[placement.tensor_dim] = ("tensor",)
@@ -161,7 +164,7 @@ class XlaStrategy(ParallelStrategy):
             state = optimizer.state[parameter]
             for key, value in state.items():
                 if value.dim():
-                    spec = self._spec(name, reduced.get(key, ()))
+                    spec = self._spec(model, name, reduced.get(key, ()))
                     state[key] = self._send(torch.zeros(value.shape, dtype=value.dtype), spec)
         self._execute()
 
@@ -237,8 +240,15 @@ class XlaStrategy(ParallelStrategy):
             for name, parameter in local_parameters(model):
                 if parameter.grad is not None:
                     # Left alone the compiler gives a whole gradient to every device of fsdp.
-                    xs.mark_sharding(parameter.grad, self._mesh, self._spec(name))
+                    xs.mark_sharding(parameter.grad, self._mesh, self._spec(model, name))
             self._execute()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        yield
+        for model in self.placements:
+            with self.backward_context(model, last=False):
+                pass
 
     def finish_step(self) -> None:
         self._execute()

@@ -22,7 +22,6 @@ from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.remat import apply_remat
 from orchestrator.runs.own_parts import build_model
 from orchestrator.sharding import rules
-from orchestrator.strategies.environment import JobEnvironment
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.module import LanguageModule
@@ -207,11 +206,21 @@ def micro_batch_size(resolved: Resolved, parallel: ParallelStrategy) -> int:
     return min(share, resolved.micro_batch * layout.data_parallel // shares)
 
 
+class RunTrainer(lightning.Trainer):
+    """A Trainer that leaves signals to the run: Lightning's raises at the end of a batch, on one rank, unsaved."""
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Nothing, for Lightning's loops."""
+        return False
+
+
 def make_trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic: bool) -> lightning.Trainer:
-    return lightning.Trainer(
+    # With several Lightning would wait for the device at every batch, to ask whether rank 0 got SIGTERM.
+    parallel.world_size = 1
+    return RunTrainer(
         strategy=parallel,
-        # Lightning would look for an engine itself, and refuses Slurm's --ntasks.
-        plugins=[JobEnvironment()],
+        accelerator=parallel.trainer_accelerator,
         devices=1,
         max_epochs=1,
         callbacks=callbacks,

@@ -20,7 +20,7 @@ from orchestrator.training.optimizer_setup import PEAK
 
 
 class LanguageModule(lightning.LightningModule):
-    """Trains a decoder that is already placed on its devices.
+    """Trains a language model that is already placed on its devices; `TrainerLanguageModule` places its own.
 
     A batch is one optimizer step's share of this process; it is cut into micro-batches here, so that the
     number of target tokens of the whole step is known before the first backward pass: the loss is the mean
@@ -48,18 +48,27 @@ class LanguageModule(lightning.LightningModule):
         step: int,
     ):
         super().__init__()
+        self._begin(config, step)
+        self._take(model, parallel, micro_batch)
+        self._optimizer = optimizer
+
+    def _begin(self, config: RunConfig, step: int) -> None:
         self.automatic_optimization = False
-        self.model, self.parallel, self.config = model, parallel, config
-        self.micro_batch, self.step = micro_batch, step
+        self.config, self.step = config, step
         self.lr = 0.0
         self.record: Callable[..., None] = lambda **values: None  # set by the metrics callback
-        self.guard = FiniteGuard(parallel, config.train)
         self._schedule = schedule_of(config)
-        self._optimizer = optimizer
+
+    def _take(self, model: ShardableModel, parallel: ParallelStrategy, micro_batch: int) -> None:
+        self.model, self.parallel, self.micro_batch = model, parallel, micro_batch
+        self.guard = FiniteGuard(parallel, self.config.train)
         self._dropout = model.config.dropout > 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._optimizer
+
+    def transfer_batch_to_device(self, batch: Mapping[str, Any], device: Any, dataloader_idx: int) -> Batch:
+        return self.parallel.prepare_batch(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers()

@@ -19,10 +19,13 @@ def read_all(directory: Path) -> dict[str, torch.Tensor]:
         "BF16": torch.bfloat16,
         "F16": torch.float16,
         "I64": torch.int64,
+        "I32": torch.int32,
+        "U8": torch.uint8,
     }
     result = {}
     for name, entry in manifest["tensors"].items():
-        whole = torch.full(entry["shape"], float("nan"), dtype=dtypes[entry["dtype"]])
+        dtype = dtypes[entry["dtype"]]
+        whole = torch.full(entry["shape"], float("nan") if dtype.is_floating_point else 0, dtype=dtype)
         for shard in entry["shards"]:
             box = tuple(slice(a, b) for a, b in zip(shard["start"], shard["stop"], strict=True))
             whole[box] = files[shard["file"]][shard["key"]]

@@ -32,11 +32,6 @@ class StopOnSignal(lightning.Callback):
         self._vote: Vote | None = None
         self.stopped = 0
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Keep Lightning from installing signal handlers of its own."""
-        # Lightning's own handler broadcasts from inside the handler and raises without saving.
-        trainer._signal_connector.register_signal_handlers = lambda: None
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Read the vote of the previous step, and start the next one."""
         if self._vote is not None and (number := self._vote.result()):
