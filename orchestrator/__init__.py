@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.strategies.dtensor import DTensorStrategy
     from orchestrator.strategies.xla import XlaStrategy
     from orchestrator.training.module import LanguageModule
+    from orchestrator.training.trainer_module import TokenDataModule, TrainerLanguageModule
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
@@ -47,6 +48,7 @@ else:
             "strategies.dtensor": ["DTensorStrategy"],
             "strategies.xla": ["XlaStrategy"],
             "training.module": ["LanguageModule"],
+            "training.trainer_module": ["TokenDataModule", "TrainerLanguageModule"],
         },
     )
 
@@ -59,6 +61,8 @@ __all__ = [
     "LanguageModule",
     "Run",
     "RunConfig",
+    "TokenDataModule",
+    "TrainerLanguageModule",
     "XlaStrategy",
     "compare",
     "compose",

@@ -114,6 +114,8 @@ READS_AUTO = {
     "training/layout_choice.py": "the launcher's: the plan of what is open",
     "training/resolved.py": "the launcher's: decides",
     "sharding/layout.py": "the rule for degrees that nobody has planned, which `training.resolved` applies",
+    "strategies/parallel_strategy.py": "a Trainer of the user's has no launcher: `from_environment`",
+    "training/trainer_module.py": "nor has the product's module in it",
     "data/agreement.py": "BOS and EOS of a prepared store may be as they are",
     "data/make_tokenizer.py": "BOS as the tokenizer's files say, or none beside tokens made elsewhere",
     "data/prepare.py": "threads of this host",
@@ -127,7 +129,7 @@ DECIDED_IN = {
     },
     "orchestrator.hardware.target_table.resolve": {
         *("api/rehearsing.py", "api/trained_models.py", "cli/generate.py", "launch/canary.py", "launch/plan.py"),
-        "rehearsal/memory_trace.py",
+        *("rehearsal/memory_trace.py", "strategies/parallel_strategy.py"),
     },
     "orchestrator.checkpoint.signing.trust": {"cli/checkpoint.py", "launch/plan.py", "launch/run.py", "runs/resume.py"},
 }

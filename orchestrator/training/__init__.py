@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.training.module import LanguageModule
     from orchestrator.training.optimizer_setup import build_optimizer
     from orchestrator.training.resolved import Resolved, resolve_run
+    from orchestrator.training.trainer_module import TokenDataModule, TrainerLanguageModule
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
@@ -25,6 +26,7 @@ else:
             "training.module": ["LanguageModule"],
             "training.optimizer_setup": ["build_optimizer"],
             "training.resolved": ["Resolved", "resolve_run"],
+            "training.trainer_module": ["TokenDataModule", "TrainerLanguageModule"],
         },
     )
 
@@ -32,6 +34,8 @@ __all__ = [
     "Job",
     "LanguageModule",
     "Resolved",
+    "TokenDataModule",
+    "TrainerLanguageModule",
     "build",
     "build_optimizer",
     "check_run",

@@ -7,6 +7,7 @@ loop, the callbacks and the loggers, and the strategy the checkpoints, which are
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.config.convert import to_dict
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import MuonConfig, RunConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.data.stream import Batch, Position, StepLoader, TokenStream, ValidationBatches, validation_batches
@@ -92,7 +93,10 @@ class TrainerLanguageModule(LanguageModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parts = self.parallel.parts(self.model)
-        optimizer = build_optimizer(self.model, self.config.optim, self.parallel.root_device, parts)
+        optim = self.config.optim
+        if isinstance(optim, MuonConfig) and optim.ns_dtype == "auto":
+            optim = replace(optim, ns_dtype="fp32" if self.parallel.root_device.type == "cpu" else "bf16")
+        optimizer = build_optimizer(self.model, optim, self.parallel.root_device, parts)
         self.parallel.prepare_optimizer(self.model, optimizer)
         self._optimizer = optimizer
         return optimizer

@@ -14,6 +14,7 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import HardwareConfig, RunConfig
 from orchestrator.strategies.dtensor import DTensorStrategy
 from orchestrator.training.trainer_module import TokenDataModule, TrainerLanguageModule
+from tests.lab import pages
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import losses, small_config, train
 from tests.lab.tensors import read_all
@@ -79,3 +80,15 @@ def test_its_checkpoint_is_one_of_the_product(tmp_path):
     assert {f"model.{name}" for name, _ in model.named_parameters()} <= read_all(path).keys()
     assert tokenizer is not None
     assert len(generate("def ", path, tokens=3, hardware="cpu").ids) == 3
+
+
+def _page(world):
+    names = {}
+    for block in pages.blocks(pages.ROOT / "docs/lightning.md"):
+        if block.language == "python" and not block.note:
+            exec("\n".join(block.lines), names)
+    return names["trainer"].strategy is names["strategy"], names["data"].config.train.max_steps
+
+
+def test_the_python_of_the_page_runs():
+    assert run_ranks(1, _page) == [(True, 100)]
