@@ -5,7 +5,7 @@ trainer of a run. Two things differ. What the strategy would send to the devices
 shape and a partition and no data; and where a run would execute the step, the step is written down as StableHLO.
 
 A process of its own, as nothing can be executed in it any more:
-`python -m orchestrator.rehearsal.stage DIRECTORY`, with `config.yaml` in the directory and `hardware.simulate` the
+`python -m orchestrator.rehearsal.stage DIRECTORY`, with `resolved.json` in the directory and `hardware.simulate` the
 number of devices. torch itself counts at most 127 devices: the process has two virtual ones (CPU_NUM_DEVICES),
 and only the mesh, whose numbers are written into the program, has all.
 """
