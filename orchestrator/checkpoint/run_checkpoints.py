@@ -65,7 +65,15 @@ def newest_valid(
     trust: Trust = Trust(),
     before: AnyPath | None = None,
 ) -> AnyPath | None:
-    """Where the checkpoint lies that `open_newest` opens."""
+    """Return the directory of the checkpoint that `open_newest` opens, with these arguments; None where there is none.
+
+    Args:
+        parent: the directory of checkpoints.
+        verify: hash the files beside the tensors, too.
+        report: told of each checkpoint that is not valid.
+        trust: whose signatures are accepted.
+        before: look only at those older than this one.
+    """
     found = open_newest(parent, verify, report, trust, before)
     return None if found is None else found.directory
 

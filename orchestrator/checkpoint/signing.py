@@ -39,7 +39,7 @@ class Trust:
     files: tuple[str, ...] = ()
 
     def is_of(self, public_keys: Sequence[str], required: bool) -> bool:
-        """Whether these settings are what it was built from, so that the keys need not be read again."""
+        """Return whether `public_keys` and `required` are what it was built from, so that keys are not read again."""
         mine, other = (
             [os.path.abspath(os.path.expanduser(file)) for file in files] for files in (self.files, public_keys)
         )

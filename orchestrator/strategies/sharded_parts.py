@@ -126,7 +126,7 @@ class ShardedParts:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this process's part of a parameter, gradient or optimizer state, sharing its memory."""
+    """Return this process's part of `tensor`, a parameter, gradient or optimizer state, sharing its memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
