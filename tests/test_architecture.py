@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -303,6 +304,49 @@ def test_only_who_starts_a_run_decides_what_is_open():
         importers = {name for name in FILES if any(_is(module, decider) for module in _imports(_tree(name)))}
         importers -= {name for name in importers if name.endswith("__init__.py")}  # exports
         assert importers == places, f"{decider} is imported elsewhere"
+
+
+# Methods that a library calls by these names: it documents them.
+HOOKS = {"forward", "setup", "training_step", "on_train_start", "on_train_batch_end", "on_train_end"}
+# To be described yet.
+UNDESCRIBED = {"strategies/", "training/", "distributed/coordinator.py"}
+
+
+def _overrides(cls: ast.ClassDef, method: str, classes: Mapping[str, ast.ClassDef]) -> bool:
+    bases = [classes[base] for base in map(_dotted, cls.bases) if base in classes]
+    own = (part.name for base in bases for part in base.body if isinstance(part, ast.FunctionDef))
+    return method in own or any(_overrides(base, method, classes) for base in bases)
+
+
+def _public_functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, ast.ClassDef | None]]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node, None
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            parts = (part for part in node.body if isinstance(part, ast.FunctionDef))
+            yield from ((part, node) for part in parts if not part.name.startswith("_"))
+
+
+@functools.cache
+def _all_classes() -> dict[str, ast.ClassDef]:
+    return {node.name: node for name in FILES for node in _tree(name).body if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not _within(name, UNDESCRIBED)])
+def test_public_functions_describe_every_parameter(name):
+    """In `Args`, or in the text between backquotes. An override is described where its base class defines it."""
+    for function, cls in _public_functions(_tree(name)):
+        if cls and (function.name in HOOKS or _overrides(cls, function.name, _all_classes())):
+            continue
+        given = function.args
+        names = [
+            each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg) if each
+        ]
+        text = ast.get_docstring(function) or ""
+        missing = [each for each in names if not re.search(rf"^ +\*{{0,2}}{each}:|`{each}\b", text, re.MULTILINE)]
+        assert not set(missing) - {"self", "cls"}, (
+            f"{name}:{function.lineno} {function.name} does not describe {missing}"
+        )
 
 
 def _repeated(names: Iterator[str]) -> list[str]:
