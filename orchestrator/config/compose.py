@@ -120,7 +120,7 @@ def _run_hydra(job: Callable[[Any], float | None], prog: str, argv: Sequence[str
     try:
         # Else it prints a traceback, and ends the process.
         with _environment("HYDRA_FULL_ERROR", "1"):
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
+            hydra.main(**_behaviour(), config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)()
     except SystemExit as stop:
         # Its code for what it has printed is 1, ours for the user's mistakes is 2.
         if stop.code not in (0, None):
@@ -219,6 +219,13 @@ def _own_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = before
 
 
+def _behaviour() -> dict[str, str]:
+    """What asks Hydra for the behaviour of 1.3. Later versions have it by default, and warn where it is asked for."""
+    from hydra import __version__
+
+    return {"version_base": "1.3"} if tuple(map(int, __version__.split(".")[:2])) < (1, 4) else {}
+
+
 def _compose_api(overrides: list[str], config_dir: str | None, chosen: Sequence[str] = ()) -> Composed:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -229,7 +236,7 @@ def _compose_api(overrides: list[str], config_dir: str | None, chosen: Sequence[
     if config_dir:
         words = [*overrides, f"hydra.searchpath=[{_quoted(f'file://{Path(config_dir).absolute()}')}]"]
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), **_behaviour()):
             cfg = hydra_compose(CONFIG_NAME, overrides=words, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         settings = HydraConfig.get()
