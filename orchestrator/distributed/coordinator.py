@@ -104,7 +104,12 @@ class ProcessCoordinator:
         return Vote(value) if self._votes is None else _GroupVote(value, self._votes)
 
     def broadcast(self, text: str, src: int = 0) -> str:
-        """Return the text of rank `src`; all ranks call it, in the same order."""
+        """Return the text of rank `src`; all ranks call it, in the same order.
+
+        Args:
+            text: that of `src` counts.
+            src: the rank whose text it is.
+        """
         if self._world.size == 1:
             return text
         self._broadcasts += 1

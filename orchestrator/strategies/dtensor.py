@@ -84,6 +84,7 @@ class DTensorStrategy(ParallelStrategy):
         return self.mesh is not None
 
     def join(self) -> None:
+        """Set device and precision, make the process group and build the device mesh."""
         device = self.root_device
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
@@ -113,10 +114,12 @@ class DTensorStrategy(ParallelStrategy):
         return group
 
     def leave(self) -> None:
+        """Leave the job's process group."""
         super().leave()
         self.mesh = None
 
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
+        """Cut over `tensor`, hook in `context`, wrap in FSDP2, then allocate this rank's shards."""
         assert self.mesh is not None, "join() comes first"
         self.placements[model] = dict(placements)
         if self.layout.tensor > 1:
@@ -169,6 +172,7 @@ class DTensorStrategy(ParallelStrategy):
 
     @torch.no_grad()
     def initialize(self, model: ShardableModel, seed: int) -> None:
+        """Draw this rank's shards of the initial weights on the host."""
         placements = self.placements[model]
         for name, init in model.initializers().items():
             local = local_part(model.get_parameter(name))
@@ -176,6 +180,7 @@ class DTensorStrategy(ParallelStrategy):
                 local.copy_(draw_slice(init, name, seed, placements[name].shape, self._slices(model, name)))
 
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+        """Return views of this rank's shards; units that stayed gathered are resharded first."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # A forward pass without a backward one (evaluation, a sample) leaves some units gathered.
@@ -191,7 +196,7 @@ class DTensorStrategy(ParallelStrategy):
     def _optimizer_shards(
         self, name: str, parameter: Tensor, placement: Placement, optimizer: torch.optim.Optimizer
     ) -> Iterator[Shard]:
-        """The parts of a parameter's optimizer state: scalars, of its shape, or with size 1 in some dims."""
+        """Yield the parts of a parameter's optimizer state: scalars, of its shape, or with size 1 in some dims."""
         rank, reduced = self.world.rank, reduced_dims(optimizer)
         for key, value in optimizer.state[parameter].items():
             full, dims = f"optimizer.{key}.{name}", reduced.get(key, ())
@@ -204,6 +209,7 @@ class DTensorStrategy(ParallelStrategy):
             yield shard
 
     def parts(self, model: ShardableModel) -> Parts:
+        """Return the shards and the groups that they are reduced over."""
         assert self.mesh is not None, "join() comes first"
         placements = {parameter: self.placements[model][name] for name, parameter in local_parameters(model)}
         return ShardedParts(self.mesh, self.layout, self.world.rank, placements)
@@ -295,6 +301,7 @@ class DTensorStrategy(ParallelStrategy):
     # --- the step -------------------------------------------------------------------------------
 
     def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
+        """Copy this rank's part of every sequence to its device."""
         at = self.layout.coordinates(self.world.rank)["context"]
         result = {}
         for name, value in batch.items():
@@ -310,25 +317,28 @@ class DTensorStrategy(ParallelStrategy):
 
     @contextmanager
     def backward_context(self, model: ShardableModel, last: bool) -> Iterator[None]:
+        """Switch FSDP2's gradient reductions on or off for a micro-batch."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or self.reduce_each)
             model.set_requires_all_reduce(last)
         yield
 
     def sum_over_data(self, values: Tensor) -> Tensor:
+        """All-reduce `values`, with one rank of each tensor group counted."""
         if self.world.size > 1:
             values = self._counted(values)
             dist.all_reduce(values)
         return values
 
     def _counted(self, values: Tensor) -> Tensor:
-        """A copy of `values`, or zeros: the ranks of a tensor group hold the same tokens, and one of them speaks."""
+        """Return a copy of `values`, or zeros: of a tensor group, whose ranks hold the same tokens, one counts."""
         speaks = self.layout.coordinates(self.world.rank)["tensor"] == 0
         return values.clone() if speaks else torch.zeros_like(values)
 
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
+        """All-reduce loss and squared norm together, and scale the gradients on the device."""
         grads, owned, placements = [], [], self.placements.get(model, {})
         for name, parameter in local_parameters(model):
             if parameter.grad is not None:
@@ -350,11 +360,13 @@ class DTensorStrategy(ParallelStrategy):
 
     @contextmanager
     def update_unless(self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
+        """Set `found_inf` of the optimizer, whose fused kernel then writes nothing."""
         # What torch's gradient scaler tells a fused optimizer: its kernel then writes nothing, and step counts stay.
         setattr(optimizer, "found_inf", bad.float())  # noqa: B010
         yield
 
     def fetch_later(self, value: Tensor) -> Callable[[], float]:
+        """Copy the scalar to pinned memory, and wait for that copy when it is read."""
         if value.device.type == "cpu":
             return super().fetch_later(value)
         # A plain read waits for all that was started since.
@@ -370,6 +382,7 @@ class DTensorStrategy(ParallelStrategy):
         return read
 
     def uncompiled(self) -> AbstractContextManager[Any]:
+        """Run compiled blocks eagerly: a second shape would make torch compile them again."""
         # A second shape would make torch compile the blocks again, for any shape, and run the step by those.
         return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
 

@@ -113,7 +113,12 @@ def materialize(modules: Iterable[nn.Module], device: torch.device) -> None:
 
 
 def move_others(module: nn.Module, device: torch.device) -> None:
-    """Bring what is in no model that the rules place to the device, where it is on another one."""
+    """Bring what is in no model that the rules place to the device, where it is on another one.
+
+    Args:
+        module: whose parameters are sharded.
+        device: of this process.
+    """
     for part in own_modules(module):
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.device != device:

@@ -1,4 +1,4 @@
-"""The one interface through which everything that touches more than one device goes.
+"""The one interface for everything that spans several devices.
 
 The model, the optimizer, the data, the checkpoint and the LightningModule call the methods below and never ask which
 strategy runs. `ParallelStrategy` is a Lightning strategy, too (`trainer_strategy`): a user's own Trainer takes it.
@@ -122,25 +122,51 @@ class ParallelStrategy(TrainerStrategy):
 
     @abstractmethod
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
-        """Split `model`, which is on the meta device, in place and allocate this process's part, unfilled."""
+        """Split `model`, which is on the meta device, in place and allocate this process's part, unfilled.
+
+        Args:
+            model: on the meta device.
+            placements: of its parameters, by name.
+        """
 
     @abstractmethod
     def initialize(self, model: ShardableModel, seed: int) -> None:
-        """Fill the local parts with the initial weights of `seed`: the same global weights on any layout."""
+        """Fill the local parts with the initial weights of `seed`: the same global weights on any layout.
+
+        Args:
+            model: sharded.
+            seed: of the run.
+        """
 
     @abstractmethod
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
-        """The local parts of all weights and optimizer state, as views that a restore may write into."""
+        """Return the local parts of all weights and optimizer state, as views that a restore may write into.
+
+        Args:
+            model: sharded.
+            optimizer: over its parameters; None for the weights alone.
+        """
 
     def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
-        """Place the optimizer's state, which exists, beside its parameters."""
+        """Place the optimizer's state, which exists, on the devices of its parameters.
+
+        Args:
+            model: sharded.
+            optimizer: over its parameters.
+        """
 
     def parts(self, model: ShardableModel) -> Parts:
-        """How the parameters of `model` are split, as an optimizer sees it. All ranks call it together."""
+        """Return how the parameters of `model` are split, as an optimizer sees it. All ranks call it together."""
         return WholeParts()
 
     def adopt(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
-        """Take over what a restore wrote into `state_shards`, where those are copies."""
+        """Take over what a restore wrote into `state_shards`, where those are copies.
+
+        Args:
+            model: sharded.
+            optimizer: over its parameters; None for the weights alone.
+            shards: as `state_shards` returned them, filled.
+        """
 
     @property
     def data_share(self) -> tuple[int, int]:
@@ -191,10 +217,14 @@ class ParallelStrategy(TrainerStrategy):
 
     @abstractmethod
     def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
-        """Bring this rank's sequences ([B, T] arrays) onto the device, cut along T where `context` says so."""
+        """Bring this rank's sequences ([B, T] arrays) onto the device, cut along T where `context` says so.
+
+        Args:
+            batch: arrays [B, T] by name.
+        """
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Around every forward pass, where the precision is not a property of the placed parameters."""
+        """Wrap every forward pass, where the precision is not a property of the placed parameters."""
         return nullcontext()
 
     @property
@@ -204,19 +234,25 @@ class ParallelStrategy(TrainerStrategy):
 
     @abstractmethod
     def backward_context(self, model: ShardableModel, last: bool) -> AbstractContextManager[None]:
-        """Around the backward pass of a micro-batch: the gradients of a step are complete after its `last`."""
+        """Wrap the backward pass of a micro-batch: the gradients of a step are complete after its `last`.
+
+        Args:
+            model: sharded.
+            last: whether it is the last micro-batch of the step.
+        """
 
     @abstractmethod
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sum over the ranks that hold different tokens, counting each token once."""
+        """Sum `values` over the ranks that hold different tokens, counting each token once."""
 
     @abstractmethod
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Sum up what a step needs to know, in one reduction, and clip the gradients by it.
+        """Sum what a step needs to know, in one reduction, and clip the gradients by it.
 
         Args:
+            model: sharded, with gradients.
             loss_part: this rank's part of the loss, a scalar.
             max_norm: scale the gradients so that their norm is at most this; None: leave them.
 
@@ -229,34 +265,44 @@ class ParallelStrategy(TrainerStrategy):
     def update_unless(
         self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor
     ) -> AbstractContextManager[None]:
-        """Around an optimizer's step: where `bad` is true weights and state stay to the bit as they are.
+        """Wrap an optimizer's step: where `bad` is true weights and state stay bitwise as they are.
 
         Args:
+            model: sharded.
+            optimizer: over its parameters.
             bad: bool scalar on the device, the same on all ranks. The host need not know it, and does not wait for it.
         """
 
     def seed_masks(self, key: str) -> None:
-        """Let what is drawn next (dropout) be a function of `key` and of the part of the batch that is here."""
+        """Make what is drawn next (dropout) a function of `key` and of the part of the batch that is here."""
         digest = hashlib.sha256(f"{key}/{self.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
     def finish_step(self) -> None:
-        """After the optimizer's step, and after each batch of an evaluation."""
+        """End a step: called after the optimizer's step, and after each batch of an evaluation."""
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
-        """Scalars on the host."""
+        """Return scalars on the host.
+
+        Args:
+            values: scalar tensors.
+        """
         return [float(value) for value in torch.stack(list(values)).tolist()] if values else []
 
     def fetch_later(self, value: Tensor) -> Callable[[], float]:
-        """A scalar that is asked for when work that follows it has been started: the host waits for it alone."""
+        """Return a function that reads a scalar when later work has been started: the host waits for it alone.
+
+        Args:
+            value: a scalar tensor.
+        """
         return lambda: float(value.item())
 
     def uncompiled(self) -> AbstractContextManager[Any]:
-        """Around a forward pass of another shape than the step's, for which nothing shall be compiled."""
+        """Wrap a forward pass of another shape than the step's, for which nothing shall be compiled."""
         return nullcontext()
 
     def compilations(self) -> int | None:
-        """Graphs compiled so far by this process; None where nothing is compiled."""
+        """Return the number of graphs compiled so far by this process; None where nothing is compiled."""
         return None
 
     # --- decisions that all ranks must take alike --------------------------------------------------
@@ -301,11 +347,11 @@ class ParallelStrategy(TrainerStrategy):
         return decode(value)
 
     def any_raised(self, flag: bool) -> bool:
-        """Whether any rank calls with `flag` set; waits for all of them."""
+        """Return whether any rank calls with `flag` set; waits for all of them."""
         return bool(self.start_vote(flag).result())
 
     def put(self, key: str, text: str) -> None:
-        """Publish `text` to all ranks under a key that is used once. Any thread may call it."""
+        """Publish `text` to all ranks under `key`, which is used once. Any thread may call it."""
         self.coordinator.put(key, text)
 
     def get_now(self, key: str) -> str | None:
@@ -313,23 +359,24 @@ class ParallelStrategy(TrainerStrategy):
         return self.coordinator.get_now(key)
 
     def count(self, key: str) -> int:
-        """Which process this is to count itself under `key`, from 1 on. Waits for nobody."""
+        """Count this process under `key`, and return its number, from 1 on. Does not wait."""
         return self.coordinator.count(key)
 
     def beat(self, text: str) -> None:
-        """Leave this process's sign of life (`Beat.to_text`). Any thread may call it."""
+        """Publish this process's sign of life, `text` of `Beat.to_text`. Any thread may call it."""
         self.coordinator.beat(text)
 
     def beat_of(self, rank: int) -> Beat | None:
-        """The last sign of life of a process; None where there is none yet."""
+        """Return the last sign of life of process `rank`; None where there is none yet."""
         return self.coordinator.beat_of(rank)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks; `name` is Lightning's, and not used."""
         self.coordinator.barrier()
 
     @property
     def rank(self) -> int:
+        """Number of this process, from 0."""
         return self.world.rank
 
     @property
@@ -339,5 +386,5 @@ class ParallelStrategy(TrainerStrategy):
 
 
 def local_parameters(model: ShardableModel) -> Iterable[tuple[str, nn.Parameter]]:
-    """Names and parameters in a fixed order, a tied one once."""
+    """Yield names and parameters of `model` in a fixed order, a tied one once."""
     return model.named_parameters(remove_duplicate=True)

@@ -21,7 +21,8 @@ class PreciseStrategy(Protocol):
     target: Target
     precision: str
 
-    def forward_context(self) -> AbstractContextManager[Any]: ...
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Wrap a forward pass in the precision."""
 
 
 class ShardedPrecision(Precision):
@@ -38,10 +39,12 @@ class ShardedPrecision(Precision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
+        """Wrap a forward pass in the strategy's precision."""
         with self._strategy.forward_context():
             yield
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        """Clip the global norm of the gradients of `optimizer` to `clip_val`."""
         clip_by_norm(list(self.main_params(optimizer)), clip_val)
 
 
@@ -49,6 +52,7 @@ class ShardedMixedPrecision(MixedPrecision):
     """Autocast over fp32 parameters, with the norm over all parts of the gradients."""
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        """Clip the global norm of the gradients of `optimizer` to `clip_val`."""
         clip_by_norm(list(self.main_params(optimizer)), clip_val)
 
 

@@ -40,8 +40,11 @@ class Ranks(Coordinator, Protocol):
     """What saving and loading ask of a strategy, beside the coordinator."""
 
     @property
-    def root_device(self) -> torch.device: ...
-    def any_raised(self, flag: bool) -> bool: ...
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+
+    def any_raised(self, flag: bool) -> bool:
+        """Return whether any rank calls with `flag` set."""
 
 
 def save(checkpoint: dict[str, Any], filepath: Any, module: ModuleState, ranks: Ranks) -> None:

@@ -128,7 +128,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @accelerator.setter
     def accelerator(self, accelerator: Any) -> None:
-        pass
+        """Lightning's accelerator for the target."""
 
     @property
     def trainer_accelerator(self) -> Any:
@@ -145,30 +145,37 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @world_size.setter
     def world_size(self, size: int) -> None:
+        """Processes that Lightning counts."""
         self._world_size = size
 
     @property
     def root_device(self) -> torch.device:
+        """The device of this process."""
         return self.target.device(self.world.local_rank)
 
     @property
     def is_global_zero(self) -> bool:
+        """Whether this is rank 0."""
         return self.world.rank == 0
 
     @property
     def global_rank(self) -> int:
+        """Number of this process, from 0."""
         return self.world.rank
 
     @property
     def local_rank(self) -> int:
+        """Number of this process on its host."""
         return self.world.local_rank
 
     @property
     def node_rank(self) -> int:
+        """Number of this host."""
         return self.world.rank // self.world.local_size
 
     @property
     def num_nodes(self) -> int:
+        """Number of hosts."""
         return self.world.hosts
 
     @num_nodes.setter
@@ -185,6 +192,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The data-parallel size and rank, by which Lightning deals out samples."""
         return {"num_replicas": self.layout.data_parallel, "rank": self.layout.data_rank(self.world.rank)}
 
     def set_world_ranks(self) -> None:
@@ -194,17 +202,20 @@ class TrainerStrategy(LightningParallelStrategy):
     # --- set-up --------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
+        """Join the other processes, unless that was done."""
         if not self.joined:
             self.join()
         super().setup_environment()
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build modules on the meta device with `empty_init`, else on the host."""
         # Not on the device: before it is sharded the whole model need not fit there.
         with torch.device("meta") if empty_init else nullcontext():
             yield
 
     def setup(self, trainer: Any) -> None:
+        """Place the module of `trainer`, and set up optimizers and precision."""
         assert self.lightning_module is not None
         if self._layer_sync is not None:
             raise ConfigError("this strategy does not synchronise batch norms", fix="leave out sync_batchnorm=True")
@@ -235,14 +246,17 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @property
     def precision_plugin(self) -> Precision:
+        """Lightning's precision plugin, made fit for parts of parameters."""
         plugin = self._precision_plugin
         return plugin if plugin is not None else Precision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
+        """Lightning's precision plugin, made fit for parts of parameters."""
         self._precision_plugin = None if plugin is None else sharded_precision(plugin, self)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step the `optimizer`, and end the step."""
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.lightning_module is not None and self.lightning_module.automatic_optimization:
             self.finish_step()
@@ -257,22 +271,27 @@ class TrainerStrategy(LightningParallelStrategy):
     # --- reductions ------------------------------------------------------------------------------------
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return `tensor`."""
         return tensor
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return `tensor`."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all ranks, or with `all=False` any, decide for it."""
         return not self.any_raised(not decision) if all else self.any_raised(bool(decision))
 
     # --- checkpoints -----------------------------------------------------------------------------------
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
+        """Refused: the strategy writes checkpoints itself."""
         raise ConfigError("this strategy writes and reads checkpoints itself", fix="call trainer.save_checkpoint")
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: Any) -> None:
+        """Refused: the strategy writes checkpoints itself."""
         raise ConfigError(
             "this strategy writes checkpoints in the portable format and takes no CheckpointIO",
             got=type(io).__name__,
@@ -281,13 +300,16 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
+        """True: a restore fills parameters that are placed."""
         return True
 
     @property
     def lightning_restore_optimizer(self) -> bool:
+        """False: the strategy restores the optimizer's state."""
         return False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the whole weights, gathered on the host."""
         assert self.lightning_module is not None
         return self.module_state(self.lightning_module, self.optimizers).state_dict()
 
@@ -337,6 +359,7 @@ class TrainerStrategy(LightningParallelStrategy):
         """`load_checkpoint` has filled the module."""
 
     def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove the checkpoint `filepath`, on rank 0."""
         path = Path(filepath)
         if self.is_global_zero and path.is_symlink():
             path.unlink()

@@ -61,6 +61,7 @@ class XlaStrategy(ParallelStrategy):
         return self._mesh is not None
 
     def join(self) -> None:
+        """Meet the other hosts, start the runtime in SPMD mode and build the mesh."""
         if self.world.size > 1:
             # Before the runtime starts, which waits for the devices of all hosts and does not say for whom.
             self.coordinator.meet("gloo")
@@ -102,15 +103,18 @@ class XlaStrategy(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
+        """torch_xla's device: all devices of the mesh as one."""
         return torch_xla.device()
 
     @property
     def data_share(self) -> tuple[int, int]:
+        """Return (0, 1): every host reads the whole batch and sends its devices their parts."""
         # Every host reads the whole batch and sends its devices their parts: see `_send`. Tokens are small: four
         # arrays of int64 are 64 MiB for 2,097,152 tokens, and rows need not be where a host's devices want them.
         return 0, 1
 
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:
+        """Send zeros for every parameter, split over the mesh on the way, and chunk attention and loss."""
         self.placements[model] = dict(placements)
         for name, parameter in list(model.named_parameters()):
             path, _, leaf = name.rpartition(".")
@@ -126,7 +130,7 @@ class XlaStrategy(ParallelStrategy):
         model.head.ops = self._head_ops(model.head.ops)
 
     def _head_ops(self, ops: HeadOps) -> HeadOps:
-        """The loss in chunks along the sequence: each then holds the same share of every device's rows."""
+        """Compute the loss in chunks along the sequence: each then holds the same share of every device's rows."""
 
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             rows = max(1, hidden.shape[0] // self.layout.data_parallel)
@@ -140,7 +144,7 @@ class XlaStrategy(ParallelStrategy):
         return replace(ops, loss=loss)
 
     def _spec(self, model: ShardableModel, name: str, reduced: Reduced = ()) -> tuple[Any, ...]:
-        """The parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
+        """Return the parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
         placement = self.placements[model][name]
         spec: list[tuple[str, ...]] = [() for _ in placement.shape]
         if placement.tensor_dim is not None:
@@ -159,6 +163,7 @@ class XlaStrategy(ParallelStrategy):
         return placed
 
     def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
+        """Send zeros for the optimizer's state, split as its parameters."""
         reduced = reduced_dims(optimizer)
         for name, parameter in local_parameters(model):
             state = optimizer.state[parameter]
@@ -169,6 +174,7 @@ class XlaStrategy(ParallelStrategy):
         self._execute()
 
     def initialize(self, model: ShardableModel, seed: int) -> None:
+        """Draw the shards of this host's devices on the host, and send them."""
         initializers, shards = model.initializers(), self.state_shards(model, None)
         for shard in shards:
             name = shard.name.removeprefix("model.")
@@ -183,6 +189,7 @@ class XlaStrategy(ParallelStrategy):
                 yield f"optimizer.{key}.{name}", value
 
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
+        """Copy the shards of this host's devices to the host."""
         self._execute()
         shards = []
         for name, tensor in self._named(model, optimizer):
@@ -199,6 +206,7 @@ class XlaStrategy(ParallelStrategy):
         return shards
 
     def adopt(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
+        """Send the filled shards back to the devices."""
         parts: dict[str, list[Tensor]] = {}
         for shard in shards:
             parts.setdefault(shard.name, []).append(shard.data)
@@ -217,6 +225,7 @@ class XlaStrategy(ParallelStrategy):
     # --- the step -------------------------------------------------------------------------------
 
     def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
+        """Send the batch, split over the data axes and `context`."""
         result = {}
         for name, value in batch.items():
             tensor = torch.as_tensor(value)
@@ -226,15 +235,18 @@ class XlaStrategy(ParallelStrategy):
         return result
 
     def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast to bf16, where that is the precision."""
         return torch.autocast("xla", torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def checkpoint(self) -> Callable[..., Any]:
+        """torch_xla's function that recomputes activations; torch's needs a module `torch.xla`."""
         # torch's own looks for a module torch.xla, which there is not.
         return xla_checkpoint
 
     @contextmanager
     def backward_context(self, model: ShardableModel, last: bool) -> Iterator[None]:
+        """Mark the gradients of earlier micro-batches as split, and execute each micro-batch."""
         yield
         if not last:
             for name, parameter in local_parameters(model):
@@ -251,15 +263,18 @@ class XlaStrategy(ParallelStrategy):
                 pass
 
     def finish_step(self) -> None:
+        """Compile and run the step."""
         self._execute()
 
     def sum_over_data(self, values: Tensor) -> Tensor:
+        """Return `values`: a tensor is global here."""
         # A tensor is global here: what a rank has is already the sum.
         return values
 
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
+        """Compute the norm of the global gradients, and scale them."""
         grads = [parameter.grad for _, parameter in local_parameters(model) if parameter.grad is not None]
         norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
         if max_norm is not None:
@@ -270,6 +285,7 @@ class XlaStrategy(ParallelStrategy):
 
     @contextmanager
     def update_unless(self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
+        """Select old or new values of weights and state on the device, as a part of the step's graph."""
         # Part of the step's graph: the compiler chooses element by element where it computes the update, in place.
         before = {name: tensor.detach().clone() for name, tensor in self._named(model, optimizer)}
         yield
@@ -280,16 +296,19 @@ class XlaStrategy(ParallelStrategy):
                 tensor.copy_(torch.where(bad, old, tensor))
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        """Read the scalars one by one: stacking them would compile a graph."""
         # One by one: each is on the device already, while stacking them would compile a graph. Scalars are whole on
         # every device, so a host reads its own copy; of a tensor that is split, a read would be a collective.
         assert all(value.dim() == 0 for value in values)
         return [value.item() for value in values]
 
     def seed_masks(self, key: str) -> None:
+        """Seed the device's generator with a hash of `key`, the same on every host."""
         # A mask is drawn for the global tensor: the same seed on every host. torch.manual_seed does not reach it.
         xm.set_rng_state(_number(key))
 
     def compilations(self) -> int | None:
+        """Return the runtime's count of compiled graphs."""
         data = met.metric_data("CompileTime")
         return int(data[0]) if data else 0
 
@@ -300,7 +319,7 @@ def _number(key: str) -> int:
 
 
 def _slices(indices: Any, shape: Sequence[int]) -> tuple[slice, ...]:
-    """The part of the global tensor that torch_xla's `indices` name; an ellipsis is the whole."""
+    """Return the part of the global tensor that torch_xla's `indices` name; an ellipsis is the whole."""
     if indices is Ellipsis:
         return tuple(slice(0, size) for size in shape)
     return tuple(slice(min(part.start, size), min(part.stop, size)) for part, size in zip(indices, shape, strict=True))

@@ -1,4 +1,4 @@
-"""From what is resolved to a job that is ready to train. Read this file first: a run goes in its order."""
+"""Build the job that trains from a resolved run. Read this file first: it is in the order of a run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Job:
 
 
 def make_strategy(resolved: Resolved, target: Target, world: World) -> ParallelStrategy:
-    """The strategy of the target, for the resolved layout; `join` is called next.
+    """Make the strategy of the target, for the resolved layout; `join` is called next.
 
     Args:
         resolved: the run.
@@ -151,7 +151,12 @@ def build(
 
 
 def place_model(resolved: Resolved, parallel: ParallelStrategy) -> ShardableModel:
-    """The model, described on the meta device, then each process's part of it allocated."""
+    """Build the model on the meta device, then allocate each process's part of it.
+
+    Args:
+        resolved: the run.
+        parallel: the strategy.
+    """
     with torch.device("meta"):
         model = build_model(resolved.config.model, resolved.config.train.loss_chunk_tokens)
     apply_remat(model, resolved.remat, parallel.checkpoint)
@@ -191,7 +196,7 @@ def _fill(
 
 
 def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, position: Position) -> StepLoader:
-    """This process's share of the steps from `position` on."""
+    """Return the loader of this process's share of the steps from `position` on."""
     train = config.train
     sequences = train.global_batch_tokens // train.seq_len
     (rank, shares), steps = parallel.data_share, train.max_steps - position.step
@@ -199,7 +204,12 @@ def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, 
 
 
 def micro_batch_size(resolved: Resolved, parallel: ParallelStrategy) -> int:
-    """Sequences of one backward pass of this process."""
+    """Return the number of sequences of one backward pass of this process.
+
+    Args:
+        resolved: the run.
+        parallel: the strategy.
+    """
     train, layout, shares = resolved.config.train, parallel.layout, parallel.data_share[1]
     share = train.global_batch_tokens // train.seq_len // shares
     # The size is per device; a process may drive several.
@@ -216,6 +226,15 @@ class RunTrainer(lightning.Trainer):
 
 
 def make_trainer(parallel: ParallelStrategy, callbacks: list[Any], deterministic: bool) -> lightning.Trainer:
+    """Make Lightning's trainer, whose own logging, checkpoints and validation are off.
+
+    The product's callbacks do these, on every strategy alike.
+
+    Args:
+        parallel: the strategy, joined.
+        callbacks: in the order in which they see a step.
+        deterministic: refuse operations without a deterministic implementation.
+    """
     # With several Lightning would wait for the device at every batch, to ask whether rank 0 got SIGTERM.
     parallel.world_size = 1
     return RunTrainer(

@@ -65,12 +65,15 @@ class LanguageModule(lightning.LightningModule):
         self._dropout = model.config.dropout > 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer that the module was given."""
         return self._optimizer
 
     def transfer_batch_to_device(self, batch: Mapping[str, Any], device: Any, dataloader_idx: int) -> Batch:
+        """Place `batch` as the strategy says; `device` and `dataloader_idx` are Lightning's, and not used."""
         return self.parallel.prepare_batch(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take one optimizer step on this process's share of a batch."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         self._set_learning_rate()
@@ -97,7 +100,7 @@ class LanguageModule(lightning.LightningModule):
             group["lr"] = self._schedule(self.step, group[PEAK])
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
-        """The parts of a step's batch, and whether each is the last one; dropout is seeded for each as it comes."""
+        """Yield the parts of a step's `batch`, and whether each is the last one; dropout is seeded for each."""
         size = batch["targets"].shape[0]
         for index, start in enumerate(range(0, size, self.micro_batch)):
             self._seed_dropout(index)
@@ -112,7 +115,13 @@ class LanguageModule(lightning.LightningModule):
 
 @torch.no_grad()
 def evaluate(model: ShardableModel, parallel: ParallelStrategy, batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """Mean loss over the target tokens of `batches`, in nats. Every rank brings the same number of batches."""
+    """Compute the mean loss over the target tokens of `batches`, in nats. Every rank brings as many batches.
+
+    Args:
+        model: placed.
+        parallel: the strategy.
+        batches: as the loaders give them.
+    """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.root_device)
     for batch in batches:

@@ -74,9 +74,11 @@ class TrainerLanguageModule(LanguageModule):
         self._totals = torch.zeros(0)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
+        """Return the callback that keeps steps that are not finite from the weights."""
         return [_Guarding()]
 
     def configure_model(self) -> None:
+        """Build the model on the meta device, shard and initialize it."""
         if "model" in self._modules:
             return
         parallel, config = strategy_of(self.trainer), self.config
@@ -92,6 +94,7 @@ class TrainerLanguageModule(LanguageModule):
         self.record = self._log_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the configured optimizer over the sharded parameters."""
         parts = self.parallel.parts(self.model)
         optim = self.config.optim
         if isinstance(optim, MuonConfig) and optim.ns_dtype == "auto":
@@ -108,21 +111,25 @@ class TrainerLanguageModule(LanguageModule):
     # --- validation -------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        """Reset the sums."""
         self._totals = torch.zeros(2, dtype=torch.float64, device=self.parallel.root_device)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add a batch's loss and target tokens to the sums."""
         with self.parallel.forward_context():
             self._totals[0] += self.model(**batch).double()
         self._totals[1] += (batch["targets"] != IGNORE_INDEX).sum()
         self.parallel.finish_step()
 
     def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over all target tokens, in nats."""
         totals = self.parallel.sum_over_data(self._totals)
         self.log("val_loss", (totals[0] / totals[1].clamp(min=1)).float(), prog_bar=True)
 
     # --- checkpoints ------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add configuration and tokenizer to the checkpoint."""
         config: dict[str, Any] = to_dict(self.config)
         config["model"]["vocab_size"] = self._model_config.vocab_size
         data = getattr(self.trainer, "datamodule", None)
@@ -130,6 +137,7 @@ class TrainerLanguageModule(LanguageModule):
         checkpoint[BESIDE] = {"config": config, "files": files}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the number of completed steps."""
         self.step = checkpoint["global_step"]
 
 
@@ -162,6 +170,7 @@ class TokenDataModule(lightning.LightningDataModule):
 
     @property
     def prepared(self) -> PreparedData:
+        """The prepared stores and their tokenizer."""
         if self._prepared is None:
             self._prepared = prepare(self.config.data, progress=False, verify=False)
         return self._prepared
@@ -177,14 +186,17 @@ class TokenDataModule(lightning.LightningDataModule):
         return self.config.train.global_batch_tokens // self.config.train.seq_len
 
     def prepare_data(self) -> None:
+        """Prepare the stores; the other processes find them in the cache."""
         self.prepared  # noqa: B018 - the others find it in the cache
 
     def setup(self, stage: str) -> None:
+        """Make the stream of training sequences."""
         train, data = self.config.train, self.prepared
         mask = self.config.data.document_mask
         self._stream = TokenStream(data.stores, data.weights, "train", train.seq_len, self.config.seed, mask)
 
     def train_dataloader(self) -> _Steps:
+        """Return the loader of this process's share of the remaining steps."""
         assert self._stream is not None
         assert self.trainer is not None
         rank, shares = strategy_of(self.trainer).data_share
@@ -194,6 +206,7 @@ class TokenDataModule(lightning.LightningDataModule):
         return _Steps(loader, self.config.train.max_steps)
 
     def val_dataloader(self) -> ValidationBatches | list[Any]:
+        """Return the validation batches of this process; none where there is no such data."""
         assert self.trainer is not None
         data = validation_data(self.config, self.prepared)
         stream = data.stream(self.config.data.document_mask)
@@ -217,6 +230,9 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind what was trained on.
+
+        Args:
+            state_dict: as `state_dict` gives it.
 
         Raises:
             CheckpointError: it was other data, in which the position means nothing.
