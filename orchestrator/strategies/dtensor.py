@@ -81,6 +81,7 @@ class DTensorStrategy(ParallelStrategy):
 
     @property
     def joined(self) -> bool:
+        """Whether the device mesh has been built."""
         return self.mesh is not None
 
     def join(self) -> None:
@@ -217,6 +218,7 @@ class DTensorStrategy(ParallelStrategy):
     # --- a LightningModule of the user's -----------------------------------------------------------
 
     def setup_environment(self) -> None:
+        """Set up the environment, and give the module the device mesh where it shards itself."""
         super().setup_environment()
         if self.lightning_module is not None and self.world.size > 1 and not self.placements:
             # What Lightning's own ModelParallelStrategy sets, for `self.device_mesh` in `configure_model`.
@@ -254,6 +256,7 @@ class DTensorStrategy(ParallelStrategy):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
+        """Wrap a micro-batch that is not the last one of its step: copies are not reduced after it."""
         units = fsdp_modules(self.lightning_module) if self.lightning_module is not None else []
         for unit in units:
             unit.set_requires_gradient_sync(self.reduce_each, recurse=False)

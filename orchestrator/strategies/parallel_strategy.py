@@ -176,6 +176,7 @@ class ParallelStrategy(TrainerStrategy):
     # --- a LightningModule of the user's -----------------------------------------------------------
 
     def place(self, module: nn.Module) -> None:
+        """Shard the models in `module` that can be sharded, and move everything else to the device."""
         for _, model in list(shardable_models(module)):
             if model not in self.placements:
                 self._place_model(model)
@@ -211,6 +212,7 @@ class ParallelStrategy(TrainerStrategy):
         move_others(module, self.root_device)
 
     def module_state(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> ModuleState:
+        """Return the state of `module` and of its `optimizers`, as checkpoints hold it."""
         return ModuleState(module, optimizers, self.rank, self.state_shards, self.adopt)
 
     # --- the step -------------------------------------------------------------------------------

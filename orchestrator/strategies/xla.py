@@ -58,6 +58,7 @@ class XlaStrategy(ParallelStrategy):
 
     @property
     def joined(self) -> bool:
+        """Whether the device mesh has been built."""
         return self._mesh is not None
 
     def join(self) -> None:
@@ -257,6 +258,7 @@ class XlaStrategy(ParallelStrategy):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
+        """Wrap a micro-batch that is not the last one of its step."""
         yield
         for model in self.placements:
             with self.backward_context(model, last=False):
