@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from tests.lab import pages
+from tests.lab.slow import slow
 
 TIMEOUT_SECONDS = 900
 BLOCKS = pages.blocks(pages.ROOT / "README.md")
@@ -14,6 +15,7 @@ COMMANDS = [line for block in BLOCKS if block.language == "bash" and not block.n
 
 
 @pytest.mark.timeout(TIMEOUT_SECONDS)
+@slow
 def test_every_command_works_when_it_is_pasted(tmp_path):
     script = "".join(
         f"{pages.smaller(line)} || {{ echo {shlex.quote(f'FAILED: {line}')}; exit 1; }}\n" for line in COMMANDS

@@ -15,6 +15,7 @@ import torch
 
 from tests.lab.cli import kill_all, only_run, run, start, wait_until
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.slow import slow
 from tests.lab.tensors import read_all
 
 
@@ -42,7 +43,11 @@ LAYOUTS = [("model.dropout=0.1",), ("hardware.devices=4", "layout.fsdp=2", "layo
 
 
 @pytest.mark.parametrize(
-    ("layout", "how"), list(zip(LAYOUTS, ["latest", "auto"], strict=True)), ids=["1 process", "4 processes"]
+    ("layout", "how"),
+    [
+        pytest.param(LAYOUTS[0], "latest", marks=slow, id="1 process"),
+        pytest.param(LAYOUTS[1], "auto", id="4 processes"),
+    ],
 )
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, layout, how):
     """By the newest run, and by the command line that it was started with, as an engine repeats it."""
@@ -281,7 +286,7 @@ def test_a_multirun_trains_once_per_value(tmp_path):
     assert len(list((tmp_path / "runs").glob("*/*"))) == 2
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("local", marks=slow), "torchrun"])
 def test_processes_that_read_damage_go_on_from_an_older_checkpoint_together(tmp_path, launcher):
     """Of three checkpoints the newest two are damaged, each in the part of another process."""
     pytest.importorskip("blake3")

@@ -102,6 +102,7 @@ def test_a_run_saves_there_and_goes_on_from_there_also_on_another_machine(server
 
 
 @on_s3
+@slow
 def test_a_store_that_fails_for_a_while_costs_that_checkpoint_and_no_more(server, tmp_path):
     place = f"{server.place}/fails"
     server.fail(r"^COMMIT .*/step-00000005/manifest\.json", status=403)
@@ -145,6 +146,7 @@ def test_a_run_goes_on_and_another_of_its_name_is_refused(server, tmp_path):
 
 
 @on_s3
+@slow
 def test_the_last_save_goes_to_the_run_directory_where_the_store_does_not_take_it(server, tmp_path):
     """It is said where it is; the run is finished; and `latest` finds it, newer than what the store has."""
     place = f"{server.place}/gone"

@@ -11,7 +11,7 @@ import yaml
 from orchestrator.planner.estimate.memory import step_memory
 from orchestrator.planner.estimate.time import step_time
 from orchestrator.planner.evidence import calibration
-from orchestrator.planner.evidence.published import Run
+from orchestrator.planner.evidence.published import PublishedRun
 from orchestrator.planner.spec import ParallelPlan
 from scripts.fit_planner import ROOT, Constant, account, fit, memory_residual, time_residual
 from tests.planner.shapes import LLAMA_8B, LLAMA_70B, cluster, job
@@ -20,7 +20,7 @@ PRIORS = yaml.safe_load((ROOT / "scripts" / "planner_priors.yaml").read_text(enc
 PLACE = ("stacks", "composer", "constants")
 
 
-def made_runs(truth: calibration.Calibration) -> list[Run]:
+def made_runs(truth: calibration.Calibration) -> list[PublishedRun]:
     """Runs whose measured figures are what `truth` says."""
     runs = []
     for chip in ("a100-80", "h100-sxm"):
@@ -32,7 +32,7 @@ def made_runs(truth: calibration.Calibration) -> list[Run]:
                     seconds = step_time(work, machine, plan, truth).step
                     memory = step_memory(work, machine, plan, truth).total
                     key = f"{chip}-{model.name}-{seq_len}-{remat}"
-                    runs.append(Run(key, "made", f"made:{model.name}", work, machine, plan, seconds, memory))
+                    runs.append(PublishedRun(key, "made", f"made:{model.name}", work, machine, plan, seconds, memory))
     return runs
 
 

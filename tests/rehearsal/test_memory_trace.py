@@ -42,9 +42,8 @@ def test_states_are_counted_to_the_byte():
     assert memory.optimizer == pytest.approx(8 * count / 8 + 4 * 38, abs=4)
 
 
-@pytest.mark.parametrize(
-    "optim", [MuonConfig(), pytest.param(AdafactorConfig(), marks=slow)], ids=lambda optim: optim.name
-)
+@slow
+@pytest.mark.parametrize("optim", [MuonConfig(), AdafactorConfig()], ids=lambda optim: optim.name)
 def test_what_an_optimizer_keeps_is_predicted(optim):
     case = Case("tiny fsdp=4,tensor=2 seq=256 batch=8 fp32")
     memory = trace_step(replace(case.config, optim=optim), 8).phases["update"]

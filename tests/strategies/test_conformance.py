@@ -17,7 +17,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.convert import to_dict
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, resolved_run, small_config, train
-from tests.lab.slow import cases
+from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 
 RELATIVE = 1e-5  # of the losses, in fp32, over 20 steps (contract 2)
@@ -92,7 +92,10 @@ def _rows(run_dir: Path) -> list[dict]:
     return read_rows(run_dir)
 
 
-@pytest.mark.parametrize("name", CASES)
+FURTHER = ("fsdp4", "tensor2", "replicate2")
+
+
+@pytest.mark.parametrize("name", cases(CASES, quick=[name for name in CASES if name not in FURTHER]))
 def test_same_losses_norms_and_evaluation(runs, name):
     ours = _rows(runs(*CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*_reference(CASES[name])))
@@ -105,7 +108,7 @@ def test_same_losses_norms_and_evaluation(runs, name):
     np.testing.assert_allclose(*evaluations, rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", cases(FEATURES, quick=["gpt2", "accumulation", "remat"]))
 @pytest.mark.parametrize("name", cases(["fsdp2", "fsdp2_tensor2", "context2"], quick=["fsdp2_tensor2"]))
 def test_features_agree_too(runs, name, feature):
     ours = _rows(runs(*FEATURES[feature], *CASES[name], size=SIZES[name]))
@@ -287,6 +290,7 @@ def test_bf16_stays_within_its_tolerance(runs):
         assert ours != exact
 
 
+@slow
 def test_compiled_blocks_train_alike(runs):
     ours = losses(_rows(runs("hardware.compile=true", "layout.fsdp=2", size=2)))
     np.testing.assert_allclose(ours, losses(_rows(runs())), rtol=RELATIVE)

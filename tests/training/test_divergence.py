@@ -17,6 +17,7 @@ from tests.lab.cli import only_run, run
 from tests.lab.poison import left_out, poisoned
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, losses, resolved_run, small_config, small_overrides
+from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 
 LAYOUTS = {
@@ -93,7 +94,7 @@ def test_the_run_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path, c
     assert "the last finite one" in report or phase == "backward"
 
 
-@pytest.mark.parametrize("layout", ["1", "fsdp2_tensor2"])
+@pytest.mark.parametrize("layout", cases(["1", "fsdp2_tensor2"], quick=["1"]))
 def test_a_skipped_step_is_to_the_bit_one_that_was_not_taken(tmp_path, layout):
     size, degrees = LAYOUTS[layout]
     words = [*degrees, "train.max_steps=8", "model.dropout=0.1", "train.micro_batch_size=2", "logger.every_steps=5"]
@@ -155,6 +156,7 @@ def test_a_run_that_is_to_stop_makes_no_update_after_the_bad_step(parallel):
         guard.settle(later=1)
 
 
+@slow
 def test_a_diverged_run_goes_on_from_its_last_finite_checkpoint_with_a_lower_rate(tmp_path):
     """Diverged by its learning rate, while saves are written beside it; then resumed as the message says."""
     words = ["train.max_steps=3", "checkpoint.every_steps=1", "checkpoint.handover.enabled=false"]

@@ -205,6 +205,7 @@ def test_the_verb(saved, capfd):
         main(["hardware=cpu"])
 
 
+@slow
 def test_the_verb_says_that_it_differs(saved, tmp_path, capfd):
     source = checkpoint(saved("1"), 10)
     bad = _forged(source, tmp_path / "bad", "model.layers.0.attn_norm.weight", lambda t: t.mul_(1.01))

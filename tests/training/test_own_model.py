@@ -12,6 +12,7 @@ import torch
 
 from orchestrator.config.compose import compose
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides, train
+from tests.lab.slow import cases
 from tests.lab.tensors import read_all
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model"
@@ -52,7 +53,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, quick=["fsdp2_tensor2"]))
 def test_losses_and_norms_are_those_of_one_process(runs, name):
     size, *words = CASES[name]
     ours, theirs = read_rows(runs(*words, size=size)), read_rows(runs())
