@@ -23,7 +23,7 @@ import yaml
 from orchestrator.planner.estimate.memory import step_memory
 from orchestrator.planner.estimate.time import step_time
 from orchestrator.planner.evidence import calibration
-from orchestrator.planner.evidence.published import Run, held_out_families, shipped
+from orchestrator.planner.evidence.published import PublishedRun, held_out_families, shipped
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "planner" / "data"
@@ -67,12 +67,12 @@ class Constant:
         data[self.place[-1]] = float(f"{value:.4g}")
 
 
-def time_residual(run: Run, constants: calibration.Calibration) -> float:
+def time_residual(run: PublishedRun, constants: calibration.Calibration) -> float:
     assert run.seconds is not None
     return math.log(step_time(run.job, run.cluster, run.plan, constants).step / run.seconds)
 
 
-def memory_residual(run: Run, constants: calibration.Calibration) -> float:
+def memory_residual(run: PublishedRun, constants: calibration.Calibration) -> float:
     """log(predicted / measured); where only the verdict is known, by how much the estimate is on the wrong side."""
     estimate = step_memory(run.job, run.cluster, run.plan, constants)
     if run.memory is not None:
@@ -86,9 +86,9 @@ def memory_residual(run: Run, constants: calibration.Calibration) -> float:
 
 def fit(
     data: dict[str, Any],
-    runs: Sequence[Run],
+    runs: Sequence[PublishedRun],
     constants: Sequence[Constant],
-    residual: Callable[[Run, calibration.Calibration], float],
+    residual: Callable[[PublishedRun, calibration.Calibration], float],
     soft: float = SOFT,
     rounds: int = 25,
 ) -> dict[str, Any]:
@@ -179,7 +179,7 @@ MEMORY_CONSTANTS = {
 }  # fmt: skip
 
 
-def chip_constants(vendor: str, runs: Sequence[Run]) -> list[Constant]:
+def chip_constants(vendor: str, runs: Sequence[PublishedRun]) -> list[Constant]:
     """One set per chip that has runs; the fp8 rate only where some ran in fp8."""
     constants = []
     if not all(run.cluster.chip.achievable_bf16_flops.known for run in runs):
@@ -194,7 +194,7 @@ def chip_constants(vendor: str, runs: Sequence[Run]) -> list[Constant]:
     return constants
 
 
-def fit_times(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+def fit_times(data: dict[str, Any], runs: Sequence[PublishedRun]) -> dict[str, Any]:
     timed = [run for run in runs if run.seconds is not None]
     for vendor in ("nvidia", "amd", "google", "aws"):
         ours = [run for run in timed if run.vendor == vendor]
@@ -214,7 +214,7 @@ def fit_times(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     return data
 
 
-def account(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+def account(data: dict[str, Any], runs: Sequence[PublishedRun]) -> dict[str, Any]:
     """What a set of constants was fitted to, and how well it does there."""
     sizes = [
         abs(math.expm1(time_residual(run, calibration.parse(data, run.job.stack, run.cluster.chip.key))))
@@ -228,7 +228,7 @@ def account(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def fit_memories(data: dict[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+def fit_memories(data: dict[str, Any], runs: Sequence[PublishedRun]) -> dict[str, Any]:
     told = [run for run in runs if run.memory is not None or run.out_of_memory is not None]
     for vendor in sorted({run.vendor for run in told}):
         ours = [run for run in told if run.vendor == vendor]
