@@ -120,6 +120,16 @@ def test_the_example_of_an_optimizer_and_a_callback_trains_from_an_empty_folder(
     assert any(name.startswith("optimizer.exp_avg.") for name in Checkpoint(saved).manifest.tensors)
 
 
+def test_the_example_of_a_trainer_runs_and_resumes_from_an_empty_folder(run):
+    example = str(EXAMPLES / "lightning_trainer" / "train.py")
+    for epochs, more in ((1, ()), (2, ("--resume", "last"))):
+        done = run(example, "--epochs", str(epochs), *more)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        assert "val_loss" in done.stdout
+    (last,) = run.folder.glob("runs/lightning_trainer/checkpoints/last*")
+    assert Checkpoint(last.resolve()).step == 8
+
+
 @pytest.mark.parametrize("recipe", [path.stem for path in (ROOT / "recipes/experiment").glob("*.yaml")])
 def test_every_recipe_composes(recipe):
     from orchestrator.config.compose import compose
