@@ -149,6 +149,15 @@ class TrainerStrategy(LightningParallelStrategy):
         self._world_size = size
 
     @property
+    def parallel_devices(self) -> None:
+        """None: a Trainer would take the devices that another one has noted down here for the user's choice."""
+        return None
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: Any) -> None:
+        """Devices that Lightning notes down; the device of this process is `root_device`."""
+
+    @property
     def root_device(self) -> torch.device:
         """The device of this process."""
         return self.target.device(self.world.local_rank)

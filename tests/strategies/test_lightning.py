@@ -364,3 +364,10 @@ def test_what_cannot_be_right_is_one_clear_error_on_every_process(tmp_path):
     assert "the value: a object" in said[0]["object"]
     assert "CheckpointIO" in said[0]["io"]
     assert said[1].keys() == said[0].keys()
+
+
+def test_one_strategy_serves_several_trainers():
+    strategy = DTensorStrategy.from_environment(fsdp=1)
+    for _ in range(2):
+        trainer = lightning.Trainer(strategy=strategy, accelerator="cpu", logger=False, enable_checkpointing=False)
+        assert trainer.strategy is strategy
