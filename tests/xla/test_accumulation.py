@@ -41,7 +41,8 @@ def main(words: list[str]) -> None:
     """Print the elements that one device holds after each micro-batch: of the gradients, of the parameters."""
     import torch_xla.core.xla_model as xm
 
-    resolved = resolved_run(compose(words).config, World())
+    config = compose(words).config
+    resolved = resolved_run(config, World(), vocab_size=int(config.model.vocab_size))
     config, parallel = resolved.config, make_strategy(resolved, resolved.target(), World())
     parallel.join()
     model = place_model(resolved, parallel)

@@ -77,6 +77,6 @@ def test_it_goes_on_with_the_other_strategy(ours, trained, tmp_path):
 
 def test_it_resumes_bitwise(ours, trained):
     again = trained(*OWN, *LAYOUT, resume_from=checkpoint(ours, 10))
-    assert losses(read_rows(again)) == losses(read_rows(ours))
+    assert losses(read_rows(again)) == losses(read_rows(ours))[10:]
     before, after = read_all(checkpoint(ours)), read_all(checkpoint(again))
     assert all(torch.equal(before[key], after[key]) for key in before)
