@@ -19,13 +19,11 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.target import Target
 from orchestrator.models.protocol import ShardableModel
-from orchestrator.models.remat import apply_remat
-from orchestrator.runs.own_parts import build_model
-from orchestrator.sharding import rules
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
+from orchestrator.training.placed_model import build_placed
 from orchestrator.training.resolved import Resolved
 from orchestrator.training.restore import data_position, open_together, restore_run, restore_weights
 from orchestrator.training.watchers import Watchers, make_watchers
@@ -157,12 +155,7 @@ def place_model(resolved: Resolved, parallel: ParallelStrategy) -> ShardableMode
         resolved: the run.
         parallel: the strategy.
     """
-    with torch.device("meta"):
-        model = build_model(resolved.config.model, resolved.config.train.loss_chunk_tokens)
-    apply_remat(model, resolved.remat, parallel.checkpoint)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    parallel.shard(model, rules.place(model.logical_axes(), shapes))
-    return model
+    return build_placed(resolved.config.model, resolved.config.train.loss_chunk_tokens, resolved.remat, parallel)
 
 
 def _stream(config: RunConfig, data: PreparedData) -> TokenStream:

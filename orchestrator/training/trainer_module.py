@@ -21,14 +21,12 @@ from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.data.stream import Batch, Position, StepLoader, TokenStream, ValidationBatches, validation_batches
 from orchestrator.data.validation import validation_data
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.models.remat import apply_remat
-from orchestrator.runs.own_parts import build_model
-from orchestrator.sharding import rules
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.strategies.trainer_checkpoint import BESIDE
 from orchestrator.training.check import resolve_model
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
+from orchestrator.training.placed_model import build_placed
 
 
 def strategy_of(trainer: lightning.Trainer) -> ParallelStrategy:
@@ -82,11 +80,8 @@ class TrainerLanguageModule(LanguageModule):
         if "model" in self._modules:
             return
         parallel, config = strategy_of(self.trainer), self.config
-        with torch.device("meta"):
-            model = build_model(self._model_config, config.train.loss_chunk_tokens)
-        apply_remat(model, "none" if config.train.remat == "auto" else config.train.remat, parallel.checkpoint)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        parallel.shard(model, rules.place(model.logical_axes(), shapes))
+        remat = "none" if config.train.remat == "auto" else config.train.remat
+        model = build_placed(self._model_config, config.train.loss_chunk_tokens, remat, parallel)
         parallel.initialize(model, config.seed)
         self._take(model, parallel, _micro_batch(config, parallel))
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
