@@ -149,13 +149,17 @@ class TrainerStrategy(LightningParallelStrategy):
         self._world_size = size
 
     @property
-    def parallel_devices(self) -> None:
-        """None: a Trainer would take the devices that another one has noted down here for the user's choice."""
-        return None
+    def parallel_devices(self) -> list[torch.device]:
+        """A placeholder for the device of this process, which is `root_device`.
+
+        Lightning counts what stands here. It also takes a device of a type it knows for the user's choice, and
+        refuses a second Trainer that chooses another; so the type is one that it makes nothing of.
+        """
+        return [torch.device("meta", self.world.local_rank)]
 
     @parallel_devices.setter
     def parallel_devices(self, devices: Any) -> None:
-        """Devices that Lightning notes down; the device of this process is `root_device`."""
+        """Lightning's devices for the accelerator that the user names; the strategy has its own."""
 
     @property
     def root_device(self) -> torch.device:

@@ -371,3 +371,4 @@ def test_one_strategy_serves_several_trainers():
     for _ in range(2):
         trainer = lightning.Trainer(strategy=strategy, accelerator="cpu", logger=False, enable_checkpointing=False)
         assert trainer.strategy is strategy
+        assert trainer.num_devices == 1
