@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from orchestrator.config.schema import RunConfig
     from orchestrator.strategies.dtensor import DTensorStrategy
     from orchestrator.strategies.xla import XlaStrategy
+    from orchestrator.training.data_module import TokenDataModule
     from orchestrator.training.module import LanguageModule
-    from orchestrator.training.trainer_module import TokenDataModule, TrainerLanguageModule
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
@@ -47,8 +47,8 @@ else:
             "config.schema": ["RunConfig"],
             "strategies.dtensor": ["DTensorStrategy"],
             "strategies.xla": ["XlaStrategy"],
+            "training.data_module": ["TokenDataModule"],
             "training.module": ["LanguageModule"],
-            "training.trainer_module": ["TokenDataModule", "TrainerLanguageModule"],
         },
     )
 
@@ -62,7 +62,6 @@ __all__ = [
     "Run",
     "RunConfig",
     "TokenDataModule",
-    "TrainerLanguageModule",
     "XlaStrategy",
     "compare",
     "compose",

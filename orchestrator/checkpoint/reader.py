@@ -56,7 +56,7 @@ class Reader:
         self._opening = threading.Lock()
 
     def fill(self, shard: Shard) -> None:
-        """Write the stored elements into `shard.data`.
+        """Write the stored elements of `shard` into its `data`.
 
         Raises:
             CheckpointError: there is no such tensor, or it has another shape or dtype.

@@ -220,7 +220,7 @@ def _own_hydra() -> Iterator[None]:
 
 
 def _behaviour() -> dict[str, str]:
-    """What asks Hydra for the behaviour of 1.3. Later versions have it by default, and warn where it is asked for."""
+    """Ask Hydra for the behaviour of 1.3. Later versions have it by default, and warn where it is asked for."""
     from hydra import __version__
 
     return {"version_base": "1.3"} if tuple(map(int, __version__.split(".")[:2])) < (1, 4) else {}

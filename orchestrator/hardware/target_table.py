@@ -61,6 +61,9 @@ def resolve(config: HardwareConfig) -> Target:
     `auto` takes the first usable one of `TARGETS`. Devices that are here but cannot be used are warned about:
     a run on the CPU of a machine with accelerators is hardly ever meant.
 
+    Args:
+        config: the `hardware` group of a run.
+
     Raises:
         HardwareError: the wanted target is not usable here, or has fewer devices than `config.devices`.
         ConfigError: `config.chip` is not in the catalogue.

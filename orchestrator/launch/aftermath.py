@@ -54,7 +54,7 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
         if found.source == "step":
             diagnosis = diagnose(module, job.loader.step(found.step - 1), found.step)
         else:
-            shards = parallel.state_shards(module.model, module._optimizer)
+            shards = parallel.state_shards(module.model, module.optimizer)
             diagnosis = Diagnosis(state=tuple(find_nonfinite(shards, parallel)))
     except Exception as error:  # as out of memory: what is known already must be said all the same
         problem = f"the step could not be computed a second time: {error!r}"[:300]

@@ -133,10 +133,10 @@ def measure_checkpoint(resolved: Resolved, parallel: ParallelStrategy, checkpoin
     """
     from orchestrator.training.facts import provenance
     from orchestrator.training.handover_check import check_handover
-    from orchestrator.training.job import place_model
+    from orchestrator.training.placed_model import build_placed
     from orchestrator.training.restore import restore_weights
 
-    model = place_model(resolved, parallel)
+    model = build_placed(resolved.config, parallel)
     restore_weights(checkpoint, resolved.config, parallel, model, cast=False)
     result = check_handover(checkpoint, model, None, parallel, provenance(parallel))
     return {"checkpoint": str(checkpoint.directory), **result.to_dict()}

@@ -38,9 +38,9 @@ def schedule_of(config: RunConfig) -> Callable[[int, float], float]:
 
 
 def learning_rate(step: int, max_steps: int, lr: float, schedule: ScheduleConfig) -> float:
-    """Learning rate of the step that follows `step` completed ones.
+    """Return the learning rate of the step that follows `step` completed ones.
 
-    Linear warm-up to `lr`, then by `schedule.kind`, down to `min_lr_ratio * lr` at `max_steps`.
+    Linear warm-up to `lr`, then by the kind of `schedule`, down to `min_lr_ratio * lr` at `max_steps`.
     """
     if step < schedule.warmup_steps:
         return lr * (step + 1) / schedule.warmup_steps

@@ -14,7 +14,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ from orchestrator.hardware.target_table import resolve
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.rehearsal.traced_strategy import TracedStrategy, is_split, local_storage
 from orchestrator.strategies.parallel_strategy import local_parameters
-from orchestrator.training.job import make_trainer, micro_batch_size, place_model
+from orchestrator.training.job import make_trainer
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
-from orchestrator.training.resolved import Resolved, resolve_run
+from orchestrator.training.resolved import resolve_run
 
 PHASES = ("forward", "head", "last_layer", "between", "first_layer", "embedding", "update")
 """Of a step, in order: forward with the loss; backward through the head, the layers and the embedding; clipping and
@@ -122,11 +122,12 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
     )
     parallel.join()
     try:
-        model = place_model(resolved, parallel)
-        parts = parallel.parts(model)  # looks into the mesh's ranks, which are data
+        module = LanguageModule(config, parallel=parallel)
+        module.configure_model()
+        parts = parallel.parts(module.model)  # looks into the mesh's ranks, which are data
         with parallel.fake, _quiet():
-            optimizer = build_optimizer(model, config.optim, parallel.root_device, parts)
-            return _watch(resolved, parallel, model, optimizer)
+            module.optimizer = build_optimizer(module.model, config.optim, parallel.root_device, parts)
+            return _watch(module)
     finally:
         parallel.leave()
 
@@ -154,15 +155,12 @@ def trace_deep(config: RunConfig, devices: int) -> Trace:
     return Trace(phases, high.alive)
 
 
-def _watch(
-    resolved: Resolved, parallel: TracedStrategy, model: ShardableModel, optimizer: torch.optim.Optimizer
-) -> Trace:
-    config, train = resolved.config, resolved.config.train
+def _watch(module: LanguageModule) -> Trace:
+    parallel, train = cast(TracedStrategy, module.parallel), module.config.train
     sequences = train.global_batch_tokens // train.seq_len // parallel.data_share[1]
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(resolved, parallel), step=0)
-    batch = blank_batch(sequences, train.seq_len, config.data.document_mask)
-    watch = _Watch(model, optimizer)
-    _mark_phases(model, watch)
+    batch = blank_batch(sequences, train.seq_len, module.config.data.document_mask)
+    watch = _Watch(module.model, module.optimizer)
+    _mark_phases(module.model, watch)
     parallel.before_update = lambda: watch.enter("update")
     # The first step is not looked at: in it DTensor works out what results look like, with stand-ins for whole tensors.
     module.record = lambda *, step, **values: watch.clear() if step == 1 else None

@@ -38,9 +38,8 @@ from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.rules import Placement
 from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.strategies.xla import XlaStrategy
-from orchestrator.training.job import make_trainer, micro_batch_size, place_model
+from orchestrator.training.job import make_trainer
 from orchestrator.training.module import LanguageModule
-from orchestrator.training.optimizer_setup import build_optimizer
 from orchestrator.training.resolved import Resolved, read_resolved
 
 PROGRAM, FACTS = "step.mlir", "staged.json"
@@ -152,13 +151,11 @@ def stage(resolved: Resolved) -> Staged:
     """
     config, parallel = resolved.config, _make_strategy(resolved)
     parallel.join()
-    model = place_model(resolved, parallel)
-    optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model))
-    parallel.prepare_optimizer(model, optimizer)
+    module = LanguageModule(config, parallel=parallel)
+    module.configure_model()
+    optimizer, model, micro_batch = module.make_optimizer(), module.model, module.micro_batch
     sequences = config.train.global_batch_tokens // config.train.seq_len
-    micro_batch = micro_batch_size(resolved, parallel)
     parallel.accumulates = micro_batch < sequences
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch, step=0)
     batch = blank_batch(micro_batch, config.train.seq_len, config.data.document_mask)
     measured = _run_step(module, parallel, batch)
     results = [*measured, *parallel.outputs(model, optimizer)]

@@ -129,7 +129,7 @@ def move_others(module: nn.Module, device: torch.device) -> None:
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters outside of the models that the rules place."""
+    """Yield name and parameter of what is in `module`, outside of the models that the rules place."""
     placed = {
         parameter for part in module.modules() if isinstance(part, ShardableModel) for parameter in part.parameters()
     }
@@ -137,12 +137,12 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def fsdp_modules(module: nn.Module) -> Iterable[Any]:
-    """What `fully_shard` was called on."""
+    """Yield the parts of `module` that `fully_shard` was called on."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """`module` and what is in it, without the models that the rules place."""
+    """Yield `module` and what is in it, without the models that the rules place."""
     if isinstance(module, ShardableModel):
         return
     yield module
@@ -155,7 +155,7 @@ def _holds_model(module: nn.Module) -> bool:
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """The children that are sharded as wholes; around a model that the rules place, theirs."""
+    """Yield the children that are sharded as wholes; around a model that the rules place, theirs."""
     for child in module.children():
         if isinstance(child, ShardableModel):
             continue
@@ -171,7 +171,7 @@ def _loose_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The entries of the lists of layers in `module`, but for lists within them."""
+    """Return the entries of the lists of layers in `module`, but for lists within them."""
     found: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len(child) > 1:

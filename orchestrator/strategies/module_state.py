@@ -90,7 +90,7 @@ class ModuleState:
         return {f"model.{self._stored(name)}" for name in self._tensors if name not in parameters}
 
     def _stored(self, name: str) -> str:
-        """The name in a checkpoint, behind `model.` or `optimizer.<key>.`."""
+        """Return the name in a checkpoint, behind `model.` or `optimizer.<key>.`."""
         return name.removeprefix("model.") if self._bare else name
 
     def shards(self, saved: Mapping[str, Any] | None = None, optimizers: bool = True) -> list[Shard]:
@@ -128,7 +128,7 @@ class ModuleState:
         return tensor is own or (tensor.device.type != "xla" and _address(tensor) == _address(own))
 
     def _of_model(self, path: str, model: ShardableModel, view: OptimizerView | None) -> Iterator[tuple[Shard, str]]:
-        """The parts of a model that a strategy has placed, renamed, and the name of the parameter in the module."""
+        """Yield the parts of a model that a strategy has placed, renamed, and the name of the parameter."""
         names = {f"model.{name}": (name, "model.") for name, _ in model.named_parameters()}
         if view is not None:
             for name, parameter in model.named_parameters():
@@ -161,7 +161,11 @@ class ModuleState:
     # --- what of optimizers is no tensor, or has to be allocated --------------------------------------
 
     def describe_optimizers(self, encoder: PlainEncoder) -> list[dict[str, Any]]:
-        """Return, for JSON, the groups of each optimizer, and the keys and plain values of its state."""
+        """Return, for JSON, the groups of each optimizer, and the keys and plain values of its state.
+
+        Args:
+            encoder: of values that JSON has no words for.
+        """
         names: dict[Tensor, str] = {
             parameter: self._stored(clean(name)) for name, parameter in self.module.named_parameters()
         }
@@ -220,7 +224,12 @@ class ModuleState:
             ) from error
 
     def adopt(self, shards: Sequence[Shard], optimizers: bool) -> None:
-        """Take over what a restore has written into `shards`, where those are copies."""
+        """Take over what a restore has written into `shards`, where those are copies.
+
+        Args:
+            shards: of this process.
+            optimizers: whether state of optimizers is among them.
+        """
         view = OptimizerView(self.optimizers) if optimizers else None
         filled: dict[str, list[Shard]] = defaultdict(list)
         for shard in shards:
@@ -244,7 +253,7 @@ class ModuleState:
 
 
 def shardable_models(module: nn.Module) -> Iterator[tuple[str, ShardableModel]]:
-    """The outermost models in `module` that the sharding rules can place, with their paths."""
+    """Yield the outermost models in `module` that the sharding rules can place, with their paths."""
     found: list[str] = []
     for name, part in module.named_modules():
         if isinstance(part, ShardableModel) and not any(name.startswith(f"{outer}.") for outer in found):
@@ -253,14 +262,19 @@ def shardable_models(module: nn.Module) -> Iterator[tuple[str, ShardableModel]]:
 
 
 def clean(name: str) -> str:
-    """A name without what torch's wrappers put into it."""
+    """Return `name` without what torch's wrappers put into it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def part_of(name: str, tensor: Tensor, rank: int) -> Shard:
-    """This process's part of a tensor that torch has placed; a plain one is whole on every process.
+    """Return this process's part of a tensor that torch has placed; a plain one is whole on every process.
+
+    Args:
+        name: in the checkpoint.
+        tensor: a DTensor or a plain one.
+        rank: of this process.
 
     Raises:
         CheckpointError: the format has no such dtype, or its parts are summands.

@@ -390,3 +390,22 @@ class ParallelStrategy(TrainerStrategy):
 def local_parameters(model: ShardableModel) -> Iterable[tuple[str, nn.Parameter]]:
     """Yield names and parameters of `model` in a fixed order, a tied one once."""
     return model.named_parameters(remove_duplicate=True)
+
+
+def strategy_of(trainer: Any) -> ParallelStrategy:
+    """Return the strategy of a Lightning Trainer.
+
+    Args:
+        trainer: Lightning's.
+
+    Raises:
+        ConfigError: it is none of the product's.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ParallelStrategy):
+        raise ConfigError(
+            "this module and its data need a strategy of orchestrator's",
+            got=type(strategy).__name__,
+            fix="lightning.Trainer(strategy=orchestrator.DTensorStrategy.from_environment())",
+        )
+    return strategy

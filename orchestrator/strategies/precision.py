@@ -59,6 +59,10 @@ class ShardedMixedPrecision(MixedPrecision):
 def sharded_precision(plugin: Precision, strategy: PreciseStrategy) -> Precision:
     """Return the plugin that does what `plugin`, which the Trainer was given, does, on parts of parameters.
 
+    Args:
+        plugin: of the Trainer.
+        strategy: whose parameters they are.
+
     Raises:
         ConfigError: it changes the type of the parameters, or contradicts the strategy's precision.
     """
@@ -83,6 +87,10 @@ def clip_by_norm(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
 
     Parameters may lie on different meshes, as where some are split by tensor parallelism and some are not, which
     `torch.nn.utils.clip_grad_norm_` refuses.
+
+    Args:
+        parameters: plain or DTensors.
+        max_norm: of all gradients together.
 
     Returns:
         The norm before.

@@ -162,7 +162,7 @@ def _as_integers(shard: Shard) -> Shard:
 
 
 def _random_states(ranks: Ranks) -> list[Shard]:
-    """The state of torch's generators, a row for each process."""
+    """Return the state of torch's generators, a row for each process."""
     return [_row(f"rng.{kind}", state, ranks) for kind, state in _generators(ranks).items()]
 
 
@@ -231,7 +231,7 @@ def _of_a_run(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _open(filepath: Any, ranks: Ranks) -> Checkpoint:
-    """The checkpoint on all ranks or on none: what one alone cannot read must not leave the others waiting."""
+    """Open the checkpoint on all ranks or on none: what one alone cannot read must not leave the others waiting."""
     path = locate(ranks.broadcast(str(filepath)))
     problem, checkpoint = None, None
     try:
@@ -251,7 +251,7 @@ def _open(filepath: Any, ranks: Ranks) -> Checkpoint:
 
 
 def _matching_rows(checkpoint: Checkpoint, ranks: Ranks) -> list[Shard]:
-    """This process's rows of the random states; none where they are of another number of processes or other devices."""
+    """Return this process's rows of the random states; none of other devices or another number of them."""
     rows = _random_states(ranks)
     stored = checkpoint.manifest.tensors
     fitting = [row for row in rows if row.name in stored and stored[row.name].shape == row.shape]

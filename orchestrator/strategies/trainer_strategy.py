@@ -79,7 +79,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @abstractmethod
     def module_state(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> ModuleState:
-        """Describe the tensors of a placed module and its optimizers, for checkpoints."""
+        """Describe the tensors of a placed `module` and its `optimizers`, for checkpoints."""
 
     @abstractmethod
     def accumulating(self) -> AbstractContextManager[None]:
@@ -105,11 +105,11 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @abstractmethod
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give one rank's object to every rank; all ranks call it, in the same order."""
+        """Give `obj` of the rank `src` to every rank; all ranks call it, in the same order."""
 
     @abstractmethod
     def put(self, key: str, text: str) -> None:
-        """Publish `text` to all ranks under a key that is used once. Any thread may call it."""
+        """Publish `text` to all ranks under a `key` that is used once. Any thread may call it."""
 
     @abstractmethod
     def get_now(self, key: str) -> str | None:
@@ -128,7 +128,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @accelerator.setter
     def accelerator(self, accelerator: Any) -> None:
-        """Lightning's accelerator for the target."""
+        """Take no `accelerator` of Lightning's: the target has its own."""
 
     @property
     def trainer_accelerator(self) -> Any:
@@ -145,7 +145,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @world_size.setter
     def world_size(self, size: int) -> None:
-        """Processes that Lightning counts."""
+        """Take `size` for the processes that Lightning counts."""
         self._world_size = size
 
     @property
@@ -159,7 +159,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @parallel_devices.setter
     def parallel_devices(self, devices: Any) -> None:
-        """Lightning's devices for the accelerator that the user names; the strategy has its own."""
+        """Take no `devices` of Lightning's, which are of the accelerator that the user names."""
 
     @property
     def root_device(self) -> torch.device:
@@ -193,7 +193,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @num_nodes.setter
     def num_nodes(self, count: int) -> None:
-        """The launcher knows it; `Trainer(num_nodes=...)` need not say it."""
+        """Take no `count`: the launcher knows it, and `Trainer(num_nodes=...)` need not say it."""
 
     @property
     def is_distributed(self) -> bool:
@@ -265,11 +265,11 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        """Lightning's precision plugin, made fit for parts of parameters."""
+        """Take Lightning's `plugin`, made fit for parts of parameters."""
         self._precision_plugin = None if plugin is None else sharded_precision(plugin, self)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Step the `optimizer`, and end the step."""
+        """Step the `optimizer` with `closure`, for `model` with Lightning's `kwargs`, and end the step."""
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.lightning_module is not None and self.lightning_module.automatic_optimization:
             self.finish_step()
@@ -284,15 +284,15 @@ class TrainerStrategy(LightningParallelStrategy):
     # --- reductions ------------------------------------------------------------------------------------
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return `tensor`."""
+        """Return `tensor`, whatever `group` and `reduce_op` are."""
         return tensor
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Return `tensor`."""
+        """Return `tensor`, whatever `group` and `sync_grads` are."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Return whether all ranks, or with `all=False` any, decide for it."""
+        """Return whether the `decision` of all ranks, or with `all=False` that of any, is for it."""
         return not self.any_raised(not decision) if all else self.any_raised(bool(decision))
 
     # --- checkpoints -----------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class TrainerStrategy(LightningParallelStrategy):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: Any) -> None:
-        """Refused: the strategy writes checkpoints itself."""
+        """Refuse `io`: the strategy writes checkpoints itself."""
         raise ConfigError(
             "this strategy writes checkpoints in the portable format and takes no CheckpointIO",
             got=type(io).__name__,
@@ -327,7 +327,7 @@ class TrainerStrategy(LightningParallelStrategy):
         return self.module_state(self.lightning_module, self.optimizers).state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing is gathered: `save_checkpoint` takes the state from the optimizers, each process its part."""
+        """Return nothing of `optimizer`: `save_checkpoint` takes the state from it, each process its part."""
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -369,7 +369,7 @@ class TrainerStrategy(LightningParallelStrategy):
         return trainer_checkpoint.load(checkpoint_path, state, self, strict=module.strict_loading)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """`load_checkpoint` has filled the module."""
+        """Do nothing: `load_checkpoint` has filled the module from `checkpoint`, `strict` or not."""
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove the checkpoint `filepath`, on rank 0."""

@@ -12,21 +12,21 @@ from orchestrator.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from orchestrator.training.check import check_run
+    from orchestrator.training.data_module import TokenDataModule
     from orchestrator.training.job import Job, build, make_strategy
     from orchestrator.training.module import LanguageModule
     from orchestrator.training.optimizer_setup import build_optimizer
     from orchestrator.training.resolved import Resolved, resolve_run
-    from orchestrator.training.trainer_module import TokenDataModule, TrainerLanguageModule
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "training.check": ["check_run"],
+            "training.data_module": ["TokenDataModule"],
             "training.job": ["Job", "build", "make_strategy"],
             "training.module": ["LanguageModule"],
             "training.optimizer_setup": ["build_optimizer"],
             "training.resolved": ["Resolved", "resolve_run"],
-            "training.trainer_module": ["TokenDataModule", "TrainerLanguageModule"],
         },
     )
 
@@ -35,7 +35,6 @@ __all__ = [
     "LanguageModule",
     "Resolved",
     "TokenDataModule",
-    "TrainerLanguageModule",
     "build",
     "build_optimizer",
     "check_run",

@@ -102,7 +102,7 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
         step: number of the step, from 1.
     """
     parallel, model = module.parallel, module.model
-    state = find_nonfinite(parallel.state_shards(model, module._optimizer), parallel)
+    state = find_nonfinite(parallel.state_shards(model, module.optimizer), parallel)
     module.step = step - 1
     watch = _Watch(model)
     with torch.enable_grad(), watch.watching(), parallel.uncompiled():
@@ -119,7 +119,7 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
             total += loss.detach()
     loss, norm = parallel.reduce_and_clip(model, total, None)
     gradients = _nonfinite_gradients(model, parallel)
-    module._optimizer.zero_grad()
+    module.optimizer.zero_grad()
     parallel.finish_step()
     measured = [value if math.isfinite(value) else None for value in parallel.fetch([loss, norm])]
     first, ranks = _first(watch.found(parallel), parallel)

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.chips.load import load_catalogue
-from orchestrator.data.prepare import PreparedData
-from orchestrator.data.validation import mixture_lines, validation_data
+from orchestrator.data.validation import mixture_lines
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.observe.throughput import mfu, peak_flops
 from orchestrator.planner.estimate.flops import flops_per_token
 from orchestrator.runs.provenance import software
 from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
+from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.resolved import Resolved
 
 
 def run_facts(
-    resolved: Resolved, parallel: ParallelStrategy, model: ShardableModel, data: PreparedData
+    resolved: Resolved, parallel: ParallelStrategy, model: ShardableModel, tokens: TokenDataModule
 ) -> tuple[dict[str, Any], Callable[[float], float | None]]:
     """Return the facts of a run before its first step, and MFU as a function of tokens per second.
 
@@ -25,7 +25,7 @@ def run_facts(
         resolved: the run.
         parallel: the strategy.
         model: the placed model.
-        data: the prepared data.
+        tokens: its data.
     """
     config, target, devices = resolved.config, parallel.target, parallel.layout.devices
     # What an own model computes no description says: its utilisation is unknown.
@@ -40,10 +40,10 @@ def run_facts(
         "peak_flops_per_device": peak,
         "peak_source": source,
         "vocab_size": model.config.vocab_size,
-        "unigram_entropy_nats": data.unigram_entropy_nats,
-        "data": data.describe(),
-        "mixture": mixture_lines(data),
-        "validation": validation_data(config, data).lines(),
+        "unigram_entropy_nats": tokens.prepared.unigram_entropy_nats,
+        "data": tokens.prepared.describe(),
+        "mixture": mixture_lines(tokens.prepared),
+        "validation": tokens.validation.lines(),
     }
     return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)
 

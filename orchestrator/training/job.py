@@ -7,23 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
-import torch
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import locate
-from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData
-from orchestrator.data.stream import Position, StepLoader, TokenStream
+from orchestrator.data.stream import StepLoader, TokenStream
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.target import Target
-from orchestrator.models.protocol import ShardableModel
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.module import LanguageModule
-from orchestrator.training.optimizer_setup import build_optimizer
-from orchestrator.training.placed_model import build_placed
 from orchestrator.training.resolved import Resolved
 from orchestrator.training.restore import data_position, open_together, restore_run, restore_weights
 from orchestrator.training.watchers import Watchers, make_watchers
@@ -117,23 +113,21 @@ def build(
         UserError: whatever of the data, the devices or the checkpoint does not fit.
     """
     config, resumes = resolved.config, resolved.place.resume_from is not None
-    model = place_model(resolved, parallel)
-    optimizer = build_optimizer(model, config.optim, parallel.root_device, parallel.parts(model), resumes)
-    parallel.prepare_optimizer(model, optimizer)
-    stream = _stream(config, data)
-    source = _fill(resolved, parallel, model, optimizer, stream, trusted, opened)
+    module = LanguageModule(config, parallel=parallel)
+    module.configure_model()
+    module.make_optimizer(restoring=resumes)
+    tokens = TokenDataModule(config, data)
+    source = _fill(resolved, module, tokens.stream, trusted, opened)
     restored = source if resumes else None
-    position = data_position(restored, stream)
-    loader = _loader(config, stream, parallel, position)
-    module = LanguageModule(
-        model, optimizer, parallel, config, micro_batch=micro_batch_size(resolved, parallel), step=position.step
-    )
-    facts, mfu = run_facts(resolved, parallel, model, data)
+    tokens.position = data_position(restored, tokens.stream)
+    module.step = tokens.position.step
+    loader = tokens.steps(parallel)
+    facts, mfu = run_facts(resolved, parallel, module.model, tokens)
     side = provenance(parallel)
     watchers = make_watchers(
         resolved,
         parallel,
-        data,
+        tokens,
         module,
         loader,
         leg=leg,
@@ -144,33 +138,12 @@ def build(
     )
     trainer = make_trainer(parallel, watchers.callbacks(module.guard), config.train.deterministic)
     resumed_from = str(restored.directory) if restored else None
-    about = {"leg": leg, "start_step": position.step, "resumed_from": resumed_from, **side}
+    about = {"leg": leg, "start_step": module.step, "resumed_from": resumed_from, **side}
     return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about)
 
 
-def place_model(resolved: Resolved, parallel: ParallelStrategy) -> ShardableModel:
-    """Build the model on the meta device, then allocate each process's part of it.
-
-    Args:
-        resolved: the run.
-        parallel: the strategy.
-    """
-    return build_placed(resolved.config.model, resolved.config.train.loss_chunk_tokens, resolved.remat, parallel)
-
-
-def _stream(config: RunConfig, data: PreparedData) -> TokenStream:
-    seq_len, mask = config.train.seq_len, config.data.document_mask
-    return TokenStream(data.stores, data.weights, "train", seq_len, config.seed, mask)
-
-
 def _fill(
-    resolved: Resolved,
-    parallel: ParallelStrategy,
-    model: ShardableModel,
-    optimizer: torch.optim.Optimizer,
-    stream: TokenStream,
-    trusted: Trust,
-    opened: Checkpoint | None,
+    resolved: Resolved, module: LanguageModule, stream: TokenStream, trusted: Trust, opened: Checkpoint | None
 ) -> Checkpoint | None:
     """Give the model its weights: those of the run so far, those of other training, or random ones of the seed.
 
@@ -178,35 +151,15 @@ def _fill(
         The checkpoint that they are from.
     """
     config, resume_from = resolved.config, resolved.place.resume_from
+    parallel, model = module.parallel, module.model
     if resume_from is not None:
-        return restore_run(resume_from, resolved, parallel, model, optimizer, stream, trusted, opened)
+        return restore_run(resume_from, resolved, parallel, model, module.optimizer, stream, trusted, opened)
     if config.train.init_from is None:
         parallel.initialize(model, config.seed)
         return None
     source = open_together(locate(config.train.init_from), trusted, parallel, opened)
     restore_weights(source, config, parallel, model)
     return source
-
-
-def _loader(config: RunConfig, stream: TokenStream, parallel: ParallelStrategy, position: Position) -> StepLoader:
-    """Return the loader of this process's share of the steps from `position` on."""
-    train = config.train
-    sequences = train.global_batch_tokens // train.seq_len
-    (rank, shares), steps = parallel.data_share, train.max_steps - position.step
-    return StepLoader(stream, sequences, rank, shares, position, steps, config.data.prefetch)
-
-
-def micro_batch_size(resolved: Resolved, parallel: ParallelStrategy) -> int:
-    """Return the number of sequences of one backward pass of this process.
-
-    Args:
-        resolved: the run.
-        parallel: the strategy.
-    """
-    train, layout, shares = resolved.config.train, parallel.layout, parallel.data_share[1]
-    share = train.global_batch_tokens // train.seq_len // shares
-    # The size is per device; a process may drive several.
-    return min(share, resolved.micro_batch * layout.data_parallel // shares)
 
 
 class RunTrainer(lightning.Trainer):

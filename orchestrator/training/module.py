@@ -1,4 +1,8 @@
-"""One optimizer step, the same on every strategy."""
+"""The product's LightningModule: one optimizer step and one evaluation, the same on every strategy.
+
+A run of the product drives it, and so can a Lightning Trainer of the user's: then Lightning keeps the loop, the
+callbacks and the loggers, and the strategy the checkpoints, which are those of the product.
+"""
 
 from __future__ import annotations
 
@@ -10,67 +14,112 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.optim.schedule import schedule_of
-from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy
+from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, strategy_of
+from orchestrator.strategies.trainer_checkpoint import BESIDE
+from orchestrator.training.data_module import TokenDataModule, micro_batch_size
 from orchestrator.training.divergence import FiniteGuard
-from orchestrator.training.optimizer_setup import PEAK
+from orchestrator.training.optimizer_setup import PEAK, build_optimizer
+from orchestrator.training.placed_model import build_placed
+from orchestrator.training.resolved import settle_optimizer, settle_unplanned, settle_vocabulary
 
 
 class LanguageModule(lightning.LightningModule):
-    """Trains a language model that is already placed on its devices; `TrainerLanguageModule` places its own.
+    """Trains a language model on any strategy.
 
     A batch is one optimizer step's share of this process; it is cut into micro-batches here, so that the
     number of target tokens of the whole step is known before the first backward pass: the loss is the mean
     over the global batch's target tokens, whatever the layout and the accumulation.
 
+    In a Trainer of the user's, `configure_model` and `configure_optimizers` make model and optimizer, and
+    `train_loss`, `grad_norm`, `lr` and `val_loss` are logged. A run of the product calls the same two before there
+    is a Trainer: the facts of the run and the handover check need a model, and a run without steps left no Trainer.
+
     Args:
-        model: placed by `parallel.shard`; called with tokens, positions, documents and targets.
-        optimizer: over its parameters, with state.
-        parallel: the strategy.
-        config: the run.
-        micro_batch: sequences per backward pass on this process.
-        step: optimizer steps completed.
+        config: of the run: model, optimizer, schedule, seed and `train`. What is still `auto` in it is settled without
+            a plan: no remat, all sequences of a process in one backward pass.
+        vocab_size: tokens of the tokenizer; None: `model.vocab_size` says it.
+        parallel: the strategy, joined; None: the Trainer's. Who gives it attaches `guard` as the first callback.
 
     Attributes:
+        config: the same, settled.
+        step: optimizer steps completed.
+        lr: learning rate of the last step.
+        record: called with the numbers of each step.
+        parallel: the strategy. Like the following ones it is there when the model is placed.
+        model: the placed model.
+        micro_batch: sequences per backward pass on this process.
         guard: keeps what is not finite from the weights.
+        optimizer: of the parameters, with state; there when it is configured.
+
+    Raises:
+        ConfigError: the vocabulary is not known, or too small for the tokenizer.
     """
 
-    def __init__(
-        self,
-        model: ShardableModel,
-        optimizer: torch.optim.Optimizer,
-        parallel: ParallelStrategy,
-        config: RunConfig,
-        micro_batch: int,
-        step: int,
-    ):
+    parallel: ParallelStrategy
+    model: ShardableModel
+    micro_batch: int
+    guard: FiniteGuard
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, config: RunConfig, vocab_size: int | None = None, parallel: ParallelStrategy | None = None):
         super().__init__()
-        self._begin(config, step)
-        self._take(model, parallel, micro_batch)
-        self._optimizer = optimizer
-
-    def _begin(self, config: RunConfig, step: int) -> None:
         self.automatic_optimization = False
-        self.config, self.step = config, step
-        self.lr = 0.0
-        self.record: Callable[..., None] = lambda **values: None  # set by the metrics callback
+        self.config = settle_vocabulary(settle_unplanned(config), vocab_size)
+        self.step, self.lr = 0, 0.0
+        self.record: Callable[..., None] = lambda **values: None
+        self._given = parallel
         self._schedule = schedule_of(config)
+        self._totals = torch.zeros(0)
 
-    def _take(self, model: ShardableModel, parallel: ParallelStrategy, micro_batch: int) -> None:
-        self.model, self.parallel, self.micro_batch = model, parallel, micro_batch
-        self.guard = FiniteGuard(parallel, self.config.train)
-        self._dropout = model.config.dropout > 0
+    # --- set-up -----------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """Return the callback that keeps steps that are not finite from the weights, in a Trainer of the user's."""
+        return [] if self._given else [_Guarding()]
+
+    def configure_model(self) -> None:
+        """Place the model, and in a Trainer of the user's initialize it. Once: later calls change nothing."""
+        if "model" in self._modules:
+            return
+        self.parallel = self._given or strategy_of(self.trainer)
+        self.model = build_placed(self.config, self.parallel)
+        self.micro_batch = micro_batch_size(self.config, self.parallel)
+        self.guard = FiniteGuard(self.parallel, self.config.train)
+        if self._given is None:
+            self.parallel.initialize(self.model, self.config.seed)
+            every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+            self.guard.due = lambda step: step % max(1, every) == 0
+            self.record = self._log_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer that the module was given."""
-        return self._optimizer
+        """Return the optimizer; the configured one is made unless that was done."""
+        return self.optimizer if hasattr(self, "optimizer") else self.make_optimizer()
+
+    def make_optimizer(self, restoring: bool = False) -> torch.optim.Optimizer:
+        """Make the configured optimizer over the placed parameters.
+
+        Args:
+            restoring: its state is to be filled from a checkpoint.
+
+        Raises:
+            ConfigError: an optimizer of the user's cannot be made, or keeps what cannot be saved.
+        """
+        parallel, device = self.parallel, self.parallel.root_device
+        config = settle_optimizer(self.config.optim, on_cpu=device.type == "cpu")
+        self.optimizer = build_optimizer(self.model, config, device, parallel.parts(self.model), restoring)
+        parallel.prepare_optimizer(self.model, self.optimizer)
+        return self.optimizer
 
     def transfer_batch_to_device(self, batch: Mapping[str, Any], device: Any, dataloader_idx: int) -> Batch:
         """Place `batch` as the strategy says; `device` and `dataloader_idx` are Lightning's, and not used."""
         return self.parallel.prepare_batch(batch)
+
+    # --- training ---------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on this process's share of a batch."""
@@ -87,7 +136,7 @@ class LanguageModule(lightning.LightningModule):
             total += loss.detach()
         loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
         bad = self.guard.judge(self.step + 1, loss, norm)
-        with self.parallel.update_unless(self.model, self._optimizer, bad):
+        with self.parallel.update_unless(self.model, self.optimizer, bad):
             optimizer.step()
         optimizer.zero_grad()
         self.parallel.finish_step()
@@ -96,7 +145,7 @@ class LanguageModule(lightning.LightningModule):
 
     def _set_learning_rate(self) -> None:
         self.lr = self._schedule(self.step, self.config.optim.lr)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self._schedule(self.step, group[PEAK])
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
@@ -109,27 +158,66 @@ class LanguageModule(lightning.LightningModule):
 
     def _seed_dropout(self, micro_step: int) -> None:
         # A function of the position in the run, so that a resumed run draws the same masks without saved state.
-        if self._dropout:
+        if self.config.model.dropout > 0:
             self.parallel.seed_masks(f"dropout/{self.config.seed}/{self.step}/{micro_step}")
 
+    def _log_step(self, step: int, **values: Any) -> None:
+        self.log("train_loss", values["loss"], prog_bar=True)
+        self.log_dict({"grad_norm": values["grad_norm"], "lr": values["lr"]})
 
-@torch.no_grad()
-def evaluate(model: ShardableModel, parallel: ParallelStrategy, batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """Compute the mean loss over the target tokens of `batches`, in nats. Every rank brings as many batches.
+    # --- validation -------------------------------------------------------------------------------------
 
-    Args:
-        model: placed.
-        parallel: the strategy.
-        batches: as the loaders give them.
-    """
-    model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=parallel.root_device)
-    for batch in batches:
-        placed = parallel.prepare_batch(batch)
-        with parallel.forward_context():
-            totals[0] += model(**placed).double()
-        totals[1] += (placed["targets"] != IGNORE_INDEX).sum()
-        parallel.finish_step()
-    model.train()
-    totals = parallel.sum_over_data(totals)
-    return totals[0] / totals[1].clamp(min=1)
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+        """Return the mean loss over the target tokens of `batches`, in nats. Every rank brings as many batches.
+
+        Args:
+            batches: as the loaders give them.
+        """
+        self.model.eval()
+        self.on_validation_epoch_start()
+        for number, batch in enumerate(batches):
+            self.validation_step(self.parallel.prepare_batch(batch), number)
+        self.model.train()
+        return self._validation_loss()
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the sums."""
+        self._totals = torch.zeros(2, dtype=torch.float64, device=self.parallel.root_device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch's loss and target tokens to the sums."""
+        with self.parallel.forward_context():
+            self._totals[0] += self.model(**batch).double()
+        self._totals[1] += (batch["targets"] != IGNORE_INDEX).sum()
+        self.parallel.finish_step()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over all target tokens, in nats."""
+        self.log("val_loss", self._validation_loss().float(), prog_bar=True)
+
+    def _validation_loss(self) -> Tensor:
+        totals = self.parallel.sum_over_data(self._totals)
+        return totals[0] / totals[1].clamp(min=1)
+
+    # --- checkpoints of a Trainer -----------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add configuration and tokenizer to the checkpoint."""
+        data = getattr(self.trainer, "datamodule", None)
+        files = dict(data.prepared.tokenizer.files) if isinstance(data, TokenDataModule) else {}
+        checkpoint[BESIDE] = {"config": to_dict(self.config), "files": files}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the number of completed steps."""
+        self.step = checkpoint["global_step"]
+
+
+class _Guarding(lightning.Callback):
+    """The module's guard, which is made when its model is."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
+        pl_module.guard.on_train_batch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.guard.on_train_end(trainer, pl_module)

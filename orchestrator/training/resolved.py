@@ -12,7 +12,7 @@ from orchestrator.atomic_files import write_atomically
 from orchestrator.checkpoint.format import parse_json
 from orchestrator.checkpoint.storage import locate
 from orchestrator.config.convert import from_dict, to_dict
-from orchestrator.config.schema import HandoverConfig, LayoutConfig, MuonConfig, RunConfig
+from orchestrator.config.schema import HandoverConfig, LayoutConfig, MuonConfig, OptimConfig, RunConfig
 from orchestrator.config.validate import check_stored
 from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import ConfigError, UserError
@@ -239,9 +239,7 @@ def resolve_run(
         precision=cast(Literal["fp32", "bf16"], precision_of(config, target)),
         chip=chip,
     )
-    optim, computes_on_cpu = config.optim, target.device_type == "cpu" or config.hardware.simulate is not None
-    if isinstance(optim, MuonConfig) and optim.ns_dtype == "auto":
-        optim = replace(optim, ns_dtype="fp32" if computes_on_cpu else "bf16")
+    optim = settle_optimizer(config.optim, target.device_type == "cpu" or config.hardware.simulate is not None)
     tokenizer = replace(config.data.tokenizer, kind=cast(Any, config.data.tokenizer.made_from))
     decided = replace(
         config,
@@ -254,6 +252,51 @@ def resolve_run(
         data=replace(config.data, tokenizer=tokenizer),
     )
     return Resolved(decided, config, devices, data.fingerprint if data else "", settled.why)
+
+
+def settle_optimizer(config: OptimConfig, on_cpu: bool) -> OptimConfig:
+    """Settle the precision of Muon's iteration: fp32 where a CPU computes it.
+
+    Args:
+        config: of the optimizer.
+        on_cpu: whether the devices are CPUs.
+    """
+    if isinstance(config, MuonConfig) and config.ns_dtype == "auto":
+        return replace(config, ns_dtype="fp32" if on_cpu else "bf16")
+    return config
+
+
+def settle_unplanned(config: RunConfig) -> RunConfig:
+    """Settle without a plan what of `train` is `auto` yet: no remat, one backward pass per step.
+
+    Args:
+        config: of a run, settled or not.
+    """
+    train, size = config.train, config.train.micro_batch_size
+    whole = train.global_batch_tokens // train.seq_len
+    remat = "none" if train.remat == "auto" else train.remat
+    return replace(config, train=replace(train, remat=remat, micro_batch_size=whole if size == "auto" else size))
+
+
+def settle_vocabulary(config: RunConfig, vocab_size: int | None) -> RunConfig:
+    """Settle the size of the model's vocabulary.
+
+    Args:
+        config: of a run, settled or not.
+        vocab_size: tokens of the tokenizer; None: not known.
+
+    Raises:
+        ConfigError: it is not known, or the tokenizer has more tokens than the model.
+    """
+    if vocab_size is not None:
+        return replace(config, model=resolve_model(config.model, vocab_size))
+    if config.model.vocab_size == "auto":
+        raise ConfigError(
+            "the size of the vocabulary is not known",
+            got="model.vocab_size=auto",
+            fix="give the tokenizer's: LanguageModule(config, vocab_size=data.vocab_size)",
+        )
+    return config
 
 
 def _handover_length(settings: HandoverConfig, config: RunConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.convert import to_dict
 from orchestrator.data.model_files import TOKENIZER_FILE
 from orchestrator.data.prepare import PreparedData
-from orchestrator.data.stream import StepLoader, TokenStream, validation_batches
-from orchestrator.data.validation import ValidationData, validation_data
+from orchestrator.data.stream import StepLoader, TokenStream
 from orchestrator.observe.history import History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
@@ -28,6 +27,7 @@ from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.callbacks.checkpointing import Checkpoints, Keeps
 from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
 from orchestrator.training.callbacks.preemption import StopOnSignal
+from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.handover_check import make_batch
 from orchestrator.training.module import LanguageModule
@@ -75,7 +75,7 @@ class Watchers:
 def make_watchers(
     resolved: Resolved,
     parallel: ParallelStrategy,
-    data: PreparedData,
+    tokens: TokenDataModule,
     module: LanguageModule,
     loader: StepLoader,
     *,
@@ -90,7 +90,7 @@ def make_watchers(
     Args:
         resolved: the run.
         parallel: the strategy.
-        data: of the run.
+        tokens: its data.
         module: one step of it.
         loader: its batches.
         leg: which start of the run this is, from 0.
@@ -108,10 +108,7 @@ def make_watchers(
     progress = Progress(metrics, module.step, config.train.max_steps) if main and config.logger.progress else None
     tell = progress.say if progress else (say if main else _silent)
     _set_guard(resolved, module, tell)
-    validation = validation_data(config, data)
-    held_out = validation.stream(config.data.document_mask)
-    batches = _validation(validation, held_out, parallel, module.micro_batch)
-    shown = held_out or loader.stream
+    data, batches, shown = tokens.prepared, tokens.evaluation(parallel), tokens.held_out or tokens.stream
     keeps = _keeps(resolved, data, source, shown, main)
     about = {**provenance, "run": run_uuid}
     return Watchers(
@@ -119,7 +116,7 @@ def make_watchers(
         history=history,
         metrics=metrics,
         progress=progress,
-        evaluation=Validation(parallel, metrics, config.train.eval_every, batches, tell, progress),
+        evaluation=Validation(metrics, config.train.eval_every, batches, tell, progress),
         samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
         own=own_callbacks(config),
         checkpoints=Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell),
@@ -178,17 +175,6 @@ def _keeps(resolved: Resolved, data: PreparedData, source: Checkpoint | None, sh
         files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
         files |= model_files(source)
     return Keeps(data.tokenizer, files, make_batch(config, shown) if config.checkpoint.handover.enabled else None)
-
-
-def _validation(
-    validation: ValidationData, stream: TokenStream | None, parallel: ParallelStrategy, micro_batch: int
-) -> Callable[[], Iterable[dict[str, Any]]] | None:
-    if stream is None:
-        return None
-    sequences = validation.sequences
-    rank, shares = parallel.data_share
-    batch = min(micro_batch, -(-sequences // shares))
-    return lambda: validation_batches(stream, sequences, batch, rank, shares)
 
 
 def _silent(text: str) -> None:

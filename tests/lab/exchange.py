@@ -38,7 +38,7 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
         folder = target / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         job = build(replace(resolved, paths=RunPaths(folder, folder, Path(source))), parallel, data, leg=0)
-        shards = parallel.state_shards(job.module.model, job.module._optimizer)
+        shards = parallel.state_shards(job.module.model, job.module.optimizer)
         path = save(folder, 10, shards, parallel, Contents({}, {}))
         batch = job.loader.step(job.module.step)
         placed = parallel.prepare_batch(batch)

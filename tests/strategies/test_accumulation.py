@@ -18,9 +18,8 @@ from orchestrator.hardware.target_table import get_target
 from orchestrator.models.decoder import Decoder
 from orchestrator.rehearsal.traced_strategy import is_split
 from orchestrator.strategies.parallel_strategy import local_parameters
-from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
+from orchestrator.training.job import make_strategy, make_trainer
 from orchestrator.training.module import LanguageModule
-from orchestrator.training.optimizer_setup import build_optimizer
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import resolved_run, small_config
 
@@ -68,10 +67,11 @@ def _step(world: Any, data: dict[str, Any]) -> Seen:
     resolved = resolved_run(from_dict(RunConfig, data), world, vocab_size=257)
     config, parallel = resolved.config, make_strategy(resolved, get_target("cpu"), world)
     parallel.join()
-    model = place_model(resolved, parallel)
+    module = LanguageModule(config, parallel=parallel)
+    module.configure_model()
+    model = module.model
     parallel.initialize(model, config.seed)
-    optimizer = build_optimizer(model, config.optim, parallel.root_device)
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(resolved, parallel), step=0)
+    module.make_optimizer()
     held, reductions, around = [], _Reductions(), parallel.backward_context
 
     @contextmanager

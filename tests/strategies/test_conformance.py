@@ -222,7 +222,7 @@ def _load_and_save(world, data, source, target):
     parallel.join()
     target.mkdir(exist_ok=True)
     job = build(resolved, parallel, prepare(resolved.config.data, progress=False), leg=0)
-    shards = parallel.state_shards(job.module.model, job.module._optimizer)
+    shards = parallel.state_shards(job.module.model, job.module.optimizer)
     path = save(target, 10, shards, parallel, Contents({}, {}))
     data_rank = parallel.layout.data_rank(world.rank)
     batch = next(iter(job.loader))

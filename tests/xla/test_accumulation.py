@@ -16,9 +16,8 @@ from orchestrator.config.compose import compose
 from orchestrator.data.stream import blank_batch
 from orchestrator.distributed.world import World
 from orchestrator.strategies.parallel_strategy import local_parameters
-from orchestrator.training.job import make_strategy, make_trainer, micro_batch_size, place_model
+from orchestrator.training.job import make_strategy, make_trainer
 from orchestrator.training.module import LanguageModule
-from orchestrator.training.optimizer_setup import build_optimizer
 from tests.lab.runs import resolved_run
 
 WORDS = ["hardware=tpu", "hardware.simulate=4", "model.vocab_size=512", "train.seq_len=64", "train.micro_batch_size=1"]
@@ -45,11 +44,10 @@ def main(words: list[str]) -> None:
     resolved = resolved_run(config, World(), vocab_size=int(config.model.vocab_size))
     config, parallel = resolved.config, make_strategy(resolved, resolved.target(), World())
     parallel.join()
-    model = place_model(resolved, parallel)
-    parallel.initialize(model, config.seed)
-    optimizer = build_optimizer(model, config.optim, parallel.root_device)
-    parallel.prepare_optimizer(model, optimizer)
-    module = LanguageModule(model, optimizer, parallel, config, micro_batch_size(resolved, parallel), step=0)
+    module = LanguageModule(config, parallel=parallel)
+    module.configure_model()
+    parallel.initialize(module.model, config.seed)
+    module.make_optimizer()
     around, held = parallel.backward_context, []
 
     @contextmanager

@@ -12,6 +12,9 @@ from orchestrator.errors import ConfigError
 def nameless_tokenizer(config: TokensConfig) -> Tokenizer:
     """Make a tokenizer of the ids 0 to `config.vocab_size` - 1, of which `config.eos_id` ends a document.
 
+    Args:
+        config: of tokens that were made elsewhere.
+
     Raises:
         ConfigError: one of the two is not given.
     """

@@ -103,7 +103,7 @@ class Checkpoints(lightning.Callback):
             # Its graph is compiled here, before the first step, and never in the middle of the run.
             measure(pl_module.model, self._parallel, self._reference)
         if self._config.checkpoint.every_steps:
-            self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module._optimizer))
+            self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module.optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Save where a period ends, and learn how the last save went."""
@@ -121,6 +121,9 @@ class Checkpoints(lightning.Callback):
         """Save the state after `pl_module.step` steps, unless that has been done, and wait until it is kept.
 
         Where a store does not take it, it is written below the run directory: nothing comes after this one.
+
+        Args:
+            pl_module: the `LanguageModule`.
 
         Raises:
             CheckpointError: it could not be written.
@@ -200,7 +203,7 @@ class Checkpoints(lightning.Callback):
                 files |= reference_files(pl_module.model, self._parallel, self._reference)
             except NonFiniteError as error:
                 raise Diverged(step, {}, "weights") from error
-        shards = self._parallel.state_shards(pl_module.model, pl_module._optimizer)
+        shards = self._parallel.state_shards(pl_module.model, pl_module.optimizer)
         settings = self._config.checkpoint
         contents = Contents(self._state(step), to_dict(self._config), files, self._sign, settings.hash)
         saver.save(step, shards, contents)

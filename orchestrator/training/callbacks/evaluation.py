@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.stream import TokenStream
+from orchestrator.data.stream import TokenStream, ValidationBatches
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.inference.sampling import Sampling, choose
 from orchestrator.observe.metrics import Metrics
@@ -23,7 +23,6 @@ from orchestrator.runs.messages import warn
 from orchestrator.runs.run_directory import SAMPLES
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.divergence import Diverged
-from orchestrator.training.module import evaluate
 
 _OPENING_TOKENS = 16
 
@@ -41,24 +40,22 @@ class Validation(lightning.Callback):
     """Evaluates loss and perplexity on the held-out data, every so many steps and at the end, if there is any.
 
     Args:
-        parallel: the strategy.
         metrics: gets a row per evaluation.
         every: steps between evaluations; None: only when asked.
-        batches: makes this rank's batches; None where there is no data.
+        batches: this rank's; None where there is no data.
         say: prints a line.
         progress: shows the batches; None: not shown.
     """
 
     def __init__(
         self,
-        parallel: ParallelStrategy,
         metrics: Metrics,
         every: int | None,
-        batches: Callable[[], Iterable[dict[str, Any]]] | None,
+        batches: ValidationBatches | None,
         say: Callable[[str], None],
         progress: Progress | None = None,
     ):
-        self._parallel, self._metrics, self._every, self._batches, self._say = parallel, metrics, every, batches, say
+        self._metrics, self._every, self._batches, self._say = metrics, every, batches, say
         self._progress = progress
         self._done_at: int | None = None
 
@@ -80,9 +77,8 @@ class Validation(lightning.Callback):
             return
         self._done_at = pl_module.step
         self._metrics.flush()
-        batches = self._batches()
-        shown = self._progress.watch("validating", batches) if self._progress else batches
-        loss = evaluate(pl_module.model, self._parallel, shown).item()
+        shown = self._progress.watch("validating", self._batches) if self._progress else self._batches
+        loss = pl_module.evaluate(shown).item()
         # exp of a diverged loss does not fit a float.
         perplexity = math.exp(min(loss, 700.0))
         self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity)

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import HardwareConfig, RunConfig
 from orchestrator.strategies.dtensor import DTensorStrategy
-from orchestrator.training.trainer_module import TokenDataModule, TrainerLanguageModule
+from orchestrator.training.data_module import TokenDataModule
+from orchestrator.training.module import LanguageModule
 from tests.lab import pages
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import losses, small_config, train
@@ -49,7 +50,7 @@ def _fit(world, data, folder: Path, resume=None):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(TrainerLanguageModule(config, tokens.vocab_size), tokens, ckpt_path=resume)
+    trainer.fit(LanguageModule(config, tokens.vocab_size), tokens, ckpt_path=resume)
     return rows.losses, rows.val, trainer.global_step
 
 
