@@ -357,7 +357,9 @@ def quiet(rank: int) -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=r".*(num_workers|does not have many workers|logging interval|srun).*")
+    warnings.filterwarnings(
+        "ignore", message=r".*(num_workers|does not have many workers|logging interval|srun|no `val_dataloader`).*"
+    )
     warnings.filterwarnings("ignore", message=r".*`?isinstance\(treespec.*")
     # FSDP2 warns of in-place operations on an embedding's output, of which there are none; torch_xla of its own code.
     warnings.filterwarnings(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -260,11 +261,13 @@ class _Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what a trainer says of the devices that it has found."""
+    """Without what a trainer says of the devices that it has found, and of data that it has not."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*no `val_dataloader`.*")
+            yield
     finally:
         logger.setLevel(level)

@@ -26,6 +26,7 @@ from orchestrator.runs.stored_model import files_of
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.callbacks.checkpointing import Checkpoints, Keeps
 from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
+from orchestrator.training.callbacks.own_state import OwnStates
 from orchestrator.training.callbacks.preemption import StopOnSignal
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.divergence import FiniteGuard
@@ -109,7 +110,11 @@ def make_watchers(
     tell = progress.say if progress else (say if main else _silent)
     _set_guard(resolved, module, tell)
     data, batches, shown = tokens.prepared, tokens.evaluation(parallel), tokens.held_out or tokens.stream
-    keeps = _keeps(resolved, data, source, shown, main)
+    own = own_callbacks(config)
+    states = OwnStates(own, speaks=main)
+    if restored:
+        states.restore(restored)
+    keeps = _keeps(resolved, data, source, shown, states, main)
     about = {**provenance, "run": run_uuid}
     return Watchers(
         channels=channels,
@@ -118,7 +123,7 @@ def make_watchers(
         progress=progress,
         evaluation=Validation(metrics, config.train.eval_every, batches, tell, progress),
         samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
-        own=own_callbacks(config),
+        own=own,
         checkpoints=Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell),
         stop=StopOnSignal(parallel, tell),
         say=tell,
@@ -166,7 +171,14 @@ def _set_guard(resolved: Resolved, module: LanguageModule, tell: Callable[[str],
     module.guard.say = tell
 
 
-def _keeps(resolved: Resolved, data: PreparedData, source: Checkpoint | None, shown: TokenStream, main: bool) -> Keeps:
+def _keeps(
+    resolved: Resolved,
+    data: PreparedData,
+    source: Checkpoint | None,
+    shown: TokenStream,
+    own: OwnStates,
+    main: bool,
+) -> Keeps:
     """Return what travels with the weights; the first process alone saves the files."""
     config, files = resolved.config, dict[str, bytes]()
     if main:
@@ -174,7 +186,8 @@ def _keeps(resolved: Resolved, data: PreparedData, source: Checkpoint | None, sh
         files = files_of(source) if source else {}
         files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
         files |= model_files(source)
-    return Keeps(data.tokenizer, files, make_batch(config, shown) if config.checkpoint.handover.enabled else None)
+    reference = make_batch(config, shown) if config.checkpoint.handover.enabled else None
+    return Keeps(data.tokenizer, files, reference, own)
 
 
 def _silent(text: str) -> None:

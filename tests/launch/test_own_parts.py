@@ -18,7 +18,7 @@ from orchestrator.observe.trackers import tagged
 from orchestrator.runs.own_parts import check_parts
 from orchestrator.runs.stored_model import model_of
 from tests.lab.checkpoints import small_model, write_whole
-from tests.lab.runs import TINY, resolved_run, small_config, train
+from tests.lab.runs import TINY, checkpoint, resolved_run, small_config, train
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_optimizer_and_callback"
 
@@ -73,6 +73,32 @@ def test_what_a_callback_raises_is_the_users_error_with_its_traceback(tmp_path, 
     assert 'mine_failing.py", line 7, in helper' in said
     assert "KeyError: 'what I look for'" in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_the_state_of_a_callback_is_there_again_when_a_run_is_resumed(tmp_path, monkeypatch, capfd):
+    (tmp_path / "mine_counting.py").write_text(
+        "import torch, lightning.pytorch as lightning\n"
+        "class Counting(lightning.Callback):\n"
+        "    seen, best = 0, (0.0, torch.zeros(2))\n"
+        "    def on_train_batch_end(self, trainer, module, *rest):\n"
+        "        self.seen, self.best = self.seen + 1, (float('inf'), torch.ones(2))\n"
+        "    def state_dict(self):\n"
+        "        return {'seen': self.seen, 'best': self.best, 'large': torch.zeros(1000)}\n"
+        "    def load_state_dict(self, state):\n"
+        "        assert state['best'][0] == float('inf') and state['best'][1].tolist() == [1.0, 1.0], state\n"
+        "        self.seen = state['seen'] + 100\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = (*TINY, "callbacks=[{_target_: mine_counting.Counting}]", "checkpoint.every_steps=2")
+    train(small_config(tmp_path, *words, "train.max_steps=2"), 2, tmp_path / "first")
+    assert capfd.readouterr().err.count("left out: Counting.large: a Tensor") == 1
+    saved = checkpoint(tmp_path / "first", 2)
+    # Of one process, by the first.
+    train(small_config(tmp_path, *words, "train.max_steps=4"), 1, tmp_path / "second", saved)
+    states = Checkpoint(checkpoint(tmp_path / "second", 4)).state()["callbacks"]
+    assert states == {
+        "Counting": {"seen": 104, "best": {"$tuple": [{"$float": "inf"}, {"$tensor": ["F32", [2], [1, 1]]}]}}
+    }
 
 
 WRONG = {

@@ -27,6 +27,7 @@ from orchestrator.runs import run_directory
 from orchestrator.runs.messages import warn
 from orchestrator.runs.shared_folder import check_shared
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.callbacks.own_state import OwnStates
 from orchestrator.training.divergence import Diverged
 from orchestrator.training.handover_check import measure, reference_files
 
@@ -41,11 +42,13 @@ class Keeps:
         tokenizer: what documents are in its tokens is recorded.
         files: what travels with the model, by name: without a tokenizer the weights cannot be used elsewhere.
         reference: the batch of the handover check; None to leave it out.
+        own: of the user's callbacks.
     """
 
     tokenizer: Tokenizer
     files: Mapping[str, bytes]
     reference: Mapping[str, np.ndarray] | None
+    own: OwnStates
 
 
 class Checkpoints(lightning.Callback):
@@ -83,7 +86,7 @@ class Checkpoints(lightning.Callback):
     ):
         self._config, self._parallel = config, parallel
         self._loader, self._provenance, self._say = loader, provenance, say
-        self._metrics, self._history, self._reference = metrics, history, keeps.reference
+        self._metrics, self._history, self._reference, self._own = metrics, history, keeps.reference, keeps.own
         self._extra, self._documents = dict(keeps.files), keeps.tokenizer.record()
         key = config.checkpoint.signing_key
         # Only the process that writes manifests needs the key.
@@ -245,5 +248,6 @@ class Checkpoints(lightning.Callback):
             "rng": {"scheme": "counter", "seed": config.seed},
             "schedule": {"kind": config.optim.schedule.kind, "step": step, "max_steps": config.train.max_steps},
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self._own.save(),
             **self._provenance,
         }
