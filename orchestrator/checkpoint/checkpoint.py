@@ -103,6 +103,12 @@ class Checkpoint:
         trust: whose checkpoints are accepted; by default all.
         look: see whether every file is there with its size. False where that was done a moment ago.
 
+    Attributes:
+        directory: where it is.
+        content: bytes of its manifest.
+        signature: bytes of `manifest.sig`, which was checked; None where there is none.
+        manifest: what it says.
+
     Raises:
         CheckpointError: not a checkpoint, its manifest contradicts itself, or it is not trusted.
         DamagedError: a file is missing or of another size.
@@ -112,9 +118,10 @@ class Checkpoint:
     def __init__(self, directory: AnyPath, trust: Trust = Trust(), look: bool = True):
         self.directory = directory
         self._spans: dict[str, list[tuple[int, int, str]]] = {}
-        content = read_manifest(directory)
-        trust.check(content, self._signature(), directory)
-        self.manifest = Manifest.parse(content, directory)
+        self.content = read_manifest(directory)
+        self.signature = self._signature()
+        trust.check(self.content, self.signature, directory)
+        self.manifest = Manifest.parse(self.content, directory)
         new_hash(self.manifest.hash)  # or say what is missing
         if look:
             self._look()
@@ -249,7 +256,7 @@ class Checkpoint:
         """
 
         def check(place: ByteRange) -> Damage | None:
-            reason = _compare(self.directory / place.file, place, self.manifest.hash, progress)
+            reason = self.compare(place, lambda part: progress(len(part)))
             return self.damage_at(place, reason) if reason else None
 
         tasks = iter(self.places() if places is None else places)
@@ -262,6 +269,15 @@ class Checkpoint:
                 waiting.extend(pool.submit(check, task) for task in itertools.islice(tasks, 1))
                 if found:
                     yield found
+
+    def compare(self, place: ByteRange, tell: Callable[[memoryview], object]) -> str:
+        """Compare a piece with its hash. Returns what is wrong with it, empty where nothing is.
+
+        Args:
+            place: of the piece.
+            tell: given each stretch of it, in order.
+        """
+        return _compare(self.directory / place.file, place, self.manifest.hash, tell)
 
     def damage_at(self, place: ByteRange, reason: str = _NO_MATCH) -> Damage:
         """Describe a damaged piece, with the tensors that lie in it.
@@ -314,21 +330,20 @@ def damaged_error(directory: AnyPath, files: Iterable[str], lines: Sequence[str]
     )
 
 
-def _compare(path: AnyPath, place: ByteRange, algorithm: str, progress: Callable[[int], object]) -> str:
-    """Compare a piece with its hash. Returns what is wrong with it, empty where nothing is."""
+def _compare(path: AnyPath, place: ByteRange, algorithm: str, tell: Callable[[memoryview], object]) -> str:
     digest, offset, left = new_hash(algorithm), place.start, place.piece.bytes
 
-    def tell(part: memoryview) -> None:
+    def add(part: memoryview) -> None:
         digest.update(part)
-        progress(len(part))
+        tell(part)
 
     try:
         # Of a store a piece at a time, which the writer keeps to 16 MiB: a request takes longer than to read that.
         if is_remote(path) and left <= PIECE_BYTES:
-            tell(memoryview(read_range(path, offset, offset + left)))
+            add(memoryview(read_range(path, offset, offset + left)))
         else:
             buffer = _buffer()
-            while left and (count := read_range_into(path, offset, buffer[:left], tell)):
+            while left and (count := read_range_into(path, offset, buffer[:left], add)):
                 offset, left = offset + count, left - count
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"

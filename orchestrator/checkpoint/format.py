@@ -9,6 +9,7 @@
         config.yaml              the resolved configuration
         tokenizer*.json          what turns text into the model's tokens
         manifest.json            every tensor, shard, file, size and hash; renamed into place last
+        manifest.sig, provenance.intoto.jsonl, model.sig   optional: signatures
 
 A directory without `manifest.json` is not a checkpoint. A checkpoint is untrusted: nothing in it is
 unpickled or executed, and no name in it leaves the directory. docs/checkpoint-format.md is the specification.
@@ -35,6 +36,9 @@ from orchestrator.errors import CheckpointError, shown
 
 FORMAT, VERSION = "orchestrator-checkpoint", 2
 MANIFEST, STATE, CONFIG, SIGNATURE = "manifest.json", "state.json", "config.yaml", "manifest.sig"
+STATEMENT, MODEL_SIGNATURE = "provenance.intoto.jsonl", "model.sig"
+SIGNATURES = (SIGNATURE, STATEMENT, MODEL_SIGNATURE)
+"""What lies in a checkpoint beside the manifest and the files that it lists."""
 NOT_COVERED = "do not cover it exactly once"
 SUMS = "sums.json"
 DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -305,7 +309,7 @@ def _parse(data: Any, directory: AnyPath) -> Manifest:
     manifest = Manifest(_count(data["step"]), tensors, files, BLAKE3 if BLAKE3 in required else "sha256")
     # What other readers go by: nothing that the schema forbids is read here either.
     try:
-        problem = next(_schema().iter_errors(data), None)
+        problem = next(schema().iter_errors(data), None)
     except ValueError as error:  # nested deeper than the validator goes
         raise CheckpointError(f"the manifest is damaged: {error}", got=directory) from error
     if problem is not None:
@@ -329,7 +333,7 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
     Raises:
         ValueError: it does not fit, or is of another step than the manifest.
     """
-    if (problem := next(_schema("state").iter_errors(state), None)) is not None:
+    if (problem := next(schema("state").iter_errors(state), None)) is not None:
         where = "/".join(map(str, problem.instance_path))
         raise ValueError(shown(f"{where}: {problem.message}"))
     if state.get("step", step) != step:
@@ -337,7 +341,12 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
 
 
 @functools.cache
-def _schema(name: str = "manifest") -> Any:
+def schema(name: str = "manifest") -> Any:
+    """Return the validator of a JSON schema of this package.
+
+    Args:
+        name: of the schema: `manifest`, `state`, `statement`.
+    """
     text = resources.files(__package__).joinpath(f"{name}.schema.json").read_text()
     return jsonschema_rs.Draft202012Validator(json.loads(text))
 

@@ -30,10 +30,12 @@ class StoredFile:
     Attributes:
         bytes: its size.
         pieces: in order.
+        sha256: of the whole file, in hex; empty where it was not asked for. No part of the manifest.
     """
 
     bytes: int
     pieces: tuple[Piece, ...]
+    sha256: str = ""
 
     def ranges(self) -> Iterator[tuple[int, Piece]]:
         """Each piece with the offset where it begins."""

@@ -1,7 +1,7 @@
 """Ed25519 signatures of a checkpoint's manifest, which in turn has the hash of every file.
 
-The message that is signed is the content of `manifest.json`, byte for byte. `cryptography` (the extra `signing`) is
-imported where a key is used; a signature that was damaged is noticed without it.
+The message that is signed is the content of `manifest.json`, byte for byte. A signature that was damaged is noticed
+without the library that checks it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CheckpointError, ConfigError, MissingExtraError
+from orchestrator.checkpoint.keys import ED25519, MAKE_ED25519, PublicKey, private_key, public_key
+from orchestrator.errors import CheckpointError, ConfigError
 
-FORMAT, VERSION, ALGORITHM = "orchestrator-signature", 1, "ed25519"
+FORMAT, VERSION, ALGORITHM = "orchestrator-signature", 1, ED25519
 MAX_BYTES = 4096
-_MAX_KEY_BYTES = 1 << 16
-_MAKE_KEY = "openssl genpkey -algorithm ed25519 -out key.pem"
-_MAKE_PUBLIC = "openssl pkey -in key.pem -pubout -out key.pub.pem"
 
 
 @dataclass(frozen=True)
@@ -29,12 +25,13 @@ class Trust:
     """The keys whose checkpoints are accepted.
 
     Attributes:
-        keys: raw public keys, of 32 bytes each; where there are any, a signature by another key is refused.
+        keys: those whose signature is believed. Of a manifest, which Ed25519 keys sign, a signature by another key is
+            refused where there are any.
         required: refuse checkpoints without a signature too.
-        files: that the keys were read from.
+        files: that the keys were read from, in their order.
     """
 
-    keys: tuple[bytes, ...] = ()
+    keys: tuple[PublicKey, ...] = ()
     required: bool = False
     files: tuple[str, ...] = ()
 
@@ -67,21 +64,20 @@ class Trust:
                 )
             return
         public, signed = _parse(signature, where)
-        if not self.keys and not self.required:
+        mine = [key for key in self.keys if key.kind == ED25519]
+        if not mine and not self.required:
             return
-        if public not in self.keys:
+        trusted = next((key for key in mine if key.raw == public), None)
+        if trusted is None:
             raise CheckpointError(
                 "the checkpoint is signed by a key that is not trusted",
                 got=f"public key {public.hex()} in {where}",
-                allowed=", ".join(key.hex() for key in self.keys) or "none is: checkpoint.trusted_keys is empty",
+                allowed=", ".join(key.raw.hex() for key in mine) or "none: checkpoint.trusted_keys has no Ed25519 key",
             )
-        crypto = _cryptography("checking the signature of a checkpoint")
-        try:
-            crypto.ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signed, manifest)
-        except (crypto.InvalidSignature, ValueError):
+        if not trusted.signed(signed, manifest):
             raise CheckpointError(
                 "the signature of the checkpoint is not that of its manifest: one of them was changed", got=where
-            ) from None
+            )
 
 
 def trust(public_keys: Sequence[str], required: bool) -> Trust:
@@ -89,20 +85,28 @@ def trust(public_keys: Sequence[str], required: bool) -> Trust:
 
     Args:
         public_keys: paths of the files.
-        required: whether a checkpoint without a signature is refused.
+        required: whether a checkpoint whose manifest is not signed is refused.
 
     Raises:
-        ConfigError: a file that is no Ed25519 public key.
+        ConfigError: a file that is no public key, or none is of the kind that signs what is required.
         MissingExtraError: `cryptography` is not installed.
     """
-    return Trust(tuple(_public(path) for path in public_keys), required, tuple(public_keys))
+    keys = tuple(_public(path) for path in public_keys)
+    if required and keys and not any(key.kind == ED25519 for key in keys):
+        raise ConfigError(
+            "a signature is required, and none of the trusted keys is of the kind that signs manifests",
+            got=f"checkpoint.trusted_keys={list(public_keys)}, {', '.join(key.scheme for key in keys)}",
+            allowed="an Ed25519 public key among them",
+            fix=f"sign with checkpoint.signing_key ({MAKE_ED25519}) and trust its public half",
+        )
+    return Trust(keys, required, tuple(public_keys))
 
 
-def signer(private_key: str) -> Callable[[bytes], bytes]:
+def signer(private_key_file: str) -> Callable[[bytes], bytes]:
     """Read a private key (PEM file).
 
     Args:
-        private_key: path of the file.
+        private_key_file: its path.
 
     Returns:
         The function from a manifest to the content of `manifest.sig`.
@@ -111,15 +115,8 @@ def signer(private_key: str) -> Callable[[bytes], bytes]:
         ConfigError: the file is no Ed25519 private key, or has a password.
         MissingExtraError: `cryptography` is not installed.
     """
-    crypto = _cryptography("signing checkpoints")
-    text = _read(private_key, "checkpoint.signing_key", _MAKE_KEY)
-    try:
-        key: Any = crypto.serialization.load_pem_private_key(text, password=None)
-    except (ValueError, TypeError, crypto.UnsupportedAlgorithm) as error:
-        raise _no_key(private_key, "private", "checkpoint.signing_key", error, _MAKE_KEY) from None
-    if not isinstance(key, crypto.ed25519.Ed25519PrivateKey):
-        raise _no_key(private_key, "private", "checkpoint.signing_key", type(key).__name__, _MAKE_KEY)
-    public = key.public_key().public_bytes_raw().hex()
+    key = private_key(private_key_file, "checkpoint.signing_key", ED25519)
+    public = key.public.raw.hex()
 
     def sign(manifest: bytes) -> bytes:
         body = {
@@ -132,6 +129,19 @@ def signer(private_key: str) -> Callable[[bytes], bytes]:
         return json.dumps({**body, "digest": _digest(body)}, separators=(",", ":")).encode()
 
     return sign
+
+
+def signed_by(signature: bytes, where: object) -> bytes:
+    """Return the public key of 32 bytes that a signature names. Whether it has signed is not looked at.
+
+    Args:
+        signature: bytes of `manifest.sig`.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: the signature is damaged.
+    """
+    return _parse(signature, where)[0]
 
 
 def _parse(content: bytes, where: object) -> tuple[bytes, bytes]:
@@ -154,59 +164,5 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _public(path: str) -> bytes:
-    crypto = _cryptography("checking the signature of a checkpoint")
-    text = _read(path, "checkpoint.trusted_keys", _MAKE_PUBLIC)
-    try:
-        key: Any = crypto.serialization.load_pem_public_key(text)
-    except (ValueError, TypeError, crypto.UnsupportedAlgorithm) as error:
-        raise _no_key(path, "public", "checkpoint.trusted_keys", error, _MAKE_PUBLIC) from None
-    if not isinstance(key, crypto.ed25519.Ed25519PublicKey):
-        raise _no_key(path, "public", "checkpoint.trusted_keys", type(key).__name__, _MAKE_PUBLIC)
-    raw: bytes = key.public_bytes_raw()
-    return raw
-
-
-def _read(path: str, setting: str, make: str) -> bytes:
-    try:
-        # A device would be read, and a pipe waited for, without end. A link may be: keys are often mounted so.
-        handle = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            content = file.read(_MAX_KEY_BYTES + 1) if stat.S_ISREG(os.fstat(handle).st_mode) else None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        fix = f"make one: {make}"
-        raise ConfigError(f"the key of {setting} cannot be read: {reason}", got=path, fix=fix) from None
-    if content is None or len(content) > _MAX_KEY_BYTES:
-        allowed = f"a plain file of at most {_MAX_KEY_BYTES} bytes"
-        raise ConfigError(f"{setting} is no key", got=path, allowed=allowed, fix=f"make one: {make}")
-    return content
-
-
-def _no_key(path: str, kind: str, setting: str, why: object, make: str) -> ConfigError:
-    # Never the content: it may be a key of another kind.
-    said = f"{path} ({why})" if isinstance(why, str) else path
-    return ConfigError(
-        f"{setting} is no {kind} key that can be used",
-        got=said,
-        allowed=f"an Ed25519 {kind} key as PEM, without a password",
-        fix=f"make one: {make}",
-    )
-
-
-@dataclass(frozen=True)
-class _Cryptography:
-    ed25519: Any
-    serialization: Any
-    InvalidSignature: Any
-    UnsupportedAlgorithm: Any
-
-
-def _cryptography(purpose: str) -> _Cryptography:
-    try:
-        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError:
-        raise MissingExtraError("cryptography", "signing", purpose) from None
-    return _Cryptography(ed25519, serialization, InvalidSignature, UnsupportedAlgorithm)
+def _public(path: str) -> PublicKey:
+    return public_key(path, "checkpoint.trusted_keys")

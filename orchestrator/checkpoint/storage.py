@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import stat
@@ -230,28 +231,35 @@ def _key(path: AnyPath) -> str:
     return str(path.path)  # type: ignore[attr-defined]
 
 
-def write_file(path: AnyPath, parts: Iterable[Any], hash: str = "sha256") -> StoredFile:
+def write_file(path: AnyPath, parts: Iterable[Any], hash: str = "sha256", whole: bool = False) -> StoredFile:
     """Write bytes-like parts one after the other, hashing beside it; flushed to disk, or put whole into the store.
 
     Args:
         path: the file, whose directory exists, or an object of a store.
         parts: bytes-like objects.
         hash: a name that `new_hash` takes.
+        whole: compute the SHA-256 of the whole file, too: one piece after the other, in a thread beside.
 
     Returns:
         Size and the hashes of its pieces, each of one part or of `PIECE_BYTES` of it.
     """
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+    content = hashlib.sha256()
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool, ThreadPoolExecutor(1) as in_order:
         hashes: list[tuple[int, Future[str]]] = []
+        added: list[Future[None]] = []
         with _open_whole(path) as file:
             for piece in _pieces(parts):
                 hashes.append((len(piece), pool.submit(hash_of, hash, piece)))
+                if whole:
+                    added.append(in_order.submit(content.update, piece))
                 file.write(piece)
                 # The pieces wait for their hash in memory: not many of them.
                 if len(hashes) > 2 * _HASHING_THREADS:
                     hashes[-2 * _HASHING_THREADS][1].result()
+                    for waiting in added[-2 * _HASHING_THREADS :][:1]:
+                        waiting.result()
         pieces = tuple(Piece(size, future.result()) for size, future in hashes)
-    return StoredFile(sum(piece.bytes for piece in pieces), pieces)
+    return StoredFile(sum(piece.bytes for piece in pieces), pieces, content.hexdigest() if whole else "")
 
 
 def read_range(path: AnyPath, start: int, stop: int) -> bytes:

@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LISTING = re.compile(r"rank-\d{5,}\.json")
 _NOT_FINITE = "not finite: "  # begins the text that ranks tell each other, where that is the reason
 T = TypeVar("T")
+Attest: TypeAlias = Callable[[str, int, bytes, Mapping[str, str], Mapping[str, bytes]], Mapping[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Contents:
         files: further files by name, such as the tokenizer's.
         sign: the signature file's content for a manifest, or None.
         hash: of the files' pieces, `sha256` or `blake3`.
+        attested: what signs stands for whole files: every process computes their SHA-256, too.
+        attest: from the directory's name, the step, the manifest, the SHA-256 of each file and the small files, both by
+            name, it makes what is written beside them, by name (`attestation.Attester`); None on processes that write
+            no manifest.
     """
 
     state: Mapping[str, Any]
@@ -86,6 +91,8 @@ class Contents:
     files: Mapping[str, bytes] = field(default_factory=dict)
     sign: Callable[[bytes], bytes] | None = None
     hash: str = "sha256"
+    attested: bool = False
+    attest: Attest | None = None
 
 
 def save(parent: AnyPath, step: int, shards: Sequence[Shard], coordinator: Coordinator, contents: Contents) -> AnyPath:
@@ -166,7 +173,7 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], coordinator: Coordin
         return found
 
     if not problem:
-        _, error = _attempt(lambda: _write_rank(directory, coordinator.rank, shards, contents.hash), None)
+        _, error = _attempt(lambda: _write_rank(directory, coordinator.rank, shards, contents), None)
         try:
             problem = exchange(coordinator, begun.topic, _reason(error) if error else "", commit)
         except TimeoutError as late:
@@ -226,7 +233,7 @@ def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     return directory
 
 
-def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], hash: str) -> None:
+def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], contents: Contents) -> None:
     make_directory(directory)
     # A part without elements is not written; a tensor without any still has its place in the manifest.
     owned = [shard for shard in shards if shard.owned and shard.data.numel()]
@@ -244,7 +251,8 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], hash: st
     with ThreadPoolExecutor(1) as adder:
         # Beside the writing: the disk has most of it to do.
         sums = adder.submit(lambda: [sum_bits(shard.data) for shard in _refuse_nonfinite(owned)])
-        stored = write_safetensors(directory / file, keys, [shard.data for shard in owned], hash) if owned else None
+        tensors, how = [shard.data for shard in owned], (contents.hash, contents.attested)
+        stored = write_safetensors(directory / file, keys, tensors, *how) if owned else None
     entries = [
         {
             "name": shard.name,
@@ -260,6 +268,7 @@ def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], hash: st
     listing = {
         "file": file,
         "stored": stored_to_dict(stored) if stored else None,
+        "sha256": stored.sha256 if stored else "",
         "shards": entries,
         "empty": [
             {"name": shard.name, "dtype": DTYPE_NAMES[shard.data.dtype], "shape": list(shard.shape)} for shard in empty
@@ -282,14 +291,16 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
         CONFIG: yaml.dump(dict(contents.config), Dumper=_PlainDumper, sort_keys=False).encode(),
         **contents.files,
     }
-    files = {name: write_file(directory / name, [text], contents.hash) for name, text in contained.items()}
+    how = (contents.hash, contents.attested)
+    files = {name: write_file(directory / name, [text], *how) for name, text in contained.items()}
     tensors: dict[str, tuple[str, tuple[int, ...], list[StoredShard]]] = {}
     sums: dict[str, int] = {}
     listings = sorted(path for path in children(directory) if _LISTING.fullmatch(path.name))
     for path in listings:
         listing = json.loads(read_range(path, 0, size_of(path) or 0))
         if listing["stored"]:
-            files[listing["file"]] = stored_from_dict(listing["file"], listing["stored"])
+            stored = stored_from_dict(listing["file"], listing["stored"])
+            files[listing["file"]] = replace(stored, sha256=listing["sha256"])
         for entry in [*listing["shards"], *listing["empty"]]:
             described = (entry["dtype"], tuple(entry["shape"]))
             _, _, shards = tensors.setdefault(entry["name"], (*described, []))
@@ -299,13 +310,19 @@ def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
             if "key" in entry:
                 shards.append(StoredShard(listing["file"], entry["key"], tuple(entry["start"]), tuple(entry["stop"])))
     texts = {name: f"{total % SUM_RANGE:016x}" for name, total in sorted(sums.items())}
-    files[SUMS] = write_file(directory / SUMS, [json.dumps(texts).encode()], contents.hash)
-    stored = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
-    manifest = Manifest(step, stored, files, contents.hash).to_json().encode()
+    files[SUMS] = write_file(directory / SUMS, [json.dumps(texts).encode()], *how)
+    whole = {name: StoredTensor(dtype, shape, tuple(parts)) for name, (dtype, shape, parts) in sorted(tensors.items())}
+    manifest = Manifest(step, whole, files, contents.hash).to_json().encode()
     for path in listings:
         remove_file(path)
     if contents.sign:
         write_file(directory / SIGNATURE, [contents.sign(manifest)])
+    if contents.attest:
+        digests = {name: file.sha256 for name, file in files.items()}
+        if unknown := [name for name, digest in digests.items() if not digest]:
+            raise CheckpointError("a process was not told that whole files are signed", got=", ".join(unknown[:3]))
+        for name, text in contents.attest(directory.name, step, manifest, digests, contained).items():
+            write_file(directory / name, [text])
     put_last(directory / MANIFEST, manifest)
 
 
@@ -332,7 +349,7 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def write_safetensors(
-    path: AnyPath, keys: Sequence[str], tensors: Sequence[torch.Tensor], hash: str = "sha256"
+    path: AnyPath, keys: Sequence[str], tensors: Sequence[torch.Tensor], hash: str = "sha256", whole: bool = False
 ) -> StoredFile:
     """Write tensors one after the other and hash on the way: no second copy in memory, no second read.
 
@@ -343,6 +360,7 @@ def write_safetensors(
         keys: names of the tensors.
         tensors: in the order of `keys`, on any device.
         hash: a name that `new_hash` takes.
+        whole: compute the SHA-256 of the whole file, too.
     """
     header, offset = {}, 0
     for key, tensor in zip(keys, tensors, strict=True):
@@ -355,7 +373,7 @@ def write_safetensors(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return write_file(path, _parts(text, tensors), hash)
+    return write_file(path, _parts(text, tensors), hash, whole)
 
 
 def _parts(header: bytes, tensors: Sequence[torch.Tensor]) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
+    from orchestrator.checkpoint.attestation import Examined
     from orchestrator.checkpoint.diff import Changed, TensorDifferences
 
 PICKLE_HELP = "this format is pickle: allow it, for files whose maker you trust"
@@ -105,6 +106,17 @@ def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from _table(("tensor", "dtype", "shape", "shards", "in"), rows)
 
 
+def signature_rows(found: Sequence[Examined]) -> Iterator[str]:
+    """Yield a line for each signature of a checkpoint.
+
+    Args:
+        found: as `checkpoint.attestation.examine` gives them.
+    """
+    if not found:
+        yield "not signed"
+    yield from _aligned([(one.name, clean(one.text)) for one in found])
+
+
 def difference_rows(found: TensorDifferences) -> Iterator[str]:
     """Yield the lines that show what `checkpoint.diff.compare` found.
 
@@ -147,7 +159,7 @@ def _size_of_change(one: Changed) -> float:
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     yield from (f"{name:<{width}}  {text}" for name, text in rows)
 
 

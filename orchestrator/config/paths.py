@@ -17,6 +17,7 @@ _PATHS: dict[str, tuple[str, ...]] = {
     "data.validation": ("builtin",),
     "checkpoint.dir": ("auto",),
     "checkpoint.signing_key": (),
+    "checkpoint.model_signing_key": (),
     "hardware.compilation_cache": ("auto",),
 }
 _SOURCE_WORDS = ("builtin",)

@@ -279,8 +279,10 @@ class CheckpointConfig:
     store_timeout_seconds: int = 180  # of one operation of an object store, all its attempts together
     handover: HandoverConfig = HandoverConfig()
     signing_key: str | None = None  # path of an Ed25519 private key (PEM): signs every manifest
+    model_signing_key: str | None = None  # path of an ECDSA key: signs files in the format of OpenSSF Model Signing
+    statement: bool = False  # an in-toto statement, signed by these keys
     trusted_keys: tuple[str, ...] = ()  # paths of public keys (PEM); a signature by another is refused
-    require_signature: bool = False  # refuse checkpoints without a signature by a trusted key
+    require_signature: bool = False  # refuse checkpoints whose manifest is not signed by a trusted key
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,14 @@ def _checkpoint(checkpoint: CheckpointConfig) -> list[ConfigError]:
                 fix="set checkpoint.trusted_keys=[key.pub.pem]",
             )
         )
+    if checkpoint.statement and not (checkpoint.signing_key or checkpoint.model_signing_key):
+        problems.append(
+            ConfigError(
+                "a statement that nobody has signed proves nothing",
+                got="checkpoint.statement=true without a key",
+                fix="set checkpoint.signing_key or checkpoint.model_signing_key, too",
+            )
+        )
     scheme, separator, rest = checkpoint.dir.partition("://")
     if separator and scheme in _VOLATILE:
         problems.append(

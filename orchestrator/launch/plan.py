@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchestrator.checkpoint.attestation import attester
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.hashing import new_hash
 from orchestrator.checkpoint.run_checkpoints import open_newest
@@ -203,8 +204,10 @@ def _check_places(config: RunConfig, signs: bool, known: Trust | None) -> Trust:
     settings = config.checkpoint
     if settings.dir != "auto":
         locate(settings.dir)
-    if settings.signing_key and signs:
-        signer(settings.signing_key)
+    if signs:
+        if settings.signing_key:
+            signer(settings.signing_key)
+        attester(settings.signing_key, settings.model_signing_key, settings.statement)
     new_hash(settings.hash)
     if known is not None and known.is_of(settings.trusted_keys, settings.require_signature):
         return known

@@ -27,7 +27,13 @@ LATEST, AUTO = "latest", "auto"
 
 # Of a checkpoint's configuration, what could make this machine run, write or sign something for its writer.
 _OF_THIS_MACHINE = ("runs_dir", "data.cache_dir", "hardware.environment")
-_TRUST = ("checkpoint.signing_key", "checkpoint.trusted_keys", "checkpoint.require_signature")
+_TRUST = (
+    "checkpoint.signing_key",
+    "checkpoint.model_signing_key",
+    "checkpoint.statement",
+    "checkpoint.trusted_keys",
+    "checkpoint.require_signature",
+)
 
 
 @dataclass(frozen=True)

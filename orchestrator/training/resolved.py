@@ -53,7 +53,8 @@ LEFT_OPEN = {
 """Keys whose `auto` stays, and why."""
 # What hosts may have of their own. Everything else is the same on all of them, or the job is not one.
 _OF_A_HOST = (
-    *("checkpoint.dir", "checkpoint.require_signature", "checkpoint.signing_key", "checkpoint.trusted_keys"),
+    *("checkpoint.dir", "checkpoint.model_signing_key", "checkpoint.require_signature"),
+    *("checkpoint.signing_key", "checkpoint.trusted_keys"),
     *("data.cache_dir", "data.sources", "data.tokenizer.path", "data.validation", "data.workers"),
     *("hardware.compilation_cache", "hardware.devices", "hardware.environment", "hardware.threads"),
     *("resume", "run_id", "runs_dir", "train.init_from"),

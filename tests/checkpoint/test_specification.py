@@ -178,6 +178,6 @@ def test_what_only_the_schema_forbids_is_refused(saved, monkeypatch):
     stricter["properties"]["step"] = {"const": 77}
     import jsonschema_rs
 
-    monkeypatch.setattr(format_module, "_schema", lambda: jsonschema_rs.Draft202012Validator(stricter))
+    monkeypatch.setattr(format_module, "schema", lambda: jsonschema_rs.Draft202012Validator(stricter))
     with pytest.raises(CheckpointError, match="the manifest is damaged: 77 was expected"):
         Checkpoint(saved)

@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 import numpy as np
 
 from orchestrator.checkpoint.async_saver import Saver
+from orchestrator.checkpoint.attestation import attester, attests
 from orchestrator.checkpoint.run_checkpoints import prune
 from orchestrator.checkpoint.signing import signer
 from orchestrator.checkpoint.storage import AnyPath, is_remote
@@ -88,9 +89,11 @@ class Checkpoints(lightning.Callback):
         self._loader, self._provenance, self._say = loader, provenance, say
         self._metrics, self._history, self._reference, self._own = metrics, history, keeps.reference, keeps.own
         self._extra, self._documents = dict(keeps.files), keeps.tokenizer.record()
-        key = config.checkpoint.signing_key
-        # Only the process that writes manifests needs the key.
-        self._sign = signer(key) if key and parallel.rank == 0 else None
+        settings, main = config.checkpoint, parallel.rank == 0
+        # Only the process that writes manifests needs the keys.
+        self._sign = signer(settings.signing_key) if settings.signing_key and main else None
+        asked = (settings.model_signing_key, settings.statement)
+        self._attested, self._attest = attests(*asked), attester(settings.signing_key, *asked) if main else None
         self.at_end = config.checkpoint.at_end
         self.saved: tuple[int, AnyPath] | None = None
         self.elsewhere: str | None = None
@@ -208,7 +211,8 @@ class Checkpoints(lightning.Callback):
                 raise Diverged(step, {}, "weights") from error
         shards = self._parallel.state_shards(pl_module.model, pl_module.optimizer)
         settings = self._config.checkpoint
-        contents = Contents(self._state(step), to_dict(self._config), files, self._sign, settings.hash)
+        about = (self._state(step), to_dict(self._config), files)
+        contents = Contents(*about, self._sign, settings.hash, self._attested, self._attest)
         saver.save(step, shards, contents)
 
     def _settle(self) -> None:
