@@ -149,8 +149,9 @@ def examine(checkpoint: Checkpoint, digests: Mapping[str, str], trust: Trust) ->
     if checkpoint.signature is not None:
         public = signed_by(checkpoint.signature, checkpoint.directory)
         by = tuple(key for key in trust.keys if key.raw == public)
-        unchecked = f"signed by key {public.hex()[:12]}: not checked, as no Ed25519 key is among trusted_keys"
-        found.append(Examined(SIGNATURE, f"signed by {_names(by)}" if by else unchecked, by))
+        name = PublicKey(ED25519, ED25519, b"", public).keyid[:12]
+        unchecked = f"signed by key {name}: not checked, as no Ed25519 key is among trusted_keys"
+        found.append(Examined(SIGNATURE, f"signed by {_names(by, trust)}" if by else unchecked, by))
     for name in attested(checkpoint):
         try:
             found.append(looks[name](checkpoint, _read(checkpoint, name), every, trust))
@@ -233,10 +234,10 @@ def _examine_statement(checkpoint: Checkpoint, content: bytes, every: Mapping[st
     data = shown(predicate.get("data", {}).get("fingerprint", "unknown"), 12)
     about = f"step {checkpoint.step}, {len(legs)} legs, data {data}, handover checks: {verdicts}"
     if by:
-        return Examined(STATEMENT, f"signed by {_names(by)}: {about}", by)
+        return Examined(STATEMENT, f"signed by {_names(by, trust)}: {about}", by)
     signers = ", ".join(shown(keyid, 12) for keyid, _ in envelope.signatures)
-    said_by = f"signed by {signers}, and no trusted_keys are given" if signers else "not signed"
-    return Examined(STATEMENT, f"{said_by}: not believed. It says: {about}")
+    unbelieved = f"signed by {signers}: not believed, as no trusted_keys are given" if signers else "not signed"
+    return Examined(STATEMENT, f"{unbelieved}. It says: {about}")
 
 
 def _examine_model_signature(
@@ -260,7 +261,7 @@ def _examine_model_signature(
     if key is None:
         text = f"the model signature is signed by key {shown(signature.hint, 64)}, no trusted key"
         return Examined(MODEL_SIGNATURE, "refused", wrong=(text,))
-    return Examined(MODEL_SIGNATURE, f"signed by {_names([key])}: {len(files)} files", (key,))
+    return Examined(MODEL_SIGNATURE, f"signed by {_names([key], trust)}: {len(files)} files", (key,))
 
 
 def _read(checkpoint: Checkpoint, name: str) -> bytes:
@@ -270,8 +271,9 @@ def _read(checkpoint: Checkpoint, name: str) -> bytes:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
 
 
-def _names(keys: Sequence[PublicKey]) -> str:
-    return " and ".join(f"{key.kind} key {key.keyid[:12]}, which is trusted" for key in keys)
+def _names(keys: Sequence[PublicKey], trust: Trust) -> str:
+    files = dict(zip(trust.keys, trust.files, strict=False))
+    return " and ".join(f"a trusted key ({files.get(key, key.keyid[:12])})" for key in keys)
 
 
 def _got(error: UserError) -> str:

@@ -82,8 +82,8 @@ def unseal(content: bytes) -> Envelope:
         data = parse_json(content)
         if not isinstance(data["signatures"], list) or len(data["signatures"]) > _MAX_SIGNATURES:
             raise ValueError(f"it has no list of at most {_MAX_SIGNATURES} signatures")
-        signatures = tuple((str(one["keyid"]), _decode(one["sig"])) for one in data["signatures"])
-        envelope = Envelope(_decode(data["payload"]), str(data["payloadType"]), signatures)
+        signatures = tuple((str(one["keyid"]), decode(one["sig"])) for one in data["signatures"])
+        envelope = Envelope(decode(data["payload"]), str(data["payloadType"]), signatures)
         if _to_json(envelope) != content:
             raise ValueError("it is not spelled as it is written")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -107,5 +107,17 @@ def _encode(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def _decode(text: Any) -> bytes:
-    return base64.b64decode(text, validate=True)
+def decode(text: Any) -> bytes:
+    """Decode base64 in its one spelling: the last bits of another one would change nothing.
+
+    Args:
+        text: base64 of RFC 4648, with padding.
+
+    Raises:
+        ValueError: it is none, or spelled in another way.
+        TypeError: it is no text.
+    """
+    content = base64.b64decode(text, validate=True)
+    if _encode(content) != text:
+        raise ValueError("base64 that is not spelled as it is written")
+    return content

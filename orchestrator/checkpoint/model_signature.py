@@ -9,7 +9,6 @@ also in a store. It takes no Ed25519 keys.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.dsse import decode
 from orchestrator.checkpoint.format import MODEL_SIGNATURE, SIGNATURES, parse_json
 from orchestrator.checkpoint.keys import ECDSA, PrivateKey, PublicKey
 from orchestrator.errors import CheckpointError, MissingExtraError, shown
@@ -57,10 +57,8 @@ class ModelSigner:
             self._signing.set_hashing_config(_Hashed(self._library, digests)).sign(name, path)
             content = path.read_bytes()
         if len(content) > MAX_MODEL_SIGNATURE_BYTES:
-            got = f"{len(content)} bytes"
-            raise CheckpointError(
-                "the model signature of the checkpoint is too large", got=got, allowed=MAX_MODEL_SIGNATURE_BYTES
-            )
+            what = "the model signature of the checkpoint is too large"
+            raise CheckpointError(what, got=f"{len(content)} bytes", allowed=f"{MAX_MODEL_SIGNATURE_BYTES} bytes")
         return content
 
 
@@ -123,7 +121,9 @@ def parse_model_signature(content: bytes) -> ModelSignature:
         data = parse_json(content)
         material = data["verificationMaterial"]
         hint = str((material.get("publicKey") or {}).get("hint") or "")
-        payload = parse_json(base64.b64decode(data["dsseEnvelope"]["payload"], validate=True))
+        payload = parse_json(decode(data["dsseEnvelope"]["payload"]))
+        for one in data["dsseEnvelope"]["signatures"]:
+            decode(one["sig"])
         predicate = payload["predicate"]
         how = {key: predicate["serialization"].get(key) for key in _METHOD}
         ignored = tuple(str(name) for name in predicate["serialization"].get("ignore_paths") or ())

@@ -79,9 +79,8 @@ def seal_statement(statement: Mapping[str, Any], keys: Sequence[PrivateKey]) -> 
     """
     content = seal(_dump(statement), IN_TOTO, keys)
     if len(content) > MAX_STATEMENT_BYTES:
-        raise CheckpointError(
-            "the statement of the checkpoint is too large", got=f"{len(content)} bytes", allowed=MAX_STATEMENT_BYTES
-        )
+        what = "the statement of the checkpoint is too large"
+        raise CheckpointError(what, got=f"{len(content)} bytes", allowed=f"{MAX_STATEMENT_BYTES} bytes")
     return content
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from orchestrator.checkpoint.checkpoint import Checkpoint
 
 _PROGRAM = "python -m orchestrator checkpoint sign"
-_SUMMARY = """Hash every byte of a checkpoint, and sign it. Nothing is signed that is damaged, and of the files that were
-there none is changed. Keys are PEM files without a password."""
+_SUMMARY = """Hash every byte of a checkpoint, and sign it. Nothing is signed that is damaged, and no file that was
+there is changed. Keys are PEM files without a password."""
 
 
 @dataclass(frozen=True)

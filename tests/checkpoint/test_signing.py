@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -13,25 +14,20 @@ import torch
 
 pytest.importorskip("cryptography")
 
+from orchestrator.checkpoint.attestation import examine, hash_files
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.format import MANIFEST, SIGNATURE
+from orchestrator.checkpoint.dsse import unseal
+from orchestrator.checkpoint.format import MANIFEST, SIGNATURE, STATEMENT
 from orchestrator.checkpoint.run_checkpoints import newest_valid
 from orchestrator.checkpoint.signing import Trust, signer, trust
 from orchestrator.cli import main
 from orchestrator.errors import CheckpointError, ConfigError
 from tests.lab.checkpoints import small_model, tamper, write_whole
 from tests.lab.cli import only_run, run
+from tests.lab.keys import make_key
 from tests.lab.runs import small_overrides
 
 TENSORS = {"model.a": torch.arange(6.0)}
-
-
-def make_key(folder, name):
-    """As the documentation says."""
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
-    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True)
-    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
-    return str(private), str(public)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +139,10 @@ def test_a_run_signs_and_only_goes_on_from_what_is_signed(tmp_path, keys):
     private, public = keys["ours"]
     asked = (f"checkpoint.trusted_keys=[{public}]", "checkpoint.require_signature=true")
     words = small_overrides(tmp_path, f"checkpoint.signing_key={private}", "train.max_steps=4", "hardware.devices=2")
-    result = run("train", *words, "checkpoint.every_steps=2", "checkpoint.keep_last=9", *asked)
+    more = ("checkpoint.every_steps=2", "checkpoint.keep_last=9", "checkpoint.statement=true")
+    model_key = make_key(tmp_path, "ec", "ecdsa") if importlib.util.find_spec("model_signing") else None
+    more += (f"checkpoint.model_signing_key={model_key[0]}",) if model_key else ()
+    result = run("train", *words, *more, *asked)
     assert result.returncode == 0, result.stderr
     run_dir = only_run(tmp_path / "runs")
     older, newer = (run_dir / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
@@ -153,6 +152,11 @@ def test_a_run_signs_and_only_goes_on_from_what_is_signed(tmp_path, keys):
         for file in path.iterdir():
             assert secret.encode() not in file.read_bytes()
     assert secret not in (run_dir / "config.yaml").read_text()
+    trusted = trust([public, *([model_key[1]] if model_key else [])], False)
+    for path in (older, newer):
+        found = examine(Checkpoint(path), hash_files(Checkpoint(path))[1], trusted)
+        assert len(found) == (3 if model_key else 2)
+        assert all(one.by and not one.wrong for one in found), found
 
     # What the run itself asks for holds for `latest`, and nothing that lies in the checkpoint can lift it.
     (newer / SIGNATURE).unlink()
@@ -161,6 +165,10 @@ def test_a_run_signs_and_only_goes_on_from_what_is_signed(tmp_path, keys):
     )
     assert result.returncode == 0, result.stderr
     assert "resumed at step 2" in result.stdout
+    resumed = unseal((run_dir / "checkpoints" / "step-00000006" / STATEMENT).read_bytes())
+    legs = json.loads(resumed.payload)["predicate"]
+    assert [leg["end_step"] for leg in legs["legs"]] == [4, 6]
+    assert [one["verdict"] for one in legs["handover"]["checks"]] == ["agrees"]
     assert "step-00000004: the checkpoint is not signed" in result.stderr
     result = run(
         "train",

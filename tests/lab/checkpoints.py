@@ -16,7 +16,7 @@ import torch
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST, _digest
 from orchestrator.checkpoint.tensorfile import TensorFile
-from orchestrator.checkpoint.writer import Contents, save
+from orchestrator.checkpoint.writer import Attest, Contents, save
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.models.shapes import parameter_shapes
@@ -87,6 +87,7 @@ def write(
     config: Mapping[str, Any] | None = None,
     sign: Callable[[bytes], bytes] | None = None,
     hash: str = "sha256",
+    attest: Attest | None = None,
 ) -> list[Path | Exception]:
     """Save on `size` ranks; what each returned or raised."""
     coordinator = ThreadPeers(size)
@@ -96,7 +97,8 @@ def write(
         try:
             facts = {"step": step} if state is None else state
             about = {"name": "test", "seed": 1} if config is None else config
-            return save(parent, step, shards(number), coordinator, Contents(facts, about, extra or {}, sign, hash))
+            signed = (sign, hash, attest is not None, attest if number == 0 else None)
+            return save(parent, step, shards(number), coordinator, Contents(facts, about, extra or {}, *signed))
         except Exception as error:
             return error
 
@@ -107,7 +109,7 @@ def write(
 def write_whole(parent: Path, tensors: Mapping[str, torch.Tensor], step: int = 1, **options: Any) -> Path:
     """Save on one rank."""
     (path,) = write(parent, lambda rank: shards_of(tensors, Layout(), rank), step=step, **options)
-    assert isinstance(path, Path), path
+    assert not isinstance(path, Exception), path
     return path
 
 

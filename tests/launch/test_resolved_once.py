@@ -26,7 +26,7 @@ from orchestrator.launch import start
 from orchestrator.launch.start import launch
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.training import layout_choice, resolved
-from tests.checkpoint.test_signing import make_key
+from tests.lab.keys import make_key
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import TINY, read_rows, small_overrides
 
