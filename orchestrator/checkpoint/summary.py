@@ -6,7 +6,17 @@ import math
 from typing import Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.format import ITEM_BYTES, MANIFEST, SIGNATURE, VERSION, StoredTensor
+from orchestrator.checkpoint.format import (
+    ITEM_BYTES,
+    MANIFEST,
+    MODEL_SIGNATURE,
+    SIGNATURE,
+    SIGNATURES,
+    STATEMENT,
+    VERSION,
+    StoredTensor,
+)
+from orchestrator.checkpoint.storage import size_of
 
 _SHOWN = ("written", "target", "device_names", "devices", "hosts", "engine", "layout", "precision", "software")
 
@@ -22,8 +32,8 @@ def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         CheckpointError: its state or configuration is damaged.
     """
     manifest, state, config = checkpoint.manifest, checkpoint.state(), checkpoint.config()
-    signature = checkpoint.directory / SIGNATURE
-    beside = [path.stat().st_size for path in (checkpoint.directory / MANIFEST, signature) if path.is_file()]
+    sizes = {name: size_of(checkpoint.directory / name) for name in (MANIFEST, *SIGNATURES)}
+    beside = {name: size for name, size in sizes.items() if size is not None}
     weights = [tensor for name, tensor in manifest.tensors.items() if name.startswith("model.")]
     model = config.get("model")
     result = {
@@ -36,8 +46,10 @@ def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "tensors": len(manifest.tensors),
         "tensor_bytes": sum(_bytes(tensor) for tensor in manifest.tensors.values()),
         "files": len(manifest.files),
-        "bytes_on_disk": sum(file.bytes for file in manifest.files.values()) + sum(beside),
-        "signed": signature.is_file(),
+        "bytes_on_disk": sum(file.bytes for file in manifest.files.values()) + sum(beside.values()),
+        "signed": SIGNATURE in beside,
+        "statement": STATEMENT in beside,
+        "model_signature": MODEL_SIGNATURE in beside,
         "tokenizer": "tokenizer.json" in manifest.files,
         "data": state.get("data"),
         "schedule": state.get("schedule"),

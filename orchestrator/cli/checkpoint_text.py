@@ -68,7 +68,7 @@ def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
     rows: list[tuple[str, object]] = [
         ("checkpoint", facts["path"]),
         ("step", f"{facts['step']:,}"),
-        ("format", f"version {facts['format_version']}, {'signed' if facts['signed'] else 'not signed'}"),
+        ("format", f"version {facts['format_version']}, {_signed(facts)}"),
         ("model", facts["model"] or "unknown"),
         ("parameters", f"{facts['parameters']:,}"),
         ("tensors", f"{facts['tensors']:,}, {size_text(facts['tensor_bytes'])}"),
@@ -94,6 +94,16 @@ def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
     if "tensor_list" in facts:
         yield ""
         yield from _tensor_rows(facts["tensor_list"])
+
+
+def _signed(facts: Mapping[str, Any]) -> str:
+    """What is there; whether any of it is right, `checkpoint verify` tells."""
+    kinds = {
+        "signed": "manifest signed",
+        "statement": "in-toto statement",
+        "model_signature": "OpenSSF model signature",
+    }
+    return ", ".join(text for key, text in kinds.items() if facts[key]) or "not signed"
 
 
 def _tensor_rows(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -233,3 +233,9 @@ def test_what_an_optimizer_cannot_be():
     for target in ("", "???"):
         assert said(_target_=target) == ["'optim._target_' names no optimizer"]
     assert said(_target_="a.B", arguments={"lr": 1}) == ["'optim.arguments.lr' is not an argument to give"]
+
+
+def test_a_statement_needs_a_key():
+    assert _said(_with(checkpoint__statement=True)) == ["a statement that nobody has signed proves nothing"]
+    for key in ("signing_key", "model_signing_key"):
+        assert _said(_with(checkpoint__statement=True, **{f"checkpoint__{key}": "key.pem"})) == []

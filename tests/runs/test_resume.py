@@ -265,7 +265,14 @@ def test_a_new_variable_of_the_environment(runs):
 
 HOSTILE = {
     "hardware": replace(RunConfig().hardware, environment={"LD_PRELOAD": "/tmp/evil.so"}),
-    "checkpoint": replace(RunConfig().checkpoint, signing_key="/home/me/key.pem", dir="s3://evil/place", keep_last=7),
+    "checkpoint": replace(
+        RunConfig().checkpoint,
+        signing_key="/home/me/key.pem",
+        model_signing_key="/home/me/ec.pem",
+        statement=True,
+        dir="s3://evil/place",
+        keep_last=7,
+    ),
     "runs_dir": "/etc/cron.d",
 }
 
@@ -275,8 +282,10 @@ def test_a_strangers_checkpoint_sets_no_environment_and_uses_no_key_and_no_place
     merged = _merge(saved=_saved(**HOSTILE), said=said)
     assert merged.hardware.environment == {}
     assert (merged.checkpoint.signing_key, merged.checkpoint.dir, merged.runs_dir) == (None, "auto", "runs")
+    assert (merged.checkpoint.model_signing_key, merged.checkpoint.statement) == (None, False)
     assert (merged.checkpoint.keep_last, merged.train.seq_len) == (7, 64), "the rest is the saved run's"
-    assert [text.split()[2] for text in said] == ["hardware.environment", "checkpoint.signing_key", "checkpoint.dir"]
+    keys = ("signing_key", "model_signing_key", "statement", "dir")
+    assert [text.split()[2] for text in said] == ["hardware.environment", *(f"checkpoint.{key}" for key in keys)]
 
 
 def test_a_strangers_checkpoint_does_not_pass_for_one_of_a_run_here(runs):
