@@ -98,7 +98,7 @@ def _to_json(envelope: Envelope) -> bytes:
 
 
 def _message(payload_type: str, payload: bytes) -> bytes:
-    """What is signed: DSSE's encoding of type and payload."""
+    """Return what is signed: DSSE's encoding of type and payload."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 

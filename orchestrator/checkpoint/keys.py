@@ -160,7 +160,7 @@ def _scheme(crypto: Cryptography, key: Any) -> tuple[str, str]:
 
 
 def _how(crypto: Cryptography, key: Any) -> tuple[Any, ...]:
-    """What `sign` and `verify` of a key take beside the message."""
+    """Return what `sign` and `verify` of a key take beside the message."""
     if _scheme(crypto, key)[0] == ED25519:
         return ()
     return (crypto.ec.ECDSA(getattr(crypto.hashes, _CURVES[key.curve.name][0])()),)

@@ -150,7 +150,7 @@ def _untrue(where: str, said: Any, found: Any) -> Iterator[str]:
 
 
 def _json(name: str, digests: Mapping[str, str], read: Callable[[str], bytes]) -> dict[str, Any]:
-    """A small file as JSON; empty where the checkpoint has none."""
+    """Return a small file as JSON; empty where the checkpoint has none."""
     if name not in digests:
         return {}
     try:

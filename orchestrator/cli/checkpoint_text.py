@@ -97,7 +97,7 @@ def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _signed(facts: Mapping[str, Any]) -> str:
-    """What is there; whether any of it is right, `checkpoint verify` tells."""
+    """Name the signatures that are there; whether they are right, `checkpoint verify` tells."""
     kinds = {
         "signed": "manifest signed",
         "statement": "in-toto statement",
