@@ -10,10 +10,13 @@ from orchestrator.output import printing
 
 
 def main(argv: list[str]) -> int:
-    """Be one process of a run (`train`) or of a handover check (`handover FOLDER CHECKPOINT`); its exit code.
+    """Be one process of a run (`train`), of a handover check (`handover FOLDER CHECKPOINT`) or of a certification.
 
     Args:
         argv: the kind of the process, and its words.
+
+    Returns:
+        Its exit code.
     """
     # Before anything is imported that takes time. The launcher acknowledges a signal, for all.
     with printing(), stopping.listening(announce=False):
@@ -23,6 +26,10 @@ def main(argv: list[str]) -> int:
                 from orchestrator.launch.run import train_worker
 
                 return train_worker()
+            if kind == "certify":
+                from orchestrator.launch.certifying import certify_worker
+
+                return certify_worker(words)
             from orchestrator.launch.canary import check_worker
 
             return check_worker(words)
