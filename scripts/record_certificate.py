@@ -58,9 +58,8 @@ def main() -> None:
         "software": software(),
     }
     PATH.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"wrote {PATH}\nlosses {trial.losses[0]:.4f} to {trial.losses[-1]:.4f}, fp64 {data['fp64']}, bf16 {data['bf16']}"
-    )
+    print(f"wrote {PATH}: losses {trial.losses[0]:.4f} to {trial.losses[-1]:.4f}")
+    print(f"from fp64 {data['fp64']}, from bf16 {data['bf16']}")
 
 
 def plain_loop(resolved: Resolved, dtype: torch.dtype) -> tuple[list[float], list[float]]:

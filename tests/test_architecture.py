@@ -59,9 +59,12 @@ ALLOWED: dict[str, set[str]] = {
     "rehearsal": {
         *("config", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies", "training"),
     },
+    "certify": {
+        *("config", "sharding", "distributed", "hardware", "models", "checkpoint", "strategies", "training"),
+    },
     "launch": {
         *("config", "data", "distributed", "hardware", "checkpoint", "observe", "report", "runs", "strategies"),
-        *("optim", "training"),
+        *("optim", "sharding", "training", "certify"),
     },
     "api": {
         *("config", "chips", "data", "hardware", "models", "checkpoint", "planner", "observe", "report", "runs"),
@@ -69,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("api", "config", "chips", "data", "distributed", "hardware", "checkpoint", "planner", "observe", "report"),
-        *("runs", "inference", "interop", "training", "rehearsal", "launch"),
+        *("runs", "inference", "interop", "training", "rehearsal", "certify", "launch"),
     },
 }
 # What `import orchestrator` hands out, each when it is used.
@@ -123,15 +126,20 @@ READS_AUTO = {
 }
 # What decides, and the modules that may import it: those that start a run or a part of one.
 DECIDED_IN = {
-    "orchestrator.training.layout_choice": {"launch/plan.py", "launch/start.py", "training/resolved.py"},
+    "orchestrator.training.layout_choice": {
+        *("launch/certifying.py", "launch/plan.py", "launch/start.py", "training/resolved.py"),
+    },
     "orchestrator.training.resolved.resolve_run": {
-        *("api/rehearsing.py", "launch/canary.py", "launch/start.py", "rehearsal/memory_trace.py"),
+        *("api/rehearsing.py", "launch/canary.py", "launch/certifying.py", "launch/start.py"),
+        "rehearsal/memory_trace.py",
     },
     "orchestrator.hardware.target_table.resolve": {
         *("api/rehearsing.py", "api/trained_models.py", "cli/generate.py", "launch/canary.py", "launch/plan.py"),
-        *("rehearsal/memory_trace.py", "strategies/parallel_strategy.py"),
+        *("launch/certifying.py", "rehearsal/memory_trace.py", "strategies/parallel_strategy.py"),
     },
-    "orchestrator.checkpoint.signing.trust": {"cli/checkpoint.py", "launch/plan.py", "launch/run.py", "runs/resume.py"},
+    "orchestrator.checkpoint.signing.trust": {
+        *("certify/certificate.py", "cli/checkpoint.py", "launch/plan.py", "launch/run.py", "runs/resume.py"),
+    },
 }
 
 

@@ -223,7 +223,7 @@ def write(folder: Path, certificate: Certificate, sign: Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCertificate:
     """A certificate that was read.
 
     Attributes:
@@ -239,7 +239,7 @@ class Opened:
     digest: str
 
 
-def read(path: Path, trusted_keys: Sequence[str] = (), required: bool = False) -> Opened:
+def read(path: Path, trusted_keys: Sequence[str] = (), required: bool = False) -> OpenedCertificate:
     """Read a certificate, and verify its signature where there are keys.
 
     Args:
@@ -274,7 +274,7 @@ def read(path: Path, trusted_keys: Sequence[str] = (), required: bool = False) -
         raise ConfigError(
             error.what.replace("checkpoint", "certificate"), got=error.got, allowed=error.allowed
         ) from None
-    return Opened(file, certificate, signed_by, hashlib.sha256(content).hexdigest())
+    return OpenedCertificate(file, certificate, signed_by, hashlib.sha256(content).hexdigest())
 
 
 def _signature(file: Path) -> bytes | None:
@@ -287,7 +287,7 @@ def _signature(file: Path) -> bytes | None:
         raise ConfigError(f"the signature cannot be read: {error.strerror}", got=file.with_name(SIGNATURE)) from None
 
 
-def cited(opened: Opened, target: str) -> dict[str, Any]:
+def cited(opened: OpenedCertificate, target: str) -> dict[str, Any]:
     """Return what another result says of a certificate that it rests on.
 
     Args:

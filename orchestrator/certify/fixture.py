@@ -1,6 +1,6 @@
 """The one small training that every certificate is of: its configuration, its batches, and the layouts it is tried on.
 
-All of it is arithmetic on whole numbers, the same on every machine. `recorded.json` holds its result on a CPU. No torch.
+All of it is arithmetic on whole numbers, the same everywhere; `recorded.json` holds its result on a CPU. No torch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from orchestrator.config.schema import LayoutConfig, RunConfig
 from orchestrator.constants import IGNORE_INDEX
-from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, check_layout
 
 STEPS, SAVED_STEP = 20, 10
@@ -43,8 +43,8 @@ Rows = dict[str, np.ndarray]
 def batch(step: int) -> Rows:
     """Return the global batch of a step: int64 arrays [ROWS, SEQ_LEN].
 
-    A token is followed by 5 x token + 17 (mod 251) three times of four, else by any: a model can learn that. The choices
-    are the bytes of SHAKE-256 of `orchestrator/certificate/<step>`.
+    A token is followed by 5 x token + 17 (mod 251) three times of four, else by any: a model can learn that. What
+    is left to chance are the bytes of SHAKE-256 of `orchestrator/certificate/<step>`.
 
     Args:
         step: its number, from 0.
@@ -170,8 +170,9 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
         layout: its degrees.
     """
     micro_batch = max(1, math.ceil(ROWS / layout.data_parallel))
+    degrees: dict[str, Any] = layout.as_dict()
     return replace(
         config,
-        layout=LayoutConfig(**{axis: layout.degree(axis) for axis in MESH_AXES}),
+        layout=LayoutConfig(**degrees),
         train=replace(config.train, micro_batch_size=micro_batch),
     )

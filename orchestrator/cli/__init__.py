@@ -22,10 +22,11 @@ VERBS = {
     "train": "train a model: a new run, or one that goes on",
     "data": "make a token store from text, JSONL or Parquet; look into one",
     "generate": "continue a prompt with a trained checkpoint",
-    "compare": "runs side by side: losses, speed, and what differs between them",
+    "compare": "runs, or certificates, side by side: losses, speed, and what differs between them",
     "plan": "what a run needs, on whose chips, how long and for how much, before anyone pays",
     "checkpoint": "look into checkpoints, check, compare, convert and prune them",
     "rehearse": "whether a run fits a TPU, by Google's own compiler and without a TPU",
+    "certify": "whether devices compute what they should, in minutes, with a certificate of it",
     "doctor": "what hardware and software is here, what is missing, what to do",
 }
 

@@ -20,7 +20,7 @@ from orchestrator.certify.recorded import recorded
 from orchestrator.checkpoint.signing import signer
 from orchestrator.config.compose import Composed
 from orchestrator.distributed.local_processes import run_local
-from orchestrator.distributed.world import OWN_PREFIX, World, detect
+from orchestrator.distributed.world import World, detect
 from orchestrator.errors import MISTAKE, ConfigError, RunFailedError, UserError, error_from_dict, error_to_dict
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import device_count, find_world, job_devices, resolve
@@ -83,7 +83,9 @@ def certify(composed: Composed, output: Path | None = None) -> Certified | None:
     if world is None or world.rank == 0:
         _open(plan.output)
         count = len(plan.choice.layouts)
-        tell(f"certify    {plan.target.name}: {plan.resolved.devices} devices, {count} layout{'s' if count > 1 else ''}")
+        tell(
+            f"certify    {plan.target.name}: {plan.resolved.devices} devices, {count} layout{'s' if count > 1 else ''}"
+        )
     try:
         if world is None:
             result = _in_processes(plan)
@@ -281,4 +283,3 @@ def certify_worker(argv: list[str]) -> int:
     if result is not None:
         (folder / _RESULT).write_text(json.dumps(result))
     return 0
-
