@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.atomic_files import write_atomically
+from orchestrator.certify.fixture import STEPS
 from orchestrator.certify.kinds import KINDS
 from orchestrator.checkpoint.signing import trust
 from orchestrator.errors import CheckpointError, ConfigError, shown
@@ -111,7 +112,8 @@ class Certificate:
 
     def _equal_losses(self) -> bool:
         series = [list(self.losses[name]) + list(self.norms.get(name, ())) for name in self.losses]
-        return None not in series[0] and all(one == series[0] for one in series)
+        whole = all(len(one) == 2 * STEPS and None not in one for one in series)
+        return whole and all(one == series[0] for one in series)
 
     @property
     def tier(self) -> str:

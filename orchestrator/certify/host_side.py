@@ -1,4 +1,4 @@
-"""What the host's CPU makes of the small training, in the process of rank 0: the other side of both handovers."""
+"""What the host's CPU makes of the small training, in a process of its own: the other side of both handovers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class HostSide:
 
 
 def work_before(resolved: Resolved, folder: Path, parts: Sequence[int]) -> Case:
-    """Train on the CPU, save twice, and measure parts of a batch. Called by rank 0, before the processes meet.
+    """Train on the CPU, save twice, and measure parts of a batch. Before the devices.
 
     Args:
         resolved: the training.
@@ -81,18 +81,17 @@ def work_before(resolved: Resolved, folder: Path, parts: Sequence[int]) -> Case:
         return attempt(parallel, "host_cpu", "", compare)
 
 
-def work_after(resolved: Resolved, saved: Mapping[str, Path | None]) -> list[Case]:
-    """Load on the CPU what the devices have saved. Called by rank 0, when the processes have parted.
+def work_after(resolved: Resolved, saved: Mapping[str, Path]) -> list[Case]:
+    """Load on the CPU what the devices have saved. After the devices.
 
     Args:
         resolved: the training.
-        saved: the checkpoint of each layout; None where there is none.
+        saved: the checkpoint of each layout.
     """
     with _alone(resolved) as (own, parallel):
         return [
             attempt(parallel, "handover_out", layout, lambda path=path: _hand_over(own, parallel, path))  # type: ignore[misc]
             for layout, path in saved.items()
-            if path is not None
         ]
 
 

@@ -22,6 +22,8 @@ from orchestrator.training.facts import provenance
 from orchestrator.training.handover_check import check_handover, measure
 from orchestrator.training.resolved import Resolved
 
+BRIEFLY_LEFT_OUT = ("accumulation", "nonfinite")
+"""Each needs graphs of its own: half of the time of a layout, where graphs are compiled."""
 _ACCUMULATED_STEPS = 6
 _MOMENT = "optimizer.exp_avg."  # of AdamW: after the first step a tenth of the clipped gradient
 
@@ -59,13 +61,16 @@ class LayoutCases:
         """The checkpoint that the devices have written."""
         return self._saved
 
-    def run(self, wanted: frozenset[str] | None = None) -> Iterator[Case]:
+    def run(self, wanted: frozenset[str] | None = None, brief: bool = False) -> Iterator[Case]:
         """Run the cases, in the order in which one needs the other.
 
         Args:
             wanted: names; None: all of them. What a wanted one needs is run, too.
+            brief: leave out those of `BRIEFLY_LEFT_OUT`.
         """
         for name, (measure_it, needed_by) in self._cases().items():
+            if brief and name in BRIEFLY_LEFT_OUT:
+                continue
             if wanted is None or {name, *needed_by} & wanted:
                 yield attempt(self._parallel, name, str(self._parallel.layout), measure_it)
 

@@ -27,7 +27,7 @@ resuming, handovers to the CPU and from it, equal runs, NaN and infinity, and th
 fp64. A table is printed; certificate.json and a page are written.
 
 Hardware and layout are those of train; the model, its data and its optimizer are always the same. Without layout=... or
-layout.AXIS=... each kind is tried. On a CPU {processes} processes stand for devices, unless
+layout.AXIS=... each kind is tried. On a CPU 4 processes stand for devices, unless
 hardware.devices says another number. checkpoint.signing_key=FILE signs the certificate as it does checkpoints.
 
 Options
@@ -63,9 +63,7 @@ def main(argv: list[str]) -> int:
         UserError: what of the words, the devices or the folder is wrong.
     """
     if any(word in ("-h", "--help") for word in argv):
-        from orchestrator.launch.certifying import CPU_PROCESSES
-
-        print(_HELP.format(program=_PROGRAM, processes=CPU_PROCESSES, options=describe_options(CertifyOptions)))
+        print(_HELP.format(program=_PROGRAM, options=describe_options(CertifyOptions)))
         return 0
     from orchestrator.certify.fixture import WORDS
     from orchestrator.config.compose import run_composed
@@ -109,7 +107,7 @@ def _certify(composed: Composed, options: CertifyOptions) -> int:
 
 
 def _report(done: Certified) -> str:
-    from orchestrator.launch.certifying import line_of
+    from orchestrator.launch.certifier import line_of
 
     certificate = done.certificate
     device = certificate.device

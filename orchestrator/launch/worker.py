@@ -26,10 +26,10 @@ def main(argv: list[str]) -> int:
                 from orchestrator.launch.run import train_worker
 
                 return train_worker()
-            if kind == "certify":
-                from orchestrator.launch.certifying import certify_worker
+            if kind.startswith("certify"):
+                from orchestrator.launch.certifier import certify_worker
 
-                return certify_worker(words)
+                return certify_worker(kind, words)
             from orchestrator.launch.canary import check_worker
 
             return check_worker(words)
