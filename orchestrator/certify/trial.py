@@ -19,9 +19,8 @@ from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.facts import provenance
 from orchestrator.training.handover_check import reference_files
-from orchestrator.training.job import make_trainer, micro_batch_size, place_model
+from orchestrator.training.job import make_trainer
 from orchestrator.training.module import LanguageModule
-from orchestrator.training.optimizer_setup import build_optimizer
 from orchestrator.training.resolved import Resolved
 
 REFERENCE_ROWS = 8
@@ -62,12 +61,12 @@ class Trial:
         self._resolved = replace(resolved, config=replace(resolved.config, train=train))
         config = self._resolved.config
         self.parallel = parallel
-        self.model = place_model(self._resolved, parallel)
-        self.optimizer = build_optimizer(self.model, config.optim, parallel.root_device, parallel.parts(self.model))
-        parallel.prepare_optimizer(self.model, self.optimizer)
+        self.module = LanguageModule(config, parallel=parallel)
+        self.module.configure_model()
+        self.model, self.optimizer = self.module.model, self.module.make_optimizer()
         parallel.initialize(self.model, config.seed if seed is None else seed)
-        size = micro_batch_size(self._resolved, parallel) if micro_batch is None else micro_batch
-        self.module = LanguageModule(self.model, self.optimizer, parallel, config, micro_batch=size, step=0)
+        if micro_batch is not None:
+            self.module.micro_batch = micro_batch
         self._rows: list[dict[str, Any]] = []
         self.module.record = lambda **values: self._rows.append(values)
         self.losses: list[float] = []
