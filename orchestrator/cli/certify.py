@@ -31,6 +31,8 @@ layout.AXIS=... each kind is tried. On a CPU 4 processes stand for devices, unle
 hardware.devices says another number. checkpoint.signing_key=FILE signs the certificate as it does checkpoints.
 
 Options
+  hardware=  kind of devices, as for train; hardware.KEY=value sets what there is to say of them
+  layout=    one way of sharding instead of all; layout.AXIS=value sets its degrees
 {options}
 
 Examples

@@ -93,7 +93,7 @@ def host_work(resolved: Resolved, part: str, layouts: Sequence[Layout], folder: 
     from orchestrator.certify.host_side import work_after, work_before
     from orchestrator.launch.run import quiet
 
-    quiet(0)
+    quiet(1)  # the devices' processes say what there is to say
     if part == BEFORE:
         cases = [work_before(resolved, folder, [layout.data_parallel for layout in layouts])]
     else:

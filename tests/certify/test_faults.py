@@ -52,10 +52,7 @@ def stale_weight(world):
 
     def shards(self, model, optimizer):
         found = views(self, model, optimizer)
-        return [
-            replace(one, data=one.data.clone()) if "blocks.1" in one.name and "model." in one.name else one
-            for one in found
-        ]
+        return [replace(one, data=one.data.clone()) if one.name.startswith("model.layers.1.") else one for one in found]
 
     DTensorStrategy.state_shards = shards
 
@@ -79,8 +76,8 @@ def unsteady_sums(world):
 NOTES = {
     "matrix_products": "as bf16",
     "collectives": "of 2",
-    "load": "model.blocks.1.",
-    "determinism": "model.",
+    "load": "model.layers.1.",
+    "determinism": "of value",
 }
 FAULTS = {
     products_in_bf16: ["matrix_products"],
