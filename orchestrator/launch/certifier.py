@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from orchestrator.certify.certificate import PASSED, Case
 from orchestrator.certify.kinds import KINDS
 from orchestrator.distributed.world import World, detect
-from orchestrator.errors import UserError, error_to_dict
+from orchestrator.errors import LostPeerError, UserError, error_to_dict
 from orchestrator.hardware.target import Target
 from orchestrator.output import tell
 from orchestrator.sharding.layout import Layout
@@ -136,5 +137,7 @@ def certify_worker(kind: str, argv: list[str]) -> int:
         # All ranks meet the same problem; one says so.
         if world.rank == 0:
             (folder / ERROR).write_text(json.dumps(error_to_dict(error)))
+        elif isinstance(error, LostPeerError):
+            tell(str(error), level=logging.ERROR)
         return error.exit_code
     return 0

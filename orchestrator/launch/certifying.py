@@ -22,7 +22,7 @@ from orchestrator.config.compose import Composed
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.distributed.local_processes import run_local
 from orchestrator.distributed.world import World
-from orchestrator.errors import MISTAKE, ConfigError, RunFailedError, error_from_dict
+from orchestrator.errors import ConfigError, RunFailedError, error_from_dict
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import device_count, find_world, get_target, job_devices, resolve
 from orchestrator.launch.certifier import AFTER, BEFORE, DEVICES, ERROR, HOST, RESULT, line_of, work
@@ -105,16 +105,13 @@ def certify(composed: Composed, output: Path | None = None) -> Certified | None:
 
 def _plan(composed: Composed, world: World | None, output: Path | None) -> _Plan:
     config, given = composed.config, any(key.partition(".")[0] == "layout" for key in composed.overrides)
-    if config.hardware.target in ("auto", "cpu") and config.hardware.devices == "auto":
-        # Decided before the target is asked: it has one device, and may have as many processes as one likes.
-        target = resolve(config.hardware)
-        if target.name == "cpu" and world is None:
-            config = replace(config, hardware=replace(config.hardware, target="cpu", devices=CPU_PROCESSES))
     target, hardware = resolve(config.hardware), config.hardware
+    if target.name == "cpu" and hardware.devices == "auto" and world is None:
+        # A CPU is one device to a run, and may be as many processes as one likes.
+        hardware = replace(hardware, target="cpu", devices=CPU_PROCESSES)
     bf16 = precision_of(config, target) == "bf16"
     config = replace(config, hardware=replace(hardware, precision="fp32"))
-    slices, here = target.slices(), device_count(hardware, target, target.probe())
-    devices = here if world is None else job_devices(hardware, target, world)
+    slices, devices = target.slices(), _devices(hardware, target, world)
     if given:
         check_run(config, devices, slices=slices)
         choice = Choice((resolve_layout(config.layout, devices),))
@@ -129,8 +126,13 @@ def _plan(composed: Composed, world: World | None, output: Path | None) -> _Plan
     config = with_layout(config, choice.layouts[0])
     vocabulary = config.model.vocab_size
     assert isinstance(vocabulary, int), "the small model has one"
+    here = devices if world is None else max(1, devices // world.size) * world.local_size
     resolved = resolve_run(config, target, devices, vocabulary, here=here)
     return _Plan(resolved, target, choice, bf16, output or _new_folder(target.name))
+
+
+def _devices(hardware: HardwareConfig, target: Target, world: World | None) -> int:
+    return device_count(hardware, target, target.probe()) if world is None else job_devices(hardware, target, world)
 
 
 def _new_folder(name: str) -> Path:
@@ -182,7 +184,7 @@ def _in_processes(plan: _Plan) -> None:
 def _run(words: Sequence[str], environments: Sequence[dict[str, str]], folder: Path) -> None:
     ended = run_local([sys.executable, "-m", "orchestrator.launch.worker", *words], environments)
     stopping.check()
-    if ended.code == MISTAKE and (folder / ERROR).exists():
+    if ended.code and (folder / ERROR).exists():
         raise error_from_dict(json.loads((folder / ERROR).read_text()))
     if ended.code:
         got = "; ".join(ended.problems) or f"exit code {ended.code}"
