@@ -80,7 +80,7 @@ EXPORTED = {"api", "checkpoint", "config", "strategies", "training"}
 # Of `config`, every package may have the schema; these read options or YAML by themselves.
 CONFIG_EVERYWHERE = {"schema"}
 XLA_FILES = {"rehearsal/stage.py", "strategies/xla.py"}
-XLA_FILES |= {"hardware/tpu.py", "hardware/trainium.py", "hardware/xla_target.py"}
+XLA_FILES |= {"hardware/tpu.py", "hardware/trainium_xla.py", "hardware/xla_target.py"}
 # third-party module -> where it may be imported; a name ending in / is a folder.
 ONLY_IN: dict[str, set[str]] = {
     "torch_xla": XLA_FILES,

@@ -23,9 +23,10 @@ class HardwareConfig:
     chip: str = "auto"  # key of the chip catalogue, for peak rates
     threads: int | Auto = "auto"  # CPU threads per process
     compile: bool = False  # torch.compile of every block
-    runtime: Literal["auto", "torch_xla", "torch_tpu"] = "auto"  # of a TPU; auto: torch_xla
+    runtime: Literal["auto", "torch", "torchneuron", "torch_tpu", "torch_xla"] = "auto"  # what drives the devices
     compilation_cache: str | None = "auto"  # of XLA: where compiled graphs are kept; auto: per user, none to rehearse
-    simulate: int | None = None  # virtual devices on the CPU in place of a TPU or Trainium: a rehearsal
+    simulate: int | None = None  # devices that this CPU stands in for, in place of a TPU or Trainium: a rehearsal
+    instance: str | None = None  # of a rehearsal: the machine whose topology is meant, such as trn2.48xlarge
     check_memory: bool = True  # refuse a run that the memory model says does not fit
     timeout_seconds: int = 600  # of a collective, before the run is called hung
     environment: dict[str, str] = field(default_factory=dict)  # set in every worker before torch loads

@@ -206,23 +206,28 @@ def _refused(char: str) -> bool:
     return not char.isprintable() and (unicodedata.category(char) in _UNPRINTABLE or char in _TURNING)
 
 
+_RUNTIMES = {"tpu": ("torch_tpu", "torch_xla"), "trainium": ("torchneuron", "torch_xla"), "auto": ()}
+
+
 def _hardware(hardware: HardwareConfig) -> list[ConfigError]:
-    problems, asked = [], f"hardware.runtime={hardware.runtime}"
-    if hardware.runtime != "auto" and hardware.target != "tpu":
+    problems, target = [], hardware.target
+    runtimes = _RUNTIMES.get(target, ("torch",))
+    wanted = " or ".join(runtimes)
+    if hardware.runtime not in ("auto", *runtimes):
         problems.append(
             ConfigError(
-                "hardware.runtime chooses between the libraries that drive a TPU",
-                got=f"{asked} with hardware.target={hardware.target}",
-                allowed="hardware.target=tpu",
-                fix="set hardware=tpu, or leave out hardware.runtime",
+                "hardware.runtime is the library that drives a TPU or Trainium",
+                got=f"hardware.runtime={hardware.runtime} with hardware.target={target}",
+                allowed="torch_tpu or torch_xla with hardware=tpu, torchneuron or torch_xla with hardware=trainium",
+                fix=f"{f'set it to {wanted}' if wanted else 'name the target'}, or leave it out",
             )
         )
-    if hardware.runtime == "torch_tpu" and hardware.simulate is not None:
+    if hardware.instance is not None and hardware.simulate is None:
         problems.append(
             ConfigError(
-                "torch_tpu has no virtual devices to rehearse on",
-                got=f"{asked} with hardware.simulate={hardware.simulate}",
-                fix="leave out one of them: torch_xla rehearses the job, and its checkpoints are the same",
+                "hardware.instance is the machine that a rehearsal stands for; a real one is looked at",
+                got=f"hardware.instance={hardware.instance} without hardware.simulate",
+                fix="leave it out, or rehearse: hardware.simulate=4",
             )
         )
     return problems

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,11 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def python_version() -> tuple[int, int]:
+    """Return the major and minor number of this Python."""
+    return sys.version_info[:2]
 
 
 def torch_build() -> TorchBuild | None:

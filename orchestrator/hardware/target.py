@@ -9,8 +9,10 @@ sharding; strategies ask it. Adding one: a module with a subclass of `Target`, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.distributed.world import World
@@ -68,18 +70,25 @@ class Target(ABC):
         collective_backend: of the process group between devices.
         accelerator: Lightning's name for the accelerator.
         strategy: which strategy shards over it, `dtensor` or `xla`.
-        runtime: the value of `hardware.runtime` that chooses this one of a target's runtimes; empty for the default.
+        runtime: the value of `hardware.runtime` that chooses this one of a target's runtimes.
+        simulates: what `hardware.simulate` counts: `devices` that are virtual, in one process, or `processes`; empty
+            where there is nothing to rehearse.
+        compile_options: of `torch.compile` for a block.
+        rounds_fp32_products: whether the device multiplies fp32 in fewer bits unless it is told otherwise.
         pin_memory: whether batches go to the device through page-locked memory.
         experimental: not yet relied upon.
         state: what has been run where, plainly.
     """
 
     name: ClassVar[str]
-    device_type: ClassVar[str]
-    collective_backend: ClassVar[str]
+    device_type: str
+    collective_backend: str
     accelerator: ClassVar[str]
     strategy: ClassVar[str]
-    runtime: ClassVar[str] = ""
+    runtime: ClassVar[str] = "torch"
+    simulates: ClassVar[Literal["", "devices", "processes"]] = ""
+    compile_options: Mapping[str, Any] = MappingProxyType({})
+    rounds_fp32_products: ClassVar[bool] = False
     pin_memory: ClassVar[bool] = True
     experimental: ClassVar[bool] = False
     state: ClassVar[str]
@@ -117,6 +126,20 @@ class Target(ABC):
     def slices(self) -> int:
         """Return the number of groups of devices between which the network is slow, as known before they start."""
         return 1
+
+    def placement(self, degrees: Mapping[str, int]) -> str:
+        """Say on how much of which machine the job runs, and which mesh axis over which wires; empty where unknown.
+
+        Args:
+            degrees: of the mesh axes, the outermost first.
+        """
+        return ""
+
+    def numerics(self) -> dict[str, str]:
+        """Return the settings of this process that decide how the device rounds. Only after torch is set up."""
+        import torch
+
+        return {"float32_matmul_precision": torch.get_float32_matmul_precision()}
 
     def probe(self) -> Probe:
         """Look at the machine, once. Never raises: what goes wrong is a problem of the result."""
@@ -208,6 +231,7 @@ class Target(ABC):
         probe = self.probe()
         return {
             "target": self.name,
+            "hardware_runtime": self.runtime,
             "device_type": self.device_type,
             "devices": probe.devices,
             "device_names": list(probe.device_names),

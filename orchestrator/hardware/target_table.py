@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import HardwareConfig
@@ -24,8 +26,9 @@ TARGETS: dict[str, str] = {
 
 RUNTIMES: dict[tuple[str, str], str] = {
     ("tpu", "torch_tpu"): "orchestrator.hardware.torch_tpu:TorchTpuTarget",
+    ("trainium", "torch_xla"): "orchestrator.hardware.trainium_xla:TrainiumXlaTarget",
 }
-"""(Name, `hardware.runtime`) → module:class, where a target can be driven in another way than its usual one."""
+"""(Name, `hardware.runtime`) → module:class, where a target can be driven in another way than by `TARGETS`."""
 
 MAX_CPU_PROCESSES = 64
 MAX_CPU_PROCESSES_PER_CORE = 8
@@ -33,20 +36,41 @@ MAX_CPU_PROCESSES_PER_CORE = 8
 _log = logging.getLogger(__name__)
 
 
-def get_target(name: str, runtime: str = "auto") -> Target:
+def get_target(name: str, runtime: str = "auto", *, rehearses: bool = False) -> Target:
     """Return the target of that name, not probed yet.
 
     Args:
         name: a key of `TARGETS`.
         runtime: `hardware.runtime`.
+        rehearses: whether `hardware.simulate` is set: what is rehearsed does not depend on what is installed here.
 
     Raises:
         HardwareError: there is none of that name.
     """
     if name not in TARGETS:
         raise HardwareError("there is no such hardware target", got=name, allowed=", ".join(("auto", *sorted(TARGETS))))
-    module, _, attribute = RUNTIMES.get((name, runtime), TARGETS[name]).partition(":")
-    target: Target = getattr(importlib.import_module(module), attribute)()
+    if name == "tpu" and runtime == "auto" and not rehearses and _class(RUNTIMES[name, "torch_tpu"]).is_usual():
+        runtime = "torch_tpu"
+    target: Target = _class(RUNTIMES.get((name, runtime), TARGETS[name]))()
+    return target
+
+
+def _class(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def target_of(config: HardwareConfig) -> Target:
+    """Return the target that `config` names, configured and not probed yet.
+
+    Args:
+        config: the `hardware` group of a run, whose target is not `auto`.
+
+    Raises:
+        HardwareError: there is none of that name.
+    """
+    target = get_target(config.target, config.runtime, rehearses=config.simulate is not None)
+    target.use(config)
     return target
 
 
@@ -73,21 +97,34 @@ def resolve(config: HardwareConfig) -> Target:
     if config.target == "auto":
         target = _first_usable()
     else:
-        target = get_target(config.target, config.runtime)
-        target.use(config)
-        if config.simulate is not None and target.strategy != "xla":
-            raise HardwareError(
-                "hardware.simulate rehearses a TPU or Trainium job on virtual devices, through torch_xla",
-                got=f"hardware.simulate={config.simulate} with hardware.target={_label(target)}",
-                allowed="hardware=tpu or hardware=trainium",
-                fix="leave out hardware.runtime"
-                if target.runtime
-                else f"leave it out; several processes on {target.name} are hardware.devices=...",
-            )
+        target = target_of(config)
+        _check_rehearsal(config, target)
         if not target.probe().available:
             raise _unusable(target)
     device_count(config, target, target.probe())
     return target
+
+
+def _check_rehearsal(config: HardwareConfig, target: Target) -> None:
+    """Raise where there is nothing to rehearse, or not so many processes."""
+    if config.simulate is None:
+        return
+    if not target.simulates:
+        raise HardwareError(
+            "hardware.simulate rehearses a TPU or Trainium job on this CPU",
+            got=f"hardware.simulate={config.simulate} with hardware.target={target.name}",
+            allowed="hardware=tpu or hardware=trainium",
+            fix=f"leave it out; several processes on {target.name} are hardware.devices=...",
+        )
+    if target.simulates == "processes":
+        _cpu_processes(config.simulate, "hardware.simulate")
+        target.placement({})  # names the instance
+    elif config.instance is not None:
+        raise HardwareError(
+            "hardware.instance is the machine of a rehearsal in processes; torch_xla's virtual devices have none",
+            got=f"hardware.instance={config.instance} with hardware.runtime={target.runtime}",
+            fix="leave it out, or set hardware.runtime=" + ("torch_tpu" if target.name == "tpu" else "torchneuron"),
+        )
 
 
 def device_count(config: HardwareConfig, target: Target, probe: Probe) -> int:
@@ -130,6 +167,12 @@ def job_devices(config: HardwareConfig, target: Target, world: World) -> int:
             virtual ones, which belong to a single process.
     """
     if target.strategy != "xla":
+        if config.simulate not in (None, world.size) and world.engine:
+            raise HardwareError(
+                "a rehearsal has as many processes as devices",
+                got=f"hardware.simulate={config.simulate} in {world.size} processes, started by {world.engine}",
+                fix=f"hardware.simulate={world.size}, or start the command without {world.engine}",
+            )
         return world.size
     if config.simulate is not None and world.size > 1:
         raise HardwareError(
@@ -162,8 +205,7 @@ def find_world(config: HardwareConfig, environ: Mapping[str, str]) -> World | No
     if world is not None:
         return world
     for name in TARGETS if config.target == "auto" else (config.target,):
-        target = get_target(name, config.runtime)
-        target.use(config)
+        target = target_of(replace(config, target=cast(Any, name)))
         world = target.world()
         # `auto` passes over devices that are here and cannot be used.
         if world is not None and (config.target != "auto" or target.probe().available):
@@ -171,16 +213,16 @@ def find_world(config: HardwareConfig, environ: Mapping[str, str]) -> World | No
     return None
 
 
-def _cpu_processes(wanted: int) -> int:
+def _cpu_processes(wanted: int, key: str = "hardware.devices") -> int:
     cores = host.logical_cores()
     limit = min(MAX_CPU_PROCESSES, MAX_CPU_PROCESSES_PER_CORE * cores)
     if wanted > limit:
         raise HardwareError(
-            "hardware.devices asks for more CPU processes than this host can carry",
+            f"{key} asks for more CPU processes than this host can carry",
             got=wanted,
             allowed=f"1 to {limit}: at most {MAX_CPU_PROCESSES_PER_CORE} per core × {cores} cores = "
             f"{MAX_CPU_PROCESSES_PER_CORE * cores}, and at most {MAX_CPU_PROCESSES}",
-            fix=f"set hardware.devices to {limit} or less; {cores} keeps one process per core",
+            fix=f"set {key} to {limit} or less; {cores} keeps one process per core",
         )
     return wanted
 
@@ -200,7 +242,8 @@ def _first_usable() -> Target:
 
 
 def _label(target: Target) -> str:
-    return target.name + (f" and hardware.runtime={target.runtime}" if target.runtime else "")
+    several = any(name == target.name for name, _ in RUNTIMES)
+    return target.name + (f" and hardware.runtime={target.runtime}" if several else "")
 
 
 def _unusable(target: Target) -> HardwareError:

@@ -1,4 +1,6 @@
-"""Google TPUs through torch_tpu, the torch-native successor of torch_xla: `hardware.runtime=torch_tpu`. Experimental.
+"""Google TPUs through TorchTPU (torch_tpu), the torch-native successor of torch_xla. Never run on a chip yet.
+
+It is the usual runtime where the library is installed and a chip is there; `hardware.runtime=torch_tpu` asks for it.
 
 One process per device. The library takes its place in the slice from variables that all processes must agree on, and
 that its `torch.tpu.distributed.set_tpu_launch_env()` sets in a parent that has imported torch. Ours has not, so they
@@ -7,16 +9,26 @@ are worked out here, from torch_tpu 0.2.0: `_internal/distributed/distributed.py
 
 from __future__ import annotations
 
+import math
 import os
-import socket
-from contextlib import ExitStack
+import re
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import HardwareConfig
-from orchestrator.distributed.world import World, detect
+from orchestrator.distributed.world import detect
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host, tpu_host
-from orchestrator.hardware.target import Probe, Problem, Target, missing_torch
+from orchestrator.hardware.native_chip import (
+    NativeChipTarget,
+    free_ports,
+    launch_world,
+    python_problem,
+    torchrun_variables,
+)
+from orchestrator.hardware.target import Probe, Problem, missing_torch
+from orchestrator.hardware.topology import Wiring, tpu_slice
 from orchestrator.hardware.tpu import libtpu_problems
 from orchestrator.installing import own_environment
 
@@ -24,7 +36,9 @@ if TYPE_CHECKING:
     import torch
 
 TORCH_TPU = "0.2.0"
-_OLDEST_TORCH, _NEWEST_TORCH = (2, 11), (2, 13)  # it takes up to 2.15, this product up to 2.13
+# Of the wheel's metadata: torch>=2.11.0,<=2.15.0, Python >=3.12.
+_OLDEST_TORCH, _NEWEST_TORCH = (2, 11), (2, 15)
+_OLDEST_PYTHON = (3, 12)
 _INSTALL = own_environment("tpu-native")
 _TOPOLOGY, _ADDRESSES = "TORCH_TPU_TOPOLOGY", "TORCH_TPU_SLICEBUILDER_ADDRESSES"
 _BASE_PORT = 8070  # the library's own, where the processes cannot ask each other for free ones
@@ -41,30 +55,32 @@ _TOPOLOGIES: dict[str, dict[int, str]] = {
 }
 
 
-class TorchTpuTarget(Target):
+class TorchTpuTarget(NativeChipTarget):
     """TPU devices of this host, one process each, under the torch-native strategy."""
 
     name = "tpu"
     device_type = "tpu"
     collective_backend = "tpu_dist"
     accelerator = "tpu"
-    strategy = "dtensor"
     runtime = "torch_tpu"
-    pin_memory = False  # its page-locked memory comes from the runtime, which is untested
-    experimental = True
-    state = f"experimental (hardware.runtime=torch_tpu): written against torch_tpu {TORCH_TPU}; never run on a chip yet"
+    compile_options = MappingProxyType({"backend": "tpu"})
+    # In bf16, unless torch's setting, "medium" when the library is loaded, is "highest": _internal/precision.
+    rounds_fp32_products = True
+    state = (
+        f"written against torch_tpu {TORCH_TPU}. Run on processes of a CPU (hardware.simulate), and through a test "
+        "double of the device that computes on the CPU; never run on a chip yet"
+    )
 
     def __init__(self) -> None:
         super().__init__()
-        self._wanted: int | None = None
         self._ports: list[int] = []
 
-    def use(self, config: HardwareConfig) -> None:
-        """Take the number of devices from the configuration."""
-        super().use(config)
-        self._wanted = None if config.devices == "auto" else config.devices
+    @staticmethod
+    def is_usual() -> bool:
+        """Whether this is the usual runtime here: the library is installed, and a chip is there."""
+        return host.package_version("torch_tpu") is not None and bool(tpu_host.look().names)
 
-    def _look(self) -> Probe:
+    def _look_for_chips(self) -> Probe:
         found = tpu_host.look()
         names = ("torch", "torch_tpu", "libtpu")
         runtime = {name: version for name in names if (version := host.package_version(name))}
@@ -94,23 +110,28 @@ class TorchTpuTarget(Target):
         what = f"{processes} processes are no part of a {found.names[0]} host that torch_tpu knows ({allowed})"
         return (Problem(what, f"set hardware.devices to one of {allowed}"),)
 
-    def _environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
-        joined = detect(os.environ)
-        world = joined or World(local_rank, local_world, local_rank, local_world)
-        first = _BASE_PORT if joined else 0
+    def _topology(self) -> Wiring | None:
+        found = tpu_host.look()
+        if found.chip is None or not found.names:
+            return None
+        chips = len(found.names) // load_catalogue().get(found.chip).logical_devices_per_chip
+        sizes = [int(size) for size in re.findall(r"\d+", os.environ.get(_TOPOLOGY, ""))[:3]]
+        return tpu_slice(found.chip, max(chips, math.prod(sizes)), chips)
+
+    def slices(self) -> int:
+        """Return the number of slices: of a multislice job, or of the one that is rehearsed."""
+        if self._simulate is not None:
+            return super().slices()
+        text = tpu_host.variables().get("MEGASCALE_NUM_SLICES", "1")
+        return int(text) if text.isdigit() else 1
+
+    def _chip_environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
+        first = _BASE_PORT if detect(os.environ) else 0
         if len(self._ports) != local_world + 1:
-            self._ports = list(range(first, first + local_world + 1)) if first else _free_ports(local_world + 1)
+            self._ports = list(range(first, first + local_world + 1)) if first else free_ports(local_world + 1)
         *devices, meeting = self._ports
         found = {
-            **super()._environment(config, local_rank, local_world),
-            # `import torch` is what makes the device known.
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
-            "RANK": str(world.rank),
-            "LOCAL_RANK": str(world.local_rank),
-            "WORLD_SIZE": str(world.size),
-            # The library wants to see a meeting place, and does not use it: the process group has a store.
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(meeting),
+            **torchrun_variables(launch_world(local_rank, local_world), meeting),
             _ADDRESSES: ",".join(f"localhost:{port}" for port in devices),
         }
         # What was set from outside describes the whole slice, and stays.
@@ -119,34 +140,11 @@ class TorchTpuTarget(Target):
             found[_TOPOLOGY] = _topology(self.probe().chip, local_world)
         return {**found, **given}
 
-    def default_precision(self, probe: Probe) -> str:
-        """Return bf16."""
-        return "bf16"
-
-    def device(self, local_rank: int) -> torch.device:
-        """Return the device of this process."""
+    def _chip(self, local_rank: int) -> torch.device:
         import torch
 
         # A process sees its own device only, by whatever number the runtime gives it.
         return torch.device("tpu", torch.accelerator.current_device_index())
-
-    def memory_bytes(self, device: torch.device) -> int | None:
-        """Return the bytes in tensors; None where torch says 0, as it does without statistics of the allocator."""
-        import torch
-
-        return int(torch.accelerator.memory_allocated(device)) or None
-
-    def peak_memory_bytes(self, device: torch.device) -> int | None:
-        """Return the most bytes allocated on `device` so far; None where the runtime does not count."""
-        import torch
-
-        return int(torch.accelerator.max_memory_allocated(device)) or None
-
-    def synchronize(self, device: torch.device) -> None:
-        """Wait until `device` has run what was launched on it."""
-        import torch
-
-        torch.accelerator.synchronize(device)
 
 
 def _package_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
@@ -154,10 +152,12 @@ def _package_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
     if torch is None:
         return (missing_torch(),)
     series = tuple(int(part) for part in torch.split("+")[0].split(".")[:2])
+    python = python_problem(f"torch_tpu {TORCH_TPU}", _OLDEST_PYTHON, None, f"with Python 3.12 or 3.13: {_INSTALL}")
     needed = "torch " + " to ".join(f"{major}.{minor}" for major, minor in (_OLDEST_TORCH, _NEWEST_TORCH))
     if torch_tpu is None:  # it brings libtpu
-        return (Problem(f"torch_tpu is not installed; {TORCH_TPU} needs {needed} (here: {torch})", _INSTALL),)
-    problems = libtpu_problems(runtime, _INSTALL)
+        what = f"torch_tpu is not installed; {TORCH_TPU} needs {needed} (here: {torch})"
+        return (*python, Problem(what, _INSTALL))
+    problems = (*python, *libtpu_problems(runtime, _INSTALL))
     if torch_tpu != TORCH_TPU:
         what = f"torch_tpu {torch_tpu} is not the release that this is written for, {TORCH_TPU}"
         return (*problems, Problem(what, _INSTALL))
@@ -177,12 +177,3 @@ def _topology(chip: str | None, processes: int) -> str:
             fix=f"start as many processes as one of these, or set {_TOPOLOGY}",
         )
     return known[processes]
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return free ports of this host, all different."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("localhost", 0))
-        return [one.getsockname()[1] for one in sockets]

@@ -1,4 +1,4 @@
-"""Google TPUs through torch_xla and libtpu. `hardware.runtime=torch_tpu` is in torch_tpu.py."""
+"""Google TPUs through torch_xla and libtpu: `hardware.runtime=torch_xla`, and the rehearsal on virtual devices."""
 
 from __future__ import annotations
 

@@ -1,153 +1,142 @@
-"""AWS Trainium through torch-neuronx."""
+"""AWS Trainium through TorchNeuron, AWS's native torch backend (torch-neuronx 2.13 and later). Never run on a chip yet.
+
+One process per logical NeuronCore, device and process group `neuron`. What is known of it here is from AWS's pages
+(awsdocs-neuron.readthedocs-hosted.com/en/latest): torch/guides/torch-distributed, torch/reference/env-vars,
+torch/compile/reference-torch-compile, training/best-practices, release-notes/components/torchneuron,
+torch/troubleshooting.
+"""
 
 from __future__ import annotations
 
 import os
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import HardwareConfig
-from orchestrator.distributed.world import detect
-from orchestrator.hardware import host
-from orchestrator.hardware.target import Problem
-from orchestrator.hardware.xla_target import XlaTarget
+from orchestrator.hardware import host, trainium_host
+from orchestrator.hardware.native_chip import (
+    NativeChipTarget,
+    free_ports,
+    launch_world,
+    python_problem,
+    torchrun_variables,
+)
+from orchestrator.hardware.target import Probe, Problem
+from orchestrator.hardware.topology import Wiring, trainium
 
-_AMAZON_PCI_VENDOR = 0x1D0F
-# PCI device number → (name, key of the chip catalogue); aws-neuron-driver, neuron_device.h.
-_PCI_CHIPS = {
-    0x7164: ("Trainium", "trn1"),
-    0x7364: ("Trainium2", "trn2"),
-    0x7564: ("Trainium3", "trn3"),
-    0x7565: ("Trainium3", "trn3"),
-}
-# The runtime's own variables, which take cores away or join them otherwise; aws-neuron-sdk,
-# neuron-runtime/guides/configuration-guide.rst and about-neuron/arch/neuron-features/logical-neuroncore-config.rst.
-_VISIBLE, _COUNT, _JOINED = "NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES", "NEURON_LOGICAL_NC_CONFIG"
-_ROOT_PORT = 62182  # torch-neuronx's own
+if TYPE_CHECKING:
+    import torch
+
+# release-notes/components/torchneuron (Neuron 2.33): torch-neuronx 2.13.3 and 2.14.3, each for the torch of its number.
+_SERIES = ("2.13", "2.14")
+_OLDEST_PYTHON, _NEWEST_PYTHON = (3, 12), (3, 14)
+_CHIPS = ("trn2", "trn3")
+_INSTALL = (
+    "on a Trn2 or Trn3 instance, in an environment of Python 3.12 or 3.13: install torch-neuronx 2.13, whose wheels "
+    "are in AWS's own Neuron package index (on PyPI is only a placeholder), as AWS's TorchNeuron quickstart says; "
+    "docs/chips.md has the steps"
+)
+# Set where several instances meet, as AWS's set-up of EFA for several nodes says (setup-trn1-multi-node-execution).
+_EFA = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
+_NUMERICS = ("NEURON_CC_FLAGS", "NEURON_RT_STOCHASTIC_ROUNDING_EN", "NEURON_LOGICAL_NC_CONFIG")
 
 
-class TrainiumTarget(XlaTarget):
-    """Trainium chips of this host. A device is a NeuronCore as the runtime counts them.
-
-    trn1 has 2 on a chip. trn2 and trn3 have 8, of which the runtime makes 4 logical ones unless
-    NEURON_LOGICAL_NC_CONFIG=1.
-    """
+class TrainiumTarget(NativeChipTarget):
+    """Logical NeuronCores of this host, one process each, under the torch-native strategy."""
 
     name = "trainium"
+    device_type = "neuron"
+    collective_backend = "neuron"
     accelerator = "neuron"
-    # aws-neuron-sdk, announce-no-support-pytorch-xla-training.rst and introducing-pytorch-2-8.rst.
+    runtime = "torchneuron"
+    # Shapes are static, and another backend than the device's own is an error: torch/compile/reference-torch-compile.
+    compile_options = MappingProxyType({"backend": "neuron", "dynamic": False})
+    # The compiler's default, which --auto-cast=none among NEURON_CC_FLAGS turns off (conf/hardware/trainium.yaml).
+    rounds_fp32_products = True
     state = (
-        "XLA strategy run on virtual CPU devices (hardware.simulate), one process; several hosts: what their processes "
-        "decide and save together is tested on CPUs, a program over two of them is not; never run on the real chip. "
-        "AWS supports PyTorch/XLA training up to torch 2.9 (Neuron 2.29)"
+        "written against AWS's documentation of TorchNeuron (Neuron 2.33). Run on processes of a CPU "
+        "(hardware.simulate), and through a test double of the device that computes on the CPU; never run on the real "
+        "chip"
     )
-    pjrt_device = "NEURON"
-    cache_variable = "NEURON_COMPILE_CACHE_URL"  # torch-neuronx has a cache of its own
-    _packages = ("torch", "torch_xla", "torch-neuronx", "neuronx-cc")
 
     def __init__(self) -> None:
         super().__init__()
-        self._variables: dict[str, str] = {}
+        self._port = 0
 
-    def use(self, config: HardwareConfig) -> None:
-        """Take the environment variables from the configuration."""
-        super().use(config)
-        self._variables = config.environment
+    def _look_for_chips(self) -> Probe:
+        found = trainium_host.look(self._variables)
+        names = ("torch", "torch-neuronx", "neuronx-cc")
+        runtime = {name: version for name in names if (version := host.package_version(name))}
+        problems = (*found.problems, *_chip_problems(found), *self._network_problems(), *_package_problems(runtime))
+        return Probe(self.name, not problems, len(found.names), found.names, found.chip, runtime, problems)
 
-    def environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
-        """Return the variables of a worker, with those by which the runtimes of several hosts meet."""
-        result = super().environment(config, local_rank, local_world)
-        if config.compilation_cache is None:
-            # Left alone it keeps one in /var/tmp.
-            result["NEURON_CC_FLAGS"] = f"{result.get('NEURON_CC_FLAGS', '')} --no_cache".strip()
-        return {**self._peers(config), **result}
-
-    def _peers(self, config: HardwareConfig) -> dict[str, str]:
-        """Return the variables by which the runtime finds the other hosts.
-
-        In SPMD mode it has no default for the devices of each process, and it takes the process's number from RANK,
-        which srun does not set (torch-neuronx, initialization.py).
-        """
-        world = detect(os.environ)
-        if world is None or world.size == 1 or config.simulate is not None:
-            return {}
-        devices = self.probe().devices if config.devices == "auto" else config.devices
-        host_name = world.store.removeprefix("tcp:").rpartition(":")[0]
-        return {
-            "RANK": str(world.rank),
-            "NEURON_PJRT_PROCESS_INDEX": str(world.rank),
-            "NEURON_PJRT_PROCESSES_NUM_DEVICES": ",".join([str(devices)] * world.size),
-            "NEURON_RT_ROOT_COMM_ID": f"{host_name}:{_ROOT_PORT}",
-        }
-
-    def _chips(self) -> tuple[list[str], str | None, tuple[Problem, ...]]:
-        on_bus = [p.device for p in host.pci_devices() if p.vendor == _AMAZON_PCI_VENDOR and p.device in _PCI_CHIPS]
-        files = host.glob("/dev/neuron[0-9]*")
-        if not on_bus and not files:
-            missing = "no Trainium chip found (no /dev/neuron*, none on the PCI bus)"
-            fix = "run on an AWS trn1, trn2 or trn3 instance, or choose another hardware target"
-            return [], None, (Problem(missing, fix),)
-        kinds = {_PCI_CHIPS[device] for device in on_bus}
-        name, chip = kinds.pop() if len(kinds) == 1 else ("Neuron device", None)
-        # A container may be given some of the chips that are on the bus.
-        chips = min(len(on_bus) or len(files), len(files) or len(on_bus))
-        try:
-            cores, chip = self._cores(chips, chip)
-        except ValueError as error:
-            return [name] * chips, chip, (Problem(*error.args),)
-        names = [name] * cores
-        if files:
-            return names, chip, ()
-        fix = "install the driver (package aws-neuronx-dkms), then check with neuron-ls"
-        what = "a Trainium chip is on the PCI bus, but its driver is not loaded (no /dev/neuron*)"
-        return names, chip, (Problem(what, fix),)
-
-    def _cores(self, chips: int, chip: str | None) -> tuple[int, str | None]:
-        """NeuronCores that the runtime shows, and the chip where they are the catalogue's parts of it.
-
-        Raises:
-            ValueError: what is wrong with a variable of the runtime's, and what to do.
-        """
-        joined, visible, wanted = (self._variable(name) for name in (_JOINED, _VISIBLE, _COUNT))
-        limit = None
-        if chip is not None:
-            limit = chips * load_catalogue().get(chip).logical_devices_per_chip
-            if chip != "trn1" and joined not in ("", "2"):
-                if joined != "1":
-                    raise ValueError(f"{_JOINED}={joined} is neither 1 nor 2", "correct it, or unset it")
-                # Half of a device as the catalogue knows it.
-                limit, chip = 2 * limit, None
-        if visible:
-            return _count_cores(visible, limit), chip
-        if wanted not in ("", "0"):
-            if not wanted.isdigit():
-                raise ValueError(f"{_COUNT}={wanted} is not a number of cores", "correct it, or unset it")
-            return min(int(wanted), limit or int(wanted)), chip
-        if limit is None:
-            what = "it cannot be told which Trainium chip this is, and so how many NeuronCores it has"
-            raise ValueError(what, f"give the process /sys/bus/pci, or set hardware.environment.{_COUNT}")
-        return limit, chip
-
-    def _variable(self, name: str) -> str:
-        return self._variables.get(name, os.environ.get(name, ""))
-
-    def _package_problems(self, runtime: dict[str, str]) -> tuple[Problem, ...]:
-        if "torch-neuronx" in runtime:
+    @staticmethod
+    def _network_problems() -> tuple[Problem, ...]:
+        """Several instances meet over EFA."""
+        world = launch_world(0, 1)
+        if world.hosts == 1 or not host.glob("/dev/neuron[0-9]*") or host.glob("/sys/class/infiniband/*"):
             return ()
-        here = runtime.get("torch", "not installed")
-        fix = (
-            "make an environment of its own with the torch that the Neuron release names: "
-            "pip install torch-neuronx neuronx-cc --extra-index-url https://pip.repos.neuron.amazonaws.com"
-        )
-        return (Problem(f"torch-neuronx is not installed; it brings a torch_xla of its own (torch here: {here})", fix),)
+        what = f"this is one of {world.hosts} hosts, and it has no EFA device (nothing under /sys/class/infiniband)"
+        return (Problem(what, "give the instances EFA interfaces and install AWS's EFA driver, on every host"),)
+
+    def _topology(self) -> Wiring | None:
+        found = trainium_host.look(self._variables)
+        if found.chip is None or not found.chips:
+            return None
+        return trainium(found.chip, found.chips, load_catalogue().get(found.chip).logical_devices_per_chip)
+
+    def _chip_environment(self, config: HardwareConfig, local_rank: int, local_world: int) -> dict[str, str]:
+        world = launch_world(local_rank, local_world)
+        self._port = self._port or free_ports(1)[0]
+        found = torchrun_variables(world, self._port)
+        # What was set from outside, as by torchrun, stays: the library may meet there.
+        found |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+        if world.hosts > 1:
+            found |= _EFA
+        if config.compilation_cache not in ("auto", None):
+            # Of compiled graphs: torch/reference/env-vars.
+            found["TORCH_NEURONX_NEFF_CACHE_DIR"] = str(config.compilation_cache)
+        return found
+
+    def _chip(self, local_rank: int) -> torch.device:
+        import torch
+
+        # The number of a process's core is that of the process on its host: AWS's examples of torch.distributed.
+        torch.accelerator.set_device_index(local_rank)
+        return torch.device("neuron", torch.accelerator.current_device_index())
+
+    def numerics(self) -> dict[str, str]:
+        """Return torch's setting, and the variables of the compiler and the runtime that decide how is rounded."""
+        if self._simulate is not None:
+            return super().numerics()
+        return {**super().numerics(), **{name: os.environ[name] for name in _NUMERICS if name in os.environ}}
 
 
-def _count_cores(text: str, limit: int | None) -> int:
-    """Cores that NEURON_RT_VISIBLE_CORES names, as `0-3,7`."""
-    total = 0
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
-            raise ValueError(f"{_VISIBLE}={text} is no list of cores such as 0-3,7", "correct it, or unset it")
-        end = int(last or first) + 1
-        total += max(0, (end if limit is None else min(end, limit)) - int(first))
-    return total
+def _chip_problems(found: trainium_host.TrainiumHost) -> tuple[Problem, ...]:
+    if found.kind is None or found.kind in _CHIPS:
+        return ()
+    what = f"TorchNeuron drives Trn2 and Trn3 only, and this is {found.kind}"
+    fix = "use a Trn2 or Trn3 instance; hardware.runtime=torch_xla drives Trn1, but AWS has ended it (Neuron 2.30)"
+    return (Problem(what, fix),)
+
+
+def _package_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
+    version, torch = runtime.get("torch-neuronx"), runtime.get("torch")
+    wanted = " or ".join(_SERIES)
+    problems = python_problem("torch-neuronx", _OLDEST_PYTHON, _NEWEST_PYTHON, _INSTALL)
+    if version is None:
+        what = f"torch-neuronx is not installed; it needs torch {wanted} (here: {torch or 'not installed'})"
+        return (*problems, Problem(what, _INSTALL))
+    series = ".".join(version.split(".")[:2])
+    if version.startswith("1."):
+        what = f"torch-neuronx {version} is the placeholder on PyPI, or for inference on other chips"
+    elif series not in _SERIES:
+        older = series.split(".")[1].isdigit() and int(series.split(".")[1]) < 13
+        why = "drives the chip through torch_xla" if older else "is newer than what this is written for"
+        what = f"torch-neuronx {version} {why}; TorchNeuron is {wanted}"
+    elif torch is None or not torch.startswith(f"{series}."):
+        what = f"torch-neuronx {version} needs torch {series} (here: {torch or 'not installed'})"
+    else:
+        return tuple(problems)
+    return (*problems, Problem(what, _INSTALL))

@@ -27,6 +27,8 @@ class XlaTarget(Target):
     device_type = "xla"
     collective_backend = "xla"
     strategy = "xla"
+    runtime = "torch_xla"
+    simulates = "devices"
     experimental = True
 
     def _look(self) -> Probe:
@@ -83,6 +85,10 @@ class XlaTarget(Target):
         # A CPU computes bf16 many times more slowly than fp32.
         return "bf16" if self._simulate is None else "fp32"
 
+    def numerics(self) -> dict[str, str]:
+        """Return nothing: torch's settings do not reach torch_xla."""
+        return {}
+
     def device(self, local_rank: int) -> torch.device:
         """Return torch_xla's device."""
         import torch_xla
@@ -112,8 +118,12 @@ def torch_xla_problems(runtime: dict[str, str]) -> tuple[Problem, ...]:
     """Whether torch_xla and the torch that it was built for are installed. `runtime` holds package versions."""
     torch, torch_xla = runtime.get("torch", "not installed"), runtime.get("torch_xla")
     fix = f"with Python 3.11 or 3.12: {own_environment('xla')}"
+    major, minor = host.python_version()
     if torch_xla is None:
-        return (Problem(f"torch_xla is not installed; {TORCH_XLA} needs torch {TORCH_FOR_XLA} (here: {torch})", fix),)
+        needed = f"{TORCH_XLA} needs torch {TORCH_FOR_XLA} (here: {torch})"
+        if (major, minor) > (3, 12):
+            needed += f" and Python 3.11 or 3.12 (here: {major}.{minor})"
+        return (Problem(f"torch_xla is not installed; {needed}", fix),)
     if torch.split(".")[:2] != torch_xla.split(".")[:2]:
         return (
             Problem(f"torch_xla {torch_xla} needs torch {'.'.join(torch_xla.split('.')[:2])} (here: {torch})", fix),

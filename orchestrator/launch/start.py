@@ -130,6 +130,9 @@ def resolve_plan(plan: Plan, devices: int, world: World, slices: int = 1) -> tup
     check_run(planned, devices, data.vocab_size, slices)
     here = max(1, devices // world.size) * world.local_size
     resolved = resolve_run(config, target, devices, data.vocab_size, here=here, settled=settled, data=data)
+    placement = target.placement(resolved.layout.as_dict())
+    if placement and world.rank == 0:
+        tell(f"topology   {placement}")
     check_memory(resolved, target, target.processes(here))
     return replace(resolved, takes_older=plan.takes_older), Opened(target, plan.trusted, data, plan.checkpoint)
 
@@ -165,7 +168,8 @@ class _Capture:
 def _start_local(plan: Plan, captured: bool) -> Outcome:
     """Start one process per device of this machine."""
     target, hardware = plan.target, plan.config.hardware
-    resolved, _ = resolve_plan(plan, device_count(hardware, target, target.probe()), World())
+    devices = device_count(hardware, target, target.probe())
+    resolved, _ = resolve_plan(plan, devices, World(), target.slices())
     with contextlib.ExitStack() as held:
         place = open_run(plan, resolved, held).place
         common, processes = _variables(place), target.processes(resolved.devices)

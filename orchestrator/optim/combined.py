@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from orchestrator.optim.steps import GuardedOptimizer
-from orchestrator.sharding.parts import reduced_dims
+from orchestrator.sharding.parts import heeds_flag, reduced_dims
 
 
 class CombinedOptimizer(GuardedOptimizer):
     """Steps several optimizers together. It has all their groups and state, so that a checkpoint is complete.
 
     Args:
-        members: over different parameters; each heeds `found_inf`.
+        members: over different parameters; those that do not heed `found_inf` step whatever it says.
     """
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]):
@@ -27,12 +27,15 @@ class CombinedOptimizer(GuardedOptimizer):
             self.state.update(member.state)
         for member in members:
             member.state = self.state
+        # Whether all of them look at `found_inf` themselves.
+        self._step_supports_amp_scaling = all(heeds_flag(member) for member in members)
         self.reduced_dims = {key: dims for member in members for key, dims in reduced_dims(member).items()}
 
     def update(self) -> None:
         """Step every member, or none where the gradients are not finite."""
         for member in self._members:
-            setattr(member, "found_inf", self.found_inf)  # noqa: B010
+            if heeds_flag(member):
+                setattr(member, "found_inf", self.found_inf)  # noqa: B010
             member.step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

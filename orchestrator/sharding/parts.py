@@ -108,6 +108,15 @@ class WholeParts:
             yield parameter, function(part_of(parameter))
 
 
+def heeds_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer's step leaves weights and state as they are where `found_inf`, its attribute, is 1.
+
+    Args:
+        optimizer: any; torch marks its fused ones.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def reduced_dims(optimizer: torch.optim.Optimizer) -> Mapping[str, Reduced]:
     """Return, for each key of an optimizer's state that is not shaped as its parameter, the dims of size 1.
 

@@ -28,7 +28,7 @@ from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
-from orchestrator.sharding.parts import Parts, reduced_dims
+from orchestrator.sharding.parts import Parts, heeds_flag, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.context_parallel import parallelize_context
@@ -41,6 +41,7 @@ from orchestrator.strategies.module_sharding import (
     own_modules,
     own_parameters,
     shard_children,
+    without_gradients,
 )
 from orchestrator.strategies.module_state import shardable_models
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
@@ -89,8 +90,8 @@ class DTensorStrategy(ParallelStrategy):
         device = self.root_device
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
-        if self.precision == "fp32":
-            # torch's default, but torch_tpu's is "medium": it multiplies fp32 as bf16 unless told.
+        if self.precision == "fp32" or self.target.rounds_fp32_products:
+            # torch's default; torch_tpu's is "medium". What a bf16 run leaves in fp32 is meant to stay so, too.
             torch.set_float32_matmul_precision("highest")
         backend = self.target.collective_backend
         if device.type != "cpu":
@@ -129,7 +130,7 @@ class DTensorStrategy(ParallelStrategy):
             parallelize_context(model, self._context_group)
         if self.compile:
             for block in model.blocks:
-                block.compile()
+                block.compile(**self.target.compile_options)
         if self.layout.devices > 1 or self.precision != "fp32":
             self._fully_shard(model)
         self._allocate(model)
@@ -363,10 +364,14 @@ class DTensorStrategy(ParallelStrategy):
 
     @contextmanager
     def update_unless(self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
-        """Set `found_inf` of the optimizer, whose fused kernel then writes nothing."""
-        # What torch's gradient scaler tells a fused optimizer: its kernel then writes nothing, and step counts stay.
-        setattr(optimizer, "found_inf", bad.float())  # noqa: B010
-        yield
+        """Set `found_inf` of the optimizer, whose fused kernel then writes nothing; else take its gradients away."""
+        if heeds_flag(optimizer):
+            # What torch's gradient scaler tells a fused optimizer.
+            setattr(optimizer, "found_inf", bad.float())  # noqa: B010
+            yield
+            return
+        with without_gradients(model) if bool(bad) else nullcontext():  # the host waits for the flag
+            yield
 
     def fetch_later(self, value: Tensor) -> Callable[[], float]:
         """Copy the scalar to pinned memory, and wait for that copy when it is read."""

@@ -8,6 +8,7 @@ sharded by `fully_shard`, and within it each entry of a list of layers as a unit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -187,3 +188,20 @@ def _equalize(module: nn.Module) -> None:
         whole = tensor.detach().contiguous()
         dist.broadcast(whole, 0)
         tensor.detach().copy_(whole)
+
+
+@contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
+    """Take the gradients of `module` away for a while: what has none, an optimizer leaves alone to the bit.
+
+    Args:
+        module: whose parameters they are of.
+    """
+    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad

@@ -63,5 +63,7 @@ def provenance(parallel: ParallelStrategy) -> dict[str, Any]:
         "engine": parallel.world.engine,
         "layout": parallel.layout.as_dict(),
         "precision": parallel.precision,
+        "runtime": parallel.target.runtime,
+        "numerics": parallel.target.numerics(),
         "software": software(),
     }

@@ -29,6 +29,9 @@ from orchestrator.optim.own import build_own
 from orchestrator.optim.sgd import SGD
 from orchestrator.sharding.parts import Parts, WholeParts
 
+# Their fused kernel leaves weights and state alone where `found_inf` says so. That of `neuron` refuses `found_inf`
+# (torch-neuronx, python_ops/xla_ops/fused_adamw): there the host decides.
+_FUSED = ("cpu", "cuda", "tpu")
 _NS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 PEAK = "peak_lr"
@@ -103,7 +106,7 @@ def _groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dic
 def _adamw(
     parameters: Sequence[nn.Parameter], config: AdamWConfig | MuonRestConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    fused, traced = device.type in ("cpu", "cuda", "tpu"), device.type == "xla"
+    fused, traced = device.type in _FUSED, device.type == "xla"
     optimizer = torch.optim.AdamW(
         _groups(parameters, config.weight_decay),
         lr=config.lr,

@@ -17,7 +17,7 @@ from orchestrator.config.validate import check_stored
 from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import ConfigError, UserError
 from orchestrator.hardware.target import Target
-from orchestrator.hardware.target_table import get_target
+from orchestrator.hardware.target_table import target_of
 from orchestrator.runs.run_directory import RESOLVED, RunPaths
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, resolve_layout
@@ -32,7 +32,7 @@ _MAX_BYTES = 1 << 24
 _STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
 
 DECIDED = (
-    *("hardware.target", "hardware.devices", "hardware.precision", "hardware.chip"),
+    *("hardware.target", "hardware.devices", "hardware.precision", "hardware.chip", "hardware.runtime"),
     *(f"layout.{axis}" for axis in MESH_AXES),
     *("train.micro_batch_size", "train.remat", "model.vocab_size", "optim.ns_dtype"),
     *("data.tokenizer.kind", "checkpoint.handover.seq_len"),
@@ -45,7 +45,6 @@ LEFT_OPEN = {
     "data.tokenizer.eos": "likewise",
     "data.workers": "each host has cores of its own",
     "hardware.compilation_cache": "each host has one of its own",
-    "hardware.runtime": "the usual one of the target, which `get_target` knows",
     "hardware.threads": "each host has cores of its own",
     "model.head_dim": "no choice: `ModelConfig.head_width` is the rule",
     "resume": "a word for a checkpoint, which `paths.resume_from` is",
@@ -121,9 +120,7 @@ class Resolved:
 
     def target(self) -> Target:
         """Return the target, in a process that has not found it itself."""
-        target = get_target(self.config.hardware.target, self.config.hardware.runtime)
-        target.use(self.config.hardware)
-        return target
+        return target_of(self.config.hardware)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -239,6 +236,7 @@ def resolve_run(
         devices=devices if here is None else here,
         precision=cast(Literal["fp32", "bf16"], precision_of(config, target)),
         chip=chip,
+        runtime=cast(Any, target.runtime),
     )
     optim = settle_optimizer(config.optim, target.device_type == "cpu" or config.hardware.simulate is not None)
     tokenizer = replace(config.data.tokenizer, kind=cast(Any, config.data.tokenizer.made_from))

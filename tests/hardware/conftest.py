@@ -25,10 +25,14 @@ class Machine:
         monkeypatch.setattr(host, "ROOT", root)
         monkeypatch.setattr(host, "run", lambda *command: self.answers.get(command[0]))
         monkeypatch.setattr(host, "package_version", lambda name: self.packages.get(name))
+        self.python(3, 12)
         self.torch(CPU_TORCH)
         for name in list(os.environ):
             if name.endswith("VISIBLE_DEVICES") or name.startswith(("TPU_", "TORCH_TPU_", "MEGASCALE_", "NEURON_")):
                 monkeypatch.delenv(name)
+
+    def python(self, major: int, minor: int) -> None:
+        self._monkeypatch.setattr(host, "python_version", lambda: (major, minor))
 
     def torch(self, build: TorchBuild | None) -> None:
         self._monkeypatch.setattr(host, "torch_build", lambda: build)
@@ -52,6 +56,12 @@ class Machine:
             for function in range(functions):
                 self.pci(0x1AE0, device, 0x120000, function)
                 self.file(files.format(chip * functions + function))
+
+    def trainium(self, device: int, chips: int) -> None:
+        """Trainium chips with their driver, and without the packages."""
+        for chip in range(chips):
+            self.pci(0x1D0F, device, 0x118000)
+            self.file(f"/dev/neuron{chip}")
 
     def nvidia(self, *names: str, driver: str = "580.65.06", capability: str = "9.0", mig: str = "[N/A]") -> None:
         self.file("/dev/nvidiactl")

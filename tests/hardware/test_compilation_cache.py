@@ -10,11 +10,12 @@ from orchestrator.config.compose import compose
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.hardware.target_table import get_target
 
+XLA = ["hardware=trainium", "hardware.runtime=torch_xla"]
 VARIABLES = {"tpu": "XLA_PERSISTENT_CACHE_PATH", "trainium": "NEURON_COMPILE_CACHE_URL"}
 
 
 def _environment(config: HardwareConfig) -> dict[str, str]:
-    target = get_target(config.target)
+    target = get_target(config.target, "torch_xla")
     target.use(config)
     return target.environment(config, 0, 1)
 
@@ -37,17 +38,17 @@ def test_a_rehearsal_keeps_none_unless_asked(name):
 
 
 def test_trainium_is_told_to_leave_precision_alone():
-    config = compose(["hardware=trainium", "hardware.simulate=2"]).config.hardware
+    config = compose([*XLA, "hardware.simulate=2"]).config.hardware
     flags = _environment(config)["NEURON_CC_FLAGS"].split()
     assert {"--auto-cast=none", "--model-type=transformer"} <= set(flags)
     assert _environment(config)["NEURON_RT_STOCHASTIC_ROUNDING_EN"] == "0"
-    other = compose(["hardware=trainium", "hardware.simulate=2", "hardware.environment.NEURON_CC_FLAGS=-O1"])
+    other = compose([*XLA, "hardware.simulate=2", "hardware.environment.NEURON_CC_FLAGS=-O1"])
     assert _environment(other.config.hardware)["NEURON_CC_FLAGS"] == "-O1"
 
 
 def test_trainium_is_told_to_keep_nothing():
-    assert "--no_cache" not in _environment(compose(["hardware=trainium"]).config.hardware)["NEURON_CC_FLAGS"]
-    config = compose(["hardware=trainium", "hardware.compilation_cache=null"]).config.hardware
+    assert "--no_cache" not in _environment(compose(XLA).config.hardware)["NEURON_CC_FLAGS"]
+    config = compose([*XLA, "hardware.compilation_cache=null"]).config.hardware
     assert _environment(config)["NEURON_CC_FLAGS"].endswith("--auto-cast=none --no_cache")
 
 

@@ -217,17 +217,19 @@ class TestTrainium:
         slurm = {**STEP, **tasks, "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
         set_all(monkeypatch, torchrun if engine == "torchrun" else slurm)
         config = HardwareConfig(target="trainium")
-        environment = get_target("trainium").environment(config, 0, 1)
+        environment = get_target("trainium", "torch_xla").environment(config, 0, 1)
         first = {"torchrun": "node-0", "slurm": "gpu03"}[engine]
         assert environment["NEURON_RT_ROOT_COMM_ID"] == f"{first}:62182"
         assert environment["NEURON_PJRT_PROCESSES_NUM_DEVICES"] == "8,8,8"
         assert (environment["NEURON_PJRT_PROCESS_INDEX"], environment["RANK"]) == ("1", "1")
 
     def test_a_single_host_is_told_nothing(self, trn1: Machine):
-        environment = get_target("trainium").environment(HardwareConfig(target="trainium"), 0, 1)
+        environment = get_target("trainium", "torch_xla").environment(HardwareConfig(target="trainium"), 0, 1)
         assert not {name for name in environment if name.startswith(("NEURON_PJRT", "NEURON_RT_ROOT"))}
 
     def test_a_given_variable_stays(self, trn1: Machine, monkeypatch: pytest.MonkeyPatch):
         set_all(monkeypatch, {**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
         config = HardwareConfig(target="trainium", environment={"NEURON_RT_ROOT_COMM_ID": "10.0.0.1:5000"})
-        assert get_target("trainium").environment(config, 0, 1)["NEURON_RT_ROOT_COMM_ID"] == "10.0.0.1:5000"
+        assert (
+            get_target("trainium", "torch_xla").environment(config, 0, 1)["NEURON_RT_ROOT_COMM_ID"] == "10.0.0.1:5000"
+        )

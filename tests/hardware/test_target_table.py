@@ -64,7 +64,8 @@ def test_a_missing_target_is_one_clear_error(machine: Machine, name: str):
     with pytest.raises(HardwareError) as caught:
         resolve(HardwareConfig(target=name))  # type: ignore[arg-type]
     text = str(caught.value)
-    assert f"hardware.target={name} cannot be used on this machine" in text
+    assert text.startswith(f"hardware.target={name} ")
+    assert "cannot be used on this machine" in text
     assert "usable here: cpu" in text
     assert "do: " in text
 
@@ -81,8 +82,8 @@ def test_a_simulated_tpu_needs_only_torch_xla(machine: Machine):
     assert (environment["PJRT_DEVICE"], environment["CPU_NUM_DEVICES"]) == ("CPU", "4")
 
 
-def test_only_xla_targets_are_simulated(machine: Machine):
-    with pytest.raises(HardwareError, match=r"hardware\.simulate"):
+def test_only_chips_are_rehearsed(machine: Machine):
+    with pytest.raises(HardwareError, match=r"hardware\.simulate(.|\n)*several processes on cpu are hardware\.devices"):
         resolve(HardwareConfig(target="cpu", simulate=4))
 
 

@@ -252,12 +252,12 @@ class TestXla:
 
     @pytest.mark.parametrize(("pci", "chip", "cores"), [(0x7164, "trn1", 2), (0x7364, "trn2", 4), (0x7564, "trn3", 4)])
     def test_a_trainium_device_is_a_core_as_the_runtime_counts(self, machine: Machine, pci: int, chip: str, cores: int):
-        machine.packages["torch-neuronx"] = "2.9.0"
+        machine.packages |= {"torch": "2.9.0", "torch-neuronx": "2.9.0"}
         for number in range(3):
             machine.pci(0x1D0F, pci, 0x118000)
             if number < 2:  # a container that has two of the three chips
                 machine.file(f"/dev/neuron{number}")
-        probe = get_target("trainium").probe()
+        probe = get_target("trainium", "torch_xla").probe()
         assert (probe.devices, probe.chip, probe.problems) == (2 * cores, chip, ())
 
     @pytest.mark.parametrize(

@@ -163,7 +163,9 @@ class TestTorchTpu:
         assert (target.name, target.strategy, target.device_type) == ("tpu", "dtensor", "tpu")
         assert target.collective_backend == "tpu_dist"
         assert target.experimental
-        assert "experimental" in target.state
+        assert "never run on a chip" in target.state
+        assert dict(target.compile_options) == {"backend": "tpu"}
+        assert target.rounds_fp32_products
         assert target.processes(device_count(NATIVE, target, target.probe())) == 4
         assert target.default_precision(target.probe()) == "bf16"
         assert resolve(HardwareConfig(target="tpu", runtime="torch_tpu", devices=1)).probe().available
@@ -178,7 +180,7 @@ class TestTorchTpu:
     @pytest.mark.parametrize(
         ("packages", "words"),
         [
-            ({"torch": "2.9.0"}, "torch_tpu 0.2.0 needs torch 2.11 to 2.13 (here: 2.9.0)"),
+            ({"torch": "2.9.0"}, "torch_tpu 0.2.0 needs torch 2.11 to 2.15 (here: 2.9.0)"),
             ({"torch_tpu": "0.3.0"}, "torch_tpu 0.3.0 is not the release"),
             ({"libtpu": ""}, "libtpu, the TPU runtime, is not installed"),
         ],
@@ -235,7 +237,13 @@ class TestTorchTpu:
 
     def test_device_and_memory(self, monkeypatch: pytest.MonkeyPatch):
         made: list[tuple[str, int]] = []
-        monkeypatch.setattr(torch, "device", lambda kind, index: made.append((kind, index)))
+
+        class Device:
+            def __init__(self, kind: str, index: int):
+                made.append((kind, index))
+                self.type = kind
+
+        monkeypatch.setattr(torch, "device", Device)
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
         monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 7)
         monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 0)
@@ -251,12 +259,29 @@ class TestTorchTpu:
     [
         (HardwareConfig(target="tpu", runtime="torch_tpu"), []),
         (HardwareConfig(target="tpu", runtime="torch_xla", simulate=4), []),
-        (HardwareConfig(target="tpu", runtime="torch_tpu", simulate=4), ["no virtual devices"]),
-        (HardwareConfig(target="cuda", runtime="torch_tpu"), ["libraries that drive a TPU"]),
-        (HardwareConfig(runtime="torch_xla"), ["libraries that drive a TPU"]),
+        (HardwareConfig(target="tpu", runtime="torch_tpu", simulate=4, instance="v6e-16"), []),
+        (HardwareConfig(target="trainium", runtime="torch_xla", simulate=4), []),
+        (HardwareConfig(target="cpu", runtime="torch"), []),
+        (HardwareConfig(target="cuda", runtime="torch_tpu"), ["set it to torch, or leave it out"]),
+        (HardwareConfig(target="trainium", runtime="torch_tpu"), ["set it to torchneuron or torch_xla"]),
+        (HardwareConfig(runtime="torch_xla"), ["name the target, or leave it out"]),
+        (HardwareConfig(target="tpu", instance="v6e-16"), ["without hardware.simulate"]),
     ],
 )
-def test_runtime_is_a_tpus_and_real(hardware: HardwareConfig, words: list[str]):
+def test_a_runtime_is_one_of_its_target(hardware: HardwareConfig, words: list[str]):
     found = [str(problem) for problem in validate(RunConfig(hardware=hardware))]
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+def test_the_librarys_runtime_is_the_usual_one_beside_a_chip(machine: Machine):
+    """Where torch_tpu is installed and a chip is there; a rehearsal does not depend on what is installed."""
+    assert get_target("tpu").runtime == "torch_xla"
+    machine.packages |= NATIVE_PACKAGES
+    assert get_target("tpu").runtime == "torch_xla", "no chip"
+    machine.tpu(V5E, 4)
+    assert resolve(HardwareConfig(target="tpu")).runtime == "torch_tpu"
+    assert get_target("tpu", rehearses=True).runtime == "torch_xla"
+    machine.packages["torch_tpu"] = ""
+    del machine.packages["torch_tpu"]
+    assert get_target("tpu").runtime == "torch_xla"
