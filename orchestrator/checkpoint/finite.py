@@ -12,18 +12,19 @@ def finite_flags(tensors: Sequence[Tensor]) -> list[bool]:
     """Return for each tensor whether all its elements are finite. Integers always are.
 
     A sum is finite only where every element is, and takes one pass at the memory's speed; a sum of finite elements that
-    overflows is looked at again, element by element. Of tensors on a device one answer is fetched for all.
+    overflows is looked at again, element by element. Of the tensors on a device one answer is fetched for all.
 
     Args:
         tensors: of any dtype, on any device.
     """
     flags = [True] * len(tensors)
     floating = [index for index, data in enumerate(tensors) if data.is_floating_point() and data.numel()]
-    if not floating:
-        return flags
-    sums = [_sum(tensors[index].detach()) for index in floating]
-    for index, known in zip(floating, torch.stack(sums).isfinite().tolist(), strict=True):
-        flags[index] = known or bool(tensors[index].detach().isfinite().all())
+    # Some optimizers keep a count on the host beside what is on the device.
+    for device in {tensors[index].device for index in floating}:
+        there = [index for index in floating if tensors[index].device == device]
+        sums = torch.stack([_sum(tensors[index].detach()) for index in there])
+        for index, known in zip(there, sums.isfinite().tolist(), strict=True):
+            flags[index] = known or bool(tensors[index].detach().isfinite().all())
     return flags
 
 

@@ -35,7 +35,9 @@ from orchestrator.errors import CheckpointError, HandoverError
 REFERENCE, MEASURED = "reference.safetensors", "handover.json"
 DIGEST = ("logsumexp", "target", "projection0", "projection1")
 PROJECTIONS = 2
-_SIDE = ("target", "device_names", "devices", "hosts", "layout", "precision", "software")
+_SIDE = ("target", "runtime", "device_names", "devices", "hosts", "layout", "precision", "numerics", "software")
+# Of which checkpoints of before had none: what is not known has not changed.
+_NEW = ("runtime", "numerics")
 _NAMES = {"loss": "loss", "grad_norm": "gradient norm", "logits": "logits"}
 _NAMED = 8  # tensors that are listed
 _FIELDS, _OPTIONAL = ("tokens", "targets", "positions"), ("documents",)
@@ -356,10 +358,14 @@ class Handover:
 
     @property
     def changed(self) -> list[str]:
-        """What of backend, layout, precision and software is not as it was."""
-        kinds = {"backend": ("target", "device_names"), **{key: (key,) for key in ("layout", "precision", "software")}}
+        """What of backend, layout, precision, numerics (how is rounded) and software is not as it was."""
+        kinds = {"backend": ("target", "runtime", "device_names")}
+        kinds |= {key: (key,) for key in ("layout", "precision", "numerics", "software")}
+        known = [key for key in _SIDE if key in self.before or key not in _NEW]
         return [
-            kind for kind, keys in kinds.items() if any(self.before.get(key) != self.after.get(key) for key in keys)
+            kind
+            for kind, keys in kinds.items()
+            if any(self.before.get(key) != self.after.get(key) for key in keys if key in known)
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch._dynamo  # not after the device has been named
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -43,6 +44,11 @@ _MATRIX_PRODUCTS = (
     aten.addmm.default,
     aten.scaled_dot_product_attention.default,
 )
+# torch has a kernel of its own for PrivateUse1 that hands the device's tensors to the group: gloo's would refuse them.
+_COLLECTIVES = ("allreduce_", "allgather_", "_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_", "broadcast_")
+_COLLECTIVES += ("reduce_", "gather_", "scatter_", "alltoall_", "alltoall_base_", "allreduce_coalesced_", "send", "recv_")
+_COLLECTIVES += ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_", "barrier")
+_PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
 _SWEEP_BYTES = 64 * 2**20
 
 calls: Counter[str] = Counter()
@@ -107,12 +113,14 @@ class FakeDevice:
 
     def run(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Run `op` on the CPU, on the memory of the device's tensors."""
-        calls[str(op)] += 1
+        calls[op._name] += 1
         if op in _METADATA:
             return op.redispatch(_CPU_KERNEL, *args, **kwargs)
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def enter(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(enter, value))
             if isinstance(value, torch.device):
                 return _CPU if value.type == self.name else value
             if not isinstance(value, torch.Tensor):
@@ -124,28 +132,38 @@ class FakeDevice:
             assert not mixed, f"{op} got a tensor of {value.device} among those of {self.name}"
             return value
 
-        host_args, host_kwargs = pytree.tree_map(enter, (args, kwargs))
+        host_args, host_kwargs = enter(args), {name: enter(value) for name, value in kwargs.items()}
         if op is aten._copy_from.default:
             host_args[1].copy_(host_args[0])
             return args[1]
+        self._check(op, host_kwargs)
+        if op.overloadpacket in _PRODUCTS and torch.get_float32_matmul_precision() != "highest":
+            host_args = tuple(_rounded(value) for value in host_args)
         empty = self._empty_outputs(op, kwargs, host_kwargs)
         with self._randomness(op):
             result = op(*host_args, **host_kwargs)
         for host, ours in empty:
             self.point(ours, self.own(host.untyped_storage()), host)
-        return pytree.tree_map(functools.partial(self._leave, pairs + empty), result)
+        return self._leave(pairs + empty, result)
+
+    def _check(self, op: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse what the vendor's kernels refuse."""
+        if op.overloadpacket is aten._fused_adamw_ and self.name == "neuron":
+            assert kwargs.get("found_inf") is None, "torch-neuronx, python_ops: no found_inf in its fused AdamW"
 
     @staticmethod
     def _empty_outputs(op: Any, ours: dict[str, Any], hosts: dict[str, Any]) -> list[tuple[Any, Any]]:
         """Give the kernel something that it may resize for each `out=` that has no elements yet."""
         found = []
-        for name in [argument.name for argument in op._schema.arguments if argument.is_out]:
+        for name in _outputs(op) if ours else ():
             if isinstance(hosts.get(name), torch.Tensor) and not hosts[name].numel():
                 hosts[name] = torch.empty(0, dtype=hosts[name].dtype)
                 found.append((hosts[name], ours[name]))
         return found
 
     def _leave(self, pairs: list[tuple[Any, Any]], value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._leave(pairs, one) for one in value)
         if not isinstance(value, torch.Tensor):
             return value
         address = value.untyped_storage().data_ptr()
@@ -160,7 +178,7 @@ class FakeDevice:
     @contextlib.contextmanager
     def _randomness(self, op: Any) -> Any:
         """Let what is random draw from the device's generator, and not from the CPU's."""
-        if torch.Tag.nondeterministic_seeded not in op.tags:
+        if not _is_random(op):
             yield
             return
         kept = torch.default_generator.get_state()
@@ -170,6 +188,22 @@ class FakeDevice:
         finally:
             self.generator.set_state(torch.default_generator.get_state())
             torch.default_generator.set_state(kept)
+
+
+def _rounded(value: Any) -> Any:
+    """Return fp32 as a chip reads it for a matrix product, unless it is told to keep all bits: torch_tpu's default."""
+    matrix = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+    return value.to(torch.bfloat16).float() if matrix else value
+
+
+@functools.cache
+def _outputs(op: Any) -> list[str]:
+    return [argument.name for argument in op._schema.arguments if argument.is_out]
+
+
+@functools.cache
+def _is_random(op: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in op.tags
 
 
 class _Event:
@@ -267,6 +301,7 @@ def install(name: str, group: str) -> FakeDevice:
     fake.libraries = _register_kernels(fake)
     _register_runtime(fake, module)
     dist.Backend.register_backend(group, _gloo, devices=[name])
+    torch.set_float32_matmul_precision("medium")
     torch._dynamo.register_backend(lambda graph, inputs: _compiled(name, graph), name=name)
     return fake
 
@@ -276,10 +311,9 @@ def _register_kernels(fake: FakeDevice) -> list[torch.library.Library]:
     every.fallback(fake.run, "PrivateUse1")
     for op in _METADATA:
         own.impl(op, functools.partial(fake.run, op), "PrivateUse1")
-    for packet in dir(torch.ops.c10d):
-        op = getattr(getattr(torch.ops.c10d, packet), "default", None)
-        if op is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "PrivateUse1"):
-            groups.impl(op, functools.partial(fake.run, op), "PrivateUse1", allow_override=True)
+    for name in _COLLECTIVES:
+        op = getattr(torch.ops.c10d, name).default
+        groups.impl(op, functools.partial(fake.run, op), "PrivateUse1", allow_override=True)
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for op in _MATRIX_PRODUCTS:
         own.impl(op, functools.partial(_autocast, fake.name, op), "AutocastPrivateUse1")
