@@ -359,7 +359,7 @@ class Handover:
     @property
     def changed(self) -> list[str]:
         """What of backend, layout, precision, numerics (how is rounded) and software is not as it was."""
-        kinds = {"backend": ("target", "runtime", "device_names")}
+        kinds: dict[str, tuple[str, ...]] = {"backend": ("target", "runtime", "device_names")}
         kinds |= {key: (key,) for key in ("layout", "precision", "numerics", "software")}
         known = [key for key in _SIDE if key in self.before or key not in _NEW]
         return [

@@ -18,7 +18,19 @@ from orchestrator.checkpoint.format import (
 )
 from orchestrator.checkpoint.storage import size_of
 
-_SHOWN = ("written", "target", "runtime", "device_names", "devices", "hosts", "engine", "layout", "precision", "numerics", "software")
+_SHOWN = (
+    "written",
+    "target",
+    "runtime",
+    "device_names",
+    "devices",
+    "hosts",
+    "engine",
+    "layout",
+    "precision",
+    "numerics",
+    "software",
+)
 
 
 def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:

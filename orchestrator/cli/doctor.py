@@ -78,9 +78,10 @@ def _targets() -> dict[str, Target]:
 
     targets = {}
     for name in target_table.TARGETS:
-        targets[name] = target_table.get_target(name)
-        for runtime in (runtime for owner, runtime in target_table.RUNTIMES if owner == name):
-            targets[f"{name} hardware.runtime={runtime}"] = target_table.get_target(name, runtime)
+        usual = targets[name] = target_table.get_target(name)
+        for runtime in target_table.runtimes(name):
+            if runtime != usual.runtime:
+                targets[f"{name} hardware.runtime={runtime}"] = target_table.get_target(name, runtime)
     return targets
 
 
@@ -101,7 +102,7 @@ def _section(title: str, found: Sequence[Check]) -> str:
 def _target_row(target: Any, probe: Any) -> dict[str, Any]:
     return {
         "target": target.name,
-        "hardware_runtime": target.runtime or "auto",
+        "hardware_runtime": target.runtime,
         "available": probe.available,
         "devices": probe.devices,
         "device_names": sorted(set(probe.device_names)),
@@ -127,7 +128,8 @@ def _hardware(rows: Sequence[dict[str, Any]]) -> str:
         device += f" ({row['chip'] or 'not in it'})" if row["devices"] and row["target"] != "cpu" else ""
         precision = row["precision"] if row["devices"] else "-"
         lines.append(f"  {sign}  {row['target']:<9}  {usable:<6}  {row['devices']:<7}  {precision:<9}  {device}")
-        lines.append(f"      {'':<9}  state: {row['state']}")
+        runtime = "" if row["hardware_runtime"] == "torch" else f"hardware.runtime={row['hardware_runtime']}, "
+        lines.append(f"      {'':<9}  state: {runtime}{row['state']}")
         # Where there is no device, what else it would need is noise: only that, and whether it would help to have one.
         problems = row["problems"]
         for problem in problems if row["devices"] or len(problems) < 3 else (problems[0], problems[-1]):

@@ -214,7 +214,8 @@ def try_devices(device_types: Sequence[str], *, deep: bool = False) -> list[Chec
     checks = []
     for device in dict.fromkeys(device_types):
         started = time.perf_counter()
-        problem = _run_all([[_ARITHMETIC, device]])
+        # A vendor's device is known once its library has been loaded by torch.
+        problem = _run_all([[_ARITHMETIC, device]], autoload=device in ("tpu", "neuron"))
         checks.append(_trial(f"{device} arithmetic", problem, started))
     if deep:
         started = time.perf_counter()
@@ -231,9 +232,9 @@ def _trial(name: str, problem: str | None, started: float) -> Check:
     return Check(name, "error", problem, "run it by hand for the whole message; reinstall torch if it does not start")
 
 
-def _run_all(commands: Sequence[Sequence[str]]) -> str | None:
+def _run_all(commands: Sequence[Sequence[str]], *, autoload: bool = False) -> str | None:
     """Run the Python programs side by side; the last line of the first that fails, or None."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload))}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -74,6 +74,16 @@ def target_of(config: HardwareConfig) -> Target:
     return target
 
 
+def runtimes(name: str) -> list[str]:
+    """Return the values of `hardware.runtime` that a target knows.
+
+    Args:
+        name: a key of `TARGETS`.
+    """
+    found = {_class(TARGETS[name]).runtime, *(runtime for owner, runtime in RUNTIMES if owner == name)}
+    return sorted(found)
+
+
 def probe_all() -> dict[str, Probe]:
     """Look for every target, in the order of `TARGETS`. Never raises and imports no torch."""
     return {name: get_target(name).probe() for name in TARGETS}

@@ -45,8 +45,24 @@ _MATRIX_PRODUCTS = (
     aten.scaled_dot_product_attention.default,
 )
 # torch has a kernel of its own for PrivateUse1 that hands the device's tensors to the group: gloo's would refuse them.
-_COLLECTIVES = ("allreduce_", "allgather_", "_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_", "broadcast_")
-_COLLECTIVES += ("reduce_", "gather_", "scatter_", "alltoall_", "alltoall_base_", "allreduce_coalesced_", "send", "recv_")
+_COLLECTIVES = (
+    "allreduce_",
+    "allgather_",
+    "_allgather_base_",
+    "_reduce_scatter_base_",
+    "reduce_scatter_",
+    "broadcast_",
+)
+_COLLECTIVES += (
+    "reduce_",
+    "gather_",
+    "scatter_",
+    "alltoall_",
+    "alltoall_base_",
+    "allreduce_coalesced_",
+    "send",
+    "recv_",
+)
 _COLLECTIVES += ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_", "barrier")
 _PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
 _SWEEP_BYTES = 64 * 2**20

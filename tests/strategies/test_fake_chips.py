@@ -1,7 +1,7 @@
 """The conformance suite under the vendors' names: the device types `neuron` and `tpu`, their process groups, compilers.
 
-No chip is needed: `tests.lab.fake_device` registers each device type, backed by the CPU and gloo. What that leaves open,
-docs/chips.md says.
+No chip is needed: `tests.lab.fake_device` registers each device type, backed by the CPU and gloo. docs/chips.md says
+what that leaves open.
 """
 
 from __future__ import annotations
