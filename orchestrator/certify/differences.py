@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.certify.certificate import TIERS, Case, Certificate, OpenedCertificate
+from orchestrator.certify.certificate import PASSED, TIERS, Certificate, OpenedCertificate
 from orchestrator.certify.kinds import KINDS
 
 ABSENT = "-"
@@ -77,26 +78,22 @@ class Sides:
         return rows
 
     def cases(self) -> list[list[str]]:
-        """Return a row for each case in which they differ: in its result, or in what was measured."""
-        tables = [{case.key: case for case in each.cases} for each in self.certificates]
-        rows = []
-        for key in dict.fromkeys(key for table in tables for key in table):
-            cells = [_cell(table.get(key)) for table in tables]
-            if len(set(cells)) > 1:
-                case = next(table[key] for table in tables if key in table)
-                title = KINDS[case.name].title if case.name in KINDS else case.name
-                rows.append([title, case.layout, *cells])
-        return rows
+        """Return a row for each kind of case in which they differ: what was measured on the worst layout of each."""
+        rows = [[_title(name), *(_worst(each, name) for each in self.certificates)] for name in self._kinds()]
+        return [row for row in rows if len(set(row[1:])) > 1]
 
     def verdicts(self) -> list[str]:
-        """Return a line for each case that one has passed and another one has not."""
-        tables = [{case.key: case.status for case in each.cases} for each in self.certificates]
+        """Return a line for each kind of case that one has passed, on all its layouts, and another one has not."""
         lines = []
-        for key in dict.fromkeys(key for table in tables for key in table):
-            found = {label: table[key] for label, table in zip(self.labels, tables, strict=True) if key in table}
+        for name in self._kinds():
+            pairs = zip(self.labels, self.certificates, strict=True)
+            found = {label: verdict for label, each in pairs if (verdict := _verdict(each, name))}
             if len(set(found.values())) > 1:
-                lines.append(f"{key}: {', '.join(f'{status} on {label}' for label, status in found.items())}")
+                lines.append(f"{_title(name)}: {'; '.join(f'{said} on {label}' for label, said in found.items())}")
         return lines
+
+    def _kinds(self) -> list[str]:
+        return list(dict.fromkeys(case.name for each in self.certificates for case in each.cases))
 
     def losses(self) -> list[Apart]:
         """Return how far the losses of each are from those of the first one, on layouts of both, else on one each."""
@@ -120,7 +117,7 @@ class Sides:
             "comparable": self.comparable,
             "results": {name: values for name, *values in self.results()},
             "verdicts": self.verdicts(),
-            "cases": [dict(zip(("case", "layout", *self.labels), row, strict=True)) for row in self.cases()],
+            "cases": [dict(zip(("case", *self.labels), row, strict=True)) for row in self.cases()],
             "losses": [{**vars(apart), "agrees": apart.agrees} for apart in self.losses()],
             "facts": {name: values for name, *values in self.facts()},
         }
@@ -132,11 +129,30 @@ def _devices(certificate: Certificate) -> str:
     return f"{certificate.device.get('devices')} x {names[0]}{simulated}"
 
 
-def _cell(case: Case | None) -> str:
-    if case is None:
+def _title(name: str) -> str:
+    return KINDS[name].title if name in KINDS else name
+
+
+def _worst(certificate: Certificate, name: str) -> str:
+    """Return what was measured on the layout on which it is farthest off, or was not measured at all."""
+    cases = [case for case in certificate.cases if case.name == name]
+    if not cases:
         return ABSENT
-    measured = "not finite" if case.measured is None else f"{case.measured:.1e}"
-    return f"{measured} {case.status}"
+    worst = max(cases, key=lambda case: (case.status != PASSED, math.inf if case.measured is None else case.measured))
+    measured = "not finite" if worst.measured is None else f"{worst.measured:.1e}"
+    # Where it is nothing, no layout is worse than another.
+    where = f" ({worst.layout})" if worst.layout and worst.measured != 0 else ""
+    return f"{measured} {worst.status}{where}"
+
+
+def _verdict(certificate: Certificate, name: str) -> str:
+    """Say whether a kind has passed on all layouts, else on which it has not; empty where it was not tried."""
+    cases = [case for case in certificate.cases if case.name == name]
+    wrong = [case for case in cases if case.status != PASSED]
+    if not wrong:
+        return PASSED if cases else ""
+    layouts = ", ".join(case.layout for case in wrong if case.layout)
+    return f"failed{f' ({layouts})' if layouts else ''}"
 
 
 def _apart(one: str, first: Certificate, other: str, second: Certificate) -> list[Apart]:

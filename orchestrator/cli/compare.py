@@ -131,7 +131,7 @@ def _tables(sides: Sides) -> list[tuple[str, list[str], list[list[str]]]]:
         ("Certificates", ["", *sides.labels], sides.results()),
         ("Verdicts that differ", ["case"], verdicts),
         ("Losses", ["between", "layout", "largest difference", "at step", "allowed", "verdict"], losses),
-        ("Measured values that differ", ["case", "layout", *sides.labels], sides.cases()),
+        ("Measured values that differ, on the worst layout", ["case", *sides.labels], sides.cases()),
         ("Devices and software that differ", ["key", *sides.labels], sides.facts()),
     ]
 

@@ -167,14 +167,14 @@ def test_two_vendors_side_by_side(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
         write(tmp_path / name, certificate)
     sides = Sides.of([read(tmp_path / "a"), read(tmp_path / "b")])
-    assert sides.verdicts() == ["matrix_products, fsdp=2: passed on cpu, failed on tpu"]
+    assert sides.verdicts() == ["matrix products: passed on cpu; failed (fsdp=2) on tpu"]
     (losses,) = sides.losses()
     assert (losses.layouts, losses.agrees) == ("fsdp=2", False)
     assert losses.losses == pytest.approx(1e-4)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", f"a/{FILE}", "b"]) == 0
     printed = capsys.readouterr().out
-    for text in ("matrix_products, fsdp=2: passed on cpu, failed on tpu", "1.0e-04", "device.target", "compare.html"):
+    for text in ("matrix products: passed on cpu; failed (fsdp=2) on tpu", "1.0e-04", "device.target", "compare.html"):
         assert text in printed
     assert "matrix products" in (tmp_path / "compare.html").read_text()
     assert cli.main(["compare", f"a/{FILE}", f"a/{FILE}", "html=none", "json=true"]) == 0
