@@ -46,6 +46,11 @@ _NO_JAX = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _the_compilers_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 def _stage(folder: Path, *overrides: str, devices: int = 8) -> subprocess.CompletedProcess[str]:
     """Stage as the verb does, in a process of its own."""
     hardware = ("hardware=tpu", f"hardware.simulate={devices}", "hardware.precision=bf16")
