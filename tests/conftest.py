@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the cases that are marked slow")
 
 
+# Files of a minute and more. Where files run side by side, one of these must not be the last.
+LONG = (
+    *(
+        "launch/test_end_to_end.py",
+        "launch/test_remote.py",
+        "strategies/test_conformance.py",
+        "training/test_divergence.py",
+    ),
+    *("launch/test_faults.py", "training/test_handover_check.py", "test_mutants.py", "api/test_pages.py"),
+    *("test_package.py", "strategies/test_lightning.py", "xla/test_conformance.py", "xla/test_rehearsal.py"),
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow, unless it is asked for."""
+    """Begin with the long files, and leave out what is marked slow, unless it is asked for."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
     if config.getoption("--slow"):
         return
     left_out = [item for item in items if item.get_closest_marker("slow")]

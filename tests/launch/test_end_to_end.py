@@ -39,14 +39,19 @@ def whole(tmp_path_factory):
     return get
 
 
-LAYOUTS = [("model.dropout=0.1",), ("hardware.devices=4", "layout.fsdp=2", "layout.tensor=2", "model.dropout=0.1")]
+LAYOUTS = [
+    ("model.dropout=0.1",),
+    ("hardware.devices=2", "layout.fsdp=2", "model.dropout=0.1"),
+    ("hardware.devices=4", "layout.fsdp=2", "layout.tensor=2", "model.dropout=0.1"),
+]
 
 
 @pytest.mark.parametrize(
     ("layout", "how"),
     [
         pytest.param(LAYOUTS[0], "latest", marks=slow, id="1 process"),
-        pytest.param(LAYOUTS[1], "auto", id="4 processes"),
+        pytest.param(LAYOUTS[1], "auto", id="2 processes"),
+        pytest.param(LAYOUTS[2], "auto", marks=slow, id="4 processes"),
     ],
 )
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path, layout, how):
