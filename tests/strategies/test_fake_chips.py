@@ -149,3 +149,15 @@ def test_a_bad_step_leaves_weights_and_state_alone(chip):
     ((skipped, taken),) = run_ranks(1, _guard, chip)
     assert skipped == [True, True, True]
     assert taken == [False, False, False]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_rehearsal_computes_what_the_cpu_does(tmp_path, chip):
+    """`hardware.simulate` runs the same strategy in processes of the CPU: the same losses, to the bit."""
+    words = (*TINY, *CASES["fsdp2_tensor2"], "train.max_steps=6", "checkpoint.every_steps=6")
+    instance = {"neuron": "trn2.48xlarge", "tpu": "v6e-16"}[chip]
+    rehearsed = ["hardware.simulate=4", f"hardware.instance={instance}"]
+    ours = train(small_config(tmp_path, *CHIPS[chip][0], *words, *rehearsed), 4, tmp_path / "rehearsed")
+    theirs = train(small_config(tmp_path, *words), 4, tmp_path / "cpu")
+    assert len(losses(ours)) == 6
+    assert losses(ours) == losses(theirs)
