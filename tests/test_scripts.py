@@ -23,7 +23,7 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for name in ("pyproject.toml", "constraints.txt", "constraints-xla.txt", "constraints-tpu-compiler.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    for venv in (".venv", ".venv-xla", ".venv-tpu-compiler", ".venv-docs"):
+    for venv in (".venv", ".venv-xla", ".venv-tpu-native", ".venv-tpu-compiler", ".venv-docs"):
         folder = tmp_path / venv / "bin"
         folder.mkdir(parents=True)
         for name in ("python", "ruff", "mypy", "mkdocs"):
@@ -55,6 +55,8 @@ def call(checkout: Path, script: str, *words: str) -> list[str]:
 LIGHT = [".venv/python installs  constraints.txt", ".venv/python -m orchestrator train"]
 REHEARSAL = [".venv-xla/python installs [xla,test] constraints-xla.txt", ".venv-xla/python -m orchestrator train"]
 TPU = [".venv-xla/python installs [tpu,test] constraints-xla.txt", ".venv-xla/python -m orchestrator train"]
+NATIVE = [".venv-tpu-native/python installs [tpu-native] constraints.txt"]
+NATIVE += [".venv-tpu-native/python -m orchestrator train"]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,12 @@ TPU = [".venv-xla/python installs [tpu,test] constraints-xla.txt", ".venv-xla/py
         ("", LIGHT),
         ("hardware=cpu hardware.devices=4", LIGHT),
         ("hardware=tpu hardware.simulate=4 layout.fsdp=2", REHEARSAL),
-        ("hardware.simulate=2 hardware=trainium", REHEARSAL),
-        ("hardware=trainium", REHEARSAL),
+        ("hardware.simulate=2 hardware=trainium", LIGHT),
+        ("hardware=trainium", LIGHT),
+        ("hardware=trainium hardware.runtime=torch_xla hardware.simulate=2", REHEARSAL),
+        ("hardware=tpu hardware.runtime=torch_tpu hardware.simulate=4", LIGHT),
+        ("hardware=tpu hardware.runtime=torch_tpu", NATIVE),
+        ("hardware=tpu hardware.runtime=torch_xla", TPU),
         ("hardware.target=tpu hardware.simulate=4", REHEARSAL),
         ("hardware=tpu", TPU),
         ("hardware=tpu hardware.simulate=null", TPU),
@@ -72,6 +78,9 @@ TPU = [".venv-xla/python installs [tpu,test] constraints-xla.txt", ".venv-xla/py
 )
 def test_train_takes_the_environment_of_the_hardware(checkout, words, expected):
     install, train = expected
+    if expected is not NATIVE:
+        # Where it is, it is the usual one on a chip.
+        shutil.rmtree(checkout / ".venv-tpu-native")
     assert call(checkout, "train", *words.split()) == [install, f"{train} {words}".strip()]
 
 
@@ -96,6 +105,8 @@ def test_a_resumed_run_keeps_its_environment(checkout, runs, place):
     assert call(checkout, "train", *words) == [REHEARSAL[0], f"{REHEARSAL[1]} {' '.join(words)}"]
     # What the command line says wins over what the run has.
     assert call(checkout, "train", *words, "hardware=cpu")[-1].startswith(LIGHT[1])
+    assert call(checkout, "train", *words, "hardware.simulate=null")[0] == NATIVE[0]
+    shutil.rmtree(checkout / ".venv-tpu-native")
     assert call(checkout, "train", *words, "hardware.simulate=null")[0] == TPU[0]
 
 
