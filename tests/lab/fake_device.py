@@ -241,7 +241,7 @@ class _Event:
 
 class _Stream:
     def __init__(self, *args: Any, **kwargs: Any):
-        self.device_index = 0
+        self.device_index, self.device = 0, torch.device("privateuseone", 0)
 
     def wait_stream(self, stream: Any) -> None:
         pass
@@ -363,13 +363,14 @@ def _register_runtime(fake: FakeDevice, module: types.ModuleType) -> None:
         assert tensor.device.type == "cpu", "only memory of the host is pinned"
         return tensor.clone()
 
-    def make_event(device: Any = None, **kwargs: Any) -> Any:
-        ours = device is not None and torch.device(device).type == fake.name
-        return _Event() if ours else event(device, **kwargs)
+    class AnyEvent(event):  # type: ignore[misc, valid-type]
+        def __new__(cls, device: Any = None, **kwargs: Any) -> Any:
+            ours = device is not None and torch.device(device).type == fake.name
+            return _Event() if ours else event(device, **kwargs)
 
     torch.UntypedStorage.resize_ = resize_
     torch.Tensor.pin_memory = pin
-    torch.Event = make_event
+    torch.Event = AnyEvent
     for function in ("memory_allocated", "max_memory_allocated", "current_stream", "synchronize"):
         setattr(accelerator, function, getattr(module, function))
 

@@ -161,3 +161,11 @@ def test_a_rehearsal_computes_what_the_cpu_does(tmp_path, chip):
     theirs = train(small_config(tmp_path, *words), 4, tmp_path / "cpu")
     assert len(losses(ours)) == 6
     assert losses(ours) == losses(theirs)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_blocks_are_compiled_by_the_devices_own_backend(tmp_path, chip):
+    words = (*WORDS, "hardware.compile=true", "train.max_steps=2", "checkpoint.every_steps=2")
+    (called,) = train_on(chip, small_config(tmp_path, *CHIPS[chip][0], *words), 1, tmp_path / "run")
+    assert called[f"compile:{CHIPS[chip][1]}"] >= 1
+    assert len(losses(read_rows(tmp_path / "run"))) == 2
