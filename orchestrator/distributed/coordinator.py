@@ -92,6 +92,11 @@ class ProcessCoordinator:
                 fix="look for the error of the one that did not come; the address must be open between the hosts",
             ) from error
 
+    @property
+    def was_left(self) -> bool:
+        """Whether the processes had met, and torch's process group is there no more: others may end it, too."""
+        return self._met and not dist.is_initialized()
+
     def leave(self) -> None:
         """Leave torch's process group; the next `coordinator_of` meets the others anew."""
         if _current.get(self._world) is self:
@@ -179,9 +184,10 @@ def coordinator_of(world: World, timeout_seconds: float) -> ProcessCoordinator:
     Raises:
         HardwareError: nobody answers where the processes are to meet.
     """
-    if world not in _current:
-        _current[world] = ProcessCoordinator(world, timeout_seconds)
-    return _current[world]
+    known = _current.get(world)
+    if known is None or known.was_left:
+        known = _current[world] = ProcessCoordinator(world, timeout_seconds)
+    return known
 
 
 class _GroupVote(Vote):

@@ -45,7 +45,7 @@ def leave_open(strategy: Any) -> None:
 
 
 def run(site: Any, chip: str, wanted: list[str] | None = None, precise: bool = True) -> dict[str, dict[str, Any]]:
-    run_ranks(2, in_rank, chip, site.folder, wanted, precise)
+    run_ranks(2, in_rank, chip, site.folder, wanted, precise, clean=True)
     return {case["name"]: case for case in json.loads((site.folder / RESULT).read_text())["cases"]}
 
 

@@ -147,12 +147,13 @@ def test_the_shares_that_are_said_are_those_of_the_stream(make_store: MakeStore,
         assert lines[0] == "66.67% of the sequences from s0 (asked for 66.50%: shares are ratios of whole numbers)"
 
 
-def test_no_evaluation_is_made_where_there_is_nothing_for_it() -> None:
-    from orchestrator.training.watchers import _validation
+def test_no_evaluation_is_made_where_there_is_nothing_for_it(make_store: MakeStore) -> None:
+    from orchestrator.training.data_module import TokenDataModule
 
-    class Never:
-        def __getattr__(self, name: str) -> Any:
-            raise AssertionError(name)
+    class OneProcess:
+        data_share = (0, 1)
 
-    never: Any = Never()
-    assert _validation(never, None, never, 1) is None
+    tokens = TokenDataModule(run_config(eval_every=None), of(make_store(numbered_texts(30))))
+    one: Any = OneProcess()
+    assert tokens.held_out is None
+    assert tokens.evaluation(one) is None

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from orchestrator.distributed.coordinator import ProcessCoordinator
+from orchestrator.distributed.coordinator import ProcessCoordinator, coordinator_of
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from tests.lab.ranks import run_ranks
@@ -65,6 +65,21 @@ def test_a_single_process_meets_nobody():
     coordinator.barrier()
     coordinator.leave()
     assert not dist.is_initialized()
+
+
+def _again(world: World) -> list[bool]:
+    """A strategy's coordinator, after somebody else has ended torch's process group."""
+    first = coordinator_of(world, 60)
+    first.meet("gloo")
+    shared = coordinator_of(world, 60) is first
+    dist.destroy_process_group()
+    second = coordinator_of(world, 60)
+    second.meet("gloo")
+    return [shared, second is first, dist.is_initialized()]
+
+
+def test_who_ended_the_process_group_is_not_taken_for_the_one_who_has_it():
+    assert run_ranks(1, _again) == [[True, False, True]]
 
 
 def _wait_for_the_vote(world: World) -> bool:

@@ -22,7 +22,7 @@ CHIPS = {
 def train_on(chip: str, config: RunConfig, size: int, run_dir: Path, resume_from: Path | None = None) -> list[dict]:
     """Train on `size` ranks, each with a made-up device of its own; returns what each of them called."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    return run_ranks(size, _work, chip, to_dict(config), run_dir, resume_from)
+    return run_ranks(size, _work, chip, to_dict(config), run_dir, resume_from, clean=True)
 
 
 def on_chip(chip: str, size: int) -> Any:

@@ -18,13 +18,17 @@ from orchestrator.observe import gemm
 TIMEOUT_SECONDS = 240
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, clean: bool = False) -> list[Any]:
     """Call `function(world, *args)` on `size` ranks and return what they return, rank 0's first.
 
-    A rank that raises fails the caller with its traceback; ranks that hang are killed.
+    A rank that raises fails the caller with its traceback; ranks that hang are killed. With `clean` nothing was ever
+    computed in their parent: torch's autograd takes no new kind of device once it was used, and a child inherits that.
     """
-    preload()
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("forkserver" if clean else "fork")
+    if clean:
+        context.set_forkserver_preload(["tests.lab.preloaded"])
+    else:
+        preload()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store = f"file:{Path(folder) / 'store'}" if size > 1 else ""
         pipes, processes = [], []
