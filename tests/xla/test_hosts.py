@@ -13,6 +13,7 @@ import torch
 from tests.lab.cli import only_run, run
 from tests.lab.hosts import finish, start_hosts
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.slow import slow
 from tests.lab.tensors import read_all
 
 LAYOUT = ["hardware=tpu", "hardware.simulate=8", "layout.replicate=2", "layout.fsdp=2", "layout.tensor=2"]
@@ -51,7 +52,7 @@ def test_hosts_train_and_save_as_one(alone, tmp_path):
     ("layout", "writers"),
     [
         (["layout.replicate=1", "layout.fsdp=8", "layout.tensor=1"], 2),
-        (["layout.replicate=1", "layout.fsdp=2", "layout.tensor=4"], 2),
+        pytest.param(["layout.replicate=1", "layout.fsdp=2", "layout.tensor=4"], 2, marks=slow),
         (["layout.replicate=8", "layout.fsdp=1", "layout.tensor=1"], 1),
     ],
 )

@@ -19,9 +19,11 @@ from orchestrator.hardware.target_table import resolve
 from orchestrator.rehearsal import tpu_compiler
 from orchestrator.training.resolved import resolve_run, write_resolved
 from tests.lab import cli
+from tests.lab.slow import cases
 
 STAGE_SECONDS = 120
 TINY = ("model=tiny", "model.vocab_size=512", "train.remat=full", "train.global_batch_tokens=4096")
+KINDS = ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1", "2xv5e:2x2"]
 SPLIT = ("layout.fsdp=4", "layout.tensor=2")
 
 
@@ -143,7 +145,7 @@ class TestCompiler:
         assert memory["peak"] > memory["alias"]
 
     @needs_torch_xla
-    @pytest.mark.parametrize("kind", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1", "2xv5e:2x2"])
+    @pytest.mark.parametrize("kind", cases(KINDS, quick=["v7x:2x2x1", "2xv5e:2x2"]))
     def test_every_kind_of_chip_is_compiled_for(self, kind):
         layout = ("layout.replicate=2",) if kind.startswith("2x") else ()
         done = cli.run("rehearse", f"topology={kind}", *TINY, "model.layers=1", *layout, "json=true")
