@@ -6,6 +6,7 @@ vendor's configuration: layout, topology, environment. The arithmetic is the CPU
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from abc import abstractmethod
@@ -74,9 +75,7 @@ class NativeChipTarget(Target):
 
     def placement(self, degrees: Mapping[str, int]) -> str:
         """Say on how much of which machine the job runs, and which axis over which wires."""
-        topology, devices = self.topology(), 1
-        for degree in degrees.values():
-            devices *= degree
+        topology, devices = self.topology(), math.prod(degrees.values())
         if topology is None:
             return ""
         lines = "; ".join(topology.lines(degrees))

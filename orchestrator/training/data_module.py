@@ -124,7 +124,10 @@ class TokenDataModule(lightning.LightningDataModule):
                 allowed=f"fingerprint {state_dict['fingerprint'][:12]}",
                 fix="give the same sources, weights, seed, train.seq_len and document mask",
             )
-        self.position = Position(state_dict["step"], state_dict["next_sequence"], state_dict["tokens"])
+        sequence = state_dict["next_sequence"]
+        # Checkpoints of the first version do not count tokens.
+        tokens = state_dict.get("tokens", sequence * self.stream.seq_len)
+        self.position = Position(state_dict["step"], sequence, tokens)
 
 
 class _Steps:

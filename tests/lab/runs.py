@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orchestrator.config.compose import compose
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
@@ -115,6 +117,17 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 def losses(rows: Iterable[dict[str, Any]]) -> list[float]:
     """Training losses by step; where legs overlap the later one counts."""
     return [loss for _, loss in sorted({row["step"]: row["loss"] for row in rows if "loss" in row}.items())]
+
+
+def assert_trained_alike(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], relative: float) -> None:
+    """The same 20 losses and the evaluation within `relative`, and the same gradient norms within 1e-4."""
+    assert len(losses(ours)) == 20
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=relative)
+    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    evaluations = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (ours, theirs)]
+    assert len(evaluations[0]) == 1
+    np.testing.assert_allclose(*evaluations, rtol=relative)
 
 
 def checkpoint(run_dir: Path, step: int = STEPS) -> Path:

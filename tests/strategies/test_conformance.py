@@ -16,7 +16,7 @@ import torch
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.convert import to_dict
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import checkpoint, losses, resolved_run, small_config, train
+from tests.lab.runs import assert_trained_alike, checkpoint, losses, resolved_run, small_config, train
 from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 
@@ -99,13 +99,7 @@ FURTHER = ("fsdp4", "tensor2", "replicate2")
 def test_same_losses_norms_and_evaluation(runs, name):
     ours = _rows(runs(*CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*_reference(CASES[name])))
-    assert len(losses(ours)) == 20
-    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
-    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
-    np.testing.assert_allclose(*norms, rtol=1e-4)
-    evaluations = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (ours, theirs)]
-    assert len(evaluations[0]) == 1
-    np.testing.assert_allclose(*evaluations, rtol=RELATIVE)
+    assert_trained_alike(ours, theirs, RELATIVE)
 
 
 @pytest.mark.parametrize("feature", cases(FEATURES, quick=["gpt2", "accumulation", "remat"]))

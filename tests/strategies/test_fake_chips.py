@@ -16,7 +16,7 @@ import torch
 
 from tests.lab.fake_chips import CHIPS, on_chip, train_on
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import TINY, checkpoint, losses, read_rows, small_config, train
+from tests.lab.runs import TINY, assert_trained_alike, checkpoint, losses, read_rows, small_config, train
 from tests.lab.tensors import read_all
 from tests.strategies.test_conformance import CASES, RELATIVE, SIZES
 
@@ -50,13 +50,7 @@ def runs(tmp_path_factory):
 def test_same_losses_norms_and_evaluation(runs, chip, layout):
     (folder, calls), (plain, _) = runs(chip, layout), runs("cpu", "")
     ours, theirs = read_rows(folder), read_rows(plain)
-    assert len(losses(ours)) == 20
-    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
-    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
-    np.testing.assert_allclose(*norms, rtol=1e-4)
-    evaluations = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (ours, theirs)]
-    assert len(evaluations[0]) == 1
-    np.testing.assert_allclose(*evaluations, rtol=RELATIVE)
+    assert_trained_alike(ours, theirs, RELATIVE)
     for called in calls:
         # By the vendor's group, streams, events and counters, on the device.
         assert called["process_group"] >= 1

@@ -12,7 +12,7 @@ import torch
 
 from tests.lab.cli import only_run, run
 from tests.lab.run_server import ROOT, RunServer
-from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
+from tests.lab.runs import assert_trained_alike, checkpoint, losses, read_rows, small_overrides
 from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 
@@ -79,12 +79,7 @@ QUICK = ["fsdp4", "context2_fsdp2", "fsdp2_tensor2", "replicate2_fsdp2_tensor2"]
 @pytest.mark.parametrize("name", cases(XLA, quick=QUICK))
 def test_same_losses_norms_and_evaluation_as_torch_native(runs, name):
     ours, theirs = read_rows(runs(*XLA[name])), read_rows(runs(python=NATIVE))
-    assert len(losses(ours)) == 20
-    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=RELATIVE)
-    norms = [[row["grad_norm"] for row in rows if "loss" in row] for rows in (ours, theirs)]
-    np.testing.assert_allclose(*norms, rtol=1e-4)
-    evaluations = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in (ours, theirs)]
-    np.testing.assert_allclose(*evaluations, rtol=RELATIVE)
+    assert_trained_alike(ours, theirs, RELATIVE)
 
 
 LONG = ["train.seq_len=1024", "model.max_seq_len=1024", "train.global_batch_tokens=4096", "train.max_steps=8"]
