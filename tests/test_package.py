@@ -13,6 +13,7 @@ import yaml
 
 from orchestrator import __version__
 from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.sharding.layout import Layout
 from tests.lab.runs import TINY, small_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +100,7 @@ def test_the_example_of_a_model_trains_from_an_empty_folder(run, tmp_path):
     done = run("-m", "orchestrator", "train", "--config-dir", str(folder / "conf"), *words, path=str(folder))
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     (record,) = run.folder.glob("runs/*/*/run.json")
-    assert json.loads(record.read_text())["legs"][0]["layout"] == {"replicate": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert json.loads(record.read_text())["legs"][0]["layout"] == Layout(fsdp=2, tensor=2).as_dict()
     assert [path.name for path in run.folder.glob("runs/*/*/checkpoints/*")] == ["step-00000002"]
 
 

@@ -9,11 +9,11 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from orchestrator.config.schema import LayoutConfig, RunConfig
+from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.sharding.layout import Layout, check_layout
 
@@ -159,7 +159,7 @@ def _splits(axes: tuple[str, ...], devices: int) -> Iterator[Layout]:
                 yield from ((first, *rest) for rest in degrees(left // first, count - 1))
 
     for found in degrees(devices, len(axes)):
-        yield Layout(**dict(zip(axes, found, strict=True)))
+        yield replace(Layout(), **cast(Any, dict(zip(axes, found, strict=True))))
 
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
@@ -173,6 +173,6 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     degrees: dict[str, Any] = layout.as_dict()
     return replace(
         config,
-        layout=LayoutConfig(**degrees),
+        layout=replace(config.layout, **degrees),
         train=replace(config.train, micro_batch_size=micro_batch),
     )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Auto = Literal["auto"]
+Schedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
+ContextKind = Literal["gather", "ring", "ulysses"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,37 @@ class RopeScalingConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward. Sizes count elements; `experts: 0` is a dense model."""
+
+    experts: int = 0  # routed ones; 0: none
+    top_k: int = 2  # experts of a token
+    mlp_dim: int | Auto = "auto"  # inner width of one expert; auto: model.mlp_dim
+    shared_mlp_dim: int = 0  # inner width of a feed-forward beside them that every token takes; 0: none
+    dense_layers: int = 0  # the first layers, which have a feed-forward of model.mlp_dim instead
+    score: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"  # of the router; the last over the chosen alone
+    normalize: bool = True  # the weights of a token's experts add up to one
+    scale: float = 1.0  # factor on those weights
+    groups: int = 1  # of experts, of which a token's experts come from the best ones
+    top_groups: int = 1  # how many of them
+    router_bias: bool = False
+    expert_bias: bool = False
+    capacity_factor: float | None = None  # of a sequence's even share, that an expert takes at most; null: dropless
+    balance_loss: float = 0.0  # coefficient of the sequence-wise balance loss
+    z_loss: float = 0.0  # coefficient of the router's z-loss
+    balance_bias: bool = False  # an offset per expert, for the choice alone, that evens the load out
+    balance_bias_rate: float = 0.001  # by which it changes in a step
+
+    def width(self, model: ModelConfig) -> int:
+        """Inner width of one expert.
+
+        Args:
+            model: whose experts they are.
+        """
+        return model.mlp_dim if self.mlp_dim == "auto" else self.mlp_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder language model. Sizes count elements; `vocab_size: auto` takes the tokenizer's.
 
@@ -62,6 +95,7 @@ class ModelConfig:
     kv_heads: int = 4
     head_dim: int | Auto = "auto"  # auto: dim / heads
     mlp_dim: int = 384
+    moe: MoEConfig = MoEConfig()
     max_seq_len: int = 2048
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
@@ -246,13 +280,20 @@ OptimConfig: TypeAlias = AdamWConfig | MuonConfig | AdafactorConfig | SGDConfig 
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Degrees of the mesh axes; the first `auto` one of fsdp, replicate, context, tensor takes what remains."""
+    """Degrees of the mesh axes, and how the work is arranged on them.
+
+    The first `auto` one of fsdp, replicate, context, tensor, expert, pipeline takes what remains.
+    """
 
     name: str = "auto"
     replicate: int | Auto = 1
+    pipeline: int | Auto = 1
     fsdp: int | Auto = "auto"
+    expert: int | Auto = 1
     context: int | Auto = 1
     tensor: int | Auto = 1
+    schedule: Schedule = "1f1b"  # in which the micro-batches pass the pipeline
+    context_kind: ContextKind = "gather"  # how the parts of a sequence attend to each other
 
 
 @dataclass(frozen=True)

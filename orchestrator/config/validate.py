@@ -13,7 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.config.optimizers import LARGEST, check_optimizer
-from orchestrator.config.schema import CheckpointConfig, HardwareConfig, ModelConfig, RunConfig, TokenizerConfig
+from orchestrator.config.schema import (
+    CheckpointConfig,
+    HardwareConfig,
+    RunConfig,
+    TokenizerConfig,
+)
+from orchestrator.config.validate_model import check_model, out_of_range
 from orchestrator.errors import ConfigError
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -34,6 +40,13 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "model.kv_heads": (1, 1 << 14),
     "model.head_dim": (1, 1 << 16),
     "model.mlp_dim": (1, 1 << 22),
+    "model.moe.experts": (0, 1 << 14),
+    "model.moe.top_k": (1, 1 << 14),
+    "model.moe.mlp_dim": (1, 1 << 22),
+    "model.moe.shared_mlp_dim": (0, 1 << 22),
+    "model.moe.dense_layers": (0, 1 << 14),
+    "model.moe.groups": (1, 1 << 14),
+    "model.moe.top_groups": (1, 1 << 14),
     "model.max_seq_len": (1, 1 << 30),
     "model.sliding_window": (1, 1 << 30),
     "model.rope_scaling.original_max_seq_len": (1, 1 << 30),
@@ -44,7 +57,9 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "data.prefetch": (0, 1 << 12),
     "optim.schedule.warmup_steps": (0, 10**12),
     "layout.replicate": (1, 1 << 20),
+    "layout.pipeline": (1, 1 << 20),
     "layout.fsdp": (1, 1 << 20),
+    "layout.expert": (1, 1 << 20),
     "layout.context": (1, 1 << 20),
     "layout.tensor": (1, 1 << 20),
     "checkpoint.every_steps": _STEPS,
@@ -65,11 +80,16 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.sample.tokens": (0, 1 << 20),
     "train.sample.every_steps": _STEPS,
 }
-_NOT_NEGATIVE = ("model.init_std", "train.sample.temperature")
+_NOT_NEGATIVE = (
+    *("model.init_std", "train.sample.temperature"),
+    *("model.moe.balance_loss", "model.moe.z_loss", "model.moe.balance_bias_rate"),
+)
 MIN_SHARE = 1e-6  # of a source in a mixture
 _ABOVE_ZERO = (
     "model.norm_eps",
     "model.rope_theta",
+    "model.moe.scale",
+    "model.moe.capacity_factor",
     "model.rope_scaling.factor",
     "model.rope_scaling.low_freq_factor",
     "model.rope_scaling.high_freq_factor",
@@ -88,7 +108,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
     """Everything that is wrong with `config` by itself, before hardware or data are looked at."""
     parts = (
         _hardware(config.hardware),
-        _model(config.model),
+        check_model(config.model),
         _tokenizer(config.data.tokenizer),
         _batch(config),
         _checkpoint(config.checkpoint),
@@ -104,7 +124,7 @@ def check_stored(config: RunConfig) -> list[ConfigError]:
     Args:
         config: of a run.
     """
-    return [*check_ranges(config), *_model(config.model)]
+    return [*check_ranges(config), *check_model(config.model)]
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:
@@ -114,35 +134,35 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         config: of a run.
     """
     problems = [
-        _out(key, value, f"{least} or more" if value < least else f"{least} to {largest}")
+        out_of_range(key, value, f"{least} or more" if value < least else f"{least} to {largest}")
         for key, (least, largest) in _COUNTS.items()
         if isinstance(value := _get(config, key), int) and not least <= value <= largest
     ]
     problems += [
-        _out(key, value, f"0 to {LARGEST:g}")
+        out_of_range(key, value, f"0 to {LARGEST:g}")
         for key in _NOT_NEGATIVE
         if not 0 <= (value := _get(config, key)) <= LARGEST
     ]
     above_zero = {key: _get(config, key) for key in _ABOVE_ZERO}
     above_zero |= {f"data.sources[{i}].weight": source.weight for i, source in enumerate(config.data.sources)}
     problems += [
-        _out(key, value, f"more than 0, at most {LARGEST:g}")
+        out_of_range(key, value, f"more than 0, at most {LARGEST:g}")
         for key, value in above_zero.items()
         if value is not None and not 0 < value <= LARGEST
     ]
     problems += _weights([source.weight for source in config.data.sources])
     below_one = {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction")}
     problems += [
-        _out(key, value, "0 or more and less than 1") for key, value in below_one.items() if not 0 <= value < 1
+        out_of_range(key, value, "0 or more and less than 1") for key, value in below_one.items() if not 0 <= value < 1
     ]
     ratios = {key: _get(config, key) for key in ("optim.schedule.min_lr_ratio", "optim.schedule.decay_fraction")}
-    problems += [_out(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
+    problems += [out_of_range(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
     problems += check_optimizer(config.optim)
     if not config.data.sources:
-        problems.append(_out("data.sources", "an empty list", "one source or more"))
+        problems.append(out_of_range("data.sources", "an empty list", "one source or more"))
     if config.run_id is not None and not _RUN_ID.fullmatch(config.run_id):
         allowed = "up to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
-        problems.append(_out("run_id", ascii(config.run_id)[:300], allowed))
+        problems.append(out_of_range("run_id", ascii(config.run_id)[:300], allowed))
     return [*problems, *_texts(config)]
 
 
@@ -184,7 +204,7 @@ def _texts(config: RunConfig) -> list[ConfigError]:
     name = config.name
     too_long = len(name.encode(errors="replace")) > _MAX_NAME_BYTES
     if not name or "/" in name or name in (".", "..") or too_long:
-        problems.append(_out("name", ascii(name)[:300], f"a folder name of at most {_MAX_NAME_BYTES} bytes"))
+        problems.append(out_of_range("name", ascii(name)[:300], f"a folder name of at most {_MAX_NAME_BYTES} bytes"))
     return problems
 
 
@@ -230,61 +250,6 @@ def _hardware(hardware: HardwareConfig) -> list[ConfigError]:
                 fix="leave it out, or rehearse: hardware.simulate=4",
             )
         )
-    return problems
-
-
-def _model(model: ModelConfig) -> list[ConfigError]:
-    if model._target_ is not None:
-        return []  # what an own model makes of its description, it knows itself
-    sizes = (model.dim, model.heads, model.kv_heads, 1 if model.head_dim == "auto" else model.head_dim)
-    if min(sizes) < 1:
-        return []  # said by check_ranges
-    problems = []
-    if model.head_dim == "auto" and model.dim % model.heads:
-        what = "model.dim does not divide by model.heads"
-        problems.append(
-            ConfigError(what, got=f"{model.dim} / {model.heads}", fix="change one of them, or set model.head_dim")
-        )
-    if model.heads % model.kv_heads:
-        what = "model.heads does not divide by model.kv_heads"
-        allowed = f"a divisor of {model.heads} as model.kv_heads"
-        problems.append(
-            ConfigError(what, got=f"{model.heads} / {model.kv_heads}", allowed=allowed, fix="change one of them")
-        )
-    head_dim = model.dim // model.heads if model.head_dim == "auto" else model.head_dim
-    if model.positions == "rope" and head_dim % 2:
-        problems.append(
-            ConfigError(
-                "RoPE turns pairs of elements: a head's width is even",
-                got=f"head_dim {head_dim}",
-                fix="change model.head_dim",
-            )
-        )
-    return problems + _rope_scaling(model)
-
-
-def _rope_scaling(model: ModelConfig) -> list[ConfigError]:
-    """Where a scaling divides by a difference or a logarithm, that is none of 0."""
-    scaling = model.rope_scaling
-    if model.positions != "rope":
-        return []
-    pairs = {
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "yarn": ("beta_slow", "beta_fast"),
-    }
-    problems = []
-    if scaling.kind in pairs:
-        low, high = pairs[scaling.kind]
-        if not getattr(scaling, low) < getattr(scaling, high):
-            problems.append(
-                ConfigError(
-                    f"model.rope_scaling of kind {scaling.kind}: {low} is less than {high}",
-                    got=f"{low}={getattr(scaling, low)}, {high}={getattr(scaling, high)}",
-                    fix="change one of them",
-                )
-            )
-    if scaling.kind == "yarn" and model.rope_theta <= 1:
-        problems.append(_out("model.rope_theta", model.rope_theta, "more than 1, for a scaling of kind yarn"))
     return problems
 
 
@@ -372,9 +337,7 @@ def _checkpoint(checkpoint: CheckpointConfig) -> list[ConfigError]:
             )
         )
     elif not checkpoint.dir or (separator and not (scheme.isalnum() and rest)):
-        problems.append(_out("checkpoint.dir", repr(checkpoint.dir), "auto, a path, s3://BUCKET/PREFIX, gs://..."))
+        problems.append(
+            out_of_range("checkpoint.dir", repr(checkpoint.dir), "auto, a path, s3://BUCKET/PREFIX, gs://...")
+        )
     return problems
-
-
-def _out(key: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"'{key}' is out of range", got=value, allowed=allowed, fix=f"set {key}=...")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 # Outermost first: neighbours in the last axis are neighbours on the fastest links.
-MESH_AXES: Final = ("replicate", "fsdp", "context", "tensor")
+MESH_AXES: Final = ("replicate", "pipeline", "fsdp", "expert", "context", "tensor")
 
 LOGICAL_AXES: Final = {
     "vocab": "rows of the embedding and of the output head",
@@ -20,6 +20,9 @@ LOGICAL_AXES: Final = {
     "mlp": "the feed-forward's inner width",
     "positions": "rows of a learned position table",
     "norm": "a normalisation's scale or shift",
+    "experts": "experts of a mixture, each with matrices of its own",
+    "choices": "experts that a router chooses among, or gates: rows of a router",
+    "balance": "experts' offsets that balance their load; no gradient",
 }
 
 # For each parameter: the logical axis of each dim, in the order of its shape.

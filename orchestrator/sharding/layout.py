@@ -1,7 +1,10 @@
 """A layout: how many ways each mesh axis splits the job, and which part a rank holds.
 
-Ranks are numbered row-major over (replicate, fsdp, context, tensor), so that the ranks of one tensor
-group are neighbours.
+Ranks are numbered row-major over (replicate, pipeline, fsdp, expert, context, tensor), so that the ranks of one
+tensor group are neighbours, and so are those of one copy of the model.
+
+The `expert` axis is of data parallelism, as `fsdp` is: its ranks read different sequences, and what is not an expert's
+is sharded over it as over fsdp. An expert's matrices are on one rank of it, and tokens travel there.
 """
 
 from __future__ import annotations
@@ -9,12 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from orchestrator.config.schema import LayoutConfig, ModelConfig
+from orchestrator.config.schema import ContextKind, LayoutConfig, ModelConfig, Schedule
 from orchestrator.errors import LayoutError
 from orchestrator.sharding.axes import MESH_AXES
 
 # Who takes the devices that the fixed degrees leave over, in this order.
-_AUTO_PREFERENCE = ("fsdp", "replicate", "context", "tensor")
+_AUTO_PREFERENCE = ("fsdp", "replicate", "context", "tensor", "expert", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -23,29 +26,42 @@ class Layout:
 
     Attributes:
         replicate: copies of the model.
+        pipeline: ranks among which the layers are divided.
         fsdp: shards of parameters, gradients and optimizer state.
+        expert: groups of experts, and as many further shards of everything else.
         context: parts of each sequence.
         tensor: parts of each matrix.
+        schedule: of the pipeline's micro-batches.
+        context_kind: how the parts of a sequence attend to each other.
     """
 
     replicate: int = 1
+    pipeline: int = 1
     fsdp: int = 1
+    expert: int = 1
     context: int = 1
     tensor: int = 1
+    schedule: Schedule = "1f1b"
+    context_kind: ContextKind = "gather"
 
     @property
     def devices(self) -> int:
         """Product of the degrees."""
-        return self.replicate * self.fsdp * self.context * self.tensor
+        return math.prod(self.as_dict().values())
 
     @property
     def data_parallel(self) -> int:
         """Groups of devices that read different sequences."""
-        return self.replicate * self.fsdp
+        return self.replicate * self.fsdp * self.expert
 
     @property
     def shards(self) -> int:
         """Parts into which the fsdp rule cuts a parameter: ranks of one sequence share in it."""
+        return self.fsdp * self.expert * self.context
+
+    @property
+    def expert_shards(self) -> int:
+        """Parts into which the fsdp rule cuts an expert's matrix."""
         return self.fsdp * self.context
 
     def degree(self, axis: str) -> int:
@@ -66,7 +82,19 @@ class Layout:
     def data_rank(self, rank: int) -> int:
         """Which of the `data_parallel` shares of a batch `rank` reads."""
         at = self.coordinates(rank)
-        return at["replicate"] * self.fsdp + at["fsdp"]
+        return (at["replicate"] * self.fsdp + at["fsdp"]) * self.expert + at["expert"]
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """List the groups of ranks that differ in their coordinates on `axes` alone, each in ascending order.
+
+        Args:
+            axes: of the mesh.
+        """
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.devices):
+            at = self.coordinates(rank)
+            found.setdefault(tuple(at[axis] for axis in MESH_AXES if axis not in axes), []).append(rank)
+        return list(found.values())
 
     def as_dict(self) -> dict[str, int]:
         """Return the degree of each mesh axis, the outermost first."""
@@ -104,7 +132,7 @@ def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
     degrees = {**fixed, **dict.fromkeys(automatic, 1)}
     if automatic:
         degrees[automatic[0]] = devices // product
-    return Layout(**degrees)
+    return Layout(**degrees, schedule=config.schedule, context_kind=config.context_kind)
 
 
 def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_tokens: int) -> list[LayoutError]:
@@ -132,6 +160,16 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
     if model._target_ is None and model.positions == "learned" and model.max_seq_len % layout.tensor:
         fix = "lower layout.tensor, or set model.max_seq_len to a multiple of it"
         problems.append(_indivisible("model.max_seq_len", model.max_seq_len, "layout.tensor", layout.tensor, fix))
+    problems += _check_experts(layout, model)
+    if model._target_ is None and layout.pipeline > model.layers:
+        problems.append(
+            LayoutError(
+                "the pipeline is deeper than the model",
+                got=f"layout.pipeline={layout.pipeline} with model.layers={model.layers}",
+                allowed=f"at most {model.layers}: each rank has a layer or more",
+                fix=f"set layout.pipeline={model.layers} or less",
+            )
+        )
     sequences = global_batch_tokens // seq_len
     fitting = -(-sequences // layout.data_parallel) * layout.data_parallel
     if sequences % layout.data_parallel:
@@ -139,11 +177,42 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
             LayoutError(
                 "the global batch does not divide over the data-parallel groups",
                 got=f"{global_batch_tokens} tokens / {seq_len} = {sequences} sequences over "
-                f"replicate {layout.replicate} x fsdp {layout.fsdp} = {layout.data_parallel} groups",
+                f"replicate {layout.replicate} x fsdp {layout.fsdp}"
+                + (f" x expert {layout.expert}" if layout.expert > 1 else "")
+                + f" = {layout.data_parallel} groups",
                 allowed=f"a multiple of {layout.data_parallel} sequences",
                 fix=f"set train.global_batch_tokens={fitting * seq_len}",
             )
         )
+    return problems
+
+
+def _check_experts(layout: Layout, model: ModelConfig) -> list[LayoutError]:
+    """Experts are divided whole; the fsdp rule cuts a matrix's output dim, in equal parts."""
+    moe = model.moe
+    if not moe.experts or model._target_:
+        if layout.expert == 1:
+            return []
+        return [
+            LayoutError(
+                "the model has no experts to divide",
+                got=f"layout.expert={layout.expert} with model {model.name}",
+                fix="set layout.expert=1, or a model with model.moe.experts",
+            )
+        ]
+    problems = []
+    if moe.experts % layout.expert:
+        fix = f"lower layout.expert to a divisor of {moe.experts}"
+        problems.append(_indivisible("model.moe.experts", moe.experts, "layout.expert", layout.expert, fix))
+    split = layout.tensor * layout.expert_shards
+    name = "model.moe.mlp_dim" if isinstance(moe.mlp_dim, int) else "model.mlp_dim"
+    for key, size, by, parts in (
+        (name, moe.width(model), "layout.tensor x fsdp x context", split),
+        ("model.dim", model.dim, "layout.fsdp x context", layout.expert_shards),
+        ("model.moe.shared_mlp_dim", moe.shared_mlp_dim, "layout.tensor", layout.tensor),
+    ):
+        if size % parts:
+            problems.append(_indivisible(key, size, by, parts, f"lower the degrees, or change {key}"))
     return problems
 
 

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -99,20 +98,18 @@ class DTensorStrategy(ParallelStrategy):
         self.coordinator.meet(backend)
         if self.world.size > 1:
             self.check_agreement()
-        names, degrees = (
-            ("replicate", "shard", "tensor"),
-            (self.layout.replicate, self.layout.shards, self.layout.tensor),
-        )
-        ranks = torch.arange(self.world.size).reshape(degrees)
-        self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=names)
-        self._context_group = self._make_context_group()
+        layout = self.layout
+        ranks = torch.arange(self.world.size).reshape(layout.replicate, layout.pipeline, layout.shards, layout.tensor)
+        self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "pipeline", "shard", "tensor"))
+        self._context_group = self._make_group("context")
+        self._expert_group = self._make_group("expert")
 
-    def _make_context_group(self) -> dist.ProcessGroup | None:
-        if self.layout.context == 1:
+    def _make_group(self, axis: str) -> dist.ProcessGroup | None:
+        """Return the group of this process along a mesh axis; None where it is alone. All processes call it."""
+        if self.layout.degree(axis) == 1:
             return None
-        shape = tuple(self.layout.as_dict().values())
-        rows = np.arange(self.world.size).reshape(shape).swapaxes(2, 3).reshape(-1, self.layout.context)
-        group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timedelta(seconds=self.timeout_seconds))
+        seconds = timedelta(seconds=self.timeout_seconds)
+        group, _ = dist.new_subgroups_by_enumeration(self.layout.groups(axis), timeout=seconds)
         return group
 
     def leave(self) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from orchestrator.checkpoint.plain_values import PlainEncoder, decode
-from orchestrator.config.schema import HardwareConfig, LayoutConfig
+from orchestrator.config.schema import Auto, ContextKind, HardwareConfig, LayoutConfig, Schedule
 from orchestrator.distributed.coordinator import ProcessCoordinator, Vote, coordinator_of
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.world import World
@@ -64,10 +64,14 @@ class ParallelStrategy(TrainerStrategy):
     def from_environment(
         cls,
         *,
-        replicate: int | Literal["auto"] = 1,
-        fsdp: int | Literal["auto"] = "auto",
-        context: int | Literal["auto"] = 1,
-        tensor: int | Literal["auto"] = 1,
+        replicate: int | Auto = 1,
+        pipeline: int | Auto = 1,
+        fsdp: int | Auto = "auto",
+        expert: int | Auto = 1,
+        context: int | Auto = 1,
+        tensor: int | Auto = 1,
+        schedule: Schedule = "1f1b",
+        context_kind: ContextKind = "gather",
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         hardware: HardwareConfig | None = None,
         **options: Any,
@@ -78,10 +82,14 @@ class ParallelStrategy(TrainerStrategy):
 
         Args:
             replicate: copies of the model, each over the other axes.
+            pipeline: processes among which the layers are divided.
             fsdp: processes among which parameters, gradients and optimizer state are split; `auto` takes those that
                 the other axes leave over.
+            expert: groups of experts; everything else is split over it as over fsdp.
             context: processes that share a sequence.
             tensor: processes that share each matrix.
+            schedule: of a pipeline's micro-batches.
+            context_kind: how the parts of a sequence attend to each other.
             precision: of the matrix products; `auto` is what suits the devices.
             hardware: target, devices and more; by default what is found here, on a CPU where no accelerator is.
             options: as the class has them, such as `reduce_gradients`.
@@ -93,7 +101,16 @@ class ParallelStrategy(TrainerStrategy):
         hardware = hardware or HardwareConfig()
         target = resolve(hardware)
         world = find_world(hardware, os.environ) or World()
-        degrees = LayoutConfig(replicate=replicate, fsdp=fsdp, context=context, tensor=tensor)
+        degrees = LayoutConfig(
+            replicate=replicate,
+            pipeline=pipeline,
+            fsdp=fsdp,
+            expert=expert,
+            context=context,
+            tensor=tensor,
+            schedule=schedule,
+            context_kind=context_kind,
+        )
         layout = resolve_layout(degrees, job_devices(hardware, target, world))
         chosen = target.default_precision(target.probe()) if precision == "auto" else precision
         return cls(target, world, layout, chosen, timeout_seconds=hardware.timeout_seconds, **options)

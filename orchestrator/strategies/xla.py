@@ -43,7 +43,7 @@ from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
 
 _WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
-_BATCH_AXES = ("replicate", "fsdp")
+_BATCH_AXES = ("replicate", "fsdp", "expert")
 _ATTENTION_BLOCK = 512  # queries whose scores exist at one time
 
 
@@ -148,10 +148,13 @@ class XlaStrategy(ParallelStrategy):
         """Return the parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
         placement = self.placements[model][name]
         spec: list[tuple[str, ...]] = [() for _ in placement.shape]
+        if placement.expert_dim is not None:
+            spec[placement.expert_dim] = ("expert",)
         if placement.tensor_dim is not None:
             spec[placement.tensor_dim] = ("tensor",)
-        if spec:
-            spec[0] = (*spec[0], "fsdp", "context")
+        if spec and placement.fsdp_dim is not None:
+            inside = ("fsdp", "expert", "context") if placement.expert_dim is None else ("fsdp", "context")
+            spec[placement.fsdp_dim] = (*spec[placement.fsdp_dim], *inside)
         return tuple(None if dim in reduced else axes or None for dim, axes in enumerate(spec))
 
     def _send(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:

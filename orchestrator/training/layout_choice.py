@@ -55,15 +55,15 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         return kept
     if config.model._target_ is not None:
         return replace(kept, why="not planned: what a model of your own needs is unknown; the plain rule fills it in")
+    if config.model.moe.experts or fixed.get("pipeline", 1) > 1:
+        return kept
     chip = load_catalogue().get(key)
     chips, rest = divmod(devices, chip.logical_devices_per_chip)
     slices = target.slices()
     if rest or chips % slices:
         return kept
     space = Space(
-        **fixed,
-        pipeline=1,
-        expert=1,
+        **{"pipeline": 1, "expert": 1, **fixed},
         micro_batch=None if train.micro_batch_size == "auto" else train.micro_batch_size,
         remats=REMATS if train.remat == "auto" else (train.remat,),
         zeros=(3,),

@@ -12,7 +12,7 @@ from orchestrator.atomic_files import write_atomically
 from orchestrator.checkpoint.format import parse_json
 from orchestrator.checkpoint.storage import locate
 from orchestrator.config.convert import from_dict, to_dict
-from orchestrator.config.schema import HandoverConfig, LayoutConfig, MuonConfig, OptimConfig, RunConfig
+from orchestrator.config.schema import HandoverConfig, MuonConfig, OptimConfig, RunConfig
 from orchestrator.config.validate import check_stored
 from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import ConfigError, UserError
@@ -88,7 +88,7 @@ class Resolved:
     @property
     def layout(self) -> Layout:
         """Degrees of the mesh axes, none of them open."""
-        return Layout(**{axis: cast(int, getattr(self.config.layout, axis)) for axis in MESH_AXES})
+        return resolve_layout(self.config.layout, self.devices)
 
     @property
     def precision(self) -> str:
@@ -245,7 +245,7 @@ def resolve_run(
         hardware=hardware,
         model=resolve_model(config.model, vocab_size),
         optim=optim,
-        layout=LayoutConfig(name=config.layout.name, **layout.as_dict()),
+        layout=replace(config.layout, **cast(Any, layout.as_dict())),
         checkpoint=replace(config.checkpoint, handover=replace(handover, seq_len=_handover_length(handover, config))),
         train=replace(train, micro_batch_size=micro_batch, remat=settled.remat),
         data=replace(config.data, tokenizer=tokenizer),

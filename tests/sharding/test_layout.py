@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.schema import LayoutConfig, ModelConfig
+from orchestrator.config.schema import LayoutConfig, ModelConfig, MoEConfig
 from orchestrator.errors import LayoutError
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
@@ -32,7 +32,7 @@ def _config(**degrees) -> LayoutConfig:
         ({"replicate": "auto", "fsdp": 2}, 8, Layout(replicate=4, fsdp=2)),
         ({"fsdp": 2, "context": "auto", "tensor": "auto"}, 8, Layout(fsdp=2, context=4)),
         ({"fsdp": 1, "tensor": "auto"}, 6, Layout(tensor=6)),
-        ({"replicate": 2, "fsdp": 2, "context": 2, "tensor": 2}, 16, Layout(2, 2, 2, 2)),
+        ({"replicate": 2, "fsdp": 2, "context": 2, "tensor": 2}, 16, Layout(replicate=2, fsdp=2, context=2, tensor=2)),
     ],
 )
 def test_auto_takes_what_remains(degrees, devices, expected):
@@ -47,7 +47,7 @@ def test_the_product_is_the_devices_or_it_is_refused(degrees, data):
         layout = resolve_layout(_config(**degrees), devices)
     except LayoutError:
         product = Layout(**fixed).devices
-        assert devices % product or (len(fixed) == 4 and product != devices)
+        assert devices % product or (len(fixed) == len(MESH_AXES) and product != devices)
     else:
         assert layout.devices == devices
         assert fixed.items() <= layout.as_dict().items()
@@ -90,7 +90,7 @@ def test_data_ranks_are_shared_by_the_ranks_of_a_sequence_and_no_others(layout):
     groups: dict[int, set[tuple[int, int]]] = {}
     for rank in range(layout.devices):
         at = layout.coordinates(rank)
-        groups.setdefault(layout.data_rank(rank), set()).add((at["replicate"], at["fsdp"]))
+        groups.setdefault(layout.data_rank(rank), set()).add((at["replicate"], at["fsdp"], at["expert"]))
     assert sorted(groups) == list(range(layout.data_parallel))
     assert all(len(places) == 1 for places in groups.values())
     assert len(set(map(frozenset, groups.values()))) == layout.data_parallel
@@ -99,7 +99,7 @@ def test_data_ranks_are_shared_by_the_ranks_of_a_sequence_and_no_others(layout):
 def test_neighbours_are_of_one_tensor_group():
     layout = Layout(replicate=2, fsdp=2, context=2, tensor=2)
     assert [layout.coordinates(rank)["tensor"] for rank in range(4)] == [0, 1, 0, 1]
-    assert layout.coordinates(15) == {"replicate": 1, "fsdp": 1, "context": 1, "tensor": 1}
+    assert layout.coordinates(15) == {axis: layout.degree(axis) - 1 for axis in MESH_AXES}
     assert (layout.devices, layout.data_parallel, layout.shards) == (16, 4, 4)
 
 
@@ -149,6 +149,34 @@ def test_a_misfit_shows_its_arithmetic(layout, model, seq_len, batch, what, got,
     assert problem.allowed
 
 
+MOE = replace(MODEL, moe=MoEConfig(experts=4, mlp_dim=32, shared_mlp_dim=33))
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "what", "got"),
+    [
+        (Layout(expert=2), MODEL, "the model has no experts to divide", "layout.expert=2 with model tiny"),
+        (Layout(expert=3), MOE, "model.moe.experts does not divide by layout.expert", "4 / 3"),
+        (Layout(fsdp=3), MOE, "model.moe.mlp_dim does not divide by layout.tensor x fsdp x context", "32 / 3"),
+        (Layout(fsdp=3), MOE, "model.dim does not divide by layout.fsdp x context", "64 / 3"),
+        (Layout(tensor=2), MOE, "model.moe.shared_mlp_dim does not divide by layout.tensor", "33 / 2"),
+        (Layout(pipeline=5), MODEL, "the pipeline is deeper than the model", "layout.pipeline=5 with model.layers=4"),
+    ],
+)
+def test_experts_and_stages_that_cannot_be_divided_are_refused(layout, model, what, got):
+    (problem,) = [p for p in check_layout(layout, model, 64, 64 * 12) if p.what == what]
+    assert got in problem.got
+    assert problem.fix
+
+
+def test_groups_are_of_ranks_that_differ_along_an_axis_alone():
+    layout = Layout(fsdp=2, expert=2, tensor=2)
+    assert layout.groups("expert") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.groups("fsdp", "tensor") == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert layout.data_parallel == 4
+    assert [layout.data_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_all_misfits_at_once():
     assert len(check_layout(Layout(fsdp=5, tensor=7), replace(MODEL, positions="learned"), 64, 512)) == 7
 
@@ -159,5 +187,8 @@ def test_the_suggested_batch_fits(layout, units, sequences):
     for problem in check_layout(layout, ModelConfig(heads=12, kv_heads=12, mlp_dim=12), seq_len, sequences * seq_len):
         if "global batch" in problem.what:
             batch = int(problem.fix.rpartition("=")[2])
-            assert not check_layout(replace(layout, tensor=1), MODEL, seq_len, batch)
+            found = check_layout(
+                replace(layout, tensor=1, expert=1, fsdp=layout.fsdp * layout.expert), MODEL, seq_len, batch
+            )
+            assert not found
             assert 0 < batch - sequences * seq_len < layout.data_parallel * seq_len

@@ -34,13 +34,13 @@ def _count(placement: Placement, layout: Layout, ranks) -> np.ndarray:
 
 @given(placements(), layouts)
 def test_every_element_is_held_by_as_many_ranks_as_there_are_copies(placement, layout):
-    assert (_count(placement, layout, range(layout.devices)) == placement.copies(layout)).all()
+    assert (_count(placement, layout, range(layout.devices)) == placement.copies(layout) * layout.pipeline).all()
 
 
 @given(placements(), layouts)
 def test_every_element_has_one_owner(placement, layout):
     owners = [rank for rank in range(layout.devices) if placement.is_owner(layout, rank)]
-    assert (_count(placement, layout, owners) == 1).all()
+    assert (_count(placement, layout, owners) == layout.pipeline).all(), "one in each stage"
     assert len(owners) * placement.copies(layout) == layout.devices
 
 
@@ -128,3 +128,42 @@ def test_all_of_them_at_once():
     with pytest.raises(LayoutError) as caught:
         place({"a": ("norm",), "b": ("what",)}, {"b": (1,), "c": (1,)}, {**RULES, "extra": None})
     assert len(str(caught.value).splitlines()) == 5
+
+
+EXPERTS = Placement((4, 12, 8), 1, expert_dim=0, fsdp_dim=1)
+
+
+@given(layouts)
+def test_experts_lie_on_one_rank_of_their_axis_and_are_cut_in_dim_1(layout):
+    assert (_count(EXPERTS, layout, range(layout.devices)) == layout.replicate * layout.pipeline).all()
+    owners = [rank for rank in range(layout.devices) if EXPERTS.is_owner(layout, rank)]
+    assert (_count(EXPERTS, layout, owners) == layout.pipeline).all()
+    assert EXPERTS.copies(layout) == layout.replicate
+
+
+def test_an_experts_matrix_is_cut_by_tensor_outside_and_fsdp_inside():
+    layout = Layout(fsdp=2, expert=2, tensor=2)
+    parts = [EXPERTS.slices(layout, rank)[:2] for rank in range(8)]
+    first, second = slice(0, 2), slice(2, 4)
+    assert parts[:4] == [
+        (first, slice(0, 3)),
+        (first, slice(6, 9)),
+        (second, slice(0, 3)),
+        (second, slice(6, 9)),
+    ]
+    assert parts[4] == (first, slice(3, 6))
+
+
+def test_balancing_offsets_are_whole_everywhere():
+    axes = {"experts.up": ("experts", "mlp", "embed"), "router.balance_bias": ("balance",)}
+    placed = place(axes, {"experts.up": (4, 12, 8), "router.balance_bias": (4,)})
+    assert placed["experts.up"] == EXPERTS
+    whole = placed["router.balance_bias"]
+    assert whole.slices(Layout(fsdp=4), 3) == (slice(0, 4),)
+    assert [whole.is_owner(Layout(fsdp=2, tensor=2), rank) for rank in range(4)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("axes", [("experts",), ("mlp", "experts")])
+def test_experts_are_in_dim_0_of_tensors_with_more_dims(axes):
+    with pytest.raises(LayoutError, match="does not have its experts in dim 0"):
+        place({"a": axes}, {"a": (4, 6)[: len(axes)]})

@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.convert import to_dict
+from orchestrator.sharding.layout import Layout
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import assert_trained_alike, checkpoint, losses, resolved_run, small_config, train
 from tests.lab.slow import cases, slow
@@ -267,7 +268,7 @@ def test_the_checkpoint_says_where_it_comes_from(runs):
     found = Checkpoint(checkpoint(runs(*CASES["fsdp2_tensor2"], size=4)))
     state = found.state()
     assert (state["step"], found.step) == (20, 20)
-    assert state["layout"] == {"replicate": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert state["layout"] == Layout(fsdp=2, tensor=2).as_dict()
     assert state["data"]["next_sequence"] == 20 * 8
     assert state["software"]["torch"] == torch.__version__
     assert found.config()["layout"]["fsdp"] == 2
