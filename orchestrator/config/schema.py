@@ -55,6 +55,7 @@ class MoEConfig:
     top_k: int = 2  # experts of a token
     mlp_dim: int | Auto = "auto"  # inner width of one expert; auto: model.mlp_dim
     shared_mlp_dim: int = 0  # inner width of a feed-forward beside them that every token takes; 0: none
+    shared_gate: bool = False  # a gate of its own for each token on that feed-forward
     dense_layers: int = 0  # the first layers, which have a feed-forward of model.mlp_dim instead
     score: Literal["softmax", "sigmoid", "softmax_chosen"] = "softmax"  # of the router; the last over the chosen alone
     normalize: bool = True  # the weights of a token's experts add up to one

@@ -11,9 +11,10 @@ from orchestrator.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from orchestrator.models.decoder import Decoder
+    from orchestrator.models.feed_forward import SwiGLU
     from orchestrator.models.head import LMHead
     from orchestrator.models.init import draw_slice
-    from orchestrator.models.layers import RMSNorm, SwiGLU
+    from orchestrator.models.layers import RMSNorm
     from orchestrator.models.loss import chunked_cross_entropy
     from orchestrator.models.protocol import ShardableModel, check_model
     from orchestrator.models.remat import apply_remat
@@ -26,7 +27,8 @@ else:
             "models.decoder": ["Decoder"],
             "models.head": ["LMHead"],
             "models.init": ["draw_slice"],
-            "models.layers": ["RMSNorm", "SwiGLU"],
+            "models.feed_forward": ["SwiGLU"],
+            "models.layers": ["RMSNorm"],
             "models.loss": ["chunked_cross_entropy"],
             "models.protocol": ["ShardableModel", "check_model"],
             "models.remat": ["apply_remat"],

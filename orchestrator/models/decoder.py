@@ -20,6 +20,7 @@ from orchestrator.models.init import Init
 from orchestrator.models.kv_cache import KVCache
 from orchestrator.models.layers import Block, make_norm, resolved_head_dim
 from orchestrator.models.mask import additive
+from orchestrator.models.moe import STATISTICS, MoE
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.rope import Rope, rope_tables
 from orchestrator.sharding.axes import ParameterAxes
@@ -43,6 +44,16 @@ _AXES: dict[str, tuple[str, ...]] = {
     "q_norm": ("head_dim",),
     "k_norm": ("head_dim",),
     **dict.fromkeys(_NORMS, ("norm",)),
+    "router": ("choices", "embed"),
+    "shared_gate": ("choices", "embed"),
+}
+# Of parameters that are not called `weight` or `bias`, by their own names.
+_NAMED_AXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("experts.gate", "experts.up"), ("experts", "mlp", "embed")),
+    "experts.down": ("experts", "embed", "mlp"),
+    **dict.fromkeys(("experts.gate_bias", "experts.up_bias"), ("experts", "mlp")),
+    "experts.down_bias": ("experts", "embed"),
+    "router.balance_bias": ("balance",),
 }
 
 
@@ -68,7 +79,7 @@ class Decoder(ShardableModel):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.layers))
         self.norm = make_norm(config, config.dim)
         self.head = LMHead(config.vocab_size, config.dim, loss_chunk_tokens)
         self.tie_weights()
@@ -99,8 +110,8 @@ class Decoder(ShardableModel):
             last_only: logits of the last position only.
 
         Returns:
-            fp32 scalar, the SUM of the cross-entropies over the targets; or logits [B, T, V], with
-            `last_only` [B, 1, V].
+            fp32 scalar, the SUM of the cross-entropies over the targets, in training with the routers' losses; or
+            logits [B, T, V], with `last_only` [B, 1, V].
 
         Raises:
             ValueError: `documents` together with `cache`.
@@ -120,9 +131,17 @@ class Decoder(ShardableModel):
         x, rope = self._embed(tokens, positions)
         if isinstance(mask, Tensor):
             mask = additive(mask, x.dtype)
+        routing_losses = []
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache.layers[index] if cache is not None else None)
-        return self.head(self.norm(x), targets, last_only)
+            if isinstance(x, tuple):
+                x, routing_loss, statistics = x
+                routing_losses.append(routing_loss)
+                self.note_routing(index, statistics)
+        result: Tensor = self.head(self.norm(x), targets, last_only)
+        if targets is not None and self.training and routing_losses:
+            result = result + torch.stack(routing_losses).sum()
+        return result
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rope | None]:
         x = self.embed(tokens)
@@ -135,9 +154,30 @@ class Decoder(ShardableModel):
             x = F.dropout(x, self.config.dropout, self.training)
         return x, rope
 
+    @torch.no_grad()
+    def balance_experts(self, routing: Tensor, bad: Tensor) -> None:
+        """Lower the offset of experts with more than the mean load, and raise that of the others.
+
+        Args:
+            routing: [layers, ...], `take_routing` summed over the job.
+            bad: bool scalar; where it is true nothing moves.
+
+        Source: Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy", arXiv 2408.15664, algorithm 1.
+        """
+        rate = self.config.moe.balance_bias_rate
+        for index, layer in enumerate(self.blocks):
+            mlp = layer.mlp
+            if isinstance(mlp, MoE) and mlp.router.balance_bias is not None:
+                load = routing[index, STATISTICS:]
+                move = (load.mean() - load).sign() * rate
+                mlp.router.balance_bias.add_(torch.where(bad, torch.zeros_like(move), move))
+
     def logical_axes(self) -> ParameterAxes:
         """Return the logical axis of each dim of each parameter; a tied weight is listed as `embed.weight`."""
-        return {name: _AXES[_module_of(name)][: parameter.ndim] for name, parameter in self.named_parameters()}
+        return {
+            name: _NAMED_AXES.get(".".join(name.split(".")[-2:])) or _AXES[_module_of(name)][: parameter.ndim]
+            for name, parameter in self.named_parameters()
+        }
 
     def initializers(self) -> dict[str, Init]:
         """How each parameter starts: normal with `init_std`, norms at one, biases at zero.
@@ -149,12 +189,13 @@ class Decoder(ShardableModel):
         return {name: self._init_of(name, residual_std) for name, _ in self.named_parameters()}
 
     def _init_of(self, name: str, residual_std: float) -> Init:
-        module = _module_of(name)
-        if name.endswith(".bias"):
+        module, leaf = name.split(".")[-2:]
+        if leaf.endswith("bias"):
             return Init("zeros", 0.0)
         if module.endswith("norm"):
             return Init("ones", 0.0)
-        return Init("normal", residual_std if module in ("o", "down") else self.config.init_std)
+        residual = module in ("o", "down") or leaf == "down"
+        return Init("normal", residual_std if residual else self.config.init_std)
 
 
 def _module_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Attention, feed-forward and the residual block.
+"""Attention and the residual block.
 
 Nothing here knows how many devices there are. A rank that holds some of the heads, or some of the
 feed-forward's columns, runs the same code: counts of heads follow from the width of the local projections,
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.attention import AttentionCore
+from orchestrator.models.feed_forward import GELU, SwiGLU
 from orchestrator.models.kv_cache import LayerCache
 from orchestrator.models.mask import CausalMask
+from orchestrator.models.moe import MoE
 from orchestrator.models.rope import Rope, apply_rope
 
 Mask = Tensor | CausalMask | None  # what `Attention.core` takes; see `models.attention`
+BlockOutput = Tensor | tuple[Tensor, Tensor, Tensor]  # the stream, or (stream, routing loss, routing statistics)
 
 
 def resolved_head_dim(config: ModelConfig) -> int:
@@ -104,39 +107,16 @@ class Attention(nn.Module):
         return self.o(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+def make_feed_forward(config: ModelConfig, index: int) -> nn.Module:
+    """Make what a layer has beside its attention.
 
     Args:
         config: of the model.
+        index: of the layer.
     """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate = nn.Linear(config.dim, config.mlp_dim, bias=config.mlp_bias)
-        self.up = nn.Linear(config.dim, config.mlp_dim, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_dim, config.dim, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [B, T, D] to [B, T, D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class GELU(nn.Module):
-    """Feed-forward with the tanh approximation of GELU, as GPT-2's.
-
-    Args:
-        config: of the model.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.mlp_dim, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_dim, config.dim, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [B, T, D] to [B, T, D]."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    if config.moe.experts and index >= config.moe.dense_layers:
+        return MoE(config)
+    return (SwiGLU if config.activation == "swiglu" else GELU)(config)
 
 
 class Block(nn.Module):
@@ -144,19 +124,20 @@ class Block(nn.Module):
 
     Args:
         config: of the model.
+        index: of the layer, from 0.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int = 0):
         super().__init__()
         self.attn_norm = make_norm(config, config.dim)
         self.attn = Attention(config)
         self.mlp_norm = make_norm(config, config.dim)
-        self.mlp: nn.Module = (SwiGLU if config.activation == "swiglu" else GELU)(config)
+        self.mlp = make_feed_forward(config, index)
         self.dropout = config.dropout
 
     def forward(
         self, x: Tensor, rope: Rope | None = None, mask: Mask = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    ) -> BlockOutput:
         """Map the residual stream [B, T or a rank's part of T, D] to its successor.
 
         Args:
@@ -164,9 +145,16 @@ class Block(nn.Module):
             rope: cosines and sines of the positions; None: the model has none.
             mask: as `attention_mask` makes it; None: plain causal.
             cache: earlier positions; None outside of text generation.
+
+        Returns:
+            The stream; of a layer with experts also the `models.moe.Routing`, as further elements of a tuple.
         """
         x = x + self._drop(self.attn(self.attn_norm(x), rope, mask, cache))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+        y = self.mlp(self.mlp_norm(x))
+        if isinstance(y, tuple):
+            y, routing = y
+            return (x + self._drop(y), *routing)
+        return x + self._drop(y)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0.0 else x

@@ -3,8 +3,8 @@
 A model is single-device code: no `torch.distributed`, no vendor's library, no device. It says what its parameters are
 (`logical_axes`) and where its parts are, and a strategy cuts it. What holds for its modules:
 
-- A block takes the residual stream [B, T, D] as its first positional argument and gives it back. It is called
-  positionally.
+- A block takes the residual stream [B, T, D] as its first positional argument and gives it back, alone or with the
+  loss and the statistics of its router (`models.moe.Routing`). It is called positionally.
 - Matrices that the tensor axis cuts (`heads`, `kv_heads`, `mlp`) are `nn.Linear`. Those that read the stream lie
   directly in a module below the block, such as its attention, whose first positional argument is what they read: a
   strategy gathers the whole sequence there. Those that write to the stream (`("embed", "heads")`) give one summand.
@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from orchestrator.config.schema import ModelConfig
@@ -45,6 +46,7 @@ class ShardableModel(nn.Module):
         head: the output head; its `ops` are replaced by strategies and by the handover check.
         make_mask: builds the attention mask of a forward pass, as `models.mask.attention_mask`; a strategy that splits
             sequences, or has another attention core, replaces it.
+        routing: number of a layer with experts -> its router's statistics, summed since they were taken.
     """
 
     config: ModelConfig
@@ -52,10 +54,12 @@ class ShardableModel(nn.Module):
     norm: nn.Module
     head: LMHead
     make_mask: Callable[..., Mask]
+    routing: dict[int, Tensor]
 
     def __init__(self) -> None:
         super().__init__()
         self.make_mask = attention_mask
+        self.routing = {}
 
     @property
     @abstractmethod
@@ -77,6 +81,36 @@ class ShardableModel(nn.Module):
         """
         if self.config.tied_embeddings:
             self.head.weight = self.embed.weight
+
+    def note_routing(self, layer: int, statistics: Tensor) -> None:
+        """Add a router's statistics to those of its layer, in training.
+
+        Args:
+            layer: its number in the whole model.
+            statistics: as in `models.moe.Routing`.
+        """
+        if self.training and torch.is_grad_enabled():
+            self.routing[layer] = self.routing[layer] + statistics if layer in self.routing else statistics
+
+    def take_routing(self) -> Tensor | None:
+        """Return the routers' statistics [layers, ...] since the last call, zeros where a layer has none here.
+
+        Returns:
+            None where the model has no experts, or nothing was computed.
+        """
+        taken, self.routing = self.routing, {}
+        if not taken:
+            return None
+        zeros = torch.zeros_like(next(iter(taken.values())))
+        return torch.stack([taken.get(layer, zeros) for layer in range(self.config.layers)])
+
+    def balance_experts(self, routing: Tensor, bad: Tensor) -> None:
+        """Move the offsets that balance experts, by what a step's routers did.
+
+        Args:
+            routing: [layers, ...], `take_routing` summed over the job.
+            bad: bool scalar; where it is true nothing moves.
+        """
 
     @abstractmethod
     def forward(

@@ -101,10 +101,10 @@ class Metrics(lightning.Callback):
         self._since = time.perf_counter()
 
     def record(self, **values: Any) -> None:
-        """Record one step: `step`, `loss`, `grad_norm`, `lr`.
+        """Record one step: `step`, `loss`, `grad_norm`, `lr`, and what else there is, the same names at each step.
 
         Args:
-            values: figures by name.
+            values: figures by name; those on the device as tensors.
         """
         self._steps.append({**values, "time": time.time()})
 
@@ -121,8 +121,7 @@ class Metrics(lightning.Callback):
         """Fetch and write what has gathered. All ranks call it at the same step."""
         if not self._steps:
             return
-        losses = self._fetch([step["loss"] for step in self._steps])
-        norms = self._fetch([step["grad_norm"] for step in self._steps])
+        figures = {name: self._fetch([step[name] for step in self._steps]) for name in self._figures()}
         seconds = (time.perf_counter() - self._since) / len(self._steps)
         rate = self._tokens_per_step / seconds
         shared: dict[str, Any] = {
@@ -134,15 +133,20 @@ class Metrics(lightning.Callback):
         if (compiled := self._compilations()) is not None:
             shared["compilations"] = compiled
         rows = []
-        for step, loss, norm in zip(self._steps, losses, norms, strict=True):
-            tokens = self._tokens_after(step["step"])
-            row = {"step": step["step"], "loss": loss, "grad_norm": norm, "lr": step["lr"], "tokens": tokens}
-            skipped = {"skipped": True} if self._skips and not math.isfinite(loss + norm) else {}
+        for index, step in enumerate(self._steps):
+            own = {name: values[index] for name, values in figures.items()}
+            row = {"step": step["step"], **own, "lr": step["lr"], "tokens": self._tokens_after(step["step"])}
+            bad = not math.isfinite(own["loss"] + own["grad_norm"])
+            skipped = {"skipped": True} if self._skips and bad else {}
             rows.append(finite_row({**row, **skipped, **shared, "time": step["time"], "leg": self._leg}))
         self._steps.clear()
         self.latest = rows[-1]
         self._write(rows)
         self._since = time.perf_counter()
+
+    def _figures(self) -> list[str]:
+        """Return the names of what is on the device: loss, gradient norm, and the routers' figures."""
+        return [name for name, value in self._steps[0].items() if isinstance(value, Tensor)]
 
     def forget_after(self, step: int) -> None:
         """Drop what was recorded of later steps and is not written yet: they were computed and had no effect.

@@ -17,6 +17,7 @@ from torch import Tensor
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
+from orchestrator.models.moe import LOSS, router_figures
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.optim.schedule import schedule_of
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, strategy_of
@@ -135,13 +136,24 @@ class LanguageModule(lightning.LightningModule):
                 self.manual_backward(loss)
             total += loss.detach()
         loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
+        routing = self._routing()
+        if routing is not None:
+            loss = loss - routing[:, LOSS].sum() / targets
         bad = self.guard.judge(self.step + 1, loss, norm)
         with self.parallel.update_unless(self.model, self.optimizer, bad):
             optimizer.step()
+            if routing is not None:
+                self.model.balance_experts(routing, bad)
         optimizer.zero_grad()
         self.parallel.finish_step()
         self.step += 1
-        self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr)
+        figures = {} if routing is None else router_figures(routing, self.config.model.moe.top_k)
+        self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr, **figures)
+
+    def _routing(self) -> Tensor | None:
+        """Return what the routers did in this step, on all processes together; None without experts."""
+        taken = self.model.take_routing()
+        return None if taken is None else self.parallel.sum_over_data(taken)
 
     def _set_learning_rate(self) -> None:
         self.lr = self._schedule(self.step, self.config.optim.lr)
@@ -163,7 +175,7 @@ class LanguageModule(lightning.LightningModule):
 
     def _log_step(self, step: int, **values: Any) -> None:
         self.log("train_loss", values["loss"], prog_bar=True)
-        self.log_dict({"grad_norm": values["grad_norm"], "lr": values["lr"]})
+        self.log_dict({name: value for name, value in values.items() if name != "loss"})
 
     # --- validation -------------------------------------------------------------------------------------
 
