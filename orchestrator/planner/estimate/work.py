@@ -137,6 +137,21 @@ def model_flops_per_token(shape: ModelShape, seq_len: int, causal: bool = True) 
     return 6.0 * matrices + 6.0 * shape.layers * score_width(shape) * mean_attended(shape, seq_len, causal)
 
 
+@functools.lru_cache(maxsize=256)
+def layer_flops_per_token(shape: ModelShape, seq_len: int, sparse: bool) -> float:
+    """Count forward and backward FLOPs per token of one layer, as `model_flops_per_token` does of all.
+
+    Args:
+        shape: of the model.
+        seq_len: tokens of a sequence.
+        sparse: whether the layer is one of those with routed experts, if the model has any.
+    """
+    kind = layer_elements(shape, sparse and bool(shape.experts))
+    active = kind.experts * shape.experts_per_token / shape.experts if kind.experts else 0
+    matrices = kind.attention + kind.mlp + kind.router + active
+    return 6.0 * matrices + 6.0 * score_width(shape) * mean_attended(shape, seq_len)
+
+
 def layer_products(
     shape: ModelShape, tokens: float, tensor: int, expert: int, sparse: bool
 ) -> tuple[list[Product], list[Product]]:
