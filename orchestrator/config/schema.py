@@ -13,6 +13,9 @@ from typing import Any, Literal, TypeAlias
 Auto = Literal["auto"]
 Schedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
 ContextKind = Literal["gather", "ring", "ulysses"]
+Norm = Literal["rms", "rms_offset", "rms_plain", "layer", "layer_no_bias", "layer_plain"]
+Activation = Literal["swiglu", "swiglu_clamped", "geglu", "gelu", "gelu_erf", "relu2"]
+GATED = ("swiglu", "swiglu_clamped", "geglu")  # activations with a matrix for the gate
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class RopeScalingConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     original_max_seq_len: int = 8192
+    truncate: bool = True  # yarn: bounds of the blend are whole pairs
+    attention_factor: float | None = None  # yarn: on cosine and sine; null: 0.1 ln(factor) + 1
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,36 @@ class ModelConfig:
     mlp_dim: int = 384
     moe: MoEConfig = MoEConfig()
     max_seq_len: int = 2048
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
     norm_eps: float = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    norm_placement: Literal["pre", "post", "both"] = "pre"  # of the residual branches' input, output, or both
+    residual: Literal["sequential", "parallel", "parallel_one_norm"] = "sequential"
+    residual_scale: float = 1.0  # on what a branch adds to the stream
+    activation: Activation = "swiglu"
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10000.0
+    rope_local_theta: float | None = None  # of layers with a window, which are not scaled then; null: as the others
+    rope_layers: tuple[bool, ...] = ()  # repeated over the layers: those that turn queries and keys; (): all
+    rope_share: float = 1.0  # of a head, from its beginning, that is turned
+    rope_layout: Literal["half", "interleaved"] = "half"  # partners: half the turned width apart, or neighbours
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "width"] = "head"  # each head by itself, or all heads together
+    qk_norm_after_rope: bool = False
     attention_bias: bool = False  # on the query, key and value projections
     output_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
-    tied_embeddings: bool = False
+    attention_scale: float | None = None  # on the scores; null: head_dim ** -0.5
+    attention_softcap: float | None = None  # c tanh(scores / c)
+    attention_sinks: bool = False  # a learned logit per head that takes part in the softmax, and has no value
     sliding_window: int | None = None  # tokens that a position sees, itself included
+    windows: tuple[int | None, ...] = ()  # repeated over the layers, in place of sliding_window
+    layer_heads: tuple[int, ...] = ()  # heads of each layer, where they differ
+    layer_kv_heads: tuple[int, ...] = ()
+    tied_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     dropout: float = 0.0
     init_std: float = 0.02
 
@@ -117,6 +140,39 @@ class ModelConfig:
     def head_width(self) -> int:
         """`head_dim`, with `auto` filled in."""
         return self.dim // self.heads if self.head_dim == "auto" else self.head_dim
+
+    @property
+    def rope_width(self) -> int:
+        """Elements of a head that rotary positions turn."""
+        return int(self.head_width * self.rope_share)
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a position of a layer sees, itself included; None: all before it.
+
+        Args:
+            layer: its number.
+        """
+        return self.windows[layer % len(self.windows)] if self.windows else self.sliding_window
+
+    def rope_of(self, layer: int) -> Literal["global", "local"] | None:
+        """Which rotary positions a layer has.
+
+        Args:
+            layer: its number.
+        """
+        if self.positions != "rope" or (self.rope_layers and not self.rope_layers[layer % len(self.rope_layers)]):
+            return None
+        local = self.rope_local_theta is not None and self.window_of(layer) is not None
+        return "local" if local else "global"
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """Count the query heads, and the key and value heads, of a layer.
+
+        Args:
+            layer: its number.
+        """
+        heads = self.layer_heads[layer] if self.layer_heads else self.heads
+        return heads, self.layer_kv_heads[layer] if self.layer_kv_heads else self.kv_heads
 
 
 @dataclass(frozen=True)

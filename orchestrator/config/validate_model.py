@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.config.schema import ModelConfig, MoEConfig
+from orchestrator.config.schema import GATED, ModelConfig
 from orchestrator.errors import ConfigError
 
 
@@ -29,20 +29,83 @@ def check_model(model: ModelConfig) -> list[ConfigError]:
         problems.append(
             ConfigError(what, got=f"{model.heads} / {model.kv_heads}", allowed=allowed, fix="change one of them")
         )
-    head_dim = model.dim // model.heads if model.head_dim == "auto" else model.head_dim
-    if model.positions == "rope" and head_dim % 2:
-        problems.append(
-            ConfigError(
-                "RoPE turns pairs of elements: a head's width is even",
-                got=f"head_dim {head_dim}",
-                fix="change model.head_dim",
+    return problems + _layers(model) + _rope(model) + _rope_scaling(model) + _experts(model)
+
+
+def _layers(model: ModelConfig) -> list[ConfigError]:
+    """See that what is said layer by layer is said of the layers that there are."""
+    problems = []
+    for key in ("windows", "rope_layers"):
+        if len(getattr(model, key)) > model.layers:
+            got = f"{len(getattr(model, key))} for model.layers={model.layers}"
+            allowed = f"a pattern of {model.layers} or fewer, which is repeated"
+            problems.append(
+                ConfigError(f"model.{key} has more entries than there are layers", got=got, allowed=allowed)
             )
+    if wrong := [size for size in model.windows if size is not None and not 1 <= size <= 1 << 30]:
+        problems.append(out_of_range("model.windows", wrong[0], "1 or more tokens each, or null"))
+    if model.windows and model.sliding_window is not None:
+        got = f"model.windows={list(model.windows)}, model.sliding_window={model.sliding_window}"
+        what, fix = "windows are given for each layer, and one for all", "set model.sliding_window=null, or windows=[]"
+        problems.append(ConfigError(what, got=got, fix=fix))
+    return problems + _heads_of_layers(model)
+
+
+def _heads_of_layers(model: ModelConfig) -> list[ConfigError]:
+    given = {key: sizes for key in ("layer_heads", "layer_kv_heads") if (sizes := getattr(model, key))}
+    if not given:
+        return []
+    for key, sizes in given.items():
+        if len(sizes) != model.layers or not all(1 <= size <= 1 << 14 for size in sizes):
+            allowed = f"{model.layers} numbers of 1 or more, one for each of model.layers"
+            return [
+                ConfigError(f"'model.{key}' does not give the heads of the layers", got=list(sizes), allowed=allowed)
+            ]
+    if model.head_dim == "auto":
+        what = "heads that differ by layer need a width that does not"
+        return [ConfigError(what, got="model.head_dim=auto", fix="set model.head_dim to a number")]
+    for layer in range(model.layers):
+        heads, kv_heads = model.heads_of(layer)
+        if heads % kv_heads:
+            what = "the heads of a layer do not divide by its key and value heads"
+            return [ConfigError(what, got=f"{heads} / {kv_heads} in layer {layer}", fix="change one of them")]
+    return []
+
+
+def _rope(model: ModelConfig) -> list[ConfigError]:
+    """Rotary positions turn pairs, in some of the layers."""
+    if model.positions != "rope":
+        set_there = (bool(model.rope_layers), model.rope_share != 1, model.rope_local_theta is not None)
+        if not any(set_there):
+            return []
+        what = "rope_layers, rope_share and rope_local_theta are of rotary positions"
+        return [
+            ConfigError(what, got=f"model.positions={model.positions}", fix="set model.positions=rope, or none of them")
+        ]
+    if not 0 < model.rope_share <= 1:
+        return [out_of_range("model.rope_share", model.rope_share, "more than 0, at most 1")]
+    problems = []
+    if model.rope_width < 2 or model.rope_width % 2:
+        turned = f"head_dim {model.head_width}" + (f" x {model.rope_share:g}" if model.rope_share != 1 else "")
+        what = "RoPE turns pairs of elements: a head's width is even"
+        problems.append(ConfigError(what, got=turned, fix="change model.head_dim or model.rope_share"))
+    if model.rope_local_theta is not None and not (model.windows or model.sliding_window):
+        what = "no layer has a window, which model.rope_local_theta is for"
+        problems.append(
+            ConfigError(what, got=model.rope_local_theta, fix="set model.windows, or rope_local_theta=null")
         )
-    return problems + _rope_scaling(model) + _experts(model.moe)
+    if model.qk_norm_over == "width" and model.qk_norm_after_rope:
+        what = "a norm over all heads comes before RoPE"
+        problems.append(ConfigError(what, got="qk_norm_over=width, qk_norm_after_rope=true", fix="change one of them"))
+    return problems
 
 
-def _experts(moe: MoEConfig) -> list[ConfigError]:
+def _experts(model: ModelConfig) -> list[ConfigError]:
     """See that the choice is among experts that there are, and in groups of one size."""
+    moe = model.moe
+    if moe.experts and model.activation not in GATED:
+        what = "experts are gated feed-forwards"
+        return [ConfigError(what, got=f"model.activation={model.activation}", allowed=", ".join(GATED))]
     if not moe.experts or min(moe.top_k, moe.groups, moe.top_groups) < 1:
         return []  # said by check_ranges
     pairs = (

@@ -129,9 +129,8 @@ def generate_tokens(
 def _make_cache(model: Decoder, capacity: int) -> KVCache:
     weight = model.embed.weight
     return KVCache(
-        layers=model.config.layers,
         batch=1,
-        kv_heads=model.config.kv_heads,
+        kv_heads=[model.config.heads_of(layer)[1] for layer in range(model.config.layers)],
         capacity=capacity,
         head_dim=model.head_dim,
         dtype=weight.dtype,

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from orchestrator.models.feed_forward import SwiGLU
     from orchestrator.models.head import LMHead
     from orchestrator.models.init import draw_slice
-    from orchestrator.models.layers import RMSNorm
     from orchestrator.models.loss import chunked_cross_entropy
+    from orchestrator.models.norms import RMSNorm
     from orchestrator.models.protocol import ShardableModel, check_model
     from orchestrator.models.remat import apply_remat
     from orchestrator.models.rope import Rope
@@ -25,11 +25,11 @@ else:
         __name__,
         {
             "models.decoder": ["Decoder"],
+            "models.feed_forward": ["SwiGLU"],
             "models.head": ["LMHead"],
             "models.init": ["draw_slice"],
-            "models.feed_forward": ["SwiGLU"],
-            "models.layers": ["RMSNorm"],
             "models.loss": ["chunked_cross_entropy"],
+            "models.norms": ["RMSNorm"],
             "models.protocol": ["ShardableModel", "check_model"],
             "models.remat": ["apply_remat"],
             "models.rope": ["Rope"],

@@ -18,16 +18,17 @@ from orchestrator.errors import ConfigError
 from orchestrator.models.head import LMHead
 from orchestrator.models.init import Init
 from orchestrator.models.kv_cache import KVCache
-from orchestrator.models.layers import Block, make_norm, resolved_head_dim
+from orchestrator.models.layers import Block, resolved_head_dim
 from orchestrator.models.mask import additive
 from orchestrator.models.moe import STATISTICS, MoE
-from orchestrator.models.protocol import ShardableModel
+from orchestrator.models.norms import make_norm
+from orchestrator.models.protocol import Mask, ShardableModel
 from orchestrator.models.rope import Rope, rope_tables
 from orchestrator.sharding.axes import ParameterAxes
 
 __all__ = ["Decoder", "LMHead", "resolved_head_dim"]
 
-_NORMS = ("attn_norm", "mlp_norm", "norm")
+_NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "norm")
 
 # Module name -> logical axes of its weight. A bias has the first of them.
 _AXES: dict[str, tuple[str, ...]] = {
@@ -54,7 +55,10 @@ _NAMED_AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("experts.gate_bias", "experts.up_bias"), ("experts", "mlp")),
     "experts.down_bias": ("experts", "embed"),
     "router.balance_bias": ("balance",),
+    "attn.sinks": ("heads",),
 }
+# Of a norm over all heads together.
+_WIDTH_NORMS = {"q_norm": ("heads",), "k_norm": ("kv_heads",)}
 
 
 class Decoder(ShardableModel):
@@ -81,7 +85,9 @@ class Decoder(ShardableModel):
         self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.layers))
         self.norm = make_norm(config, config.dim)
-        self.head = LMHead(config.vocab_size, config.dim, loss_chunk_tokens)
+        self.head = LMHead(
+            config.vocab_size, config.dim, loss_chunk_tokens, scale=config.logit_scale, softcap=config.logit_softcap
+        )
         self.tie_weights()
 
     @property
@@ -121,18 +127,12 @@ class Decoder(ShardableModel):
         past = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).unsqueeze(0)
-        mask = self.make_mask(
-            queries=tokens.shape[1],
-            past=past,
-            documents=documents,
-            window=self.config.sliding_window,
-            device=tokens.device,
-        )
-        x, rope = self._embed(tokens, positions)
-        if isinstance(mask, Tensor):
-            mask = additive(mask, x.dtype)
+        x = self._embed(tokens, positions)
+        masks = self._masks(tokens, past, documents, x.dtype)
+        ropes = self._ropes(positions)
         routing_losses = []
         for index, layer in enumerate(self.layers):
+            rope, mask = ropes[self.config.rope_of(index)], masks[self.config.window_of(index)]
             x = layer(x, rope, mask, cache.layers[index] if cache is not None else None)
             if isinstance(x, tuple):
                 x, routing_loss, statistics = x
@@ -143,16 +143,41 @@ class Decoder(ShardableModel):
             result = result + torch.stack(routing_losses).sum()
         return result
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rope | None]:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(tokens)
-        rope = None
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
         if self.positions is not None:
             x = x + self.positions(positions)
-        else:
-            rope = rope_tables(positions, self.head_dim, self.config.rope_theta, self.config.rope_scaling)
         if self.config.dropout > 0.0:
             x = F.dropout(x, self.config.dropout, self.training)
-        return x, rope
+        return x
+
+    def _masks(self, tokens: Tensor, past: int, documents: Tensor | None, dtype: torch.dtype) -> dict[int | None, Mask]:
+        """Make the mask of each window that there is, shared by the layers that have it."""
+        masks: dict[int | None, Mask] = {}
+        for window in dict.fromkeys(map(self.config.window_of, range(self.config.layers))):
+            mask = self.make_mask(
+                queries=tokens.shape[1], past=past, documents=documents, window=window, device=tokens.device
+            )
+            masks[window] = additive(mask, dtype) if isinstance(mask, Tensor) else mask
+        return masks
+
+    def _ropes(self, positions: Tensor) -> dict[str | None, Rope | None]:
+        """Make the tables of each kind of rotary positions that there is."""
+        config, ropes = self.config, dict[str | None, Rope | None]()
+        interleaved = config.rope_layout == "interleaved"
+        for kind in dict.fromkeys(map(config.rope_of, range(config.layers))):
+            ropes[kind] = None
+            if kind == "local" and config.rope_local_theta is not None:
+                ropes[kind] = rope_tables(
+                    positions, config.rope_width, config.rope_local_theta, interleaved=interleaved
+                )
+            elif kind is not None:
+                ropes[kind] = rope_tables(
+                    positions, config.rope_width, config.rope_theta, config.rope_scaling, interleaved
+                )
+        return ropes
 
     @torch.no_grad()
     def balance_experts(self, routing: Tensor, bad: Tensor) -> None:
@@ -174,13 +199,14 @@ class Decoder(ShardableModel):
 
     def logical_axes(self) -> ParameterAxes:
         """Return the logical axis of each dim of each parameter; a tied weight is listed as `embed.weight`."""
+        axes = _AXES | (_WIDTH_NORMS if self.config.qk_norm_over == "width" else {})
         return {
-            name: _NAMED_AXES.get(".".join(name.split(".")[-2:])) or _AXES[_module_of(name)][: parameter.ndim]
+            name: _NAMED_AXES.get(".".join(name.split(".")[-2:])) or axes[_module_of(name)][: parameter.ndim]
             for name, parameter in self.named_parameters()
         }
 
     def initializers(self) -> dict[str, Init]:
-        """How each parameter starts: normal with `init_std`, norms at one, biases at zero.
+        """How each parameter starts: normal with `init_std`, norms with the factor one, biases at zero.
 
         The projections that write to the residual stream have `init_std / sqrt(2 * layers)`, so that the
         stream's variance does not grow with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
@@ -193,7 +219,7 @@ class Decoder(ShardableModel):
         if leaf.endswith("bias"):
             return Init("zeros", 0.0)
         if module.endswith("norm"):
-            return Init("ones", 0.0)
+            return Init("zeros" if self.config.norm == "rms_offset" else "ones", 0.0)
         residual = module in ("o", "down") or leaf == "down"
         return Init("normal", residual_std if residual else self.config.init_std)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,9 +45,8 @@ class KVCache:
     """The caches of all layers.
 
     Args:
-        layers: number of layers.
         batch: sequences.
-        kv_heads: key heads per layer.
+        kv_heads: key heads of each layer.
         capacity: positions that fit.
         head_dim: width of one head.
         dtype: of the keys and values.
@@ -55,17 +56,16 @@ class KVCache:
     def __init__(
         self,
         *,
-        layers: int,
         batch: int,
-        kv_heads: int,
+        kv_heads: Sequence[int],
         capacity: int,
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
         self.capacity = capacity
-        shape = (batch, kv_heads, capacity, head_dim)
-        self.layers = [LayerCache(shape, dtype, torch.device(device)) for _ in range(layers)]
+        place = torch.device(device)
+        self.layers = [LayerCache((batch, heads, capacity, head_dim), dtype, place) for heads in kv_heads]
 
     @property
     def length(self) -> int:

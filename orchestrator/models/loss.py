@@ -40,7 +40,12 @@ WHOLE_VOCAB = VocabShard()
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, vocab: VocabShard = WHOLE_VOCAB
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    vocab: VocabShard = WHOLE_VOCAB,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of `softmax(hidden @ weight.T)` against the targets.
 
@@ -54,6 +59,7 @@ def chunked_cross_entropy(
         chunk_tokens: rows whose logits exist at one time.
         vocab: the rank's place in a sharded vocabulary. The gradient of `hidden` is then this rank's part
             of a sum over ranks, which the caller takes.
+        softcap: bounds the logits, by `softcap * tanh(logits / softcap)`; None: none.
 
     Returns:
         fp32 scalar, the same on all ranks of a sharded vocabulary.
@@ -66,8 +72,8 @@ def chunked_cross_entropy(
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     hidden = _to_autocast(hidden)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        return _chunk_losses(hidden, weight, targets, chunk_tokens, vocab, None, None)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, vocab)
+        return _chunk_losses(hidden, weight, targets, chunk_tokens, vocab, softcap, None, None)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, vocab, softcap)
 
 
 @dataclass
@@ -78,35 +84,46 @@ class HeadOps:
         loss: (hidden [B, T, D], weight, targets [B, T]) -> fp32 scalar sum.
         logits: (hidden [B, T, D], weight) -> [B, T, V].
         chunk_tokens: tokens whose logits exist at one time.
+        softcap: of the logits that `loss` makes; those of `logits` are not bounded yet.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     logits: Callable[[Tensor, Tensor], Tensor]
     chunk_tokens: int
+    softcap: float | None = None
 
 
-def default_head_ops(chunk_tokens: int) -> HeadOps:
+def default_head_ops(chunk_tokens: int, softcap: float | None = None) -> HeadOps:
     """Return the head of a model whose vocabulary is whole on every device.
 
     Args:
         chunk_tokens: tokens whose logits exist at one time.
+        softcap: bounds the logits; None: none.
     """
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens)
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, WHOLE_VOCAB, softcap
+        )
 
-    return HeadOps(loss, torch.nn.functional.linear, chunk_tokens)
+    return HeadOps(loss, torch.nn.functional.linear, chunk_tokens, softcap)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, vocab: VocabShard
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        vocab: VocabShard,
+        softcap: float | None,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        loss = _chunk_losses(hidden, weight, targets, chunk_tokens, vocab, d_hidden, d_weight)
+        loss = _chunk_losses(hidden, weight, targets, chunk_tokens, vocab, softcap, d_hidden, d_weight)
         # Not save_for_backward: backward scales these in place and lets them go.
         ctx.gradients, ctx.weight_dtype = (d_hidden, d_weight), weight.dtype
         return loss
@@ -120,7 +137,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_hidden = d_hidden.mul_(upstream[0])
         if d_weight is not None:
             d_weight = d_weight.mul_(upstream[0]).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 def _chunk_losses(
@@ -129,6 +146,7 @@ def _chunk_losses(
     targets: Tensor,
     chunk_tokens: int,
     vocab: VocabShard,
+    softcap: float | None,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
 ) -> Tensor:
@@ -137,9 +155,8 @@ def _chunk_losses(
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        loss, d_logits = _one_chunk(
-            hidden[rows], weight, targets[rows], vocab, with_gradient=d_hidden is not None or d_weight is not None
-        )
+        wanted = d_hidden is not None or d_weight is not None
+        loss, d_logits = _one_chunk(hidden[rows], weight, targets[rows], vocab, softcap, with_gradient=wanted)
         total = total + loss
         if d_hidden is not None and d_logits is not None:
             d_hidden[rows] = d_logits @ weight
@@ -153,10 +170,19 @@ def _chunk_losses(
 
 
 def _one_chunk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard, with_gradient: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab: VocabShard,
+    softcap: float | None,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the summed loss of a chunk, and d loss / d logits [n, V] in the dtype of `hidden`."""
+    """Return the summed loss of a chunk, and d loss / d (hidden @ weight.T) [n, V] in the dtype of `hidden`."""
     logits = (hidden @ weight.T).float()
+    bounded = None
+    if softcap is not None:
+        bounded = (logits / softcap).tanh_()
+        logits = bounded * softcap
     counts = targets != IGNORE_INDEX
     local = targets - vocab.offset
     here = counts & (local >= 0) & (local < weight.shape[0])
@@ -172,7 +198,10 @@ def _one_chunk(
     if not with_gradient:
         return loss, None
     probabilities = exponentials.mul_((counts / sums).unsqueeze(-1))
-    return loss, probabilities.scatter_add_(-1, at, -here.float().unsqueeze(-1)).to(hidden.dtype)
+    d_logits = probabilities.scatter_add_(-1, at, -here.float().unsqueeze(-1))
+    if bounded is not None:
+        d_logits = d_logits * (1.0 - bounded.square_())
+    return loss, d_logits.to(hidden.dtype)
 
 
 def _to_autocast(hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.models.expert_dispatch import Assignment, Dispatch, SortedDispatch, WholeSequence
-from orchestrator.models.feed_forward import SwiGLU
+from orchestrator.models.feed_forward import GATES, GatedFeedForward
 
 TOKENS, ENTROPY, DROPPED, LOSS, STATISTICS = range(5)
 """Sums in `Routing.statistics`, by position; each expert's load comes from `STATISTICS` on."""
@@ -92,6 +92,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(moe.experts, dim, width))
         for name, size in (("gate_bias", width), ("up_bias", width), ("down_bias", dim)):
             setattr(self, name, nn.Parameter(torch.empty(moe.experts, size)) if moe.expert_bias else None)
+        self.activation = GATES[config.activation]
         self.dispatch = SortedDispatch()
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
@@ -110,7 +111,7 @@ class Experts(nn.Module):
             gate: [..., F].
             up: [..., F].
         """
-        return F.silu(gate) * up
+        return self.activation(gate, up)
 
 
 class MoE(nn.Module):
@@ -125,7 +126,7 @@ class MoE(nn.Module):
             equal parts of it.
     """
 
-    shared: SwiGLU | None
+    shared: GatedFeedForward | None
     shared_gate: nn.Linear | None
 
     def __init__(self, config: ModelConfig):
@@ -134,7 +135,7 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         width = config.moe.shared_mlp_dim
-        self.shared = SwiGLU(config, width) if width else None
+        self.shared = GatedFeedForward(config, width) if width else None
         self.shared_gate = nn.Linear(config.dim, 1, bias=False) if config.moe.shared_gate else None
         self.sequence = WholeSequence()
         self.loss_share = 1.0

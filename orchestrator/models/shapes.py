@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orchestrator.config.schema import ModelConfig
+from orchestrator.config.schema import GATED, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -20,29 +20,38 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "embed.weight", (config.vocab_size, dim)
     if config.positions == "learned":
         yield "positions.weight", (config.max_seq_len, dim)
-    layer = list(_layer(config))
+    alike: dict[tuple[int, int], list[tuple[str, Shape]]] = {}
     for number in range(config.layers):
-        yield from ((f"layers.{number}.{name}", shape) for name, shape in layer)
+        heads = config.heads_of(number)
+        if heads not in alike:
+            alike[heads] = list(_layer(config, *heads))
+        yield from ((f"layers.{number}.{name}", shape) for name, shape in alike[heads])
     yield from _norm(config, "norm")
     if not config.tied_embeddings:
         yield "head.weight", (config.vocab_size, dim)
 
 
-def _layer(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _layer(config: ModelConfig, heads: int, kv_heads: int) -> Iterator[tuple[str, Shape]]:
     dim, mlp = config.dim, config.mlp_dim
     head = config.head_width
-    width, kv_width = config.heads * head, config.kv_heads * head
-    yield from _norm(config, "attn_norm")
+    width, kv_width = heads * head, kv_heads * head
+    before, after = config.norm_placement != "post", config.norm_placement != "pre"
+    yield from _norm(config, "attn_norm" if before else None)
+    if config.attention_sinks:
+        yield "attn.sinks", (heads,)
     for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
         yield from _linear(f"attn.{name}", rows, dim, config.attention_bias)
     yield from _linear("attn.o", dim, width, config.output_bias)
-    if config.qk_norm:
-        yield "attn.q_norm.weight", (head,)
-        yield "attn.k_norm.weight", (head,)
-    yield from _norm(config, "mlp_norm")
-    for name in ("gate", "up") if config.activation == "swiglu" else ("up",):
+    if config.qk_norm and (config.norm != "rms_plain" or config.qk_norm_over == "width"):
+        whole = config.qk_norm_over == "width"
+        yield "attn.q_norm.weight", (width if whole else head,)
+        yield "attn.k_norm.weight", (kv_width if whole else head,)
+    yield from _norm(config, "attn_post_norm" if after else None)
+    yield from _norm(config, "mlp_norm" if before and config.residual != "parallel_one_norm" else None)
+    for name in ("gate", "up") if config.activation in GATED else ("up",):
         yield from _linear(f"mlp.{name}", mlp, dim, config.mlp_bias)
     yield from _linear("mlp.down", dim, mlp, config.mlp_bias)
+    yield from _norm(config, "mlp_post_norm" if after else None)
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, Shape]]:
@@ -51,7 +60,9 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[st
         yield f"{name}.bias", (rows,)
 
 
-def _norm(config: ModelConfig, name: str) -> Iterator[tuple[str, Shape]]:
+def _norm(config: ModelConfig, name: str | None) -> Iterator[tuple[str, Shape]]:
+    if name is None or config.norm.endswith("_plain"):
+        return
     yield f"{name}.weight", (config.dim,)
     if config.norm == "layer":
         yield f"{name}.bias", (config.dim,)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.chips.chip import Chip
-from orchestrator.config.schema import ModelConfig
+from orchestrator.config.schema import GATED, ModelConfig
 
 Remat = Literal["none", "selective", "full", "offload"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -79,6 +79,8 @@ class ModelShape:
             vocab: tokens of the vocabulary; None: as the configuration says.
         """
         size = vocab if config.vocab_size == "auto" else config.vocab_size
+        windows = [config.window_of(layer) for layer in range(config.layers)]
+        narrow = [window for window in windows if window is not None]
         assert isinstance(size, int), "the vocabulary is known before planning"
         return cls(
             config.name,
@@ -89,12 +91,13 @@ class ModelShape:
             config.kv_heads,
             config.head_width,
             size,
-            gated=config.activation == "swiglu",
+            gated=config.activation in GATED,
             tied=config.tied_embeddings,
-            window=config.sliding_window,
+            window=max(narrow, default=None),
+            global_layers=len(windows) - len(narrow) if narrow else 0,
             learned_positions=config.max_seq_len if config.positions == "learned" else 0,
             qk_norm=config.qk_norm,
-            layer_norm=config.norm == "layer",
+            layer_norm=config.norm.startswith("layer"),
         )
 
 

@@ -59,10 +59,10 @@ def parallelize_context(model: ShardableModel, group: dist.ProcessGroup) -> None
 
 def _gather_keys(group: dist.ProcessGroup) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        q, k, v, mask = args
+        q, k, v, mask, *sinks = args
         # One collective for both: each is a latency, not a bandwidth.
         both = _gather(torch.stack((k, v)), group, _SEQUENCE_DIM + 1)
-        return (q, both[0], both[1], mask)
+        return (q, both[0], both[1], mask, *sinks)
 
     return hook
 

@@ -25,8 +25,10 @@ from torch.distributed.tensor.parallel import (
 
 from orchestrator.errors import LayoutError
 from orchestrator.models.head import LMHead
+from orchestrator.models.layers import Attention
 from orchestrator.models.loss import VocabShard, chunked_cross_entropy
-from orchestrator.models.protocol import ShardableModel, gathering_modules
+from orchestrator.models.norms import WidthRMSNorm
+from orchestrator.models.protocol import ShardableModel, attention_cores, gathering_modules
 from orchestrator.sharding.axes import ParameterAxes
 from orchestrator.sharding.rules import RULES, Placement
 
@@ -55,6 +57,9 @@ def parallelize_tensor(model: ShardableModel, placements: Mapping[str, Placement
     parallelize_module(model, mesh, plan)
     for module in gathering:
         module.register_forward_pre_hook(_gather_sequence(mesh))
+    for _, _, core in attention_cores(model):
+        if core.sinks:
+            core.register_forward_pre_hook(_local_sinks)
     _parallelize_head(model, mesh)
 
 
@@ -67,6 +72,10 @@ def _style(module: nn.Module, placements: Mapping[str, Placement], axes: Paramet
         if cut["weight"] == 0:
             return ColwiseParallel()
         return RowwiseParallel(output_layouts=Shard(_SEQUENCE_DIM))
+    if isinstance(module, WidthRMSNorm):
+        return _CutNorm()
+    if isinstance(module, Attention) and set(cut) == {"sinks"}:
+        return _CutSinks()
     if any(dim is not None for dim in cut.values()):
         name = next(name for name, placement in placements.items() if placement.tensor_dim is not None)
         raise LayoutError(
@@ -77,6 +86,38 @@ def _style(module: nn.Module, placements: Mapping[str, Placement], axes: Paramet
         )
     per_head = any(axes[name] == ("head_dim",) for name in placements)
     return SequenceParallel(sequence_dim=_HEAD_DIM if per_head else _SEQUENCE_DIM, use_local_output=True)
+
+
+class _CutNorm(ParallelStyle):
+    """A norm over all heads: each rank has the weights of its own, and DTensor sums the squares over the group."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def come(module: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            return (DTensor.from_local(args[0], mesh, [Shard(-1)], run_check=False),)
+
+        def go(module: nn.Module, result: Any, mesh: DeviceMesh) -> Tensor:
+            return _to_local(result)
+
+        return distribute_module(module, device_mesh, _cut_rows, come, go)
+
+
+class _CutSinks(ParallelStyle):
+    """Attention's own parameters, the sinks: each rank has those of its heads."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Attention)
+        assert module.sinks is not None
+        module.sinks = nn.Parameter(distribute_tensor(module.sinks, device_mesh, [Shard(0)]))
+        return module
+
+
+def _cut_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    assert isinstance(module, WidthRMSNorm)
+    module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
+
+
+def _local_sinks(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*args[:4], *map(_to_local, args[4:]))
 
 
 def _gather_sequence(mesh: DeviceMesh) -> Callable[..., Any]:
@@ -112,7 +153,7 @@ def _parallelize_head(model: ShardableModel, mesh: DeviceMesh) -> None:
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return chunked_cross_entropy(
-            gather(hidden).flatten(0, 1), _to_local(weight), targets.flatten(), ops.chunk_tokens, vocab
+            gather(hidden).flatten(0, 1), _to_local(weight), targets.flatten(), ops.chunk_tokens, vocab, ops.softcap
         )
 
     def logits(hidden: Tensor, weight: Tensor) -> Tensor:

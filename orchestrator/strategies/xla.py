@@ -139,7 +139,8 @@ class XlaStrategy(ParallelStrategy):
             total = torch.zeros((), device=hidden.device)
             for start in range(0, hidden.shape[1], length):
                 part, wanted = hidden[:, start : start + length], targets[:, start : start + length]
-                total = total + chunked_cross_entropy(part.flatten(0, 1), weight, wanted.flatten(), wanted.numel())
+                rows_of_chunk = part.flatten(0, 1), weight, wanted.flatten(), wanted.numel()
+                total = total + chunked_cross_entropy(*rows_of_chunk, softcap=ops.softcap)
             return total
 
         return replace(ops, loss=loss)

@@ -42,7 +42,7 @@ def test_greedy_equals_full_forward(make_model: Make, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cache_filled_piece_by_piece_gives_the_same_logits(make_model: Make, tokens: torch.Tensor, kind: str) -> None:
     model = make_model(**KINDS[kind])
-    cache = KVCache(layers=2, batch=2, kv_heads=2, capacity=24, head_dim=12)
+    cache = KVCache(batch=2, kv_heads=[2, 2], capacity=24, head_dim=12)
     with torch.no_grad():
         pieces = [model(piece, cache=cache) for piece in tokens.split([9, 1, 1, 6, 7], 1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=1e-5, rtol=0)

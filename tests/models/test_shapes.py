@@ -13,6 +13,7 @@ from orchestrator.config.convert import from_dict
 from orchestrator.config.schema import ModelConfig
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.shapes import parameter_shapes
+from orchestrator.planner.estimate.flops import parameter_count
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 FEATURES = (
@@ -20,12 +21,19 @@ FEATURES = (
     {"norm": "layer", "activation": "gelu", "positions": "learned"},
     {"qk_norm": True, "head_dim": 48, "kv_heads": 2},
     {"tied_embeddings": True},
+    {"norm": "rms_offset", "norm_placement": "both", "activation": "geglu", "qk_norm": True},
+    {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "width", "kv_heads": 2},
+    {"norm": "layer_no_bias", "residual": "parallel_one_norm", "activation": "gelu_erf"},
+    {"norm": "rms_plain", "qk_norm": True, "activation": "relu2"},
+    {"attention_sinks": True, "windows": (4, None)},
+    {"layer_heads": (4, 8, 2), "layer_kv_heads": (4, 2, 1), "head_dim": 16},
 )
 
 
 def _check(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Decoder(config)
+    assert parameter_count(config).total == sum(parameter.numel() for parameter in model.parameters())
     assert dict(parameter_shapes(config)) == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.models.attention import AttentionCore
+from orchestrator.models.feed_forward import SwiGLU
 from orchestrator.models.head import LMHead
 from orchestrator.models.init import Init
-from orchestrator.models.layers import RMSNorm, SwiGLU
 from orchestrator.models.mask import additive
+from orchestrator.models.norms import RMSNorm
 from orchestrator.models.protocol import Mask, ShardableModel
 from orchestrator.models.rope import Rope, apply_rope, rope_tables
 from orchestrator.sharding.axes import ParameterAxes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.config.schema import ModelConfig
+from orchestrator.config.schema import GATED, ModelConfig
 from orchestrator.errors import ConfigError
 
 
@@ -47,23 +47,36 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> Param
         ConfigError: neither says how large the vocabulary is.
     """
     vocab = _vocabulary(config, vocab_size)
-    width, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
-    attention_matrices = 2 * config.dim * (width + kv_width)
-    attention_extra = (width + 2 * kv_width) * config.attention_bias + config.dim * config.output_bias
-    attention_extra += 2 * config.head_width * config.qk_norm
-    gated = config.activation == "swiglu"
+    attention_matrices = attention_extra = 0
+    for layer in range(config.layers):
+        matrices, extra = _attention(config, *config.heads_of(layer))
+        attention_matrices, attention_extra = attention_matrices + matrices, attention_extra + extra
+    gated = config.activation in GATED
     mlp_matrices = (3 if gated else 2) * config.dim * config.mlp_dim
     mlp_biases = ((2 if gated else 1) * config.mlp_dim + config.dim) * config.mlp_bias
-    norm = config.dim * (1 if config.norm == "rms" else 2)
+    norm = config.dim * (0 if config.norm.endswith("_plain") else 2 if config.norm == "layer" else 1)
+    norms = (4 if config.norm_placement == "both" else 2) - (config.residual == "parallel_one_norm")
     return ParameterCount(
         embedding=vocab * config.dim,
         positions=config.max_seq_len * config.dim if config.positions == "learned" else 0,
-        attention=config.layers * (attention_matrices + attention_extra),
+        attention=attention_matrices + attention_extra,
         mlp=config.layers * (mlp_matrices + mlp_biases),
-        norms=(2 * config.layers + 1) * norm,
+        norms=(norms * config.layers + 1) * norm,
         head=0 if config.tied_embeddings else vocab * config.dim,
-        matmul=config.layers * (attention_matrices + mlp_matrices) + vocab * config.dim,
+        matmul=attention_matrices + config.layers * mlp_matrices + vocab * config.dim,
     )
+
+
+def _attention(config: ModelConfig, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Count the elements of a layer's matrices, and of the vectors beside them."""
+    width, kv_width = heads * config.head_width, kv_heads * config.head_width
+    extra = (width + 2 * kv_width) * config.attention_bias + config.dim * config.output_bias
+    extra += heads * config.attention_sinks
+    if config.qk_norm and config.qk_norm_over == "width":
+        extra += width + kv_width
+    elif config.qk_norm and config.norm != "rms_plain":
+        extra += 2 * config.head_width
+    return 2 * config.dim * (width + kv_width), extra
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, vocab_size: int | None = None) -> float:
@@ -85,18 +98,25 @@ def flops_per_token(config: ModelConfig, seq_len: int, vocab_size: int | None = 
         vocab_size: as for `parameter_count`.
     """
     matmul = parameter_count(config, vocab_size).matmul
-    return 6.0 * matmul + 12.0 * config.layers * config.heads * config.head_width * mean_attended(config, seq_len)
+    seen = sum(
+        config.heads_of(layer)[0] * _attended(config.window_of(layer), seq_len) for layer in range(config.layers)
+    )
+    return 6.0 * matmul + 12.0 * config.head_width * seen
 
 
 def mean_attended(config: ModelConfig, seq_len: int) -> float:
-    """Return the positions that a query sees, averaged over a sequence; half of `seq_len` without a window.
+    """Return the positions that a query sees, averaged over a sequence and the layers; without windows half of it.
 
     Args:
         config: of the model.
         seq_len: tokens of a sequence.
     """
-    window = min(config.sliding_window or seq_len, seq_len)
-    return window - window**2 / (2 * seq_len)
+    return sum(_attended(config.window_of(layer), seq_len) for layer in range(config.layers)) / config.layers
+
+
+def _attended(window: int | None, seq_len: int) -> float:
+    seen = min(window or seq_len, seq_len)
+    return seen - seen**2 / (2 * seq_len)
 
 
 def _vocabulary(config: ModelConfig, vocab_size: int | None) -> int:
