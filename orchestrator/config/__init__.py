@@ -13,6 +13,7 @@ from orchestrator.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from orchestrator.config.compose import Composed, read_config
     from orchestrator.config.convert import from_dict, to_dict
+    from orchestrator.config.model_schema import ModelConfig
     from orchestrator.config.schema import (
         AdafactorConfig,
         AdamWConfig,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         HardwareConfig,
         LayoutConfig,
         LoggerConfig,
-        ModelConfig,
         MuonConfig,
         OptimConfig,
         RunConfig,
@@ -38,6 +38,7 @@ else:
         {
             "config.compose": ["Composed", "read_config"],
             "config.convert": ["from_dict", "to_dict"],
+            "config.model_schema": ["ModelConfig"],
             "config.schema": [
                 "AdafactorConfig",
                 "AdamWConfig",
@@ -46,7 +47,6 @@ else:
                 "HardwareConfig",
                 "LayoutConfig",
                 "LoggerConfig",
-                "ModelConfig",
                 "MuonConfig",
                 "OptimConfig",
                 "RunConfig",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from orchestrator.config.schema import GATED, ModelConfig
 from orchestrator.errors import ConfigError
 
+_LARGE = 1e38  # what is beyond is said by check_ranges
+
 
 def check_model(model: ModelConfig) -> list[ConfigError]:
     """List what of a model's description does not fit together.
@@ -83,13 +85,15 @@ def _rope(model: ModelConfig) -> list[ConfigError]:
             ConfigError(what, got=f"model.positions={model.positions}", fix="set model.positions=rope, or none of them")
         ]
     if not 0 < model.rope_share <= 1:
-        return [out_of_range("model.rope_share", model.rope_share, "more than 0, at most 1")]
+        too_much = 1 < model.rope_share < _LARGE  # others are said by check_ranges
+        return [out_of_range("model.rope_share", model.rope_share, "more than 0, at most 1")] if too_much else []
     problems = []
     if model.rope_width < 2 or model.rope_width % 2:
         turned = f"head_dim {model.head_width}" + (f" x {model.rope_share:g}" if model.rope_share != 1 else "")
         what = "RoPE turns pairs of elements: a head's width is even"
         problems.append(ConfigError(what, got=turned, fix="change model.head_dim or model.rope_share"))
-    if model.rope_local_theta is not None and not (model.windows or model.sliding_window):
+    local = model.rope_local_theta
+    if local is not None and 0 < local < _LARGE and not any(map(model.window_of, range(model.layers))):
         what = "no layer has a window, which model.rope_local_theta is for"
         problems.append(
             ConfigError(what, got=model.rope_local_theta, fix="set model.windows, or rope_local_theta=null")

@@ -92,13 +92,15 @@ class _CutNorm(ParallelStyle):
     """A norm over all heads: each rank has the weights of its own, and DTensor sums the squares over the group."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def come(module: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-            return (DTensor.from_local(args[0], mesh, [Shard(-1)], run_check=False),)
+        assert isinstance(module, WidthRMSNorm)
+        module.weight = nn.Parameter(distribute_tensor(module.weight, device_mesh, [Shard(0)]))
 
-        def go(module: nn.Module, result: Any, mesh: DeviceMesh) -> Tensor:
-            return _to_local(result)
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (DTensor.from_local(args[0], device_mesh, [Shard(-1)], run_check=False),)
 
-        return distribute_module(module, device_mesh, _cut_rows, come, go)
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(lambda module, args, result: _to_local(result))
+        return module
 
 
 class _CutSinks(ParallelStyle):
@@ -109,11 +111,6 @@ class _CutSinks(ParallelStyle):
         assert module.sinks is not None
         module.sinks = nn.Parameter(distribute_tensor(module.sinks, device_mesh, [Shard(0)]))
         return module
-
-
-def _cut_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    assert isinstance(module, WidthRMSNorm)
-    module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
 
 
 def _local_sinks(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
