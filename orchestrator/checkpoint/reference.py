@@ -68,6 +68,9 @@ TOLERANCES = {
     ("fp32", "fp32"): Tolerance(1e-5, 1e-4, 5e-5),
     ("bf16", "fp32"): Tolerance(1e-2, 5e-2, 3e-2),
     ("bf16", "bf16"): Tolerance(1e-2, 5e-2, 3e-2),
+    ("fp32", "fp8"): Tolerance(2e-2, 1e-1, 1e-1),
+    ("bf16", "fp8"): Tolerance(2e-2, 1e-1, 1e-1),
+    ("fp8", "fp8"): Tolerance(2e-2, 1e-1, 1e-1),
 }
 
 

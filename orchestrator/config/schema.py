@@ -21,12 +21,22 @@ ContextKind = Literal["gather", "ring", "ulysses"]
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """Products in 8-bit floats, where `precision` is fp8: how they are scaled, and which layers stay in bf16."""
+
+    recipe: Literal["tensorwise", "rowwise", "rowwise_gw_hp", "mxfp8"] = "tensorwise"
+    skip: tuple[str, ...] = ()  # patterns over names of modules, such as layers.0.*: these stay in bf16
+    min_dim: int = 16  # a matrix that is narrower than this on a device stays in bf16
+
+
+@dataclass(frozen=True)
 class HardwareConfig:
     """The hardware target, its devices, and how processes use them."""
 
     target: Literal["auto", "cpu", "cuda", "rocm", "tpu", "trainium"] = "auto"
     devices: int | Auto = "auto"  # devices on this host; one process each on torch-native targets
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; master weights are fp32
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of the matrix products; master weights are fp32
+    fp8: Fp8Config = Fp8Config()
     chip: str = "auto"  # key of the chip catalogue, for peak rates
     threads: int | Auto = "auto"  # CPU threads per process
     compile: bool = False  # torch.compile of every block

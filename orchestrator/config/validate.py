@@ -33,6 +33,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "hardware.threads": (1, 1 << 12),
     "hardware.simulate": (1, 1 << 12),
     "hardware.timeout_seconds": (1, 10**7),
+    "hardware.fp8.min_dim": (1, 1 << 20),
     "model.vocab_size": (1, 1 << 24),
     "model.dim": (1, 1 << 20),
     "model.layers": (1, 1 << 14),

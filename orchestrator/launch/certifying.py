@@ -109,7 +109,7 @@ def _plan(composed: Composed, world: World | None, output: Path | None) -> _Plan
     if target.name == "cpu" and hardware.devices == "auto" and world is None:
         # A CPU is one device to a run, and may be as many processes as one likes.
         hardware = replace(hardware, target="cpu", devices=CPU_PROCESSES)
-    bf16 = precision_of(config, target) == "bf16"
+    bf16 = precision_of(config, target) != "fp32"
     config = replace(config, hardware=replace(hardware, precision="fp32"))
     slices, devices = target.slices(), _devices(hardware, target, world)
     if given:

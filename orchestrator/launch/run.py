@@ -299,7 +299,7 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     facts, leg = job.facts, job.leg
     devices = f"{leg['devices']} x {', '.join(leg['device_names'][:1]) or leg['target']}"
     job.say(f"model      {facts['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}")
-    job.say(f"hardware   {leg['target']}: {devices}, {leg['precision']}, layout {job.parallel.layout}")
+    job.say(f"hardware   {leg['target']}: {devices}, {job.parallel.describe_precision()}, layout {job.parallel.layout}")
     entropy = facts["unigram_entropy_nats"]
     job.say(f"baseline   unigram entropy {entropy:.3f} nats per token; the loss should fall below this")
     for name in ("mixture", "validation"):

@@ -36,7 +36,7 @@ def peak_flops(target: Target, figure: Figure | None, precision: str, device: to
     Args:
         target: the hardware.
         figure: the catalogue's (`Chip.device_peak_flops`); None where the chip is not in it.
-        precision: of the matrix products, `fp32` or `bf16`.
+        precision: of the matrix products: `fp32`, `bf16` or `fp8`, which a CPU emulates by products in fp32.
         device: measured where the target is a CPU and no figure is known.
 
     Returns:
@@ -52,4 +52,5 @@ def peak_flops(target: Target, figure: Figure | None, precision: str, device: to
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = measure_gemm_flops(device, dtype)
-    return rate, f"measured: {precision} matrix products on this CPU, per process"
+    measured = "bf16" if precision == "bf16" else "fp32"
+    return rate, f"measured: {measured} matrix products on this CPU, per process"

@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 
+from orchestrator.config.schema import Fp8Config
 from orchestrator.distributed.world import World
-from orchestrator.errors import LayoutError
+from orchestrator.errors import ConfigError, LayoutError
 from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
 from orchestrator.models.protocol import ShardableModel
@@ -31,6 +32,7 @@ from orchestrator.sharding.parts import Parts, heeds_flag, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.context_parallel import parallelize_context
+from orchestrator.strategies.fp8_layers import Fp8Layers, choose_layers, convert_layers
 from orchestrator.strategies.module_sharding import (
     check_reduced,
     fsdp_modules,
@@ -47,7 +49,8 @@ from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, l
 from orchestrator.strategies.sharded_parts import ShardedParts, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of what FSDP2 gathers: a layer that computes in fp8 rounds its operands itself.
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 class DTensorStrategy(ParallelStrategy):
@@ -58,6 +61,7 @@ class DTensorStrategy(ParallelStrategy):
             is reduce-scattered; `last`: whole gradients are, in fp32 on every rank, and reduced once. Copies of the
             model are summed once a step either way.
         compile: compile every block.
+        fp8: the recipe, where `precision` is fp8; on a CPU it is emulated.
     """
 
     def __init__(
@@ -70,11 +74,13 @@ class DTensorStrategy(ParallelStrategy):
         timeout_seconds: int = 600,
         reduce_gradients: Literal["each", "last"] = "each",
         compile: bool = False,
+        fp8: Fp8Config = Fp8Config(),
     ):
         super().__init__(target, world, layout, precision, timeout_seconds)
         # Where nothing is split a reduction of each micro-batch would save nothing.
         self.reduce_each = reduce_gradients == "each" and layout.shards > 1
-        self.compile = compile
+        self.compile, self.fp8 = compile, fp8
+        self.fp8_layers: Fp8Layers | None = None
         self.mesh: DeviceMesh | None = None
 
     # --- set-up ---------------------------------------------------------------------------------
@@ -121,6 +127,10 @@ class DTensorStrategy(ParallelStrategy):
         """Cut over `tensor`, hook in `context`, wrap in FSDP2, then allocate this rank's shards."""
         assert self.mesh is not None, "join() comes first"
         self.placements[model] = dict(placements)
+        if self.precision == "fp8":
+            emulated = self.root_device.type == "cpu"
+            self.fp8_layers = choose_layers(model, self.fp8, placements, self.layout, emulated)
+            convert_layers(model, self.fp8_layers)
         if self.layout.tensor > 1:
             parallelize_tensor(model, placements, self.mesh["tensor"])
         if self._context_group is not None:
@@ -133,6 +143,10 @@ class DTensorStrategy(ParallelStrategy):
         self._allocate(model)
         model.tie_weights()
         self._check(model)
+
+    def describe_precision(self) -> str:
+        """Return the precision of the matrix products; of fp8 the recipe, and how many layers it computes."""
+        return self.precision if self.fp8_layers is None else f"{self.precision} ({self.fp8_layers})"
 
     def _allocate(self, model: ShardableModel) -> None:
         """Allocate this rank's shards, unfilled, on its device."""
@@ -235,6 +249,12 @@ class DTensorStrategy(ParallelStrategy):
 
     def _place_others(self, module: nn.Module) -> None:
         split = self.layout.devices > 1
+        if self.precision == "fp8" and not any(True for _ in shardable_models(module)):
+            raise ConfigError(
+                "fp8 is for models that say what their parameters are",
+                got=type(module).__name__,
+                fix="let it hold an orchestrator.models.protocol.ShardableModel, or set precision='bf16'",
+            )
         if split and is_sharded(module):
             materialize(own_modules(module), self.root_device)
         elif any(True for _ in own_parameters(module)):

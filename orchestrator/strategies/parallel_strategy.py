@@ -26,6 +26,7 @@ from orchestrator.distributed.coordinator import ProcessCoordinator, Vote, coord
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, HardwareError, LayoutError
+from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import find_world, job_devices, resolve
 from orchestrator.models.protocol import ShardableModel
@@ -50,7 +51,7 @@ class ParallelStrategy(TrainerStrategy):
         target: the hardware of this process.
         world: this process among the job's.
         layout: degrees of the mesh axes; their product is the job's number of devices.
-        precision: `fp32` or `bf16` for the matrix products. Master weights, reductions and the loss are fp32.
+        precision: `fp32`, `bf16` or `fp8` for the matrix products. Master weights, reductions and the loss are fp32.
         timeout_seconds: how long the processes wait for each other.
     """
 
@@ -72,7 +73,7 @@ class ParallelStrategy(TrainerStrategy):
         tensor: int | Auto = 1,
         schedule: Schedule = "1f1b",
         context_kind: ContextKind = "gather",
-        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto",
         hardware: HardwareConfig | None = None,
         **options: Any,
     ) -> Self:
@@ -113,6 +114,9 @@ class ParallelStrategy(TrainerStrategy):
         )
         layout = resolve_layout(degrees, job_devices(hardware, target, world))
         chosen = target.default_precision(target.probe()) if precision == "auto" else precision
+        if chosen == "fp8":
+            check_fp8(target, hardware.fp8.recipe)
+            options.setdefault("fp8", hardware.fp8)
         return cls(target, world, layout, chosen, timeout_seconds=hardware.timeout_seconds, **options)
 
     # --- set-up ---------------------------------------------------------------------------------
@@ -136,6 +140,10 @@ class ParallelStrategy(TrainerStrategy):
         """Leave the job's process group."""
         if self._coordinator is not None:
             self._coordinator.leave()
+
+    def describe_precision(self) -> str:
+        """Return the precision of the matrix products, with what a placed model made of it."""
+        return self.precision
 
     @abstractmethod
     def shard(self, model: ShardableModel, placements: Mapping[str, Placement]) -> None:

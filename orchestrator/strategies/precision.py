@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from orchestrator.errors import ConfigError
 from orchestrator.hardware.target import Target
 
+_MIXED = ("bf16", "fp8")  # what is no product, and products that stay, are the same with both
+
 
 class PreciseStrategy(Protocol):
     """What of a strategy its precision depends on."""
@@ -34,7 +36,7 @@ class ShardedPrecision(Precision):
 
     def __init__(self, strategy: PreciseStrategy):
         self._strategy = strategy
-        if strategy.precision == "bf16":
+        if strategy.precision in _MIXED:
             self.precision = "bf16-mixed"
 
     @contextmanager
@@ -71,14 +73,14 @@ def sharded_precision(plugin: Precision, strategy: PreciseStrategy) -> Precision
     if type(plugin) is Precision:
         return ShardedPrecision(strategy)
     if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
-        if strategy.precision == "bf16":
+        if strategy.precision in _MIXED:
             return ShardedPrecision(strategy)
         return ShardedMixedPrecision("bf16-mixed", strategy.target.device_type)
     raise ConfigError(
         "the precision of the Trainer is none that this strategy trains in",
         got=f"Trainer(precision={plugin.precision!r})",
         allowed="32-true, which leaves it to the strategy, or bf16-mixed",
-        fix="leave it out, and give the strategy precision='fp32' or 'bf16': master weights are fp32",
+        fix="leave it out, and give the strategy precision='fp32', 'bf16' or 'fp8': master weights are fp32",
     )
 
 

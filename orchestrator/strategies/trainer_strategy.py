@@ -42,7 +42,7 @@ class TrainerStrategy(LightningParallelStrategy):
         target: the hardware of this process.
         world: this process among the job's.
         layout: degrees of the mesh axes.
-        precision: `fp32` or `bf16` for the matrix products.
+        precision: `fp32`, `bf16` or `fp8` for the matrix products.
 
     Attributes:
         cluster_environment: keeps Lightning from looking for an engine of its own.

@@ -85,6 +85,7 @@ def make_strategy(resolved: Resolved, target: Target, world: World) -> ParallelS
             timeout_seconds=seconds,
             reduce_gradients=config.train.reduce_gradients,
             compile=config.hardware.compile,
+            fp8=config.hardware.fp8,
         )
     raise HardwareError(
         f"the target '{target.name}' has no strategy in this version", got=target.strategy, allowed="dtensor, xla"

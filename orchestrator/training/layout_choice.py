@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import LayoutConfig, RunConfig
+from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.explain import bound, layout_text
@@ -73,7 +74,8 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         copies=slices,
         reduce_gradients=train.reduce_gradients,
     )
-    precision: Literal["fp32", "bf16"] = "fp32" if config.hardware.precision == "fp32" else "bf16"
+    given = config.hardware.precision
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16" if given == "auto" else given
     shape = ModelShape.of(config.model, _NOMINAL_VOCABULARY)
     job = JobSpec(
         shape,
@@ -102,8 +104,14 @@ def precision_of(config: RunConfig, target: Target) -> str:
     Args:
         config: of the run.
         target: the hardware.
+
+    Raises:
+        HardwareError: fp8 is asked for, and the devices do not have it.
+        MissingExtraError: so is torchao.
     """
     chosen = config.hardware.precision
+    if chosen == "fp8":
+        check_fp8(target, config.hardware.fp8.recipe)
     return target.default_precision(target.probe()) if chosen == "auto" else chosen
 
 

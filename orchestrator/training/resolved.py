@@ -92,7 +92,7 @@ class Resolved:
 
     @property
     def precision(self) -> str:
-        """`fp32` or `bf16`: of the matrix products."""
+        """`fp32`, `bf16` or `fp8`: of the matrix products."""
         return self.config.hardware.precision
 
     @property
@@ -234,7 +234,7 @@ def resolve_run(
         config.hardware,
         target=cast(Any, target.name),
         devices=devices if here is None else here,
-        precision=cast(Literal["fp32", "bf16"], precision_of(config, target)),
+        precision=cast(Literal["fp32", "bf16", "fp8"], precision_of(config, target)),
         chip=chip,
         runtime=cast(Any, target.runtime),
     )
