@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,56 @@ class SortedDispatch:
         return grouped_feed_forward(experts, rows, counts)
 
 
+class SlotDispatch:
+    """Puts tokens into slots of their experts: every shape is known beforehand, whatever the router says.
+
+    An expert has as many slots for each sequence as its capacity, or as the sequence has tokens, if nothing may be
+    dropped; empty slots are computed, too.
+
+    Args:
+        to_experts: what is put around slots [B, E, C, D] on their way to the experts.
+        to_tokens: and around the answers on their way back.
+    """
+
+    def __init__(self, to_experts: Callable[[Tensor], Tensor] = _same, to_tokens: Callable[[Tensor], Tensor] = _same):
+        self._to_experts, self._to_tokens = to_experts, to_tokens
+
+    def __call__(self, experts: Any, x: Tensor, assignment: Assignment) -> Tensor:
+        """Map `x` [B, T, D] to [B, T, D]; `experts` and `assignment` as in `Dispatch`."""
+        slots, count = self._slots(assignment)
+        at = slots.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        rows = x.repeat_interleave(slots.shape[-1], 1)
+        # One slot more than there are, for what is dropped.
+        filled = x.new_zeros(x.shape[0], count + 1, x.shape[-1]).scatter(1, at, rows)[:, :count]
+        shaped = self._to_experts(filled.unflatten(1, (assignment.experts, -1)))
+        answers = self._to_tokens(self._compute(experts, shaped)).flatten(1, 2)
+        padded = F.pad(answers, (0, 0, 0, 1))
+        given = padded.gather(1, at).unflatten(1, slots.shape[1:])
+        return (given * assignment.weights.unsqueeze(-1).to(given.dtype)).sum(2)
+
+    @staticmethod
+    def _slots(assignment: Assignment) -> tuple[Tensor, int]:
+        """Return the slot of each choice among a sequence's, [B, T, k], and their number."""
+        chosen, place = assignment.chosen, assignment.place
+        capacity = assignment.capacity or chosen.shape[1]
+        count = assignment.experts * capacity
+        if place is None or assignment.kept is None:
+            here = F.one_hot(chosen, assignment.experts).sum(2)
+            place = (here.cumsum(1) - here).gather(-1, chosen)
+            return chosen * capacity + place, count
+        return torch.where(assignment.kept, chosen * capacity + place, count), count
+
+    @staticmethod
+    def _compute(experts: Any, slots: Tensor) -> Tensor:
+        def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            result = torch.einsum("beci,eoi->beco", rows, weight)
+            return result if bias is None else result + bias.unsqueeze(1).to(result.dtype)
+
+        gate = product(slots, experts.gate, experts.gate_bias)
+        up = product(slots, experts.up, experts.up_bias)
+        return product(experts.activate(gate, up), experts.down, experts.output_bias)
+
+
 class SortedRows:
     """Tokens in the order of the experts that they go to.
 
@@ -139,7 +193,7 @@ def grouped_feed_forward(experts: Any, rows: Tensor, counts: Tensor) -> Tensor:
     """
     gate = grouped_linear(rows, experts.gate, counts, experts.gate_bias)
     up = grouped_linear(rows, experts.up, counts, experts.up_bias)
-    return grouped_linear(experts.activate(gate, up), experts.down, counts, experts.down_bias)
+    return grouped_linear(experts.activate(gate, up), experts.down, counts, experts.output_bias)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ the `sequence` of the mixture, which strategies replace; `models.expert_dispatch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from orchestrator.models.feed_forward import GATES, GatedFeedForward
 
 TOKENS, ENTROPY, DROPPED, LOSS, STATISTICS = range(5)
 """Sums in `Routing.statistics`, by position; each expert's load comes from `STATISTICS` on."""
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 class Routing(NamedTuple):
@@ -44,6 +49,8 @@ class Router(nn.Module):
         weight: [E, D].
         bias: [E], or None.
         balance_bias: [E] without gradient, or None: added to the scores for the choice alone.
+        copied: what a strategy wraps around parameters of which several ranks hold copies, for each a part of the
+            gradient.
     """
 
     keeps_fp32 = True
@@ -57,12 +64,13 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(moe.experts)) if moe.router_bias else None
         fixed = nn.Parameter(torch.empty(moe.experts), requires_grad=False)
         self.balance_bias = fixed if moe.balance_bias else None
+        self.copied: Callable[[Tensor], Tensor] = _same
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [B, T, D] to logits [B, T, E] in fp32."""
         with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(x.float(), self.weight.float(), bias)
+            bias = None if self.bias is None else self.copied(self.bias).float()
+            return F.linear(x.float(), self.copied(self.weight).float(), bias)
 
 
 class Experts(nn.Module):
@@ -77,6 +85,8 @@ class Experts(nn.Module):
         gate_bias, up_bias: [E, F], or None.
         down_bias: [E, D], or None.
         dispatch: brings tokens to experts and back; a strategy that divides experts replaces it.
+        copied: as a router's.
+        summands: ranks whose results add up to an expert's, each with a part of the inner width.
     """
 
     gate_bias: nn.Parameter | None
@@ -94,6 +104,8 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(moe.experts, size)) if moe.expert_bias else None)
         self.activation = GATES[config.activation]
         self.dispatch = SortedDispatch()
+        self.copied: Callable[[Tensor], Tensor] = _same
+        self.summands = 1
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
         """Map `x` [B, T, D] to the weighted sum of what each token's experts say, [B, T, D].
@@ -103,6 +115,11 @@ class Experts(nn.Module):
             assignment: of tokens to experts.
         """
         return self.dispatch(self, x, assignment)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """This rank's summand of `down_bias`."""
+        return None if self.down_bias is None else self.copied(self.down_bias) / self.summands
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Combine the two products of an expert.
@@ -156,7 +173,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             every = self.shared(x)
             if self.shared_gate is not None:
-                every = torch.sigmoid(self.shared_gate(x)) * every
+                every = torch.sigmoid(F.linear(x, self.router.copied(self.shared_gate.weight))) * every
             y = y + every
         return y, self._routing(logits, probabilities, assignment)
 

@@ -11,6 +11,7 @@ A model is single-device code: no `torch.distributed`, no vendor's library, no d
   Widths between them are a rank's part: count heads by the width that is there.
 - Positions meet in an `AttentionCore` only (or a subclass of it), called as `core(q, k, v, mask)`, each query by
   itself. A model without one trains on every layout but those that split sequences (`layout.context`).
+- A mixture of experts is a `models.moe.MoE`, which strategies divide as a whole.
 - Everything else acts on each position by itself. No buffers: what is not a parameter is computed in `forward`.
 """
 
@@ -28,6 +29,7 @@ from orchestrator.models.attention import AttentionCore, BlockedAttentionCore
 from orchestrator.models.head import LMHead
 from orchestrator.models.init import Init
 from orchestrator.models.mask import CausalMask, attention_mask
+from orchestrator.models.moe import MoE
 from orchestrator.sharding.axes import ParameterAxes
 
 Mask = Tensor | CausalMask | None  # what `AttentionCore` takes; see `models.attention`
@@ -143,6 +145,11 @@ def attention_cores(model: ShardableModel) -> Iterator[tuple[nn.Module, str, Att
                     yield parent, name, child
 
 
+def mixtures(model: ShardableModel) -> Iterator[tuple[str, MoE]]:
+    """Each mixture of experts of `model`, with its name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))
+
+
 def attend_in_blocks(model: ShardableModel, block: int, checkpoint: Callable[..., Tensor]) -> None:
     """Let every layer of `model` attend as `BlockedAttentionCore`, whose arguments these are.
 
@@ -170,10 +177,11 @@ def gathering_modules(model: ShardableModel, axes: ParameterAxes, cut: Callable[
     """
     found: dict[int, nn.Module] = {}
     names = {id(module): name for name, module in model.named_modules()}
+    in_mixtures = {id(module) for _, mixture in mixtures(model) for module in mixture.modules()}
     blocks = {id(block) for block in model.blocks}
     for name, module in model.named_modules():
         of_weight = axes.get(f"{name}.weight", ())
-        if not (isinstance(module, nn.Linear) and of_weight and cut(of_weight[0])):
+        if id(module) in in_mixtures or not (isinstance(module, nn.Linear) and of_weight and cut(of_weight[0])):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         if id(parent) in blocks or parent is model:

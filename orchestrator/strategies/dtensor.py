@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 
 from orchestrator.config.schema import Fp8Config
@@ -32,7 +32,9 @@ from orchestrator.sharding.parts import Parts, heeds_flag, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.context_parallel import parallelize_context
+from orchestrator.strategies.expert_parallel import parallelize_experts
 from orchestrator.strategies.fp8_layers import Fp8Layers, choose_layers, convert_layers
+from orchestrator.strategies.fully_sharding import fully_shard_model
 from orchestrator.strategies.module_sharding import (
     check_reduced,
     fsdp_modules,
@@ -107,8 +109,20 @@ class DTensorStrategy(ParallelStrategy):
         layout = self.layout
         ranks = torch.arange(self.world.size).reshape(layout.replicate, layout.pipeline, layout.shards, layout.tensor)
         self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "pipeline", "shard", "tensor"))
+        self._expert_mesh = self._make_expert_mesh() if layout.expert > 1 else None
         self._context_group = self._make_group("context")
         self._expert_group = self._make_group("expert")
+
+    def _make_expert_mesh(self) -> DeviceMesh:
+        """Return the mesh on which experts are sharded: as the other one, with the expert axis out of `shard`."""
+        layout = self.layout
+        ranks = torch.arange(self.world.size).reshape(list(layout.as_dict().values()))
+        # replicate, pipeline, expert, fsdp and context as `shard`, tensor
+        ranks = ranks.permute(0, 1, 3, 2, 4, 5).reshape(
+            layout.replicate, layout.pipeline, layout.expert, layout.expert_shards, layout.tensor
+        )
+        names = ("replicate", "pipeline", "expert", "shard", "tensor")
+        return DeviceMesh(self.root_device.type, ranks, mesh_dim_names=names)
 
     def _make_group(self, axis: str) -> dist.ProcessGroup | None:
         """Return the group of this process along a mesh axis; None where it is alone. All processes call it."""
@@ -131,7 +145,9 @@ class DTensorStrategy(ParallelStrategy):
             emulated = self.root_device.type == "cpu"
             self.fp8_layers = choose_layers(model, self.fp8, placements, self.layout, emulated)
             convert_layers(model, self.fp8_layers)
-        if self.layout.tensor > 1:
+        tensor_group = self.mesh.get_group("tensor") if self.layout.tensor > 1 else None
+        parallelize_experts(model, placements, self.layout, self._expert_group, tensor_group, self._context_group)
+        if tensor_group is not None:
             parallelize_tensor(model, placements, self.mesh["tensor"])
         if self._context_group is not None:
             parallelize_context(model, self._context_group)
@@ -154,24 +170,15 @@ class DTensorStrategy(ParallelStrategy):
 
     def _fully_shard(self, model: ShardableModel) -> None:
         assert self.mesh is not None
-        policy = MixedPrecisionPolicy(
-            param_dtype=_DTYPES[self.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        mesh = self._fsdp_mesh()
-        # The head is used last forward and first backward, so it stays gathered in between. An untied embedding
-        # need not stay with it.
-        units: list[tuple[nn.Module, bool]] = [(block, True) for block in model.blocks]
-        if not model.config.tied_embeddings:
-            units += [(model.embed, True), (model.head, False)]
-        for module, reshard in units:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        mesh, expert_mesh = self._fsdp_mesh(self.mesh), self._fsdp_mesh(self._expert_mesh or self.mesh)
+        whole = {name for name, placement in self.placements[model].items() if placement.fsdp_dim is None}
+        fully_shard_model(model, mesh, expert_mesh, _DTYPES[self.precision], whole)
         # The loss is divided by the global number of target tokens, so gradients add up.
         _divide_gradients(model, 1)
 
-    def _fsdp_mesh(self) -> DeviceMesh:
-        assert self.mesh is not None
-        return self.mesh["replicate", "shard"] if self.layout.replicate > 1 else self.mesh["shard"]
+    def _fsdp_mesh(self, mesh: DeviceMesh | None) -> DeviceMesh:
+        assert mesh is not None, "join() comes first"
+        return mesh["replicate", "shard"] if self.layout.replicate > 1 else mesh["shard"]
 
     def _check(self, model: ShardableModel) -> None:
         """Our arithmetic of who holds what is the library's, for every parameter."""
@@ -268,7 +275,7 @@ class DTensorStrategy(ParallelStrategy):
                 )
             whole = not split and self.precision == "fp32"
             policy = MixedPrecisionPolicy(param_dtype=_DTYPES[self.precision], reduce_dtype=torch.float32)
-            shard_children(module, None if whole else self._fsdp_mesh(), policy)
+            shard_children(module, None if whole else self._fsdp_mesh(self.mesh), policy)
         move_others(module, self.root_device)
         check_reduced(module, self.layout.devices // self.layout.tensor, self.layout.tensor, self.world.rank)
 

@@ -28,7 +28,7 @@ from orchestrator.models.head import LMHead
 from orchestrator.models.layers import Attention
 from orchestrator.models.loss import VocabShard, chunked_cross_entropy
 from orchestrator.models.norms import WidthRMSNorm
-from orchestrator.models.protocol import ShardableModel, attention_cores, gathering_modules
+from orchestrator.models.protocol import ShardableModel, attention_cores, gathering_modules, mixtures
 from orchestrator.sharding.axes import ParameterAxes
 from orchestrator.sharding.rules import RULES, Placement
 
@@ -50,7 +50,10 @@ def parallelize_tensor(model: ShardableModel, placements: Mapping[str, Placement
     axes = model.logical_axes()
     gathering = gathering_modules(model, axes, lambda axis: RULES[axis] == "tensor")
     plan: dict[str, ParallelStyle] = {}
+    in_mixtures = {id(module) for _, mixture in mixtures(model) for module in mixture.modules()}
     for name, module in model.named_modules():
+        if id(module) in in_mixtures:
+            continue  # see `expert_parallel`
         own = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
         if name != "head" and (known := [one for one in own if one in placements]):
             plan[name] = _style(module, {one: placements[one] for one in known}, axes)

@@ -32,9 +32,10 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.mesh import order_devices
 from orchestrator.hardware.target import Target
+from orchestrator.models.expert_dispatch import SlotDispatch
 from orchestrator.models.init import draw_slice
 from orchestrator.models.loss import HeadOps, chunked_cross_entropy
-from orchestrator.models.protocol import ShardableModel, attend_in_blocks
+from orchestrator.models.protocol import ShardableModel, attend_in_blocks, mixtures
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Reduced, reduced_dims
@@ -128,7 +129,24 @@ class XlaStrategy(ParallelStrategy):
             # weights: 8B over fsdp 256 on v5e then needs 17 GiB a device, with it 5.3 (its own memory analysis).
             xs.apply_backward_optimization_barrier(block)
         attend_in_blocks(model, _ATTENTION_BLOCK, self.checkpoint)
+        for _, mixture in mixtures(model):
+            # Shapes that do not depend on the router: else every step would be another program.
+            mixture.experts.dispatch = SlotDispatch(self._to_experts, self._to_tokens)
         model.head.ops = self._head_ops(model.head.ops)
+
+    def _to_experts(self, slots: Tensor) -> Tensor:
+        """Divide slots [B, E, C, D] over the ranks that have their experts: the compiler puts in an all-to-all."""
+        return self._constrain(slots, (("replicate", "fsdp"), "expert", None, None))
+
+    def _to_tokens(self, answers: Tensor) -> Tensor:
+        return self._constrain(answers, (_BATCH_AXES, None, None, None))
+
+    def _constrain(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
+        rows = tensor.shape[0]
+        if self.layout.expert == 1 or rows % self.layout.data_parallel:
+            return tensor
+        constrained: Tensor = xs.mark_sharding_with_gradients(tensor, self._mesh, spec)
+        return constrained
 
     def _head_ops(self, ops: HeadOps) -> HeadOps:
         """Compute the loss in chunks along the sequence: each then holds the same share of every device's rows."""

@@ -139,6 +139,7 @@ class LanguageModule(lightning.LightningModule):
         routing = self._routing()
         if routing is not None:
             loss = loss - routing[:, LOSS].sum() / targets
+        figures = {} if routing is None else router_figures(routing, self.config.model.moe.top_k)
         bad = self.guard.judge(self.step + 1, loss, norm)
         with self.parallel.update_unless(self.model, self.optimizer, bad):
             optimizer.step()
@@ -147,7 +148,6 @@ class LanguageModule(lightning.LightningModule):
         optimizer.zero_grad()
         self.parallel.finish_step()
         self.step += 1
-        figures = {} if routing is None else router_figures(routing, self.config.model.moe.top_k)
         self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr, **figures)
 
     def _routing(self) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.config.schema import ModelConfig, MoEConfig
 from orchestrator.models.decoder import Decoder
+from orchestrator.models.expert_dispatch import SlotDispatch
 from orchestrator.models.moe import STATISTICS, MoE, capacity_of, router_figures
 from tests.models.conftest import SMALL, randomise
 
@@ -174,3 +175,19 @@ def test_recomputation_counts_a_token_once():
         assert torch.equal(loss, results[0][0])
         assert torch.equal(routing, results[0][1])
         assert torch.equal(grad, results[0][2])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_slots_give_what_sorted_rows_give(name):
+    mixture = _mixture(CASES[name])
+    x = torch.randn(2, 12, SMALL["dim"], generator=torch.Generator().manual_seed(3))
+    results = []
+    for dispatch in (mixture.experts.dispatch, SlotDispatch()):
+        mixture.experts.dispatch = dispatch
+        mixture.zero_grad()
+        rows = x.clone().requires_grad_()
+        y, _ = mixture(rows)
+        y.square().sum().backward()
+        results.append((y.detach(), rows.grad, mixture.experts.down.grad, mixture.router.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)

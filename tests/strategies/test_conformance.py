@@ -65,24 +65,6 @@ FEATURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Trains a configuration once per module, however many tests look at it."""
-    tmp: Path = tmp_path_factory.mktemp("runs")
-    done: dict[tuple, Path] = {}
-
-    def run(*overrides: str, size: int = 1) -> Path:
-        key = (overrides, size)
-        if key not in done:
-            run_dir = tmp / f"run{len(done)}"
-            train(small_config(tmp, *overrides), size, run_dir)
-            done[key] = run_dir
-        return done[key]
-
-    run.tmp = tmp
-    return run
-
-
 def _reference(case: list[str]) -> list[str]:
     return [word for word in case if not word.startswith("layout.")]
 
