@@ -78,11 +78,11 @@ def rehearse_config(config: RunConfig, topology: str, timeout_seconds: float) ->
     hardware = replace(config.hardware, target="tpu", simulate=devices, devices="auto", precision=precision)
     config = replace(config, hardware=hardware)
     target = resolve(hardware)
-    check_run(config, devices, slices=slices)
+    check_run(config, devices, slices=slices, strategy=target.strategy)
     vocab_size = config.model.vocab_size
     if vocab_size == "auto":
         vocab_size = prepare(config.data, progress=True).vocab_size
-        check_run(config, devices, vocab_size, slices)
+        check_run(config, devices, vocab_size, slices, target.strategy)
     if isinstance(config.optim, MuonConfig) and config.optim.ns_dtype == "auto":
         # Of the chip, not of the CPU that pretends to be one.
         config = replace(config, optim=replace(config.optim, ns_dtype="bf16"))

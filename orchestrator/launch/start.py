@@ -119,7 +119,7 @@ def resolve_plan(plan: Plan, devices: int, world: World, slices: int = 1) -> tup
     if settled.why and world.rank == 0:
         tell(f"layout     {settled.why}")
     planned = replace(config, layout=settled.layout)
-    check_run(planned, devices, slices=slices)
+    check_run(planned, devices, slices=slices, strategy=target.strategy)
     if world.rank == 0:
         doing("preparing the data", config)
     data = prepare(config.data, progress=speaks, verify=speaks)
@@ -127,7 +127,7 @@ def resolve_plan(plan: Plan, devices: int, world: World, slices: int = 1) -> tup
     for text in check_data(config, data):
         hear(text)
     init_from.check_tokenizer(config, plan.checkpoint, data.tokenizer, hear)
-    check_run(planned, devices, data.vocab_size, slices)
+    check_run(planned, devices, data.vocab_size, slices, target.strategy)
     here = max(1, devices // world.size) * world.local_size
     resolved = resolve_run(config, target, devices, data.vocab_size, here=here, settled=settled, data=data)
     placement = target.placement(resolved.layout.as_dict())

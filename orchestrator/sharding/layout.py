@@ -64,6 +64,16 @@ class Layout:
         """Parts into which the fsdp rule cuts an expert's matrix."""
         return self.fsdp * self.context
 
+    @property
+    def sequence_chunks(self) -> int:
+        """Chunks of consecutive positions that a rank holds of a sequence; two balance a causal mask's work."""
+        return 2 if self.context > 1 and self.context_kind == "ring" else 1
+
+    @property
+    def sequence_split(self) -> int:
+        """What must divide the length of a sequence, for `context` and between the blocks for `tensor`."""
+        return self.context * math.lcm(self.sequence_chunks, self.tensor)
+
     def degree(self, axis: str) -> int:
         """Return the degree of a mesh axis.
 
@@ -153,10 +163,7 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
             if field == "vocab_size":
                 fix += f", or pad: model.vocab_size={-(-size // layout.tensor) * layout.tensor}"
             problems.append(_indivisible(f"model.{field}", size, "layout.tensor", layout.tensor, fix))
-    split = layout.tensor * layout.context
-    if seq_len % split:
-        fix = f"set train.seq_len to a multiple of {split}"
-        problems.append(_indivisible("train.seq_len", seq_len, "layout.tensor x layout.context", split, fix))
+    problems += _check_sequence(layout, model, seq_len)
     if model._target_ is None and model.positions == "learned" and model.max_seq_len % layout.tensor:
         fix = "lower layout.tensor, or set model.max_seq_len to a multiple of it"
         problems.append(_indivisible("model.max_seq_len", model.max_seq_len, "layout.tensor", layout.tensor, fix))
@@ -182,6 +189,27 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
                 + f" = {layout.data_parallel} groups",
                 allowed=f"a multiple of {layout.data_parallel} sequences",
                 fix=f"set train.global_batch_tokens={fitting * seq_len}",
+            )
+        )
+    return problems
+
+
+def _check_sequence(layout: Layout, model: ModelConfig, seq_len: int) -> list[LayoutError]:
+    """List why a sequence cannot be cut: over the context axis, and between the blocks over the tensor axis too."""
+    problems = []
+    split = layout.sequence_split
+    if seq_len % split:
+        fix = f"set train.seq_len to a multiple of {split}"
+        by = "layout.tensor x layout.context"
+        if layout.sequence_chunks > 1:
+            by = f"{split // layout.context} x layout.context (a ring's ranks hold two chunks each)"
+        problems.append(_indivisible("train.seq_len", seq_len, by, split, fix))
+    if layout.context > 1 and layout.context_kind == "ring" and model.dropout > 0.0:
+        problems.append(
+            LayoutError(
+                "ring attention draws no dropout: its backward pass computes the scores again",
+                got=f"model.dropout={model.dropout:g} with layout.context_kind=ring",
+                fix="set model.dropout=0, or layout.context_kind=gather",
             )
         )
     return problems

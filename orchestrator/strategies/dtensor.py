@@ -48,6 +48,7 @@ from orchestrator.strategies.module_sharding import (
 )
 from orchestrator.strategies.module_state import shardable_models
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
+from orchestrator.strategies.sequence_order import SequenceOrder
 from orchestrator.strategies.sharded_parts import ShardedParts, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
 
@@ -150,7 +151,8 @@ class DTensorStrategy(ParallelStrategy):
         if tensor_group is not None:
             parallelize_tensor(model, placements, self.mesh["tensor"])
         if self._context_group is not None:
-            parallelize_context(model, self._context_group)
+            order = SequenceOrder.of(self.layout)
+            parallelize_context(model, self._context_group, self.layout.context_kind, order)
         if self.compile:
             for block in model.blocks:
                 block.compile(**self.target.compile_options)
@@ -330,12 +332,12 @@ class DTensorStrategy(ParallelStrategy):
 
     def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
         """Copy this rank's part of every sequence to its device."""
-        at = self.layout.coordinates(self.world.rank)["context"]
+        order, at = SequenceOrder.of(self.layout), self.layout.coordinates(self.world.rank)["context"]
         result = {}
         for name, value in batch.items():
             tensor = torch.as_tensor(value)
             if self.layout.context > 1:
-                tensor = tensor.chunk(self.layout.context, dim=1)[at]
+                tensor = order.cut(tensor, at)
             if self.root_device.type != "cpu":
                 tensor = tensor.contiguous()
                 pinned = tensor.pin_memory() if self.target.pin_memory else tensor

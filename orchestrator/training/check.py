@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.config.schema import ModelConfig, RunConfig
-from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, UserError
 from orchestrator.hardware.mesh import slices_problem
 from orchestrator.runs.own_parts import own_indivisible
-from orchestrator.sharding.layout import check_layout, resolve_layout
+from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
 
 
-def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, slices: int = 1) -> None:
+def check_run(
+    config: RunConfig, devices: int, vocab_size: int | None = None, slices: int = 1, strategy: str = "dtensor"
+) -> None:
     """Check the layout against the devices, the model, the batch and, if it is known yet, the tokenizer.
 
     Args:
@@ -19,6 +21,7 @@ def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, sl
         devices: of the job.
         vocab_size: tokens of the tokenizer; None while it is not known.
         slices: groups of devices between which the network is slow.
+        strategy: of the hardware target, `dtensor` or `xla`.
 
     Raises:
         ConfigErrors: all that is wrong.
@@ -33,6 +36,7 @@ def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, sl
     try:
         layout = resolve_layout(config.layout, devices)
         problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
+        problems += _check_strategy(layout, strategy)
         if model._target_ is not None and layout.tensor > 1:
             problems += own_indivisible(model, layout.tensor)
         if problem := slices_problem(layout.replicate, slices):
@@ -41,6 +45,20 @@ def check_run(config: RunConfig, devices: int, vocab_size: int | None = None, sl
         problems.append(error)
     if problems:
         raise ConfigErrors(problems)
+
+
+def _check_strategy(layout: Layout, strategy: str) -> list[LayoutError]:
+    """List what of the layout the strategy does not have."""
+    problems = []
+    if strategy == "xla" and layout.context > 1 and layout.context_kind != "gather":
+        problems.append(
+            LayoutError(
+                "on XLA the compiler gathers keys and values over the context axis, and knows no other way",
+                got=f"layout.context_kind={layout.context_kind} with layout.context={layout.context}",
+                fix="set layout.context_kind=gather",
+            )
+        )
+    return problems
 
 
 def resolve_model(config: ModelConfig, vocab_size: int) -> ModelConfig:

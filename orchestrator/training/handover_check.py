@@ -163,7 +163,7 @@ def measure(model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[st
     """
     layout, (rank, shares) = parallel.layout, parallel.data_share
     length = batch["tokens"].shape[1]
-    mine = share(batch, layout.data_parallel, layout.tensor * layout.context, rank, shares)
+    mine = share(batch, layout.data_parallel, layout.sequence_split, rank, shares)
     digests: list[Tensor] = []
     training = model.training
     model.eval()

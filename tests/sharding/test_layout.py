@@ -123,6 +123,15 @@ def test_a_layout_that_fits_has_no_problems():
         (Layout(context=3), {}, 64, 512, "train.seq_len does not divide", "64 / 3", "multiple of 3"),
         (Layout(context=2, tensor=2), {}, 66, 660, "train.seq_len does not", "66 / 4 = 16.5", "multiple of 4"),
         (
+            Layout(context=4, context_kind="ring"),
+            {},
+            60,
+            600,
+            "train.seq_len does not divide by 2 x layout.context",
+            "60 / 8 = 7.5",
+            "multiple of 8",
+        ),
+        (
             Layout(tensor=2),
             {"positions": "learned", "max_seq_len": 65},
             64,
@@ -147,6 +156,18 @@ def test_a_misfit_shows_its_arithmetic(layout, model, seq_len, batch, what, got,
     assert got in problem.got
     assert fix in problem.fix
     assert problem.allowed
+
+
+def test_a_ring_with_dropout_is_refused():
+    (problem,) = check_layout(Layout(context=2, context_kind="ring"), replace(MODEL, dropout=0.1), 64, 512)
+    assert "model.dropout=0.1" in problem.got
+    assert not check_layout(Layout(context=2), replace(MODEL, dropout=0.1), 64, 512)
+
+
+def test_a_sequence_is_cut_into_equal_chunks_and_rows():
+    layouts = [(Layout(context=4), 4), (Layout(tensor=2), 2), (Layout(context=4, context_kind="ring"), 8)]
+    layouts += [(Layout(context=2, tensor=t, context_kind="ring"), n) for t, n in ((1, 4), (2, 4), (3, 12), (4, 8))]
+    assert [layout.sequence_split for layout, _ in layouts] == [split for _, split in layouts]
 
 
 MOE = replace(MODEL, moe=MoEConfig(experts=4, mlp_dim=32, shared_mlp_dim=33))

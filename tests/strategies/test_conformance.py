@@ -36,9 +36,15 @@ CASES = {
     "context2_tensor2": ["layout.context=2", "layout.tensor=2"],
     "fsdp2_context2": ["layout.fsdp=2", "layout.context=2"],
     "replicate2_fsdp2_tensor2": ["layout.replicate=2", "layout.fsdp=2", "layout.tensor=2"],
+    "ring2": ["layout.context=2", "layout.context_kind=ring"],
+    "ring4": ["layout.context=4", "layout.context_kind=ring"],
+    "ring2_tensor2": ["layout.context=2", "layout.tensor=2", "layout.context_kind=ring"],
+    "fsdp2_ring2": ["layout.fsdp=2", "layout.context=2", "layout.context_kind=ring"],
 }
 SIZES = {
-    name: int(np.prod([int(word.split("=")[1]) for word in words if "layout." in word]))
+    name: int(
+        np.prod([int(degree) for word in words if (degree := word.split("=")[1]).isdigit() and "layout." in word])
+    )
     for name, words in CASES.items()
 }
 
@@ -62,6 +68,7 @@ FEATURES = {
     "accumulation": ["train.micro_batch_size=1"],
     "remat": ["train.remat=full"],
     "window": ["model.sliding_window=24"],
+    "one document": ["data.document_mask=false"],
 }
 
 
@@ -75,7 +82,7 @@ def _rows(run_dir: Path) -> list[dict]:
     return read_rows(run_dir)
 
 
-FURTHER = ("fsdp4", "tensor2", "replicate2")
+FURTHER = ("fsdp4", "tensor2", "replicate2", "ring2", "ring4", "fsdp2_ring2")
 
 
 @pytest.mark.parametrize("name", cases(CASES, quick=[name for name in CASES if name not in FURTHER]))
@@ -86,7 +93,7 @@ def test_same_losses_norms_and_evaluation(runs, name):
 
 
 @pytest.mark.parametrize("feature", cases(FEATURES, quick=["gpt2", "accumulation", "remat"]))
-@pytest.mark.parametrize("name", cases(["fsdp2", "fsdp2_tensor2", "context2"], quick=["fsdp2_tensor2"]))
+@pytest.mark.parametrize("name", cases(["fsdp2", "fsdp2_tensor2", "context2", "ring2"], quick=["fsdp2_tensor2"]))
 def test_features_agree_too(runs, name, feature):
     ours = _rows(runs(*FEATURES[feature], *CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*[word for word in FEATURES[feature] if "micro_batch" not in word and "remat" not in word]))
@@ -114,6 +121,7 @@ def test_several_micro_batches_give_the_same_step_whenever_they_are_reduced(runs
 
 
 RESUMED = [(name, when) for name in ("fsdp2_tensor2", "replicate2_fsdp2") for when in ("each", "last")]
+RESUMED.append(("ring2_tensor2", "each"))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +164,7 @@ def _initial(world, data, layout_words):
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "ring" not in name])
 def test_initial_weights_are_bitwise_those_of_one_process(runs, name):
     config = to_dict(small_config(runs.tmp, *CASES[name]))
     single = to_dict(small_config(runs.tmp, *_reference(CASES[name])))

@@ -63,3 +63,10 @@ def test_a_given_vocabulary_holds_the_tokenizers():
         resolve_model(ModelConfig(vocab_size=256), 257)
     assert "model.vocab_size=256, tokenizer 257" in str(caught.value)
     assert caught.value.allowed == "257 or more"
+
+
+def test_a_ring_on_xla_is_refused():
+    config = _config(layout=LayoutConfig(context=2, context_kind="ring"))
+    check_run(config, 2)
+    with pytest.raises(ConfigErrors, match="the compiler gathers keys and values"):
+        check_run(config, 2, strategy="xla")

@@ -164,9 +164,9 @@ class Samples(lightning.Callback):
     @torch.no_grad()
     def _continue(self, model: Any, ids: list[int]) -> list[int]:
         """Return the tokens that follow on `ids`, of which only the last ones count where there are too many."""
-        settings, layout = self._config.train.sample, self._parallel.layout
+        settings = self._config.train.sample
         # One shape for all tokens, padded on the right where causality hides it, so that nothing recompiles.
-        split = layout.tensor * layout.context
+        split = self._parallel.layout.sequence_split
         longest = self._config.train.seq_len // split * split
         length = min(longest, -(-(len(ids) + settings.tokens) // split) * split)
         generator = torch.Generator().manual_seed(self._config.seed)

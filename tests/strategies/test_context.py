@@ -1,0 +1,160 @@
+"""Context parallelism: each kind gives what attention over the whole sequence gives, and the same training."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from orchestrator.models.attention import AttentionCore
+from orchestrator.models.mask import CausalMask
+from orchestrator.strategies.block_attention import Scores
+from orchestrator.strategies.ring_attention import Ring, RingAttentionCore, ring_attend
+from orchestrator.strategies.sequence_order import SequenceOrder, SequenceParts
+from tests.lab.ranks import run_ranks
+
+LENGTH = 48
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention of one shape."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    documents: bool = False
+    window: int | None = None
+    width: int = 8  # of values
+    batch: int = 2
+
+
+ATTENTION = {
+    "causal": Case(),
+    "one sequence": Case(batch=1, kv_heads=4),
+    "documents": Case(documents=True),
+    "window": Case(window=7),
+    "long window": Case(window=30, kv_heads=1),
+    "documents and window": Case(documents=True, window=11, kv_heads=1),
+    "narrow values": Case(width=4, documents=True),
+}
+
+
+def _inputs(case: Case) -> tuple[list[torch.Tensor], torch.Tensor, CausalMask]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(case.heads, 8), (case.kv_heads, 8), (case.kv_heads, case.width)]
+    tensors = [torch.randn(case.batch, heads, LENGTH, width, generator=draw) for heads, width in shapes]
+    grad = torch.randn(case.batch, case.heads, LENGTH, case.width, generator=draw)
+    documents = None
+    if case.documents:
+        documents = (torch.rand(case.batch, LENGTH, generator=draw) < 0.1).cumsum(1)
+    rule = CausalMask(queries=LENGTH, past=0, documents=documents, window=case.window, device=torch.device("cpu"))
+    return tensors, grad, rule
+
+
+def _whole(case: Case) -> list[torch.Tensor]:
+    tensors, grad, rule = _inputs(case)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    out = AttentionCore()(*tensors, rule.whole())
+    out.backward(grad)
+    return [out.detach(), *(tensor.grad for tensor in tensors)]
+
+
+def _join(world):
+    store = dist.FileStore(world.store.removeprefix("file:"), world.size)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+    return dist.group.WORLD
+
+
+def _ring(world, cases, kinds):
+    group, results = _join(world), {}
+    for name, chunks in itertools.product(cases, kinds):
+        order = SequenceOrder(world.size, chunks)
+        tensors, grad, rule = _inputs(cases[name])
+        mine = [order.cut(tensor, world.rank, 2).clone().requires_grad_() for tensor in tensors]
+        core = RingAttentionCore(AttentionCore(), Ring(group, order), tile=(5, 7))
+        out = core(*mine, rule)
+        out.backward(order.cut(grad, world.rank, 2))
+        results[name, chunks] = [tensor.numpy() for tensor in (out.detach(), *(tensor.grad for tensor in mine))]
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_ring_gives_what_attention_over_the_whole_sequence_gives(size):
+    parts = run_ranks(size, _ring, ATTENTION, (1, 2))
+    for (name, chunks), _ in parts[0].items():
+        order = SequenceOrder(size, chunks)
+        for which, wanted in enumerate(_whole(ATTENTION[name])):
+            found = torch.cat([torch.from_numpy(part[name, chunks][which]) for part in parts], 2)
+            torch.testing.assert_close(order.restore(found, 2), wanted, rtol=1e-5, atol=2e-6, msg=f"{name} {which}")
+
+
+def _softened(world):
+    """Soft-capped scores and a sink for each head, against the formula."""
+    group, order = _join(world), SequenceOrder(world.size, 2)
+    tensors, grad, rule = _inputs(ATTENTION["documents"])
+    sinks = torch.tensor([0.5, -1.0, 0.0, 2.0])
+    mine = [order.cut(tensor, world.rank, 2).clone().requires_grad_() for tensor in tensors]
+    own_sinks = sinks.clone().requires_grad_()
+    out = ring_attend(*mine, own_sinks, rule, Ring(group, order), Scores(0.3, 2.0, (5, 7)))
+    out.backward(order.cut(grad, world.rank, 2))
+    dist.all_reduce(own_sinks.grad)
+    whole = [tensor.clone().requires_grad_() for tensor in (*tensors, sinks)]
+    q, k, v, sink = whole
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = 2.0 * torch.tanh(q @ k.mT * 0.3 / 2.0)
+    scores = scores.masked_fill(~rule.whole(), float("-inf"))
+    column = sink[None, :, None, None].expand(*scores.shape[:3], 1)
+    wanted = torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ v
+    wanted.backward(grad)
+    close = {"rtol": 1e-5, "atol": 2e-6}
+    torch.testing.assert_close(out, order.cut(wanted, world.rank, 2), **close)
+    for own, each in zip(mine, whole, strict=False):
+        torch.testing.assert_close(own.grad, order.cut(each.grad, world.rank, 2), **close)
+    torch.testing.assert_close(own_sinks.grad, sink.grad, **close)
+
+
+def test_soft_caps_and_sinks_go_round_the_ring_too():
+    run_ranks(2, _softened)
+
+
+def test_chunks_are_cut_and_restored_in_order():
+    whole = torch.arange(24).reshape(1, 24)
+    order = SequenceOrder(3, 2)
+    assert order.cut(whole, 1).tolist() == [[4, 5, 6, 7, 16, 17, 18, 19]]
+    assert order.ranges(1, 8) == [(4, 8), (16, 20)]
+    for order in (SequenceOrder(3, 2), SequenceOrder(4), SequenceOrder(2, 2)):
+        gathered = torch.cat([order.cut(whole, rank) for rank in range(order.ranks)], 1)
+        assert torch.equal(order.restore(gathered), whole)
+    # Keys before a query, itself included, are as many on every rank.
+    assert {sum(sum(range(*r)) for r in SequenceOrder(4, 2).ranges(rank, 6)) for rank in range(4)} == {69}
+
+
+def _sums(world):
+    group = _join(world)
+    whole = torch.arange(2.0 * 24).reshape(2, 24, 1) ** 2
+    for chunks in (1, 2):
+        order = SequenceOrder(world.size, chunks)
+        parts = SequenceParts(order, group)
+        mine = order.cut(whole, world.rank).requires_grad_()
+        per_chunk = parts.split(mine).sum(2)
+        torch.testing.assert_close(parts.join(parts.split(mine)), mine)
+        torch.testing.assert_close(parts.sum(per_chunk.sum(0)), whole.sum(1))
+        earlier = parts.before(per_chunk)
+        starts = [start for start, _ in order.ranges(world.rank, mine.shape[1])]
+        torch.testing.assert_close(earlier, torch.stack([whole[:, :start].sum(1) for start in starts]))
+        # Each rank's chunks are counted by those after them, on all ranks.
+        earlier.sum().backward()
+        size = 24 // (world.size * chunks)
+        after = [(24 - start) // size - 1 for start in starts]
+        expected = torch.tensor(after, dtype=torch.float32).repeat_interleave(size)
+        torch.testing.assert_close(mine.grad, expected.expand(2, -1)[..., None])
+
+
+def test_sums_over_a_sequence_know_its_order():
+    run_ranks(2, _sums)
+    alone = SequenceParts(SequenceOrder(1), None)
+    assert alone.before(torch.ones(1, 2)).tolist() == [[0, 0]]
+    assert alone.sum(torch.ones(2)).tolist() == [1, 1]
