@@ -204,15 +204,40 @@ def _check_sequence(layout: Layout, model: ModelConfig, seq_len: int) -> list[La
         if layout.sequence_chunks > 1:
             by = f"{split // layout.context} x layout.context (a ring's ranks hold two chunks each)"
         problems.append(_indivisible("train.seq_len", seq_len, by, split, fix))
-    if layout.context > 1 and layout.context_kind == "ring" and model.dropout > 0.0:
+    if layout.context == 1 or layout.context_kind == "gather":
+        return problems
+    if model.dropout > 0.0:
         problems.append(
             LayoutError(
-                "ring attention draws no dropout: its backward pass computes the scores again",
-                got=f"model.dropout={model.dropout:g} with layout.context_kind=ring",
+                f"layout.context_kind={layout.context_kind} draws no dropout: its backward pass makes the scores again",
+                got=f"model.dropout={model.dropout:g}",
                 fix="set model.dropout=0, or layout.context_kind=gather",
             )
         )
+    if layout.context_kind == "ulysses" and model._target_ is None:
+        problems += _check_exchanged_heads(layout, model)
     return problems
+
+
+def _check_exchanged_heads(layout: Layout, model: ModelConfig) -> list[LayoutError]:
+    """Ulysses gives each rank of a sequence some of the heads that the tensor axis has left to it."""
+    context = layout.context
+    counts = dict.fromkeys(model.heads_of(layer) for layer in range(model.layers))
+    for heads, kv_heads in counts:
+        if heads % layout.tensor or kv_heads % layout.tensor:
+            continue  # another problem says so
+        ours, keys = heads // layout.tensor, kv_heads // layout.tensor
+        if ours % context or (keys % context and context % keys):
+            return [
+                LayoutError(
+                    "Ulysses cannot divide the heads over layout.context",
+                    got=f"query heads {heads} / tensor {layout.tensor} = {ours}, / context {context} = "
+                    f"{ours / context:g}; key heads {kv_heads} / tensor {layout.tensor} = {keys}",
+                    allowed="a whole number of query heads; key heads a multiple or a divisor of layout.context",
+                    fix=f"lower layout.context to a divisor of {ours}, or set layout.context_kind=ring",
+                )
+            ]
+    return []
 
 
 def _check_experts(layout: Layout, model: ModelConfig) -> list[LayoutError]:

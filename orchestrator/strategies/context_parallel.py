@@ -1,10 +1,11 @@
 """Context parallelism: each rank of a context group holds a part of every sequence.
 
-Two ways, `layout.context_kind`, in which its queries meet the keys of the others:
+Three ways, `layout.context_kind`, in which its queries meet the keys of the others:
 
 - `gather`: keys and values are gathered over the group; the backward pass reduce-scatters their gradients. The mask
   has the rank's rows and is built from the whole sequence's documents.
 - `ring`: keys and values travel round the group, `strategies.ring_attention`.
+- `ulysses`: heads are exchanged for positions, `strategies.ulysses`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from orchestrator.errors import LayoutError
 from orchestrator.models.attention import AttentionCore
 from orchestrator.models.mask import CausalMask
 from orchestrator.models.protocol import Mask, ShardableModel, attention_cores
-from orchestrator.strategies.ring_attention import Ring, RingAttentionCore
+from orchestrator.strategies.ring_attention import RingAttentionCore, SequenceRing
 from orchestrator.strategies.sequence_order import SequenceOrder, gather
+from orchestrator.strategies.ulysses import UlyssesAttentionCore
 
 _SEQUENCE_DIM = 2  # of keys and values [B, H, T, head_dim]
 
@@ -55,7 +57,12 @@ def parallelize_context(
             core.register_forward_pre_hook(_gather_keys(group))
         else:
             _check_core(core, kind)
-            setattr(parent, name, RingAttentionCore(core, Ring(group, order)))
+            ours = (
+                UlyssesAttentionCore(core, group)
+                if kind == "ulysses"
+                else RingAttentionCore(core, SequenceRing(group, order))
+            )
+            setattr(parent, name, ours)
     ops = model.head.ops
     logits = ops.logits
     model.head.ops = replace(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.tensor import DTensor
 
 from orchestrator.models.attention import AttentionCore
 from orchestrator.models.mask import CausalMask
@@ -35,15 +36,15 @@ from orchestrator.strategies.sequence_order import SequenceOrder
 
 
 @dataclass(frozen=True)
-class Ring:
+class SequenceRing:
     """The ranks of a context group, as a ring.
 
     Attributes:
-        group: the ranks.
+        group: the ranks; None: this rank has the whole sequence.
         order: which chunks of the sequence each holds.
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     order: SequenceOrder
 
     def parts(self, packed: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -52,7 +53,7 @@ class Ring:
         Args:
             packed: this rank's.
         """
-        rank, size = self._place()
+        rank, size = self.rank, self.order.ranks
         for step in range(size):
             arriving = self.pass_on(packed) if step + 1 < size else None
             yield (rank - step) % size, packed
@@ -65,7 +66,7 @@ class Ring:
         Args:
             tensor: of equal shape on all ranks; to be left alone until the other one is there.
         """
-        rank, size = self._place()
+        rank, size = self.rank, self.order.ranks
         there = torch.empty_like(tensor)
         works = dist.batch_isend_irecv(
             [
@@ -75,8 +76,10 @@ class Ring:
         )
         return Arriving(there, tensor, works)
 
-    def _place(self) -> tuple[int, int]:
-        return dist.get_rank(self.group), dist.get_world_size(self.group)
+    @property
+    def rank(self) -> int:
+        """Of this process in the group."""
+        return 0 if self.group is None else dist.get_rank(self.group)
 
 
 @dataclass(frozen=True)
@@ -103,19 +106,39 @@ class RingAttentionCore(nn.Module):
         tile: queries and keys whose scores exist at one time.
     """
 
-    def __init__(self, core: AttentionCore, ring: Ring, tile: tuple[int, int] = Scores.tile):
+    def __init__(self, core: AttentionCore, ring: SequenceRing, tile: tuple[int, int] = Scores.tile):
         super().__init__()
         self.core, self.ring, self.tile = core, ring, tile
 
-    @torch.compiler.disable
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, sinks: Tensor | None = None) -> Tensor:
         """Attend; arguments and result as `AttentionCore`, but `mask` is the rule of the whole sequence."""
-        scores = Scores(1.0 / math.sqrt(q.shape[-1]), tile=self.tile)
-        return ring_attend(q, k, v, None, mask, self.ring, scores)
+        sinks = None if sinks is None else local_sinks(sinks)
+        return ring_attend(q, k, v, sinks, mask, self.ring, scores_of(self.core, q, self.tile))
 
 
+def scores_of(core: AttentionCore, q: Tensor, tile: tuple[int, int]) -> Scores:
+    """Return how `core` makes scores.
+
+    Args:
+        core: which is not called.
+        q: queries [..., head_dim].
+        tile: queries and keys whose scores exist at one time.
+    """
+    return Scores(1.0 / math.sqrt(q.shape[-1]) if core.scale is None else core.scale, core.softcap, tile)
+
+
+def local_sinks(sinks: Tensor) -> Tensor:
+    """Return the sinks of this rank's heads, where tensor parallelism has cut them.
+
+    Args:
+        sinks: [H].
+    """
+    return sinks.to_local() if isinstance(sinks, DTensor) else sinks
+
+
+@torch.compiler.disable
 def ring_attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rule: CausalMask, ring: Ring, scores: Scores
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rule: CausalMask, ring: SequenceRing, scores: Scores
 ) -> Tensor:
     """Attend over the whole sequence, of which each rank of the ring has a part.
 
@@ -138,10 +161,18 @@ def ring_attend(
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rule: CausalMask, ring: Ring, scores: Scores
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        rule: CausalMask,
+        ring: SequenceRing,
+        scores: Scores,
     ) -> Tensor:
         given = (rule.documents, rule.window, scores.scale, scores.soft_cap, list(scores.tile))
-        out, lse = ring_attention(q, k, v, sinks, *given, ring.group.group_name, ring.order.chunks)
+        name = "" if ring.group is None else ring.group.group_name
+        out, lse = _ring_attention(q, k, v, sinks, *given, name, ring.order.chunks)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.given = (rule, ring, scores)
         return out
@@ -160,7 +191,7 @@ class _RingAttention(torch.autograd.Function):
 
 # An operation of its own, so that selective recomputation keeps its result and none of what it is made of.
 @torch.library.custom_op("orchestrator::ring_attention", mutates_args=())
-def ring_attention(
+def _ring_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -174,8 +205,10 @@ def ring_attention(
     chunks: int,
 ) -> tuple[Tensor, Tensor]:
     """Compute the output of this rank's queries [B, H, T / c, width], and their log-sum-exp [B, H, T / c]."""
-    group_of = _resolve_process_group(GroupName(group))
-    ring = Ring(group_of, SequenceOrder(dist.get_world_size(group_of), chunks))
+    ring = SequenceRing(None, SequenceOrder(1))
+    if group:
+        members = _resolve_process_group(GroupName(group))
+        ring = SequenceRing(members, SequenceOrder(dist.get_world_size(members), chunks))
     length = q.shape[2] * ring.order.ranks
     rule = CausalMask(queries=length, past=0, documents=documents, window=window, device=q.device)
     scores = Scores(scale, soft_cap, (tile[0], tile[1]))
@@ -194,16 +227,16 @@ def ring_attention(
     return out.to(q.dtype), lse
 
 
-@ring_attention.register_fake
+@_ring_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, of_out: tuple[Tensor, ...], rule: CausalMask, ring: Ring, scores: Scores
+    q: Tensor, k: Tensor, v: Tensor, of_out: tuple[Tensor, ...], rule: CausalMask, ring: SequenceRing, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q = torch.zeros_like(q, dtype=torch.float32)
-    collected: Tensor | None = None
+    collected: Tensor = q
     arriving: Arriving | None = None
     for source, packed in ring.parts(_pack(k, v)):
         keys, values = _unpack(packed, k, v)
@@ -219,17 +252,17 @@ def _backward(
                 into.add_(part)
         # What the ranks before have collected for this part has come while this rank worked on it.
         collected = here if arriving is None else here.add_(arriving.wait())
-        arriving = ring.pass_on(collected)
-    assert arriving is not None
-    grad_k, grad_v = _unpack(arriving.wait(), k, v)
+        if ring.order.ranks > 1:
+            arriving = ring.pass_on(collected)
+    grad_k, grad_v = _unpack(collected if arriving is None else arriving.wait(), k, v)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def _tiles(
-    rule: CausalMask, ring: Ring, source: int, q: Tensor, v: Tensor, scores: Scores
+    rule: CausalMask, ring: SequenceRing, source: int, q: Tensor, v: Tensor, scores: Scores
 ) -> Iterator[tuple[slice, slice, Visible]]:
     """Yield this rank's queries and the keys of rank `source`, both as parts of what the ranks hold, tile by tile."""
-    rank, length = dist.get_rank(ring.group), q.shape[2]
+    rank, length = ring.rank, q.shape[2]
     size = scores.tile
     if rule.documents is None and rule.window is None and uses_kernel(q, v, "all", scores):
         size = (length, length)  # the kernel makes tiles of its own

@@ -30,7 +30,11 @@ class SequenceOrder:
 
     @classmethod
     def of(cls, layout: Layout) -> SequenceOrder:
-        """Return the order of a layout's context groups."""
+        """Return the order of a layout's context groups.
+
+        Args:
+            layout: degrees of the mesh axes.
+        """
         return cls(layout.context, layout.sequence_chunks)
 
     def numbers(self, rank: int) -> list[int]:

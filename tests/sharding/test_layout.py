@@ -158,8 +158,9 @@ def test_a_misfit_shows_its_arithmetic(layout, model, seq_len, batch, what, got,
     assert problem.allowed
 
 
-def test_a_ring_with_dropout_is_refused():
-    (problem,) = check_layout(Layout(context=2, context_kind="ring"), replace(MODEL, dropout=0.1), 64, 512)
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_dropout_is_drawn_where_keys_are_gathered_alone(kind):
+    (problem,) = check_layout(Layout(context=2, context_kind=kind), replace(MODEL, dropout=0.1), 64, 512)
     assert "model.dropout=0.1" in problem.got
     assert not check_layout(Layout(context=2), replace(MODEL, dropout=0.1), 64, 512)
 
@@ -213,3 +214,24 @@ def test_the_suggested_batch_fits(layout, units, sequences):
             )
             assert not found
             assert 0 < batch - sequences * seq_len < layout.data_parallel * seq_len
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "got"),
+    [
+        (Layout(context=4), {"heads": 6, "kv_heads": 2}, "query heads 6 / tensor 1 = 6, / context 4 = 1.5"),
+        (Layout(context=2, tensor=2), {"heads": 2, "kv_heads": 2}, "query heads 2 / tensor 2 = 1, / context 2 = 0.5"),
+        (Layout(context=4), {"heads": 12, "kv_heads": 3}, "key heads 3 / tensor 1 = 3"),
+        (Layout(context=2), {"layer_heads": (4, 3, 4, 4), "heads": 4}, "query heads 3 / tensor 1 = 3"),
+    ],
+)
+def test_ulysses_needs_heads_that_divide(layout, model, got):
+    layout = replace(layout, context_kind="ulysses")
+    (problem,) = [p for p in check_layout(layout, replace(MODEL, **model), 64, 512) if "Ulysses" in p.what]
+    assert got in problem.got
+    assert "layout.context_kind=ring" in problem.fix
+
+
+def test_ulysses_repeats_key_heads_for_more_ranks():
+    model = replace(MODEL, heads=8, kv_heads=2)
+    assert not check_layout(Layout(context=4, context_kind="ulysses"), model, 64, 512)

@@ -40,6 +40,10 @@ CASES = {
     "ring4": ["layout.context=4", "layout.context_kind=ring"],
     "ring2_tensor2": ["layout.context=2", "layout.tensor=2", "layout.context_kind=ring"],
     "fsdp2_ring2": ["layout.fsdp=2", "layout.context=2", "layout.context_kind=ring"],
+    "ulysses2": ["layout.context=2", "layout.context_kind=ulysses"],
+    "ulysses4": ["layout.context=4", "layout.context_kind=ulysses"],
+    "ulysses2_tensor2": ["layout.context=2", "layout.tensor=2", "layout.context_kind=ulysses"],
+    "fsdp2_ulysses2": ["layout.fsdp=2", "layout.context=2", "layout.context_kind=ulysses"],
 }
 SIZES = {
     name: int(
@@ -83,6 +87,7 @@ def _rows(run_dir: Path) -> list[dict]:
 
 
 FURTHER = ("fsdp4", "tensor2", "replicate2", "ring2", "ring4", "fsdp2_ring2")
+FURTHER += ("ulysses2", "ulysses4", "fsdp2_ulysses2")
 
 
 @pytest.mark.parametrize("name", cases(CASES, quick=[name for name in CASES if name not in FURTHER]))
@@ -93,7 +98,9 @@ def test_same_losses_norms_and_evaluation(runs, name):
 
 
 @pytest.mark.parametrize("feature", cases(FEATURES, quick=["gpt2", "accumulation", "remat"]))
-@pytest.mark.parametrize("name", cases(["fsdp2", "fsdp2_tensor2", "context2", "ring2"], quick=["fsdp2_tensor2"]))
+@pytest.mark.parametrize(
+    "name", cases(["fsdp2", "fsdp2_tensor2", "context2", "ring2", "ulysses2"], quick=["fsdp2_tensor2"])
+)
 def test_features_agree_too(runs, name, feature):
     ours = _rows(runs(*FEATURES[feature], *CASES[name], size=SIZES[name]))
     theirs = _rows(runs(*[word for word in FEATURES[feature] if "micro_batch" not in word and "remat" not in word]))
@@ -121,7 +128,7 @@ def test_several_micro_batches_give_the_same_step_whenever_they_are_reduced(runs
 
 
 RESUMED = [(name, when) for name in ("fsdp2_tensor2", "replicate2_fsdp2") for when in ("each", "last")]
-RESUMED.append(("ring2_tensor2", "each"))
+RESUMED += [("ring2_tensor2", "each"), ("ulysses2_tensor2", "each")]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +171,7 @@ def _initial(world, data, layout_words):
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "ring" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "ring" not in name and "ulysses" not in name])
 def test_initial_weights_are_bitwise_those_of_one_process(runs, name):
     config = to_dict(small_config(runs.tmp, *CASES[name]))
     single = to_dict(small_config(runs.tmp, *_reference(CASES[name])))

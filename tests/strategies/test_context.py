@@ -12,8 +12,9 @@ import torch.distributed as dist
 from orchestrator.models.attention import AttentionCore
 from orchestrator.models.mask import CausalMask
 from orchestrator.strategies.block_attention import Scores
-from orchestrator.strategies.ring_attention import Ring, RingAttentionCore, ring_attend
+from orchestrator.strategies.ring_attention import RingAttentionCore, SequenceRing, ring_attend
 from orchestrator.strategies.sequence_order import SequenceOrder, SequenceParts
+from orchestrator.strategies.ulysses import UlyssesAttentionCore
 from tests.lab.ranks import run_ranks
 
 LENGTH = 48
@@ -40,6 +41,7 @@ ATTENTION = {
     "documents and window": Case(documents=True, window=11, kv_heads=1),
     "narrow values": Case(width=4, documents=True),
 }
+KINDS = [("ring", 1), ("ring", 2), ("ulysses", 1)]  # and chunks of a rank
 
 
 def _inputs(case: Case) -> tuple[list[torch.Tensor], torch.Tensor, CausalMask]:
@@ -68,27 +70,33 @@ def _join(world):
     return dist.group.WORLD
 
 
-def _ring(world, cases, kinds):
+def _attend(world, cases):
     group, results = _join(world), {}
-    for name, chunks in itertools.product(cases, kinds):
+    for name, (kind, chunks) in itertools.product(cases, KINDS):
         order = SequenceOrder(world.size, chunks)
         tensors, grad, rule = _inputs(cases[name])
         mine = [order.cut(tensor, world.rank, 2).clone().requires_grad_() for tensor in tensors]
-        core = RingAttentionCore(AttentionCore(), Ring(group, order), tile=(5, 7))
+        core = (
+            RingAttentionCore(AttentionCore(), SequenceRing(group, order), tile=(5, 7))
+            if kind == "ring"
+            else UlyssesAttentionCore(AttentionCore(), group, tile=(5, 7))
+        )
         out = core(*mine, rule)
         out.backward(order.cut(grad, world.rank, 2))
-        results[name, chunks] = [tensor.numpy() for tensor in (out.detach(), *(tensor.grad for tensor in mine))]
+        results[name, kind, chunks] = [tensor.numpy() for tensor in (out.detach(), *(tensor.grad for tensor in mine))]
     return results
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_ring_gives_what_attention_over_the_whole_sequence_gives(size):
-    parts = run_ranks(size, _ring, ATTENTION, (1, 2))
-    for (name, chunks), _ in parts[0].items():
+def test_each_kind_gives_what_attention_over_the_whole_sequence_gives(size):
+    parts = run_ranks(size, _attend, ATTENTION)
+    for name, kind, chunks in parts[0]:
         order = SequenceOrder(size, chunks)
         for which, wanted in enumerate(_whole(ATTENTION[name])):
-            found = torch.cat([torch.from_numpy(part[name, chunks][which]) for part in parts], 2)
-            torch.testing.assert_close(order.restore(found, 2), wanted, rtol=1e-5, atol=2e-6, msg=f"{name} {which}")
+            found = torch.cat([torch.from_numpy(part[name, kind, chunks][which]) for part in parts], 2)
+            torch.testing.assert_close(
+                order.restore(found, 2), wanted, rtol=1e-5, atol=2e-6, msg=f"{kind} {name} {which}"
+            )
 
 
 def _softened(world):
@@ -98,7 +106,7 @@ def _softened(world):
     sinks = torch.tensor([0.5, -1.0, 0.0, 2.0])
     mine = [order.cut(tensor, world.rank, 2).clone().requires_grad_() for tensor in tensors]
     own_sinks = sinks.clone().requires_grad_()
-    out = ring_attend(*mine, own_sinks, rule, Ring(group, order), Scores(0.3, 2.0, (5, 7)))
+    out = ring_attend(*mine, own_sinks, rule, SequenceRing(group, order), Scores(0.3, 2.0, (5, 7)))
     out.backward(order.cut(grad, world.rank, 2))
     dist.all_reduce(own_sinks.grad)
     whole = [tensor.clone().requires_grad_() for tensor in (*tensors, sinks)]
