@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ from orchestrator.interop.hf_config import family_of, from_hf_config
 from orchestrator.interop.hf_config_write import to_hf_config
 from orchestrator.interop.hf_files import FileLayout
 from orchestrator.interop.hf_files_write import Spec, write_tensors
-from orchestrator.interop.hf_weights import HFTensor, hf_tensors, our_shapes
+from orchestrator.interop.hf_tensor import HFTensor
+from orchestrator.interop.hf_weights import hf_tensors, our_shapes
 from orchestrator.interop.import_report import read_layouts
 from orchestrator.interop.outputs import written_aside
 from orchestrator.runs.origin import REPORT, SOURCE_CONFIG
@@ -70,14 +71,15 @@ def export_hf(
     model = model_of(checkpoint)
     original = _source_config(checkpoint)
     family = family_of(model, original["model_type"] if original else None)
-    tensors = {tensor.name: tensor for tensor in hf_tensors(family, model)}
+    layouts = _layouts(checkpoint)
+    came = [name for one in layouts for name in one.tensors]
+    tensors = {tensor.name: tensor for tensor in hf_tensors(family, model, came)}
     reader = Reader(checkpoint)
-    dtypes = _dtypes(checkpoint, model, dtype)
+    dtypes, model_shapes = _dtypes(checkpoint, model, dtype), our_shapes(model)
     specs = [Spec(name, DTYPE_NAMES[_common(tensor, dtypes)], tensor.shape) for name, tensor in tensors.items()]
 
     def produce(spec: Spec) -> torch.Tensor:
-        wanted = DTYPES[spec.dtype]
-        return tensors[spec.name].join([_read(reader, part, wanted) for part in tensors[spec.name].parts])
+        return _produce(reader, tensors[spec.name], model_shapes, DTYPES[spec.dtype])
 
     tokenizer, files = tokenizer_of(checkpoint), files_of(checkpoint)
     notes: list[str] = []
@@ -86,7 +88,7 @@ def export_hf(
     stored_as = str(DTYPES[max(specs, key=lambda spec: spec.bytes).dtype]).removeprefix("torch.")
     config = to_hf_config(model, family, tokenizer.eos_id if tokenizer else None, stored_as, original)
     with written_aside(output) as folder:
-        write_tensors(folder, specs, produce, max_file_bytes, progress, _layouts(checkpoint))
+        write_tensors(folder, specs, produce, max_file_bytes, progress, layouts)
         for name, content in as_transformers_names(files).items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, [content])
@@ -155,16 +157,14 @@ def export_dcp(
     from orchestrator.interop.dcp import write_dcp
 
     model = model_of(checkpoint)
-    dtypes, reader = _dtypes(checkpoint, model, dtype), Reader(checkpoint)
+    dtypes, reader, shapes = _dtypes(checkpoint, model, dtype), Reader(checkpoint), our_shapes(model)
     if names == "hf":
         tensors = {tensor.name: tensor for tensor in hf_tensors(family_of(model), model)}
     else:
-        shapes = our_shapes(model)
-        tensors = {f"model.{name}": HFTensor(name, shape, (name,), False) for name, shape in shapes.items()}
+        tensors = {f"model.{name}": HFTensor(name, shape, (name,)) for name, shape in shapes.items()}
 
     def produce(name: str) -> torch.Tensor:
-        wanted = _common(tensors[name], dtypes)
-        return tensors[name].join([_read(reader, part, wanted) for part in tensors[name].parts])
+        return _produce(reader, tensors[name], shapes, _common(tensors[name], dtypes))
 
     described = {
         name: torch.empty(tensor.shape, dtype=_common(tensor, dtypes), device="meta")
@@ -175,13 +175,20 @@ def export_dcp(
     return len(tensors)
 
 
-def _read(reader: Reader, name: str, wanted: torch.dtype) -> torch.Tensor:
-    """Read a weight in the dtype that is written.
+def _produce(
+    reader: Reader, tensor: HFTensor, shapes: Mapping[str, tuple[int, ...]], wanted: torch.dtype
+) -> torch.Tensor:
+    """Make a tensor of what is stored: of an expert, its part of the weights alone is read."""
+    return tensor.join([_read(reader, part, tensor.box(shapes[part]), wanted) for part in tensor.parts])
+
+
+def _read(reader: Reader, name: str, box: tuple[slice, ...], wanted: torch.dtype) -> torch.Tensor:
+    """Read a part of a weight in the dtype that is written.
 
     Raises:
         NonFiniteError: it is not finite, or not in that dtype.
     """
-    stored = reader.tensor(f"model.{name}")
+    stored = reader.tensor(f"model.{name}", box)
     weight = stored.to(wanted)
     if not finite_flags([weight])[0]:
         before = finite_flags([stored])[0]

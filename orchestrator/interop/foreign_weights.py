@@ -17,10 +17,10 @@ from orchestrator.interop.hf_weights import (
     HEAD,
     Family,
     embedding_of,
-    from_hf,
     hf_tensors,
     is_derived,
     our_shapes,
+    parts_from_hf,
     without_prefix,
 )
 
@@ -30,6 +30,36 @@ _ROWS = 4096  # that are compared or looked at together
 _TIED = "equal to the embedding, which it is tied to"
 _DERIVED = "follows from the configuration: computed anew"
 _OTHER = "no weight of this model: left out"
+
+
+class Parameters(Mapping[str, Tensor]):
+    """Parameters, of which those of experts that are stored one by one are put together on access.
+
+    Args:
+        parts: parameter -> the tensor, or the tensors of its experts.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor | list[Tensor]]):
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        part = self._parts[name]
+        return torch.stack(part) if isinstance(part, list) else part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def pieces(self, name: str) -> list[Tensor]:
+        """Return what a parameter is made of as it is stored: the tensor, or [1, ...] of each expert.
+
+        Args:
+            name: of the parameter.
+        """
+        part = self._parts[name]
+        return [one.unsqueeze(0) for one in part] if isinstance(part, list) else [part]
 
 
 @dataclass(frozen=True)
@@ -44,7 +74,7 @@ class FoundWeights:
         notes: what a user should know.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Parameters
     model: ModelConfig
     fates: dict[str, str]
     taken: tuple[str, ...]
@@ -211,7 +241,7 @@ def _own(view: _View, model: ModelConfig) -> FoundWeights:
             fix="check model= against the run that wrote them",
         )
     taken = {view.full[name]: f"model.{name}" for name in shapes}
-    return FoundWeights(tensors, model, {**fates, **taken}, tuple(taken), tuple(view.notes))
+    return FoundWeights(Parameters(tensors), model, {**fates, **taken}, tuple(taken), tuple(view.notes))
 
 
 def _foreign(view: _View, model: ModelConfig, family: Family, bare: bool) -> FoundWeights:
@@ -220,17 +250,17 @@ def _foreign(view: _View, model: ModelConfig, family: Family, bare: bool) -> Fou
 
     embedding = spelled(embedding_of(family))
     model = _settle_head(view, model, embedding, HEAD)
-    tensors = {spelled(tensor.name): tensor for tensor in hf_tensors(family, model)}
+    tensors = {spelled(tensor.name): tensor for tensor in hf_tensors(family, model, view.full)}
     chosen = _of_model(view.full, set(tensors) | {HEAD})
-    ours = from_hf({name: view.tensor(name) for name in chosen}, family, model)
-    parts = {name: ", ".join(f"model.{part}" for part in tensor.parts) for name, tensor in tensors.items()}
+    ours = parts_from_hf({name: view.tensor(name) for name in chosen}, family, model)
+    parts = {name: tensor.described for name, tensor in tensors.items()}
     fates = {view.full[name]: parts[name] for name in chosen if name in parts}
     taken = list(fates)
     if model.tied_embeddings and HEAD in view:
         fates[view.full[HEAD]] = _TIED if embedding in view else f"model.{_OWN_EMBEDDING}, which is tied to the head"
         if embedding not in view:
             taken.append(view.full[HEAD])
-    return FoundWeights(ours, model, fates, tuple(taken), tuple(view.notes))
+    return FoundWeights(Parameters(ours), model, fates, tuple(taken), tuple(view.notes))
 
 
 def _refuse_nonfinite(found: FoundWeights) -> None:
@@ -240,10 +270,11 @@ def _refuse_nonfinite(found: FoundWeights) -> None:
         NonFiniteError: there are some.
     """
     broken = []
-    for name, tensor in found.tensors.items():
-        count = sum(int(part.numel() - part.isfinite().sum()) for part in _parts(tensor))
+    for name in found.tensors:
+        pieces = found.tensors.pieces(name)
+        count = sum(int(part.numel() - part.isfinite().sum()) for piece in pieces for part in _parts(piece))
         if count:
-            broken.append(f"model.{name} ({count:,} of {tensor.numel():,})")
+            broken.append(f"model.{name} ({count:,} of {sum(piece.numel() for piece in pieces):,})")
     if broken:
         more = f" and {len(broken) - 6} more tensors" if len(broken) > 6 else ""
         raise NonFiniteError(

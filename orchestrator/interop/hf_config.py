@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError
-from orchestrator.interop import hf_rope
-from orchestrator.interop.hf_keys import READ, Keys, unsupported
+from orchestrator.interop import hf_moe, hf_rope
+from orchestrator.interop.hf_keys import KEPT, READ, Keys, unsupported
 from orchestrator.interop.hf_weights import Family
 from orchestrator.models.layers import resolved_head_dim
 
@@ -32,7 +32,11 @@ _FIXED: dict[Family, tuple[str, dict[str, Any]]] = {
             "sliding_window": None,
         },
     ),
+    "mixtral": ("MixtralForCausalLM", {**_ROPE_MODEL, **_NO_BIAS, "qk_norm": False}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_ROPE_MODEL, "qk_norm": True, "mlp_bias": False}),
 }
+_ONE_BIAS = ("llama", "qwen3", "qwen3_moe")  # attention's four matrices have biases, or none has
+_THETAS = {"mixtral": 1e6}  # where config.json has none
 CLASSES: dict[Family, str] = {family: name for family, (name, _) in _FIXED.items()}
 # Their key -> ours, where the value is the same; for the report.
 _SAME = {
@@ -111,7 +115,8 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
         for key, value in _FIXED[family][1].items()
         if getattr(config, key) != value
     ]
-    if family in ("llama", "qwen3") and config.attention_bias != config.output_bias:
+    found += hf_moe.differences(config, family)
+    if family in _ONE_BIAS and config.attention_bias != config.output_bias:
         found.append("attention_bias and output_bias are one switch there")
     if family == "gpt2" and config.kv_heads != config.heads:
         found.append(f"kv_heads={config.kv_heads}, there as many as heads")
@@ -147,6 +152,9 @@ def from_hf_config(config: Mapping[str, Any], ignored: frozenset[str] = frozense
     for key, ours in _SAME.items():
         if fates.get(key) == READ and ours in fields:
             fates[key] = f"model.{ours}={fields[ours]}"
+    for key, ours in hf_moe.SAME.items():
+        if fates.get(key) == READ and ours in fields.get("moe", {}):
+            fates[key] = f"model.moe.{ours}={fields['moe'][ours]}"
     return Description(family, fields, fates, tuple(keys.notes))
 
 
@@ -210,9 +218,11 @@ def _rope_model_fields(keys: Keys, family: Family) -> dict[str, Any]:
         "norm_eps": keys.get("rms_norm_eps", 1e-6),
         "tied_embeddings": keys.get("tie_word_embeddings", False),
         "init_std": keys.get("initializer_range", 0.02),
-        **hf_rope.read_rope(keys, max_seq_len),
+        **hf_rope.read_rope(keys, max_seq_len, _THETAS.get(family, hf_rope.DEFAULT_THETA)),
     }
-    if family in ("llama", "qwen3"):
+    if family in hf_moe.FIXED:
+        fields["moe"] = hf_moe.read_experts(keys, family)
+    if family in _ONE_BIAS:
         bias = keys.get("attention_bias", False)
         fields |= {"attention_bias": bias, "output_bias": bias}
     else:
@@ -227,6 +237,12 @@ def _rope_model_fields(keys: Keys, family: Family) -> dict[str, Any]:
 
 def _window(keys: Keys, family: Family, layers: Any) -> Any:
     """How far a position sees. A model whose layers do not all see as far is refused."""
+    if family == "qwen3_moe":
+        keys.tell("max_window_layers", f"{KEPT}: the class does not read it")
+        window = keys.get("sliding_window", 4096)
+        return window if keys.get("use_sliding_window", False) else None
+    if family == "mixtral":
+        return keys.get("sliding_window")
     window = keys.get("sliding_window", 4096 if family == "mistral" else None)
     full = keys.get("max_window_layers", 28)
     if family == "mistral" and window is not None:  # the class has no switch, and a window always

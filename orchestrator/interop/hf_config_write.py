@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from orchestrator.config.schema import ModelConfig, RopeScalingConfig
-from orchestrator.interop import hf_rope
+from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
+from orchestrator.interop import hf_moe, hf_rope
 from orchestrator.interop.hf_config import CLASSES, from_hf_config
 from orchestrator.interop.hf_keys import KEPT, LEFT_OUT
 from orchestrator.interop.hf_weights import Family
@@ -73,6 +74,8 @@ def _agree(fields: Mapping[str, Any], config: ModelConfig) -> bool:
         ours = getattr(config, key)
         if key == "head_dim":
             value, ours = (resolved_head_dim(config) if size == "auto" else size for size in (value, ours))
+        if key == "moe":
+            value, ours = (hf_moe.computed(replace(config, moe=moe)) for moe in (MoEConfig(**value), ours))
         if key == "rope_scaling":
             value = RopeScalingConfig(**value)
         if value != ours:
@@ -115,12 +118,14 @@ def _written(config: ModelConfig, family: Family, nested: bool) -> dict[str, Any
         "attention_dropout": config.dropout,
         **hf_rope.write_rope(config, nested),
     }
-    if family in ("llama", "qwen3"):
+    if family in hf_moe.FIXED:
+        result |= hf_moe.write_experts(config, family)
+    if family in ("llama", "qwen3", "qwen3_moe"):
         result["attention_bias"] = config.attention_bias
     if family == "llama":
         result["mlp_bias"] = config.mlp_bias
     else:
         result["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen3_moe"):
         result |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     return result

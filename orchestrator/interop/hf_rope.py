@@ -35,20 +35,21 @@ _KNOWN = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned
 _KNOWN |= {theirs for names in _NAMES.values() for theirs in names}
 
 
-def read_rope(keys: Keys, max_seq_len: Any) -> dict[str, Any]:
+def read_rope(keys: Keys, max_seq_len: Any, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
     """Read `rope_theta` and `rope_scaling` of a `ModelConfig`; values are not checked yet.
 
     Args:
         keys: of the `config.json`.
         max_seq_len: of the model.
+        default_theta: the family's.
 
     Raises:
         CheckpointError: a kind, or a parameter, that cannot be computed here.
     """
-    given = _chosen(keys)
+    given = _chosen(keys, default_theta)
     if unknown := sorted(str(key) for key in given if key not in _KNOWN and given[key] is not None):
         raise unsupported(f"rope: {unknown[0]}"[:100], given[unknown[0]], ", ".join(sorted(_KNOWN)))
-    theta = given.get("rope_theta", keys.get("rope_theta", DEFAULT_THETA))
+    theta = given.get("rope_theta", keys.get("rope_theta", default_theta))
     if given.get("rope_theta") is not None and keys.get("rope_theta") not in (None, given["rope_theta"]):
         keys.tell("rope_theta", f"not used: {theta} stands beside the kind of rope, where transformers looks first")
     named = str(given.get("rope_type", given.get("type", "default")))
@@ -70,7 +71,7 @@ def read_rope(keys: Keys, max_seq_len: Any) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling}}
 
 
-def _chosen(keys: Keys) -> Mapping[str, Any]:
+def _chosen(keys: Keys, default_theta: float) -> Mapping[str, Any]:
     """`rope_scaling` before `rope_parameters`, also where the latter is what version 5 itself wrote."""
     old, new = keys.get("rope_scaling"), keys.get("rope_parameters")
     given = old or new or {}
@@ -82,7 +83,7 @@ def _chosen(keys: Keys) -> Mapping[str, Any]:
             "config.json has rope_scaling beside rope_parameters: the former was taken, as in transformers"
         )
         hidden = new.get("rope_theta") if isinstance(new, Mapping) else None
-        theta = given.get("rope_theta", keys.get("rope_theta", DEFAULT_THETA))
+        theta = given.get("rope_theta", keys.get("rope_theta", default_theta))
         if hidden is not None and hidden != theta:
             keys.notes.append(
                 f"WARNING: rope_theta={hidden} stands in rope_parameters alone and is lost with it: transformers "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError
+from orchestrator.interop.hf_experts import expert_tensors, is_fused
+from orchestrator.interop.hf_tensor import HFTensor
 from orchestrator.models.decoder import Decoder
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,14 @@ class _Source:
     Attributes:
         name: foreign name, with `{i}` for the layer.
         transposed: stored as [in, out].
-        part: which third of dim 0 (after transposing) it is, of a fused query-key-value projection.
     """
 
     name: str
     transposed: bool = False
-    part: int | None = None
 
 
-# Our module -> theirs. The parameter's own name (weight, bias) is the same on both sides.
+# Our module -> theirs. The parameter's own name (weight, bias) is the same on both sides, but for these.
+_LEAVES = {"balance_bias": "e_score_correction_bias"}
 _LLAMA = {
     "embed": _Source("model.embed_tokens"),
     "norm": _Source("model.norm"),
@@ -51,6 +52,7 @@ _QK_NORM = {
     "layers.{i}.attn.q_norm": _Source("model.layers.{i}.self_attn.q_norm"),
     "layers.{i}.attn.k_norm": _Source("model.layers.{i}.self_attn.k_norm"),
 }
+_ROUTER = {"layers.{i}.mlp.router": _Source("model.layers.{i}.mlp.gate")}
 # GPT-2's projections are Conv1D modules, which hold the transpose of what nn.Linear holds.
 _GPT2 = {
     "embed": _Source("transformer.wte"),
@@ -58,9 +60,9 @@ _GPT2 = {
     "norm": _Source("transformer.ln_f"),
     "head": _Source("lm_head"),
     "layers.{i}.attn_norm": _Source("transformer.h.{i}.ln_1"),
-    "layers.{i}.attn.q": _Source("transformer.h.{i}.attn.c_attn", transposed=True, part=0),
-    "layers.{i}.attn.k": _Source("transformer.h.{i}.attn.c_attn", transposed=True, part=1),
-    "layers.{i}.attn.v": _Source("transformer.h.{i}.attn.c_attn", transposed=True, part=2),
+    "layers.{i}.attn.q": _Source("transformer.h.{i}.attn.c_attn", transposed=True),
+    "layers.{i}.attn.k": _Source("transformer.h.{i}.attn.c_attn", transposed=True),
+    "layers.{i}.attn.v": _Source("transformer.h.{i}.attn.c_attn", transposed=True),
     "layers.{i}.attn.o": _Source("transformer.h.{i}.attn.c_proj", transposed=True),
     "layers.{i}.mlp_norm": _Source("transformer.h.{i}.ln_2"),
     "layers.{i}.mlp.up": _Source("transformer.h.{i}.mlp.c_fc", transposed=True),
@@ -72,9 +74,13 @@ _TABLES: dict[str, dict[str, _Source]] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA | _QK_NORM,
     "gpt2": _GPT2,
+    "mixtral": _LLAMA | {"layers.{i}.mlp.router": _Source("model.layers.{i}.block_sparse_moe.gate")},
+    "qwen3_moe": _LLAMA | _QK_NORM | _ROUTER,
 }
-# The inner model of each family, which files may have been saved from without its prefix, and its embedding.
-_INNER = {"llama": "model.", "mistral": "model.", "qwen2": "model.", "qwen3": "model.", "gpt2": "transformer."}
+# Where files with all experts in one tensor have other names of other tensors, too.
+_FUSED_TABLES = {"mixtral": _LLAMA | _ROUTER}
+# The inner model of each family, which files may have been saved from without its prefix.
+_INNER = {**dict.fromkeys(_TABLES, "model."), "gpt2": "transformer."}
 HEAD = "lm_head.weight"
 # Tables that old checkpoints carry although they follow from the configuration.
 _DERIVED = re.compile(r"((^|\.)rotary_emb\.inv_freq|\.attn\.(masked_)?bias|(^|\.)position_ids)$")
@@ -122,64 +128,82 @@ def from_hf(state_dict: Mapping[str, Tensor], family: Family, config: ModelConfi
     Raises:
         CheckpointError: a family that is not known; tensors that are missing, left over, or of another shape.
     """
+    return stacked(parts_from_hf(state_dict, family, config))
+
+
+def stacked(parts: Mapping[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:
+    """Return parameters, those of experts that came one by one in a tensor of their own.
+
+    Args:
+        parts: as `parts_from_hf` returns them.
+    """
+    return {name: torch.stack(part) if isinstance(part, list) else part for name, part in parts.items()}
+
+
+def parts_from_hf(
+    state_dict: Mapping[str, Tensor], family: Family, config: ModelConfig
+) -> dict[str, Tensor | list[Tensor]]:
+    """Our parameters as `from_hf`, those of experts that are stored one by one as lists of rows: nothing is copied.
+
+    Args:
+        state_dict: tensors by name.
+        family: whose names they carry.
+        config: the model that they are for.
+
+    Raises:
+        CheckpointError: as `from_hf`.
+    """
     given = {_with_prefix(name, family): tensor for name, tensor in state_dict.items() if not is_derived(name)}
     if config.tied_embeddings and HEAD in given:
         # Of a tied pair either may be stored; of two that differ the caller knows.
         head = given.pop(HEAD)
         given.setdefault(embedding_of(family), head)
-    shapes = our_shapes(config)
-    sources = {name: _source(name, family) for name in shapes}
-    _refuse_other_names({source.name for source in sources.values()}, set(given), family)
-    ours = {name: _take(given[source.name], source) for name, source in sources.items()}
+    tensors = hf_tensors(family, config, given)
+    _refuse_other_names({tensor.name for tensor in tensors}, set(given), family)
     wrong = [
-        f"  {name}: {tuple(ours[name].shape)}, wanted {shape}"
-        for name, shape in shapes.items()
-        if ours[name].shape != shape
+        f"  {tensor.name}: {tuple(given[tensor.name].shape)}, wanted {tensor.shape}"
+        for tensor in tensors
+        if tuple(given[tensor.name].shape) != tensor.shape
     ]
     if wrong:
-        raise CheckpointError("tensors do not have the shapes of the configured model:\n" + "\n".join(wrong))
-    return ours
+        raise CheckpointError(
+            "tensors do not have the shapes of the configured model:\n" + "\n".join(_some(wrong)),
+        )
+    ours: dict[str, Tensor | list[Tensor]] = {}
+    for tensor in tensors:
+        for name, part in zip(tensor.parts, tensor.split(given[tensor.name]), strict=True):
+            if tensor.expert is None:
+                ours[name] = part
+                continue
+            rows = ours.setdefault(name, [])
+            assert isinstance(rows, list), name
+            rows.append(part)
+    return {name: ours[name] for name in our_shapes(config)}
 
 
-@dataclass(frozen=True)
-class HFTensor:
-    """A tensor of a Hugging Face state dict.
-
-    Attributes:
-        name: theirs.
-        shape: theirs.
-        parts: our parameters that it consists of, in order along dim 0 of ours.
-        transposed: it is the transpose of what the parts make.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[str, ...]
-    transposed: bool
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Make the tensor from our parameters, given in the order of `parts`."""
-        joined = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-        return joined.T.contiguous() if self.transposed else joined
-
-
-def hf_tensors(family: Family, config: ModelConfig) -> list[HFTensor]:
+def hf_tensors(family: Family, config: ModelConfig, names: Iterable[str] = ()) -> list[HFTensor]:
     """List the tensors that `Decoder(config)` has in a Hugging Face state dict; a tied head is none, as in their files.
 
     Args:
         family: the Hugging Face family.
         config: of the model.
+        names: of the tensors of a file, which say whether experts have a tensor each; none: they do.
 
     Raises:
         CheckpointError: a family that is not known, or that has no counterpart of a parameter.
     """
-    shapes, parts, transposed = our_shapes(config), dict[str, list[str]](), set[str]()
+    fused = is_fused(names, family)
+    table = _FUSED_TABLES.get(family) if fused else None
+    shapes, result = our_shapes(config), list[HFTensor]()
+    parts, transposed = dict[str, list[str]](), set[str]()
     for name, shape in shapes.items():  # query, key, value come in this order
-        source = _source(name, family)
+        if (experts := expert_tensors(name, shape, family, fused)) is not None:
+            result += experts
+            continue
+        source = _source(name, family, table)
         parts.setdefault(source.name, []).append(name)
         if source.transposed and len(shape) == 2:
             transposed.add(source.name)
-    result = []
     for name, ours in parts.items():
         joined = (sum(shapes[part][0] for part in ours), *shapes[ours[0]][1:])
         shape = joined[::-1] if name in transposed else joined
@@ -187,21 +211,27 @@ def hf_tensors(family: Family, config: ModelConfig) -> list[HFTensor]:
     return result
 
 
-def to_hf(parameters: Mapping[str, Tensor], family: Family, config: ModelConfig) -> dict[str, Tensor]:
+def to_hf(
+    parameters: Mapping[str, Tensor], family: Family, config: ModelConfig, names: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Convert our parameters to a Hugging Face state dict, the inverse of `from_hf`; a tied head is left out.
 
     Args:
         parameters: every parameter of `Decoder(config)` by name.
         family: whose names to give.
         config: the model that they are of.
+        names: as for `hf_tensors`.
 
     Raises:
         CheckpointError: a family that is not known; parameters that are missing or left over.
     """
-    tensors = hf_tensors(family, config)
+    tensors = hf_tensors(family, config, names)
     given = {name for name in parameters if not (config.tied_embeddings and name == "head.weight")}
     _refuse_other_names({part for tensor in tensors for part in tensor.parts}, given, family)
-    return {tensor.name: tensor.join([parameters[part] for part in tensor.parts]) for tensor in tensors}
+    return {
+        tensor.name: tensor.join([parameters[part][tensor.box(parameters[part].shape)] for part in tensor.parts])
+        for tensor in tensors
+    }
 
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -214,20 +244,21 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
-def _source(name: str, family: str) -> _Source:
+def _source(name: str, family: str, table: Mapping[str, _Source] | None = None) -> _Source:
     """Where our parameter `name` lies; its source's name is complete."""
     if family not in _TABLES:
         raise CheckpointError("this model family has no name table", got=family, allowed=", ".join(get_args(Family)))
     module, _, leaf = name.rpartition(".")
     layer = re.search(r"\d+", module)
     pattern = re.sub(r"\d+", "{i}", module)
-    if pattern not in _TABLES[family]:
+    table = _TABLES[family] if table is None else table
+    if pattern not in table:
         raise CheckpointError(
             f"a {family} checkpoint has no counterpart of '{name}'", fix="choose the preset that fits the checkpoint"
         )
-    source = _TABLES[family][pattern]
+    source = table[pattern]
     foreign = source.name.replace("{i}", layer.group()) if layer else source.name
-    return _Source(f"{foreign}.{leaf}", source.transposed, source.part)
+    return _Source(f"{foreign}.{_LEAVES.get(leaf, leaf)}", source.transposed)
 
 
 def _with_prefix(name: str, family: str) -> str:
@@ -236,20 +267,15 @@ def _with_prefix(name: str, family: str) -> str:
     return name if name.startswith((inner, "lm_head.")) else f"{inner}{name}"
 
 
-def _take(tensor: Tensor, source: _Source) -> Tensor:
-    if source.transposed and tensor.ndim == 2:
-        tensor = tensor.T
-    if source.part is not None:
-        tensor = tensor.chunk(3)[source.part]
-    return tensor
+def _some(lines: list[str]) -> list[str]:
+    return lines[:12] + ([f"  … and {len(lines) - 12} more"] if len(lines) > 12 else [])
 
 
 def _refuse_other_names(wanted: set[str], given: set[str], family: str) -> None:
     missing, extra = sorted(wanted - given), sorted(given - wanted)
     if missing or extra:
         lines = [f"  missing:   {name}" for name in missing] + [f"  left over: {name}" for name in extra]
-        shown = lines[:12] + ([f"  … and {len(lines) - 12} more"] if len(lines) > 12 else [])
         raise CheckpointError(
-            f"the tensors are not those of the configured {family} model:\n" + "\n".join(shown),
+            f"the tensors are not those of the configured {family} model:\n" + "\n".join(_some(lines)),
             fix="check model=… (layers, tied_embeddings, qk_norm, biases) against the checkpoint's config.json",
         )

@@ -26,6 +26,7 @@ from orchestrator.errors import CheckpointError, DataError, UserError
 from orchestrator.interop.foreign_weights import FoundWeights, about, find_weights
 from orchestrator.interop.hf_config import Description, family_of, from_hf_config
 from orchestrator.interop.hf_files import PICKLED, PICKLED_INDEX, HFTensors, read_json
+from orchestrator.interop.hf_moe import computed
 from orchestrator.interop.hf_weights import Family
 from orchestrator.interop.import_report import ImportReport
 from orchestrator.interop.logit_check import LogitCheck, check_logits
@@ -160,9 +161,10 @@ def import_weights(
     files[REPORT] = report.to_json()
     if described.config_file is not None:
         files[SOURCE_CONFIG] = described.config_file.read_bytes()
-    dtypes = tuple(sorted({DTYPE_NAMES[tensor.dtype] for tensor in found.tensors.values()}))
+    pieces = [piece for name in found.tensors for piece in found.tensors.pieces(name)]
+    dtypes = tuple(sorted({DTYPE_NAMES[piece.dtype] for piece in pieces}))
     _write(output, found, report, files, dtypes, progress)
-    parameters = sum(tensor.numel() for tensor in found.tensors.values())
+    parameters = sum(piece.numel() for piece in pieces)
     has_tokenizer, left_out = TOKENIZER_FILE in files, len(given) - len(found.taken)
     return Imported(format, found.model, parameters, dtypes, left_out, has_tokenizer, report, why)
 
@@ -175,10 +177,7 @@ def _write(
     dtypes: tuple[str, ...],
     progress: Callable[[int, int], object],
 ) -> None:
-    shards = [
-        Shard(f"model.{name}", tuple(tensor.shape), tuple(slice(0, size) for size in tensor.shape), tensor)
-        for name, tensor in found.tensors.items()
-    ]
+    shards = list(_shards(found))
     origin = {"format": report.format, "source": report.source, "family": report.family, "dtypes": list(dtypes)}
     state = {
         "step": 0,
@@ -187,9 +186,20 @@ def _write(
         "software": software(),
     }
     contents = Contents(state, {"name": found.model.name, "model": to_dict(found.model)}, files)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
+    total = sum(shard.data.numel() * shard.data.element_size() for shard in shards)
     with written_aside(output) as folder, _watched(folder / "rank-00000.safetensors", total, progress):
         write(Begun(folder, "import"), 0, shards, SingleProcess(), contents)
+
+
+def _shards(found: FoundWeights) -> Iterator[Shard]:
+    """Experts that are stored one by one are written so, too: nothing is put together in memory."""
+    for name in found.tensors:
+        pieces = found.tensors.pieces(name)
+        shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:]) if len(pieces) > 1 else pieces[0].shape
+        for number, piece in enumerate(pieces):
+            first = [slice(number, number + 1)] if len(pieces) > 1 else []
+            rest = [slice(0, size) for size in piece.shape[len(first) :]]
+            yield Shard(f"model.{name}", tuple(shape), (*first, *rest), piece)
 
 
 def _open(source: Path, format: Format) -> Mapping[str, torch.Tensor]:
@@ -278,7 +288,7 @@ def _of_preset(model: str, file: Path, ignored: frozenset[str]) -> Described:
 
 def _computed(model: ModelConfig) -> dict[str, Any]:
     """Return what decides what a model computes: not how it is trained, nor how long a text it may get."""
-    fields = {**vars(model), "head_dim": resolved_head_dim(model)}
+    fields = {**vars(model), "head_dim": resolved_head_dim(model), "moe": computed(model)}
     return {key: value for key, value in fields.items() if key not in _OF_TRAINING | _LENGTHS[model.positions]}
 
 

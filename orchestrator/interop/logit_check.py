@@ -13,6 +13,7 @@ from torch import Tensor
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError, MissingExtraError
+from orchestrator.interop.foreign_weights import Parameters
 from orchestrator.models.decoder import Decoder
 
 TOLERANCE = 1e-4
@@ -35,7 +36,7 @@ class LogitCheck:
 
 
 def check_logits(
-    directory: Path, config_file: Path, weights: Mapping[str, Tensor], model: ModelConfig, wanted: bool
+    directory: Path, config_file: Path, weights: Parameters, model: ModelConfig, wanted: bool
 ) -> LogitCheck:
     """Compute the logits of some random tokens twice, in fp32 on the CPU: by this product and by transformers.
 
@@ -56,7 +57,8 @@ def check_logits(
         if wanted:
             raise MissingExtraError("transformers", "dev", "check_logits=true")
         return LogitCheck(None, "not checked: transformers is not installed")
-    needed = 8 * sum(tensor.numel() for tensor in weights.values()) + _OVERHEAD_BYTES
+    elements = sum(piece.numel() for name in weights for piece in weights.pieces(name))
+    needed = 8 * elements + _OVERHEAD_BYTES
     free = _free_bytes()
     if free is not None and needed > _SHARE * free and not wanted:
         return LogitCheck(None, f"not checked: it takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")

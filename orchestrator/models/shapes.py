@@ -20,19 +20,22 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "embed.weight", (config.vocab_size, dim)
     if config.positions == "learned":
         yield "positions.weight", (config.max_seq_len, dim)
+    feed_forwards = list(_dense(config, "mlp", config.mlp_dim)), list(_experts(config))
     alike: dict[tuple[int, int], list[tuple[str, Shape]]] = {}
     for number in range(config.layers):
         heads = config.heads_of(number)
         if heads not in alike:
             alike[heads] = list(_layer(config, *heads))
-        yield from ((f"layers.{number}.{name}", shape) for name, shape in alike[heads])
+        mixed = bool(config.moe.experts) and number >= config.moe.dense_layers
+        parts = (*alike[heads], *feed_forwards[mixed])
+        yield from ((f"layers.{number}.{name}", shape) for name, shape in parts)
     yield from _norm(config, "norm")
     if not config.tied_embeddings:
         yield "head.weight", (config.vocab_size, dim)
 
 
 def _layer(config: ModelConfig, heads: int, kv_heads: int) -> Iterator[tuple[str, Shape]]:
-    dim, mlp = config.dim, config.mlp_dim
+    dim = config.dim
     head = config.head_width
     width, kv_width = heads * head, kv_heads * head
     before, after = config.norm_placement != "post", config.norm_placement != "pre"
@@ -48,10 +51,30 @@ def _layer(config: ModelConfig, heads: int, kv_heads: int) -> Iterator[tuple[str
         yield "attn.k_norm.weight", (kv_width if whole else head,)
     yield from _norm(config, "attn_post_norm" if after else None)
     yield from _norm(config, "mlp_norm" if before and config.residual != "parallel_one_norm" else None)
-    for name in ("gate", "up") if config.activation in GATED else ("up",):
-        yield from _linear(f"mlp.{name}", mlp, dim, config.mlp_bias)
-    yield from _linear("mlp.down", dim, mlp, config.mlp_bias)
     yield from _norm(config, "mlp_post_norm" if after else None)
+
+
+def _dense(config: ModelConfig, name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    """Yield a feed-forward layer's shapes."""
+    for matrix in ("gate", "up") if config.activation in GATED else ("up",):
+        yield from _linear(f"{name}.{matrix}", width, config.dim, config.mlp_bias)
+    yield from _linear(f"{name}.down", config.dim, width, config.mlp_bias)
+
+
+def _experts(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Yield a mixture's shapes."""
+    moe, dim, width = config.moe, config.dim, config.moe.width(config)
+    yield from _linear("mlp.router", moe.experts, dim, moe.router_bias)
+    if moe.balance_bias:
+        yield "mlp.router.balance_bias", (moe.experts,)
+    for name, rows, columns in (("gate", width, dim), ("up", width, dim), ("down", dim, width)):
+        yield f"mlp.experts.{name}", (moe.experts, rows, columns)
+        if moe.expert_bias:
+            yield f"mlp.experts.{name}_bias", (moe.experts, rows)
+    if moe.shared_mlp_dim:
+        yield from _dense(config, "mlp.shared", moe.shared_mlp_dim)
+    if moe.shared_gate:
+        yield "mlp.shared_gate.weight", (1, dim)
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, Shape]]:

@@ -32,6 +32,13 @@ __all__ = ["summarise", "write_report"]
 
 _SAMPLES_SHOWN = 12
 _SMOOTH_FROM = 200  # training rows from which the loss is smoothed
+# Of the routers of a mixture of experts; `models.moe.router_figures` says what they are.
+_ROUTER_CHARTS = {
+    "router_loss": "Router loss (per token)",
+    "expert_load_max": "Largest expert load (over the mean)",
+    "router_entropy": "Router entropy (nats)",
+    "dropped": "Dropped choices (share)",
+}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -76,7 +83,9 @@ def render(data: RunData) -> str:
 def _lead(data: RunData, facts: Mapping[str, Any]) -> str:
     words = []
     if (parameters := number(data.facts.get("parameters"))) is not None:
-        words.append(f"{format_number(parameters)} parameters")
+        active = number(data.facts.get("active_parameters"))
+        some = f" ({format_number(active)} active)" if active is not None and active < parameters else ""
+        words.append(f"{format_number(parameters)} parameters{some}")
     if facts["step"] is not None:
         words.append(f"{facts['step']:,} steps")
     if facts["legs"] > 1:
@@ -166,12 +175,16 @@ def _charts(data: RunData, facts: Mapping[str, Any]) -> str:
         return Chart(key, title, [series], marks=lines, unit=unit, include=(0.0,)).render()
 
     memory = [(step, value / 2**30) for step, value in data.series("memory_bytes")]
+    routers = [
+        small(key, title, points, "norm") for key, title in _ROUTER_CHARTS.items() if (points := data.series(key))
+    ]
     parts = [
         Chart("loss", "Loss (nats per token)", [*train, validation], 1000.0, 360.0, rules, boundaries).render(),
         small("speed", "Tokens per second", data.series("tokens_per_second"), "speed"),
         small("norm", "Gradient norm", data.series("grad_norm"), "norm"),
         small("rate", "Learning rate", data.series("lr"), "rate"),
         small("memory", "Memory in use (GiB)", memory, "memory", " GiB") if memory else "",
+        *routers,
     ]
     return f'<div class="wide">{parts[0]}</div>{"".join(parts[1:])}'
 
@@ -194,9 +207,10 @@ def _samples(data: RunData) -> str:
 
 def _facts(data: RunData) -> str:
     facts, leg = data.facts, data.legs[-1] if data.legs else {}
-    peak = number(facts.get("peak_flops_per_device"))
+    peak, active = number(facts.get("peak_flops_per_device")), facts.get("active_parameters")
     model = {
         "Parameters": grouped(facts.get("parameters")),
+        "Active for a token": None if active == facts.get("parameters") else grouped(active),
         "Vocabulary": grouped(facts.get("vocab_size")),
         "Arithmetic per token": flops(number(facts.get("flops_per_token"))),
         "Peak rate per device": f"{flops(peak)}/s" if peak is not None else "unknown",

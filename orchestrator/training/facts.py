@@ -9,7 +9,7 @@ from orchestrator.chips.load import load_catalogue
 from orchestrator.data.validation import mixture_lines
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.observe.throughput import mfu, peak_flops
-from orchestrator.planner.estimate.flops import flops_per_token
+from orchestrator.planner.estimate.flops import flops_per_token, parameter_count
 from orchestrator.runs.provenance import software
 from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
 from orchestrator.training.data_module import TokenDataModule
@@ -29,13 +29,16 @@ def run_facts(
     """
     config, target, devices = resolved.config, parallel.target, parallel.layout.devices
     # What an own model computes no description says: its utilisation is unknown.
-    flops = None if model.config._target_ else flops_per_token(model.config, config.train.seq_len)
+    described = None if model.config._target_ else model.config
+    flops = flops_per_token(described, config.train.seq_len) if described else None
+    parameters = sum(parameter.numel() for _, parameter in local_parameters(model))
     chip, precision = resolved.chip, parallel.precision
     figure = load_catalogue().get(chip).device_peak_flops(precision) if chip else None
     peak, source = peak_flops(target, figure, precision, parallel.root_device)
     facts = {
         "name": config.name,
-        "parameters": sum(parameter.numel() for _, parameter in local_parameters(model)),
+        "parameters": parameters,
+        "active_parameters": parameters - (parameter_count(described).idle if described else 0),
         "flops_per_token": flops,
         "peak_flops_per_device": peak,
         "peak_source": source,

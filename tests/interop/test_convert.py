@@ -119,7 +119,7 @@ def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral", "qwen3_moe"])
 def test_import_then_export_gives_the_same_bytes_back(tmp_path, name, dtype):
     """Of files that transformers itself wrote, one and several: the same files, in the same order, byte for byte."""
     config = transformers.AutoConfig.from_pretrained(export(save(tmp_path, name), tmp_path / "first"))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from orchestrator.config.convert import to_dict
-from orchestrator.config.schema import ModelConfig, RopeScalingConfig
+from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
 from orchestrator.data.tokenize import Tokenizer, train_bpe
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding.layout import Layout
@@ -53,6 +53,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "kv_heads": 4,
             "dropout": 0.1,
         },
+    ),
+    "mixtral": ("MixtralForCausalLM", {"moe": MoEConfig(experts=4), "rope_theta": 1e6}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"qk_norm": True, "head_dim": 12, "moe": MoEConfig(experts=4, mlp_dim=20, normalize=False, dense_layers=1)},
     ),
 }
 

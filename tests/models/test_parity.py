@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from orchestrator.config.schema import ModelConfig, RopeScalingConfig
+from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.interop.hf_weights import from_hf, to_hf
 from orchestrator.models.decoder import Decoder
@@ -88,7 +91,21 @@ CASES: dict[str, tuple[str, dict, str, dict]] = {
     ),
     "qwen2": ("qwen2", {"attention_bias": True}, "Qwen2", rope("default")),
     "mistral": ("mistral", {"sliding_window": 8}, "Mistral", rope("default") | {"sliding_window": 8}),
+    "mixtral": (
+        "mixtral",
+        {"rope_theta": 1e6, "sliding_window": 24, "moe": MoEConfig(experts=6, top_k=2)},
+        "Mixtral",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 24},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"qk_norm": True, "moe": MoEConfig(experts=8, top_k=3, mlp_dim=40, normalize=False, dense_layers=1)},
+        "Qwen3Moe",
+        rope("default")
+        | {"num_local_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [0]},
+    ),
 }
+FUSED = [name for name, case in CASES.items() if "moe" in case[1]]
 
 
 def build(case: str) -> tuple[Decoder, torch.nn.Module, str]:
@@ -104,6 +121,9 @@ def build(case: str) -> tuple[Decoder, torch.nn.Module, str]:
         theirs = getattr(transformers, f"{name}ForCausalLM")(foreign)
         config = ModelConfig(**{**OURS, **changes})
     randomise(theirs)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
     ours = Decoder(config)
     ours.load_state_dict(from_hf(theirs.state_dict(), family, config), strict=False)  # type: ignore[arg-type]
     return ours.eval(), theirs.eval(), family
@@ -126,10 +146,21 @@ def test_round_trip_is_exact(case: str) -> None:
     if ours.config.tied_embeddings:
         del given["lm_head.weight"]
     parameters = dict(ours.named_parameters())
-    same(to_hf(parameters, family, ours.config), given)  # type: ignore[arg-type]
+    same(to_hf(parameters, family, ours.config, given), given)  # type: ignore[arg-type]
     same(from_hf(given, family, ours.config), parameters)  # type: ignore[arg-type]
     # A state dict lists a tied head too.
-    same(to_hf(ours.state_dict(), family, ours.config), given)  # type: ignore[arg-type]
+    same(to_hf(ours.state_dict(), family, ours.config, given), given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_experts_have_the_names_and_bytes_that_transformers_saves(case: str, tmp_path: Path) -> None:
+    ours, theirs, family = build(case)
+    parameters = dict(ours.named_parameters())
+    for fused in (False, True):
+        theirs.save_pretrained(tmp_path / str(fused), save_original_format=not fused)
+        saved = load_file(tmp_path / str(fused) / "model.safetensors")
+        same(to_hf(parameters, family, ours.config, saved if fused else ()), saved)  # type: ignore[arg-type]
+        same(from_hf(saved, family, ours.config), parameters)  # type: ignore[arg-type]
 
 
 def same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

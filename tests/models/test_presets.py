@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from orchestrator.config.convert import from_dict
-from orchestrator.config.schema import ModelConfig, RopeScalingConfig
+from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
 from orchestrator.models.decoder import Decoder
-from orchestrator.planner.estimate.flops import parameter_count
+from orchestrator.planner.estimate.flops import flops_per_token, parameter_count
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -31,13 +31,21 @@ PUBLISHED = {
     "qwen3_8b": 8_190_735_360,
     "qwen3_14b": 14_768_307_200,
     "qwen3_32b": 32_762_123_264,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
 }
+GROUPS = ("rope_scaling", "moe")
+# Active for a token, in billions as their reports say.
+ACTIVE = {"mixtral_8x7b": 12.9, "qwen3_30b_a3b": 3.3}
 OWN = {
     "tiny": 1_279_104,
     "tiny_qwen3": 1_312_256,
     "tiny_gpt2": 1_448_704,
     "llama_20m": 20_453_760,
     "llama_125m": 124_668_672,
+    "tiny_moe": 2_757_760,
+    "tiny_mixtral": 697_152,
+    "tiny_qwen3_moe": 710_048,
 }
 
 
@@ -49,7 +57,7 @@ def preset(name: str, vocab_size: int = 4096) -> ModelConfig:
     """The preset as Hydra composes it; `vocab_size` where it leaves that to the tokenizer."""
     base, own = read("base"), read(name)
     own.pop("defaults", None)
-    data = {**base, **own, "rope_scaling": {**base["rope_scaling"], **own.get("rope_scaling", {})}}
+    data = {**base, **own, **{key: {**base[key], **own.get(key, {})} for key in GROUPS}}
     if data["vocab_size"] == "auto":
         data["vocab_size"] = vocab_size
     return from_dict(ModelConfig, data)
@@ -59,6 +67,7 @@ def test_base_documents_every_key() -> None:
     text, base = (FOLDER / "base.yaml").read_text(), read("base")
     assert list(base) == [field.name for field in fields(ModelConfig)]
     assert list(base["rope_scaling"]) == [field.name for field in fields(RopeScalingConfig)]
+    assert list(base["moe"]) == [field.name for field in fields(MoEConfig)]
     assert all("#" in line for line in text.splitlines())
 
 
@@ -90,3 +99,20 @@ def test_count_agrees_with_the_model_and_with_the_publication(name: str) -> None
     assert sum(p.numel() for n, p in model.named_parameters() if "_norm" in n and ".attn." not in n) == (
         count.norms - sum(p.numel() for p in model.norm.parameters())
     )
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters_are_those_of_the_report(name: str) -> None:
+    """Which count the embedding or do not, and cut rather than round: to 2%."""
+    count = parameter_count(preset(name))
+    assert f"{count.active:,}" in (FOLDER / f"{name}.yaml").read_text()
+    assert count.active / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)
+    assert count.matmul < count.active < count.total
+
+
+def test_arithmetic_counts_active_experts_alone() -> None:
+    mixed = preset("tiny_moe")
+    dense = replace(mixed, moe=MoEConfig(), mlp_dim=mixed.moe.top_k * mixed.moe.width(mixed))
+    router = mixed.layers * mixed.dim * mixed.moe.experts
+    assert parameter_count(mixed).active == parameter_count(dense).total + router
+    assert flops_per_token(mixed, 64) == flops_per_token(dense, 64) + 6 * router

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from orchestrator.config.convert import from_dict
-from orchestrator.config.schema import ModelConfig
+from orchestrator.config.schema import ModelConfig, MoEConfig
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.shapes import parameter_shapes
 from orchestrator.planner.estimate.flops import parameter_count
@@ -27,6 +27,8 @@ FEATURES = (
     {"norm": "rms_plain", "qk_norm": True, "activation": "relu2"},
     {"attention_sinks": True, "windows": (4, None)},
     {"layer_heads": (4, 8, 2), "layer_kv_heads": (4, 2, 1), "head_dim": 16},
+    {"moe": MoEConfig(experts=4, dense_layers=1, router_bias=True, expert_bias=True, balance_bias=True)},
+    {"moe": MoEConfig(experts=4, mlp_dim=24, shared_mlp_dim=20, shared_gate=True), "mlp_bias": True},
 )
 
 

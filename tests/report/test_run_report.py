@@ -307,3 +307,15 @@ def test_checks_that_are_no_checks(tmp_path: Path):
     assert "alert(1)</script>" not in page(folder)
     (folder / "handover.json").write_text("[{")
     assert "<h2>Handovers</h2>" not in page(folder)
+
+
+def test_routers_of_a_mixture_have_curves_and_active_parameters_a_row(tmp_path: Path) -> None:
+    figures = {"router_loss": 0.01, "expert_load_max": 1.5, "router_entropy": 2.0, "dropped": 0.0}
+    facts = {"parameters": 3_000_000, "active_parameters": 1_000_000}
+    write(tmp_path, [row(step, **figures) for step in (1, 2)], facts)
+    mixed = write_report(tmp_path).read_text()
+    write(tmp_path, [row(1)], {"parameters": 3, "active_parameters": 3})
+    dense = write_report(tmp_path).read_text()
+    for words in ("Largest expert load", "Router entropy", "Active for a token", "(1M active)"):
+        assert words in mixed, words
+        assert words not in dense, words

@@ -16,10 +16,12 @@ class ParameterCount:
         embedding: rows of the token embedding.
         positions: rows of a learned position table, else 0.
         attention: query, key, value and output projections with their biases, and QK-norm, of all layers.
-        mlp: feed-forward matrices with their biases, of all layers.
+        mlp: feed-forward matrices with their biases, of all layers; all experts and their routers among them.
         norms: the other normalisations.
         head: the output head; 0 where it is the embedding's weight.
-        matmul: elements that a token is multiplied with, the head's included even where it is tied.
+        matmul: elements that a token is multiplied with, the head's included even where it is tied; of experts, those
+            that it goes to.
+        idle: of `mlp`, experts that a token does not go to.
     """
 
     embedding: int
@@ -29,6 +31,12 @@ class ParameterCount:
     norms: int
     head: int
     matmul: int
+    idle: int = 0
+
+    @property
+    def active(self) -> int:
+        """Elements that are used for one token."""
+        return self.total - self.idle
 
     @property
     def total(self) -> int:
@@ -51,19 +59,18 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> Param
     for layer in range(config.layers):
         matrices, extra = _attention(config, *config.heads_of(layer))
         attention_matrices, attention_extra = attention_matrices + matrices, attention_extra + extra
-    gated = config.activation in GATED
-    mlp_matrices = (3 if gated else 2) * config.dim * config.mlp_dim
-    mlp_biases = ((2 if gated else 1) * config.mlp_dim + config.dim) * config.mlp_bias
+    mlp, mlp_matmul, idle = _feed_forwards(config)
     norm = config.dim * (0 if config.norm.endswith("_plain") else 2 if config.norm == "layer" else 1)
     norms = (4 if config.norm_placement == "both" else 2) - (config.residual == "parallel_one_norm")
     return ParameterCount(
         embedding=vocab * config.dim,
         positions=config.max_seq_len * config.dim if config.positions == "learned" else 0,
         attention=attention_matrices + attention_extra,
-        mlp=config.layers * (mlp_matrices + mlp_biases),
+        mlp=mlp,
         norms=(norms * config.layers + 1) * norm,
         head=0 if config.tied_embeddings else vocab * config.dim,
-        matmul=attention_matrices + config.layers * mlp_matrices + vocab * config.dim,
+        matmul=attention_matrices + mlp_matmul + vocab * config.dim,
+        idle=idle,
     )
 
 
@@ -77,6 +84,32 @@ def _attention(config: ModelConfig, heads: int, kv_heads: int) -> tuple[int, int
     elif config.qk_norm and config.norm != "rms_plain":
         extra += 2 * config.head_width
     return 2 * config.dim * (width + kv_width), extra
+
+
+def _feed_forwards(config: ModelConfig) -> tuple[int, int, int]:
+    """Count the elements of all layers' feed-forwards, of those what a token is multiplied with, and idle experts'."""
+    moe, dim = config.moe, config.dim
+    dense = min(moe.dense_layers, config.layers) if moe.experts else config.layers
+    matrices, biases = _feed_forward(config, config.mlp_dim)
+    total, matmul = dense * (matrices + biases), dense * matrices
+    if not moe.experts:
+        return total, matmul, 0
+    width = moe.width(config)
+    one, biases = 3 * dim * width, (2 * width + dim) * moe.expert_bias
+    shared, shared_biases = _feed_forward(config, moe.shared_mlp_dim) if moe.shared_mlp_dim else (0, 0)
+    every = shared + dim * (moe.experts + moe.shared_gate)
+    beside = shared_biases + moe.experts * (moe.router_bias + moe.balance_bias)
+    sparse = config.layers - dense
+    total += sparse * (moe.experts * (one + biases) + every + beside)
+    matmul += sparse * (moe.top_k * one + every)
+    return total, matmul, sparse * (moe.experts - moe.top_k) * (one + biases)
+
+
+def _feed_forward(config: ModelConfig, width: int) -> tuple[int, int]:
+    """Count the elements of a feed-forward's matrices, and of its biases."""
+    gated = config.activation in GATED
+    biases = ((2 if gated else 1) * width + config.dim) * config.mlp_bias
+    return (3 if gated else 2) * config.dim * width, biases
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, vocab_size: int | None = None) -> float:
