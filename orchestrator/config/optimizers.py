@@ -19,6 +19,7 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "eps_update": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
     "eps_parameter": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
     "grad_clip": (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
+    "lr_factor": (f"0 to {LARGEST:g}", lambda x: 0 <= x <= LARGEST),
     "weight_decay": (f"0 to {LARGEST:g}", lambda x: 0 <= x <= LARGEST),
     "betas": ("0 or more and less than 1", lambda x: 0 <= x < 1),
     "momentum": ("0 or more and less than 1", lambda x: 0 <= x < 1),
@@ -48,6 +49,12 @@ def check_optimizer(config: OptimConfig) -> list[ConfigError]:
         )
     if isinstance(config, OwnOptimConfig):
         problems += _own(config)
+    for number, group in enumerate(config.groups):
+        problems += _ranges(f"optim.groups[{number}]", group)
+        if not group.match:
+            what = f"'optim.groups[{number}].match' names no parameter"
+            allowed = "a pattern over names of parameters, such as embed.weight or layers.0.*"
+            problems.append(ConfigError(what, got=repr(group.match), allowed=allowed, fix="set it"))
     return problems
 
 

@@ -125,6 +125,15 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class OptimGroupConfig:
+    """Parameters with a rate or a decay of their own; of several entries the first that matches counts."""
+
+    match: str = ""  # pattern over names of parameters: embed.weight, layers.0.*, *.attn.*
+    lr_factor: float = 1.0  # of optim.lr, and of optim.adamw.lr where Muon leaves them to AdamW
+    weight_decay: float | None = None  # in place of the optimizer's, on vectors too; null: as without this entry
+
+
+@dataclass(frozen=True)
 class AdamWConfig:
     """AdamW with decoupled weight decay; none on norms and biases."""
 
@@ -134,6 +143,7 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0  # global L2 norm
+    groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 
 
@@ -163,6 +173,7 @@ class MuonConfig:
     adjust_lr: Literal["original", "match_rms_adamw"] = "original"
     adamw: MuonRestConfig = MuonRestConfig()
     grad_clip: float | None = 1.0
+    groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 
 
@@ -178,6 +189,7 @@ class AdafactorConfig:
     clip_threshold: float = 1.0  # of an update's root mean square
     weight_decay: float = 0.0
     grad_clip: float | None = 1.0
+    groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 
 
@@ -191,6 +203,7 @@ class SGDConfig:
     nesterov: bool = False
     weight_decay: float = 0.0
     grad_clip: float | None = 1.0
+    groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 
 
@@ -203,6 +216,7 @@ class OwnOptimConfig:
     lr: float = 1e-3
     arguments: dict[str, Any] = field(default_factory=dict)  # further ones of its constructor
     grad_clip: float | None = 1.0
+    groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 
 

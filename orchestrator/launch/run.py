@@ -300,6 +300,8 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     devices = f"{leg['devices']} x {', '.join(leg['device_names'][:1]) or leg['target']}"
     job.say(f"model      {facts['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}")
     job.say(f"hardware   {leg['target']}: {devices}, {job.parallel.describe_precision()}, layout {job.parallel.layout}")
+    for number, line in enumerate(job.module.groups):
+        job.say(f"{'' if number else 'groups':<10} {line}")
     entropy = facts["unigram_entropy_nats"]
     job.say(f"baseline   unigram entropy {entropy:.3f} nats per token; the loss should fall below this")
     for name in ("mixture", "validation"):

@@ -53,12 +53,12 @@ class OwnOptimizer(GuardedOptimizer):
 
 
 def build_own(
-    parameters: Sequence[nn.Parameter], config: OwnOptimConfig, device: torch.device, restoring: bool
+    groups: Sequence[dict[str, Any]], config: OwnOptimConfig, device: torch.device, restoring: bool
 ) -> OwnOptimizer:
     """Build the user's optimizer.
 
     Args:
-        parameters: of the model, placed.
+        groups: of the model's placed parameters; a single one without settings of its own is given as a plain list.
         config: names the class and its arguments.
         device: of the parameters.
         restoring: allocate the state, to be filled from a checkpoint; else the optimizer begins it at its first step.
@@ -68,9 +68,10 @@ def build_own(
     """
     part = OwnPart("optimizer", config._target_, "optim", config.arguments)
     entries = _try(part, config, device)
-    optimizer = _make(part, parameters, config)
+    plain = len(groups) == 1 and groups[0] == {"params": groups[0]["params"], "lr": config.lr}
+    optimizer = _make(part, groups[0]["params"] if plain else groups, config)
     if restoring:
-        for parameter in parameters:
+        for parameter in (parameter for group in groups for parameter in group["params"]):
             state = optimizer.state[parameter]
             for key, entry in entries[min(parameter.dim(), 2)].items():
                 place = torch.device("cpu") if entry.on_host else device
@@ -82,7 +83,7 @@ def build_own(
     return OwnOptimizer(optimizer)
 
 
-def _make(part: OwnPart, parameters: Sequence[nn.Parameter], config: OwnOptimConfig) -> torch.optim.Optimizer:
+def _make(part: OwnPart, parameters: Sequence[Any], config: OwnOptimConfig) -> torch.optim.Optimizer:
     made: torch.optim.Optimizer = part.make(parameters, expected=torch.optim.Optimizer, lr=config.lr)
     return made
 

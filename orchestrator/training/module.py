@@ -25,6 +25,7 @@ from orchestrator.strategies.trainer_checkpoint import BESIDE
 from orchestrator.training.data_module import TokenDataModule, micro_batch_size
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.optimizer_setup import PEAK, build_optimizer
+from orchestrator.training.parameter_groups import describe_groups, trained
 from orchestrator.training.placed_model import build_placed
 from orchestrator.training.resolved import settle_optimizer, settle_unplanned, settle_vocabulary
 
@@ -56,6 +57,7 @@ class LanguageModule(lightning.LightningModule):
         micro_batch: sequences per backward pass on this process.
         guard: keeps what is not finite from the weights.
         optimizer: of the parameters, with state; there when it is configured.
+        groups: a line for each entry of `optim.groups`.
 
     Raises:
         ConfigError: the vocabulary is not known, or too small for the tokenizer.
@@ -72,6 +74,7 @@ class LanguageModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.config = settle_vocabulary(settle_unplanned(config), vocab_size)
         self.step, self.lr = 0, 0.0
+        self.groups: list[str] = []
         self.record: Callable[..., None] = lambda **values: None
         self._given = parallel
         self._schedule = schedule_of(config)
@@ -112,7 +115,9 @@ class LanguageModule(lightning.LightningModule):
         """
         parallel, device = self.parallel, self.parallel.root_device
         config = settle_optimizer(self.config.optim, on_cpu=device.type == "cpu")
-        self.optimizer = build_optimizer(self.model, config, device, parallel.parts(self.model), restoring)
+        members = trained(self.model, config.groups, everything=parallel.layout.pipeline == 1)
+        self.groups = describe_groups(members)
+        self.optimizer = build_optimizer(self.model, config, device, parallel.parts(self.model), restoring, members)
         parallel.prepare_optimizer(self.model, self.optimizer)
         return self.optimizer
 

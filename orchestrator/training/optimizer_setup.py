@@ -7,7 +7,6 @@ AdamW is torch's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +27,7 @@ from orchestrator.optim.muon import Muon
 from orchestrator.optim.own import build_own
 from orchestrator.optim.sgd import SGD
 from orchestrator.sharding.parts import Parts, WholeParts
+from orchestrator.training.parameter_groups import Member, grouped, trained
 
 # Their fused kernel leaves weights and state alone where `found_inf` says so. That of `neuron` refuses `found_inf`
 # (torch-neuronx, python_ops/xla_ops/fused_adamw): there the host decides.
@@ -44,6 +44,7 @@ def build_optimizer(
     device: torch.device,
     parts: Parts | None = None,
     restoring: bool = False,
+    members: Sequence[Member] | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer that `config` asks for.
 
@@ -54,6 +55,7 @@ def build_optimizer(
         parts: how the parameters are split; None: they are whole.
         restoring: the state is to be filled from a checkpoint. An optimizer of the user's has none before its first
             step otherwise.
+        members: the parameters that are trained; None: all of the model that need gradients.
 
     Returns:
         The optimizer; each group has its peak learning rate under `PEAK`.
@@ -62,8 +64,8 @@ def build_optimizer(
         ConfigError: an optimizer of the user's cannot be made, or keeps what cannot be saved; or `ns_dtype` is open.
     """
     parts = parts or WholeParts()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _build(model, parameters, config, device, parts, restoring)
+    members = members if members is not None else trained(model, config.groups)
+    optimizer = _build(model, members, config, device, parts, restoring)
     for group in optimizer.param_groups:
         group[PEAK] = group["lr"]
     return optimizer
@@ -71,7 +73,7 @@ def build_optimizer(
 
 def _build(
     model: nn.Module,
-    parameters: list[nn.Parameter],
+    members: Sequence[Member],
     config: OptimConfig,
     device: torch.device,
     parts: Parts,
@@ -79,43 +81,32 @@ def _build(
 ) -> torch.optim.Optimizer:
     match config:
         case AdamWConfig():
-            return _adamw(parameters, config, device)
+            return _adamw(members, config, device)
         case MuonConfig():
-            return _muon(model, parameters, config, device, parts)
+            return _muon(model, members, config, device, parts)
         case AdafactorConfig():
             eps = (config.eps_update, config.eps_parameter)
-            groups = _groups(parameters, config.weight_decay)
+            groups = grouped(members, config.lr, config.weight_decay)
             return Adafactor(groups, parts, config.lr, config.beta2_decay, eps, config.clip_threshold)
         case SGDConfig():
             fused = device.type in ("cpu", "cuda")
-            groups = _groups(parameters, config.weight_decay)
+            groups = grouped(members, config.lr, config.weight_decay)
             return SGD(groups, parts, config.lr, config.momentum, config.nesterov, fused=fused)
         case OwnOptimConfig():
-            return build_own(parameters, config, device, restoring)
+            return build_own(grouped(members, config.lr, None), config, device, restoring)
 
 
-def _groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay is left out where a parameter is a vector: norms and biases."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _adamw(
-    parameters: Sequence[nn.Parameter], config: AdamWConfig | MuonRestConfig, device: torch.device
-) -> torch.optim.AdamW:
+def _adamw(members: Sequence[Member], config: AdamWConfig | MuonRestConfig, device: torch.device) -> torch.optim.AdamW:
     fused, traced = device.type in _FUSED, device.type == "xla"
     optimizer = torch.optim.AdamW(
-        _groups(parameters, config.weight_decay),
+        grouped(members, config.lr, config.weight_decay),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=fused,
         capturable=traced,
     )
-    for parameter in parameters:
+    for parameter in (member.parameter for member in members):
         optimizer.state[parameter] = {
             # As torch.optim.AdamW would: beside the parameter for the fused kernel, on the host otherwise.
             "step": torch.zeros((), dtype=torch.float32, device=device if fused or traced else "cpu"),
@@ -126,16 +117,15 @@ def _adamw(
 
 
 def _muon(
-    model: nn.Module, parameters: Sequence[nn.Parameter], config: MuonConfig, device: torch.device, parts: Parts
+    model: nn.Module, members: Sequence[Member], config: MuonConfig, device: torch.device, parts: Parts
 ) -> CombinedOptimizer:
     """Muon over the matrices of the blocks, AdamW over everything else."""
     inside = {id(parameter) for block in model.blocks for parameter in block.parameters()}  # type: ignore[union-attr]
-    matrices = [p for p in parameters if id(p) in inside and p.dim() == 2]
-    chosen = {id(parameter) for parameter in matrices}
+    matrices = [member for member in members if id(member.parameter) in inside and member.parameter.dim() == 2]
     if config.ns_dtype not in _NS_DTYPES:
         raise ConfigError("optim.ns_dtype is not known", got=config.ns_dtype, allowed=", ".join(_NS_DTYPES))
     muon = Muon(
-        matrices,
+        grouped(matrices, config.lr, config.weight_decay),
         parts,
         config.lr,
         config.weight_decay,
@@ -147,4 +137,5 @@ def _muon(
         config.adjust_lr,
         _NS_DTYPES[config.ns_dtype],
     )
-    return CombinedOptimizer([muon, _adamw([p for p in parameters if id(p) not in chosen], config.adamw, device)])
+    chosen = {member.name for member in matrices}
+    return CombinedOptimizer([muon, _adamw([m for m in members if m.name not in chosen], config.adamw, device)])

@@ -1,0 +1,118 @@
+"""Parameter groups: what shares a learning rate, a weight decay and a device mesh.
+
+Weight decay is left out where a parameter is a vector: norms, biases. What it is, its axes say, and not its number of
+dims: the biases of experts are [E, F]. A kernel over many tensors at once takes those of one mesh alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from orchestrator.config.schema import OptimGroupConfig
+from orchestrator.errors import ConfigError
+from orchestrator.models.protocol import ShardableModel
+
+_STACKED = "experts"  # the logical axis of tensors that hold one matrix or vector for each expert
+_SHOWN = 12  # names that an error lists
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter that is trained.
+
+    Attributes:
+        name: in the model.
+        parameter: placed.
+        dims: of one expert's part; of the whole where it is no expert's.
+        group: the entry of `optim.groups` that is its; None: it has the optimizer's own rate and decay.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    dims: int
+    group: OptimGroupConfig | None = None
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a norm's scale, a bias, or another vector, which is not decayed."""
+        return self.dims < 2
+
+
+def trained(model: nn.Module, groups: Sequence[OptimGroupConfig] = (), everything: bool = True) -> list[Member]:
+    """List the parameters of `model` that are trained, each with its entry of `groups`: the first that matches.
+
+    Args:
+        model: placed.
+        groups: as `optim.groups` has them.
+        everything: the model is whole, and not a stage of a pipeline; then each entry has to match.
+
+    Raises:
+        ConfigError: an entry matches no parameter, or none that an earlier one has not.
+    """
+    axes = model.logical_axes() if isinstance(model, ShardableModel) else {}
+    members, used = [], set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        number = next((index for index, one in enumerate(groups) if fnmatchcase(name, one.match)), None)
+        used.add(number)
+        dims = parameter.dim() - (_STACKED in axes.get(name, ()))
+        members.append(Member(name, parameter, dims, None if number is None else groups[number]))
+    if everything and (lost := [group.match for number, group in enumerate(groups) if number not in used]):
+        names = [member.name for member in members]
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        raise ConfigError(
+            "an entry of optim.groups matches no parameter, or none that an earlier entry has left",
+            got=", ".join(lost),
+            allowed=f"a pattern of names such as {shown}",
+            fix="correct it, move it up, or leave it out",
+        )
+    return members
+
+
+def grouped(members: Sequence[Member], lr: float, weight_decay: float | None) -> list[dict[str, Any]]:
+    """Make parameter groups as `torch.optim` takes them: `params`, `lr` and `weight_decay`.
+
+    Args:
+        members: of one optimizer.
+        lr: the optimizer's rate.
+        weight_decay: the optimizer's; None: it has its own, which a group has unless an entry says otherwise.
+    """
+    found: dict[Any, dict[str, Any]] = {}
+    for member in members:
+        factor, decay = 1.0, None if weight_decay is None else 0.0 if member.is_vector else weight_decay
+        if member.group is not None:
+            factor = member.group.lr_factor
+            decay = decay if member.group.weight_decay is None else member.group.weight_decay
+        mesh = member.parameter.device_mesh if isinstance(member.parameter, DTensor) else None
+        group = found.setdefault((decay, factor, mesh), {"params": [], "lr": lr * factor})
+        if decay is not None:
+            group["weight_decay"] = decay
+        group["params"].append(member.parameter)
+    # Decayed ones first.
+    return sorted(found.values(), key=lambda group: not group.get("weight_decay", 0.0))
+
+
+def describe_groups(members: Sequence[Member]) -> list[str]:
+    """Say in lines what each entry of `optim.groups` is for; nothing where there are none.
+
+    Args:
+        members: all that are trained.
+    """
+    counts: dict[OptimGroupConfig, list[int]] = {}
+    for member in members:
+        if member.group is not None:
+            count = counts.setdefault(member.group, [0, 0])
+            count[0] += 1
+            count[1] += member.parameter.numel()
+    lines = []
+    for group, (tensors, elements) in counts.items():
+        decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
+        lines.append(f"{group.match}: {tensors} tensors, {elements:,} parameters, lr x {group.lr_factor:g}{decay}")
+    return lines
