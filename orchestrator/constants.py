@@ -4,3 +4,9 @@ from __future__ import annotations
 
 IGNORE_INDEX = -100
 """Target of a position that has none: it counts neither in the loss nor in its mean (torch's `ignore_index`)."""
+
+CODE_BLOCK = 64
+"""Elements of the last dim that share the scale of an 8-bit optimizer state."""
+
+SCALE = "_scale"
+"""Ends the key of those scales, behind the key of the state."""

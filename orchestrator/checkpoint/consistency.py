@@ -13,6 +13,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import CONFIG, STATE, StoredShard
 from orchestrator.checkpoint.reference import read_reference, read_sums
 from orchestrator.checkpoint.tensorfile import TensorFile
+from orchestrator.constants import CODE_BLOCK, SCALE
 from orchestrator.errors import UserError
 
 REQUIRED = (STATE, CONFIG)
@@ -65,10 +66,14 @@ def _tensor_files(checkpoint: Checkpoint) -> Iterator[str]:
 # What the optimizers here keep of a weight: docs/optimizers.md. Of a user's own one nothing is known beforehand.
 _STATES = (
     frozenset({"exp_avg", "exp_avg_sq", "step"}),
+    frozenset({"exp_avg", f"exp_avg{SCALE}", "exp_avg_sq", f"exp_avg_sq{SCALE}", "step"}),
     frozenset({"momentum_buffer"}),
     frozenset({"row_var", "col_var", "step"}),
     frozenset({"variance", "step"}),
 )
+
+
+_CODED = ("exp_avg", "exp_avg_sq")  # what may be kept as codes of 8 bits, with a scale for each block
 
 
 def _optimizer(checkpoint: Checkpoint) -> Iterator[str]:
@@ -83,6 +88,10 @@ def _optimizer(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{full} is of no weight"
         elif tensors[full].shape not in _shapes(kind, weights[name].shape):
             yield f"{full} has shape {tensors[full].shape}, its weight {weights[name].shape}"
+        elif (
+            kind in _CODED and tensors[full].dtype in ("I8", "U8") and f"optimizer.{kind}{SCALE}.{name}" not in tensors
+        ):
+            yield f"optimizer.{kind}{SCALE}.{name} is missing, without which the codes of {full} mean nothing"
     everywhere = frozenset().union(*kinds.values())
     if everywhere and everywhere <= frozenset().union(*_STATES):
         for name in sorted(weights):
@@ -99,6 +108,8 @@ def _shapes(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         return ((),)
     if kind in ("row_var", "col_var") and len(shape) == 2:
         return ((shape[0], 1) if kind == "row_var" else (1, shape[1]),)
+    if kind.endswith(SCALE) and kind.removesuffix(SCALE) in _CODED and shape and shape[-1] % CODE_BLOCK == 0:
+        return ((*shape[:-1], shape[-1] // CODE_BLOCK),)
     return (shape,) if any(kind in state for state in _STATES) else ((), shape)
 
 

@@ -18,6 +18,7 @@ from orchestrator.config.model_schema import RopeScalingConfig as RopeScalingCon
 
 Schedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
 ContextKind = Literal["gather", "ring", "ulysses"]
+StateDtype = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class AdamWConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    state_dtype: StateDtype = "fp32"  # of the moments of matrices
     grad_clip: float | None = 1.0  # global L2 norm
     groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -155,6 +157,7 @@ class MuonRestConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # none on norms and biases
+    state_dtype: StateDtype = "fp32"  # of the moments of matrices
 
 
 @dataclass(frozen=True)

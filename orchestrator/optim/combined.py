@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from orchestrator.optim.steps import GuardedOptimizer
-from orchestrator.sharding.parts import heeds_flag, reduced_dims
+from orchestrator.sharding.parts import blocks, heeds_flag, reduced_dims
 
 
 class CombinedOptimizer(GuardedOptimizer):
@@ -30,6 +30,7 @@ class CombinedOptimizer(GuardedOptimizer):
         # Whether all of them look at `found_inf` themselves.
         self._step_supports_amp_scaling = all(heeds_flag(member) for member in members)
         self.reduced_dims = {key: dims for member in members for key, dims in reduced_dims(member).items()}
+        self.blocks = {key: size for member in members for key, size in blocks(member).items()}
 
     def update(self) -> None:
         """Step every member, or none where the gradients are not finite."""

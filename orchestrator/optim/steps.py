@@ -19,11 +19,13 @@ class GuardedOptimizer(torch.optim.Optimizer):
         found_inf: scalar, 0 or None: take the step; else leave weights and state to the bit as they are. The name and
             the meaning are those of `torch.amp.GradScaler`.
         reduced_dims: key of a state tensor -> dims of its parameter in which it has size 1.
+        blocks: key of a state tensor -> elements of its parameter's last dim that share a number of it.
     """
 
     # Read by GradScaler and by strategies: this optimizer looks at `found_inf` itself.
     _step_supports_amp_scaling = True
     reduced_dims: Mapping[str, Reduced] = MappingProxyType({})
+    blocks: Mapping[str, int] = MappingProxyType({})
     found_inf: Tensor | None = None
 
     def step(self, closure: Any = None) -> Any:

@@ -50,6 +50,13 @@ class Parts(Protocol):
             parameter: of the model.
         """
 
+    def start(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return where this process's part begins in the whole parameter, in each dim.
+
+        Args:
+            parameter: of the model.
+        """
+
     def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
         """Add up sums that each process has taken over `dims` of its part.
 
@@ -96,6 +103,10 @@ class WholeParts:
         """Return the shape of `parameter`."""
         return tuple(parameter.shape)
 
+    def start(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return zeros: the part is the whole `parameter`."""
+        return (0,) * parameter.dim()
+
     def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
         """Return `values`: each is of the whole already, whatever the `parameters` and `dims`."""
         return list(values)
@@ -125,3 +136,30 @@ def reduced_dims(optimizer: torch.optim.Optimizer) -> Mapping[str, Reduced]:
     """
     found: Mapping[str, Reduced] = getattr(optimizer, "reduced_dims", {})
     return found
+
+
+def blocks(optimizer: torch.optim.Optimizer) -> Mapping[str, int]:
+    """Return, for each key of an optimizer's state that has a number per block, the elements of a block.
+
+    Blocks lie along the last dim of a parameter, whose size they divide.
+
+    Args:
+        optimizer: of the run.
+    """
+    found: Mapping[str, int] = getattr(optimizer, "blocks", {})
+    return found
+
+
+def in_blocks(
+    shape: tuple[int, ...], slices: tuple[slice, ...], block: int
+) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+    """Return the shape of a tensor with a number per block, and the part of it that belongs to a part of the parameter.
+
+    Args:
+        shape: of the whole parameter.
+        slices: the part of it, in whole blocks.
+        block: elements of the last dim.
+    """
+    last = slices[-1]
+    assert shape[-1] % block == last.start % block == last.stop % block == 0, f"{last} of {shape} in blocks of {block}"
+    return (*shape[:-1], shape[-1] // block), (*slices[:-1], slice(last.start // block, last.stop // block))

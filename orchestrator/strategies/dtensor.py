@@ -28,7 +28,7 @@ from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
-from orchestrator.sharding.parts import Parts, heeds_flag, reduced_dims
+from orchestrator.sharding.parts import Parts, blocks, heeds_flag, in_blocks, reduced_dims
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.context_parallel import parallelize_context
@@ -219,15 +219,17 @@ class DTensorStrategy(ParallelStrategy):
         self, name: str, parameter: Tensor, placement: Placement, optimizer: torch.optim.Optimizer
     ) -> Iterator[Shard]:
         """Yield the parts of a parameter's optimizer state: scalars, of its shape, or with size 1 in some dims."""
-        rank, reduced = self.world.rank, reduced_dims(optimizer)
+        rank, reduced, blocked = self.world.rank, reduced_dims(optimizer), blocks(optimizer)
         for key, value in optimizer.state[parameter].items():
             full, dims = f"optimizer.{key}.{name}", reduced.get(key, ())
             if value.dim() == 0:
                 shard = Shard(full, (), (), value, rank == 0)
             else:
                 slices = placement.slices(self.layout, rank, dims)
-                owned = placement.is_owner(self.layout, rank, dims)
-                shard = Shard(full, placement.shape_of(dims), slices, local_part(value), owned)
+                owned, shape = placement.is_owner(self.layout, rank, dims), placement.shape_of(dims)
+                if key in blocked:
+                    shape, slices = in_blocks(shape, slices, blocked[key])
+                shard = Shard(full, shape, slices, local_part(value), owned)
             yield shard
 
     def parts(self, model: ShardableModel) -> Parts:

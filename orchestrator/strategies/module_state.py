@@ -23,7 +23,7 @@ from orchestrator.checkpoint.reader import DTYPES
 from orchestrator.checkpoint.writer import DTYPE_NAMES
 from orchestrator.errors import CheckpointError
 from orchestrator.models.protocol import ShardableModel
-from orchestrator.sharding.parts import reduced_dims
+from orchestrator.sharding.parts import blocks, reduced_dims
 from orchestrator.sharding.shard import Shard
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # that torch puts into names
@@ -37,13 +37,16 @@ class OptimizerView:
     Attributes:
         state: parameter -> tensors by key.
         reduced_dims: as an optimizer of the product's has them.
+        blocks: the same.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
         self.state: dict[Any, dict[str, Tensor]] = defaultdict(dict)
         self.reduced_dims: dict[str, tuple[int, ...]] = {}
+        self.blocks: dict[str, int] = {}
         for optimizer in optimizers:
             self.reduced_dims.update(reduced_dims(optimizer))
+            self.blocks.update(blocks(optimizer))
             for parameter, values in optimizer.state.items():
                 tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
                 if parameter in self.state:

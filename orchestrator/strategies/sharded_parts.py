@@ -36,7 +36,7 @@ class ShardedParts:
         self._size = layout.shards * layout.tensor
         # The ranks that hold one copy of the model; rank r of it is rank r of the first copy.
         self._group = self._group_of(mesh) if self._size > 1 else None
-        self._me = rank % self._size
+        self._rank, self._me = rank, rank % self._size
         self._shard_group = mesh.get_group("shard") if layout.shards > 1 else None
         self._tensor_group = mesh.get_group("tensor") if layout.tensor > 1 else None
 
@@ -63,6 +63,10 @@ class ShardedParts:
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         """Return the shape of the whole `parameter`."""
         return self._placements[parameter].shape
+
+    def start(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return where this rank's shard begins in the whole `parameter`."""
+        return tuple(part.start for part in self._placements[parameter].slices(self._layout, self._rank))
 
     def sum(self, values: Sequence[Tensor], parameters: Sequence[Tensor], dims: Reduced) -> list[Tensor]:
         """All-reduce partial sums over the ranks that hold parts; `values`, `parameters` and `dims` as in `Parts`."""

@@ -117,7 +117,8 @@ class LanguageModule(lightning.LightningModule):
         config = settle_optimizer(self.config.optim, on_cpu=device.type == "cpu")
         members = trained(self.model, config.groups, everything=parallel.layout.pipeline == 1)
         self.groups = describe_groups(members)
-        self.optimizer = build_optimizer(self.model, config, device, parallel.parts(self.model), restoring, members)
+        parts, seed = parallel.parts(self.model), self.config.seed
+        self.optimizer = build_optimizer(self.model, config, device, parts, restoring, members, seed)
         parallel.prepare_optimizer(self.model, self.optimizer)
         return self.optimizer
 

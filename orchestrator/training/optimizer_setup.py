@@ -6,6 +6,7 @@ AdamW is torch's own.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,7 @@ from orchestrator.config.schema import (
 from orchestrator.errors import ConfigError
 from orchestrator.optim.adafactor import Adafactor
 from orchestrator.optim.combined import CombinedOptimizer
+from orchestrator.optim.compact_adamw import CompactAdamW
 from orchestrator.optim.muon import Muon
 from orchestrator.optim.own import build_own
 from orchestrator.optim.sgd import SGD
@@ -45,6 +47,7 @@ def build_optimizer(
     parts: Parts | None = None,
     restoring: bool = False,
     members: Sequence[Member] | None = None,
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """Build the optimizer that `config` asks for.
 
@@ -56,6 +59,7 @@ def build_optimizer(
         restoring: the state is to be filled from a checkpoint. An optimizer of the user's has none before its first
             step otherwise.
         members: the parameters that are trained; None: all of the model that need gradients.
+        seed: of what is drawn, where states are rounded by chance.
 
     Returns:
         The optimizer; each group has its peak learning rate under `PEAK`.
@@ -65,7 +69,7 @@ def build_optimizer(
     """
     parts = parts or WholeParts()
     members = members if members is not None else trained(model, config.groups)
-    optimizer = _build(model, members, config, device, parts, restoring)
+    optimizer = _build(model, members, config, device, parts, restoring, seed)
     for group in optimizer.param_groups:
         group[PEAK] = group["lr"]
     return optimizer
@@ -78,12 +82,13 @@ def _build(
     device: torch.device,
     parts: Parts,
     restoring: bool,
+    seed: int,
 ) -> torch.optim.Optimizer:
     match config:
         case AdamWConfig():
-            return _adamw(members, config, device)
+            return _adamw(members, config, device, parts, seed)
         case MuonConfig():
-            return _muon(model, members, config, device, parts)
+            return _muon(model, members, config, device, parts, seed)
         case AdafactorConfig():
             eps = (config.eps_update, config.eps_parameter)
             groups = grouped(members, config.lr, config.weight_decay)
@@ -96,7 +101,13 @@ def _build(
             return build_own(grouped(members, config.lr, None), config, device, restoring)
 
 
-def _adamw(members: Sequence[Member], config: AdamWConfig | MuonRestConfig, device: torch.device) -> torch.optim.AdamW:
+def _adamw(
+    members: Sequence[Member], config: AdamWConfig | MuonRestConfig, device: torch.device, parts: Parts, seed: int
+) -> torch.optim.Optimizer:
+    if config.state_dtype != "fp32":
+        keys = {m.parameter: zlib.crc32(f"{seed} {m.name}".encode()) for m in members if not m.is_vector}
+        groups = grouped(members, config.lr, config.weight_decay)
+        return CompactAdamW(groups, parts, config.state_dtype, keys, config.lr, config.betas, config.eps)
     fused, traced = device.type in _FUSED, device.type == "xla"
     optimizer = torch.optim.AdamW(
         grouped(members, config.lr, config.weight_decay),
@@ -117,7 +128,7 @@ def _adamw(members: Sequence[Member], config: AdamWConfig | MuonRestConfig, devi
 
 
 def _muon(
-    model: nn.Module, members: Sequence[Member], config: MuonConfig, device: torch.device, parts: Parts
+    model: nn.Module, members: Sequence[Member], config: MuonConfig, device: torch.device, parts: Parts, seed: int
 ) -> CombinedOptimizer:
     """Muon over the matrices of the blocks, AdamW over everything else."""
     inside = {id(parameter) for block in model.blocks for parameter in block.parameters()}  # type: ignore[union-attr]
@@ -138,4 +149,5 @@ def _muon(
         _NS_DTYPES[config.ns_dtype],
     )
     chosen = {member.name for member in matrices}
-    return CombinedOptimizer([muon, _adamw([m for m in members if m.name not in chosen], config.adamw, device)])
+    rest = [member for member in members if member.name not in chosen]
+    return CombinedOptimizer([muon, _adamw(rest, config.adamw, device, parts, seed)])

@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from orchestrator.config.schema import OptimGroupConfig
 from orchestrator.errors import ConfigError
@@ -90,7 +89,7 @@ def grouped(members: Sequence[Member], lr: float, weight_decay: float | None) ->
         if member.group is not None:
             factor = member.group.lr_factor
             decay = decay if member.group.weight_decay is None else member.group.weight_decay
-        mesh = member.parameter.device_mesh if isinstance(member.parameter, DTensor) else None
+        mesh = getattr(member.parameter, "device_mesh", None)  # of a DTensor
         group = found.setdefault((decay, factor, mesh), {"params": [], "lr": lr * factor})
         if decay is not None:
             group["weight_decay"] = decay

@@ -26,6 +26,7 @@ from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.diagnosis import find_nonfinite
 from orchestrator.training.resolved import Resolved
+from orchestrator.training.state_conversion import widen
 
 _NAMED = 4  # tensors that are listed
 
@@ -59,7 +60,7 @@ def restore_run(
         The checkpoint that it was.
 
     Raises:
-        CheckpointError: it is of another model, or of other data, where going on would not be the same run.
+        CheckpointError: it is of another model, other bits of state, or other data, where going on is not the same run.
         DamagedError: it is damaged, and none before it is whole.
         NonFiniteError: its numbers are not finite, and none before it is whole.
     """
@@ -217,8 +218,12 @@ def _fill(
     shards = parallel.state_shards(model, optimizer)
     check: Coordinator | None = parallel if config.checkpoint.verify_on_load else None
     ignore = ["optimizer."] if optimizer is None else []
-    with _progress(shards, config, parallel) as progress:
-        read_into(checkpoint, shards, ignore, cast, check, progress)
+    # Moments that are stored in fewer bits are read as they are, and widened.
+    reads, widened = widen(checkpoint, shards)
+    with _progress(reads, config, parallel) as progress:
+        read_into(checkpoint, reads, ignore, cast, check, progress)
+    for one in widened:
+        one.finish()
     if names := find_nonfinite(shards, parallel):
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         raise NonFiniteError(

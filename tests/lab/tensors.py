@@ -20,6 +20,7 @@ def read_all(directory: Path) -> dict[str, torch.Tensor]:
         "F16": torch.float16,
         "I64": torch.int64,
         "I32": torch.int32,
+        "I8": torch.int8,
         "U8": torch.uint8,
     }
     result = {}
