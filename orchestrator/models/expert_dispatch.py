@@ -191,9 +191,9 @@ def grouped_feed_forward(experts: Any, rows: Tensor, counts: Tensor) -> Tensor:
     Returns:
         [N, D], or a rank's summand of it where the inner width is divided.
     """
-    gate = grouped_linear(rows, experts.gate, counts, experts.gate_bias)
-    up = grouped_linear(rows, experts.up, counts, experts.up_bias)
-    return grouped_linear(experts.activate(gate, up), experts.down, counts, experts.output_bias)
+    gate = experts.product(rows, experts.gate, counts, experts.gate_bias)
+    up = experts.product(rows, experts.up, counts, experts.up_bias)
+    return experts.product(experts.activate(gate, up), experts.down, counts, experts.output_bias)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:

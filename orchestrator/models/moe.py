@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.config.schema import ModelConfig
-from orchestrator.models.expert_dispatch import Assignment, Dispatch, SortedDispatch, WholeSequence
+from orchestrator.models.expert_dispatch import (
+    Assignment,
+    Dispatch,
+    SortedDispatch,
+    WholeSequence,
+    grouped_linear,
+)
 from orchestrator.models.feed_forward import GATES, GatedFeedForward
 
 TOKENS, ENTROPY, DROPPED, LOSS, STATISTICS = range(5)
@@ -85,6 +91,7 @@ class Experts(nn.Module):
         gate_bias, up_bias: [E, F], or None.
         down_bias: [E, D], or None.
         dispatch: brings tokens to experts and back; a strategy that divides experts replaces it.
+        product: of rows that are sorted by expert with its matrices; another precision replaces it.
         copied: as a router's.
         summands: ranks whose results add up to an expert's, each with a part of the inner width.
     """
@@ -104,6 +111,7 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(moe.experts, size)) if moe.expert_bias else None)
         self.activation = GATES[config.activation]
         self.dispatch = SortedDispatch()
+        self.product = grouped_linear
         self.copied: Callable[[Tensor], Tensor] = _same
         self.summands = 1
 

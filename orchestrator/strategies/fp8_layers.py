@@ -11,7 +11,7 @@ them on DTensors), mxfp8 in blocks of 32 that lie within a part.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from orchestrator.config.schema import Fp8Config
 from orchestrator.errors import ConfigError
-from orchestrator.models.protocol import ShardableModel
+from orchestrator.models.protocol import ShardableModel, mixtures
 from orchestrator.sharding.axes import ParameterAxes
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
+from orchestrator.strategies.fp8_experts import emulated_product, native_product
 
 _RECIPES = {"tensorwise": "tensorwise", "rowwise": "rowwise", "rowwise_gw_hp": "rowwise_with_gw_hp"}
 _MULTIPLE = {"mxfp8": 32}
@@ -35,6 +36,7 @@ _LEAST_MULTIPLE = 16  # of each dim, for the kernels of all other recipes
 # Axes of weights that decide more than they cost: logits, the choice of experts, positions.
 _KEPT_AXES = {"vocab": "the head", "choices": "a router", "positions": "positions"}
 _KEPT_NAMES = {"head": "the head", "router": "a router", "embed": "the embedding"}
+_MATRICES = ("gate", "up", "down")  # of experts
 _NAMED = 6  # modules that an error lists
 
 
@@ -46,19 +48,21 @@ class Fp8Layers:
         recipe: of the scales.
         emulated: operands are rounded, products are fp32's.
         converted: names of the linear layers.
-        kept: linear layers that stay in bf16 -> why.
+        kept: linear layers, and experts, that stay in bf16 -> why.
+        experts: names of the modules that hold all experts of a layer.
     """
 
     recipe: str
     emulated: bool
     converted: tuple[str, ...]
     kept: Mapping[str, str] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it in a line's part: `tensorwise, emulated, 14 linear layers of 15`."""
+        """Say it in a line's part: `tensorwise, emulated, 14 linear layers, 1 kept`."""
         emulated = ", emulated" if self.emulated else ""
-        total = len(self.converted) + len(self.kept)
-        return f"{self.recipe}{emulated}, {len(self.converted)} linear layers of {total}"
+        experts = f" and the experts of {len(self.experts)} layers" if self.experts else ""
+        return f"{self.recipe}{emulated}, {len(self.converted)} linear layers{experts}, {len(self.kept)} kept"
 
 
 def choose_layers(
@@ -91,26 +95,42 @@ def choose_layers(
     for name, module in model.named_modules():
         if not _is_linear(module):
             continue
-        if why := _reason(name, config, axes, placements.get(f"{name}.weight"), layout):
+        if why := _reason(name, config, axes, [f"{name}.weight"], placements, layout):
             kept[name] = why
         else:
             converted.append(name)
-    if not converted:
+    experts = []
+    for path, _ in mixtures(model):
+        name = f"{path}.experts"
+        if config.recipe == "rowwise_gw_hp":
+            kept[name] = "there are no grouped products by this recipe"
+        elif why := _reason(name, config, axes, [f"{name}.{leaf}" for leaf in _MATRICES], placements, layout):
+            kept[name] = why
+        else:
+            experts.append(name)
+    if not converted and not experts:
         raise ConfigError(
             "with hardware.precision=fp8 no layer of the model would be computed in fp8",
             got="; ".join(f"{name}: {why}" for name, why in list(kept.items())[:_NAMED]) or "no linear layers",
             fix="set hardware.precision=bf16, or let more layers in by hardware.fp8.skip and hardware.fp8.min_dim",
         )
-    return Fp8Layers(config.recipe, emulated, tuple(converted), kept)
+    return Fp8Layers(config.recipe, emulated, tuple(converted), kept, tuple(experts))
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _reason(name: str, config: Fp8Config, axes: ParameterAxes, placement: Placement | None, layout: Layout) -> str:
-    """Return why a linear layer stays in bf16; empty where it does not."""
-    for axis in axes.get(f"{name}.weight", ()):
+def _reason(
+    name: str,
+    config: Fp8Config,
+    axes: ParameterAxes,
+    weights: Sequence[str],
+    placements: Mapping[str, Placement],
+    layout: Layout,
+) -> str:
+    """Return why a module stays in bf16; empty where it does not."""
+    for axis in (axis for weight in weights for axis in axes.get(weight, ())):
         if axis in _KEPT_AXES:
             return _KEPT_AXES[axis]
     if (last := name.rpartition(".")[2]) in _KEPT_NAMES:
@@ -118,25 +138,31 @@ def _reason(name: str, config: Fp8Config, axes: ParameterAxes, placement: Placem
     for pattern in config.skip:
         if fnmatchcase(name, pattern):
             return f"hardware.fp8.skip: {pattern}"
-    if placement is None:
-        return "its weight is placed by no rule"
     multiple = _MULTIPLE.get(config.recipe, _LEAST_MULTIPLE)
-    for dim, size in enumerate(placement.shape):
-        part = size // layout.tensor if dim == placement.tensor_dim else size
-        if part % multiple:
-            return f"a dim of {part} is no multiple of {multiple}"
-        if part < config.min_dim:
-            return f"a dim of {part} is below hardware.fp8.min_dim={config.min_dim}"
+    for weight in weights:
+        if (placement := placements.get(weight)) is None:
+            return "its weight is placed by no rule"
+        for dim, size in enumerate(placement.shape):
+            if dim == placement.expert_dim:
+                continue
+            part = size // layout.tensor if dim == placement.tensor_dim else size
+            if part % multiple:
+                return f"a dim of {part} is no multiple of {multiple}"
+            if part < config.min_dim:
+                return f"a dim of {part} is below hardware.fp8.min_dim={config.min_dim}"
     return ""
 
 
 def convert_layers(model: ShardableModel, layers: Fp8Layers) -> None:
-    """Replace the chosen linear layers by such that compute in fp8, with the same parameters.
+    """Replace the chosen linear layers by such that compute in fp8, with the same parameters, and experts' products.
 
     Args:
         model: on the meta device, before it is sharded.
         layers: that are chosen.
     """
+    for name in layers.experts:
+        make = emulated_product if layers.emulated else native_product
+        setattr(model.get_submodule(name), "product", make(layers.recipe))  # noqa: B010
     chosen = set(layers.converted)
     if layers.recipe == "mxfp8":
         for name in layers.converted:

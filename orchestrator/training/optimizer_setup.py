@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator.config.schema import (
     AdafactorConfig,
@@ -105,7 +105,9 @@ def _adamw(
     members: Sequence[Member], config: AdamWConfig | MuonRestConfig, device: torch.device, parts: Parts, seed: int
 ) -> torch.optim.Optimizer:
     if config.state_dtype != "fp32":
-        keys = {m.parameter: zlib.crc32(f"{seed} {m.name}".encode()) for m in members if not m.is_vector}
+        keys: dict[Tensor, int] = {
+            m.parameter: zlib.crc32(f"{seed} {m.name}".encode()) for m in members if not m.is_vector
+        }
         groups = grouped(members, config.lr, config.weight_decay)
         return CompactAdamW(groups, parts, config.state_dtype, keys, config.lr, config.betas, config.eps)
     fused, traced = device.type in _FUSED, device.type == "xla"

@@ -144,7 +144,7 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("kept", "rtol"), [("bf16", 2e-3), ("int8", 1e-2)])
+@pytest.mark.parametrize(("kept", "rtol"), cases([("bf16", 2e-3), ("int8", 1e-2)], quick=[("int8", 1e-2)]))
 def test_losses_are_near_those_of_fp32_and_the_same_on_every_layout(runs, kept, rtol):
     ours, whole, exact = (losses(read_rows(runs(*which))) for which in ((kept, "fsdp2_tensor2"), (kept,), ("fp32",)))
     assert whole != exact
@@ -153,7 +153,7 @@ def test_losses_are_near_those_of_fp32_and_the_same_on_every_layout(runs, kept, 
     np.testing.assert_allclose(ours, whole, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kept", ["bf16", "int8"])
+@pytest.mark.parametrize("kept", cases(["bf16", "int8"], quick=["int8"]))
 def test_state_is_stored_as_it_is_and_moves_to_the_bit(runs, kept):
     source = checkpoint(runs(kept, "fsdp2_tensor2"), 4)
     assert list(contradictions(Checkpoint(source))) == []
@@ -195,7 +195,7 @@ def test_a_resumed_run_ends_to_the_bit_as_one_that_was_not_stopped(runs, tmp_pat
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("kept", ["bf16", "int8"])
+@pytest.mark.parametrize("kept", cases(["bf16", "int8"], quick=["int8"]))
 def test_state_becomes_fp32_where_that_is_asked_for(runs, tmp_path, kept):
     source = checkpoint(runs(kept, "fsdp2_tensor2"), 4)
     config = small_config(runs.tmp, *WORDS, "optim.state_dtype=fp32")

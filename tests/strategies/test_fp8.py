@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from orchestrator.checkpoint.reference import TOLERANCES
-from orchestrator.config.schema import Fp8Config, ModelConfig
+from orchestrator.config.schema import Fp8Config, ModelConfig, MoEConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import place
+from orchestrator.strategies.fp8_experts import emulated_product
 from orchestrator.strategies.fp8_layers import MXFP8Linear, choose_layers, convert_layers, mx_product
 from tests.lab.runs import checkpoint, losses, read_rows, small_config, train
 from tests.lab.slow import cases
@@ -116,6 +117,65 @@ def test_mxfp8_needs_no_number_of_tokens():
     torch.testing.assert_close(linear.weight.grad.float(), expected, rtol=0.1, atol=0.2)
 
 
+@pytest.mark.parametrize("recipe", ["rowwise", "mxfp8"])
+def test_products_of_experts_are_those_of_a_linear_layer_for_each(recipe):
+    """torchao's own layers compute the same of each expert's rows; an expert without rows has a gradient of zeros."""
+    counts = torch.tensor([5, 0, 40])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(45, 64, generator=generator).bfloat16()
+    weight = torch.randn(3, 96, 64, generator=generator).bfloat16()
+    bias = torch.randn(3, 96, generator=generator).bfloat16()
+    upstream = torch.randn(45, 96, generator=generator).bfloat16()
+
+    def results(compute):
+        leaves = [tensor.clone().requires_grad_() for tensor in (rows, weight, bias)]
+        result = compute(*leaves)
+        result.backward(upstream)
+        return [result.detach(), *(leaf.grad for leaf in leaves)]
+
+    def by_layer(rows, weight, bias):
+        model = _model()
+        convert_layers(model, _choose(Fp8Config(recipe=recipe), model))
+        found = []
+        for number, part in enumerate(rows.split(counts.tolist())):
+            layer = model.layers[0].mlp.up
+            del layer.weight
+            layer.weight = weight[number]
+            found.append((layer(part) if len(part) else nn.functional.linear(part, weight[number])) + bias[number])
+        return torch.cat(found)
+
+    product = emulated_product(recipe)
+    ours = results(lambda rows, weight, bias: product(rows, weight, counts, bias))
+    for one, other in zip(ours, results(by_layer), strict=True):
+        # bf16's last bit: sums in another order.
+        torch.testing.assert_close(one, other, rtol=1.6e-2, atol=1e-2 * float(other.abs().max()))
+        assert float((one - other).float().norm() / other.float().norm()) < (
+            0.05 if recipe == "rowwise_gw_hp" else 2e-3
+        )
+    assert not ours[2][1].any()
+
+
+EXPERTS = MoEConfig(experts=4, top_k=2, mlp_dim=32, shared_mlp_dim=32, shared_gate=True, dense_layers=1)
+
+
+def test_experts_are_chosen_as_layers_are_and_routers_never():
+    model = _model(replace(SMALL, moe=EXPERTS))
+    chosen = _choose(Fp8Config(skip=("layers.*.attn.*",)), model)
+    assert chosen.experts == ("layers.1.mlp.experts",)
+    assert chosen.converted == (
+        *(f"layers.0.mlp.{name}" for name in ("gate", "up", "down")),
+        *(f"layers.1.mlp.shared.{name}" for name in ("gate", "up", "down")),
+    )
+    assert "layers.1.mlp.shared_gate" in chosen.kept
+    convert_layers(model, chosen)
+    assert (
+        model.layers[1].mlp.experts.product
+        is not type(model.layers[1].mlp.experts)(replace(SMALL, moe=EXPERTS)).product
+    )
+    kept = _choose(Fp8Config(skip=("*.experts",)), _model(replace(SMALL, moe=EXPERTS)))
+    assert (kept.experts, kept.kept["layers.1.mlp.experts"]) == ((), "hardware.fp8.skip: *.experts")
+
+
 LAYOUTS = {
     "one": ([], 1),
     "fsdp2_tensor2": (["layout.fsdp=2", "layout.tensor=2"], 4),
@@ -169,3 +229,25 @@ def test_a_checkpoint_of_fp8_goes_on_in_another_precision_and_layout(runs, tmp_p
         for quantity in ("loss", "grad_norm", "logits"):
             assert handover[quantity]["agrees"], (precision, quantity, handover[quantity])
             assert handover[quantity]["difference"] > 0
+
+
+MOE = ("model.moe.experts=4", "model.moe.mlp_dim=32", "model.moe.balance_loss=0.01")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "size"),
+    cases(
+        [
+            ("tensorwise", ("layout.expert=2",), 2),
+            ("mxfp8", ("layout.expert=2",), 2),
+            ("rowwise", ("layout.expert=2", "layout.tensor=2"), 4),
+            ("rowwise", (), 1),
+        ],
+        quick=[("tensorwise", ("layout.expert=2",), 2)],
+    ),
+)
+def test_mixtures_of_experts_train_alike_too(runs, recipe, words, size):
+    ours = losses(read_rows(runs(FP8, f"hardware.fp8.recipe={recipe}", *MOE, *words, size=size)))
+    theirs = losses(read_rows(runs("hardware.precision=bf16", *MOE)))
+    assert ours != theirs
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCES["bf16", "fp8"].loss)
