@@ -14,9 +14,9 @@ from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError, NonFiniteError, UserError
 from orchestrator.interop.foreign_layouts import known_layout, refuse_quantised
 from orchestrator.interop.hf_weights import (
-    HEAD,
     Family,
     embedding_of,
+    head_of,
     hf_tensors,
     is_derived,
     our_shapes,
@@ -177,8 +177,8 @@ def _readings(
     yield without_prefix(embedding, family), bare
     if model.tied_embeddings:
         # Some files name the shared table after the head alone.
-        yield HEAD, whole
-        yield HEAD, bare
+        yield head_of(family), whole
+        yield head_of(family), bare
 
 
 def _ends_with(name: str, anchor: str) -> bool:
@@ -248,18 +248,18 @@ def _foreign(view: _View, model: ModelConfig, family: Family, bare: bool) -> Fou
     def spelled(name: str) -> str:
         return without_prefix(name, family) if bare else name
 
-    embedding = spelled(embedding_of(family))
-    model = _settle_head(view, model, embedding, HEAD)
+    embedding, head = spelled(embedding_of(family)), head_of(family)
+    model = _settle_head(view, model, embedding, head)
     tensors = {spelled(tensor.name): tensor for tensor in hf_tensors(family, model, view.full)}
-    chosen = _of_model(view.full, set(tensors) | {HEAD})
+    chosen = _of_model(view.full, set(tensors) | {head})
     ours = parts_from_hf({name: view.tensor(name) for name in chosen}, family, model)
     parts = {name: tensor.described for name, tensor in tensors.items()}
     fates = {view.full[name]: parts[name] for name in chosen if name in parts}
     taken = list(fates)
-    if model.tied_embeddings and HEAD in view:
-        fates[view.full[HEAD]] = _TIED if embedding in view else f"model.{_OWN_EMBEDDING}, which is tied to the head"
+    if model.tied_embeddings and head in view:
+        fates[view.full[head]] = _TIED if embedding in view else f"model.{_OWN_EMBEDDING}, which is tied to the head"
         if embedding not in view:
-            taken.append(view.full[HEAD])
+            taken.append(view.full[head])
     return FoundWeights(Parameters(ours), model, fates, tuple(taken), tuple(view.notes))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.interop import hf_moe, hf_rope
+from orchestrator.interop.hf_dense import FAMILIES
+from orchestrator.interop.hf_family import differences as differing
 from orchestrator.interop.hf_keys import KEPT, READ, Keys, unsupported
+from orchestrator.interop.hf_layers import FULL, SLIDING, read_kinds, sizes_of_windows, windows_of
 from orchestrator.interop.hf_weights import Family
 from orchestrator.models.layers import resolved_head_dim
 
@@ -35,6 +38,18 @@ _FIXED: dict[Family, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {**_ROPE_MODEL, **_NO_BIAS, "qk_norm": False}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**_ROPE_MODEL, "qk_norm": True, "mlp_bias": False}),
 }
+# What may differ in those families, beside sizes; all else has its default.
+_BIASES = frozenset({"attention_bias", "output_bias"})
+_WINDOWS = frozenset({"sliding_window", "windows"})
+_FREE: dict[str, frozenset[str]] = {
+    "llama": _BIASES | {"mlp_bias"},
+    "mistral": frozenset({"sliding_window"}),
+    "mixtral": frozenset({"sliding_window"}),
+    "qwen2": _WINDOWS,
+    "qwen3": _BIASES | _WINDOWS,
+    "qwen3_moe": _BIASES | {"sliding_window"},
+}
+_FIXED |= {cast(Family, name): (dense.transformers, dict(dense.fixed)) for name, dense in FAMILIES.items()}
 _ONE_BIAS = ("llama", "qwen3", "qwen3_moe")  # attention's four matrices have biases, or none has
 _THETAS = {"mixtral": 1e6}  # where config.json has none
 CLASSES: dict[Family, str] = {family: name for family, (name, _) in _FIXED.items()}
@@ -55,6 +70,17 @@ _SAME = {
     "n_positions": "max_seq_len",
     "rms_norm_eps": "norm_eps",
     "layer_norm_epsilon": "norm_eps",
+    "layer_norm_eps": "norm_eps",
+    "norm_epsilon": "norm_eps",
+    "final_logit_softcapping": "logit_softcap",
+    "attn_logit_softcapping": "attention_softcap",
+    "attention_multiplier": "attention_scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logit_scale": "logit_scale",
+    "partial_rotary_factor": "rope_share",
+    "rotary_pct": "rope_share",
+    "use_qkv_bias": "attention_bias",
     "tie_word_embeddings": "tied_embeddings",
     "initializer_range": "init_std",
     "rope_theta": "rope_theta",
@@ -110,12 +136,13 @@ def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
 
 
 def _differences(config: ModelConfig, family: Family) -> list[str]:
-    found = [
-        f"{key}={getattr(config, key)}, there {value}"
-        for key, value in _FIXED[family][1].items()
-        if getattr(config, key) != value
-    ]
-    found += hf_moe.differences(config, family)
+    dense = FAMILIES.get(family)
+    free = _FREE.get(family, frozenset()) if dense is None else dense.free
+    found = differing(config, _FIXED[family][1], free) + hf_moe.differences(config, family)
+    if dense is not None:
+        return found + dense.differences(config)
+    if len(sizes_of_windows(config)) > 1:
+        found.append("windows of several sizes, there of one")
     if family in _ONE_BIAS and config.attention_bias != config.output_bias:
         found.append("attention_bias and output_bias are one switch there")
     if family == "gpt2" and config.kv_heads != config.heads:
@@ -145,7 +172,10 @@ def from_hf_config(config: Mapping[str, Any], ignored: frozenset[str] = frozense
     keys = Keys(config)
     keys.get("model_type")
     _refuse_quantised(config)
-    fields = _gpt2_fields(keys) if family == "gpt2" else _rope_model_fields(keys, family)
+    if family in FAMILIES:
+        fields = FAMILIES[family].read(keys)
+    else:
+        fields = _gpt2_fields(keys) if family == "gpt2" else _rope_model_fields(keys, cast(Family, family))
     fixed = {key: value for key, value in _FIXED[family][1].items() if key not in fields}
     fields = {**fixed, "vocab_size": keys.need("vocab_size"), **fields}
     fates = keys.fates(ignored)
@@ -231,19 +261,18 @@ def _rope_model_fields(keys: Keys, family: Family) -> dict[str, Any]:
         fields["mlp_bias"] = keys.get("mlp_bias", False)
     else:
         keys.expect("mlp_bias", False)
-    window = _window(keys, family, fields["layers"])
-    return fields if family == "llama" else fields | {"sliding_window": window}
+    return fields | _windows(keys, family, fields["layers"])
 
 
-def _window(keys: Keys, family: Family, layers: Any) -> Any:
-    """How far a position sees. A model whose layers do not all see as far is refused."""
+def _windows(keys: Keys, family: Family, layers: Any) -> dict[str, Any]:
+    """Return how far the positions of each layer see."""
     if family == "qwen3_moe":
         keys.tell("max_window_layers", f"{KEPT}: the class does not read it")
         window = keys.get("sliding_window", 4096)
-        return window if keys.get("use_sliding_window", False) else None
+        return {"sliding_window": window if keys.get("use_sliding_window", False) else None}
     if family == "mixtral":
-        return keys.get("sliding_window")
-    window = keys.get("sliding_window", 4096 if family == "mistral" else None)
+        return {"sliding_window": keys.get("sliding_window")}
+    window = keys.get("sliding_window", None if family == "llama" else 4096)
     full = keys.get("max_window_layers", 28)
     if family == "mistral" and window is not None:  # the class has no switch, and a window always
         keys.expect("use_sliding_window", True)
@@ -251,26 +280,13 @@ def _window(keys: Keys, family: Family, layers: Any) -> Any:
         window = None
     if family == "llama" and window is not None:
         raise unsupported("sliding_window", window, "none: the class has no window")
-    given = keys.get("layer_types")
-    kinds = _kinds_of_layers(family, window, full, layers) if given is None else given
-    if not isinstance(kinds, list) or len(set(map(str, kinds))) != 1:
-        raise unsupported("layer_types", "layers with and without a window", "all of a kind")
-    allowed = ["full_attention", "sliding_attention"]
-    if window is None:
-        allowed.remove("sliding_attention")
-    elif family == "mistral":
-        allowed.remove("full_attention")
-    if kinds[0] not in allowed:
-        raise unsupported("layer_types", kinds[0], f"{', '.join(allowed)}, with sliding_window={window}")
-    return window if kinds[0] == "sliding_attention" else None
-
-
-def _kinds_of_layers(family: Family, window: Any, full: Any, layers: Any) -> list[str]:
-    """Return the kinds of layers, where `layer_types` does not say: the first `full` ones see everything."""
-    if window is None:
-        return ["full_attention"]
-    if family == "mistral":
-        return ["sliding_attention"]
-    if not isinstance(full, int) or not isinstance(layers, int):
-        raise unsupported("max_window_layers", full, "a whole number")
-    return ["full_attention"] * (full > 0) + ["sliding_attention"] * (full < layers)
+    if family in ("qwen2", "qwen3"):
+        if window is not None and not isinstance(full, int):
+            raise unsupported("max_window_layers", full, "a whole number")
+        return windows_of(
+            read_kinds(keys, layers, lambda layer: FULL if window is None or layer < full else SLIDING), window
+        )
+    usual = FULL if window is None else SLIDING
+    if odd := [kind for kind in read_kinds(keys, layers, lambda layer: usual) if kind != usual]:
+        raise unsupported("layer_types", odd[0], f"{usual}, with sliding_window={window}")
+    return {} if family == "llama" else {"sliding_window": window}

@@ -9,10 +9,13 @@ from typing import Any
 from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
 from orchestrator.interop import hf_moe, hf_rope
 from orchestrator.interop.hf_config import CLASSES, from_hf_config
+from orchestrator.interop.hf_dense import FAMILIES
 from orchestrator.interop.hf_keys import KEPT, LEFT_OUT
+from orchestrator.interop.hf_layers import SLIDING, layerwise, write_kinds
 from orchestrator.interop.hf_weights import Family
 from orchestrator.models.layers import resolved_head_dim
 
+_PATTERNS = ("windows", "sliding_window", "rope_layers", "rope_local_theta")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -59,7 +62,8 @@ def token_ids(original: Mapping[str, Any] | None, eos_token_id: int | None) -> d
         eos_token_id: of the tokenizer that travels along.
     """
     if original is None:
-        return {"bos_token_id": None, "eos_token_id": eos_token_id}
+        # Null, where classes have a token of their own published vocabularies otherwise.
+        return {"bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None}
     ids = {key: original[key] for key in _IDS if key in original}
     given = ids.get("eos_token_id")
     known = given if isinstance(given, list) else [] if given is None else [given]
@@ -70,8 +74,12 @@ def token_ids(original: Mapping[str, Any] | None, eos_token_id: int | None) -> d
 
 def _agree(fields: Mapping[str, Any], config: ModelConfig) -> bool:
     """Whether a `config.json` with these fields describes the model."""
+    spelled = replace(config, **{key: value for key, value in fields.items() if key in _PATTERNS})
+    described, meant = layerwise(spelled), layerwise(config)
     for key, value in fields.items():
         ours = getattr(config, key)
+        if key in _PATTERNS:
+            value, ours = described[key], meant[key]
         if key == "head_dim":
             value, ours = (resolved_head_dim(config) if size == "auto" else size for size in (value, ours))
         if key == "moe":
@@ -92,6 +100,8 @@ def _written(config: ModelConfig, family: Family, nested: bool) -> dict[str, Any
         "tie_word_embeddings": config.tied_embeddings,
         "use_cache": True,
     }
+    if family in FAMILIES:
+        return {**shared, **FAMILIES[family].write(config, nested)}
     if family == "gpt2":
         return {
             **shared,
@@ -123,9 +133,12 @@ def _written(config: ModelConfig, family: Family, nested: bool) -> dict[str, Any
     if family in ("llama", "qwen3", "qwen3_moe"):
         result["attention_bias"] = config.attention_bias
     if family == "llama":
-        result["mlp_bias"] = config.mlp_bias
-    else:
-        result["sliding_window"] = config.sliding_window
+        return result | {"mlp_bias": config.mlp_bias}
+    kinds = write_kinds(config)
+    result["sliding_window"] = kinds["sliding_window"]
     if family in ("qwen2", "qwen3", "qwen3_moe"):
-        result |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+        windowed = [layer for layer, kind in enumerate(kinds["layer_types"]) if kind == SLIDING]
+        result |= {"use_sliding_window": bool(windowed), "max_window_layers": min(windowed, default=0)}
+    if config.windows:
+        result["layer_types"] = kinds["layer_types"]
     return result

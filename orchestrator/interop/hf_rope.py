@@ -35,13 +35,16 @@ _KNOWN = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned
 _KNOWN |= {theirs for names in _NAMES.values() for theirs in names}
 
 
-def read_rope(keys: Keys, max_seq_len: Any, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
-    """Read `rope_theta` and `rope_scaling` of a `ModelConfig`; values are not checked yet.
+def read_rope(
+    keys: Keys, max_seq_len: Any, default_theta: float = DEFAULT_THETA, default_share: float | None = None
+) -> dict[str, Any]:
+    """Read `rope_theta`, `rope_scaling` and `rope_share` of a `ModelConfig`; values are not checked yet.
 
     Args:
         keys: of the `config.json`.
         max_seq_len: of the model.
         default_theta: the family's.
+        default_share: the family's part of a head that is turned; None: all of it, always.
 
     Raises:
         CheckpointError: a kind, or a parameter, that cannot be computed here.
@@ -55,10 +58,21 @@ def read_rope(keys: Keys, max_seq_len: Any, default_theta: float = DEFAULT_THETA
     named = str(given.get("rope_type", given.get("type", "default")))
     if named not in _KINDS:
         raise unsupported("rope_type", named, ", ".join(_KINDS))
-    for share in (given.get("partial_rotary_factor"), keys.get("partial_rotary_factor")):
-        if share not in (None, 1, 1.0):
-            raise unsupported("partial_rotary_factor", share, "1: all of a head is turned")
-    kind = _KINDS[named]
+    share = _share(keys, given, default_share)
+    return {"rope_theta": theta, "rope_scaling": _scaling(keys, given, _KINDS[named], max_seq_len), **share}
+
+
+def _share(keys: Keys, given: Mapping[str, Any], default: float | None) -> dict[str, Any]:
+    shares = [given.get("partial_rotary_factor"), keys.get("partial_rotary_factor")]
+    if default is None:
+        for share in shares:
+            if share not in (None, 1, 1.0):
+                raise unsupported("partial_rotary_factor", share, "1: all of a head is turned")
+        return {}
+    return {"rope_share": next((share for share in shares if share is not None), default)}
+
+
+def _scaling(keys: Keys, given: Mapping[str, Any], kind: str, max_seq_len: Any) -> dict[str, Any]:
     for key in _NEEDED.get(kind, ()):
         # Null has a meaning for YaRN: the ratio of the lengths.
         if key not in given or (given[key] is None and kind != "yarn"):
@@ -68,7 +82,64 @@ def read_rope(keys: Keys, max_seq_len: Any, default_theta: float = DEFAULT_THETA
         _settle_original(keys, scaling, max_seq_len)
     if kind == "yarn":
         _settle_yarn(given, scaling, max_seq_len)
-    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling}}
+    return {"kind": kind, **scaling}
+
+
+def read_layered_rope(
+    keys: Keys, max_seq_len: Any, defaults: tuple[float, float], local_key: str | None
+) -> dict[str, Any]:
+    """Read the fields of a family whose layers with a window have rotary positions of their own, without scaling.
+
+    As Gemma 3's and OLMo 3's `convert_rope_params_to_dict`: a mapping for each kind of layer in `rope_parameters`, into
+    that of the others `rope_scaling` is merged; thetas beside them count where they have none.
+
+    Args:
+        keys: of the `config.json`.
+        max_seq_len: of the model.
+        defaults: theta of the layers that see everything, and of the others.
+        local_key: the key of the latter beside the mappings; None: there is none.
+
+    Raises:
+        CheckpointError: a kind, or a parameter, that cannot be computed here.
+    """
+    both = keys.get("rope_parameters") or {}
+    if not isinstance(both, Mapping) or not set(both) <= {"full_attention", "sliding_attention"}:
+        raise unsupported("rope_parameters", both, "full_attention and sliding_attention, a mapping each")
+    if (outside := keys.get(_ORIGINAL)) is not None:
+        raise unsupported(_ORIGINAL, outside, "among the parameters of rope alone")
+    added = keys.get("rope_scaling") or {}
+    whole, local = both.get("full_attention") or {}, both.get("sliding_attention") or {}
+    for given in (added, whole, local):
+        if not isinstance(given, Mapping):
+            raise unsupported("rope_parameters", given, "a mapping")
+    whole = {**whole, **added}
+    for given in (whole, local):
+        if unknown := sorted(str(key) for key in given if key not in _KNOWN and given[key] is not None):
+            raise unsupported(f"rope: {unknown[0]}"[:100], given[unknown[0]], ", ".join(sorted(_KNOWN)))
+        _share(keys, given, None)
+    named = [str(given.get("rope_type", given.get("type", "default"))) for given in (whole, local)]
+    if named[0] not in _KINDS:
+        raise unsupported("rope_type", named[0], ", ".join(_KINDS))
+    if named[1] != "default":
+        raise unsupported("rope_type of sliding_attention", named[1], "default")
+    theta, beside = keys.get("rope_theta", defaults[0]), keys.get(local_key, defaults[1]) if local_key else defaults[1]
+    return {
+        "rope_theta": whole.get("rope_theta", theta),
+        "rope_local_theta": local.get("rope_theta", beside),
+        "rope_scaling": _scaling(keys, whole, _KINDS[named[0]], max_seq_len),
+    }
+
+
+def write_layered_rope(config: ModelConfig) -> dict[str, Any]:
+    """Return `rope_parameters` of such a family.
+
+    Args:
+        config: of the model.
+    """
+    full = write_rope(config, nested=True)["rope_parameters"]
+    local = config.rope_theta if config.rope_local_theta is None else config.rope_local_theta
+    sliding = {"rope_type": "default", "rope_theta": local}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
 
 
 def _chosen(keys: Keys, default_theta: float) -> Mapping[str, Any]:
@@ -101,7 +172,7 @@ def _settle_original(keys: Keys, scaling: dict[str, Any], max_seq_len: Any) -> N
 
 
 def _settle_yarn(given: Mapping[str, Any], scaling: dict[str, Any], max_seq_len: Any) -> None:
-    """Only the amplitude and the rounding of the paper are computed here; see `models.rope`."""
+    """See `models.rope` for what is computed."""
     numbers = [max_seq_len, scaling["original_max_seq_len"]]
     if "factor" not in scaling and all(_is_positive(number) for number in numbers):
         scaling["factor"] = numbers[0] / numbers[1]  # as transformers where the key is null
@@ -113,12 +184,12 @@ def _settle_yarn(given: Mapping[str, Any], scaling: dict[str, Any], max_seq_len:
         return
     amplitude, usual = given.get("attention_factor"), 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     if amplitude is not None and amplitude != usual:
-        raise unsupported("attention_factor", amplitude, f"{usual}, or none")
+        scaling["attention_factor"] = amplitude
     for key in ("mscale", "mscale_all_dim"):
         if given.get(key) is not None:
             raise unsupported(key, given[key], "none")
-    if given.get("truncate", True) is not True:
-        raise unsupported("truncate", given["truncate"], "true")
+    if given.get("truncate") is not None:
+        scaling["truncate"] = given["truncate"]
 
 
 def _is_positive(value: object) -> bool:
@@ -134,6 +205,9 @@ def write_rope(config: ModelConfig, nested: bool) -> dict[str, Any]:
     """
     scaling = config.rope_scaling
     values = {theirs: getattr(scaling, ours) for theirs, ours in _NAMES[scaling.kind].items()}
+    if scaling.kind == "yarn":
+        values |= {} if scaling.truncate else {"truncate": False}
+        values |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
     kind = next(theirs for theirs, ours in _KINDS.items() if ours == scaling.kind)
     if nested:
         return {"rope_parameters": {"rope_theta": config.rope_theta, "rope_type": kind, **values}}

@@ -10,6 +10,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class HFSource:
+    """Where a parameter lies in a foreign state dict.
+
+    Attributes:
+        name: foreign name, with `{i}` for the layer; several of ours with one name follow each other in it.
+        transposed: stored as [in, out].
+        by_head: those of one head follow each other, head by head.
+    """
+
+    name: str
+    transposed: bool = False
+    by_head: bool = False
+
+
+@dataclass(frozen=True)
 class HFTensor:
     """A tensor of a Hugging Face state dict.
 
@@ -21,6 +36,8 @@ class HFTensor:
         axis: of ours, along which the parts follow each other.
         interleaved: their rows alternate along it instead.
         expert: it is the row of this expert in dim 0 of its part; None: all of it.
+        sizes: of the parts along `axis`; (): they are equal.
+        blocks: equal blocks along `axis`, such as heads, each of which has its part of every part.
     """
 
     name: str
@@ -30,6 +47,8 @@ class HFTensor:
     axis: int = 0
     interleaved: bool = False
     expert: int | None = None
+    sizes: tuple[int, ...] = ()
+    blocks: int = 1
 
     @property
     def described(self) -> str:
@@ -41,6 +60,9 @@ class HFTensor:
         """Make the tensor of our parameters, given in the order of `parts`; of an expert, of its rows [1, ...]."""
         if self.interleaved:
             joined = torch.stack(list(parts), self.axis + 1).flatten(self.axis, self.axis + 1)
+        elif self.blocks > 1:
+            cut = [part.unflatten(self.axis, (self.blocks, -1)) for part in parts]
+            joined = torch.cat(cut, self.axis + 1).flatten(self.axis, self.axis + 1)
         else:
             joined = torch.cat(list(parts), self.axis) if len(parts) > 1 else parts[0]
         if self.expert is not None:
@@ -48,7 +70,7 @@ class HFTensor:
         return joined.mT.contiguous() if self.transposed else joined
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return views of the tensor that are our parameters, in the order of `parts`; of an expert, its row.
+        """Return our parameters, views of the tensor where one can be, in the order of `parts`; of an expert, its row.
 
         Args:
             tensor: of the shape `shape`.
@@ -56,6 +78,12 @@ class HFTensor:
         ours = tensor.mT if self.transposed else tensor
         if self.interleaved:
             return ours.unflatten(self.axis, (-1, len(self.parts))).unbind(self.axis + 1)
+        if self.blocks > 1:
+            pieces = ours.unflatten(self.axis, (self.blocks, -1))
+            inner = [size // self.blocks for size in self.sizes]
+            return [piece.flatten(self.axis, self.axis + 1) for piece in pieces.split(inner, self.axis + 1)]
+        if self.sizes:
+            return ours.split(self.sizes, self.axis)
         return ours.chunk(len(self.parts), self.axis) if len(self.parts) > 1 else [ours]
 
     def box(self, shape: Sequence[int]) -> tuple[slice, ...]:

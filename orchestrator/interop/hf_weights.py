@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -12,78 +11,75 @@ from torch import Tensor
 
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError
+from orchestrator.interop.hf_dense import FAMILIES
 from orchestrator.interop.hf_experts import expert_tensors, is_fused
-from orchestrator.interop.hf_tensor import HFTensor
+from orchestrator.interop.hf_family import LLAMA, QK_NORM
+from orchestrator.interop.hf_tensor import HFSource, HFTensor
 from orchestrator.models.decoder import Decoder
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe"]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a parameter lies in a foreign state dict.
-
-    Attributes:
-        name: foreign name, with `{i}` for the layer.
-        transposed: stored as [in, out].
-    """
-
-    name: str
-    transposed: bool = False
+Family = Literal[
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "mixtral",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "granite",
+    "phi3",
+    "glm4",
+    "gpt_neox",
+    "stablelm",
+    "starcoder2",
+    "cohere",
+    "cohere2",
+]
 
 
 # Our module -> theirs. The parameter's own name (weight, bias) is the same on both sides, but for these.
 _LEAVES = {"balance_bias": "e_score_correction_bias"}
-_LLAMA = {
-    "embed": _Source("model.embed_tokens"),
-    "norm": _Source("model.norm"),
-    "head": _Source("lm_head"),
-    "layers.{i}.attn_norm": _Source("model.layers.{i}.input_layernorm"),
-    "layers.{i}.attn.q": _Source("model.layers.{i}.self_attn.q_proj"),
-    "layers.{i}.attn.k": _Source("model.layers.{i}.self_attn.k_proj"),
-    "layers.{i}.attn.v": _Source("model.layers.{i}.self_attn.v_proj"),
-    "layers.{i}.attn.o": _Source("model.layers.{i}.self_attn.o_proj"),
-    "layers.{i}.mlp_norm": _Source("model.layers.{i}.post_attention_layernorm"),
-    "layers.{i}.mlp.gate": _Source("model.layers.{i}.mlp.gate_proj"),
-    "layers.{i}.mlp.up": _Source("model.layers.{i}.mlp.up_proj"),
-    "layers.{i}.mlp.down": _Source("model.layers.{i}.mlp.down_proj"),
-}
-_QK_NORM = {
-    "layers.{i}.attn.q_norm": _Source("model.layers.{i}.self_attn.q_norm"),
-    "layers.{i}.attn.k_norm": _Source("model.layers.{i}.self_attn.k_norm"),
-}
-_ROUTER = {"layers.{i}.mlp.router": _Source("model.layers.{i}.mlp.gate")}
+_ROUTER = {"layers.{i}.mlp.router": HFSource("model.layers.{i}.mlp.gate")}
 # GPT-2's projections are Conv1D modules, which hold the transpose of what nn.Linear holds.
 _GPT2 = {
-    "embed": _Source("transformer.wte"),
-    "positions": _Source("transformer.wpe"),
-    "norm": _Source("transformer.ln_f"),
-    "head": _Source("lm_head"),
-    "layers.{i}.attn_norm": _Source("transformer.h.{i}.ln_1"),
-    "layers.{i}.attn.q": _Source("transformer.h.{i}.attn.c_attn", transposed=True),
-    "layers.{i}.attn.k": _Source("transformer.h.{i}.attn.c_attn", transposed=True),
-    "layers.{i}.attn.v": _Source("transformer.h.{i}.attn.c_attn", transposed=True),
-    "layers.{i}.attn.o": _Source("transformer.h.{i}.attn.c_proj", transposed=True),
-    "layers.{i}.mlp_norm": _Source("transformer.h.{i}.ln_2"),
-    "layers.{i}.mlp.up": _Source("transformer.h.{i}.mlp.c_fc", transposed=True),
-    "layers.{i}.mlp.down": _Source("transformer.h.{i}.mlp.c_proj", transposed=True),
+    "embed": HFSource("transformer.wte"),
+    "positions": HFSource("transformer.wpe"),
+    "norm": HFSource("transformer.ln_f"),
+    "head": HFSource("lm_head"),
+    "layers.{i}.attn_norm": HFSource("transformer.h.{i}.ln_1"),
+    "layers.{i}.attn.q": HFSource("transformer.h.{i}.attn.c_attn", transposed=True),
+    "layers.{i}.attn.k": HFSource("transformer.h.{i}.attn.c_attn", transposed=True),
+    "layers.{i}.attn.v": HFSource("transformer.h.{i}.attn.c_attn", transposed=True),
+    "layers.{i}.attn.o": HFSource("transformer.h.{i}.attn.c_proj", transposed=True),
+    "layers.{i}.mlp_norm": HFSource("transformer.h.{i}.ln_2"),
+    "layers.{i}.mlp.up": HFSource("transformer.h.{i}.mlp.c_fc", transposed=True),
+    "layers.{i}.mlp.down": HFSource("transformer.h.{i}.mlp.c_proj", transposed=True),
 }
-_TABLES: dict[str, dict[str, _Source]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA | _QK_NORM,
+_TABLES: dict[str, dict[str, HFSource]] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA | QK_NORM,
     "gpt2": _GPT2,
-    "mixtral": _LLAMA | {"layers.{i}.mlp.router": _Source("model.layers.{i}.block_sparse_moe.gate")},
-    "qwen3_moe": _LLAMA | _QK_NORM | _ROUTER,
+    "mixtral": LLAMA | {"layers.{i}.mlp.router": HFSource("model.layers.{i}.block_sparse_moe.gate")},
+    "qwen3_moe": LLAMA | QK_NORM | _ROUTER,
+    **{name: dict(family.weights) for name, family in FAMILIES.items()},
 }
 # Where files with all experts in one tensor have other names of other tensors, too.
-_FUSED_TABLES = {"mixtral": _LLAMA | _ROUTER}
+_FUSED_TABLES = {"mixtral": LLAMA | _ROUTER}
 # The inner model of each family, which files may have been saved from without its prefix.
-_INNER = {**dict.fromkeys(_TABLES, "model."), "gpt2": "transformer."}
-HEAD = "lm_head.weight"
+_INNER = {
+    **dict.fromkeys(_TABLES, "model."),
+    "gpt2": "transformer.",
+    **{name: family.inner for name, family in FAMILIES.items()},
+}
 # Tables that old checkpoints carry although they follow from the configuration.
-_DERIVED = re.compile(r"((^|\.)rotary_emb\.inv_freq|\.attn\.(masked_)?bias|(^|\.)position_ids)$")
+_DERIVED = re.compile(r"((^|\.)rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|(^|\.)position_ids)$")
 
 
 def is_derived(name: str) -> bool:
@@ -102,6 +98,15 @@ def embedding_of(family: Family) -> str:
         family: the Hugging Face family.
     """
     return _source("embed.weight", family).name
+
+
+def head_of(family: Family) -> str:
+    """Return the name of the head in the family's files.
+
+    Args:
+        family: the Hugging Face family.
+    """
+    return _source("head.weight", family).name
 
 
 def without_prefix(name: str, family: Family) -> str:
@@ -154,9 +159,8 @@ def parts_from_hf(
         CheckpointError: as `from_hf`.
     """
     given = {_with_prefix(name, family): tensor for name, tensor in state_dict.items() if not is_derived(name)}
-    if config.tied_embeddings and HEAD in given:
+    if config.tied_embeddings and (head := given.pop(head_of(family), None)) is not None:
         # Of a tied pair either may be stored; of two that differ the caller knows.
-        head = given.pop(HEAD)
         given.setdefault(embedding_of(family), head)
     tensors = hf_tensors(family, config, given)
     _refuse_other_names({tensor.name for tensor in tensors}, set(given), family)
@@ -195,19 +199,21 @@ def hf_tensors(family: Family, config: ModelConfig, names: Iterable[str] = ()) -
     fused = is_fused(names, family)
     table = _FUSED_TABLES.get(family) if fused else None
     shapes, result = our_shapes(config), list[HFTensor]()
-    parts, transposed = dict[str, list[str]](), set[str]()
+    parts, sources = dict[str, list[str]](), dict[str, HFSource]()
     for name, shape in shapes.items():  # query, key, value come in this order
         if (experts := expert_tensors(name, shape, family, fused)) is not None:
             result += experts
             continue
         source = _source(name, family, table)
         parts.setdefault(source.name, []).append(name)
-        if source.transposed and len(shape) == 2:
-            transposed.add(source.name)
+        sources[source.name] = source
     for name, ours in parts.items():
-        joined = (sum(shapes[part][0] for part in ours), *shapes[ours[0]][1:])
-        shape = joined[::-1] if name in transposed else joined
-        result.append(HFTensor(name, shape, tuple(ours), name in transposed))
+        sizes = tuple(shapes[part][0] for part in ours)
+        joined = (sum(sizes), *shapes[ours[0]][1:])
+        transposed = sources[name].transposed and len(joined) == 2
+        blocks = config.kv_heads if sources[name].by_head else 1
+        shape = joined[::-1] if transposed else joined
+        result.append(HFTensor(name, shape, tuple(ours), transposed, sizes=sizes, blocks=blocks))
     return result
 
 
@@ -244,7 +250,7 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
 
 
-def _source(name: str, family: str, table: Mapping[str, _Source] | None = None) -> _Source:
+def _source(name: str, family: str, table: Mapping[str, HFSource] | None = None) -> HFSource:
     """Where our parameter `name` lies; its source's name is complete."""
     if family not in _TABLES:
         raise CheckpointError("this model family has no name table", got=family, allowed=", ".join(get_args(Family)))
@@ -258,13 +264,15 @@ def _source(name: str, family: str, table: Mapping[str, _Source] | None = None) 
         )
     source = table[pattern]
     foreign = source.name.replace("{i}", layer.group()) if layer else source.name
-    return _Source(f"{foreign}.{_LEAVES.get(leaf, leaf)}", source.transposed)
+    return HFSource(f"{foreign}.{_LEAVES.get(leaf, leaf)}", source.transposed, source.by_head)
 
 
 def _with_prefix(name: str, family: str) -> str:
     """Return a name as the whole model has it: some files on the hub, as GPT-2's, were saved from the inner model."""
-    inner = _INNER.get(family, "")
-    return name if name.startswith((inner, "lm_head.")) else f"{inner}{name}"
+    if family not in _TABLES:
+        return name
+    inner, head = _INNER[family], _TABLES[family]["head"].name
+    return name if name.startswith((inner, f"{head}.")) else f"{inner}{name}"
 
 
 def _some(lines: list[str]) -> list[str]:

@@ -26,6 +26,7 @@ from orchestrator.errors import CheckpointError, DataError, UserError
 from orchestrator.interop.foreign_weights import FoundWeights, about, find_weights
 from orchestrator.interop.hf_config import Description, family_of, from_hf_config
 from orchestrator.interop.hf_files import PICKLED, PICKLED_INDEX, HFTensors, read_json
+from orchestrator.interop.hf_layers import layerwise
 from orchestrator.interop.hf_moe import computed
 from orchestrator.interop.hf_weights import Family
 from orchestrator.interop.import_report import ImportReport
@@ -288,7 +289,7 @@ def _of_preset(model: str, file: Path, ignored: frozenset[str]) -> Described:
 
 def _computed(model: ModelConfig) -> dict[str, Any]:
     """Return what decides what a model computes: not how it is trained, nor how long a text it may get."""
-    fields = {**vars(model), "head_dim": resolved_head_dim(model), "moe": computed(model)}
+    fields = {**vars(model), "head_dim": resolved_head_dim(model), "moe": computed(model), **layerwise(model)}
     return {key: value for key, value in fields.items() if key not in _OF_TRAINING | _LENGTHS[model.positions]}
 
 

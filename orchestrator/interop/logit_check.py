@@ -14,6 +14,7 @@ from torch import Tensor
 from orchestrator.config.schema import ModelConfig
 from orchestrator.errors import CheckpointError, MissingExtraError
 from orchestrator.interop.foreign_weights import Parameters
+from orchestrator.interop.hf_layers import sizes_of_windows
 from orchestrator.models.decoder import Decoder
 
 TOLERANCE = 1e-4
@@ -84,7 +85,7 @@ def check_logits(
 
 def _some_tokens(model: ModelConfig) -> Tensor:
     """Draw token ids, [1, T], so many that a narrow attention window has an effect."""
-    length = max(_TOKENS, min(model.sliding_window or 0, 512) + 16)
+    length = max(_TOKENS, min(max(sizes_of_windows(model), default=0), 512) + 16)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, int(model.vocab_size), (1, min(length, model.max_seq_len)), generator=generator)
 
