@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from orchestrator.models.attention import AttentionCore
 from orchestrator.models.mask import CausalMask
+from orchestrator.strategies import ring_attention as ring_module
 from orchestrator.strategies.block_attention import Scores
 from orchestrator.strategies.ring_attention import RingAttentionCore, SequenceRing, ring_attend
 from orchestrator.strategies.sequence_order import SequenceOrder, SequenceParts
@@ -166,3 +170,55 @@ def test_sums_over_a_sequence_know_its_order():
     alone = SequenceParts(SequenceOrder(1), None)
     assert alone.before(torch.ones(1, 2)).tolist() == [[0, 0]]
     assert alone.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of all tensors that exist at a time, at most, and the largest one."""
+
+    def __init__(self):
+        super().__init__()
+        self._made, self.peak, self.largest = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._made.setdefault(id(storage), weakref.ref(storage, lambda _, key=id(storage): self._made.pop(key)))
+                self.largest = max(self.largest, storage.nbytes())
+        self.peak = max(self.peak, sum(found.nbytes() for ref in self._made.values() if (found := ref()) is not None))
+        return result
+
+
+def _alive(world, length):
+    """Peak of forward and backward over `length` positions in all, under a document mask, and the largest tensor."""
+    group, found = _join(world), {}
+    # What the operation makes inside itself is seen where it is called as the function that it is.
+    ring_module._ring_attention = ring_module._ring_attention._init_fn
+    documents = (torch.arange(length) // 48)[None]
+    rule = CausalMask(queries=length, past=0, documents=documents, window=None, device=torch.device("cpu"))
+    ring = SequenceRing(group, SequenceOrder(world.size, 2))
+    cores = {
+        "ring": RingAttentionCore(AttentionCore(), ring, tile=(16, 16)),
+        "ulysses": UlyssesAttentionCore(AttentionCore(), group, tile=(16, 16)),
+    }
+    for kind, core in cores.items():
+        *mine, grad = (torch.randn(1, 4, length // world.size, 8) for _ in range(4))
+        with _Alive() as alive:
+            core(*(tensor.requires_grad_() for tensor in mine), rule).backward(grad)
+        found[kind] = alive.peak, alive.largest
+    return found
+
+
+def test_memory_of_a_rank_grows_with_its_part_of_the_sequence():
+    """Twice the ranks halve it, and twice the sequence on twice the ranks needs the same."""
+    sizes = ((2, 256), (4, 256), (4, 512))
+    results = [run_ranks(ranks, _alive, length)[0] for ranks, length in sizes]
+    part = 4 * 4 * 256 // 2 * 8  # bytes of one of the four tensors on one of two ranks
+    for kind in ("ring", "ulysses"):
+        (half, largest), (quarter, _), (same, _) = (result[kind] for result in results)
+        assert quarter < 0.6 * half
+        # From three ranks on, what is worked on, what arrives and what leaves are three parts.
+        assert same < 1.15 * half
+        assert largest <= 3 * part, "queries, keys and values in one message, and never the scores of a part"
+        assert half < 18 * part
