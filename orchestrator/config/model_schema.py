@@ -24,6 +24,18 @@ class RopeScalingConfig:
     original_max_seq_len: int = 8192
     truncate: bool = True  # yarn: bounds of the blend are whole pairs
     attention_factor: float | None = None  # yarn: on cosine and sine; null: 0.1 ln(factor) + 1
+    mscale_all_dim: float | None = None  # yarn, of latent attention: m in (0.1 m ln(factor) + 1)^2 on the scores
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention: keys and values are made of a latent per position. Sizes count elements."""
+
+    kv_lora_rank: int = 0  # width of the latent of keys and values; 0: ordinary attention
+    q_lora_rank: int | None = None  # of that of the queries; null: they are made of the stream
+    nope_head_dim: int = 128  # width of a query's and a key's part without positions, of each head
+    rope_head_dim: int = 64  # of the part that rotary positions turn; of keys, one for all heads
+    v_head_dim: int = 128  # of a value
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,7 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 4
     head_dim: int | Auto = "auto"  # auto: dim / heads
+    mla: MLAConfig = MLAConfig()
     mlp_dim: int = 384
     moe: MoEConfig = MoEConfig()
     max_seq_len: int = 2048
@@ -112,13 +125,25 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
-        """`head_dim`, with `auto` filled in."""
+        """`head_dim`, with `auto` filled in; of latent attention the width of a query."""
+        if self.mla.kv_lora_rank:
+            return self.mla.nope_head_dim + self.mla.rope_head_dim
         return self.dim // self.heads if self.head_dim == "auto" else self.head_dim
 
     @property
     def rope_width(self) -> int:
         """Elements of a head that rotary positions turn."""
-        return int(self.head_width * self.rope_share)
+        return self.mla.rope_head_dim if self.mla.kv_lora_rank else int(self.head_width * self.rope_share)
+
+    def cached(self, layer: int) -> tuple[int, int, int]:
+        """Return what text generation keeps of a position: heads, and the widths of a key and of a value.
+
+        Args:
+            layer: its number.
+        """
+        if self.mla.kv_lora_rank:
+            return 1, self.mla.kv_lora_rank, self.mla.rope_head_dim
+        return self.heads_of(layer)[1], self.head_width, self.head_width
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a position of a layer sees, itself included; None: all before it.

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from orchestrator.config.model_schema import GATED as GATED
 from orchestrator.config.model_schema import Auto as Auto
+from orchestrator.config.model_schema import MLAConfig as MLAConfig
 from orchestrator.config.model_schema import ModelConfig as ModelConfig
 from orchestrator.config.model_schema import MoEConfig as MoEConfig
 from orchestrator.config.model_schema import RopeScalingConfig as RopeScalingConfig

@@ -20,7 +20,8 @@ def check_model(model: ModelConfig) -> list[ConfigError]:
     if min(sizes) < 1:
         return []  # said by check_ranges
     problems = []
-    if model.head_dim == "auto" and model.dim % model.heads:
+    latent = model.mla.kv_lora_rank > 0
+    if model.head_dim == "auto" and model.dim % model.heads and not latent:
         what = "model.dim does not divide by model.heads"
         problems.append(
             ConfigError(what, got=f"{model.dim} / {model.heads}", fix="change one of them, or set model.head_dim")
@@ -31,7 +32,32 @@ def check_model(model: ModelConfig) -> list[ConfigError]:
         problems.append(
             ConfigError(what, got=f"{model.heads} / {model.kv_heads}", allowed=allowed, fix="change one of them")
         )
-    return problems + _layers(model) + _rope(model) + _rope_scaling(model) + _experts(model)
+    return problems + _layers(model) + _rope(model) + _rope_scaling(model) + _experts(model) + _latent(model)
+
+
+def _latent(model: ModelConfig) -> list[ConfigError]:
+    """See that latent attention is not asked for what it has not."""
+    if model.mla.kv_lora_rank < 1:
+        return []
+    wrong = {
+        "kv_heads": model.kv_heads != model.heads,
+        "head_dim": model.head_dim != "auto",
+        "qk_norm": model.qk_norm,
+        "attention_sinks": model.attention_sinks,
+        "layer_heads": bool(model.layer_heads or model.layer_kv_heads),
+        "rope_share": model.rope_share != 1,
+        "positions": model.positions != "rope",
+    }
+    return [
+        ConfigError(
+            f"latent attention (model.mla) has no model.{key}",
+            got=f"model.{key}={getattr(model, key)}",
+            allowed="kv_heads as many as heads, head_dim=auto, positions=rope, and the defaults of the others",
+            fix="leave it out, or set model.mla.kv_lora_rank=0",
+        )
+        for key, found in wrong.items()
+        if found
+    ]
 
 
 def _layers(model: ModelConfig) -> list[ConfigError]:

@@ -130,9 +130,8 @@ def _make_cache(model: Decoder, capacity: int) -> KVCache:
     weight = model.embed.weight
     return KVCache(
         batch=1,
-        kv_heads=[model.config.heads_of(layer)[1] for layer in range(model.config.layers)],
+        kept=[model.config.cached(layer) for layer in range(model.config.layers)],
         capacity=capacity,
-        head_dim=model.head_dim,
         dtype=weight.dtype,
         device=weight.device,
     )

@@ -12,18 +12,19 @@ class LayerCache:
     """One layer's keys and values, preallocated.
 
     Args:
-        shape: (B, kv_heads, capacity, head_dim).
+        shape: (B, kv_heads, capacity, width of a key).
+        value_width: of a value.
         dtype: of the keys and values.
         device: where they lie.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: tuple[int, int, int, int], value_width: int, dtype: torch.dtype, device: torch.device):
         self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty((*shape[:3], value_width), dtype=dtype, device=device)
         self.length = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, kv_heads, T, head_dim]; returns all positions so far, [B, kv_heads, length, head_dim].
+        """Append [B, kv_heads, T, width]; returns all positions so far, [B, kv_heads, length, width].
 
         Args:
             k: keys.
@@ -46,9 +47,8 @@ class KVCache:
 
     Args:
         batch: sequences.
-        kv_heads: key heads of each layer.
+        kept: of each layer, its key heads, and the widths of a key and of a value: `ModelConfig.cached`.
         capacity: positions that fit.
-        head_dim: width of one head.
         dtype: of the keys and values.
         device: where they lie.
     """
@@ -57,15 +57,14 @@ class KVCache:
         self,
         *,
         batch: int,
-        kv_heads: Sequence[int],
+        kept: Sequence[tuple[int, int, int]],
         capacity: int,
-        head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
         self.capacity = capacity
         place = torch.device(device)
-        self.layers = [LayerCache((batch, heads, capacity, head_dim), dtype, place) for heads in kv_heads]
+        self.layers = [LayerCache((batch, heads, capacity, key), value, dtype, place) for heads, key, value in kept]
 
     @property
     def length(self) -> int:

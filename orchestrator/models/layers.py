@@ -18,6 +18,7 @@ from orchestrator.models.attention import AttentionCore
 from orchestrator.models.feed_forward import FeedForward, GatedFeedForward
 from orchestrator.models.kv_cache import LayerCache
 from orchestrator.models.mask import CausalMask
+from orchestrator.models.mla import LatentAttention
 from orchestrator.models.moe import MoE
 from orchestrator.models.norms import make_norm, make_qk_norm
 from orchestrator.models.rope import Rope, apply_rope
@@ -35,7 +36,7 @@ def resolved_head_dim(config: ModelConfig) -> int:
     Raises:
         ConfigError: `head_dim: auto` with a `dim` that the heads do not divide.
     """
-    if not isinstance(config.head_dim, int) and config.dim % config.heads:
+    if not isinstance(config.head_dim, int) and config.dim % config.heads and not config.mla.kv_lora_rank:
         raise ConfigError(
             "model.dim cannot be divided among the heads",
             got=f"model.dim={config.dim}, model.heads={config.heads}",
@@ -132,7 +133,7 @@ class Block(nn.Module):
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         self.one_norm = config.residual == "parallel_one_norm"
         self.attn_norm = make_norm(config, config.dim) if before else None
-        self.attn = Attention(config, index)
+        self.attn = (LatentAttention if config.mla.kv_lora_rank else Attention)(config, index)
         self.attn_post_norm = make_norm(config, config.dim) if after else None
         self.mlp_norm = make_norm(config, config.dim) if before and not self.one_norm else None
         self.mlp = make_feed_forward(config, index)

@@ -42,9 +42,12 @@ def _layer(config: ModelConfig, heads: int, kv_heads: int) -> Iterator[tuple[str
     yield from _norm(config, "attn_norm" if before else None)
     if config.attention_sinks:
         yield "attn.sinks", (heads,)
-    for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
-        yield from _linear(f"attn.{name}", rows, dim, config.attention_bias)
-    yield from _linear("attn.o", dim, width, config.output_bias)
+    if config.mla.kv_lora_rank:
+        yield from _latent_attention(config, heads)
+    else:
+        for name, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
+            yield from _linear(f"attn.{name}", rows, dim, config.attention_bias)
+        yield from _linear("attn.o", dim, width, config.output_bias)
     if config.qk_norm and (config.norm != "rms_plain" or config.qk_norm_over == "width"):
         whole = config.qk_norm_over == "width"
         yield "attn.q_norm.weight", (width if whole else head,)
@@ -52,6 +55,20 @@ def _layer(config: ModelConfig, heads: int, kv_heads: int) -> Iterator[tuple[str
     yield from _norm(config, "attn_post_norm" if after else None)
     yield from _norm(config, "mlp_norm" if before and config.residual != "parallel_one_norm" else None)
     yield from _norm(config, "mlp_post_norm" if after else None)
+
+
+def _latent_attention(config: ModelConfig, heads: int) -> Iterator[tuple[str, Shape]]:
+    mla, dim, width = config.mla, config.dim, heads * config.head_width
+    if mla.q_lora_rank is None:
+        yield "attn.q.weight", (width, dim)
+    else:
+        yield from _linear("attn.q_down", mla.q_lora_rank, dim, config.attention_bias)
+        yield "attn.q_latent_norm.weight", (mla.q_lora_rank,)
+        yield "attn.q_up.weight", (width, mla.q_lora_rank)
+    yield from _linear("attn.kv_down", mla.kv_lora_rank + mla.rope_head_dim, dim, config.attention_bias)
+    yield "attn.kv_latent_norm.weight", (mla.kv_lora_rank,)
+    yield "attn.kv_up.weight", (heads * (mla.nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    yield from _linear("attn.o", dim, heads * mla.v_head_dim, config.output_bias)
 
 
 def _dense(config: ModelConfig, name: str, width: int) -> Iterator[tuple[str, Shape]]:

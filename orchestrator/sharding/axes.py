@@ -17,6 +17,7 @@ LOGICAL_AXES: Final = {
     "heads": "query heads x head_dim",
     "kv_heads": "key/value heads x head_dim",
     "head_dim": "one head's width (QK-norm)",
+    "latent": "what latent attention makes queries, or keys and values, of",
     "mlp": "the feed-forward's inner width",
     "positions": "rows of a learned position table",
     "norm": "a normalisation's scale or shift",

@@ -33,6 +33,7 @@ RULES: dict[str, str | None] = {
     "positions": "tensor",
     "embed": None,
     "head_dim": None,
+    "latent": None,
     "norm": None,
     "experts": "expert",
     "choices": None,

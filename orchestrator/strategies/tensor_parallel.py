@@ -27,6 +27,7 @@ from orchestrator.errors import LayoutError
 from orchestrator.models.head import LMHead
 from orchestrator.models.layers import Attention
 from orchestrator.models.loss import VocabShard, chunked_cross_entropy
+from orchestrator.models.mla import SharedKey
 from orchestrator.models.norms import WidthRMSNorm
 from orchestrator.models.protocol import ShardableModel, attention_cores, gathering_modules, mixtures
 from orchestrator.sharding.axes import ParameterAxes
@@ -60,6 +61,9 @@ def parallelize_tensor(model: ShardableModel, placements: Mapping[str, Placement
     parallelize_module(model, mesh, plan)
     for module in gathering:
         module.register_forward_pre_hook(_gather_sequence(mesh))
+    for module in model.modules():
+        if isinstance(module, SharedKey):
+            module.register_forward_hook(_local_key)
     for _, _, core in attention_cores(model):
         if core.sinks:
             core.register_forward_pre_hook(_local_sinks)
@@ -77,6 +81,8 @@ def _style(module: nn.Module, placements: Mapping[str, Placement], axes: Paramet
         return RowwiseParallel(output_layouts=Shard(_SEQUENCE_DIM))
     if isinstance(module, WidthRMSNorm):
         return _CutNorm()
+    if all(axes[name][0] == "latent" for name in placements):
+        return _Whole()
     if isinstance(module, Attention) and set(cut) == {"sinks"}:
         return _CutSinks()
     if any(dim is not None for dim in cut.values()):
@@ -106,6 +112,18 @@ class _CutNorm(ParallelStyle):
         return module
 
 
+class _Whole(ParallelStyle):
+    """A module that makes or normalises a latent of the whole sequence: every rank has all of it, and does the same.
+
+    Its input and its result stay DTensors: gradients come back from the matrices of a rank's heads as summands.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, device_mesh, [Replicate()])))
+        return module
+
+
 class _CutSinks(ParallelStyle):
     """Attention's own parameters, the sinks: each rank has those of its heads."""
 
@@ -114,6 +132,11 @@ class _CutSinks(ParallelStyle):
         assert module.sinks is not None
         module.sinks = nn.Parameter(distribute_tensor(module.sinks, device_mesh, [Shard(0)]))
         return module
+
+
+def _local_key(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+    # Each rank's heads give a summand of the gradient of the key that they share.
+    return result.to_local(grad_placements=[Partial()]) if isinstance(result, DTensor) else result
 
 
 def _local_sinks(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from orchestrator.config.schema import MLAConfig, MoEConfig
 from orchestrator.errors import NonFiniteError
 from orchestrator.inference.sampling import Sampling, choose, generate_tokens
 from orchestrator.models.decoder import Decoder
@@ -14,11 +15,14 @@ from orchestrator.models.kv_cache import KVCache
 
 Make = Callable[..., Decoder]
 GREEDY = Sampling()
+MLA = MLAConfig(kv_lora_rank=16, q_lora_rank=24, nope_head_dim=12, rope_head_dim=4, v_head_dim=8)
 KINDS: dict[str, dict] = {
     "llama": {},
     "qwen3": {"qk_norm": True},
     "learned": {"positions": "learned", "norm": "layer", "activation": "gelu"},
     "window": {"sliding_window": 5},
+    "latent": {"mla": MLA, "kv_heads": 4, "rope_layout": "interleaved"},
+    "experts": {"moe": MoEConfig(experts=4, top_k=2)},
 }
 
 
@@ -42,7 +46,7 @@ def test_greedy_equals_full_forward(make_model: Make, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cache_filled_piece_by_piece_gives_the_same_logits(make_model: Make, tokens: torch.Tensor, kind: str) -> None:
     model = make_model(**KINDS[kind])
-    cache = KVCache(batch=2, kv_heads=[2, 2], capacity=24, head_dim=12)
+    cache = KVCache(batch=2, kept=[model.config.cached(layer) for layer in range(2)], capacity=24)
     with torch.no_grad():
         pieces = [model(piece, cache=cache) for piece in tokens.split([9, 1, 1, 6, 7], 1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=1e-5, rtol=0)

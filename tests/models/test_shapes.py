@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from orchestrator.config.convert import from_dict
-from orchestrator.config.schema import ModelConfig, MoEConfig
+from orchestrator.config.schema import MLAConfig, ModelConfig, MoEConfig
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.shapes import parameter_shapes
 from orchestrator.planner.estimate.flops import parameter_count
@@ -21,6 +21,8 @@ FEATURES = (
     {"norm": "layer", "activation": "gelu", "positions": "learned"},
     {"qk_norm": True, "head_dim": 48, "kv_heads": 2},
     {"tied_embeddings": True},
+    {"mla": MLAConfig(16, 24, 12, 4, 8), "attention_bias": True, "output_bias": True, "kv_heads": 4},
+    {"mla": MLAConfig(16), "kv_heads": 4},
     {"norm": "rms_offset", "norm_placement": "both", "activation": "geglu", "qk_norm": True},
     {"norm_placement": "post", "qk_norm": True, "qk_norm_over": "width", "kv_heads": 2},
     {"norm": "layer_no_bias", "residual": "parallel_one_norm", "activation": "gelu_erf"},

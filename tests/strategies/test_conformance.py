@@ -73,6 +73,11 @@ FEATURES = {
     "remat": ["train.remat=full"],
     "window": ["model.sliding_window=24"],
     "one document": ["data.document_mask=false"],
+    "latent": [
+        *("model.mla.kv_lora_rank=16", "model.mla.q_lora_rank=24", "model.mla.nope_head_dim=12"),
+        *("model.mla.rope_head_dim=4", "model.mla.v_head_dim=8", "model.heads=4", "model.kv_heads=4"),
+        *("model.rope_layout=interleaved", "model.attention_bias=true", "model.output_bias=true"),
+    ],
 }
 
 
@@ -97,7 +102,7 @@ def test_same_losses_norms_and_evaluation(runs, name):
     assert_trained_alike(ours, theirs, RELATIVE)
 
 
-@pytest.mark.parametrize("feature", cases(FEATURES, quick=["gpt2", "accumulation", "remat"]))
+@pytest.mark.parametrize("feature", cases(FEATURES, quick=["gpt2", "accumulation", "remat", "latent"]))
 @pytest.mark.parametrize(
     "name", cases(["fsdp2", "fsdp2_tensor2", "context2", "ring2", "ulysses2"], quick=["fsdp2_tensor2"])
 )

@@ -76,6 +76,8 @@ def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> Param
 
 def _attention(config: ModelConfig, heads: int, kv_heads: int) -> tuple[int, int]:
     """Count the elements of a layer's matrices, and of the vectors beside them."""
+    if config.mla.kv_lora_rank:
+        return _latent_attention(config, heads)
     width, kv_width = heads * config.head_width, kv_heads * config.head_width
     extra = (width + 2 * kv_width) * config.attention_bias + config.dim * config.output_bias
     extra += heads * config.attention_sinks
@@ -84,6 +86,17 @@ def _attention(config: ModelConfig, heads: int, kv_heads: int) -> tuple[int, int
     elif config.qk_norm and config.norm != "rms_plain":
         extra += 2 * config.head_width
     return 2 * config.dim * (width + kv_width), extra
+
+
+def _latent_attention(config: ModelConfig, heads: int) -> tuple[int, int]:
+    mla, dim, width = config.mla, config.dim, heads * config.head_width
+    latents = mla.kv_lora_rank + (mla.q_lora_rank or 0)
+    queries = dim * width if mla.q_lora_rank is None else mla.q_lora_rank * (dim + width)
+    keys = dim * (mla.kv_lora_rank + mla.rope_head_dim) + mla.kv_lora_rank * heads * (
+        mla.nope_head_dim + mla.v_head_dim
+    )
+    biases = (latents + mla.rope_head_dim) * config.attention_bias + dim * config.output_bias
+    return queries + keys + heads * mla.v_head_dim * dim, latents + biases
 
 
 def _feed_forwards(config: ModelConfig) -> tuple[int, int, int]:
@@ -134,7 +147,9 @@ def flops_per_token(config: ModelConfig, seq_len: int, vocab_size: int | None = 
     seen = sum(
         config.heads_of(layer)[0] * _attended(config.window_of(layer), seq_len) for layer in range(config.layers)
     )
-    return 6.0 * matmul + 12.0 * config.head_width * seen
+    # Scores, and their weighted sum, are products as wide as a key and as a value.
+    value = config.mla.v_head_dim if config.mla.kv_lora_rank else config.head_width
+    return 6.0 * matmul + 6.0 * (config.head_width + value) * seen
 
 
 def mean_attended(config: ModelConfig, seq_len: int) -> float:
