@@ -30,6 +30,8 @@ _ROWS = 4096  # that are compared or looked at together
 _TIED = "equal to the embedding, which it is tied to"
 _DERIVED = "follows from the configuration: computed anew"
 _OTHER = "no weight of this model: left out"
+_FURTHER = "multi-token prediction: left out"
+_PREDICTS = re.compile(r"^((?:model\.)?layers\.(\d+)\.)eh_proj\.weight$")
 
 
 class Parameters(Mapping[str, Tensor]):
@@ -251,16 +253,29 @@ def _foreign(view: _View, model: ModelConfig, family: Family, bare: bool) -> Fou
     embedding, head = spelled(embedding_of(family)), head_of(family)
     model = _settle_head(view, model, embedding, head)
     tensors = {spelled(tensor.name): tensor for tensor in hf_tensors(family, model, view.full)}
-    chosen = _of_model(view.full, set(tensors) | {head})
+    predicting = _predicting_layers(view.full, family, model.layers)
+    chosen = [name for name in _of_model(view.full, set(tensors) | {head}) if not name.startswith(predicting)]
     ours = parts_from_hf({name: view.tensor(name) for name in chosen}, family, model)
     parts = {name: tensor.described for name, tensor in tensors.items()}
     fates = {view.full[name]: parts[name] for name in chosen if name in parts}
     taken = list(fates)
+    if predicting:
+        fates |= {full: _FURTHER for name, full in view.full.items() if name.startswith(predicting)}
+        layers = f"{len(predicting)} layer{'s' if len(predicting) > 1 else ''}"
+        view.notes.append(f"{layers} of multi-token prediction are left out: an export has none")
     if model.tied_embeddings and head in view:
         fates[view.full[head]] = _TIED if embedding in view else f"model.{_OWN_EMBEDDING}, which is tied to the head"
         if embedding not in view:
             taken.append(view.full[head])
     return FoundWeights(Parameters(ours), model, fates, tuple(taken), tuple(view.notes))
+
+
+def _predicting_layers(names: Iterable[str], family: Family, layers: int) -> tuple[str, ...]:
+    """Return the prefixes of DeepSeek's layers for multi-token prediction, which come behind those of the model."""
+    if family != "deepseek_v3":
+        return ()
+    found = (_PREDICTS.search(name) for name in names)
+    return tuple(match.group(1) for match in found if match and int(match.group(2)) >= layers)
 
 
 def _refuse_nonfinite(found: FoundWeights) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
+from orchestrator.config.schema import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from orchestrator.interop import hf_moe, hf_rope
 from orchestrator.interop.hf_config import CLASSES, from_hf_config
 from orchestrator.interop.hf_dense import FAMILIES
@@ -84,6 +84,8 @@ def _agree(fields: Mapping[str, Any], config: ModelConfig) -> bool:
             value, ours = (resolved_head_dim(config) if size == "auto" else size for size in (value, ours))
         if key == "moe":
             value, ours = (hf_moe.computed(replace(config, moe=moe)) for moe in (MoEConfig(**value), ours))
+        if key == "mla":
+            value = MLAConfig(**value)
         if key == "rope_scaling":
             value = RopeScalingConfig(**value)
         if value != ours:

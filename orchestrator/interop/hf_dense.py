@@ -5,7 +5,7 @@ To add one: a module with its entry, and the name of that entry in `FAMILIES`, a
 
 from __future__ import annotations
 
-from orchestrator.interop import hf_cohere, hf_gemma, hf_llama_like, hf_neox, hf_olmo
+from orchestrator.interop import hf_cohere, hf_gemma, hf_llama_like, hf_moe_families, hf_neox, hf_olmo
 from orchestrator.interop.hf_family import Dense
 
 FAMILIES: dict[str, Dense] = {
@@ -23,4 +23,7 @@ FAMILIES: dict[str, Dense] = {
     "starcoder2": hf_neox.STARCODER2,
     "cohere": hf_cohere.COHERE,
     "cohere2": hf_cohere.COHERE2,
+    "olmoe": hf_moe_families.OLMOE,
+    "deepseek_v3": hf_moe_families.DEEPSEEK_V3,
+    "gpt_oss": hf_moe_families.GPT_OSS,
 }

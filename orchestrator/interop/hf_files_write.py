@@ -19,6 +19,7 @@ from orchestrator.interop.hf_files import INDEX, WEIGHTS, FileLayout
 # transformers asks which framework wrote a file.
 _METADATA = {"format": "pt"}
 _ALIGNMENT = 8
+_BUFFERS = ".e_score_correction_bias"  # no parameters in transformers, which counts them in an index
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def write_tensors(
         weight_map |= {spec.name: name for spec in group}
         write_file(directory / name, _parts(group, produce, progress, metadata))
     if count > 1:
-        elements = sum(math.prod(spec.shape) for spec in specs)
+        elements = sum(math.prod(spec.shape) for spec in specs if not spec.name.endswith(_BUFFERS))
         totals = {"total_parameters": elements, "total_size": sum(spec.bytes for spec in specs)}
         index = {"metadata": totals, "weight_map": weight_map}
         write_file(directory / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])

@@ -25,9 +25,17 @@ FIXED: dict[str, dict[str, Any]] = {
     "mixtral": {**_PLAIN, "normalize": True, "dense_layers": 0},
     "qwen3_moe": _PLAIN,
     "olmoe": {**_PLAIN, "dense_layers": 0},
+    "deepseek_v3": {
+        "score": "sigmoid",
+        "shared_gate": False,
+        "router_bias": False,
+        "expert_bias": False,
+        "balance_bias": True,
+    },
+    "gpt_oss": {**_PLAIN, "score": "softmax_chosen", "router_bias": True, "expert_bias": True, "dense_layers": 0},
 }
 # Families whose experts are as wide as `intermediate_size` says.
-_ONE_WIDTH = ("mixtral", "olmoe")
+_ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss")
 # Their key -> ours in `model.moe`, where the value is the same; for the report.
 SAME = {
     "num_local_experts": "experts",
@@ -35,6 +43,11 @@ SAME = {
     "num_experts_per_tok": "top_k",
     "moe_intermediate_size": "mlp_dim",
     "norm_topk_prob": "normalize",
+    "n_routed_experts": "experts",
+    "routed_scaling_factor": "scale",
+    "n_group": "groups",
+    "topk_group": "top_groups",
+    "first_k_dense_replace": "dense_layers",
 }
 _OF_TRAINING: dict[str, Any] = {"capacity_factor": None, "balance_loss": 0.0, "z_loss": 0.0, "balance_bias_rate": 0.001}
 
@@ -47,7 +60,8 @@ def computed(model: ModelConfig) -> MoEConfig:
     """
     if not model.moe.experts:
         return MoEConfig()
-    return replace(model.moe, mlp_dim=model.moe.width(model), **_OF_TRAINING)
+    normalize = model.moe.normalize or model.moe.score == "softmax_chosen"  # whose weights always add up to one
+    return replace(model.moe, mlp_dim=model.moe.width(model), normalize=normalize, **_OF_TRAINING)
 
 
 def differences(config: ModelConfig, family: str) -> list[str]:
@@ -85,14 +99,31 @@ def read_experts(keys: Keys, family: str) -> dict[str, Any]:
     _tell_of_training(keys)
     fields = {
         **FIXED[family],
-        "experts": _either(keys, "num_local_experts", "num_experts"),
+        "experts": _either(keys, "num_local_experts", "num_experts", "n_routed_experts"),
         "top_k": keys.need("num_experts_per_tok"),
     }
     if family in ("qwen3_moe", "olmoe"):
         fields["normalize"] = keys.get("norm_topk_prob", False)
     if family == "qwen3_moe":
         fields |= {"mlp_dim": keys.need("moe_intermediate_size"), "dense_layers": _first_dense(keys)}
+    if family == "deepseek_v3":
+        fields |= _read_deepseek(keys)
     return fields
+
+
+def _read_deepseek(keys: Keys) -> dict[str, Any]:
+    width, shared = keys.need("moe_intermediate_size"), keys.need("n_shared_experts")
+    if not (isinstance(shared, int) and isinstance(width, int) and shared > 0):
+        raise unsupported("n_shared_experts", shared, "1 or more")
+    return {
+        "mlp_dim": width,
+        "shared_mlp_dim": shared * width,
+        "normalize": keys.get("norm_topk_prob", True),
+        "scale": keys.get("routed_scaling_factor", 2.5),
+        "groups": keys.get("n_group", 8),
+        "top_groups": keys.get("topk_group", 4),
+        "dense_layers": keys.get("first_k_dense_replace", 3),
+    }
 
 
 def _tell_of_training(keys: Keys) -> None:
@@ -132,7 +163,9 @@ def write_experts(config: ModelConfig, family: str) -> Mapping[str, Any]:
         family: the Hugging Face family.
     """
     moe = config.moe
-    count = "num_experts" if family in ("qwen3_moe", "olmoe") else "num_local_experts"
+    count = {"qwen3_moe": "num_experts", "olmoe": "num_experts", "deepseek_v3": "n_routed_experts"}.get(
+        family, "num_local_experts"
+    )
     result: dict[str, Any] = {count: moe.experts, "num_experts_per_tok": moe.top_k, "output_router_logits": False}
     if family in ("qwen3_moe", "olmoe"):
         result["norm_topk_prob"] = moe.normalize
@@ -141,5 +174,15 @@ def write_experts(config: ModelConfig, family: str) -> Mapping[str, Any]:
             "moe_intermediate_size": moe.width(config),
             "decoder_sparse_step": 1,
             "mlp_only_layers": list(range(moe.dense_layers)),
+        }
+    if family == "deepseek_v3":
+        result |= {
+            "moe_intermediate_size": moe.width(config),
+            "n_shared_experts": moe.shared_mlp_dim // moe.width(config),
+            "norm_topk_prob": moe.normalize,
+            "routed_scaling_factor": moe.scale,
+            "n_group": moe.groups,
+            "topk_group": moe.top_groups,
+            "first_k_dense_replace": moe.dense_layers,
         }
     return result

@@ -36,7 +36,11 @@ _KNOWN |= {theirs for names in _NAMES.values() for theirs in names}
 
 
 def read_rope(
-    keys: Keys, max_seq_len: Any, default_theta: float = DEFAULT_THETA, default_share: float | None = None
+    keys: Keys,
+    max_seq_len: Any,
+    default_theta: float = DEFAULT_THETA,
+    default_share: float | None = None,
+    latent: bool = False,
 ) -> dict[str, Any]:
     """Read `rope_theta`, `rope_scaling` and `rope_share` of a `ModelConfig`; values are not checked yet.
 
@@ -45,6 +49,7 @@ def read_rope(
         max_seq_len: of the model.
         default_theta: the family's.
         default_share: the family's part of a head that is turned; None: all of it, always.
+        latent: the model has latent attention, whose scores YaRN scales, too.
 
     Raises:
         CheckpointError: a kind, or a parameter, that cannot be computed here.
@@ -59,7 +64,7 @@ def read_rope(
     if named not in _KINDS:
         raise unsupported("rope_type", named, ", ".join(_KINDS))
     share = _share(keys, given, default_share)
-    return {"rope_theta": theta, "rope_scaling": _scaling(keys, given, _KINDS[named], max_seq_len), **share}
+    return {"rope_theta": theta, "rope_scaling": _scaling(keys, given, _KINDS[named], max_seq_len, latent), **share}
 
 
 def _share(keys: Keys, given: Mapping[str, Any], default: float | None) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def _share(keys: Keys, given: Mapping[str, Any], default: float | None) -> dict[
     return {"rope_share": next((share for share in shares if share is not None), default)}
 
 
-def _scaling(keys: Keys, given: Mapping[str, Any], kind: str, max_seq_len: Any) -> dict[str, Any]:
+def _scaling(keys: Keys, given: Mapping[str, Any], kind: str, max_seq_len: Any, latent: bool = False) -> dict[str, Any]:
     for key in _NEEDED.get(kind, ()):
         # Null has a meaning for YaRN: the ratio of the lengths.
         if key not in given or (given[key] is None and kind != "yarn"):
@@ -81,7 +86,9 @@ def _scaling(keys: Keys, given: Mapping[str, Any], kind: str, max_seq_len: Any) 
     if "original_max_seq_len" in _NAMES[kind].values():
         _settle_original(keys, scaling, max_seq_len)
     if kind == "yarn":
-        _settle_yarn(given, scaling, max_seq_len)
+        _settle_yarn(given, scaling, max_seq_len, latent)
+    elif latent and given.get("mscale_all_dim"):
+        raise unsupported("mscale_all_dim", given["mscale_all_dim"], f"none, with rope_type={kind}")
     return {"kind": kind, **scaling}
 
 
@@ -171,7 +178,7 @@ def _settle_original(keys: Keys, scaling: dict[str, Any], max_seq_len: Any) -> N
     scaling.setdefault("original_max_seq_len", max_seq_len)
 
 
-def _settle_yarn(given: Mapping[str, Any], scaling: dict[str, Any], max_seq_len: Any) -> None:
+def _settle_yarn(given: Mapping[str, Any], scaling: dict[str, Any], max_seq_len: Any, latent: bool) -> None:
     """See `models.rope` for what is computed."""
     numbers = [max_seq_len, scaling["original_max_seq_len"]]
     if "factor" not in scaling and all(_is_positive(number) for number in numbers):
@@ -183,11 +190,17 @@ def _settle_yarn(given: Mapping[str, Any], scaling: dict[str, Any], max_seq_len:
     if factor is None or not _is_positive(factor):
         return
     amplitude, usual = given.get("attention_factor"), 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    scales = [given.get(key) for key in ("mscale", "mscale_all_dim")]
+    for key, scale in zip(("mscale", "mscale_all_dim"), scales, strict=True):
+        if scale is not None and not (latent and (_is_positive(scale) or scale == 0)):
+            raise unsupported(key, scale, "none")
+    if amplitude is None and all(scales):
+        stretched = [0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0 for scale in scales if scale]
+        amplitude = stretched[0] / stretched[1]
     if amplitude is not None and amplitude != usual:
         scaling["attention_factor"] = amplitude
-    for key in ("mscale", "mscale_all_dim"):
-        if given.get(key) is not None:
-            raise unsupported(key, given[key], "none")
+    if scales[1]:
+        scaling["mscale_all_dim"] = scales[1]
     if given.get("truncate") is not None:
         scaling["truncate"] = given["truncate"]
 
@@ -207,7 +220,8 @@ def write_rope(config: ModelConfig, nested: bool) -> dict[str, Any]:
     values = {theirs: getattr(scaling, ours) for theirs, ours in _NAMES[scaling.kind].items()}
     if scaling.kind == "yarn":
         values |= {} if scaling.truncate else {"truncate": False}
-        values |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+        for key in ("attention_factor", "mscale_all_dim"):
+            values |= {} if getattr(scaling, key) is None else {key: getattr(scaling, key)}
     kind = next(theirs for theirs, ours in _KINDS.items() if ours == scaling.kind)
     if nested:
         return {"rope_parameters": {"rope_theta": config.rope_theta, "rope_type": kind, **values}}

@@ -39,6 +39,9 @@ Family = Literal[
     "starcoder2",
     "cohere",
     "cohere2",
+    "olmoe",
+    "deepseek_v3",
+    "gpt_oss",
 ]
 
 

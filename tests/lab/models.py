@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from orchestrator.config.convert import to_dict
-from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
+from orchestrator.config.schema import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from orchestrator.data.tokenize import Tokenizer, train_bpe
 from orchestrator.models.decoder import Decoder
 from orchestrator.sharding.layout import Layout
@@ -58,6 +58,44 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         {"qk_norm": True, "head_dim": 12, "moe": MoEConfig(experts=4, mlp_dim=20, normalize=False, dense_layers=1)},
+    ),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        {"qk_norm": True, "qk_norm_over": "width", "moe": MoEConfig(experts=4, normalize=False)},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            "mla": MLAConfig(kv_lora_rank=16, q_lora_rank=24, nope_head_dim=12, rope_head_dim=8, v_head_dim=10),
+            "moe": MoEConfig(
+                experts=4,
+                mlp_dim=20,
+                shared_mlp_dim=40,
+                dense_layers=1,
+                score="sigmoid",
+                scale=2.5,
+                groups=2,
+                top_groups=1,
+                balance_bias=True,
+            ),
+            "rope_layout": "interleaved",
+            "kv_heads": 4,
+            "rope_scaling": RopeScalingConfig(**_YARN, attention_factor=1.0, mscale_all_dim=1.0),
+        },
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            "activation": "swiglu_clamped",
+            "attention_sinks": True,
+            "attention_bias": True,
+            "output_bias": True,
+            "windows": (8, None),
+            "head_dim": 12,
+            "rope_theta": 150000.0,
+            "rope_scaling": RopeScalingConfig(**_YARN, truncate=False),
+            "moe": MoEConfig(experts=4, score="softmax_chosen", router_bias=True, expert_bias=True),
+        },
     ),
 }
 

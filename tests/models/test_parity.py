@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from orchestrator.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
+from orchestrator.config.schema import MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.interop.hf_weights import from_hf, to_hf
 from orchestrator.models.decoder import Decoder
@@ -53,6 +53,52 @@ def rope(kind: str, theta: float = 10000.0, original: int | None = None, **param
 
 def scaled(kind: str, original: int, **parameters: float) -> dict[str, object]:
     return {"rope_scaling": RopeScalingConfig(kind=kind, original_max_seq_len=original, **parameters)}  # type: ignore[arg-type]
+
+
+DEEPSEEK_MOE = MoEConfig(
+    experts=8,
+    top_k=3,
+    mlp_dim=40,
+    shared_mlp_dim=80,
+    dense_layers=1,
+    score="sigmoid",
+    scale=2.5,
+    groups=4,
+    top_groups=2,
+    balance_bias=True,
+)
+DEEPSEEK: dict = {
+    "mla": MLAConfig(kv_lora_rank=24, q_lora_rank=40, nope_head_dim=12, rope_head_dim=8, v_head_dim=20),
+    "moe": DEEPSEEK_MOE,
+    "rope_layout": "interleaved",
+}
+DEEPSEEK_YARN = scaled("yarn", 16, factor=4.0, attention_factor=1.0, mscale_all_dim=1.0)
+DEEPSEEK_THEIRS = {
+    "num_key_value_heads": H,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "v_head_dim": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+GPT_OSS = {
+    "activation": "swiglu_clamped",
+    "attention_sinks": True,
+    "attention_bias": True,
+    "output_bias": True,
+    "windows": (8, None),
+    "head_dim": 24,
+    "rope_theta": 150000.0,
+    **scaled("yarn", 16, factor=4.0, truncate=False),
+    "moe": MoEConfig(experts=6, top_k=2, score="softmax_chosen", router_bias=True, expert_bias=True),
+}
 
 
 # name -> family, what differs in our configuration, their class of configuration, what differs in it
@@ -103,6 +149,37 @@ CASES: dict[str, tuple[str, dict, str, dict]] = {
         "Qwen3Moe",
         rope("default")
         | {"num_local_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [0]},
+    ),
+    "olmoe": (
+        "olmoe",
+        {"qk_norm": True, "qk_norm_over": "width", "moe": MoEConfig(experts=8, top_k=3, normalize=False)},
+        "Olmoe",
+        rope("default") | {"num_experts": 8, "num_experts_per_tok": 3},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**DEEPSEEK, **DEEPSEEK_YARN, "kv_heads": H},
+        "DeepseekV3",
+        DEEPSEEK_THEIRS | rope("yarn", original=16, factor=4.0, mscale=1.0, mscale_all_dim=1.0),
+    ),
+    "deepseek_v3_plain": (
+        "deepseek_v3",
+        {**DEEPSEEK, "mla": MLAConfig(24, None, 12, 8, 20), "rope_layout": "half", "kv_heads": H},
+        "DeepseekV3",
+        DEEPSEEK_THEIRS | rope("default") | {"q_lora_rank": None, "rope_interleave": False},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        GPT_OSS,
+        "GptOss",
+        {
+            **rope("yarn", 150000.0, 16, factor=4.0, truncate=False),
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 24,
+            "sliding_window": 8,
+            "attn_implementation": "eager",
+        },
     ),
 }
 FUSED = [name for name, case in CASES.items() if "moe" in case[1]]
