@@ -81,6 +81,7 @@ class ModelShape:
         size = vocab if config.vocab_size == "auto" else config.vocab_size
         windows = [config.window_of(layer) for layer in range(config.layers)]
         narrow = [window for window in windows if window is not None]
+        mla = config.mla
         assert isinstance(size, int), "the vocabulary is known before planning"
         return cls(
             config.name,
@@ -89,13 +90,16 @@ class ModelShape:
             config.mlp_dim,
             config.heads,
             config.kv_heads,
-            config.head_width,
+            mla.nope_head_dim if mla.kv_lora_rank else config.head_width,
             size,
             gated=config.activation in GATED,
             tied=config.tied_embeddings,
             window=max(narrow, default=None),
             global_layers=len(windows) - len(narrow) if narrow else 0,
             learned_positions=config.max_seq_len if config.positions == "learned" else 0,
+            latent_q=(mla.q_lora_rank or 0) if mla.kv_lora_rank else 0,
+            latent_kv=mla.kv_lora_rank,
+            rope_dim=mla.rope_head_dim if mla.kv_lora_rank else 0,
             qk_norm=config.qk_norm,
             layer_norm=config.norm.startswith("layer"),
         )

@@ -250,5 +250,5 @@ def test_planned_models_have_the_parameters_that_their_sources_state(name):
 def test_train_says_that_such_a_model_can_only_be_planned():
     refuse_planned_only(["model=llama3_8b", "train.max_steps=3"], "train")
     with pytest.raises(ConfigError, match="planned, not trained") as caught:
-        refuse_planned_only(["model=deepseek_v3"], "train")
-    assert "orchestrator plan model=deepseek_v3" in str(caught.value)
+        refuse_planned_only(["model=kimi_k2"], "train")
+    assert "orchestrator plan model=kimi_k2" in str(caught.value)
