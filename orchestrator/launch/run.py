@@ -298,7 +298,9 @@ def _sample(job: Job) -> None:
 def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     facts, leg = job.facts, job.leg
     devices = f"{leg['devices']} x {', '.join(leg['device_names'][:1]) or leg['target']}"
-    job.say(f"model      {facts['parameters']:,} parameters, vocabulary {facts['vocab_size']:,}")
+    total, active = facts["parameters"], facts["active_parameters"]
+    some = f", {active:,} active for a token" if active != total else ""
+    job.say(f"model      {total:,} parameters{some}, vocabulary {facts['vocab_size']:,}")
     job.say(f"hardware   {leg['target']}: {devices}, {job.parallel.describe_precision()}, layout {job.parallel.layout}")
     for number, line in enumerate(job.module.groups):
         job.say(f"{'' if number else 'groups':<10} {line}")
