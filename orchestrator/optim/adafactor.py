@@ -6,7 +6,7 @@ torch's own asks the host for every norm, which would cut XLA's graph at each, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -20,8 +20,8 @@ from orchestrator.sharding.parts import Parts
 class Adafactor(GuardedOptimizer):
     """`torch.optim.Adafactor` for parameters of which each process may hold a part.
 
-    State: `step`, a scalar; of a matrix [R, C] `row_var` [R, 1] and `col_var` [1, C]; of a vector `variance`, of its
-    shape.
+    State: `step`, a scalar; of a matrix [R, C] `row_var` [R, 1] and `col_var` [1, C]; of a vector, and of what experts
+    have, `variance`, of its shape.
 
     Args:
         params: matrices and vectors, or groups of them.
@@ -32,6 +32,7 @@ class Adafactor(GuardedOptimizer):
             the dtype's resolution.
         d: largest root mean square of an update.
         weight_decay: decoupled.
+        factored: of which a row's and a column's variances are kept; None: all with two dims.
     """
 
     reduced_dims = MappingProxyType({"row_var": (1,), "col_var": (0,)})
@@ -45,16 +46,18 @@ class Adafactor(GuardedOptimizer):
         eps: tuple[float | None, float] = (None, 1e-3),
         d: float = 1.0,
         weight_decay: float = 0.0,
+        factored: Sequence[Tensor] | None = None,
     ):
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self._parts = parts
+        chosen = None if factored is None else {id(parameter) for parameter in factored}
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=parts.local(parameter).device)
                 }
-                if parameter.dim() == 2:
+                if parameter.dim() == 2 and (chosen is None or id(parameter) in chosen):
                     names = ("row_var", "col_var")
                     factors = {name: parts.zeros(parameter, self.reduced_dims[name]) for name in names}
                     self.state[parameter].update(factors)

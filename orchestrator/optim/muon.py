@@ -20,7 +20,7 @@ class Muon(GuardedOptimizer):
     """`torch.optim.Muon` for matrices of which each process may hold a part.
 
     Args:
-        params: matrices, or groups of them.
+        params: matrices, or stacks [E, rows, columns] of experts' matrices, each of which is one by itself; or groups.
         parts: how they are split.
         lr: learning rate, before `adjust_lr`.
         weight_decay: decoupled.
@@ -62,7 +62,7 @@ class Muon(GuardedOptimizer):
         self._parts, self._dtype = parts, dtype
         for group in self.param_groups:
             for parameter in group["params"]:
-                assert parameter.dim() == 2, f"Muon is for matrices, not for {tuple(parameter.shape)}"
+                assert parameter.dim() in (2, 3), f"Muon is for matrices, not for {tuple(parameter.shape)}"
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
     def update(self) -> None:
@@ -92,22 +92,23 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     """Bring the singular values of a matrix near 1, by a quintic Newton-Schulz iteration.
 
     Args:
-        matrix: [rows, columns]; its dtype is that of the iteration.
+        matrix: [rows, columns], or [E, rows, columns], each by itself; its dtype is that of the iteration.
         coefficients: a, b, c of X <- a X + (b A + c A A) X, where A = X X^T.
         steps: of the iteration.
         eps: least norm that the matrix is divided by.
 
     Returns:
-        [rows, columns], near U V^T of the singular value decomposition.
+        Of the same shape, near U V^T of the singular value decomposition.
     """
     a, b, c = coefficients
-    tall = matrix.size(0) > matrix.size(1)
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=eps)
+    tall = matrix.size(-2) > matrix.size(-1)
+    x = matrix.mT if tall else matrix
+    norm = x.norm() if x.dim() == 2 else x.square().sum((-2, -1), keepdim=True).sqrt()
+    x = x / norm.clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = _add_product(x, _add_product(gram, gram, gram, b, c), x, a, 1.0)
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:
@@ -115,9 +116,11 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: 
     if base.device.type == "xla":
         # torch_xla 2.9 takes a product with factors to the host, and cuts the step's graph there.
         return beta * base + alpha * (left @ right)
+    if base.dim() == 3:
+        return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
     return torch.addmm(base, left, right, beta=beta, alpha=alpha)
 
 
 def _factor(adjust_lr: str, shape: tuple[int, ...]) -> float:
-    rows, columns = shape
+    rows, columns = shape[-2:]
     return 0.2 * math.sqrt(max(rows, columns)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1, rows / columns))

@@ -77,7 +77,8 @@ class Parts(Protocol):
         Args:
             part_of: gives this process's part of a tensor that is split as the parameter; called when it is needed.
             parameters: one for each tensor, all with parts of one dtype.
-            function: of a whole tensor; keeps shape and dtype. A process may be asked for some of them only.
+            function: of a whole tensor; keeps shape and dtype. A process may be asked for some of them only. Of
+                experts [E, ...] it is given one's, or several's, and takes each by itself.
 
         Yields:
             Each parameter and this process's part of its result, in any order.

@@ -236,7 +236,7 @@ class DTensorStrategy(ParallelStrategy):
         """Return the shards and the groups that they are reduced over."""
         assert self.mesh is not None, "join() comes first"
         placements = {parameter: self.placements[model][name] for name, parameter in local_parameters(model)}
-        return ShardedParts(self.mesh, self.layout, self.world.rank, placements)
+        return ShardedParts(self.mesh, self.layout, self.world.rank, placements, self._expert_mesh)
 
     # --- a LightningModule of the user's -----------------------------------------------------------
 

@@ -3,11 +3,16 @@
 Whole matrices are dealt out: each process of a group that holds one copy of the model gets some matrices whole,
 computes, and hands the parts back. Two all-to-alls move as many bytes as one all-gather, and each matrix is computed
 once per copy of the model instead of once per process.
+
+Of a mixture the matrix of each expert is dealt out by itself, among the processes that hold parts of that expert: those
+of one coordinate of the axis `expert`. Where each expert lies whole on one process nothing travels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +26,52 @@ from orchestrator.sharding.parts import Reduced
 from orchestrator.sharding.rules import Placement
 
 
+@dataclass(frozen=True)
+class _Team:
+    """Processes that share tensors, each with a part.
+
+    Attributes:
+        group: of these processes; None where one is alone.
+        ranks: theirs in the first copy of the model, in the order of the group.
+        me: this process's place among them.
+    """
+
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+    me: int
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A tensor that one process gets whole: a parameter's, or the matrix of one expert.
+
+    Attributes:
+        placement: of the parameter.
+        layout: degrees of the mesh axes.
+    """
+
+    placement: Placement
+    layout: Layout
+
+    @property
+    def skipped(self) -> int:
+        """Leading dims of the parameter that the unit has not."""
+        return 0 if self.placement.expert_dim is None else 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole unit."""
+        return self.placement.shape[self.skipped :]
+
+    def box(self, rank: int) -> tuple[slice, ...]:
+        """Return the part of a rank."""
+        return self.placement.slices(self.layout, rank)[self.skipped :]
+
+    def speaks(self, rank: int) -> bool:
+        """Whether a rank is the first of those that hold the same part."""
+        return self.placement.is_owner(self.layout, rank)
+
+
 class ShardedParts:
     """`Parts` of the torch-native strategy.
 
@@ -29,14 +80,28 @@ class ShardedParts:
         layout: degrees of the mesh axes.
         rank: this process.
         placements: parameter -> where it lies.
+        expert_mesh: on which experts are sharded, with `expert` as an axis of its own; None: experts are not divided.
     """
 
-    def __init__(self, mesh: DeviceMesh, layout: Layout, rank: int, placements: Mapping[Any, Placement]):
-        self._layout, self._placements = layout, dict[Any, Placement](placements)
-        self._size = layout.shards * layout.tensor
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        layout: Layout,
+        rank: int,
+        placements: Mapping[Any, Placement],
+        expert_mesh: DeviceMesh | None = None,
+    ):
+        self._layout, self._placements, self._rank = layout, dict[Any, Placement](placements), rank
         # The ranks that hold one copy of the model; rank r of it is rank r of the first copy.
-        self._group = self._group_of(mesh) if self._size > 1 else None
-        self._rank, self._me = rank, rank % self._size
+        size = layout.shards * layout.tensor
+        me = rank % size
+        self._team = _Team(self._group_of(mesh) if size > 1 else None, tuple(range(size)), me)
+        self._expert_team = self._team
+        if expert_mesh is not None:
+            expert = layout.coordinates(me)["expert"]
+            ranks = tuple(one for one in range(size) if layout.coordinates(one)["expert"] == expert)
+            group = self._group_of(expert_mesh) if len(ranks) > 1 else None
+            self._expert_team = _Team(group, ranks, ranks.index(me))
         self._shard_group = mesh.get_group("shard") if layout.shards > 1 else None
         self._tensor_group = mesh.get_group("tensor") if layout.tensor > 1 else None
 
@@ -58,7 +123,7 @@ class ShardedParts:
 
     def numel(self, parameter: Tensor) -> int:
         """Return the number of elements of the whole `parameter`."""
-        return parameter.numel()
+        return math.prod(self._placements[parameter].shape)  # torch knows of one rank's experts alone
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         """Return the shape of the whole `parameter`."""
@@ -72,6 +137,8 @@ class ShardedParts:
         """All-reduce partial sums over the ranks that hold parts; `values`, `parameters` and `dims` as in `Parts`."""
         result = list(values)
         cuts = [self._placements[parameter].tensor_dim for parameter in parameters]
+        if len(dims) > 1:  # over everything, also where experts have a dim more
+            cuts = [None if cut is None else dims[0] for cut in cuts]
         if self._shard_group is not None and 0 in dims:
             _all_reduce(result, range(len(result)), self._shard_group)
         if self._tensor_group is not None:
@@ -82,51 +149,81 @@ class ShardedParts:
         self, part_of: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], function: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Assemble each whole tensor on one rank and apply `function`; `part_of` and `parameters` as in `Parts`."""
-        if self._group is None:
-            for parameter in parameters:
-                yield parameter, function(part_of(parameter))
-            return
+        experts = [one for one in parameters if self._placements[one].expert_dim is not None]
+        others = [one for one in parameters if self._placements[one].expert_dim is None]
+        for team, chosen in ((self._team, others), (self._expert_team, experts)):
+            if team.group is None:
+                for parameter in chosen:
+                    yield parameter, function(part_of(parameter))
+            else:
+                yield from self._dealt(team, part_of, chosen, function)
+
+    def _dealt(
+        self,
+        team: _Team,
+        part_of: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        function: Callable[[Tensor], Tensor],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Deal the units of `parameters` out among a team, as many at a time as it has members."""
+        waiting: list[tuple[Tensor, Tensor, _Unit]] = []  # parameter, this rank's part of the unit, the unit
+        done: dict[Tensor, list[Tensor]] = {}
+
+        def exchange() -> Iterator[tuple[Tensor, Tensor]]:
+            pieces = self._exchange(team, [part for _, part, _ in waiting], [unit for *_, unit in waiting], function)
+            for (parameter, _, unit), piece in zip(waiting, pieces, strict=True):
+                found = done.setdefault(parameter, [])
+                found.append(piece)
+                if not unit.skipped:
+                    yield parameter, piece
+                elif len(found) == local_part(parameter).shape[0]:
+                    yield parameter, torch.stack(done.pop(parameter))
+            waiting.clear()
+
         # Those of one size together: nobody waits for another's larger one.
-        order = sorted(parameters, key=lambda parameter: self._placements[parameter].shape)
-        for start in range(0, len(order), self._size):
-            chunk = order[start : start + self._size]
-            placements = [self._placements[parameter] for parameter in chunk]
-            done = self._exchange([part_of(parameter) for parameter in chunk], placements, function)
-            yield from zip(chunk, done, strict=True)
+        for parameter in sorted(parameters, key=lambda one: self._placements[one].shape):
+            unit, part = _Unit(self._placements[parameter], self._layout), part_of(parameter)
+            for piece in part.unbind(0) if unit.skipped else (part,):
+                waiting.append((parameter, piece, unit))
+                if len(waiting) == len(team.ranks):
+                    yield from exchange()
+        if waiting:
+            yield from exchange()
 
     def _exchange(
-        self, parts: Sequence[Tensor], placements: Sequence[Placement], function: Callable[[Tensor], Tensor]
+        self, team: _Team, parts: Sequence[Tensor], units: Sequence[_Unit], function: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """Bring the n-th tensor whole to the n-th process of the group, and the parts of its result back."""
-        layout, ranks, mine = self._layout, range(self._size), self._me < len(placements)
-        idle = [0] * (self._size - len(placements))
+        """Bring the n-th unit whole to the n-th process of the team, and the parts of its result back."""
+        size, mine = len(team.ranks), team.me < len(units)
+        idle = [0] * (size - len(units))
         counts = [part.numel() for part in parts]
         # Of several processes that hold the same part the first one sends it; all of them get it back.
-        speaks = [placement.is_owner(layout, self._me) for placement in placements]
+        speaks = [unit.speaks(team.ranks[team.me]) for unit in units]
         sent = [count if owner else 0 for count, owner in zip(counts, speaks, strict=True)]
         said = [part.reshape(-1) for part, owner in zip(parts, speaks, strict=True) if owner]
         flat = torch.cat(said) if said else parts[0].new_empty(0)
-        boxes = [placements[self._me].slices(layout, rank) for rank in ranks] if mine else []
-        sizes = [_elements(box) for box in boxes] if mine else [0] * self._size
-        owners = [mine and placements[self._me].is_owner(layout, rank) for rank in ranks]
-        wanted = [size if owner else 0 for size, owner in zip(sizes, owners, strict=True)]
-        received = self._all_to_all(flat, [*sent, *idle], wanted)
+        boxes = [units[team.me].box(rank) for rank in team.ranks] if mine else []
+        sizes = [_elements(box) for box in boxes] if mine else [0] * size
+        owners = [mine and units[team.me].speaks(rank) for rank in team.ranks]
+        wanted = [count if owner else 0 for count, owner in zip(sizes, owners, strict=True)]
+        received = _all_to_all(team, flat, [*sent, *idle], wanted)
         back = flat.new_empty(0)
         if mine:
-            whole = flat.new_empty(placements[self._me].shape)
+            whole = flat.new_empty(units[team.me].shape)
             for box, piece in zip(boxes, received.split(wanted), strict=True):
                 if piece.numel():
                     whole[box] = piece.view(whole[box].shape)
             done = function(whole)
             back = torch.cat([done[box].reshape(-1) for box in boxes])
-        returned = self._all_to_all(back, sizes, [*counts, *idle])
+        returned = _all_to_all(team, back, sizes, [*counts, *idle])
         pieces = returned.split([*counts, *idle])
         return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=False)]
 
-    def _all_to_all(self, flat: Tensor, sent: list[int], wanted: list[int]) -> Tensor:
-        received = flat.new_empty(sum(wanted))
-        dist.all_to_all_single(received, flat, wanted, sent, group=self._group)
-        return received
+
+def _all_to_all(team: _Team, flat: Tensor, sent: list[int], wanted: list[int]) -> Tensor:
+    received = flat.new_empty(sum(wanted))
+    dist.all_to_all_single(received, flat, wanted, sent, group=team.group)
+    return received
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -92,7 +92,10 @@ def _build(
         case AdafactorConfig():
             eps = (config.eps_update, config.eps_parameter)
             groups = grouped(members, config.lr, config.weight_decay)
-            return Adafactor(groups, parts, config.lr, config.beta2_decay, eps, config.clip_threshold)
+            factored = [one.parameter for one in members if one.parameter.dim() == one.dims == 2]
+            return Adafactor(
+                groups, parts, config.lr, config.beta2_decay, eps, config.clip_threshold, factored=factored
+            )
         case SGDConfig():
             fused = device.type in ("cpu", "cuda")
             groups = grouped(members, config.lr, config.weight_decay)
@@ -132,9 +135,9 @@ def _adamw(
 def _muon(
     model: nn.Module, members: Sequence[Member], config: MuonConfig, device: torch.device, parts: Parts, seed: int
 ) -> CombinedOptimizer:
-    """Muon over the matrices of the blocks, AdamW over everything else."""
+    """Muon over the matrices of the blocks, each expert's by itself; AdamW over everything else, routers too."""
     inside = {id(parameter) for block in model.blocks for parameter in block.parameters()}  # type: ignore[union-attr]
-    matrices = [member for member in members if id(member.parameter) in inside and member.parameter.dim() == 2]
+    matrices = [one for one in members if id(one.parameter) in inside and one.dims == 2 and not one.chooses]
     if config.ns_dtype not in _NS_DTYPES:
         raise ConfigError("optim.ns_dtype is not known", got=config.ns_dtype, allowed=", ".join(_NS_DTYPES))
     muon = Muon(

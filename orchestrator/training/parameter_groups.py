@@ -18,6 +18,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.models.protocol import ShardableModel
 
 _STACKED = "experts"  # the logical axis of tensors that hold one matrix or vector for each expert
+_CHOOSES = "choices"  # that of a router's rows
 _SHOWN = 12  # names that an error lists
 
 
@@ -30,12 +31,14 @@ class Member:
         parameter: placed.
         dims: of one expert's part; of the whole where it is no expert's.
         group: the entry of `optim.groups` that is its; None: it has the optimizer's own rate and decay.
+        chooses: it is a router's, whose rows are experts.
     """
 
     name: str
     parameter: nn.Parameter
     dims: int
     group: OptimGroupConfig | None = None
+    chooses: bool = False
 
     @property
     def is_vector(self) -> bool:
@@ -62,7 +65,8 @@ def trained(model: nn.Module, groups: Sequence[OptimGroupConfig] = (), everythin
         number = next((index for index, one in enumerate(groups) if fnmatchcase(name, one.match)), None)
         used.add(number)
         dims = parameter.dim() - (_STACKED in axes.get(name, ()))
-        members.append(Member(name, parameter, dims, None if number is None else groups[number]))
+        group = None if number is None else groups[number]
+        members.append(Member(name, parameter, dims, group, _CHOOSES in axes.get(name, ())))
     if everything and (lost := [group.match for number, group in enumerate(groups) if number not in used]):
         names = [member.name for member in members]
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -119,3 +119,48 @@ def test_state_has_names_and_global_shapes(runs, optimizer):
             if name.startswith("optimizer.") and name.split(".", 2)[2] == weight
         }
         assert has == states
+
+
+MOE = ("model.moe.experts=4", "model.moe.mlp_dim=32", "model.moe.shared_mlp_dim=32", "model.moe.expert_bias=true")
+EXPERTS = {
+    "expert2": (["layout.expert=2", "layout.fsdp=1"], 2),
+    "fsdp2": (["layout.fsdp=2"], 2),
+    "expert2_fsdp2": (["layout.expert=2", "layout.fsdp=2"], 4),
+    "expert2_tensor2": (["layout.expert=2", "layout.tensor=2", "layout.fsdp=1"], 4),
+}
+
+
+@pytest.fixture(scope="module")
+def mixtures(runs):
+    """Run directories of models with experts, by optimizer and layout."""
+    done: dict[tuple, Path] = {}
+
+    def run(optimizer: str, layout: str | None = None) -> Path:
+        words, size = EXPERTS[layout] if layout else ([], 1)
+        if (optimizer, layout) not in done:
+            done[optimizer, layout] = runs.tmp / f"experts-{optimizer}-{layout}"
+            config = small_config(runs.tmp, *SHORT, *OPTIMIZERS[optimizer], *MOE, *words)
+            train(config, size, done[optimizer, layout])
+        return done[optimizer, layout]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout"),
+    cases(
+        [*(("muon", layout) for layout in EXPERTS), ("adafactor", "expert2_fsdp2"), ("adafactor", "expert2_tensor2")],
+        quick=[("muon", "expert2_fsdp2")],
+    ),
+)
+def test_experts_train_alike_on_every_layout(mixtures, optimizer, layout):
+    ours, theirs = (losses(read_rows(mixtures(optimizer, where))) for where in (layout, None))
+    np.testing.assert_allclose(ours, theirs, rtol=RELATIVE)
+    assert ours[-1] < ours[0] - 0.1
+    found = Checkpoint(checkpoint(mixtures(optimizer, layout)))
+    assert list(contradictions(found)) == []
+    if optimizer == "muon":
+        states = {name.split(".")[1] for name in found.manifest.tensors if name.endswith("experts.down")}
+        assert states - {"layers"} == {"momentum_buffer"}
+        assert found.manifest.tensors["optimizer.momentum_buffer.layers.1.mlp.experts.down"].shape == (4, 64, 32)
+        assert "optimizer.exp_avg.layers.1.mlp.router.weight" in found.manifest.tensors

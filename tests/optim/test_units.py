@@ -83,6 +83,17 @@ def test_muon_is_for_the_matrices_of_the_blocks():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 5), (3, 5, 8)])
+def test_each_of_several_matrices_is_orthogonalized_by_itself(shape):
+    matrices = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e3, 1e-3])[:, None, None]
+    )
+    settings = ((3.4445, -4.7750, 2.0315), 5, 1e-7)
+    found = orthogonalize(matrices, *settings)
+    for one, alone in zip(found, matrices, strict=True):
+        torch.testing.assert_close(one, orthogonalize(alone, *settings), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(40, 16), (16, 40), (16, 16)])
 def test_orthogonalize_is_near_the_polar_factor(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
