@@ -280,8 +280,9 @@ def router_figures(routing: Tensor, top_k: int) -> dict[str, Tensor]:
     load = routing[:, STATISTICS:]
     mean = load.mean(1, keepdim=True).clamp(min=1e-9)
     return {
-        "router_loss": routing[:, LOSS].sum() / routing[:, TOKENS].amax().clamp(min=1.0),
-        "expert_load_max": (load / mean).amax(),
+        "router_loss": routing[:, LOSS].sum() / routing[:, TOKENS].amax(0).clamp(min=1.0),
+        # With dims: torch_xla's amax() without them reduces nothing.
+        "expert_load_max": (load / mean).flatten().amax(0),
         "router_entropy": routing[:, ENTROPY].sum() / tokens,
         "dropped": routing[:, DROPPED].sum() / (tokens * top_k),
     }

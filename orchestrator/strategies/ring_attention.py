@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 
 from orchestrator.models.attention import AttentionCore
@@ -207,7 +207,7 @@ def _ring_attention(
     """Compute the output of this rank's queries [B, H, T / c, width], and their log-sum-exp [B, H, T / c]."""
     ring = SequenceRing(None, SequenceOrder(1))
     if group:
-        members = _resolve_process_group(GroupName(group))
+        members = _resolve_process_group(group)
         ring = SequenceRing(members, SequenceOrder(dist.get_world_size(members), chunks))
     length = q.shape[2] * ring.order.ranks
     rule = CausalMask(queries=length, past=0, documents=documents, window=window, device=q.device)

@@ -132,20 +132,26 @@ class XlaStrategy(ParallelStrategy):
         for _, mixture in mixtures(model):
             # Shapes that do not depend on the router: else every step would be another program.
             mixture.experts.dispatch = SlotDispatch(self._to_experts, self._to_tokens)
+            mixture.router.register_forward_hook(lambda router, args, logits: self._whole_rows(logits))
         model.head.ops = self._head_ops(model.head.ops)
 
     def _to_experts(self, slots: Tensor) -> Tensor:
         """Divide slots [B, E, C, D] over the ranks that have their experts: the compiler puts in an all-to-all."""
-        return self._constrain(slots, (("replicate", "fsdp"), "expert", None, None))
+        return self._constrain(slots, ("replicate", "fsdp"), "expert")
 
     def _to_tokens(self, answers: Tensor) -> Tensor:
-        return self._constrain(answers, (_BATCH_AXES, None, None, None))
+        return self._constrain(answers, _BATCH_AXES, None)
 
-    def _constrain(self, tensor: Tensor, spec: tuple[Any, ...]) -> Tensor:
-        rows = tensor.shape[0]
-        if self.layout.expert == 1 or rows % self.layout.data_parallel:
-            return tensor
-        constrained: Tensor = xs.mark_sharding_with_gradients(tensor, self._mesh, spec)
+    def _constrain(self, slots: Tensor, rows: tuple[str, ...], experts: str | None) -> Tensor:
+        # Rows that the devices cannot share, such as a sample's one, are on all of them.
+        shared = rows if slots.shape[0] % self.layout.data_parallel == 0 else None
+        constrained: Tensor = xs.mark_sharding_with_gradients(slots, self._mesh, (shared, experts, None, None))
+        return constrained
+
+    def _whole_rows(self, logits: Tensor) -> Tensor:
+        """Keep a router's scores [B, T, E] whole along the experts: divided, the partitioner cannot take the best."""
+        shared = _BATCH_AXES if logits.shape[0] % self.layout.data_parallel == 0 else None
+        constrained: Tensor = xs.mark_sharding_with_gradients(logits, self._mesh, (shared, "context", None))
         return constrained
 
     def _head_ops(self, ops: HeadOps) -> HeadOps:

@@ -42,6 +42,7 @@ def _work(world: Any, overrides: list[str], sources: list[str], target: Path) ->
         path = save(folder, 10, shards, parallel, Contents({}, {}))
         batch = job.loader.step(job.module.step)
         placed = parallel.prepare_batch(batch)
+        job.module.model.eval()  # without the losses of routers, as the rows have it
         targets = parallel.sum_over_data((placed["targets"] != -100).sum())
         with torch.no_grad(), parallel.forward_context():
             part = job.module.model(**placed) / targets

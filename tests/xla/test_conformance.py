@@ -21,18 +21,18 @@ RELATIVE = 1e-5
 NATIVE = os.environ.get("ORCHESTRATOR_VENV", str(ROOT / ".venv")) + "/bin/python"
 
 
-def _simulate(devices: int, *layout: str) -> list[str]:
+def simulate(devices: int, *layout: str) -> list[str]:
     return ["hardware=tpu", f"hardware.simulate={devices}", *layout]
 
 
 XLA = {
-    "1": _simulate(1),
-    "fsdp4": _simulate(4, "layout.fsdp=4"),
-    "tensor2": _simulate(2, "layout.tensor=2"),
-    "replicate4": _simulate(4, "layout.replicate=4", "layout.fsdp=1"),
-    "context2_fsdp2": _simulate(4, "layout.context=2", "layout.fsdp=2"),
-    "fsdp2_tensor2": _simulate(4, "layout.fsdp=2", "layout.tensor=2"),
-    "replicate2_fsdp2_tensor2": _simulate(8, "layout.replicate=2", "layout.fsdp=2", "layout.tensor=2"),
+    "1": simulate(1),
+    "fsdp4": simulate(4, "layout.fsdp=4"),
+    "tensor2": simulate(2, "layout.tensor=2"),
+    "replicate4": simulate(4, "layout.replicate=4", "layout.fsdp=1"),
+    "context2_fsdp2": simulate(4, "layout.context=2", "layout.fsdp=2"),
+    "fsdp2_tensor2": simulate(4, "layout.fsdp=2", "layout.tensor=2"),
+    "replicate2_fsdp2_tensor2": simulate(8, "layout.replicate=2", "layout.fsdp=2", "layout.tensor=2"),
 }
 
 
@@ -146,10 +146,20 @@ TARGETS = ["native fsdp2_tensor2", "xla fsdp4", "xla replicate2_fsdp2_tensor2"]
 @pytest.mark.parametrize("target", cases(SOURCES, quick=TARGETS))
 def test_every_checkpoint_loads_everywhere_bitwise(runs, target, tmp_path):
     """For all pairs: every tensor bitwise, optimizer included; the same next batch; the first resumed loss."""
-    python, words = SOURCES[target]
-    saved = {name: runs(*layout, python=which) for name, (which, layout) in SOURCES.items()}
+    assert_exchanged(runs, SOURCES, target, tmp_path)
+
+
+def assert_exchanged(runs, layouts, target: str, tmp_path: Path, *words: str) -> None:
+    """See that the checkpoint of every one of `layouts` is read on `target` as it was written.
+
+    Args:
+        layouts: name -> Python and overrides.
+        words: overrides of all of them.
+    """
+    python, layout = layouts[target]
+    saved = {name: runs(*words, *each, python=which) for name, (which, each) in layouts.items()}
     sources = [checkpoint(run_dir, 10) for run_dir in saved.values()]
-    results = runs.server(python).exchange(small_overrides(runs.tmp, *words), sources, tmp_path)
+    results = runs.server(python).exchange(small_overrides(runs.tmp, *words, *layout), sources, tmp_path)
     for (name, run_dir), source, result in zip(saved.items(), sources, results, strict=True):
         before, after = read_all(source), read_all(Path(result["path"]))
         assert before.keys() == after.keys()
