@@ -20,8 +20,10 @@ from orchestrator.models.moe import MoE, Routing
 from orchestrator.models.protocol import ShardableModel, mixtures
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.rules import Placement
+from orchestrator.strategies.sequence_order import SequenceOrder, SequenceParts
 
 _SEQUENCE_DIM = 1  # of the residual stream [B, T, D]
+_TOKENS = 2  # dim of counts [B, k, T, E]
 
 
 def parallelize_experts(
@@ -49,7 +51,7 @@ def parallelize_experts(
         if tensor_group is not None:
             _divide_width(mixture, tensor_group)
         if context_group is not None:
-            mixture.sequence = DividedSequence(context_group)
+            mixture.sequence = DividedSequence(context_group, SequenceOrder.of(layout))
 
 
 def _keep_parts(path: str, mixture: MoE, placements: Mapping[str, Placement], layout: Layout) -> None:
@@ -116,28 +118,26 @@ class AllToAllDispatch(SortedDispatch):
 
 
 class DividedSequence(WholeSequence):
-    """A sequence of which each rank of a group has a part, in the order of the ranks.
+    """A sequence of which each rank of a group has chunks.
 
     Args:
         group: these ranks.
+        order: which chunks each of them has.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self._group, self.parts = group, dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup, order: SequenceOrder):
+        self.parts = order.ranks
+        self._chunks = SequenceParts(order, group)
 
     def sum(self, counts: Tensor) -> Tensor:
         """Add up over the ranks of a sequence; no gradient."""
-        whole = counts.detach().clone()
-        dist.all_reduce(whole, group=self._group)
-        return whole
+        return self._chunks.sum(counts.detach())
 
     def before(self, counts: Tensor) -> Tensor:
         """Return, for each token, the sum over the earlier tokens of its sequence, also on other ranks."""
-        here = counts.sum(2)
-        parts = [torch.empty_like(here) for _ in range(self.parts)]
-        dist.all_gather(parts, here.contiguous(), group=self._group)
-        earlier = torch.stack(parts[: dist.get_rank(self._group)]).sum(0) if dist.get_rank(self._group) else 0 * here
-        return earlier.unsqueeze(2) + super().before(counts)
+        chunks = self._chunks.split(counts, _TOKENS)
+        earlier = self._chunks.before(chunks.sum(_TOKENS + 1)).unsqueeze(_TOKENS + 1)
+        return self._chunks.join(earlier + chunks.cumsum(_TOKENS + 1) - chunks, _TOKENS)
 
 
 def _summing_gradients(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:

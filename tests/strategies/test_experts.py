@@ -31,6 +31,8 @@ CASES = {
     "expert2_fsdp2": ["layout.expert=2", "layout.fsdp=2"],
     "expert2_tensor2": ["layout.expert=2", "layout.tensor=2"],
     "expert2_context2": ["layout.expert=2", "layout.context=2"],
+    "expert2_ring2": ["layout.expert=2", "layout.context=2", "layout.context_kind=ring"],
+    "expert2_ulysses2": ["layout.expert=2", "layout.context=2", "layout.context_kind=ulysses"],
     "replicate2_expert2": ["layout.replicate=2", "layout.expert=2"],
     "replicate2_expert2_fsdp2": ["layout.replicate=2", "layout.expert=2", "layout.fsdp=2"],
     "expert2_fsdp2_tensor2": ["layout.expert=2", "layout.fsdp=2", "layout.tensor=2"],
@@ -60,13 +62,18 @@ def test_same_losses_norms_loads_and_evaluation(runs, name):
 
 
 OF_NO_RESULT = ("accumulation", "remat")
-WITH = [("capacity", "expert2_context2"), ("capacity", "expert2_tensor2"), ("accumulation", "expert2_fsdp2")]
+WITH = [
+    ("capacity", "expert2_context2"),
+    ("capacity", "expert2_ring2"),
+    ("capacity", "expert2_tensor2"),
+    ("accumulation", "expert2_fsdp2"),
+]
 WITH += [("accumulation", "replicate2_expert2_fsdp2"), ("remat", "expert2_tensor2"), ("groups", "expert2_tensor2")]
 WITH += [("biases", "expert2_tensor2"), ("biases", "expert2_fsdp2_tensor2")]
 
 
 @pytest.mark.parametrize(
-    ("feature", "name"), cases(WITH, quick=[("capacity", "expert2_context2"), ("biases", "expert2_tensor2")])
+    ("feature", "name"), cases(WITH, quick=[("capacity", "expert2_ring2"), ("biases", "expert2_tensor2")])
 )
 def test_features_agree_too(runs, feature, name):
     ours = read_rows(_run(runs, CASES[name], *FEATURES[feature]))
