@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -207,7 +207,7 @@ def _ring_attention(
     """Compute the output of this rank's queries [B, H, T / c, width], and their log-sum-exp [B, H, T / c]."""
     ring = SequenceRing(None, SequenceOrder(1))
     if group:
-        members = _resolve_process_group(group)
+        members = _resolve_process_group(cast(Any, group))
         ring = SequenceRing(members, SequenceOrder(dist.get_world_size(members), chunks))
     length = q.shape[2] * ring.order.ranks
     rule = CausalMask(queries=length, past=0, documents=documents, window=window, device=q.device)
