@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeAlias
@@ -206,6 +206,7 @@ def read_into(
     cast: bool = False,
     check: Coordinator | None = None,
     progress: Callable[[int], object] = lambda done: None,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Fill `shards` from the stored tensors.
 
@@ -217,6 +218,7 @@ def read_into(
         check: the processes that read the checkpoint together, each its own shards: all of it is then compared with
             its hashes, and what one of them finds is raised by all. None: nothing is hashed, and no rank waits.
         progress: told the number of bytes of each stretch that this process has read.
+        elsewhere: parameters that other processes alone have, with their optimizer state.
 
     Raises:
         CheckpointError: names, shapes or dtypes differ between the checkpoint and the run.
@@ -225,7 +227,7 @@ def read_into(
     checks = Checks(checkpoint) if check else None
     problem = None
     try:
-        _check_names(checkpoint.manifest, {shard.name for shard in shards}, tuple(ignore))
+        _check_names(checkpoint.manifest, {shard.name for shard in shards}, tuple(ignore), elsewhere)
         reader = Reader(checkpoint, cast, checks, progress)
         with ThreadPoolExecutor(_THREADS) as pool:
             jobs = itertools.chain.from_iterable(list(pool.map(reader.jobs, shards)))
@@ -239,8 +241,12 @@ def read_into(
         checks.conclude(check, problem, progress)
 
 
-def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) -> None:
-    stored = {name for name in manifest.tensors if not name.startswith((*ignore, *_KEPT_BESIDE))}
+def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...], elsewhere: Collection[str]) -> None:
+    stored = {
+        name
+        for name in manifest.tensors
+        if not name.startswith((*ignore, *_KEPT_BESIDE)) and _parameter(name) not in elsewhere
+    }
     missing, extra = sorted(wanted - set(manifest.tensors)), sorted(stored - wanted)
     if missing or extra:
         alike = all(name.startswith("optimizer.") for name in (*missing, *extra))
@@ -249,6 +255,11 @@ def _check_names(manifest: Manifest, wanted: set[str], ignore: tuple[str, ...]) 
             got=f"it lacks {_some(missing)}; it has in addition: {_some(extra)}",
             fix=f"give the {'optim' if alike else 'model'} configuration that it was trained with",
         )
+
+
+def _parameter(name: str) -> str:
+    """`model.embed.weight`, `optimizer.step.embed.weight` -> `embed.weight`."""
+    return name.split(".", 2)[-1] if name.startswith("optimizer.") else name.partition(".")[2]
 
 
 def _some(names: list[str], limit: int = 3) -> str:

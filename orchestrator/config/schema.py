@@ -242,6 +242,8 @@ class LayoutConfig:
     context: int | Auto = 1
     tensor: int | Auto = 1
     schedule: Schedule = "1f1b"  # in which the micro-batches pass the pipeline
+    virtual_stages: int | Auto = "auto"  # of each of its ranks; auto: 2 with interleaved and dualpipe_v, else 1
+    stage_layers: tuple[int, ...] = ()  # layers of each stage, the first one's first; empty: divided by their cost
     context_kind: ContextKind = "gather"  # how the parts of a sequence attend to each other
 
 

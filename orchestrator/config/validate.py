@@ -68,6 +68,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "layout.expert": (1, 1 << 20),
     "layout.context": (1, 1 << 20),
     "layout.tensor": (1, 1 << 20),
+    "layout.virtual_stages": (1, 1 << 10),
     "checkpoint.every_steps": _STEPS,
     "checkpoint.keep_last": _STEPS,
     "checkpoint.keep_every_steps": _STEPS,

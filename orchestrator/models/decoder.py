@@ -130,27 +130,22 @@ class Decoder(ShardableModel):
         """
         if cache is not None and documents is not None:
             raise ValueError("documents cannot be told apart when a cache is used")
-        past = cache.length if cache is not None else 0
         if positions is None:
+            past = cache.length if cache is not None else 0
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).unsqueeze(0)
-        x = self._embed(tokens, positions)
-        masks = self._masks(tokens, past, documents, x.dtype)
-        ropes = self._ropes(positions)
-        routing_losses = []
-        for index, layer in enumerate(self.layers):
-            rope, mask = ropes[self.config.rope_of(index)], masks[self.config.window_of(index)]
-            x = layer(x, rope, mask, cache.layers[index] if cache is not None else None)
-            if isinstance(x, tuple):
-                x, routing_loss, statistics = x
-                routing_losses.append(routing_loss)
-                self.note_routing(index, statistics)
-        result: Tensor = self.head(self.norm(x), targets, last_only)
-        if targets is not None and self.training and routing_losses:
-            result = result + torch.stack(routing_losses).sum()
-        return result
+        x = self.begin(tokens, positions)
+        x, routing_loss = self.through(range(len(self.layers)), x, positions, documents, cache)
+        result = self.end(x, targets, last_only)
+        return result if targets is None or routing_loss is None else result + routing_loss
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.embed(tokens)
+    def begin(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the residual stream that the first layer takes, [B, T, D].
+
+        Args:
+            tokens: [B, T] int64.
+            positions: [B or 1, T].
+        """
+        x: Tensor = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         if self.positions is not None:
@@ -159,21 +154,69 @@ class Decoder(ShardableModel):
             x = F.dropout(x, self.config.dropout, self.training)
         return x
 
-    def _masks(self, tokens: Tensor, past: int, documents: Tensor | None, dtype: torch.dtype) -> dict[int | None, Mask]:
+    def through(
+        self,
+        layers: range,
+        x: Tensor,
+        positions: Tensor,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pass the residual stream through some layers.
+
+        Args:
+            layers: their numbers.
+            x: residual stream, [B, T or a rank's part of T, D].
+            positions: [B or 1, T].
+            documents: [B, T] or None, as in `forward`.
+            cache: keys and values of earlier positions.
+
+        Returns:
+            The stream behind them, and in training the sum of their routers' losses; None where they have none.
+        """
+        past = cache.length if cache is not None else 0
+        masks = self._masks(layers, positions, past, documents, x.dtype)
+        ropes = self._ropes(layers, positions)
+        routing_losses = []
+        for index in layers:
+            rope, mask = ropes[self.config.rope_of(index)], masks[self.config.window_of(index)]
+            out = self.layers[index](x, rope, mask, cache.layers[index] if cache is not None else None)
+            if isinstance(out, tuple):
+                x, routing_loss, statistics = out
+                routing_losses.append(routing_loss)
+                self.note_routing(index, statistics)
+            else:
+                x = out
+        return x, torch.stack(routing_losses).sum() if routing_losses and self.training else None
+
+    def end(self, x: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
+        """Return the loss with targets, logits without, as `forward` but for the routers' losses.
+
+        Args:
+            x: residual stream behind the last layer.
+            targets: [B, T] or None.
+            last_only: logits of the last position only.
+        """
+        result: Tensor = self.head(self.norm(x), targets, last_only)
+        return result
+
+    def _masks(
+        self, layers: range, positions: Tensor, past: int, documents: Tensor | None, dtype: torch.dtype
+    ) -> dict[int | None, Mask]:
         """Make the mask of each window that there is, shared by the layers that have it."""
         masks: dict[int | None, Mask] = {}
-        for window in dict.fromkeys(map(self.config.window_of, range(self.config.layers))):
+        for window in dict.fromkeys(map(self.config.window_of, layers)):
             mask = self.make_mask(
-                queries=tokens.shape[1], past=past, documents=documents, window=window, device=tokens.device
+                queries=positions.shape[1], past=past, documents=documents, window=window, device=positions.device
             )
             masks[window] = additive(mask, dtype) if isinstance(mask, Tensor) else mask
         return masks
 
-    def _ropes(self, positions: Tensor) -> dict[str | None, Rope | None]:
+    def _ropes(self, layers: range, positions: Tensor) -> dict[str | None, Rope | None]:
         """Make the tables of each kind of rotary positions that there is."""
         config, ropes = self.config, dict[str | None, Rope | None]()
         interleaved = config.rope_layout == "interleaved"
-        for kind in dict.fromkeys(map(config.rope_of, range(config.layers))):
+        for kind in dict.fromkeys(map(config.rope_of, layers)):
             ropes[kind] = None
             if kind == "local" and config.rope_local_theta is not None:
                 ropes[kind] = rope_tables(
@@ -197,7 +240,7 @@ class Decoder(ShardableModel):
         """
         rate = self.config.moe.balance_bias_rate
         for index, layer in enumerate(self.blocks):
-            mlp = layer.mlp
+            mlp = getattr(layer, "mlp", None)  # a pipeline's rank has some of the layers
             if isinstance(mlp, MoE) and mlp.router.balance_bias is not None:
                 load = routing[index, STATISTICS:]
                 move = (load.mean() - load).sign() * rate

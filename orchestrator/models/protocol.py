@@ -12,6 +12,8 @@ A model is single-device code: no `torch.distributed`, no vendor's library, no d
 - Positions meet in an `AttentionCore` only (or a subclass of it), called as `core(q, k, v, mask)`, each query by
   itself. A model without one trains on every layout but those that split sequences (`layout.context`).
 - A mixture of experts is a `models.moe.MoE`, which strategies divide as a whole.
+- `begin`, `through` and `end` are the forward pass in parts: a pipeline's rank runs those of its layers. What lies in
+  no block, `norm` or `head` belongs to the beginning. A model without them trains on every layout but pipelines.
 - Everything else acts on each position by itself. No buffers: what is not a parameter is computed in `forward`.
 """
 
@@ -134,6 +136,40 @@ class ShardableModel(nn.Module):
         Returns:
             fp32 scalar, the SUM of the cross-entropies over the targets; or logits [B, T, V].
         """
+
+    def begin(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the residual stream that the first block takes, [B, T, D]: the embedding.
+
+        Args:
+            tokens: [B, T] int64.
+            positions: [B or 1, T], as in `forward`; never None.
+        """
+        raise NotImplementedError
+
+    def through(
+        self, layers: range, x: Tensor, positions: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pass the residual stream through some blocks. What else these need is made of the arguments.
+
+        Args:
+            layers: their numbers in `blocks`.
+            x: residual stream, [B, T or a rank's part of T, D].
+            positions: [B or 1, T].
+            documents: [B, T] or None.
+
+        Returns:
+            The stream behind them, and in training the sum of their routers' losses; None where they have none.
+        """
+        raise NotImplementedError
+
+    def end(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return what `forward` does, but for the routers' losses: by the norm and the head.
+
+        Args:
+            x: residual stream behind the last block.
+            targets: [B, T] or None.
+        """
+        raise NotImplementedError
 
 
 def attention_cores(model: ShardableModel) -> Iterator[tuple[nn.Module, str, AttentionCore]]:

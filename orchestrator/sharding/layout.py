@@ -10,7 +10,7 @@ is sharded over it as over fsdp. An expert's matrices are on one rank of it, and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.config.schema import ContextKind, LayoutConfig, ModelConfig, Schedule
 from orchestrator.errors import LayoutError
@@ -18,6 +18,9 @@ from orchestrator.sharding.axes import MESH_AXES
 
 # Who takes the devices that the fixed degrees leave over, in this order.
 _AUTO_PREFERENCE = ("fsdp", "replicate", "context", "tensor", "expert", "pipeline")
+
+VIRTUAL_STAGES: dict[Schedule, int] = {"1f1b": 1, "interleaved": 2, "zero_bubble": 1, "dualpipe_v": 2}
+"""Stages that each rank of a pipeline has, by its schedule, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Layout:
         tensor: parts of each matrix.
         schedule: of the pipeline's micro-batches.
         context_kind: how the parts of a sequence attend to each other.
+        virtual_stages: stages of each rank of a pipeline.
+        stage_layers: layers of each stage; empty: divided evenly.
     """
 
     replicate: int = 1
@@ -43,6 +48,8 @@ class Layout:
     tensor: int = 1
     schedule: Schedule = "1f1b"
     context_kind: ContextKind = "gather"
+    virtual_stages: int = 1
+    stage_layers: tuple[int, ...] = ()
 
     @property
     def devices(self) -> int:
@@ -73,6 +80,11 @@ class Layout:
     def sequence_split(self) -> int:
         """What must divide the length of a sequence, for `context` and between the blocks for `tensor`."""
         return self.context * math.lcm(self.sequence_chunks, self.tensor)
+
+    @property
+    def stages(self) -> int:
+        """Stretches into which a pipeline divides the layers."""
+        return self.pipeline * self.virtual_stages
 
     def degree(self, axis: str) -> int:
         """Return the degree of a mesh axis.
@@ -142,7 +154,11 @@ def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
     degrees = {**fixed, **dict.fromkeys(automatic, 1)}
     if automatic:
         degrees[automatic[0]] = devices // product
-    return Layout(**degrees, schedule=config.schedule, context_kind=config.context_kind)
+    layout = Layout(**degrees, schedule=config.schedule, context_kind=config.context_kind)
+    if layout.pipeline == 1:
+        return layout
+    virtual = VIRTUAL_STAGES[config.schedule] if config.virtual_stages == "auto" else config.virtual_stages
+    return replace(layout, virtual_stages=virtual, stage_layers=config.stage_layers)
 
 
 def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_tokens: int) -> list[LayoutError]:
@@ -168,15 +184,6 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
         fix = "lower layout.tensor, or set model.max_seq_len to a multiple of it"
         problems.append(_indivisible("model.max_seq_len", model.max_seq_len, "layout.tensor", layout.tensor, fix))
     problems += _check_experts(layout, model)
-    if model._target_ is None and layout.pipeline > model.layers:
-        problems.append(
-            LayoutError(
-                "the pipeline is deeper than the model",
-                got=f"layout.pipeline={layout.pipeline} with model.layers={model.layers}",
-                allowed=f"at most {model.layers}: each rank has a layer or more",
-                fix=f"set layout.pipeline={model.layers} or less",
-            )
-        )
     sequences = global_batch_tokens // seq_len
     fitting = -(-sequences // layout.data_parallel) * layout.data_parallel
     if sequences % layout.data_parallel:

@@ -9,7 +9,7 @@ costs about 5% of a step of 20M parameters on a CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -28,13 +28,14 @@ from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
-from orchestrator.sharding.parts import Parts, blocks, heeds_flag, in_blocks, reduced_dims
+from orchestrator.sharding.parts import Parts, Reduced, heeds_flag
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.context_parallel import parallelize_context
 from orchestrator.strategies.expert_parallel import parallelize_experts
 from orchestrator.strategies.fp8_layers import Fp8Layers, choose_layers, convert_layers
-from orchestrator.strategies.fully_sharding import fully_shard_model
+from orchestrator.strategies.fully_sharding import divide_gradients, fully_shard_model, make_expert_mesh
+from orchestrator.strategies.host_reads import read_later
 from orchestrator.strategies.module_sharding import (
     check_reduced,
     fsdp_modules,
@@ -47,7 +48,15 @@ from orchestrator.strategies.module_sharding import (
     without_gradients,
 )
 from orchestrator.strategies.module_state import shardable_models
-from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
+from orchestrator.strategies.optimizer_shards import optimizer_shards
+from orchestrator.strategies.parallel_strategy import (
+    Batch,
+    ParallelStrategy,
+    StepHooks,
+    local_parameters,
+)
+from orchestrator.strategies.pipeline_runner import Pipeline, pipeline_of
+from orchestrator.strategies.pipeline_stages import keep_own_stages, present_blocks
 from orchestrator.strategies.sequence_order import SequenceOrder
 from orchestrator.strategies.sharded_parts import ShardedParts, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
@@ -110,20 +119,10 @@ class DTensorStrategy(ParallelStrategy):
         layout = self.layout
         ranks = torch.arange(self.world.size).reshape(layout.replicate, layout.pipeline, layout.shards, layout.tensor)
         self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "pipeline", "shard", "tensor"))
-        self._expert_mesh = self._make_expert_mesh() if layout.expert > 1 else None
+        self._expert_mesh = make_expert_mesh(layout, device.type) if layout.expert > 1 else None
         self._context_group = self._make_group("context")
         self._expert_group = self._make_group("expert")
-
-    def _make_expert_mesh(self) -> DeviceMesh:
-        """Return the mesh on which experts are sharded: as the other one, with the expert axis out of `shard`."""
-        layout = self.layout
-        ranks = torch.arange(self.world.size).reshape(list(layout.as_dict().values()))
-        # replicate, pipeline, expert, fsdp and context as `shard`, tensor
-        ranks = ranks.permute(0, 1, 3, 2, 4, 5).reshape(
-            layout.replicate, layout.pipeline, layout.expert, layout.expert_shards, layout.tensor
-        )
-        names = ("replicate", "pipeline", "expert", "shard", "tensor")
-        return DeviceMesh(self.root_device.type, ranks, mesh_dim_names=names)
+        self._pipeline_group = self._make_group("pipeline")
 
     def _make_group(self, axis: str) -> dist.ProcessGroup | None:
         """Return the group of this process along a mesh axis; None where it is alone. All processes call it."""
@@ -153,13 +152,19 @@ class DTensorStrategy(ParallelStrategy):
         if self._context_group is not None:
             order = SequenceOrder.of(self.layout)
             parallelize_context(model, self._context_group, self.layout.context_kind, order)
+        whole = model.embed.weight.shape
+        stages = keep_own_stages(model, self.layout, self.world.rank)
         if self.compile:
-            for block in model.blocks:
+            for block in present_blocks(model):
                 block.compile(**self.target.compile_options)
         if self.layout.devices > 1 or self.precision != "fp32":
             self._fully_shard(model)
         self._allocate(model)
-        model.tie_weights()
+        if any(stage.last for stage in stages):
+            model.tie_weights()
+        if self._pipeline_group is not None:
+            stream = (whole[1], _DTYPES[self.precision], self.root_device)
+            Pipeline(model, stages, self.layout, self.world.rank, self._pipeline_group, *stream)
         self._check(model)
 
     def describe_precision(self) -> str:
@@ -174,9 +179,10 @@ class DTensorStrategy(ParallelStrategy):
         assert self.mesh is not None
         mesh, expert_mesh = self._fsdp_mesh(self.mesh), self._fsdp_mesh(self._expert_mesh or self.mesh)
         whole = {name for name, placement in self.placements[model].items() if placement.fsdp_dim is None}
-        fully_shard_model(model, mesh, expert_mesh, _DTYPES[self.precision], whole)
+        # A pipeline's units are gathered once in a step: doing it for each micro-batch would cost more than it saves.
+        fully_shard_model(model, mesh, expert_mesh, _DTYPES[self.precision], whole, self.layout.pipeline == 1)
         # The loss is divided by the global number of target tokens, so gradients add up.
-        _divide_gradients(model, 1)
+        divide_gradients(model, 1)
 
     def _fsdp_mesh(self, mesh: DeviceMesh | None) -> DeviceMesh:
         assert mesh is not None, "join() comes first"
@@ -195,9 +201,9 @@ class DTensorStrategy(ParallelStrategy):
     @torch.no_grad()
     def initialize(self, model: ShardableModel, seed: int) -> None:
         """Draw this rank's shards of the initial weights on the host."""
-        placements = self.placements[model]
-        for name, init in model.initializers().items():
-            local = local_part(model.get_parameter(name))
+        placements, initializers = self.placements[model], model.initializers()
+        for name, parameter in local_parameters(model):
+            init, local = initializers[name], local_part(parameter)
             if local.numel():
                 local.copy_(draw_slice(init, name, seed, placements[name].shape, self._slices(model, name)))
 
@@ -210,27 +216,18 @@ class DTensorStrategy(ParallelStrategy):
         shards = []
         for name, parameter in local_parameters(model):
             placement, slices = self.placements[model][name], self._slices(model, name)
-            owned = placement.is_owner(self.layout, self.world.rank)
+            owned = self._owns(model, name)
             shards.append(Shard(f"model.{name}", placement.shape, slices, local_part(parameter), owned))
-            shards += self._optimizer_shards(name, parameter, placement, optimizer) if optimizer else []
+            if optimizer is not None:
+                owns, at = functools.partial(self._owns, model, name), (self.layout, self.world.rank)
+                shards += optimizer_shards(name, parameter, placement, optimizer, owns, at)
         return shards
 
-    def _optimizer_shards(
-        self, name: str, parameter: Tensor, placement: Placement, optimizer: torch.optim.Optimizer
-    ) -> Iterator[Shard]:
-        """Yield the parts of a parameter's optimizer state: scalars, of its shape, or with size 1 in some dims."""
-        rank, reduced, blocked = self.world.rank, reduced_dims(optimizer), blocks(optimizer)
-        for key, value in optimizer.state[parameter].items():
-            full, dims = f"optimizer.{key}.{name}", reduced.get(key, ())
-            if value.dim() == 0:
-                shard = Shard(full, (), (), value, rank == 0)
-            else:
-                slices = placement.slices(self.layout, rank, dims)
-                owned, shape = placement.is_owner(self.layout, rank, dims), placement.shape_of(dims)
-                if key in blocked:
-                    shape, slices = in_blocks(shape, slices, blocked[key])
-                shard = Shard(full, shape, slices, local_part(value), owned)
-            yield shard
+    def _owns(self, model: ShardableModel, name: str, reduced: Reduced = ()) -> bool:
+        """Whether this rank writes and counts its part of a parameter: the first of those that have it."""
+        pipeline = pipeline_of(model)
+        copy = pipeline is not None and name in pipeline.copies
+        return not copy and self.placements[model][name].is_owner(self.layout, self.world.rank, reduced)
 
     def parts(self, model: ShardableModel) -> Parts:
         """Return the shards and the groups that they are reduced over."""
@@ -256,7 +253,7 @@ class DTensorStrategy(ParallelStrategy):
 
     def _average_gradients(self, model: ShardableModel) -> None:
         # Lightning's users return the mean over the samples of a process.
-        _divide_gradients(model, self.layout.replicate * self.layout.shards)
+        divide_gradients(model, self.layout.replicate * self.layout.shards)
 
     def _place_others(self, module: nn.Module) -> None:
         split = self.layout.devices > 1
@@ -315,7 +312,8 @@ class DTensorStrategy(ParallelStrategy):
         if mean or name == "sum":
             result = result if group is not None else self._counted(result)
             dist.all_reduce(result, group=group)
-            counted = dist.get_world_size(group) if group is not None else self.world.size // self.layout.tensor
+            same = self.layout.tensor * self.layout.pipeline
+            counted = dist.get_world_size(group) if group is not None else self.world.size // same
             return result / counted if mean else result
         dist.all_reduce(result, getattr(dist.ReduceOp, name.upper()), group=group)
         return result
@@ -355,34 +353,50 @@ class DTensorStrategy(ParallelStrategy):
             model.set_requires_all_reduce(last)
         yield
 
+    def _forward_backward(
+        self, model: ShardableModel, parts: Sequence[Batch], divisor: Tensor, hooks: StepHooks
+    ) -> Tensor:
+        pipeline = pipeline_of(model)
+        if pipeline is None:
+            return super()._forward_backward(model, parts, divisor, hooks)
+        return pipeline.forward_backward(parts, divisor, hooks)
+
     def sum_over_data(self, values: Tensor) -> Tensor:
+        """All-reduce `values`, with one rank counted of those that hold the same tokens."""
+        return self._sum(values, once=("tensor", "pipeline"))
+
+    def sum_of_parts(self, values: Tensor) -> Tensor:
         """All-reduce `values`, with one rank of each tensor group counted."""
+        return self._sum(values, once=("tensor",))
+
+    def _sum(self, values: Tensor, once: Sequence[str]) -> Tensor:
         if self.world.size > 1:
-            values = self._counted(values)
+            values = self._counted(values, once)
             dist.all_reduce(values)
         return values
 
-    def _counted(self, values: Tensor) -> Tensor:
-        """Return a copy of `values`, or zeros: of a tensor group, whose ranks hold the same tokens, one counts."""
-        speaks = self.layout.coordinates(self.world.rank)["tensor"] == 0
+    def _counted(self, values: Tensor, once: Sequence[str] = ("tensor", "pipeline")) -> Tensor:
+        """Return a copy of `values`, or zeros: along the axes `once`, whose ranks hold the same, the first counts."""
+        at = self.layout.coordinates(self.world.rank)
+        speaks = not any(at[axis] for axis in once)
         return values.clone() if speaks else torch.zeros_like(values)
 
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
         """All-reduce loss and squared norm together, and scale the gradients on the device."""
-        grads, owned, placements = [], [], self.placements.get(model, {})
+        grads, owned = [], []
         for name, parameter in local_parameters(model):
             if parameter.grad is not None:
                 grads.append(local_part(parameter.grad))
-                owned.append(placements[name].is_owner(self.layout, self.world.rank))
+                owned.append(self._owns(model, name))
         counted = [grad for grad, mine in zip(grads, owned, strict=True) if mine]
         squares = torch.zeros((), device=self.root_device)
         if counted:
             squares = torch.stack(torch._foreach_norm(counted)).square().sum()
         loss = loss_part
         if self.world.size > 1:
-            sums = torch.stack((self._counted(loss_part), squares))
+            sums = torch.stack((self._counted(loss_part, ("tensor",)), squares))
             dist.all_reduce(sums)
             loss, squares = sums.unbind()
         norm = squares.sqrt()
@@ -405,26 +419,9 @@ class DTensorStrategy(ParallelStrategy):
         """Copy the scalar to pinned memory, and wait for that copy when it is read."""
         if value.device.type == "cpu":
             return super().fetch_later(value)
-        # A plain read waits for all that was started since.
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=self.target.pin_memory)
-        host.copy_(value, non_blocking=True)
-        copied = torch.Event(device=value.device)
-        copied.record()
-
-        def read() -> float:
-            copied.synchronize()
-            return float(host.item())
-
-        return read
+        return read_later(value, self.target.pin_memory)
 
     def uncompiled(self) -> AbstractContextManager[Any]:
         """Run compiled blocks eagerly: a second shape would make torch compile them again."""
         # A second shape would make torch compile the blocks again, for any shape, and run the step by those.
         return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
-
-
-def _divide_gradients(model: nn.Module, by: int) -> None:
-    for module in fsdp_modules(model):
-        # Without the second line a factor asks for a reduction that only NCCL has.
-        module.set_gradient_divide_factor(float(by))
-        module.set_force_sum_reduction_for_comms(True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
@@ -34,18 +36,34 @@ from orchestrator.sharding.layout import Layout, resolve_layout
 from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement, place
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.module_sharding import move_others
+from orchestrator.strategies.module_sharding import move_others, own_parameters
 from orchestrator.strategies.module_state import ModuleState, shardable_models
 from orchestrator.strategies.trainer_strategy import TrainerStrategy
 
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class StepHooks:
+    """Functions that are called in the forward and backward passes of a step.
+
+    Attributes:
+        begin: before each forward pass: number of the micro-batch, and which of the parts of the model that are here
+            is run: 0, but on a rank of a pipeline that has several.
+        ran: after each forward pass: its loss; None where it gave none, as those parts do that have no head.
+        backward: computes the gradients of a loss.
+    """
+
+    begin: Callable[[int, int], None] = lambda micro_batch, part: None
+    ran: Callable[[Tensor | None], None] = lambda loss: None
+    backward: Callable[[Tensor], None] = Tensor.backward
+
+
 class ParallelStrategy(TrainerStrategy):
     """Shards one job over the devices of a layout.
 
-    Life: `join` → `shard` → `initialize` or `load` into `state_shards` → per step `prepare_batch`,
-    `backward_context`, `sum_over_data`, `reduce_and_clip` → `leave`.
+    Life: `join` → `shard` → `initialize` or `load` into `state_shards` → per step `prepare_batch`, `sum_over_data`,
+    `forward_backward`, `reduce_and_clip` → `leave`.
 
     Args:
         target: the hardware of this process.
@@ -172,6 +190,14 @@ class ParallelStrategy(TrainerStrategy):
             optimizer: over its parameters; None for the weights alone.
         """
 
+    def parameter_count(self, model: ShardableModel) -> int:
+        """Return the number of elements of the whole `model`, wherever they are."""
+        return sum(math.prod(placement.shape) for placement in self.placements[model].values())
+
+    def held_elsewhere(self, model: ShardableModel) -> set[str]:
+        """Return the names of parameters of `model` of which this process has no part, as a pipeline divides them."""
+        return set(self.placements[model]) - {name for name, _ in local_parameters(model)}
+
     def prepare_optimizer(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> None:
         """Place the optimizer's state, which exists, on the devices of its parameters.
 
@@ -201,11 +227,34 @@ class ParallelStrategy(TrainerStrategy):
     # --- a LightningModule of the user's -----------------------------------------------------------
 
     def place(self, module: nn.Module) -> None:
-        """Shard the models in `module` that can be sharded, and move everything else to the device."""
-        for _, model in list(shardable_models(module)):
-            if model not in self.placements:
-                self._place_model(model)
+        """Shard the models in `module` that can be sharded, and move everything else to the device.
+
+        Args:
+            module: of a Trainer.
+
+        Raises:
+            LayoutError: the layout has a pipeline, and the module is the user's.
+        """
+        unplaced = [model for _, model in shardable_models(module) if model not in self.placements]
+        if unplaced or any(True for _ in own_parameters(module)):
+            self.refuse_own_trainer()
+        for model in unplaced:
+            self._place_model(model)
         self._place_others(module)
+
+    def refuse_own_trainer(self) -> None:
+        """Refuse a pipeline in a Trainer of the user's.
+
+        Raises:
+            LayoutError: the layout has one.
+        """
+        if self.layout.pipeline > 1:
+            raise LayoutError(
+                "a Trainer of one's own cannot train on a pipeline, which runs forward and backward passes itself",
+                got=f"layout.pipeline={self.layout.pipeline}",
+                allowed="1",
+                fix="leave pipeline at 1, or train by orchestrator.train or the command line",
+            )
 
     def _place_model(self, model: ShardableModel) -> None:
         """Shard a model that a user has made, on the meta device or with weights, which it keeps."""
@@ -267,6 +316,45 @@ class ParallelStrategy(TrainerStrategy):
             model: sharded.
             last: whether it is the last micro-batch of the step.
         """
+
+    def forward_backward(
+        self, model: ShardableModel, batch: Batch, micro_batch: int, divisor: Tensor, hooks: StepHooks = StepHooks()
+    ) -> Tensor:
+        """Compute the gradients of a batch: a micro-batch after the other, or as the schedule of a pipeline says.
+
+        Args:
+            model: sharded.
+            batch: this rank's share, as `prepare_batch` gives it, with targets.
+            micro_batch: sequences of a forward pass; the last one may have fewer.
+            divisor: what the sum of the cross-entropies is divided by, a scalar.
+            hooks: called on the way.
+
+        Returns:
+            This rank's part of the loss, as `reduce_and_clip` takes it.
+        """
+        return self._forward_backward(model, _micro_batches(batch, micro_batch), divisor, hooks)
+
+    def _forward_backward(
+        self, model: ShardableModel, parts: Sequence[Batch], divisor: Tensor, hooks: StepHooks
+    ) -> Tensor:
+        total = torch.zeros((), device=self.root_device)
+        for index, part in enumerate(parts):
+            hooks.begin(index, 0)
+            with self.backward_context(model, index + 1 == len(parts)):
+                with self.forward_context():
+                    loss = model(**part) / divisor
+                hooks.ran(loss)
+                hooks.backward(loss)
+            total += loss.detach()
+        return total
+
+    def sum_of_parts(self, values: Tensor) -> Tensor:
+        """Sum `values` as `sum_over_data`, where each rank of a pipeline has its part of them.
+
+        Args:
+            values: of this rank; zeros where it has no part.
+        """
+        return self.sum_over_data(values)
 
     @abstractmethod
     def sum_over_data(self, values: Tensor) -> Tensor:
@@ -410,6 +498,12 @@ class ParallelStrategy(TrainerStrategy):
     def size(self) -> int:
         """Processes of the job."""
         return self.world.size
+
+
+def _micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """Cut `batch` into parts of `size` sequences; the last one may have fewer."""
+    rows = len(batch["targets"])
+    return [{name: value[at : at + size] for name, value in batch.items()} for at in range(0, rows, size)]
 
 
 def local_parameters(model: ShardableModel) -> Iterable[tuple[str, nn.Parameter]]:

@@ -39,6 +39,7 @@ from orchestrator.models.protocol import ShardableModel, attend_in_blocks, mixtu
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Reduced, reduced_dims
+from orchestrator.sharding.pipeline import no_pipelines
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
@@ -64,6 +65,8 @@ class XlaStrategy(ParallelStrategy):
 
     def join(self) -> None:
         """Meet the other hosts, start the runtime in SPMD mode and build the mesh."""
+        if self.layout.pipeline > 1:
+            raise no_pipelines(self.layout)
         if self.world.size > 1:
             # Before the runtime starts, which waits for the devices of all hosts and does not say for whom.
             self.coordinator.meet("gloo")

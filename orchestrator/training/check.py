@@ -9,6 +9,7 @@ from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, UserErro
 from orchestrator.hardware.mesh import slices_problem
 from orchestrator.runs.own_parts import own_indivisible
 from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
+from orchestrator.sharding.pipeline import check_pipeline, no_pipelines
 
 
 def check_run(
@@ -37,6 +38,10 @@ def check_run(
         layout = resolve_layout(config.layout, devices)
         problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
         problems += _check_strategy(layout, strategy)
+        train = config.train
+        micro_batch = None if train.micro_batch_size == "auto" else train.micro_batch_size
+        share = max(1, train.global_batch_tokens // train.seq_len // layout.data_parallel)
+        problems += check_pipeline(layout, model, share, micro_batch, config.hardware.compile, train.remat)
         if model._target_ is not None and layout.tensor > 1:
             problems += own_indivisible(model, layout.tensor)
         if problem := slices_problem(layout.replicate, slices):
@@ -58,6 +63,8 @@ def _check_strategy(layout: Layout, strategy: str) -> list[LayoutError]:
                 fix="set layout.context_kind=gather",
             )
         )
+    if strategy == "xla" and layout.pipeline > 1:
+        problems.append(no_pipelines(layout))
     return problems
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from orchestrator.constants import IGNORE_INDEX
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
+from orchestrator.strategies.parallel_strategy import ParallelStrategy, StepHooks, local_parameters
 from orchestrator.training.module import LanguageModule
 
 _NAMED = 4  # tensors that are listed
@@ -108,15 +108,8 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
     with torch.enable_grad(), watch.watching(), parallel.uncompiled():
         placed = parallel.prepare_batch(batch)
         targets = parallel.sum_over_data((placed["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
-        total = torch.zeros((), device=parallel.root_device)
-        for part, last in module.micro_batches(placed):
-            with parallel.backward_context(model, last):
-                watch.begin_micro_batch()
-                with parallel.forward_context():
-                    loss = model(**part) / targets
-                watch.end_forward(loss)
-                loss.backward()
-            total += loss.detach()
+        hooks = StepHooks(watch.begin(module.seed_dropout), watch.end_forward)
+        total = parallel.forward_backward(model, placed, module.micro_batch, targets, hooks)
     loss, norm = parallel.reduce_and_clip(model, total, None)
     gradients = _nonfinite_gradients(model, parallel)
     module.optimizer.zero_grad()
@@ -149,11 +142,18 @@ class _Watch:
             for handle in handles:
                 handle.remove()
 
-    def begin_micro_batch(self) -> None:
-        self._micro_batch, self._forward = self._micro_batch + 1, True
+    def begin(self, seed: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """Return what is called before a forward pass: it notes which micro-batch it is of, and calls `seed`."""
 
-    def end_forward(self, loss: Tensor) -> None:
-        self._note("forward", "loss", loss)
+        def begin(micro_batch: int, part: int) -> None:
+            self._micro_batch, self._forward = micro_batch, True
+            seed(micro_batch, part)
+
+        return begin
+
+    def end_forward(self, loss: Tensor | None) -> None:
+        if loss is not None:
+            self._note(self._micro_batch, "forward", "loss", loss)
         # What is computed again in the backward pass, to save memory, was seen already.
         self._forward = False
 
@@ -165,14 +165,15 @@ class _Watch:
     def _hook(self, name: str) -> Any:
         def hook(unit: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._forward and isinstance(output, Tensor):
-                self._note("forward", name, output)
+                number = self._micro_batch  # in a pipeline another one's forward pass may come before
+                self._note(number, "forward", name, output)
                 if output.requires_grad:
-                    output.register_hook(lambda gradient: self._note("backward", name, gradient))
+                    output.register_hook(lambda gradient: self._note(number, "backward", name, gradient))
 
         return hook
 
-    def _note(self, phase: str, name: str, value: Tensor) -> None:
-        self._events.append((self._micro_batch, phase, name))
+    def _note(self, micro_batch: int, phase: str, name: str, value: Tensor) -> None:
+        self._events.append((micro_batch, phase, name))
         self._flags.append(_local(value).isfinite().all())
 
 

@@ -11,7 +11,7 @@ from orchestrator.models.protocol import ShardableModel
 from orchestrator.observe.throughput import mfu, peak_flops
 from orchestrator.planner.estimate.flops import flops_per_token, parameter_count
 from orchestrator.runs.provenance import software
-from orchestrator.strategies.parallel_strategy import ParallelStrategy, local_parameters
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.resolved import Resolved
 
@@ -31,7 +31,7 @@ def run_facts(
     # What an own model computes no description says: its utilisation is unknown.
     described = None if model.config._target_ else model.config
     flops = flops_per_token(described, config.train.seq_len) if described else None
-    parameters = sum(parameter.numel() for _, parameter in local_parameters(model))
+    parameters = parallel.parameter_count(model)
     chip, precision = resolved.chip, parallel.precision
     figure = load_catalogue().get(chip).device_peak_flops(precision) if chip else None
     peak, source = peak_flops(target, figure, precision, parallel.root_device)

@@ -170,14 +170,14 @@ def measure(model: ShardableModel, parallel: ParallelStrategy, batch: Mapping[st
     placed = parallel.prepare_batch(mine)
     targets = parallel.sum_over_data((placed["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
     whole = torch.as_tensor(mine["targets"]).to(parallel.root_device)
-    with parallel.uncompiled(), _digesting(model, whole, digests), parallel.backward_context(model, last=True):
-        with parallel.forward_context():
-            loss = model(**placed) / targets
-        loss.backward()
-    total, norm = parallel.reduce_and_clip(model, loss.detach(), None)
+    with parallel.uncompiled(), _digesting(model, whole, digests):
+        part = parallel.forward_backward(model, placed, len(whole), targets)
+    total, norm = parallel.reduce_and_clip(model, part, None)
     for _, parameter in local_parameters(model):
         parameter.grad = None
-    gathered = _gather(digests[0], parallel, rank, shares)
+    # Of a pipeline's ranks one has the head.
+    digest = digests[0] if digests else torch.zeros(*whole.shape, len(DIGEST) + 1, device=whole.device)
+    gathered = _gather(digest, parallel, rank, shares)
     parallel.finish_step()
     model.train(training)
     values = gathered.cpu().numpy()[:, :length]
@@ -224,7 +224,7 @@ def _gather(part: Tensor, parallel: ParallelStrategy, rank: int, shares: int) ->
     zeros = [torch.zeros_like(part)] * shares
     zeros[rank] = part
     assert rows * shares % parallel.layout.data_parallel == 0
-    return parallel.sum_over_data(torch.cat(zeros))
+    return parallel.sum_of_parts(torch.cat(zeros))
 
 
 def _finite(value: float) -> float | None:

@@ -6,7 +6,7 @@ callbacks and the loggers, and the strategy the checkpoints, which are those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -17,10 +17,10 @@ from torch import Tensor
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
-from orchestrator.models.moe import LOSS, router_figures
+from orchestrator.models.moe import LOSS, STATISTICS, router_figures
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.optim.schedule import schedule_of
-from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, strategy_of
+from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, StepHooks, strategy_of
 from orchestrator.strategies.trainer_checkpoint import BESIDE
 from orchestrator.training.data_module import TokenDataModule, micro_batch_size
 from orchestrator.training.divergence import FiniteGuard
@@ -91,6 +91,8 @@ class LanguageModule(lightning.LightningModule):
         if "model" in self._modules:
             return
         self.parallel = self._given or strategy_of(self.trainer)
+        if self._given is None:
+            self.parallel.refuse_own_trainer()
         self.model = build_placed(self.config, self.parallel)
         self.micro_batch = micro_batch_size(self.config, self.parallel)
         self.guard = FiniteGuard(self.parallel, self.config.train)
@@ -134,13 +136,8 @@ class LanguageModule(lightning.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         self._set_learning_rate()
         targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
-        total = torch.zeros((), device=self.parallel.root_device)
-        for part, last in self.micro_batches(batch):
-            with self.parallel.backward_context(self.model, last):
-                with self.parallel.forward_context():
-                    loss = self.model(**part) / targets
-                self.manual_backward(loss)
-            total += loss.detach()
+        hooks = StepHooks(self.seed_dropout, backward=self.manual_backward)
+        total = self.parallel.forward_backward(self.model, batch, self.micro_batch, targets, hooks)
         loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
         routing = self._routing()
         if routing is not None:
@@ -158,26 +155,28 @@ class LanguageModule(lightning.LightningModule):
 
     def _routing(self) -> Tensor | None:
         """Return what the routers did in this step, on all processes together; None without experts."""
-        taken = self.model.take_routing()
-        return None if taken is None else self.parallel.sum_over_data(taken)
+        taken, moe = self.model.take_routing(), self.config.model.moe
+        if taken is None and moe.experts:
+            # A pipeline's rank whose layers have no experts; others wait for it.
+            size = (self.config.model.layers, STATISTICS + moe.experts)
+            taken = torch.zeros(size, device=self.parallel.root_device)
+        return None if taken is None else self.parallel.sum_of_parts(taken)
 
     def _set_learning_rate(self) -> None:
         self.lr = self._schedule(self.step, self.config.optim.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self._schedule(self.step, group[PEAK])
 
-    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
-        """Yield the parts of a step's `batch`, and whether each is the last one; dropout is seeded for each."""
-        size = batch["targets"].shape[0]
-        for index, start in enumerate(range(0, size, self.micro_batch)):
-            self._seed_dropout(index)
-            part = {name: value[start : start + self.micro_batch] for name, value in batch.items()}
-            yield part, start + self.micro_batch >= size
+    def seed_dropout(self, micro_step: int, part: int) -> None:
+        """Make the masks of a forward pass a function of the position in the run: a resumed one draws the same.
 
-    def _seed_dropout(self, micro_step: int) -> None:
-        # A function of the position in the run, so that a resumed run draws the same masks without saved state.
+        Args:
+            micro_step: number of the micro-batch in the step.
+            part: which of the parts of the model that are here.
+        """
         if self.config.model.dropout > 0:
-            self.parallel.seed_masks(f"dropout/{self.config.seed}/{self.step}/{micro_step}")
+            key = f"dropout/{self.config.seed}/{self.step}/{micro_step}"
+            self.parallel.seed_masks(f"{key}/{part}" if part else key)
 
     def _log_step(self, step: int, **values: Any) -> None:
         self.log("train_loss", values["loss"], prog_bar=True)

@@ -12,15 +12,18 @@ from orchestrator.atomic_files import write_atomically
 from orchestrator.checkpoint.format import parse_json
 from orchestrator.checkpoint.storage import locate
 from orchestrator.config.convert import from_dict, to_dict
-from orchestrator.config.schema import HandoverConfig, MuonConfig, OptimConfig, RunConfig
+from orchestrator.config.schema import HandoverConfig, LayoutConfig, ModelConfig, MuonConfig, OptimConfig, RunConfig
 from orchestrator.config.validate import check_stored
 from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import ConfigError, UserError
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import target_of
+from orchestrator.planner.estimate.stages import balance_stages, stage_costs
+from orchestrator.planner.spec import ModelShape
 from orchestrator.runs.run_directory import RESOLVED, RunPaths
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, resolve_layout
+from orchestrator.sharding.pipeline import DIVIDED_BACKWARD, micro_batch_of, stages_of
 from orchestrator.training.check import resolve_model
 from orchestrator.training.layout_choice import Settled, precision_of, settle_layout
 
@@ -34,10 +37,11 @@ _STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
 DECIDED = (
     *("hardware.target", "hardware.devices", "hardware.precision", "hardware.chip", "hardware.runtime"),
     *(f"layout.{axis}" for axis in MESH_AXES),
+    *("layout.virtual_stages", "layout.stage_layers"),
     *("train.micro_batch_size", "train.remat", "model.vocab_size", "optim.ns_dtype"),
     *("data.tokenizer.kind", "checkpoint.handover.seq_len"),
 )
-"""Keys whose `auto` is decided here."""
+"""Keys whose `auto`, or empty list, is decided here."""
 LEFT_OPEN = {
     "checkpoint.dir": "`paths.checkpoints` says where",
     "data.cache_dir": "each host has a cache of its own",
@@ -175,7 +179,8 @@ class Resolved:
         config, asked = dict(flat(to_dict(self.config))), dict(flat(to_dict(self.asked)))
         if still := [key for key in DECIDED if config.get(key) == "auto"]:
             return f"{', '.join(still)} is left open"
-        asked = {key: config.get(key) if key in DECIDED and value == "auto" else value for key, value in asked.items()}
+        is_open = lambda key, value: key in DECIDED and value in ("auto", [])  # noqa: E731
+        asked = {key: config.get(key) if is_open(key, value) else value for key, value in asked.items()}
         if other := sorted(key for key in config.keys() | asked.keys() if config.get(key) != asked.get(key)):
             return f"{', '.join(other)} is not what was asked for"
         try:
@@ -225,10 +230,13 @@ def resolve_run(
         ConfigError: the tokenizer has more tokens than the model.
     """
     settled = settled or settle_layout(config, target, devices)
-    layout = resolve_layout(settled.layout, devices)
+    layout, model = resolve_layout(settled.layout, devices), resolve_model(config.model, vocab_size)
     train, handover = config.train, config.checkpoint.handover
     share = train.global_batch_tokens // train.seq_len // layout.data_parallel
-    micro_batch = max(1, share) if settled.micro_batch == "auto" else settled.micro_batch
+    whole = micro_batch_of(layout, max(1, share)) if layout.pipeline > 1 else max(1, share)
+    micro_batch = whole if settled.micro_batch == "auto" else settled.micro_batch
+    divided = layout.pipeline > 1 and layout.schedule in DIVIDED_BACKWARD
+    remat = "full" if divided and settled.remat == "selective" and train.remat == "auto" else settled.remat
     chip = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip or UNKNOWN
     hardware = replace(
         config.hardware,
@@ -243,14 +251,24 @@ def resolve_run(
     decided = replace(
         config,
         hardware=hardware,
-        model=resolve_model(config.model, vocab_size),
+        model=model,
         optim=optim,
-        layout=replace(config.layout, **cast(Any, layout.as_dict())),
+        layout=_arranged(config.layout, layout, model, train.seq_len),
         checkpoint=replace(config.checkpoint, handover=replace(handover, seq_len=_handover_length(handover, config))),
-        train=replace(train, micro_batch_size=micro_batch, remat=settled.remat),
+        train=replace(train, micro_batch_size=micro_batch, remat=remat),
         data=replace(config.data, tokenizer=tokenizer),
     )
     return Resolved(decided, config, devices, data.fingerprint if data else "", settled.why)
+
+
+def _arranged(config: LayoutConfig, layout: Layout, model: ModelConfig, seq_len: int) -> LayoutConfig:
+    """Fill in degrees, and how a pipeline's layers are divided: so that its busiest stage has least to do."""
+    layers = layout.stage_layers
+    if layout.pipeline > 1 and not layers and model._target_ is None:
+        stages = len(stages_of(layout, model.layers))  # says so where there are too few layers
+        layers = balance_stages(*stage_costs(ModelShape.of(model), seq_len), stages)
+    virtual = layout.virtual_stages if config.virtual_stages == "auto" else config.virtual_stages
+    return replace(config, **cast(Any, layout.as_dict()), virtual_stages=virtual, stage_layers=layers)
 
 
 def settle_optimizer(config: OptimConfig, on_cpu: bool) -> OptimConfig:

@@ -221,7 +221,7 @@ def _fill(
     # Moments that are stored in fewer bits are read as they are, and widened.
     reads, widened = widen(checkpoint, shards)
     with _progress(reads, config, parallel) as progress:
-        read_into(checkpoint, reads, ignore, cast, check, progress)
+        read_into(checkpoint, reads, ignore, cast, check, progress, parallel.held_elsewhere(model))
     for one in widened:
         one.finish()
     if names := find_nonfinite(shards, parallel):

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 from orchestrator.models.layers import Block
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.module import LanguageModule
 
 
@@ -22,12 +23,16 @@ def poisoned(steps: Sequence[int], layer: int, phase: str, here: bool = True) ->
         here: whether this rank takes part.
     """
     spoilt: list[Block] = []
-    micro_batches, forward = LanguageModule.micro_batches, Block.forward
+    seed, compute, forward = LanguageModule.seed_dropout, ParallelStrategy.forward_backward, Block.forward
 
-    def watched(self: LanguageModule, batch: Any) -> Iterator[Any]:
+    def begin(self: LanguageModule, *place: int) -> None:
         spoilt[:] = [self.model.blocks[layer]] if self.step + 1 in steps else []
-        yield from micro_batches(self, batch)
+        seed(self, *place)
+
+    def watched(self: ParallelStrategy, *args: Any, **options: Any) -> Any:
+        result = compute(self, *args, **options)
         spoilt.clear()
+        return result
 
     def spoil(self: Block, *args: Any, **options: Any) -> Any:
         output = forward(self, *args, **options)
@@ -39,7 +44,11 @@ def poisoned(steps: Sequence[int], layer: int, phase: str, here: bool = True) ->
         output.register_hook(lambda gradient: gradient * torch.nan)
         return output
 
-    with mock.patch.object(LanguageModule, "micro_batches", watched), mock.patch.object(Block, "forward", spoil):
+    with (
+        mock.patch.object(LanguageModule, "seed_dropout", begin),
+        mock.patch.object(ParallelStrategy, "forward_backward", watched),
+        mock.patch.object(Block, "forward", spoil),
+    ):
         yield
 
 

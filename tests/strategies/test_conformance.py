@@ -220,7 +220,7 @@ def _load_and_save(world, data, source, target):
     target.mkdir(exist_ok=True)
     job = build(resolved, parallel, prepare(resolved.config.data, progress=False), leg=0)
     shards = parallel.state_shards(job.module.model, job.module.optimizer)
-    path = save(target, 10, shards, parallel, Contents({}, {}))
+    path = save(target, 10, shards, parallel, Contents(job.restored.state(), {}))
     data_rank = parallel.layout.data_rank(world.rank)
     batch = next(iter(job.loader))
     job.watchers.channels.close()

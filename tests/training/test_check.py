@@ -70,3 +70,10 @@ def test_a_ring_on_xla_is_refused():
     check_run(config, 2)
     with pytest.raises(ConfigErrors, match="the compiler gathers keys and values"):
         check_run(config, 2, strategy="xla")
+
+
+def test_a_pipeline_on_xla_is_refused():
+    config = _config(layout=LayoutConfig(pipeline=2))
+    check_run(config, 2)
+    with pytest.raises(ConfigErrors, match="no pipelines on torch_xla"):
+        check_run(config, 2, strategy="xla")

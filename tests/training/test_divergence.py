@@ -23,6 +23,7 @@ from tests.lab.tensors import read_all
 LAYOUTS = {
     "1": (1, []),
     "fsdp2_tensor2": (4, ["layout.fsdp=2", "layout.tensor=2"]),
+    "pipeline2": (2, ["layout.pipeline=2"]),
     "replicate2_context2": (4, ["layout.replicate=2", "layout.context=2", "layout.fsdp=1"]),
 }
 
@@ -57,10 +58,12 @@ CASES = [
     ("1", "backward", None, ["hardware.precision=bf16", "train.remat=full", "train.global_batch_tokens=64"]),
     ("fsdp2_tensor2", "forward", 1, ["train.micro_batch_size=2"]),
     ("replicate2_context2", "backward", 2, []),
+    ("pipeline2", "forward", 1, []),
+    ("pipeline2", "backward", 1, ["layout.schedule=interleaved", "model.layers=4"]),
 ]
 
 
-@pytest.mark.parametrize(("layout", "phase", "rank", "words"), CASES)
+@pytest.mark.parametrize(("layout", "phase", "rank", "words"), cases(CASES, quick=CASES[:-2]))
 def test_the_run_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path, capfd, layout, phase, rank, words):
     size, degrees = LAYOUTS[layout]
     # Nobody looks at step 7, so the host hears of it one step late.
@@ -94,7 +97,7 @@ def test_the_run_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path, c
     assert "the last finite one" in report or phase == "backward"
 
 
-@pytest.mark.parametrize("layout", cases(["1", "fsdp2_tensor2"], quick=["1"]))
+@pytest.mark.parametrize("layout", cases(["1", "fsdp2_tensor2", "pipeline2"], quick=["1"]))
 def test_a_skipped_step_is_to_the_bit_one_that_was_not_taken(tmp_path, layout):
     size, degrees = LAYOUTS[layout]
     words = [*degrees, "train.max_steps=8", "model.dropout=0.1", "train.micro_batch_size=2", "logger.every_steps=5"]
