@@ -172,9 +172,8 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
     """
     problems = []
     # Which sizes an own model has, its parameters say: `check_parts`.
-    for field in ("vocab_size",) if model._target_ else ("heads", "kv_heads", "mlp_dim", "vocab_size"):
-        size = getattr(model, field)
-        if isinstance(size, int) and size % layout.tensor:
+    for field, size in _sizes(model):
+        if size % layout.tensor:
             fix = f"lower layout.tensor to a divisor of {size}"
             if field == "vocab_size":
                 fix += f", or pad: model.vocab_size={-(-size // layout.tensor) * layout.tensor}"
@@ -199,6 +198,19 @@ def check_layout(layout: Layout, model: ModelConfig, seq_len: int, global_batch_
             )
         )
     return problems
+
+
+def _sizes(model: ModelConfig) -> list[tuple[str, int]]:
+    """List the sizes that the tensor axis divides, with their keys; of layers with other heads, each number once."""
+    sizes: list[tuple[str, object]] = []
+    if model._target_ is None:
+        heads = [model.heads_of(layer) for layer in range(model.layers)]
+        sizes += [("layer_heads" if model.layer_heads else "heads", one) for one in sorted({one for one, _ in heads})]
+        keys = "layer_kv_heads" if model.layer_kv_heads else "kv_heads"
+        sizes += [(keys, one) for one in sorted({one for _, one in heads})]
+        sizes.append(("mlp_dim", model.mlp_dim))
+    sizes.append(("vocab_size", model.vocab_size))
+    return [(key, size) for key, size in sizes if isinstance(size, int)]
 
 
 def _check_sequence(layout: Layout, model: ModelConfig, seq_len: int) -> list[LayoutError]:

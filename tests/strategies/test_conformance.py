@@ -72,6 +72,33 @@ FEATURES = {
     "accumulation": ["train.micro_batch_size=1"],
     "remat": ["train.remat=full"],
     "window": ["model.sliding_window=24"],
+    "gpt-oss attention": [
+        "model.attention_sinks=true",
+        "model.windows=[24,null]",
+        "model.activation=swiglu_clamped",
+        "model.rope_scaling={kind:yarn,factor:4.0,original_max_seq_len:16,truncate:false}",
+    ],
+    "olmo": [
+        "model.norm_placement=post",
+        "model.qk_norm=true",
+        "model.qk_norm_over=width",
+        "model.logit_softcap=10.0",
+    ],
+    "gemma": [
+        *(
+            "model.norm=rms_offset",
+            "model.norm_placement=both",
+            "model.attention_softcap=5.0",
+            "model.activation=geglu",
+        ),
+        *("model.windows=[24,null]", "model.rope_local_theta=500.0", "model.qk_norm=true", "model.embedding_scale=8.0"),
+        *("model.residual_scale=0.5", "model.attention_scale=0.2", "model.tied_embeddings=true"),
+    ],
+    "cohere": [
+        *("model.residual=parallel_one_norm", "model.norm=layer_no_bias", "model.rope_share=0.5"),
+        *("model.rope_layout=interleaved", "model.rope_layers=[true,false]", "model.logit_scale=0.25"),
+        *("model.layer_heads=[4,8]", "model.layer_kv_heads=[2,4]", "model.head_dim=16"),
+    ],
     "one document": ["data.document_mask=false"],
     "latent": [
         *("model.mla.kv_lora_rank=16", "model.mla.q_lora_rank=24", "model.mla.nope_head_dim=12"),

@@ -89,6 +89,16 @@ FEATURES = {
     "remat": ["train.remat=full"],
     "qwen3": ["model=tiny_qwen3", "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=2"],
     "gpt2": ["model=tiny_gpt2", "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=4"],
+    "windows, sinks and caps": [
+        *("model.attention_sinks=true", "model.windows=[24,null]", "model.qk_norm=true", "model.qk_norm_over=width"),
+        *(
+            "model.norm_placement=both",
+            "model.norm=rms_offset",
+            "model.attention_softcap=5.0",
+            "model.logit_softcap=10.0",
+        ),
+    ],
+    "sinks in blocks": [*LONG, "model.attention_sinks=true", "model.windows=[96,null]", "train.remat=full"],
     "loss chunks": ["train.loss_chunk_tokens=64"],
     "attention in blocks": [*LONG, "train.remat=full"],
     "attention in blocks, one document": [*LONG, "data.document_mask=false"],
