@@ -119,7 +119,7 @@ def _rope(model: ModelConfig) -> list[ConfigError]:
         what = "RoPE turns pairs of elements: a head's width is even"
         problems.append(ConfigError(what, got=turned, fix="change model.head_dim or model.rope_share"))
     local = model.rope_local_theta
-    if local is not None and 0 < local < _LARGE and not any(map(model.window_of, range(model.layers))):
+    if local is not None and 0 < local < _LARGE and not any((*model.windows, model.sliding_window)):
         what = "no layer has a window, which model.rope_local_theta is for"
         problems.append(
             ConfigError(what, got=model.rope_local_theta, fix="set model.windows, or rope_local_theta=null")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.reader import Reader
-from orchestrator.config.convert import from_dict
+from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.tokenize import load_tokenizer
 from orchestrator.errors import CheckpointError, ConfigErrors, UserError
@@ -119,8 +119,11 @@ def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Non
         assert torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
+FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_import_then_export_gives_the_same_bytes_back(tmp_path, name, dtype):
     """Of files that transformers itself wrote, one and several: the same files, in the same order, byte for byte."""
     config = transformers.AutoConfig.from_pretrained(export(save(tmp_path, name), tmp_path / "first"))
@@ -311,8 +314,7 @@ def test_a_model_that_transformers_does_not_have(tmp_path):
 
 def test_a_checkpoint_that_is_not_what_it_says(tmp_path):
     saved = save(tmp_path, "llama")
-    config = {"name": "small", "model": {**vars(model_config("llama")), "layers": 3}}
-    config["model"]["rope_scaling"] = {}
+    config = {"name": "small", "model": {**to_dict(model_config("llama")), "layers": 3}}
     with pytest.raises(CheckpointError, match=r"nothing for model\.layers\.2"):
         export(reconfigured(saved, tmp_path / "other", config), tmp_path / "hf")
     config["model"]["layers"] = 10**9

@@ -226,12 +226,12 @@ def test_quantised_weights_without_a_word_in_config_json(llama, tmp_path, tensor
 
 
 def test_another_family_is_said_first_whatever_the_weights_look_like(llama, tmp_path, capsys):
-    edit(llama, model_type="gpt_neox")
+    edit(llama, model_type="bloom")
     change(llama, gpt_neox__layers__0__attention__bias=torch.ones(1, 1, 8, 8).bool())
-    with pytest.raises(CheckpointError, match="model_type=gpt_neox"):
+    with pytest.raises(CheckpointError, match="model_type=bloom"):
         bring(llama, tmp_path / "out")
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="model_type=gpt_neox"):
+    with pytest.raises(CheckpointError, match="model_type=bloom"):
         cli.main(["import", str(llama), f"output={tmp_path / 'out'}"])
 
 

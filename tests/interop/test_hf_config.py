@@ -41,7 +41,7 @@ def theirs(config: dict[str, Any]) -> Any:
 def expected(name: str) -> ModelConfig:
     """What survives: transformers has no switch for our dropout but in GPT-2, and writes head_dim out."""
     config = model_config(name)
-    if name in ("olmoe", "deepseek_v3"):
+    if name in ("olmoe", "deepseek_v3", "gpt_neox"):
         return config  # their classes have no key for the width of a head
     head_dim = config.head_dim if config.positions == "learned" else config.dim // config.heads
     return model_config(name, head_dim=head_dim if config.head_dim == "auto" else config.head_dim)

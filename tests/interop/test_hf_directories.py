@@ -69,7 +69,7 @@ def _train_all(world: World, jobs: list[tuple[dict[str, Any], Path]]) -> None:
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory) -> Path:
-    """All twelve, imported, trained for two steps by one process, and exported again."""
+    """All of them, imported, trained for two steps by one process, and exported again."""
     tmp = tmp_path_factory.mktemp("directories")
     plain = [word for word in runs.SMALL if not word.startswith(("model.", "data.tokenizer", "train."))]
     corpus = runs.write_corpus(tmp / "corpus")

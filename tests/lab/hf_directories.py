@@ -1,4 +1,4 @@
-"""Twelve tiny model directories as people have them: five families, both generations of config.json, shards, links.
+"""Tiny model directories as people have them: several families, both generations of config.json, shards, links.
 
 The weights are large and random (norms 1±0.3, matrices of std 1.5/sqrt(fan_in), embeddings of std 1): what is read
 wrongly shows in the logits.
@@ -70,6 +70,25 @@ def _gpt2(**changes: Any) -> dict[str, Any]:
     more |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
     shared = {**_SHARED, "eos_token_id": 0, "tie_word_embeddings": True}
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **sizes, **more, **shared, **changes}
+
+
+def _neox(**changes: Any) -> dict[str, Any]:
+    shared = {key: value for key, value in _SIZES.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
+    more = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000}
+    more |= {"use_parallel_residual": True, "hidden_dropout": 0.0, "attention_bias": True, "rope_scaling": None}
+    name = ["GPTNeoXForCausalLM"]
+    return {"architectures": name, "model_type": "gpt_neox", **shared, **_SHARED, **more, **changes}
+
+
+def _gemma3(**changes: Any) -> dict[str, Any]:
+    more: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 12, "query_pre_attn_scalar": 12}
+    more |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True}
+    more |= {"final_logit_softcapping": None, "attn_logit_softcapping": None, "attention_bias": False}
+    local, whole = ({"rope_type": "default", "rope_theta": theta} for theta in (1e4, 1e6))
+    more |= {"rope_parameters": {"full_attention": whole, "sliding_attention": local}}
+    given = _config("gemma3_text", "Gemma3ForCausalLM", **more, **changes)
+    del given["hidden_act"]
+    return given
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,8 @@ DIRECTORIES: dict[str, Directory] = {
             **_FIVE,
         )
     ),
+    "neox_v4_parallel": Directory(_neox(torch_dtype="float16"), torch.float16, shards="20KB"),
+    "gemma3_v5_windows": Directory(_gemma3(**_FIVE)),
     "gpt2_v4_inner": Directory(_gpt2(), touch=inner_names),
     "gpt2_v5_untied": Directory(_gpt2(tie_word_embeddings=False, n_inner=40, **_FIVE), shards="20KB"),
 }

@@ -40,6 +40,31 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_window": ("Qwen2ForCausalLM", {"attention_bias": True, "sliding_window": 8}),
     "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True, "head_dim": 24, "tied_embeddings": True, "rope_theta": 1e6}),
     "qwen3_yarn": ("Qwen3ForCausalLM", {"qk_norm": True, "rope_scaling": RopeScalingConfig(**_YARN)}),
+    "qwen3_mixed": ("Qwen3ForCausalLM", {"qk_norm": True, "windows": (None, 8)}),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            "norm": "rms_offset",
+            "norm_placement": "both",
+            "activation": "geglu",
+            "qk_norm": True,
+            "windows": (8, None),
+            "rope_local_theta": 500.0,
+            "attention_scale": 0.25,
+            "embedding_scale": 32**0.5,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        {
+            "norm": "layer",
+            "residual": "parallel",
+            "activation": "gelu_erf",
+            "rope_share": 0.5,
+            "kv_heads": 4,
+            **dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), True),
+        },
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {
