@@ -90,5 +90,6 @@ def run_directly(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _costly_operations() -> list[Any]:
-    packets = (getattr(torch.ops.aten, name, None) for name in _COSTLY)
+    packets = [getattr(torch.ops.aten, name, None) for name in _COSTLY]
+    packets.append(getattr(torch.ops.orchestrator, "ring_attention", None))  # where a strategy has registered it
     return [packet.default for packet in packets if packet is not None]

@@ -56,7 +56,7 @@ def parallelize_context(
         if kind == "gather":
             core.register_forward_pre_hook(_gather_keys(group))
         else:
-            _check_core(core, kind)
+            check_core(core, kind)
             ours = (
                 UlyssesAttentionCore(core, group)
                 if kind == "ulysses"
@@ -70,7 +70,16 @@ def parallelize_context(
     )
 
 
-def _check_core(core: AttentionCore, kind: ContextKind) -> None:
+def check_core(core: AttentionCore, kind: ContextKind) -> None:
+    """Check that a kind which computes attention itself knows what `core` computes.
+
+    Args:
+        core: of the model.
+        kind: `ring` or `ulysses`.
+
+    Raises:
+        LayoutError: it is a class of its own, or draws dropout.
+    """
     if type(core) is not AttentionCore or core.dropout > 0.0:
         raise LayoutError(
             f"layout.context_kind={kind} computes attention itself, and not as this model does",

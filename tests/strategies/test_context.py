@@ -9,13 +9,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from orchestrator.errors import LayoutError
 from orchestrator.models.attention import AttentionCore
 from orchestrator.models.mask import CausalMask
+from orchestrator.models.remat import remat_function
 from orchestrator.strategies import ring_attention as ring_module
-from orchestrator.strategies.block_attention import Scores
+from orchestrator.strategies.block_attention import Scores, attend, attend_backward, uses_kernel
+from orchestrator.strategies.context_parallel import check_core
 from orchestrator.strategies.ring_attention import RingAttentionCore, SequenceRing, ring_attend
 from orchestrator.strategies.sequence_order import SequenceOrder, SequenceParts
 from orchestrator.strategies.ulysses import UlyssesAttentionCore
@@ -222,3 +226,40 @@ def test_memory_of_a_rank_grows_with_its_part_of_the_sequence():
         assert same < 1.15 * half
         assert largest <= 3 * part, "queries, keys and values in one message, and never the scores of a part"
         assert half < 18 * part
+
+
+def test_selective_recomputation_keeps_what_a_ring_gives(monkeypatch):
+    calls = []
+    attend = ring_module.attend
+    monkeypatch.setattr(ring_module, "attend", lambda *args: calls.append(args) or attend(*args))
+    tensors, grad, rule = _inputs(ATTENTION["documents"])
+    core = RingAttentionCore(AttentionCore(), SequenceRing(None, SequenceOrder(1)))
+    for policy, times in (("none", 1), ("selective", 1), ("full", 2)):
+        calls.clear()
+        mine = [tensor.clone().requires_grad_() for tensor in tensors]
+        remat_function(policy)(core, *mine, rule).backward(grad)
+        assert len(calls) == times, policy
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_cores_that_a_kind_does_not_know_are_refused(kind):
+    class Own(AttentionCore):
+        pass
+
+    for core in (Own(), AttentionCore(dropout=0.1)):
+        with pytest.raises(LayoutError, match="computes attention itself"):
+            check_core(core, kind)
+    check_core(AttentionCore(softcap=2.0, sinks=True), kind)
+
+
+def test_flash_kernels_for_cuda_are_called_by_their_schemas():
+    """On fake tensors alone: these kernels have not been run."""
+    with FakeTensorMode():
+        q, grad = (torch.empty(2, 4, 16, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        k, v = (torch.empty(2, 2, 16, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        scores = Scores(0.125)
+        assert uses_kernel(q, v, "causal", scores)
+        out, lse = attend(q, k, v, "causal", scores)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, torch.float32, q.shape[:3], torch.float32)
+        found = attend_backward(grad, q, k, v, out.to(q.dtype), lse, lse, "causal", scores)
+        assert [(tensor.shape, tensor.dtype) for tensor in found] == [(x.shape, torch.float32) for x in (q, k, v)]
