@@ -105,6 +105,7 @@ FEATURES = {
         *("model.mla.rope_head_dim=4", "model.mla.v_head_dim=8", "model.heads=4", "model.kv_heads=4"),
         *("model.rope_layout=interleaved", "model.attention_bias=true", "model.output_bias=true"),
     ],
+    "variety": ["model.windows=[16,null]", "model.attention_softcap=4", "model.attention_sinks=true"],
 }
 
 
@@ -131,7 +132,7 @@ def test_same_losses_norms_and_evaluation(runs, name):
 
 @pytest.mark.parametrize("feature", cases(FEATURES, quick=["gpt2", "accumulation", "remat"]))
 @pytest.mark.parametrize(
-    "name", cases(["fsdp2", "fsdp2_tensor2", "context2", "ring2", "ulysses2"], quick=["fsdp2_tensor2"])
+    "name", cases(["fsdp2", "fsdp2_tensor2", "context2", "ring2_tensor2", "ulysses2_tensor2"], quick=["fsdp2_tensor2"])
 )
 def test_features_agree_too(runs, name, feature):
     ours = _rows(runs(*FEATURES[feature], *CASES[name], size=SIZES[name]))
