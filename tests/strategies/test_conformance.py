@@ -316,6 +316,7 @@ def test_bf16_stays_within_its_tolerance(runs):
 
 
 @slow
-def test_compiled_blocks_train_alike(runs):
-    ours = losses(_rows(runs("hardware.compile=true", "layout.fsdp=2", size=2)))
+@pytest.mark.parametrize("name", ["fsdp2", "ring2", "ulysses2"])
+def test_compiled_blocks_train_alike(runs, name):
+    ours = losses(_rows(runs("hardware.compile=true", *CASES[name], size=2)))
     np.testing.assert_allclose(ours, losses(_rows(runs())), rtol=RELATIVE)

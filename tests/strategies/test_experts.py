@@ -69,7 +69,7 @@ WITH = [
     ("accumulation", "expert2_fsdp2"),
 ]
 WITH += [("accumulation", "replicate2_expert2_fsdp2"), ("remat", "expert2_tensor2"), ("groups", "expert2_tensor2")]
-WITH += [("capacity", "expert2_ring2"), ("capacity", "expert2_ulysses2")]
+WITH += [("capacity", "expert2_ulysses2")]
 WITH += [("biases", "expert2_tensor2"), ("biases", "expert2_fsdp2_tensor2")]
 
 
