@@ -84,6 +84,8 @@ def test_same_losses_norms_and_evaluation_as_torch_native(runs, name):
 
 LONG = ["train.seq_len=1024", "model.max_seq_len=1024", "train.global_batch_tokens=4096", "train.max_steps=8"]
 LONG += ["data.validation_fraction=0.3", "checkpoint.every_steps=null"]
+LATENT = ["model.mla.kv_lora_rank=16", "model.mla.q_lora_rank=24", "model.mla.nope_head_dim=12", "model.kv_heads=4"]
+LATENT += ["model.mla.rope_head_dim=4", "model.mla.v_head_dim=8", "model.rope_layout=interleaved"]
 FEATURES = {
     "accumulation": ["train.micro_batch_size=1"],
     "remat": ["train.remat=full"],
@@ -102,6 +104,7 @@ FEATURES = {
     "loss chunks": ["train.loss_chunk_tokens=64"],
     "attention in blocks": [*LONG, "train.remat=full"],
     "attention in blocks, one document": [*LONG, "data.document_mask=false"],
+    "latent attention in blocks": [*LONG, *LATENT],
 }
 
 
