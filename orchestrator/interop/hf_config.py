@@ -14,6 +14,7 @@ from orchestrator.interop.hf_family import differences as differing
 from orchestrator.interop.hf_keys import KEPT, READ, Keys, unsupported
 from orchestrator.interop.hf_layers import FULL, SLIDING, read_kinds, sizes_of_windows, windows_of
 from orchestrator.interop.hf_weights import Family
+from orchestrator.interop.mxfp4 import FATE, is_mxfp4
 from orchestrator.models.layers import resolved_head_dim
 
 # family -> its class, and what of our configuration is fixed in it.
@@ -171,7 +172,10 @@ def from_hf_config(config: Mapping[str, Any], ignored: frozenset[str] = frozense
         )
     keys = Keys(config)
     keys.get("model_type")
-    _refuse_quantised(config)
+    if is_mxfp4(config):
+        keys.tell("quantization_config", FATE)
+    else:
+        _refuse_quantised(config)
     if family in FAMILIES:
         fields = FAMILIES[family].read(keys)
     else:

@@ -20,7 +20,7 @@ import torch
 from orchestrator.checkpoint.format import ITEM_BYTES, read_bounded
 from orchestrator.checkpoint.reader import DTYPES
 from orchestrator.checkpoint.storage import read_range
-from orchestrator.checkpoint.tensorfile import TensorFile
+from orchestrator.checkpoint.tensorfile import Entry, TensorFile
 from orchestrator.errors import CheckpointError, DamagedError, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -158,6 +158,18 @@ class HFTensors(Mapping[str, torch.Tensor]):
                 allowed=", ".join(_FLOATS),
                 fix="import the model that it was made from, in fp32, bf16 or fp16",
             )
+        return self._mapped_tensor(path, entry)
+
+    def codes(self, name: str) -> torch.Tensor:
+        """Map a tensor of bytes, which are no numbers by themselves.
+
+        Args:
+            name: of a tensor of dtype U8.
+        """
+        path, file = self._files[name]
+        return self._mapped_tensor(path, file.entries[name])
+
+    def _mapped_tensor(self, path: Path, entry: Entry) -> torch.Tensor:
         if entry.start == entry.stop:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         if path not in self._mapped:

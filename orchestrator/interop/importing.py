@@ -31,6 +31,7 @@ from orchestrator.interop.hf_moe import computed
 from orchestrator.interop.hf_weights import Family
 from orchestrator.interop.import_report import ImportReport
 from orchestrator.interop.logit_check import LogitCheck, check_logits
+from orchestrator.interop.mxfp4 import Mxfp4Tensors, is_mxfp4
 from orchestrator.interop.outputs import written_aside
 from orchestrator.models.layers import resolved_head_dim
 from orchestrator.runs.origin import REPORT, SOURCE_CONFIG
@@ -154,7 +155,7 @@ def import_weights(
         UserError: what is missing, damaged, or of a model that this product cannot compute.
     """
     described = describe(source, model, config, ignore_keys)
-    given = _open(source, format)
+    given = _open(source, format, described.config is not None and is_mxfp4(described.config))
     found = find_weights(given, described.model, described.family)
     files, why = _travelling_files(tokenizer, source if source.is_dir() else source.parent, found.model)
     checked = _check_logits(source, format, described, found, logits)
@@ -203,9 +204,10 @@ def _shards(found: FoundWeights) -> Iterator[Shard]:
             yield Shard(f"model.{name}", tuple(shape), (*first, *rest), piece)
 
 
-def _open(source: Path, format: Format) -> Mapping[str, torch.Tensor]:
+def _open(source: Path, format: Format, mxfp4: bool = False) -> Mapping[str, torch.Tensor]:
     if format == "hf":
-        return HFTensors(source)
+        stored = HFTensors(source)
+        return Mxfp4Tensors(stored) if mxfp4 else stored
     from orchestrator.interop.pickle_reader import DcpTensors, read_state_dict
 
     return DcpTensors(source) if format == "dcp" else read_state_dict(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,8 @@ def test_presets_are_what_is_published(name: str) -> None:
         ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads"),
         ("deepseek_v3", {"qk_head_dim": 128}, "qk_head_dim"),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantised (fp8)"),
-        ("gpt_oss_20b", {"quantization_config": {"quant_method": "mxfp4"}}, "quantised (mxfp4)"),
+        ("gpt_oss_20b", {"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+        ("mixtral_8x7b", {"quantization_config": {"quant_method": "mxfp4"}}, "quantised (mxfp4)"),
         ("gpt_oss_20b", {"swiglu_limit": 5.0}, "swiglu_limit"),
         ("gpt_oss_20b", {"experts_per_token": 2}, "experts_per_token"),
     ],
@@ -225,9 +227,9 @@ def test_losses_of_their_training_are_said() -> None:
     assert found.fates["num_local_experts"] == "model.moe.experts=8"
 
 
-def _saved(folder: Path, name: str, **how: Any) -> Path:
+def _saved(folder: Path, name: str, changes: dict[str, Any] | None = None, **how: Any) -> Path:
     """Of transformers itself, with weights that are large and random."""
-    config = model_config(name)
+    config = model_config(name, **(changes or {}))
     theirs = transformers.AutoConfig.for_model(**to_hf_config(config, family_of(config), 2, "float32"))
     model = transformers.AutoModelForCausalLM.from_config(theirs)
     generator = torch.Generator().manual_seed(0)
@@ -263,3 +265,37 @@ def test_layers_of_multi_token_prediction_are_left_out_and_said(tmp_path: Path) 
     save_file({**weights, "model.layers.2.enorm.weight": torch.ones(4)}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"left over: model\.layers\.2"):
         import_weights(tmp_path / "given", str(tmp_path / "other"), "hf", logits="false")
+
+
+def test_gpt_oss_is_read_from_mxfp4_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    given = _saved(tmp_path / "given", "gpt_oss", {"mlp_dim": 64})
+    file, config_file = given / "model.safetensors", given / "config.json"
+    weights, wanted = load_file(file), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = weights.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(119, 126, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        wanted[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    imported = import_weights(given, str(tmp_path / "imported"), "hf")
+    assert imported.left_out == 0
+    assert imported.report.keys["quantization_config"][1].startswith("MXFP4")
+    assert any("MXFP4" in note for note in imported.report.notes)
+    export_hf(Checkpoint(tmp_path / "imported"), str(tmp_path / "again"), "stored", 1 << 30, lambda done: None)
+    exported = load_file(tmp_path / "again" / "model.safetensors")
+    back = import_weights(tmp_path / "again", str(tmp_path / "back"), "hf", logits="true")
+    assert back.report.difference is not None
+    assert back.report.difference < 1e-5
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    for name, tensor in wanted.items():
+        assert exported[name].dtype == torch.bfloat16
+        assert torch.equal(exported[name], tensor), name
+    save_file({**weights, f"{name}_scales": weights[f"{name}_scales"][:1]}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="MXFP4 is none"):
+        import_weights(given, str(tmp_path / "other"), "hf")
