@@ -21,6 +21,7 @@ LAYOUTS = {
     "expert2_fsdp2": ["layout.expert=2", "layout.fsdp=2"],
     "expert2_context2": ["layout.expert=2", "layout.context=2", "layout.fsdp=1"],
     "expert4": ["layout.expert=4", "layout.fsdp=1"],
+    "pipeline2_expert2": ["layout.pipeline=2", "layout.expert=2", "layout.fsdp=1", "train.micro_batch_size=1"],
 }
 ALL = [(twin, layout) for twin in TWINS for layout in LAYOUTS]
 
