@@ -60,6 +60,7 @@ from orchestrator.strategies.pipeline_stages import keep_own_stages, present_blo
 from orchestrator.strategies.sequence_order import SequenceOrder
 from orchestrator.strategies.sharded_parts import ShardedParts, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
+from orchestrator.strategies.tiled_attention import attend_in_tiles
 
 # Of what FSDP2 gathers: a layer that computes in fp8 rounds its operands itself.
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -152,6 +153,8 @@ class DTensorStrategy(ParallelStrategy):
         if self._context_group is not None:
             order = SequenceOrder.of(self.layout)
             parallelize_context(model, self._context_group, self.layout.context_kind, order)
+        else:
+            attend_in_tiles(model)
         whole = model.embed.weight.shape
         stages = keep_own_stages(model, self.layout, self.world.rank)
         if self.compile:
