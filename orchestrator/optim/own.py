@@ -1,7 +1,11 @@
 """A user's own optimizer: imported, tried on a small parameter, and restricted to state a checkpoint can hold.
 
 Its state has to be tensors, each a scalar or shaped as its parameter: so every layout can read its part of it. That is
-looked at before the training, on two parameters of a few elements.
+looked at before the training, on two parameters of a few elements. Numbers that it counts in its parameter groups are
+kept as scalars of each parameter beside that.
+
+Some optimizers train other weights than those to be evaluated and saved (schedule-free ones): what has methods `train`
+and `eval` is switched around evaluations, samples and checkpoints.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from orchestrator.optim.steps import GuardedOptimizer
 
 _SHAPES = ((5, 3), (7,))  # of the parameters that it is tried on: no size twice
 _STEPS = 3
+_GROUP = "group_"  # in front of the key of a number that is kept of a parameter's group
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,12 @@ class OwnOptimizer(GuardedOptimizer):
 
     Args:
         inner: the user's.
+        counted: keys of its parameter groups whose numbers change from step to step.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer):
+    def __init__(self, inner: torch.optim.Optimizer, counted: Sequence[str] = ()):
         super().__init__(inner.param_groups, {})
-        self.inner = inner
+        self.inner, self._counted = inner, tuple(counted)
         # The very same objects, so that rates and restored state reach it.
         self.param_groups, self.state = inner.param_groups, inner.state
 
@@ -48,8 +54,39 @@ class OwnOptimizer(GuardedOptimizer):
         """Step the user's optimizer, unless the gradients are not finite."""
         if self.bad is not None and bool(self.bad):
             return
+        self._recall()
         with torch.enable_grad():  # as it would be called by itself
             self.inner.step()
+        for group in self.param_groups if self._counted else ():
+            for parameter in group["params"]:
+                for key in self._counted:
+                    value = torch.tensor(float(group[key]), dtype=torch.float64)
+                    self.state[parameter][f"{_GROUP}{key}"] = value
+
+    def _recall(self) -> None:
+        """Take what was counted from the state, which may be that of a checkpoint."""
+        for group in self.param_groups if self._counted else ():
+            state = self.state.get(group["params"][0], {})
+            for key in self._counted:
+                if (value := state.get(f"{_GROUP}{key}")) is not None:
+                    group[key] = type(group[key])(value.item())
+
+    def train(self) -> None:
+        """Switch to the weights that are trained, where the user's optimizer has other ones."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """Switch to the weights that are evaluated and saved."""
+        self._switch("eval")
+
+    def _switch(self, name: str) -> None:
+        if _switches(self.inner):
+            self._recall()
+            getattr(self.inner, name)()
+
+
+def _switches(optimizer: torch.optim.Optimizer) -> bool:
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def build_own(
@@ -67,7 +104,7 @@ def build_own(
         ConfigError: it cannot be made or stepped, or keeps what cannot be saved.
     """
     part = OwnPart("optimizer", config._target_, "optim", config.arguments)
-    entries = _try(part, config, device)
+    entries, counted = _try(part, config, device)
     plain = len(groups) == 1 and groups[0] == {"params": groups[0]["params"], "lr": config.lr}
     optimizer = _make(part, groups[0]["params"] if plain else groups, config)
     if restoring:
@@ -80,7 +117,8 @@ def build_own(
                     if entry.scalar
                     else torch.zeros_like(parameter, dtype=entry.dtype)
                 )
-    return OwnOptimizer(optimizer)
+            state |= {f"{_GROUP}{key}": torch.zeros((), dtype=torch.float64) for key in counted}
+    return OwnOptimizer(optimizer, counted)
 
 
 def _make(part: OwnPart, parameters: Sequence[Any], config: OwnOptimConfig) -> torch.optim.Optimizer:
@@ -88,11 +126,15 @@ def _make(part: OwnPart, parameters: Sequence[Any], config: OwnOptimConfig) -> t
     return made
 
 
-def _try(part: OwnPart, config: OwnOptimConfig, device: torch.device) -> dict[int, Mapping[str, _Entry]]:
-    """Step it on small parameters: number of dims -> state by key."""
+def _try(
+    part: OwnPart, config: OwnOptimConfig, device: torch.device
+) -> tuple[dict[int, Mapping[str, _Entry]], list[str]]:
+    """Step it on small parameters: number of dims -> state by key, and what it counts in its groups."""
     generator = torch.Generator().manual_seed(0)
     tried = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in _SHAPES]
     optimizer = _make(part, tried, config)
+    if _switches(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
     before = [_values(group) for group in optimizer.param_groups]
     for _ in range(_STEPS):
         for parameter in tried:
@@ -105,8 +147,12 @@ def _try(part: OwnPart, config: OwnOptimConfig, device: torch.device) -> dict[in
                 got=f"lr={config.lr}, optim.arguments={config.arguments}",
                 fix="take an optimizer for matrices and vectors alike, or optim=muon",
             ) from error
-    changed = [key for old, group in zip(before, optimizer.param_groups, strict=True) for key in _differing(old, group)]
-    problems = [f"'{key}' of its parameter groups changes from step to step" for key in changed]
+    pairs = list(zip(before, optimizer.param_groups, strict=True))
+    changed = list(dict.fromkeys(key for old, group in pairs for key in _differing(old, group)))
+    counted = [
+        key for key in changed if all(_is_number(old.get(key)) and _is_number(group[key]) for old, group in pairs)
+    ]
+    problems = [f"'{key}' of its parameter groups changes from step to step" for key in changed if key not in counted]
     for parameter in tried:
         problems += [_refusal(key, value, parameter) for key, value in optimizer.state[parameter].items()]
     if problems := list(dict.fromkeys(problem for problem in problems if problem)):
@@ -123,7 +169,11 @@ def _try(part: OwnPart, config: OwnOptimConfig, device: torch.device) -> dict[in
             if value is not None
         }
         for parameter in tried
-    }
+    }, counted
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:

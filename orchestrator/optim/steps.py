@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +59,20 @@ class GuardedOptimizer(torch.optim.Optimizer):
             group: of the optimizer.
         """
         return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
+@contextmanager
+def evaluated(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Within it the weights are those to be evaluated and saved, where an optimizer trains others.
+
+    Args:
+        optimizer: of the run; one that has methods `train` and `eval` is switched, any other left alone.
+    """
+    for name in ("eval", "train"):
+        if callable(switch := getattr(optimizer, name, None)):
+            switch()
+        if name == "eval":
+            yield
 
 
 def store(target: Tensor, value: Tensor, bad: Tensor | None) -> None:

@@ -19,7 +19,9 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.models.moe import LOSS, STATISTICS, router_figures
 from orchestrator.models.protocol import ShardableModel
+from orchestrator.optim.own import OwnOptimizer
 from orchestrator.optim.schedule import schedule_of
+from orchestrator.optim.steps import evaluated
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, StepHooks, strategy_of
 from orchestrator.strategies.trainer_checkpoint import BESIDE
 from orchestrator.training.data_module import TokenDataModule, micro_batch_size
@@ -134,6 +136,8 @@ class LanguageModule(lightning.LightningModule):
         """Take one optimizer step on this process's share of a batch."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
+        if isinstance(self.optimizer, OwnOptimizer):
+            self.optimizer.train()  # after a restore; otherwise it is
         self._set_learning_rate()
         targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
         hooks = StepHooks(self.seed_dropout, backward=self.manual_backward)
@@ -193,8 +197,9 @@ class LanguageModule(lightning.LightningModule):
         """
         self.model.eval()
         self.on_validation_epoch_start()
-        for number, batch in enumerate(batches):
-            self.validation_step(self.parallel.prepare_batch(batch), number)
+        with evaluated(getattr(self, "optimizer", None)):
+            for number, batch in enumerate(batches):
+                self.validation_step(self.parallel.prepare_batch(batch), number)
         self.model.train()
         return self._validation_loss()
 

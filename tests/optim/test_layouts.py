@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "adafactor": ["optim=adafactor", "optim.lr=0.05"],
     "sgd": ["optim=sgd"],
     "own": ["optim._target_=torch.optim.NAdam"],
+    "schedule_free": ["optim._target_=tests.optim.test_units.ScheduleFree", "optim.lr=0.3"],
 }
 LAYOUTS = {
     "fsdp2": (["layout.fsdp=2"], 2),
@@ -31,7 +32,8 @@ LAYOUTS = {
     "fsdp3": (["layout.fsdp=3", "train.global_batch_tokens=384"], 3),
 }
 CASES = [(optimizer, layout) for optimizer in ("muon", "adafactor") for layout in ("fsdp2", "tensor2", "fsdp2_tensor2")]
-CASES += [("sgd", "fsdp2_tensor2"), ("own", "fsdp2_tensor2")]
+CASES += [("sgd", "fsdp2_tensor2"), ("own", "fsdp2_tensor2"), ("schedule_free", "fsdp2_tensor2")]
+FURTHER = ("sgd", "schedule_free")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("optimizer", "layout"),
-    cases(CASES, quick=[case for case in CASES if case[1] == "fsdp2_tensor2" and case[0] != "sgd"]),
+    cases(CASES, quick=[case for case in CASES if case[1] == "fsdp2_tensor2" and case[0] not in FURTHER]),
 )
 def test_every_layout_gives_the_losses_of_one_process(runs, optimizer, layout):
     ours, theirs = (losses(read_rows(runs(optimizer, where))) for where in (layout, None))
@@ -64,7 +66,15 @@ def test_every_layout_gives_the_losses_of_one_process(runs, optimizer, layout):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "layout"), [*((name, "fsdp3") for name in OPTIMIZERS), ("muon", None), ("adafactor", None)]
+    ("optimizer", "layout"),
+    cases(
+        [*((name, "fsdp3") for name in OPTIMIZERS), ("muon", None), ("adafactor", None), ("schedule_free", None)],
+        quick=[
+            *((name, "fsdp3") for name in OPTIMIZERS if name != "schedule_free"),
+            ("muon", None),
+            ("adafactor", None),
+        ],
+    ),
 )
 def test_state_moves_to_another_layout_to_the_bit(runs, optimizer, layout):
     """Saved on fsdp 2 x tensor 2, loaded elsewhere and saved again without a step between."""
@@ -80,7 +90,9 @@ def test_state_moves_to_another_layout_to_the_bit(runs, optimizer, layout):
         assert torch.equal(before[key], after[key]), key
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor", "own"])
+@pytest.mark.parametrize(
+    "optimizer", cases(["muon", "adafactor", "own", "schedule_free"], quick=["muon", "adafactor", "own"])
+)
 def test_a_resumed_run_ends_to_the_bit_as_one_that_was_not_stopped(runs, tmp_path, optimizer):
     whole = runs(optimizer, "fsdp2_tensor2")
     words, size = LAYOUTS["fsdp2_tensor2"]
@@ -107,7 +119,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", STATES)
 def test_state_has_names_and_global_shapes(runs, optimizer):
     found = Checkpoint(checkpoint(runs(optimizer, "fsdp2_tensor2")))
     assert list(contradictions(found)) == []

@@ -12,6 +12,7 @@ from orchestrator.config.registry import permit
 from orchestrator.config.schema import AdafactorConfig, MuonConfig, OwnOptimConfig, SGDConfig
 from orchestrator.errors import ConfigError
 from orchestrator.optim.muon import orthogonalize
+from orchestrator.optim.steps import evaluated
 from orchestrator.training.optimizer_setup import PEAK, build_optimizer
 
 CPU = torch.device("cpu")
@@ -130,3 +131,69 @@ class Counts(torch.optim.SGD):
 def test_what_no_checkpoint_could_hold_is_refused_before_the_training(target, arguments, says):
     with pytest.raises(ConfigError, match=says):
         build_optimizer(_Model(), OwnOptimConfig(target, arguments=arguments), CPU)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (arXiv 2405.15682) with the interface of the package `schedulefree`: counts, and switches."""
+
+    def __init__(self, params, lr: float = 0.1, beta: float = 0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "k": 0, "weight_sum": 0.0, "train_mode": False})
+
+    @torch.no_grad()
+    def _move(self, train: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] != train:
+                group["train_mode"] = train
+                weight = 1 - group["beta"] if train else 1 - 1 / group["beta"]
+                for parameter in group["params"]:
+                    if "z" in self.state[parameter]:
+                        parameter.lerp_(self.state[parameter]["z"], weight)
+
+    def train(self) -> None:
+        self._move(True)
+
+    def eval(self) -> None:
+        self._move(False)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"], "train() comes first"
+            group["weight_sum"] += group["lr"] ** 2
+            share = group["lr"] ** 2 / group["weight_sum"]
+            for parameter in (one for one in group["params"] if one.grad is not None):
+                z = self.state[parameter].setdefault("z", parameter.detach().clone())
+                parameter.lerp_(z, share).add_(parameter.grad, alpha=group["lr"] * (group["beta"] * (1 - share) - 1))
+                z.sub_(parameter.grad, alpha=group["lr"])
+            group["k"] += 1
+
+
+def test_what_is_counted_in_groups_is_kept_as_scalars_and_recalled():
+    permit([__name__ + ".ScheduleFree", "tests.optim.test_units.ScheduleFree"])
+    config = OwnOptimConfig("tests.optim.test_units.ScheduleFree", lr=0.01)
+    model = _Model()
+    optimizer = build_optimizer(model, config, CPU)
+    optimizer.train()
+    for seed in range(3):
+        _step(model, optimizer, seed)
+    state = optimizer.state[model.embed.weight]
+    assert {key: value.item() for key, value in state.items() if not value.dim()} == {
+        "group_k": 3.0,
+        "group_weight_sum": pytest.approx(3e-4),
+    }
+    trained = model.embed.weight.detach().clone()
+    twin = _Model()
+    with evaluated(optimizer):
+        assert not torch.equal(model.embed.weight, trained)
+        other = build_optimizer(twin, config, CPU, restoring=True)
+        twin.load_state_dict(model.state_dict())
+        for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
+            for key, value in optimizer.state[parameter].items():
+                other.state[copied][key].copy_(value)
+    torch.testing.assert_close(model.embed.weight, trained)
+    other.train()
+    for net, one in ((model, optimizer), (twin, other)):
+        _step(net, one, 7)
+        assert one.param_groups[0]["k"] == 4
+        assert type(one.param_groups[0]["k"]) is int
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -24,6 +24,7 @@ from orchestrator.errors import CheckpointError, ConfigError, NonFiniteError, Sa
 from orchestrator.observe.history import HISTORY, History
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.sink import reason
+from orchestrator.optim.steps import evaluated
 from orchestrator.runs import run_directory
 from orchestrator.runs.messages import warn
 from orchestrator.runs.shared_folder import check_shared
@@ -202,6 +203,11 @@ class Checkpoints(lightning.Callback):
     def _save(self, pl_module: Any, saver: Saver) -> None:
         self._settle()
         self._stop_if_refused()
+        with evaluated(pl_module.optimizer):
+            self._start_save(pl_module, saver)
+
+    def _start_save(self, pl_module: Any, saver: Saver) -> None:
+        """Measure the reference batch and copy the state; the rest is written beside the training."""
         step = self._started = pl_module.step
         files = {**self._extra, HISTORY: self._history.content(step)}
         if self._reference is not None:

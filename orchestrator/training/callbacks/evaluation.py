@@ -19,6 +19,7 @@ from orchestrator.inference.sampling import Sampling, choose
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
+from orchestrator.optim.steps import evaluated
 from orchestrator.runs.messages import warn
 from orchestrator.runs.run_directory import SAMPLES
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
@@ -139,7 +140,8 @@ class Samples(lightning.Callback):
             return self._written[1]
         prompt, text, problem = settings.prompt, "", None
         try:
-            prompt, text = self._sample(pl_module.model)
+            with evaluated(getattr(pl_module, "optimizer", None)):
+                prompt, text = self._sample(pl_module.model)
         except Exception as error:
             problem = error
             pl_module.model.train()
