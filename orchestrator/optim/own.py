@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from orchestrator.optim.steps import GuardedOptimizer
 
 _SHAPES = ((5, 3), (7,))  # of the parameters that it is tried on: no size twice
 _STEPS = 3
+_Number: TypeAlias = type[int] | type[float]
 _GROUP = "group_"  # in front of the key of a number that is kept of a parameter's group
 
 
@@ -41,12 +43,12 @@ class OwnOptimizer(GuardedOptimizer):
 
     Args:
         inner: the user's.
-        counted: keys of its parameter groups whose numbers change from step to step.
+        counted: keys of its parameter groups whose numbers change from step to step -> their type.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, counted: Sequence[str] = ()):
+    def __init__(self, inner: torch.optim.Optimizer, counted: Mapping[str, _Number] = MappingProxyType({})):
         super().__init__(inner.param_groups, {})
-        self.inner, self._counted = inner, tuple(counted)
+        self.inner, self._counted = inner, dict(counted)
         # The very same objects, so that rates and restored state reach it.
         self.param_groups, self.state = inner.param_groups, inner.state
 
@@ -67,9 +69,9 @@ class OwnOptimizer(GuardedOptimizer):
         """Take what was counted from the state, which may be that of a checkpoint."""
         for group in self.param_groups if self._counted else ():
             state = self.state.get(group["params"][0], {})
-            for key in self._counted:
+            for key, kind in self._counted.items():
                 if (value := state.get(f"{_GROUP}{key}")) is not None:
-                    group[key] = type(group[key])(value.item())
+                    group[key] = kind(value.item())
 
     def train(self) -> None:
         """Switch to the weights that are trained, where the user's optimizer has other ones."""
@@ -128,7 +130,7 @@ def _make(part: OwnPart, parameters: Sequence[Any], config: OwnOptimConfig) -> t
 
 def _try(
     part: OwnPart, config: OwnOptimConfig, device: torch.device
-) -> tuple[dict[int, Mapping[str, _Entry]], list[str]]:
+) -> tuple[dict[int, Mapping[str, _Entry]], dict[str, _Number]]:
     """Step it on small parameters: number of dims -> state by key, and what it counts in its groups."""
     generator = torch.Generator().manual_seed(0)
     tried = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in _SHAPES]
@@ -149,9 +151,12 @@ def _try(
             ) from error
     pairs = list(zip(before, optimizer.param_groups, strict=True))
     changed = list(dict.fromkeys(key for old, group in pairs for key in _differing(old, group)))
-    counted = [
-        key for key in changed if all(_is_number(old.get(key)) and _is_number(group[key]) for old, group in pairs)
-    ]
+    # What begins with the first step is counted, too.
+    counted: dict[str, _Number] = {
+        key: type(pairs[0][1][key])
+        for key in changed
+        if all(_is_number(old.get(key, 0)) and _is_number(new.get(key)) for old, new in pairs)
+    }
     problems = [f"'{key}' of its parameter groups changes from step to step" for key in changed if key not in counted]
     for parameter in tried:
         problems += [_refusal(key, value, parameter) for key, value in optimizer.state[parameter].items()]
