@@ -118,7 +118,8 @@ class JobSpec:
         stack: software whose calibration applies (a key of `calibration.yaml`), or `auto`: the chip's vendor's.
         loss_chunk_tokens: tokens whose logits are alive at one time; None for what the stack does.
         document_mask: attention does not cross documents, which takes a mask of every pair of positions.
-        optimizer: `adamw`, `muon`, `adafactor`, `sgd`, or `sgd without momentum`.
+        optimizer: `adamw`, `adamw bf16` or `adamw int8` (of its moments), `muon`, `adafactor`, `sgd`, or
+            `sgd without momentum`.
     """
 
     model: ModelShape

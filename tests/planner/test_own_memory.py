@@ -89,3 +89,14 @@ def test_what_the_strategy_cannot_do_is_left_to_the_general_model():
     assert not covers(job(MIXTRAL), ParallelPlan(fsdp=8))
     assert not covers(job(LLAMA_8B), ParallelPlan(fsdp=8, zero=1))
     assert not covers(job(LLAMA_8B), ParallelPlan(fsdp=8, remat="offload"))
+
+
+def test_moments_in_fewer_bits_take_less():
+    plan = ParallelPlan(fsdp=64)
+    kinds = ("adamw", "adamw bf16", "adamw int8")
+    whole, half, codes = (
+        estimate_memory(job(stack="orchestrator", optimizer=kind), cluster("cpu-generic", 64), plan).optimizer
+        for kind in kinds
+    )
+    assert half == whole / 2
+    assert codes == whole * 2.125 / 8

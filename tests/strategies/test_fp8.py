@@ -20,7 +20,7 @@ from orchestrator.sharding.rules import place
 from orchestrator.strategies.fp8_experts import emulated_product
 from orchestrator.strategies.fp8_layers import MXFP8Linear, choose_layers, convert_layers, mx_product
 from tests.lab.runs import checkpoint, losses, read_rows, small_config, train
-from tests.lab.slow import cases
+from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 
 pytest.importorskip("torchao.float8")  # here, so that forked ranks have it
@@ -229,6 +229,18 @@ def test_a_checkpoint_of_fp8_goes_on_in_another_precision_and_layout(runs, tmp_p
         for quantity in ("loss", "grad_norm", "logits"):
             assert handover[quantity]["agrees"], (precision, quantity, handover[quantity])
             assert handover[quantity]["difference"] > 0
+
+
+@slow
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_gw_hp", "mxfp8"])
+def test_a_hundred_steps_stay_within_the_tolerance(runs, recipe):
+    """At a rate at which the small corpus is not learned by heart: there two runs in bf16 and fp32 part, too."""
+    words = ("model.layers=2", "train.max_steps=100", "checkpoint.every_steps=100", "optim.lr=5e-4")
+    ours = losses(read_rows(runs(FP8, f"hardware.fp8.recipe={recipe}", *words)))
+    theirs = losses(read_rows(runs("hardware.precision=bf16", *words)))
+    assert len(ours) == 100
+    assert ours[-1] < ours[0] - 2
+    np.testing.assert_allclose(ours, theirs, rtol=TOLERANCES["bf16", "fp8"].loss)
 
 
 MOE = ("model.moe.experts=4", "model.moe.mlp_dim=32", "model.moe.balance_loss=0.01")

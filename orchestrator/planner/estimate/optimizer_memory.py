@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orchestrator.config.schema import OptimConfig, OwnOptimConfig, SGDConfig
+from orchestrator.config.schema import AdamWConfig, OptimConfig, OwnOptimConfig, SGDConfig
 from orchestrator.planner.estimate.work import layer_elements
 from orchestrator.planner.spec import JobSpec, ModelShape, ParallelPlan
 
 FP32 = 4
 PLAIN_SGD = "sgd without momentum"
-_LEAST = {"muon": 1.0, "adafactor": 0.0, "sgd": 1.0, PLAIN_SGD: 0.0}
+ADAMW_BF16, ADAMW_INT8 = "adamw bf16", "adamw int8"
+# 8-bit codes have a scale in fp32 for each 64.
+_COMPACT = {ADAMW_BF16: 2 * 2 / FP32, ADAMW_INT8: 2 * (1 + FP32 / 64) / FP32}
+_LEAST = {"muon": 1.0, "adafactor": 0.0, "sgd": 1.0, PLAIN_SGD: 0.0, **_COMPACT}
+_STRETCH, _STRETCH_BYTES = 1 << 22, 64  # elements that are updated at one time, and what exists for each meanwhile
 _AT_ONE_TIME = 8  # matrices of the largest size, while it is gathered, iterated and handed back
 _TEMPORARIES = 3  # parts of the largest size, while a part is updated without a fused kernel
 
@@ -23,6 +27,8 @@ def optimizer_kind(config: OptimConfig) -> str:
     """
     if isinstance(config, OwnOptimConfig):
         return "adamw"
+    if isinstance(config, AdamWConfig) and config.state_dtype != "fp32":
+        return {"bf16": ADAMW_BF16, "int8": ADAMW_INT8}[config.state_dtype]
     return PLAIN_SGD if isinstance(config, SGDConfig) and not config.momentum else config.name
 
 
@@ -65,6 +71,8 @@ def update_bytes(job: JobSpec, plan: ParallelPlan) -> float:
         return FP32 * _AT_ONE_TIME * max(whole)
     if job.optimizer == "adafactor":
         return FP32 * _TEMPORARIES * max(rows * columns for _, rows, columns in _parts(job.model, plan))
+    if job.optimizer in _COMPACT:
+        return _STRETCH_BYTES * min(_STRETCH, max(rows * columns for _, rows, columns in _parts(job.model, plan)))
     return 0.0
 
 
