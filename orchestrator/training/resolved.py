@@ -51,6 +51,7 @@ LEFT_OPEN = {
     "hardware.compilation_cache": "each host has one of its own",
     "hardware.threads": "each host has cores of its own",
     "model.head_dim": "no choice: `ModelConfig.head_width` is the rule",
+    "model.moe.mlp_dim": "likewise: `MoEConfig.width`",
     "resume": "a word for a checkpoint, which `paths.resume_from` is",
 }
 """Keys whose `auto` stays, and why."""

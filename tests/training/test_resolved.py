@@ -49,7 +49,7 @@ def _may_be_auto(cls: type, prefix: str = "") -> Iterator[str]:
 
 def test_every_auto_of_the_schema_is_decided_or_left_open_for_a_reason():
     found = {*_may_be_auto(RunConfig), *_may_be_auto(MuonConfig, "optim."), *TEXTS}
-    assert found == {*DECIDED, *LEFT_OPEN}
+    assert found | {"layout.stage_layers"} == {*DECIDED, *LEFT_OPEN}, "an empty list is open, too"
     assert not set(DECIDED) & set(LEFT_OPEN)
 
 
@@ -68,6 +68,17 @@ def test_what_is_open_is_decided_and_what_the_user_has_said_is_kept():
     decided = {key for key, value in flat(to_dict(config)) if value != dict(flat(to_dict(asked)))[key]}
     assert decided <= set(DECIDED)
     assert {key for key, value in flat(to_dict(asked)) if value == "auto"} - decided <= {*LEFT_OPEN, "layout.name"}
+
+
+def test_the_layers_of_a_pipeline_are_divided_by_their_cost():
+    resolved = _resolved("layout.pipeline=4", "model.layers=8", "model.dim=128", "train.global_batch_tokens=8192")
+    assert len(resolved.layout.stage_layers) == 4
+    assert sum(resolved.layout.stage_layers) == 8
+    assert resolved.layout.stage_layers[-1] < 2, "the last stage has the head"
+    assert resolved.micro_batch == 4, "four micro-batches for each rank"
+    assert Resolved.from_dict(resolved.to_dict()) == resolved
+    kept = _resolved("layout.pipeline=4", "model.layers=8", "layout.stage_layers=[1,2,3,2]")
+    assert kept.layout.stage_layers == (1, 2, 3, 2)
 
 
 def test_degrees_that_do_not_fit_are_an_error():
