@@ -32,13 +32,14 @@ from tests.lab.runs import TINY, resolved_run, small_config
 from tests.lab.tensors import read_all
 
 RANKS = 2
-OVERRIDES = (
-    *TINY,
-    "model.dropout=0.1",
-    "layout.fsdp=2",
-    "checkpoint.every_steps=2",
-    "hardware.timeout_seconds=60",
-)
+COMMON = (*TINY, "checkpoint.every_steps=2", "hardware.timeout_seconds=60")
+_EXPERTS = ("model.moe.experts=4", "model.moe.mlp_dim=32", "model.moe.balance_loss=0.01", "model.moe.balance_bias=true")
+KINDS = {
+    "dense": ("model.dropout=0.1", "layout.fsdp=2"),
+    "experts": (*_EXPERTS, "layout.expert=2", "layout.fsdp=1"),
+    "pipeline": ("model.layers=2", "layout.pipeline=2", "layout.fsdp=1", "train.micro_batch_size=1"),
+}
+"""What is trained, over two ranks each."""
 _MAX_SECONDS = 4.0
 _MAX_OPERATIONS = 200
 _ATTEMPT_SECONDS = 240.0
@@ -64,18 +65,21 @@ class Tally:
     moments: list[str] = field(default_factory=list)
 
 
-def campaign(folder: Path, kills: int, steps: int, seed: int, report: Callable[[Tally], object]) -> Tally:
+def campaign(
+    folder: Path, kills: int, steps: int, seed: int, report: Callable[[Tally], object], kind: str = "dense"
+) -> Tally:
     """Kill until there were `kills`, and let the last run end.
 
     Args:
         steps: of a run; where one ends before there were enough kills, another is begun.
         report: told after each attempt.
+        kind: one of `KINDS`.
 
     Raises:
         AssertionError: something was lost, or taken for what it is not.
     """
     preload()
-    config = small_config(folder, *OVERRIDES, f"train.max_steps={steps}")
+    config = small_config(folder, *COMMON, *KINDS[kind], f"train.max_steps={steps}")
     chance, tally = random.Random(seed), Tally()
     reference = folder / "reference"
     assert _attempt(config, reference, None, None, chance) == "ended"
