@@ -33,11 +33,12 @@ CASES = {
     "expert2_context2": ["layout.expert=2", "layout.context=2"],
     "expert2_ring2": ["layout.expert=2", "layout.context=2", "layout.context_kind=ring"],
     "expert2_ulysses2": ["layout.expert=2", "layout.context=2", "layout.context_kind=ulysses"],
+    "pipeline2_expert2": ["layout.pipeline=2", "layout.expert=2", "train.micro_batch_size=1"],
     "replicate2_expert2": ["layout.replicate=2", "layout.expert=2"],
     "replicate2_expert2_fsdp2": ["layout.replicate=2", "layout.expert=2", "layout.fsdp=2"],
     "expert2_fsdp2_tensor2": ["layout.expert=2", "layout.fsdp=2", "layout.tensor=2"],
 }
-QUICK = ["expert4", "expert2_fsdp2", "expert2_tensor2", "expert2_context2"]
+QUICK = ["expert4", "expert2_fsdp2", "expert2_tensor2", "expert2_context2", "pipeline2_expert2"]
 
 
 def _words(case: list[str]) -> list[str]:
