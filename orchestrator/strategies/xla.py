@@ -125,7 +125,7 @@ class XlaStrategy(ParallelStrategy):
             path, _, leaf = name.rpartition(".")
             # Split on the way from the host: no device ever holds the whole.
             placed = self._send(torch.zeros(parameter.shape), self._spec(model, name))
-            setattr(model.get_submodule(path), leaf, nn.Parameter(placed))
+            setattr(model.get_submodule(path), leaf, nn.Parameter(placed, parameter.requires_grad))
         model.tie_weights()
         for block in model.blocks:
             # Else the compiler may begin the backward pass of many blocks together and keep all their gathered
