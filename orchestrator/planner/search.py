@@ -9,7 +9,7 @@ with a few fillings, then the best frames with all of them. What is left out, an
 - Frames whose weights and optimizer state alone do not fit are not filled (exact: the rest only adds).
 - Tensor parallelism stays within a domain of fast links, and pipelines of a TPU within a slice (a rule of the field,
   not a theorem: it is what the links are for).
-- Degrees are divisors of what they split, at most `_DEGREES` of an axis, evenly over the logarithm; and only the
+- Degrees are divisors of what they split, a few of an axis (`degrees`), evenly over the logarithm; and only the
   frames that lead after the first round are filled to the end (approximate; tests compare it with all layouts).
 - Data parallelism takes the devices that are left and that the batch can use. Where the batch is free, up to 2% of them
   stay idle for the sake of degrees that divide well; idle devices are counted and shown.
@@ -17,13 +17,26 @@ with a few fillings, then the best frames with all of them. What is left out, an
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
+from orchestrator.config.schema import ContextKind, Schedule
+from orchestrator.planner.degrees import (
+    VIRTUAL_STAGES,
+    attends,
+    chunk_counts,
+    context_degrees,
+    cuts_experts,
+    divisors_of,
+    expert_degrees,
+    fills,
+    pipeline_degrees,
+    spread,
+    tensor_degrees,
+)
 from orchestrator.planner.estimate.memory import device_capacity, estimate_memory
 from orchestrator.planner.estimate.optimizer_memory import least_moments
 from orchestrator.planner.estimate.time import estimate_time
@@ -33,7 +46,6 @@ from orchestrator.planner.spec import (
     Cluster,
     JobSpec,
     MemoryEstimate,
-    ModelShape,
     ParallelPlan,
     Reduce,
     Remat,
@@ -44,12 +56,10 @@ Memory = Callable[[JobSpec, Cluster, ParallelPlan], MemoryEstimate]
 Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
 
 REMATS: tuple[Remat, ...] = ("none", "selective", "full")
-_DEGREES = 7  # of one axis
+_TENSORS = 7  # degrees of the axis
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 LEADERS = 8  # frames that are filled to the end
-_UNEVEN = 1.1  # stages may have so many times the mean number of layers
 _ROUND = 0.98  # of the data-parallel groups that there could be: enough, if their number divides better
-_LEAST_PART = 2048  # tokens of a sequence that a context rank keeps, where devices are not too many
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,9 @@ class Space:
         remats: policies to try.
         zeros: what fsdp may shard, as `ParallelPlan.zero`.
         whole: every device works, as a training run of this product wants it.
-        even: all axes divide what they split (this product's rules); else heads may be copied and stages be uneven.
+        even: all axes divide what they split (this product's rules); else heads may be copied.
+        schedules: of this product's pipelines; empty: 1F1B, with any number of chunks interleaved.
+        context_kinds: how the parts of a sequence may attend to each other.
         compiled: as in a plan.
         copies: replicate is a multiple of it.
         reduce_gradients: as in a plan. Compilers for TPU and Trainium cut gradients always, whatever it says.
@@ -111,6 +123,8 @@ class Space:
     zeros: tuple[Literal[1, 2, 3], ...] = (3, 1)
     whole: bool = False
     even: bool = False
+    schedules: tuple[Schedule, ...] = ()
+    context_kinds: tuple[ContextKind, ...] = ("gather",)
     compiled: bool = True
     copies: int = 1
     reduce_gradients: Reduce = "each"
@@ -174,6 +188,9 @@ class _Frame:
         return self.tensor * self.context * self.pipeline
 
 
+_Way = tuple[Schedule, int]  # of a pipeline: schedule, and chunks of a stage
+
+
 def search(
     job: JobSpec,
     cluster: Cluster,
@@ -225,42 +242,63 @@ class _Walk:
         shape, space, devices = self._job.model, self._space, self._cluster.devices
         per_domain = devices // self._domains
         capacity = device_capacity(self._cluster)
-        for tensor in self._tensors(shape):
-            for pipeline in _pick(space.pipeline, self._pipelines(shape)):
+        for tensor in self._tensors():
+            for pipeline in _pick(space.pipeline, pipeline_degrees(shape, devices)):
                 for context in _pick(space.context, self._contexts(tensor * pipeline)):
                     size = tensor * context * pipeline
                     if size > per_domain or (space.whole and devices % size) or self._job.seq_len % (tensor * context):
                         continue
-                    groups = self._groups(per_domain // size * self._domains)
-                    if (
-                        not groups
-                        or size * groups % self._parts
-                        or (capacity and _least_state(self._job, self._cluster, size * groups) > capacity)
-                    ):
-                        continue
-                    for expert in _pick(space.expert, self._experts(shape, groups, tensor)):
-                        yield _Frame(tensor, context, pipeline, expert, groups)
+                    most = per_domain // size * self._domains
+                    for expert in _pick(space.expert, expert_degrees(shape, min(most, self._sequences))):
+                        groups = self._groups(most, expert)
+                        fits = groups and not size * groups % self._parts and not (shape.experts or 1) % expert
+                        if fits and not (capacity and _least_state(self._job, self._cluster, size * groups) > capacity):
+                            yield _Frame(tensor, context, pipeline, expert, groups)
 
     def best(self, frame: _Frame, thorough: bool) -> Candidate | None:
         """Return the fastest filling that fits."""
         found: Candidate | None = None
         for replicate, fsdp in self._shardings(frame, thorough):
-            zeros = self._space.zeros if fsdp > 1 else self._space.zeros[:1]
-            for zero, stages in itertools.product(zeros, self._interleavings(frame, thorough)):
-                for candidate in self._grow(frame, replicate, fsdp, zero, stages):
+            zeros = self._space.zeros if fsdp * frame.expert > 1 else self._space.zeros[:1]
+            for zero, way, kind in itertools.product(zeros, self._ways(frame, thorough), self._kinds(frame, thorough)):
+                for candidate in self._grow(frame, replicate, fsdp, zero, way, kind):
                     if found is None or candidate.tokens_per_second > found.tokens_per_second:
                         found = candidate
         return found
 
-    def _grow(self, frame: _Frame, replicate: int, fsdp: int, zero: int, stages: int) -> Iterator[Candidate]:
+    def _ways(self, frame: _Frame, thorough: bool) -> list[_Way]:
+        """Schedules of a pipeline."""
+        space, layers = self._space, self._job.model.layers
+        if frame.pipeline == 1:
+            return [("1f1b", 1)]
+        if not space.schedules:
+            chunks = chunk_counts(layers, frame.pipeline, thorough)
+            return [("interleaved" if count > 1 else "1f1b", count) for count in chunks]
+        ways = [(one, VIRTUAL_STAGES[one]) for one in space.schedules if one == space.schedules[0] or thorough]
+        return [(schedule, virtual) for schedule, virtual in ways if frame.pipeline * virtual <= layers]
+
+    def _kinds(self, frame: _Frame, thorough: bool) -> list[ContextKind]:
+        """Ways in which the parts of a sequence attend to each other."""
+        kinds, job = self._space.context_kinds, self._job
+        if frame.context == 1:
+            return ["gather" if "gather" in kinds else kinds[0]]
+        legal = [kind for kind in kinds if attends(kind, job.model, job.seq_len, frame.context, frame.tensor)]
+        return legal if thorough else legal[:1]
+
+    def _grow(
+        self, frame: _Frame, replicate: int, fsdp: int, zero: int, way: _Way, kind: ContextKind
+    ) -> Iterator[Candidate]:
         """Micro-batches from small to large, each with the least remat that fits."""
-        share = self._sequences // frame.groups
+        share, (schedule, stages) = self._sequences // frame.groups, way
         for micro in _pick(self._space.micro_batch, _MICRO_BATCHES):
             if micro > share or (not self._batch.free and share % micro):
                 return
             # A free batch is a whole number of micro-batches of every group.
             tokens = frame.groups * (share // micro) * micro * self._job.seq_len
-            if stages > 1 and (share // micro) % frame.pipeline:
+            if self._space.schedules and frame.pipeline > 1:
+                if not fills(schedule, frame.pipeline, share // micro):
+                    continue
+            elif stages > 1 and (share // micro) % frame.pipeline:
                 continue  # interleaving takes the micro-batches in rounds of one per stage
             job = replace(self._job, global_batch_tokens=tokens)
             plan = ParallelPlan(
@@ -275,6 +313,8 @@ class _Walk:
                 virtual_stages=stages,
                 compiled=self._space.compiled,
                 reduce_gradients=self._reduce,
+                schedule=schedule,
+                context_kind=kind,
             )
             candidate = self._least_remat(job, plan)
             if candidate is None:
@@ -293,10 +333,10 @@ class _Walk:
                 self.nearest = (tried, memory)
         return None
 
-    def _groups(self, most: int) -> int:
+    def _groups(self, most: int, expert: int) -> int:
         """Data-parallel groups: as many as the devices hold and the batch can feed."""
         space = self._space
-        fixed = (space.replicate or 1) * (space.fsdp or 1)
+        fixed = (space.replicate or 1) * (space.fsdp or 1) * expert
         if space.replicate and space.fsdp:
             fits = fixed == most if space.whole else fixed <= most
             return fixed if fits and not self._sequences % fixed else 0
@@ -313,73 +353,35 @@ class _Walk:
 
     def _shardings(self, frame: _Frame, thorough: bool) -> Iterator[tuple[int, int]]:
         """(replicate, fsdp) of the groups."""
-        groups, space = frame.groups, self._space
+        groups, space = frame.groups // frame.expert, self._space
         if space.fsdp or space.replicate:
             fsdp = space.fsdp or groups // (space.replicate or 1)
-            if not groups // fsdp % space.copies:
+            if not groups // fsdp % space.copies and self._cuts(frame, fsdp):
                 yield groups // fsdp, fsdp
             return
-        near = max(1, self._fast // (frame.tensor * frame.context))
-        divisors = divisors_of(groups // space.copies)
+        near = max(1, self._fast // (frame.tensor * frame.context * frame.expert))
+        divisors = [divisor for divisor in divisors_of(groups // space.copies) if self._cuts(frame, divisor)]
         wanted = {groups, near, 4 * near, 16 * near, groups // self._domains}
         if thorough:
-            wanted |= set(_spread(divisors, 12)) | {1}
-        seen = {max(divisor for divisor in divisors if divisor <= max(1, want)) for want in wanted}
-        yield from ((groups // fsdp, fsdp) for fsdp in sorted(seen, reverse=True))
+            wanted |= set(spread(divisors, 12)) | {1}
+        seen = {max((divisor for divisor in divisors if divisor <= max(1, want)), default=0) for want in wanted}
+        yield from ((groups // fsdp, fsdp) for fsdp in sorted(seen - {0}, reverse=True))
 
-    def _tensors(self, shape: ModelShape) -> list[int]:
-        def legal(degree: int) -> bool:
-            if shape.heads % degree or shape.mlp_dim % degree or self._job.seq_len % degree:
-                return False
-            if self._space.even:
-                return not (shape.kv_heads % degree or shape.vocab % degree or shape.learned_positions % degree)
-            return not (shape.kv_heads % degree and degree % shape.kv_heads)
+    def _cuts(self, frame: _Frame, fsdp: int) -> bool:
+        return not self._space.even or cuts_experts(self._job.model, fsdp * frame.context, frame.tensor)
 
+    def _tensors(self) -> list[int]:
         fixed = self._space.tensor
-        degrees = [degree for degree in divisors_of(shape.heads) if legal(degree)]
+        degrees = tensor_degrees(self._job.model, self._job.seq_len, self._space.even)
         if fixed is not None:
             return [degree for degree in degrees if degree == fixed]
-        return [degree for degree in degrees if degree <= self._fast][:_DEGREES]
-
-    def _pipelines(self, shape: ModelShape) -> list[int]:
-        if self._space.even:
-            return [1]
-        most = min(shape.layers, self._cluster.devices)
-        powers = [2**power for power in range(most.bit_length()) if 2**power <= most]
-        legal = {p for p in powers if math.ceil(shape.layers / p) * p <= _UNEVEN * shape.layers}
-        return _spread(sorted(legal | {p for p in divisors_of(shape.layers) if p <= most}), _DEGREES + 2)
+        return [degree for degree in degrees if degree <= self._fast][:_TENSORS]
 
     def _contexts(self, others: int) -> list[int]:
         """Parts of a sequence; small ones only where there are more devices than sequences, or groups."""
-        seq_len, space = self._job.seq_len, self._space
+        space = self._space
         groups = space.replicate * space.fsdp if space.replicate and space.fsdp else self._sequences
-        least = _LEAST_PART // (4 if self._cluster.devices // others > groups else 1)
-        legal = [degree for degree in divisors_of(seq_len) if degree & (degree - 1) == 0]
-        return [degree for degree in legal if degree == 1 or seq_len // degree >= least][:_DEGREES]
-
-    def _experts(self, shape: ModelShape, groups: int, tensor: int) -> list[int]:
-        if not shape.experts:
-            return [1]
-        legal = [degree for degree in divisors_of(math.gcd(shape.experts, groups)) if degree & (degree - 1) == 0]
-        return _spread(legal, 4)
-
-    def _interleavings(self, frame: _Frame, thorough: bool) -> list[int]:
-        layers = self._job.model.layers
-        if frame.pipeline == 1 or layers % frame.pipeline:
-            return [1]
-        chunks = divisors_of(layers // frame.pipeline)
-        return _spread(chunks, 6) if thorough else sorted({chunks[0], chunks[-1]})
-
-
-@functools.lru_cache(maxsize=4096)
-def divisors_of(number: int) -> tuple[int, ...]:
-    """Return all divisors, in order.
-
-    Args:
-        number: 1 or more.
-    """
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if not number % divisor]
-    return tuple(sorted({*small, *(number // divisor for divisor in small)}))
+        return context_degrees(self._job.seq_len, self._cluster.devices // others > groups)
 
 
 def _fast_devices(cluster: Cluster) -> int:
@@ -399,12 +401,3 @@ def _least_state(job: JobSpec, cluster: Cluster, devices: int) -> float:
 
 def _pick(fixed: int | None, free: Sequence[int]) -> Sequence[int]:
     return free if fixed is None else [fixed]
-
-
-def _spread(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the ordered values, first and last among them, evenly over the logarithm."""
-    if len(values) <= count:
-        return list(values)
-    low, high = math.log(values[0]), math.log(values[-1])
-    wanted = [math.exp(low + (high - low) * index / (count - 1)) for index in range(count)]
-    return sorted({min(values, key=lambda value: abs(math.log(value / want))) for want in wanted})

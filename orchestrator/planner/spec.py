@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.chips.chip import Chip
-from orchestrator.config.schema import GATED, ModelConfig
+from orchestrator.config.schema import GATED, ContextKind, ModelConfig, Schedule
 
 Remat = Literal["none", "selective", "full", "offload"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -34,6 +34,8 @@ class ModelShape:
         experts: routed experts per sparse layer; 0 for a dense model.
         experts_per_token: routed experts that each token goes through.
         shared_experts: experts that every token goes through, beside the routed ones.
+        shared_dim: hidden width of a block that every token goes through beside the routed experts; 0: that of
+            `shared_experts` experts.
         expert_dim: hidden width of one expert.
         dense_layers: leading layers with a dense block in a model that has experts.
         window: tokens that a position sees, itself included; None for all before it.
@@ -59,6 +61,7 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     shared_experts: int = 0
+    shared_dim: int = 0
     expert_dim: int = 0
     dense_layers: int = 0
     window: int | None = None
@@ -69,6 +72,19 @@ class ModelShape:
     rope_dim: int = 0
     qk_norm: bool = False
     layer_norm: bool = False
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of what every token goes through in a sparse layer."""
+        return self.shared_dim or self.shared_experts * self.expert_dim
+
+    def width(self, sparse: bool) -> int:
+        """Hidden width, all blocks together, that one token goes through in a layer.
+
+        Args:
+            sparse: whether the layer has routed experts.
+        """
+        return self.experts_per_token * self.expert_dim + self.shared_width if sparse else self.mlp_dim
 
     @classmethod
     def of(cls, config: ModelConfig, vocab: int | None = None) -> ModelShape:
@@ -83,6 +99,8 @@ class ModelShape:
         narrow = [window for window in windows if window is not None]
         mla = config.mla
         assert isinstance(size, int), "the vocabulary is known before planning"
+        moe = config.moe
+        experts = moe.experts if config._target_ is None else 0
         return cls(
             config.name,
             config.layers,
@@ -94,6 +112,11 @@ class ModelShape:
             size,
             gated=config.activation in GATED,
             tied=config.tied_embeddings,
+            experts=experts,
+            experts_per_token=moe.top_k if experts else 0,
+            shared_dim=moe.shared_mlp_dim if experts else 0,
+            expert_dim=moe.width(config) if experts else 0,
+            dense_layers=moe.dense_layers if experts else 0,
             window=max(narrow, default=None),
             global_layers=len(windows) - len(narrow) if narrow else 0,
             learned_positions=config.max_seq_len if config.positions == "learned" else 0,
@@ -165,7 +188,8 @@ class Cluster:
 class ParallelPlan:
     """One way to lay a job over a cluster; the product of the degrees is the number of devices.
 
-    `expert` splits the experts over a part of the data-parallel devices, so it is not a factor of the product.
+    The axes are those of `sharding.layout`: `expert` is a data axis as `fsdp` is, over which experts are divided whole
+    and everything else is sharded.
 
     Attributes:
         replicate: whole copies (or copies of fsdp groups).
@@ -173,6 +197,7 @@ class ParallelPlan:
         context: parts of each sequence.
         tensor: parts of each matrix.
         pipeline: stages; `virtual_stages` chunks of each are interleaved.
+        expert: groups of experts, and as many further shards of everything else.
         micro_batch: sequences of one forward pass per data-parallel group.
         remat: what is recomputed in backward.
         zero: what fsdp shards: 3 all, 2 gradients and optimizer, 1 the optimizer only.
@@ -182,6 +207,8 @@ class ParallelPlan:
             and fuses mask and softmax; `eager` holds every step of it.
         reduce_gradients: the micro-batches whose gradients are reduce-scattered over `fsdp`; with `last` those of
             the others are summed whole on every device. Copies are summed once a step either way.
+        schedule: in which the micro-batches pass the pipeline.
+        context_kind: how the parts of a sequence attend to each other.
     """
 
     replicate: int = 1
@@ -198,21 +225,28 @@ class ParallelPlan:
     compiled: bool = True
     attention: Literal["flash", "flash1", "fused", "eager"] = "flash"
     reduce_gradients: Reduce = "each"
+    schedule: Schedule = "1f1b"
+    context_kind: ContextKind = "gather"
 
     @property
     def devices(self) -> int:
         """Product of the degrees."""
-        return self.replicate * self.fsdp * self.context * self.tensor * self.pipeline
+        return self.data_parallel * self.context * self.tensor * self.pipeline
 
     @property
     def shards(self) -> int:
         """Devices that share one copy of the state: the context axis shards it too, since all see the same weights."""
+        return self.fsdp * self.expert * self.context
+
+    @property
+    def expert_shards(self) -> int:
+        """Devices that share one copy of an expert's state."""
         return self.fsdp * self.context
 
     @property
     def data_parallel(self) -> int:
         """Groups that see different sequences."""
-        return self.replicate * self.fsdp
+        return self.replicate * self.fsdp * self.expert
 
     def micro_batches(self, job: JobSpec) -> int:
         """Return the forward passes per optimizer step and data-parallel group; 0 where the batch does not divide.

@@ -71,7 +71,7 @@ def test_megatron_bridge():
     run = BY_KEY["mbridge-26.02.01-deepseek-v3-gb300-256-mxfp8-gbs4096"]
     assert run.job.stack == "megatron-2025"
     assert run.family == "megatron:deepseek-v3"
-    assert (run.plan.fsdp, run.plan.zero, run.plan.pipeline, run.plan.virtual_stages) == (128, 1, 2, 8)
+    assert (run.plan.fsdp, run.plan.zero, run.plan.pipeline, run.plan.virtual_stages) == (4, 1, 2, 8)
     assert (run.plan.expert, run.plan.micro_batch) == (32, 2)
     assert run.job.model.latent_kv == 512
     assert run.assumed == ("remat",)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.planner.degrees import divisors_of
 from orchestrator.planner.estimate.memory import estimate_memory
 from orchestrator.planner.estimate.time import estimate_time
 from orchestrator.planner.explain import bound, layout_text, link_of, loses
-from orchestrator.planner.search import REMATS, Batch, Space, divisors_of, search
+from orchestrator.planner.search import REMATS, Batch, Space, search
 from orchestrator.planner.spec import JobSpec, ParallelPlan
 from tests.planner.fakes import EXPERTS, LLAMA_8B, LLAMA_70B, Counted, fleet_of
 

@@ -113,15 +113,15 @@ def test_computation_hides_the_gathers_but_not_the_first():
 
 
 def test_experts_that_are_far_cost_more():
-    near = step_time(job(MIXTRAL, 64, 4096), cluster("h100-sxm", 8), ParallelPlan(fsdp=8, expert=8), IDEAL).expert
-    far = step_time(job(MIXTRAL, 64, 4096), cluster("mi250x", 4), ParallelPlan(fsdp=8, expert=8), IDEAL).expert
+    near = step_time(job(MIXTRAL, 64, 4096), cluster("h100-sxm", 8), ParallelPlan(expert=8), IDEAL).expert
+    far = step_time(job(MIXTRAL, 64, 4096), cluster("mi250x", 4), ParallelPlan(expert=8), IDEAL).expert
     assert 0 < near < far
     assert step_time(job(MIXTRAL, 64, 4096), NODE, ParallelPlan(fsdp=8), IDEAL).expert == 0
 
 
 def test_a_host_that_launches_slowly_sets_the_pace_of_sparse_layers_only():
     slow = replace(IDEAL, expert_seconds=1.0)
-    work, plan = job(DEEPSEEK_V3, 64, 4096), ParallelPlan(fsdp=64, expert=64, zero=1)
+    work, plan = job(DEEPSEEK_V3, 64, 4096), ParallelPlan(expert=64, zero=1)
     found = step_time(work, cluster("h100-sxm", 64), plan, slow)
     assert found.compute + found.memory_bound + found.expert == pytest.approx(58.0, rel=0.02)
     dense = step_time(job(), NODE, ParallelPlan(fsdp=8), slow)
@@ -209,7 +209,7 @@ def test_more_work_takes_longer_and_faster_links_never_do(plan: ParallelPlan, ch
 
 def test_an_estimate_takes_less_than_a_third_of_a_millisecond():
     machine, work = cluster("h100-sxm", 512), job(DEEPSEEK_V3, 4096, 4096)
-    plan = ParallelPlan(fsdp=32, tensor=2, pipeline=8, expert=8, remat="full", zero=1)
+    plan = ParallelPlan(fsdp=4, tensor=2, pipeline=8, expert=8, remat="full", zero=1)
 
     def best(estimate) -> float:
         spent = []

@@ -92,7 +92,7 @@ class Ring:
 def ring(cluster: Cluster, constants: Calibration, size: int, stride: int) -> Ring:
     """Return the group of `size` devices that are `stride` apart.
 
-    Axes are laid out from the inside: tensor, context, fsdp, replicate, pipeline.
+    Axes are laid out as `sharding.axes.MESH_AXES`, the last one inside.
 
     Args:
         cluster: chips and links.

@@ -41,7 +41,7 @@ def step_memory(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: C
         plan: the layout and its settings.
         constants: of the software stack.
     """
-    if constants.stack.startswith("orchestrator") and covers(job, plan):
+    if constants.own and covers(job, plan):
         return native_memory(job, plan, constants, device_capacity(cluster))
     ends = {0, plan.pipeline - 1}
     estimates = [_stage(job, cluster, plan, constants, stage) for stage in sorted(ends)]
@@ -72,10 +72,9 @@ def layer_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -
         sparse: whether the layer has routed experts.
     """
     shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
-    width = shape.mlp_dim
+    width = shape.width(sparse)
     elements = 4 * shape.dim / split
     if sparse:
-        width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim
         elements += 2 * shape.experts_per_token * shape.dim / split
     elements += _attention_elements(shape) / plan.tensor
     elements += _activation_elements(shape, plan) * width / plan.tensor
@@ -103,7 +102,7 @@ def kept_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool, co
         return everything
     if constants.selective_kept is not None:
         return everything * constants.selective_kept
-    width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim if sparse else shape.mlp_dim
+    width = shape.width(sparse)
     products = 2 * shape.dim / split + _attention_elements(shape) / plan.tensor
     products += ((2 if shape.gated else 1) * width / plan.tensor) + shape.dim / split
     return job.element_bytes * tokens * products
@@ -138,12 +137,11 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     first, last = stage == 0, stage == stages - 1
     ends = float(first) + float(last) if not shape.tied else float(first or last)
     dense, experts = stage_elements(job, plan, layers, ends)
-    expert_shards = max(1.0, plan.shards / plan.expert)
-    weights = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 3)
+    weights = _sharded(dense, experts, plan, plan.zero >= 3)
     # The stages of a pipeline sum whole gradients anyway: see `_buffers`.
     split = plan.zero >= 2 and not (plan.pipeline == 1 and plan.keeps_whole_gradients(job))
-    gradients = _sharded(dense, experts, plan.shards, expert_shards, split)
-    moments = _sharded(dense, experts, plan.shards, expert_shards, plan.zero >= 1)
+    gradients = _sharded(dense, experts, plan, split)
+    moments = _sharded(dense, experts, plan, plan.zero >= 1)
     tokens = plan.micro_batch * job.seq_len / plan.context
     kept, working = _activations(job, plan, constants, tokens, layers, stage)
     logits = 0.0
@@ -173,8 +171,8 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     )
 
 
-def _sharded(dense: float, experts: float, shards: int, expert_shards: float, split: bool) -> float:
-    return dense / shards + experts / expert_shards if split else dense + experts
+def _sharded(dense: float, experts: float, plan: ParallelPlan, split: bool) -> float:
+    return dense / plan.shards + experts / plan.expert_shards if split else dense + experts
 
 
 def _activations(
@@ -190,7 +188,7 @@ def _activations(
     working = _whole_layer(job, plan, tokens, kind, constants) if plan.remat != "none" else 0.0
     if plan.remat == "selective":
         working = max(0.0, working - kept_bytes(job, plan, tokens, kind, constants))
-    width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim if kind else shape.mlp_dim
+    width = shape.width(kind)
     passing = (3 if shape.gated else 2) * width / plan.tensor + 2 * shape.dim / split
     if stage == plan.pipeline - 1:
         passing += 2 * shape.dim / split  # around the last norm

@@ -3,7 +3,8 @@
 Each matrix product and each attention is a roofline: its operations at the achievable rate, then the bytes that
 it cannot hide. What lies between them is bound by the memory's bandwidth. Collectives come from `links`; what
 computation hides of them is a constant of the stack. Pipelines: 1F1B and interleaved stages wait (p-1)/v
-micro-batches (Narayanan et al. 2104.04473); sequence parallelism splits each all-reduce into a scatter and a gather
+micro-batches (Narayanan et al. 2104.04473), those of a zero bubble and of DualPipeV part of that (`_waiting`);
+sequence parallelism splits each all-reduce into a scatter and a gather
 (Korthikanti et al. 2205.05198); ZeRO's traffic is that of Rajbhandari et al. 1910.02054.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from orchestrator.errors import ConfigError
 from orchestrator.planner.estimate.links import Ring, ring
+from orchestrator.planner.estimate.stages import busiest_rank
 from orchestrator.planner.estimate.work import (
     Product,
     layer_elements,
@@ -138,11 +140,11 @@ def step_time(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Cal
     if sparse:
         layers = layers.plus(_layer(job, plan, constants, rates, rings, True), sparse)
     head = _head(job, plan, constants, rates, rings)
-    busiest, has_head = _busiest_stage(shape.layers, stages, plan.virtual_stages)
+    busiest, has_head = _busiest_stage(job, plan, constants)
     stage = Cost(0, 0, 0, 0, 0).plus(layers, busiest / shape.layers).plus(head, 1.0 if has_head else 0.0)
     mean = layers.plus(head).total / stages
     fixed = micro_batches * busiest * constants.layer_seconds + constants.step_seconds
-    bubble = (stages - 1) / plan.virtual_stages * (mean + busiest * constants.layer_seconds)
+    bubble = (stages - 1) * _waiting(plan, constants) * (mean + busiest * constants.layer_seconds)
     fsdp, replicate = _data_parallel(job, plan, constants, rings, stage, busiest, micro_batches)
     update = _optimizer(job, plan, constants, rates)
     handed = plan.micro_batch * job.seq_len / plan.context * shape.dim * job.element_bytes
@@ -200,7 +202,7 @@ def device_rates(cluster: Cluster, precision: str, constants: Calibration) -> Ra
 
 
 def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> Rings:
-    """Return the groups of the plan's axes, laid out from the inside: tensor, context, fsdp, replicate, pipeline.
+    """Return the groups of the plan's axes, laid out as `sharding.axes.MESH_AXES`, the last one inside.
 
     Args:
         cluster: chips and links.
@@ -208,13 +210,14 @@ def plan_rings(cluster: Cluster, plan: ParallelPlan, constants: Calibration) -> 
         constants: of the software stack.
     """
     inner = plan.tensor * plan.context
+    copy = inner * plan.expert * plan.fsdp
     return Rings(
         tensor=ring(cluster, constants, plan.tensor, 1),
         context=ring(cluster, constants, plan.context, plan.tensor),
-        expert=ring(cluster, constants, plan.expert, plan.tensor),
+        expert=ring(cluster, constants, plan.expert, inner),
         fsdp=ring(cluster, constants, plan.shards, plan.tensor),
-        replicate=ring(cluster, constants, plan.replicate, inner * plan.fsdp),
-        pipeline=ring(cluster, constants, plan.pipeline, inner * plan.data_parallel),
+        pipeline=ring(cluster, constants, plan.pipeline, copy),
+        replicate=ring(cluster, constants, plan.replicate, copy * plan.pipeline),
     )
 
 
@@ -232,10 +235,9 @@ def fused_bytes(job: JobSpec, plan: ParallelPlan, tokens: float, sparse: bool) -
         sparse: whether the layer has routed experts.
     """
     shape, split = job.model, plan.tensor if plan.sequence_parallel else 1
-    width = shape.mlp_dim
+    width = shape.width(sparse)
     moved = 20 * shape.dim / split
     if sparse:
-        width = (shape.experts_per_token + shape.shared_experts) * shape.expert_dim
         moved += 8 * shape.experts_per_token * shape.dim / split
     moved += 4 * (shape.heads + shape.kv_heads) * shape.head_dim / plan.tensor
     moved += (9 if shape.gated else 5) * width / plan.tensor
@@ -291,19 +293,44 @@ def _layer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rate
     gathered = tokens * shape.dim * job.element_bytes
     passes = 8 + 4 * again
     tensor = passes * rings.tensor.gather(gathered) * (1 - constants.tensor_hidden)
-    context = 0.0
-    if plan.context > 1:
-        keys = 2 * shape.kv_heads * shape.head_dim if not shape.latent_kv else shape.latent_kv + shape.rope_dim
-        seen = plan.micro_batch * job.seq_len * keys / (plan.tensor if not shape.latent_kv else 1) * job.element_bytes
-        context = (3 + again) * rings.context.gather(seen) * (1 - constants.context_hidden)
+    context = _context_seconds(job, plan, constants, rings, scores) if plan.context > 1 else 0.0
     expert = 0.0
     if sparse and plan.expert > 1:
-        sent = gathered / (plan.tensor if plan.sequence_parallel else 1)
         passes = 4 + 2 * again
-        expert = passes * rings.expert.exchange(sent, shape.experts_per_token) * (1 - constants.expert_hidden)
+        expert = passes * _exchange_seconds(job, plan, constants, rings, gathered) * (1 - constants.expert_hidden)
     cost = Cost(compute + scores, constants.elementwise * moved / rates.memory, tensor, context, expert)
     idle = constants.expert_seconds - cost.total if sparse else 0.0
     return cost if idle <= 0 else cost.plus(Cost(0, idle, 0, 0, 0))
+
+
+def _exchange_seconds(job: JobSpec, plan: ParallelPlan, constants: Calibration, rings: Rings, gathered: float) -> float:
+    """Return the seconds of one all-to-all of tokens.
+
+    This product sends a row for each expert of a token, from every device of the tensor axis.
+    """
+    copies = job.model.experts_per_token
+    if constants.own:
+        return rings.expert.exchange(gathered * copies, 1)
+    return rings.expert.exchange(gathered / (plan.tensor if plan.sequence_parallel else 1), copies)
+
+
+def _context_seconds(job: JobSpec, plan: ParallelPlan, constants: Calibration, rings: Rings, scores: float) -> float:
+    """Return the seconds of a layer's traffic between the parts of a sequence.
+
+    Keys and values are gathered, and their gradients summed; or they travel on while attention works, which hides
+    them; or queries, keys, values and results change places with heads.
+    """
+    shape, again = job.model, _recomputed(plan, constants)
+    latent, tensor = bool(shape.latent_kv), plan.tensor
+    keys = shape.latent_kv + shape.rope_dim if latent else 2 * shape.kv_heads * shape.head_dim / tensor
+    sequence = plan.micro_batch * job.seq_len * job.element_bytes
+    if plan.context_kind == "ulysses":
+        moved = 2 * (shape.heads + shape.kv_heads) * shape.head_dim / tensor
+        return (2 + again) * rings.context.gather(sequence / plan.context * moved)
+    traffic = (3 + again) * rings.context.gather(sequence * keys)
+    if plan.context_kind == "ring":
+        return max(0.0, traffic - scores)
+    return traffic * (1 - constants.context_hidden)
 
 
 def _attention_seconds(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates, tokens: float) -> float:
@@ -314,7 +341,9 @@ def _attention_seconds(job: JobSpec, plan: ParallelPlan, constants: Calibration,
     """
     shape = job.model
     flash = plan.attention in ("flash", "flash1")
-    seen = mean_attended(shape, job.seq_len, constants.causal and flash, constants.window_block)
+    # This product masks gathered keys, and computes all scores then.
+    masked = constants.own and plan.context > 1 and plan.context_kind == "gather"
+    seen = mean_attended(shape, job.seq_len, constants.causal and flash and not masked, constants.window_block)
     forward = 2 * tokens * seen * score_width(shape) / plan.tensor
     if not flash:
         again = 1.0 if plan.remat in ("full", "selective") else 0.0
@@ -336,14 +365,32 @@ def _head(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: Rates
     return Cost(compute, constants.elementwise * moved / rates.memory, tensor, 0.0, 0.0)
 
 
-def _busiest_stage(layers: int, stages: int, virtual: int) -> tuple[float, bool]:
+def _waiting(plan: ParallelPlan, constants: Calibration) -> float:
+    """Return the part of a stage's time for a micro-batch that each further stage makes the others wait.
+
+    A backward pass takes two forward passes, one of them for the weights' gradients, and what is computed again. With
+    F, B and W of a stage's, 1F1B waits F + B, and a zero bubble F + B - 2 W; the two half stages that a rank has in
+    DualPipeV wait (F + B) + B - 3 W. Sources: Qi et al. 2401.10241, table 2; DeepSeek's repository DualPipe, README.
+    """
+    again = _recomputed(plan, constants)
+    if plan.schedule == "zero_bubble":
+        return (1 + again) / (3 + again)
+    if plan.schedule == "dualpipe_v":
+        return (2 + 2 * again) / 2 / (3 + again)
+    return 1 / plan.virtual_stages
+
+
+def _busiest_stage(job: JobSpec, plan: ParallelPlan, constants: Calibration) -> tuple[float, bool]:
     """Layers of the stage that all wait for, and whether it has the head too.
 
-    Where the layers divide evenly the last stage has the head on top; otherwise the ends count as layers, as in
-    Llama 3's 126 layers on 16 stages.
+    This product balances its stages. Elsewhere, where the layers divide evenly the last stage has the head on top;
+    otherwise the ends count as layers, as in Llama 3's 126 layers on 16 stages.
     """
+    layers, stages = job.model.layers, plan.pipeline
     if stages == 1:
         return layers, True
+    if constants.own:
+        return busiest_rank(job.model, job.seq_len, stages, plan.virtual_stages, plan.schedule)
     if layers % stages == 0:
         return layers / stages, True
     return (layers + 2) / stages if (layers + 2) % stages == 0 else math.ceil(layers / stages), False
@@ -408,5 +455,5 @@ def _optimizer(job: JobSpec, plan: ParallelPlan, constants: Calibration, rates: 
     dense, experts = stage_elements(
         job, plan, job.model.layers / plan.pipeline, (1 if job.model.tied else 2) / plan.pipeline
     )
-    owned = dense / plan.shards + experts / max(1.0, plan.shards / plan.expert)
+    owned = dense / plan.shards + experts / plan.expert_shards
     return constants.optimizer * 30 * owned / rates.memory

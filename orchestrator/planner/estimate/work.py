@@ -59,7 +59,7 @@ def layer_elements(shape: ModelShape, sparse: bool) -> LayerElements:
         sparse: whether the layer has routed experts.
     """
     per_width = (3 if shape.gated else 2) * shape.dim
-    dense = shape.shared_experts * shape.expert_dim if sparse else shape.mlp_dim
+    dense = shape.shared_width if sparse else shape.mlp_dim
     experts = shape.experts * per_width * shape.expert_dim if sparse else 0
     router = shape.dim * shape.experts if sparse else 0
     return LayerElements(_attention_elements(shape), per_width * dense, experts, router, 2 * shape.dim)
@@ -169,7 +169,7 @@ def layer_products(
     """
     products = _attention_products(shape, tokens, tensor)
     gate = 2 if shape.gated else 1
-    width = shape.shared_experts * shape.expert_dim if sparse else shape.mlp_dim
+    width = shape.shared_width if sparse else shape.mlp_dim
     if width:
         products.append(Product(1, tokens, shape.dim, gate * width / tensor))
         products.append(Product(1, tokens, width / tensor, shape.dim))

@@ -126,6 +126,11 @@ class Calibration:
     fused_norms: bool = False
     context_bytes: float = 1.0e9
 
+    @property
+    def own(self) -> bool:
+        """Whether the stack is this product."""
+        return self.stack.startswith("orchestrator")
+
 
 def calibration(chip: Chip, stack: str = "auto") -> Calibration:
     """Return the constants of `stack` on `chip`, or with `auto` of the vendor's default stack.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -337,6 +338,8 @@ def _plan(
         zero = 2
     if replicate * fsdp != data:
         raise NotStatedError("the stated degrees do not multiply to the number of devices")
+    # Pages count the expert axis within the devices that share the state; where it is larger, over the tensor axis too.
+    expert = math.gcd(expert, fsdp) if shape.experts else 1
     text = row["notes"]
     kernel = notes.get("kernel", "")
     attention = source.attention
@@ -347,8 +350,8 @@ def _plan(
         sequence = notes["sequence_parallel"] == "True"
     compiled = "RMS kernel" in kernel if kernel else "eager" not in notes
     plan = ParallelPlan(
-        replicate=replicate, fsdp=fsdp, context=context, tensor=tensor, pipeline=pipeline,
-        expert=expert if shape.experts else 1, zero=zero,  # type: ignore[arg-type]
+        replicate=replicate, fsdp=fsdp // expert, context=context, tensor=tensor, pipeline=pipeline,
+        expert=expert, zero=zero,  # type: ignore[arg-type]
         virtual_stages=int(notes.get("virtual_pp") or notes.get("interleave") or 1),
         sequence_parallel=sequence, compiled=compiled, attention=attention,  # type: ignore[arg-type]
         remat=_remat(row, source, shape, assumed),
