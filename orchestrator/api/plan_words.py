@@ -12,6 +12,7 @@ from orchestrator.config.compose import Composed, compose, conf_dir, group_optio
 from orchestrator.config.convert import convert_text, from_dict
 from orchestrator.config.options import option
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.planner.degrees import CONTEXT_KINDS, VIRTUAL_STAGES
 from orchestrator.planner.estimate.goodput import FailureOptions
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets, split_fleets
@@ -20,6 +21,7 @@ from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.quantity import Value, given
 from orchestrator.planner.search import Space
 from orchestrator.planner.spec import JobSpec, ModelShape, Precision
+from orchestrator.sharding.axes import MESH_AXES
 
 if TYPE_CHECKING:
     from orchestrator.chips.catalogue import Catalogue
@@ -28,7 +30,6 @@ SEQ_LEN = 8192  # where neither the command line nor an experiment says; less fo
 _TOKENS = 1e12
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kKMBT]?)")
 _SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-_AXES = ("replicate", "fsdp", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,8 @@ def _widest(composed: Composed, keys: set[str], options: PlanOptions) -> Space:
     """All that the search may choose when the user fixes nothing."""
     compiled = composed.config.hardware.compile if "hardware.compile" in keys else True
     if options.axes == "train":
-        return Space(pipeline=1, expert=1, zeros=(3,), even=True, compiled=compiled)
+        kinds = CONTEXT_KINDS
+        return Space(zeros=(3,), even=True, schedules=tuple(VIRTUAL_STAGES), context_kinds=kinds, compiled=compiled)
     return Space(compiled=compiled)
 
 
@@ -278,11 +280,17 @@ def _space(composed: Composed, keys: set[str], widest: Space) -> tuple[Space, tu
     if train.reduce_gradients != widest.reduce_gradients:
         fixed["reduce_gradients"] = train.reduce_gradients
         said.append(f"train.reduce_gradients={train.reduce_gradients}")
-    for axis in _AXES:
+    for axis in MESH_AXES:
         degree = getattr(layout, axis)
         if degree != "auto" and keys & {f"layout.{axis}", "layout"}:
             fixed[axis] = degree
             said.append(f"layout.{axis}={degree}")
+    if widest.schedules:
+        for key, name in (("schedule", "schedules"), ("context_kind", "context_kinds")):
+            value = getattr(layout, key)
+            if value != "auto" and keys & {f"layout.{key}", "layout"}:
+                fixed[name] = (value,)
+                said.append(f"layout.{key}={value}")
     return replace(widest, **fixed), tuple(said)
 
 

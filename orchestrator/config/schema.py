@@ -241,10 +241,10 @@ class LayoutConfig:
     expert: int | Auto = 1
     context: int | Auto = 1
     tensor: int | Auto = 1
-    schedule: Schedule = "1f1b"  # in which the micro-batches pass the pipeline
+    schedule: Schedule | Auto = "1f1b"  # in which the micro-batches pass the pipeline; auto: planned, or 1f1b
     virtual_stages: int | Auto = "auto"  # of each of its ranks; auto: 2 with interleaved and dualpipe_v, else 1
     stage_layers: tuple[int, ...] = ()  # layers of each stage, the first one's first; empty: divided by their cost
-    context_kind: ContextKind = "gather"  # how the parts of a sequence attend to each other
+    context_kind: ContextKind | Auto = "gather"  # how the parts of a sequence attend; auto: planned, or gather
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from orchestrator.planner.spec import ModelShape
 
 VIRTUAL_STAGES: dict[Schedule, int] = {"1f1b": 1, "interleaved": 2, "zero_bubble": 1, "dualpipe_v": 2}
 """Stages that each rank of a pipeline has in this product, by its schedule."""
+CONTEXT_KINDS: tuple[ContextKind, ...] = ("gather", "ring", "ulysses")
 _DEGREES = 7  # of one axis
 _EXPERT_DEGREES = 4
 _UNEVEN = 1.1  # stages may have so many times the mean number of layers

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from orchestrator.planner.search import Candidate
 from orchestrator.planner.spec import Cluster, ParallelPlan, TimeEstimate
+from orchestrator.sharding.axes import MESH_AXES
 
 # The order of the axes on the devices, from the fastest links outwards.
-_INSIDE_OUT = ("tensor", "context", "fsdp", "replicate", "pipeline")
-AXES = (*_INSIDE_OUT, "expert")
+_INSIDE_OUT = tuple(reversed(MESH_AXES))
+AXES = _INSIDE_OUT
 """Axes whose traffic is a part of the step."""
 PARTS = {
     "compute": "matrix products",
@@ -38,13 +41,15 @@ def layout_text(plan: ParallelPlan) -> str:
     Args:
         plan: the layout and its settings.
     """
-    degrees = [(axis, getattr(plan, axis)) for axis in ("replicate", "fsdp", "context", "tensor", "pipeline")]
+    degrees = [(axis, getattr(plan, axis)) for axis in MESH_AXES]
     words = " x ".join(f"{axis} {degree:,}" for axis, degree in degrees if degree > 1) or "one device"
-    if plan.expert > 1:
-        words += f", expert {plan.expert}"
+    if plan.schedule not in ("1f1b", "interleaved"):
+        words += f", {plan.schedule}"
     if plan.virtual_stages > 1:
         words += f", {plan.virtual_stages} chunks a stage"
-    if plan.zero != 3 and plan.fsdp > 1:
+    if plan.context > 1 and plan.context_kind != "gather":
+        words += f", {plan.context_kind}"
+    if plan.zero != 3 and plan.fsdp * plan.expert > 1:
         words += f", zero-{plan.zero}"
     late = ", gradients reduced in the last one" if plan.reduce_gradients == "last" else ""
     return f"{words}, micro-batch {plan.micro_batch}{late}, remat {plan.remat}"
@@ -63,10 +68,7 @@ def link_of(axis: str, plan: ParallelPlan, cluster: Cluster) -> str:
     domain = (
         cluster.domain_chips or topology.domain_chips or topology.chips_per_host or 1
     ) * chip.logical_devices_per_chip
-    inner = "fsdp" if axis == "expert" else axis
-    span = 1
-    for name in _INSIDE_OUT[: _INSIDE_OUT.index(inner) + 1]:
-        span *= plan.expert if axis == "expert" and name == "fsdp" else getattr(plan, name)
+    span = math.prod(getattr(plan, name) for name in _INSIDE_OUT[: _INSIDE_OUT.index(axis) + 1])
     if span > domain:
         return "the network between slices" if chip.vendor == "google" else "the network between hosts"
     return {

@@ -11,7 +11,7 @@ from orchestrator.planner.estimate.goodput import FailureOptions, Goodput
 from orchestrator.planner.estimate.memory import device_capacity
 from orchestrator.planner.estimate.optimizer_memory import least_moments
 from orchestrator.planner.estimate.work import parameters
-from orchestrator.planner.evidence.calibration import calibration
+from orchestrator.planner.evidence.calibration import COMPILED, calibration
 from orchestrator.planner.explain import layout_text
 from orchestrator.planner.figures import goodput_of, run_figures, speed_figures
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleet
@@ -134,6 +134,8 @@ def search_fleet(request: Request, fleet: Fleet, leaders: int = LEADERS) -> Sear
         leaders: frames that are filled to the end.
     """
     batch, space, domains = batch_for(request, fleet), request.space, fleet.domains
+    if space.schedules and fleet.cluster.chip.vendor in COMPILED:
+        space = replace(space, pipeline=space.pipeline or 1, context_kinds=("gather",))
     return search(request.job, fleet.cluster, batch, space, request.estimators, domains, leaders=leaders)
 
 

@@ -104,7 +104,8 @@ class Space:
         zeros: what fsdp may shard, as `ParallelPlan.zero`.
         whole: every device works, as a training run of this product wants it.
         even: all axes divide what they split (this product's rules); else heads may be copied.
-        schedules: of this product's pipelines; empty: 1F1B, with any number of chunks interleaved.
+        schedules: of this product's pipelines (compiled blocks have no zero bubble); empty: 1F1B, with any number of
+            chunks interleaved.
         context_kinds: how the parts of a sequence may attend to each other.
         compiled: as in a plan.
         copies: replicate is a multiple of it.
@@ -275,7 +276,12 @@ class _Walk:
             chunks = chunk_counts(layers, frame.pipeline, thorough)
             return [("interleaved" if count > 1 else "1f1b", count) for count in chunks]
         ways = [(one, VIRTUAL_STAGES[one]) for one in space.schedules if one == space.schedules[0] or thorough]
-        return [(schedule, virtual) for schedule, virtual in ways if frame.pipeline * virtual <= layers]
+        apart = () if space.compiled else ("zero_bubble", "dualpipe_v")  # whose backward passes no compiler takes apart
+        return [
+            (schedule, virtual)
+            for schedule, virtual in ways
+            if frame.pipeline * virtual <= layers and schedule in ("1f1b", "interleaved", *apart)
+        ]
 
     def _kinds(self, frame: _Frame, thorough: bool) -> list[ContextKind]:
         """Ways in which the parts of a sequence attend to each other."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.planner.evidence.calibration import calibration
-from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
+from orchestrator.planner.explain import AXES, PARTS, bound, layout_text, loses, parts
 from orchestrator.planner.job_plan import FleetPlan, pareto
 from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.portfolio import Portfolio
@@ -32,9 +32,7 @@ def train_words(best: Candidate) -> str:
     lacks = [
         name
         for name, missing in (
-            ("mixtures of experts", job.model.experts > 0),
-            ("pipeline stages", plan.pipeline > 1),
-            (f"zero-{plan.zero}", plan.zero != 3 and plan.fsdp > 1),
+            (f"zero-{plan.zero}", plan.zero != 3 and plan.shards > 1),
             ("activations kept in host memory", plan.remat == "offload"),
             ("models that only the planner knows", job.model.name in planned_models()),
         )
@@ -42,7 +40,9 @@ def train_words(best: Candidate) -> str:
     ]
     if lacks:
         return f"not yet: train has no {', no '.join(lacks)}; axes=train plans what it can run"
-    degrees = " ".join(f"layout.{axis}={getattr(plan, axis)}" for axis in ("replicate", "fsdp", "context", "tensor"))
+    degrees = " ".join(f"layout.{axis}={getattr(plan, axis)}" for axis in reversed(AXES))
+    degrees += f" layout.schedule={plan.schedule}" if plan.pipeline > 1 else ""
+    degrees += f" layout.context_kind={plan.context_kind}" if plan.context > 1 else ""
     return (
         f"model={job.model.name} {degrees} train.seq_len={job.seq_len} "
         f"train.global_batch_tokens={job.global_batch_tokens} "

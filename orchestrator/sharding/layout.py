@@ -154,10 +154,12 @@ def resolve_layout(config: LayoutConfig, devices: int) -> Layout:
     degrees = {**fixed, **dict.fromkeys(automatic, 1)}
     if automatic:
         degrees[automatic[0]] = devices // product
-    layout = Layout(**degrees, schedule=config.schedule, context_kind=config.context_kind)
+    schedule: Schedule = "1f1b" if config.schedule == "auto" else config.schedule
+    kind: ContextKind = "gather" if config.context_kind == "auto" else config.context_kind
+    layout = Layout(**degrees, schedule=schedule, context_kind=kind)
     if layout.pipeline == 1:
         return layout
-    virtual = VIRTUAL_STAGES[config.schedule] if config.virtual_stages == "auto" else config.virtual_stages
+    virtual = VIRTUAL_STAGES[schedule] if config.virtual_stages == "auto" else config.virtual_stages
     return replace(layout, virtual_stages=virtual, stage_layers=config.stage_layers)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.chips.load import load_catalogue
-from orchestrator.config.schema import LayoutConfig, RunConfig
+from orchestrator.config.schema import ContextKind, LayoutConfig, RunConfig
 from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
+from orchestrator.planner.degrees import CONTEXT_KINDS, VIRTUAL_STAGES
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.explain import bound, layout_text
 from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
@@ -50,35 +52,66 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     """
     train = config.train
     kept = Settled(config.layout, train.micro_batch_size, "none" if train.remat == "auto" else train.remat)
-    fixed = {axis: degree for axis in MESH_AXES if (degree := getattr(config.layout, axis)) != "auto"}
+    fixed = _fixed(config, target)
     key = config.hardware.chip if config.hardware.chip != "auto" else target.probe().chip
     if len(fixed) > len(MESH_AXES) - 2 or key is None or target.name == "cpu" or config.hardware.simulate:
         return kept
     if config.model._target_ is not None:
         return replace(kept, why="not planned: what a model of your own needs is unknown; the plain rule fills it in")
-    if config.model.moe.experts or fixed.get("pipeline", 1) > 1:
-        return kept
     chip = load_catalogue().get(key)
     chips, rest = divmod(devices, chip.logical_devices_per_chip)
     slices = target.slices()
     if rest or chips % slices:
         return kept
-    space = Space(
-        **{"pipeline": 1, "expert": 1, **fixed},
+    cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
+    best = _best(_job(config), cluster, train.global_batch_tokens, _space(config, target, fixed, slices))
+    if best is None:
+        return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; the plain rule takes over")
+    plan = best.plan
+    degrees = {axis: getattr(plan, axis) for axis in MESH_AXES}
+    layout = replace(config.layout, **degrees, schedule=plan.schedule, context_kind=plan.context_kind)
+    why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, cluster)}"
+    assert plan.remat != "offload", "the search has no such choice"
+    return Settled(layout, plan.micro_batch, plan.remat, why)
+
+
+def _fixed(config: RunConfig, target: Target) -> dict[str, int]:
+    """Return the degrees that are no choice: set, or of an axis that the model or the strategy has no use for."""
+    layout = config.layout
+    fixed = {axis: degree for axis in MESH_AXES if (degree := getattr(layout, axis)) != "auto"}
+    if not config.model.moe.experts:
+        fixed.setdefault("expert", 1)
+    if target.strategy == "xla":
+        fixed.setdefault("pipeline", 1)
+    return fixed
+
+
+def _space(config: RunConfig, target: Target, fixed: Mapping[str, int], slices: int) -> Space:
+    train, layout = config.train, config.layout
+    kinds: tuple[ContextKind, ...] = CONTEXT_KINDS if layout.context_kind == "auto" else (layout.context_kind,)
+    if target.strategy == "xla" and layout.context_kind == "auto":
+        kinds = ("gather",)
+    return Space(
+        **fixed,
         micro_batch=None if train.micro_batch_size == "auto" else train.micro_batch_size,
         remats=REMATS if train.remat == "auto" else (train.remat,),
         zeros=(3,),
         whole=True,
         even=True,
+        schedules=tuple(VIRTUAL_STAGES) if layout.schedule == "auto" else (layout.schedule,),
+        context_kinds=kinds,
         compiled=config.hardware.compile,
         copies=slices,
         reduce_gradients=train.reduce_gradients,
     )
+
+
+def _job(config: RunConfig) -> JobSpec:
+    train = config.train
     given = config.hardware.precision
     precision: Literal["fp32", "bf16", "fp8"] = "bf16" if given == "auto" else given
-    shape = ModelShape.of(config.model, _NOMINAL_VOCABULARY)
-    job = JobSpec(
-        shape,
+    return JobSpec(
+        ModelShape.of(config.model, _NOMINAL_VOCABULARY),
         train.seq_len,
         0,
         precision=precision,
@@ -87,15 +120,6 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
         document_mask=config.data.document_mask,
         optimizer=optimizer_kind(config.optim),
     )
-    cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
-    best = _best(job, cluster, train.global_batch_tokens, space)
-    if best is None:
-        return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; the plain rule takes over")
-    plan = best.plan
-    layout = replace(config.layout, **{axis: getattr(plan, axis) for axis in MESH_AXES})
-    why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, cluster)}"
-    assert plan.remat != "offload", "the search has no such choice"
-    return Settled(layout, plan.micro_batch, plan.remat, why)
 
 
 def precision_of(config: RunConfig, target: Target) -> str:

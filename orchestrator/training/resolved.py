@@ -36,7 +36,7 @@ _STEP_PARTS, _MIN_LENGTH, _MAX_LENGTH = 256, 8, 128
 
 DECIDED = (
     *("hardware.target", "hardware.devices", "hardware.precision", "hardware.chip", "hardware.runtime"),
-    *(f"layout.{axis}" for axis in MESH_AXES),
+    *(f"layout.{axis}" for axis in (*MESH_AXES, "schedule", "context_kind")),
     *("layout.virtual_stages", "layout.stage_layers"),
     *("train.micro_batch_size", "train.remat", "model.vocab_size", "optim.ns_dtype"),
     *("data.tokenizer.kind", "checkpoint.handover.seq_len"),
@@ -269,7 +269,8 @@ def _arranged(config: LayoutConfig, layout: Layout, model: ModelConfig, seq_len:
         stages = len(stages_of(layout, model.layers))  # says so where there are too few layers
         layers = balance_stages(*stage_costs(ModelShape.of(model), seq_len), stages)
     virtual = layout.virtual_stages if config.virtual_stages == "auto" else config.virtual_stages
-    return replace(config, **cast(Any, layout.as_dict()), virtual_stages=virtual, stage_layers=layers)
+    decided = replace(config, **cast(Any, layout.as_dict()), schedule=layout.schedule, context_kind=layout.context_kind)
+    return replace(decided, virtual_stages=virtual, stage_layers=layers)
 
 
 def settle_optimizer(config: OptimConfig, on_cpu: bool) -> OptimConfig:

@@ -136,7 +136,7 @@ def test_the_launcher_decides_and_its_processes_read_what_it_decided(saved, monk
     assert [row["step"] for row in read_rows(run_dir) if "loss" in row][-1] == 4
     written = json.loads((run_dir / "resolved.json").read_text())
     assert written["config"]["hardware"]["target"] == "cpu"
-    assert [written["config"]["layout"][axis] for axis in MESH_AXES] == [1, 2, 1, 1]
+    assert [written["config"]["layout"][axis] for axis in MESH_AXES] == [1, 1, 2, 1, 1, 1]
     assert Path(written["resume_from"]).samefile(newest)
 
 

@@ -19,6 +19,7 @@ class _Target:
 
     def __init__(self, chip: str | None, name: str = "cuda", slices: int = 1):
         self.name, self._chip, self._slices = name, chip, slices
+        self.strategy = "xla" if name == "tpu" else "dtensor"
 
     def slices(self) -> int:
         return self._slices
@@ -82,6 +83,7 @@ def test_what_is_set_stays():
 def test_whole_gradients_are_planned_for():
     """Of 70B on 64 devices they do not fit beside the rest, unless a tensor axis cuts them."""
     words = ["model=llama3_70b", "train.remat=full", "train.micro_batch_size=1", "layout.tensor=1", "layout.context=1"]
+    words += ["layout.pipeline=1"]
     assert "planned" in settle_layout(_config(*words), _Target("h200"), 64).why
     late = settle_layout(_config(*words, "train.reduce_gradients=last"), _Target("h200"), 64).why
     assert "no layout is predicted to fit" in late
@@ -95,7 +97,7 @@ def test_whole_gradients_are_planned_for():
         (get_target("cpu"), ()),
         (_Target("h200"), ("layout=replicate",)),
         (_Target("h200"), ("layout=tensor",)),
-        (_Target("h200"), ("layout.replicate=1", "layout.context=1", "layout.tensor=1")),
+        (_Target("h200"), ("layout.replicate=1", "layout.context=1", "layout.tensor=1", "layout.pipeline=1")),
         (_Target("tpu-v5p", name="tpu"), ("hardware=tpu", "hardware.simulate=8")),
     ],
     ids=["unknown chip", "cpu", "this cpu", "replicate", "tensor", "one open degree", "rehearsal"],
