@@ -100,7 +100,8 @@ def attends(kind: ContextKind, shape: ModelShape, seq_len: int, context: int, te
     if kind == "ring":
         return not seq_len % (context * math.lcm(2, tensor))  # two chunks a rank
     if kind == "ulysses":
-        return not (shape.heads % (context * tensor) or shape.kv_heads % (context * tensor))
+        keys = max(1, shape.kv_heads // tensor)
+        return not (shape.heads % (context * tensor) or (keys % context and context % keys))
     return True
 
 

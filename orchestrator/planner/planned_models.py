@@ -1,4 +1,4 @@
-"""Models that can be planned and not trained: mixtures of experts, from `models.yaml`."""
+"""Models that can be planned and have no preset to train: mixtures of experts, from `models.yaml`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,17 @@ class PlannedModel:
 
 @functools.cache
 def planned_models() -> dict[str, PlannedModel]:
-    """Return the models of `models.yaml` by the word that chooses them."""
+    """Return the models of `models.yaml` by the word that chooses them, but for those that `train` has come to have."""
+    from orchestrator.config.compose import conf_dir, group_options
+
+    trained = group_options([conf_dir()])["model"]
     data = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))
     return {
         name: PlannedModel(
             ModelShape(name, **entry["shape"]), entry["max_seq_len"], float(entry["parameters"]), entry["source"]
         )
         for name, entry in data.items()
+        if name not in trained
     }
 
 
@@ -56,7 +60,7 @@ def refuse_planned_only(words: Sequence[str], verb: str) -> None:
         key, _, name = word.partition("=")
         if key == "model" and name in planned_models():
             raise ConfigError(
-                f"the model '{name}' can be planned, not trained: it has experts, which no strategy shards yet",
+                f"the model '{name}' can be planned, not trained: it has no preset",
                 got=f"{verb} {word}",
                 allowed="a model of conf/model (train --help lists them)",
                 fix=f"python -m orchestrator plan {word} fleet=...",

@@ -14,8 +14,9 @@ from orchestrator.planner.degrees import CONTEXT_KINDS, VIRTUAL_STAGES
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.explain import bound, layout_text
 from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
-from orchestrator.planner.spec import Cluster, JobSpec, ModelShape
+from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan
 from orchestrator.sharding.axes import MESH_AXES
+from orchestrator.sharding.layout import check_layout, resolve_layout
 
 # An automatic vocabulary is known when the data is, which is prepared after the plan: for that this one will do.
 _NOMINAL_VOCABULARY = 32768
@@ -64,12 +65,11 @@ def settle_layout(config: RunConfig, target: Target, devices: int) -> Settled:
     if rest or chips % slices:
         return kept
     cluster = Cluster(chip, chips, domain_chips=chips // slices if slices > 1 else None)
-    best = _best(_job(config), cluster, train.global_batch_tokens, _space(config, target, fixed, slices))
+    best = _best(config, cluster, _space(config, target, fixed, slices), devices)
     if best is None:
         return replace(kept, why=f"no layout is predicted to fit {devices} x {key}; the plain rule takes over")
     plan = best.plan
-    degrees = {axis: getattr(plan, axis) for axis in MESH_AXES}
-    layout = replace(config.layout, **degrees, schedule=plan.schedule, context_kind=plan.context_kind)
+    layout = _layout(config, plan)
     why = f"planned for {devices} x {key}: {layout_text(plan)}; {bound(best, cluster)}"
     assert plan.remat != "offload", "the search has no such choice"
     return Settled(layout, plan.micro_batch, plan.remat, why)
@@ -139,5 +139,17 @@ def precision_of(config: RunConfig, target: Target) -> str:
     return target.default_precision(target.probe()) if chosen == "auto" else chosen
 
 
-def _best(job: JobSpec, cluster: Cluster, batch_tokens: int, space: Space) -> Candidate | None:
-    return search(job, cluster, Batch(batch_tokens), space, domains=space.copies).best
+def _layout(config: RunConfig, plan: ParallelPlan) -> LayoutConfig:
+    degrees = {axis: getattr(plan, axis) for axis in MESH_AXES}
+    return replace(config.layout, **degrees, schedule=plan.schedule, context_kind=plan.context_kind)
+
+
+def _best(config: RunConfig, cluster: Cluster, space: Space, devices: int) -> Candidate | None:
+    """Return the fastest layout that a run accepts: sizes that differ from layer to layer are no part of a shape."""
+    train = config.train
+    batch = Batch(train.global_batch_tokens)
+    for candidate in search(_job(config), cluster, batch, space, domains=space.copies).ranked:
+        layout = resolve_layout(_layout(config, candidate.plan), devices)
+        if not check_layout(layout, config.model, train.seq_len, train.global_batch_tokens):
+            return candidate
+    return None
