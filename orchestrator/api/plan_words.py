@@ -15,13 +15,13 @@ from orchestrator.errors import ConfigError, ConfigErrors, UserError
 from orchestrator.planner.degrees import CONTEXT_KINDS, VIRTUAL_STAGES
 from orchestrator.planner.estimate.goodput import FailureOptions
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
+from orchestrator.planner.explain import AXES
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleets, split_fleets
 from orchestrator.planner.job_plan import Request
 from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.quantity import Value, given
 from orchestrator.planner.search import Space
 from orchestrator.planner.spec import JobSpec, ModelShape, Precision
-from orchestrator.sharding.axes import MESH_AXES
 
 if TYPE_CHECKING:
     from orchestrator.chips.catalogue import Catalogue
@@ -280,7 +280,7 @@ def _space(composed: Composed, keys: set[str], widest: Space) -> tuple[Space, tu
     if train.reduce_gradients != widest.reduce_gradients:
         fixed["reduce_gradients"] = train.reduce_gradients
         said.append(f"train.reduce_gradients={train.reduce_gradients}")
-    for axis in MESH_AXES:
+    for axis in reversed(AXES):
         degree = getattr(layout, axis)
         if degree != "auto" and keys & {f"layout.{axis}", "layout"}:
             fixed[axis] = degree

@@ -32,17 +32,13 @@ class PlannedModel:
 
 @functools.cache
 def planned_models() -> dict[str, PlannedModel]:
-    """Return the models of `models.yaml` by the word that chooses them, but for those that `train` has come to have."""
-    from orchestrator.config.compose import conf_dir, group_options
-
-    trained = group_options([conf_dir()])["model"]
+    """Return the models of `models.yaml` by the word that chooses them."""
     data = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))
     return {
         name: PlannedModel(
             ModelShape(name, **entry["shape"]), entry["max_seq_len"], float(entry["parameters"]), entry["source"]
         )
         for name, entry in data.items()
-        if name not in trained
     }
 
 

@@ -128,10 +128,10 @@ def test_an_experiment_is_a_job_with_its_tokens(data):
 
 
 def test_models_that_are_only_planned(data, capsys):
-    answer = data("model=mixtral_8x7b", "model.layers=16", "fleet=h100x64")
+    answer = data("model=mixtral_8x22b", "model.layers=16", "fleet=h100x64")
     assert answer["model"]["experts"] == 8
     assert answer["model"]["layers"] == 16
-    assert main(["train", "model=mixtral_8x7b"]) == 2
+    assert main(["train", "model=mixtral_8x22b"]) == 2
     assert "can be planned, not trained" in capsys.readouterr().err
 
 
