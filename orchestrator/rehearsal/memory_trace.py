@@ -27,7 +27,7 @@ from orchestrator.data.stream import blank_batch
 from orchestrator.distributed.world import World
 from orchestrator.hardware.target_table import resolve
 from orchestrator.models.protocol import ShardableModel
-from orchestrator.rehearsal.traced_strategy import TracedStrategy, is_split, local_storage
+from orchestrator.rehearsal.traced_strategy import EvenLoads, TracedStrategy, is_split, local_storage
 from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.training.job import make_trainer
 from orchestrator.training.module import LanguageModule
@@ -166,7 +166,7 @@ def _watch(module: LanguageModule) -> Trace:
     # The first step is not looked at: in it DTensor works out what results look like, with stand-ins for whole tensors.
     module.record = lambda *, step, **values: watch.clear() if step == 1 else None
     trainer = make_trainer(parallel, [], deterministic=False)
-    with watch:
+    with EvenLoads(), watch:
         # An iterator, as the trainer takes a list for several loaders.
         trainer.fit(module, iter([batch, batch]))
     return watch.trace()

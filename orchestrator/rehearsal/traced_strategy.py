@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
 
 from orchestrator.distributed.coordinator import ProcessCoordinator
 from orchestrator.models.protocol import ShardableModel
@@ -76,6 +80,43 @@ class TracedStrategy(DTensorStrategy):
     def fetch_later(self, value: Tensor) -> Callable[[], float]:
         """Return 0 for any value, as a trace computes none."""
         return lambda: 0.0  # nothing is computed: no step of a trace goes wrong
+
+
+class EvenLoads(TorchDispatchMode):
+    """Lets every router choose all experts equally often, and computes with these choices in earnest.
+
+    How many rows an expert gets is data, and decides about shapes, but a trace has no data. Choices (of `topk`) are
+    therefore tensors with numbers in them, and so is what is made of them alone: orders, counts, and the counts that
+    come back from an all-to-all, which are those that were sent. To be entered after the fake mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute `func` on choices in earnest, everything else as it comes."""
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if not is_split(types) and tensors and all(tensor in self._known for tensor in tensors):
+            with _disable_current_modes():
+                if func is torch.ops.c10d.alltoall_base_.default:
+                    args[0].copy_(args[1])
+                else:
+                    return self._note(func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.topk.default:
+            with _disable_current_modes():
+                shape = tuple(result[1].shape)
+                choices = torch.arange(result[1].numel()).remainder(args[0].shape[-1]).view(shape)
+            return type(result)((result[0], self._note(choices))) if isinstance(result, tuple) else result
+        return result
+
+    def _note(self, result: Any) -> Any:
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._known[value] = True
+        return result
 
 
 def local_storage(tensor: Any) -> Any:
