@@ -25,6 +25,7 @@ from orchestrator.config.compose import compose
 from orchestrator.config.schema import RunConfig
 from orchestrator.planner.estimate.memory import estimate_memory
 from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelShape, ParallelPlan
+from orchestrator.sharding.axes import MESH_AXES
 
 ROOT = Path(__file__).parents[1]
 TRACES = ROOT / "tests" / "planner" / "data" / "product_traces.yaml"
@@ -90,6 +91,16 @@ gpt2 replicate=2,fsdp=4 seq=1024 batch=4 micro=2 reduce=last bf16 remat=full
 llama_125m replicate=8 seq=1024 batch=2 micro=2 bf16
 llama3_8b replicate=4,fsdp=64 seq=8192 batch=1 micro=2 bf16 remat=full
 llama3_70b fsdp=64,tensor=8 seq=8192 batch=1 micro=4 bf16 remat=full
+tiny_moe seq=256 batch=16 fp32
+tiny_moe expert=4 seq=256 batch=16 fp32
+mixtral_8x7b fsdp=8,expert=8 seq=4096 batch=1 bf16 remat=full
+mixtral_8x7b fsdp=8,expert=8 seq=4096 batch=1 bf16
+mixtral_8x7b fsdp=64 seq=4096 batch=1 bf16 remat=full
+tiny_moe fsdp=2,expert=2 seq=256 batch=8 bf16
+mixtral_8x7b fsdp=4,expert=8,tensor=2 seq=4096 batch=2 bf16 remat=selective
+qwen3_30b_a3b fsdp=4,expert=16 seq=4096 batch=2 bf16 remat=full
+mixtral_8x7b replicate=2,fsdp=8,expert=4 seq=8192 batch=1 micro=2 bf16 remat=full
+qwen3_30b_a3b expert=32,context=2 seq=8192 batch=1 bf16
 """
 
 
@@ -109,7 +120,7 @@ class Case:
 
     @cached_property
     def plan(self) -> ParallelPlan:
-        degrees = {axis: self.number(axis) for axis in ("replicate", "fsdp", "context", "tensor")}
+        degrees = {axis: self.number(axis) for axis in MESH_AXES}
         remat: Any = self._words.get("remat", "none")
         reduce: Any = self._words.get("reduce", "each")
         return ParallelPlan(**degrees, micro_batch=self.number("batch"), remat=remat, reduce_gradients=reduce)
@@ -126,7 +137,7 @@ class Case:
                 f"hardware.precision={precision}",
                 f"model={self.text.split()[0]}",
                 "model.dropout=0",
-                *(f"layout.{axis}={getattr(plan, axis)}" for axis in ("replicate", "fsdp", "context", "tensor")),
+                *(f"layout.{axis}={getattr(plan, axis)}" for axis in MESH_AXES),
                 f"train.remat={plan.remat}",
                 f"train.reduce_gradients={plan.reduce_gradients}",
                 f"train.seq_len={seq_len}",

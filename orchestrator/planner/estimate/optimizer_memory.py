@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.config.schema import AdamWConfig, OptimConfig, OwnOptimConfig, SGDConfig
-from orchestrator.planner.estimate.work import layer_elements
+from orchestrator.planner.estimate.work import layer_elements, sparse_layers
 from orchestrator.planner.spec import JobSpec, ModelShape, ParallelPlan
 
 FP32 = 4
@@ -51,8 +51,15 @@ def optimizer_elements(job: JobSpec, plan: ParallelPlan, owned: float) -> float:
     """
     shape = job.model
     if job.optimizer == "muon":
-        kind = layer_elements(shape, False)
-        return 2 * owned - shape.layers * (kind.attention + kind.mlp) / plan.tensor / plan.shards
+        sparse = sparse_layers(shape)
+        matrices = sum(
+            count * ((kind.attention + kind.mlp) / plan.shards + kind.experts / plan.expert / plan.expert_shards)
+            for count, kind in (
+                (shape.layers - sparse, layer_elements(shape, False)),
+                (sparse, layer_elements(shape, True)),
+            )
+        )
+        return 2 * owned - matrices / plan.tensor
     if job.optimizer == "adafactor":
         vectors = (shape.layers * layer_elements(shape, False).norms + shape.dim) / plan.shards
         return vectors + sum(count * (rows + columns) for count, rows, columns in _parts(shape, plan))
@@ -79,6 +86,7 @@ def update_bytes(job: JobSpec, plan: ParallelPlan) -> float:
 def _parts(shape: ModelShape, plan: ParallelPlan) -> Iterator[tuple[int, float, float]]:
     """Count, rows and columns of one device's part of every matrix."""
     yield from _blocks(shape, plan)
+    yield from _experts(shape, plan)
     rows = shape.vocab / plan.shards / plan.tensor
     yield 1 if shape.tied else 2, rows, shape.dim
     if shape.learned_positions:
@@ -92,5 +100,17 @@ def _blocks(shape: ModelShape, plan: ParallelPlan) -> Iterator[tuple[int, float,
     yield layers, queries / shards / tensor, shape.dim
     yield 2 * layers, keys / shards / tensor, shape.dim
     yield layers, shape.dim / shards, queries / tensor
-    yield (2 if shape.gated else 1) * layers, shape.mlp_dim / shards / tensor, shape.dim
-    yield layers, shape.dim / shards, shape.mlp_dim / tensor
+    sparse, gates = sparse_layers(shape), 2 if shape.gated else 1
+    for count, width in ((layers - sparse, shape.mlp_dim), (sparse, shape.shared_width)):
+        if count and width:
+            yield gates * count, width / shards / tensor, shape.dim
+            yield count, shape.dim / shards, width / tensor
+
+
+def _experts(shape: ModelShape, plan: ParallelPlan) -> Iterator[tuple[int, float, float]]:
+    """Yield the same of the experts' matrices, which are stacked."""
+    count = sparse_layers(shape) * shape.experts // plan.expert
+    if count:
+        width, parts = shape.expert_dim / plan.tensor, plan.expert_shards
+        yield 2 * count, width / parts, shape.dim
+        yield count, shape.dim / parts, width

@@ -10,28 +10,29 @@ left where sequence parallelism cuts the residual stream; widths are this device
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from orchestrator.planner.estimate.optimizer_memory import optimizer_elements, update_bytes
+from orchestrator.planner.estimate.rank_parts import Part, parts_of
 from orchestrator.planner.estimate.work import layer_elements
 from orchestrator.planner.evidence.calibration import COMPILED, Calibration
 from orchestrator.planner.spec import JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 
-FP32 = 4
+FP32, INT64 = 4, 8
 TPU_LANES = 128
 XLA_BLOCK = 512  # queries whose scores exist at one time, as in `strategies/xla.py`
 
 
 def covers(job: JobSpec, plan: ParallelPlan) -> bool:
-    """Return whether the strategies can do this: no experts, no pipeline, no offloading, fully sharded states.
+    """Return whether this follows what the strategies do: no latent attention, no offloading, fully sharded states.
 
     Args:
         job: model, batch and precision.
         plan: the layout and its settings.
     """
-    known = not job.model.experts and not job.model.latent_kv
-    return known and plan.pipeline == 1 and plan.zero == 3 and plan.remat != "offload"
+    return not job.model.latent_kv and plan.zero == 3 and plan.remat != "offload"
 
 
 def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capacity: float | None) -> MemoryEstimate:
@@ -43,8 +44,16 @@ def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capa
         constants: of the software stack.
         capacity: bytes that a program may use of a device; None where unknown.
     """
-    sizes = _Sizes(job, plan, constants)
-    moments = (sizes.loss(), sizes.last_layer(), sizes.first_layer(), sizes.embedding(), sizes.update())
+    found = [_rank_memory(_Sizes(job, plan, constants, part), capacity) for part in parts_of(job, plan)]
+    return max(found, key=lambda estimate: estimate.total)
+
+
+def _rank_memory(sizes: _Sizes, capacity: float | None) -> MemoryEstimate:
+    job, plan, constants = sizes.job, sizes.plan, sizes.constants
+    moments = [sizes.last_layer(), sizes.first_layer(), sizes.update()]
+    moments += [sizes.loss()] if sizes.part.last else []
+    moments += [sizes.embedding()] if sizes.part.first else []
+    moments += [sizes.reduction()] if plan.pipeline > 1 else []
     fullest = max(moments, key=lambda moment: moment.total)
     return MemoryEstimate(
         parameters=FP32 * sizes.owned,
@@ -79,6 +88,7 @@ class _Sizes:
     job: JobSpec
     plan: ParallelPlan
     constants: Calibration
+    part: Part
 
     # --- elements ---------------------------------------------------------------------------------
 
@@ -147,24 +157,58 @@ class _Sizes:
         return self.shape.vocab * self.shape.dim / self.plan.tensor
 
     @cached_property
-    def layer(self) -> float:
-        """Parameters of a layer before fsdp splits them."""
-        kind = layer_elements(self.shape, False)
-        return (kind.attention + kind.mlp) / self.plan.tensor + kind.norms
+    def rows(self) -> float:
+        """Tokens of experts: one for each choice. On every rank of the tensor axis a mixture sees whole sequences."""
+        return self.tokens * self.shape.experts_per_token
+
+    @cached_property
+    def expert_hidden(self) -> float:
+        return self.shape.expert_dim / self.plan.tensor
+
+    @cached_property
+    def shared_hidden(self) -> float:
+        return self.shape.shared_width / self.plan.tensor
+
+    def layer(self, sparse: bool) -> float:
+        """Parameters of a layer before fsdp splits them, without its experts."""
+        kind = layer_elements(self.shape, sparse)
+        return (kind.attention + kind.mlp) / self.plan.tensor + kind.router + kind.norms
+
+    @cached_property
+    def experts(self) -> float:
+        """Parameters of a layer's experts on a rank, before fsdp splits them."""
+        return layer_elements(self.shape, True).experts / self.plan.tensor / self.plan.expert
+
+    @cached_property
+    def sparse(self) -> int:
+        """Layers with experts, which are the last ones."""
+        return self.part.layers[1]
+
+    def over_layers(self, of: Callable[[bool], float]) -> float:
+        """Sum something of a layer with experts, or without, over all of them."""
+        dense = self.part.layers[0]
+        return (self.sparse * of(True) if self.sparse else 0.0) + (dense * of(False) if dense else 0.0)
 
     @cached_property
     def outside(self) -> float:
         """Parameters outside of the layers."""
-        positions = self.shape.learned_positions * self.shape.dim / self.plan.tensor
-        return (1 if self.shape.tied else 2) * self.vocabulary + positions + self.shape.dim
+        first, last = self.part.first, self.part.last
+        matrices = max(first, last) if self.shape.tied else first + last
+        positions = first * self.shape.learned_positions * self.shape.dim / self.plan.tensor
+        return matrices * self.vocabulary + positions + last * self.shape.dim
+
+    @cached_property
+    def dense(self) -> float:
+        """Everything but experts."""
+        return self.over_layers(self.layer) + self.outside
 
     @cached_property
     def whole(self) -> float:
-        return self.shape.layers * self.layer + self.outside
+        return self.dense + self.sparse * self.experts
 
     @cached_property
     def owned(self) -> float:
-        return self.whole / self.plan.shards
+        return self.dense / self.plan.shards + self.sparse * self.experts / self.plan.expert_shards
 
     # --- activations of a layer -------------------------------------------------------------------
 
@@ -176,41 +220,68 @@ class _Sizes:
     def _fused(self) -> bool:
         return self.shape.layer_norm or self.constants.fused_norms or self.compiled
 
-    @cached_property
-    def everything(self) -> float:
-        """What a layer keeps without remat: norms and what they give to the products, attention, feed-forward."""
+    def everything(self, sparse: bool) -> float:
+        """Count what a layer keeps without remat: norms and what they give to the products, attention, feed-forward."""
         narrow, shape = self.narrow, self.shape
-        size = 2 * self._norm(shape.dim, self.split, self._fused) + 2 * narrow * self.tokens * shape.dim
+        size = 2 * self._norm(shape.dim, self.split, self._fused) + narrow * self.tokens * shape.dim
         if shape.qk_norm:
             size += self._norm(self.queries + self.keys, self.tokens, self._fused)
         size += narrow * self.tokens * (2 * self.queries + 2 * self.keys * self.plan.context) + self._statistics
-        return size + narrow * self.tokens * self.hidden * (4 if shape.gated else 2)
+        if sparse:
+            return size + self._mixture
+        return size + narrow * self.tokens * (shape.dim + self.hidden * (4 if shape.gated else 2))
+
+    @cached_property
+    def _mixture(self) -> float:
+        """What a mixture of experts keeps: the router's input in fp32 and probabilities, rows, and their order.
+
+        Of each row its input, its answer, and that with its weight; the two products, the activation and their product.
+        """
+        shape, narrow = self.shape, self.narrow
+        router = FP32 * self.tokens * (shape.dim + shape.experts)
+        order = INT64 * self.rows * (5 if self.plan.expert > 1 else 3)
+        size = router + order + narrow * self.rows * (3 * shape.dim + 4 * self.expert_hidden)
+        if self.shared_hidden:
+            copy = 0 if narrow == FP32 else shape.dim
+            size += narrow * self.tokens * (copy + 4 * self.shared_hidden)
+        return size
 
     @cached_property
     def _statistics(self) -> float:
         """The logarithm of each query's sum that flash attention keeps."""
         return FP32 * self.tokens * self.shape.heads / self.plan.tensor
 
-    @cached_property
-    def kept(self) -> float:
-        """What a layer keeps under the plan's remat."""
-        entry = self.wide * self.split * self.shape.dim
+    def kept(self, sparse: bool) -> float:
+        """Count what a layer keeps under the plan's remat."""
+        entry, dim = self.wide * self.split * self.shape.dim, self.shape.dim
         if self.plan.remat == "none":
-            return self.everything
+            return self.everything(sparse)
         if self.plan.remat == "full":
             return entry
-        products = 2 * self.queries + 2 * self.keys + 2 * self.shape.dim + (2 if self.shape.gated else 1) * self.hidden
-        return entry + self.narrow * self.tokens * products + self._statistics
+        products = self.tokens * (2 * self.queries + 2 * self.keys + dim)
+        if sparse:
+            products += self.rows * (dim + 2 * self.expert_hidden)
+            products += self.tokens * (dim + 2 * self.shared_hidden) if self.shared_hidden else 0.0
+            entry += FP32 * self.tokens * self.shape.experts
+        else:
+            products += self.tokens * (dim + self._gates * self.hidden)
+        return entry + self.narrow * products + self._statistics
 
     @cached_property
-    def again(self) -> float:
-        """What a layer's recomputation adds to what it has kept."""
+    def _gates(self) -> int:
+        """Products on the way into a feed-forward."""
+        return 2 if self.shape.gated else 1
+
+    def again(self, sparse: bool) -> float:
+        """Count what a layer's recomputation adds to what it has kept."""
         if self.plan.remat == "none":
             return 0.0
         if self.plan.remat == "full":
-            return self.everything
-        shared = self.queries + self.keys + (2 if self.shape.gated else 1) * self.hidden
-        return self.everything - self.narrow * self.tokens * shared - self._statistics
+            return self.everything(sparse)
+        # The experts' products are kept by themselves, and put together again.
+        inner = 2 * self.shared_hidden if sparse else self._gates * self.hidden
+        shared = self.queries + self.keys + inner
+        return self.everything(sparse) - self.narrow * self.tokens * shared - self._statistics
 
     @cached_property
     def _shared(self) -> float:
@@ -233,6 +304,8 @@ class _Sizes:
         """
         if not self._several:
             return 0.0
+        if self.plan.pipeline > 1:
+            return FP32 * self.whole
         if self._whole_gradients:
             return FP32 * (self.whole + (self.plan.tensor - 1) * self.vocabulary)
         return FP32 * self.owned
@@ -244,6 +317,8 @@ class _Sizes:
     @cached_property
     def _whole_gradients(self) -> bool:
         """Whether gradients are summed whole before they are reduced; a compiler cuts them always."""
+        if self.plan.pipeline > 1:
+            return self._several
         return self.plan.keeps_whole_gradients(self.job) and not (self.compiled and self.wrapped)
 
     @cached_property
@@ -251,7 +326,19 @@ class _Sizes:
         """Parameters that stay gathered from the first use to the last: a tied matrix and learned positions."""
         if not self.wrapped:
             return 0.0
-        return self.wide * (self.outside - (0 if self.shape.tied else 2 * self.vocabulary))
+        matrices = 0 if self.shape.tied else self.part.first + self.part.last
+        return self.wide * (self.outside - matrices * self.vocabulary)
+
+    @cached_property
+    def flying(self) -> float:
+        """What is kept of the micro-batches in flight; a pipeline keeps a stage's input and output, too."""
+        ends = 2 * self.wide * self.split * self.shape.dim if self.plan.pipeline > 1 else 0.0
+        return self.part.in_flight * (self.over_layers(self.kept) + ends)
+
+    @cached_property
+    def _gathered(self) -> float:
+        """Parameters that stay gathered since an earlier backward pass: in a pipeline, all."""
+        return self.wide * self.whole if self.plan.pipeline > 1 and self.wrapped else 0.0
 
     def loss(self) -> _Moment:
         """In the last chunk of the loss: all activations, the gradients of head and hidden states, the logits."""
@@ -266,18 +353,39 @@ class _Sizes:
         gathered = 0.0
         if self.wrapped:
             # The buffer of the last gather lives until the next one.
-            gathered = self._root + wide * (self.layer if shape.tied else 2 * self.vocabulary)
+            gathered = self._root + wide * (self._unit(True) if shape.tied else 2 * self.vocabulary)
         return _Moment(
             gradients=self._accumulated,
-            activations=shape.layers * self.kept + final + self._shared,
+            activations=self.flying + final + self._shared,
             logits=logits + FP32 * self.vocabulary,
             communication=gathered,
         )
 
-    def _working(self) -> float:
+    def _unit(self, last: bool) -> float:
+        """Parameters of the last layer, or of the first one, that are gathered together: experts are by themselves."""
+        sparse = self._is_sparse(last)
+        return max(self.layer(sparse), self.experts if sparse else 0.0)
+
+    def _is_sparse(self, last: bool) -> bool:
+        return bool(self.sparse) and (last or not self.part.layers[0])
+
+    def _moving(self, last: bool) -> float:
+        """Return the bytes of a layer's gathered parameters, of those that come next, and of gradients on their way.
+
+        With experts the fullest moment is when the gradients of theirs are cast to fp32 in order to be reduced.
+        """
+        sparse = self._is_sparse(last)
+        moving = self._root + 2 * self.wide * self.layer(sparse)
+        if not sparse:
+            return moving
+        return moving + max((self.wide + self.narrow) * self.experts, (self.narrow + FP32) * self.experts)
+
+    def _working(self, sparse: bool) -> float:
         """Return the bytes that a layer's backward pass makes: in the feed-forward or in attention's gathering."""
         wide, dim = self.wide, self.shape.dim
         gathered = wide * self.tokens * dim
+        if sparse:
+            return self.narrow * 2 * self.rows * self.expert_hidden + gathered
         inner = self.narrow * (2 * self.tokens * self.hidden + self.hidden * dim)
         if self.plan.tensor == 1:
             return max(inner, self.strip) + gathered
@@ -289,40 +397,47 @@ class _Sizes:
         """In the backward pass of the layer that goes first, while the head's gradient is being reduced."""
         moving, gradients = 0.0, self._accumulated
         if self.wrapped:
-            moving = self._root + 2 * self.wide * self.layer
+            moving = self._moving(True)
         if not self._whole_gradients:
-            gradients = self._reduced(0.0)
-            if self.wrapped and not self.shape.tied:
+            gradients = self._reduced(False)
+            if self.wrapped and not self.shape.tied and self.part.last:
                 moving += FP32 * self.vocabulary
-        activations = self.shape.layers * self.kept + self.again + self._shared + self._working()
+        sparse = self._is_sparse(True)
+        activations = self.flying + self.again(sparse) + self._shared + self._working(sparse)
         return _Moment(gradients, activations, 0.0, moving)
 
     def first_layer(self) -> _Moment:
         """In the backward pass of the layer that goes last, with the gradients of all others reduced."""
-        moving, gradients = 0.0, self._accumulated
+        moving, gradients, sparse = 0.0, self._accumulated, self._is_sparse(False)
         if self.wrapped:
-            moving = self._root + 2 * self.wide * self.layer
+            moving = self._moving(False)
         if not self._whole_gradients:
-            gradients = self._reduced((self.shape.layers - 1) * self.layer)
+            gradients = self._reduced(True)
             if self.wrapped:
-                moving += FP32 * self.layer
-        return _Moment(gradients, self.kept + self.again + self._shared + self._working(), 0.0, moving)
+                moving += FP32 * self.layer(sparse)
+        earlier = self.flying * (1 - 1 / self.part.in_flight)
+        activations = earlier + self.kept(sparse) + self.again(sparse) + self._shared + self._working(sparse)
+        return _Moment(gradients, activations, 0.0, max(moving, self._gathered))
 
-    def _reduced(self, layers: float) -> float:
-        """Gradients of the head and of so many elements of layers, added to what earlier micro-batches left."""
+    def _reduced(self, rest: bool) -> float:
+        """Gradients of the head and, if `rest`, of all layers but the first, added to what earlier ones left."""
+        first = self._is_sparse(False)
+        layers = self.over_layers(self.layer) - self.layer(first) if rest else 0.0
+        experts = (self.sparse - first) * self.experts if rest else 0.0
         if not self.wrapped:
-            return FP32 * (layers + self.vocabulary)
+            return FP32 * (layers + experts + self.part.last * self.vocabulary)
         # A tied matrix's waits for the embedding's.
-        waiting = self.wide * self.vocabulary if self.shape.tied else 0.0
-        done = layers if self.shape.tied else layers + self.vocabulary
-        return max(self._accumulated, FP32 * done / self.plan.shards) + waiting
+        waiting = self.wide * self.vocabulary if self.shape.tied and self.part.last else 0.0
+        done = layers if self.shape.tied else layers + self.part.last * self.vocabulary
+        done = done / self.plan.shards + experts / self.plan.expert_shards
+        return max(self._accumulated, FP32 * done) + waiting
 
     def embedding(self) -> _Moment:
         """In the backward pass of the embedding, whose gradient is whole, and then reduced."""
         tied, words = self.shape.tied, self.vocabulary
         rows = words * self.plan.tensor  # torch cuts it to this rank's rows afterwards
         entry = self.wide * self.split * self.shape.dim
-        done = FP32 * (self.whole - words) / self.plan.shards
+        done = FP32 * (self.owned - words / self.plan.shards)
         if not self.wrapped:
             return _Moment(done + FP32 * words * (2 if tied or self._several else 1), entry)
         # Of a tied matrix there are the head's gradient, the embedding's, and their sum.
@@ -330,7 +445,14 @@ class _Sizes:
         if self._whole_gradients:
             return _Moment(self._accumulated, entry, 0.0, made)
         reduced = self.wide * words + FP32 * words * (1 + 1 / self.plan.shards)
-        return _Moment(max(done, self._accumulated), entry, 0.0, max(made + FP32 * self.layer, reduced))
+        return _Moment(
+            max(done, self._accumulated), entry, 0.0, max(made + FP32 * self.layer(self._is_sparse(False)), reduced)
+        )
+
+    def reduction(self) -> _Moment:
+        """At the end of a pipeline's step, when whole gradients are reduced: the largest unit has a copy."""
+        largest = max(self._unit(True), self._unit(False), self.vocabulary)
+        return _Moment(FP32 * (self.whole + self.owned), 0.0, 0.0, FP32 * largest + self._gathered)
 
     def update(self) -> _Moment:
         return _Moment(gradients=FP32 * self.owned, activations=update_bytes(self.job, self.plan))
