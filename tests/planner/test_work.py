@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from orchestrator.config.compose import compose, conf_dir
 from orchestrator.config.schema import ModelConfig
+from orchestrator.config.words import group_options
 from orchestrator.planner.estimate.flops import flops_per_token, parameter_count
+from orchestrator.planner.estimate.stages import stage_costs
 from orchestrator.planner.estimate.work import (
     layer_elements,
     layer_products,
@@ -83,3 +86,16 @@ def test_positions_seen():
 def test_layers_with_experts():
     assert sparse_layers(DEEPSEEK_V3) == 58
     assert sparse_layers(LLAMA_8B) == 0
+
+
+@pytest.mark.parametrize("name", group_options([conf_dir()])["model"])
+def test_a_preset_has_the_parameters_and_operations_of_its_description(name):
+    """But for biases and the like, which a shape does not have."""
+    config = compose([f"model={name}"]).config.model
+    shape = ModelShape.of(config, 4096)
+    count = parameter_count(config, None if isinstance(config.vocab_size, int) else 4096)
+    assert parameters(shape) == pytest.approx(count.total, rel=0.005)
+    flops = flops_per_token(config, 1024, shape.vocab)
+    assert model_flops_per_token(shape, 1024) == pytest.approx(flops, rel=0.02)
+    costs = stage_costs(shape, 1024)
+    assert sum(costs.layers) + costs.first + costs.last == pytest.approx(model_flops_per_token(shape, 1024), rel=1e-9)

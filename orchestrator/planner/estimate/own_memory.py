@@ -51,6 +51,7 @@ def native_memory(job: JobSpec, plan: ParallelPlan, constants: Calibration, capa
 def _rank_memory(sizes: _Sizes, capacity: float | None) -> MemoryEstimate:
     job, plan, constants = sizes.job, sizes.plan, sizes.constants
     moments = [sizes.last_layer(), sizes.first_layer(), sizes.update()]
+    moments += [sizes.forward()] if sizes.sparse else []
     moments += [sizes.loss()] if sizes.part.last else []
     moments += [sizes.embedding()] if sizes.part.first else []
     moments += [sizes.reduction()] if plan.pipeline > 1 else []
@@ -361,6 +362,17 @@ class _Sizes:
             communication=gathered,
         )
 
+    def forward(self) -> _Moment:
+        """In the forward pass of the last experts, which are gathered; the buffer that they came in is still there."""
+        inner = 3 * self.shape.dim + 4 * self.expert_hidden if self.plan.remat != "none" else self.shape.dim
+        stream = 2 * self.narrow * self.tokens * self.shape.dim
+        working, moving = self.narrow * self.rows * inner, 0.0
+        if self.wrapped:
+            # They are copied once more on their way out of the buffer, before anything is computed.
+            moving = self._root + self.wide * (self.layer(True) + 2 * self.experts)
+            working = max(working, self.wide * self.experts)
+        return _Moment(self._accumulated, self.flying + self._shared + stream + working, 0.0, moving)
+
     def _unit(self, last: bool) -> float:
         """Parameters of the last layer, or of the first one, that are gathered together: experts are by themselves."""
         sparse = self._is_sparse(last)
@@ -372,20 +384,25 @@ class _Sizes:
     def _moving(self, last: bool) -> float:
         """Return the bytes of a layer's gathered parameters, of those that come next, and of gradients on their way.
 
-        With experts the fullest moment is when the gradients of theirs are cast to fp32 in order to be reduced.
+        Experts are gathered by themselves; of a layer that is computed again what comes next is not there yet.
         """
         sparse = self._is_sparse(last)
-        moving = self._root + 2 * self.wide * self.layer(sparse)
-        if not sparse:
-            return moving
-        return moving + max((self.wide + self.narrow) * self.experts, (self.narrow + FP32) * self.experts)
+        blocks = 1 if sparse and self.plan.remat != "none" else 2
+        moving = self._root + blocks * self.wide * self.layer(sparse)
+        return moving + (self.wide + self.narrow / 3) * self.experts if sparse else moving
+
+    def _experts_reduced(self, activations: float, gradients: float) -> _Moment:
+        """While the gradients of experts are cast to fp32 in order to be reduced; what the mixture kept is free."""
+        moving = self._root + self.wide * self.layer(True) + (self.narrow * 4 / 3 + FP32) * self.experts
+        passing = (FP32 + 2 * self.narrow) * self.tokens * self.shape.dim  # the router's input, gradients of the stream
+        return _Moment(gradients, activations - self._mixture + passing, 0.0, moving)
 
     def _working(self, sparse: bool) -> float:
         """Return the bytes that a layer's backward pass makes: in the feed-forward or in attention's gathering."""
         wide, dim = self.wide, self.shape.dim
         gathered = wide * self.tokens * dim
-        if sparse:
-            return self.narrow * 2 * self.rows * self.expert_hidden + gathered
+        if sparse:  # gradients of the experts' inner widths; those of their answers are used up
+            return self.narrow * 2 * self.rows * (self.expert_hidden - dim) + 2 * gathered
         inner = self.narrow * (2 * self.tokens * self.hidden + self.hidden * dim)
         if self.plan.tensor == 1:
             return max(inner, self.strip) + gathered
@@ -403,8 +420,11 @@ class _Sizes:
             if self.wrapped and not self.shape.tied and self.part.last:
                 moving += FP32 * self.vocabulary
         sparse = self._is_sparse(True)
-        activations = self.flying + self.again(sparse) + self._shared + self._working(sparse)
-        return _Moment(gradients, activations, 0.0, moving)
+        activations = self.flying + self.again(sparse) + self._shared
+        found = _Moment(gradients, activations + self._working(sparse), 0.0, moving)
+        if sparse and self.wrapped:
+            found = max(found, self._experts_reduced(activations, gradients), key=lambda moment: moment.total)
+        return found
 
     def first_layer(self) -> _Moment:
         """In the backward pass of the layer that goes last, with the gradients of all others reduced."""
@@ -416,8 +436,11 @@ class _Sizes:
             if self.wrapped:
                 moving += FP32 * self.layer(sparse)
         earlier = self.flying * (1 - 1 / self.part.in_flight)
-        activations = earlier + self.kept(sparse) + self.again(sparse) + self._shared + self._working(sparse)
-        return _Moment(gradients, activations, 0.0, max(moving, self._gathered))
+        activations = earlier + self.kept(sparse) + self.again(sparse) + self._shared
+        found = _Moment(gradients, activations + self._working(sparse), 0.0, max(moving, self._gathered))
+        if sparse and self.wrapped:
+            found = max(found, self._experts_reduced(activations, gradients), key=lambda moment: moment.total)
+        return found
 
     def _reduced(self, rest: bool) -> float:
         """Gradients of the head and, if `rest`, of all layers but the first, added to what earlier ones left."""
