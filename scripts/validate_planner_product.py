@@ -97,6 +97,8 @@ mixtral_8x7b fsdp=8,expert=8 seq=4096 batch=1 bf16 remat=full
 mixtral_8x7b fsdp=8,expert=8 seq=4096 batch=1 bf16
 mixtral_8x7b fsdp=64 seq=4096 batch=1 bf16 remat=full
 tiny_moe fsdp=2,expert=2 seq=256 batch=8 bf16
+mixtral_8x7b fsdp=4,expert=8,tensor=2 seq=4096 batch=2 bf16 remat=selective
+qwen3_30b_a3b fsdp=4,expert=16 seq=4096 batch=2 bf16 remat=full
 """
 
 

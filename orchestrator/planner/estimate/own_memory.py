@@ -401,8 +401,9 @@ class _Sizes:
         """Return the bytes that a layer's backward pass makes: in the feed-forward or in attention's gathering."""
         wide, dim = self.wide, self.shape.dim
         gathered = wide * self.tokens * dim
-        if sparse:  # gradients of the experts' inner widths; those of their answers are used up
-            return self.narrow * 2 * self.rows * (self.expert_hidden - dim) + 2 * gathered
+        if sparse:  # gradients of the experts' answers, or of their inner widths, when those are used up
+            inner = max(4 * dim, 2 * (self.expert_hidden - dim))
+            return self.narrow * self.rows * inner + 2 * gathered
         inner = self.narrow * (2 * self.tokens * self.hidden + self.hidden * dim)
         if self.plan.tensor == 1:
             return max(inner, self.strip) + gathered
