@@ -12,7 +12,7 @@ from orchestrator.config.compose import Composed, compose, conf_dir, group_optio
 from orchestrator.config.convert import convert_text, from_dict
 from orchestrator.config.options import option
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
-from orchestrator.planner.degrees import CONTEXT_KINDS, VIRTUAL_STAGES
+from orchestrator.planner.degrees import CONTEXT_KINDS, SCHEDULES
 from orchestrator.planner.estimate.goodput import FailureOptions
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.explain import AXES
@@ -262,7 +262,7 @@ def _widest(composed: Composed, keys: set[str], options: PlanOptions) -> Space:
     compiled = composed.config.hardware.compile if "hardware.compile" in keys else True
     if options.axes == "train":
         kinds = CONTEXT_KINDS
-        return Space(zeros=(3,), even=True, schedules=tuple(VIRTUAL_STAGES), context_kinds=kinds, compiled=compiled)
+        return Space(zeros=(3,), even=True, schedules=SCHEDULES, context_kinds=kinds, compiled=compiled)
     return Space(compiled=compiled)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from orchestrator.config.schema import ContextKind, Schedule
 from orchestrator.planner.spec import ModelShape
+from orchestrator.sharding.layout import VIRTUAL_STAGES
 
-VIRTUAL_STAGES: dict[Schedule, int] = {"1f1b": 1, "interleaved": 2, "zero_bubble": 1, "dualpipe_v": 2}
-"""Stages that each rank of a pipeline has in this product, by its schedule."""
+SCHEDULES: tuple[Schedule, ...] = tuple(VIRTUAL_STAGES)
 CONTEXT_KINDS: tuple[ContextKind, ...] = ("gather", "ring", "ulysses")
 _DEGREES = 7  # of one axis
 _EXPERT_DEGREES = 4

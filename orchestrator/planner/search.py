@@ -25,7 +25,6 @@ from typing import Literal, cast
 
 from orchestrator.config.schema import ContextKind, Schedule
 from orchestrator.planner.degrees import (
-    VIRTUAL_STAGES,
     attends,
     chunk_counts,
     context_degrees,
@@ -51,6 +50,8 @@ from orchestrator.planner.spec import (
     Remat,
     TimeEstimate,
 )
+from orchestrator.sharding.layout import VIRTUAL_STAGES
+from orchestrator.sharding.pipeline import DIVIDED_BACKWARD
 
 Memory = Callable[[JobSpec, Cluster, ParallelPlan], MemoryEstimate]
 Time = Callable[[JobSpec, Cluster, ParallelPlan], TimeEstimate]
@@ -276,11 +277,10 @@ class _Walk:
             chunks = chunk_counts(layers, frame.pipeline, thorough)
             return [("interleaved" if count > 1 else "1f1b", count) for count in chunks]
         ways = [(one, VIRTUAL_STAGES[one]) for one in space.schedules if one == space.schedules[0] or thorough]
-        apart = () if space.compiled else ("zero_bubble", "dualpipe_v")  # whose backward passes no compiler takes apart
         return [
             (schedule, virtual)
             for schedule, virtual in ways
-            if frame.pipeline * virtual <= layers and schedule in ("1f1b", "interleaved", *apart)
+            if frame.pipeline * virtual <= layers and not (space.compiled and schedule in DIVIDED_BACKWARD)
         ]
 
     def _kinds(self, frame: _Frame, thorough: bool) -> list[ContextKind]:
@@ -329,7 +329,10 @@ class _Walk:
 
     def _least_remat(self, job: JobSpec, plan: ParallelPlan) -> Candidate | None:
         working = replace(self._cluster, chips=plan.devices // self._parts)
+        divided = plan.schedule in DIVIDED_BACKWARD
         for remat in self._space.remats:
+            if remat == "selective" and divided:
+                continue  # its backward pass cannot be taken apart
             tried = replace(plan, remat=remat)
             memory = self._estimators.memory(job, working, tried)
             self.layouts += 1

@@ -10,13 +10,14 @@ from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import ContextKind, LayoutConfig, RunConfig
 from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
-from orchestrator.planner.degrees import CONTEXT_KINDS, VIRTUAL_STAGES
+from orchestrator.planner.degrees import CONTEXT_KINDS, SCHEDULES
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.explain import bound, layout_text
 from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import check_layout, resolve_layout
+from orchestrator.sharding.pipeline import check_pipeline
 
 # An automatic vocabulary is known when the data is, which is prepared after the plan: for that this one will do.
 _NOMINAL_VOCABULARY = 32768
@@ -98,7 +99,7 @@ def _space(config: RunConfig, target: Target, fixed: Mapping[str, int], slices: 
         zeros=(3,),
         whole=True,
         even=True,
-        schedules=tuple(VIRTUAL_STAGES) if layout.schedule == "auto" else (layout.schedule,),
+        schedules=SCHEDULES if layout.schedule == "auto" else (layout.schedule,),
         context_kinds=kinds,
         compiled=config.hardware.compile,
         copies=slices,
@@ -149,7 +150,10 @@ def _best(config: RunConfig, cluster: Cluster, space: Space, devices: int) -> Ca
     train = config.train
     batch = Batch(train.global_batch_tokens)
     for candidate in search(_job(config), cluster, batch, space, domains=space.copies).ranked:
-        layout = resolve_layout(_layout(config, candidate.plan), devices)
-        if not check_layout(layout, config.model, train.seq_len, train.global_batch_tokens):
+        layout, plan = resolve_layout(_layout(config, candidate.plan), devices), candidate.plan
+        share = max(1, train.global_batch_tokens // train.seq_len // layout.data_parallel)
+        if not check_layout(layout, config.model, train.seq_len, train.global_batch_tokens) and not check_pipeline(
+            layout, config.model, share, plan.micro_batch, config.hardware.compile, plan.remat
+        ):
             return candidate
     return None

@@ -13,7 +13,6 @@ from typing import Literal
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host
 from orchestrator.hardware.target import Target
-from orchestrator.planner.degrees import VIRTUAL_STAGES
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.estimate.own_memory import native_memory
 from orchestrator.planner.evidence.calibration import Calibration
@@ -109,7 +108,7 @@ def _estimate(resolved: Resolved, target: Target) -> MemoryEstimate:
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         expert=layout.expert,
-        virtual_stages=VIRTUAL_STAGES[layout.schedule] if layout.pipeline > 1 else 1,
+        virtual_stages=layout.virtual_stages,
         schedule=layout.schedule,
         context_kind=layout.context_kind,
         micro_batch=max(1, min(share, resolved.micro_batch)),
