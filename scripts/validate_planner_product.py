@@ -4,7 +4,7 @@ Both were taken without devices and are kept as data (`tests/planner/data/produc
 a second. A line of `CASES` reads: model, degrees of the layout, then `seq=` tokens, `batch=` sequences of a micro-batch
 and data-parallel group, `micro=` micro-batches, `reduce=last` where only the last one's gradients are reduced (else
 each one's), `vocab=` where the model leaves it to the tokenizer, precision,
-`remat=`, and `mask` where attention stays within documents.
+`remat=`, `schedule=` of a pipeline, and `mask` where attention stays within documents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,6 +26,10 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.planner.estimate.memory import estimate_memory
 from orchestrator.planner.spec import Cluster, JobSpec, MemoryEstimate, ModelShape, ParallelPlan
 from orchestrator.sharding.axes import MESH_AXES
+from orchestrator.sharding.layout import VIRTUAL_STAGES
+
+if TYPE_CHECKING:
+    from orchestrator.rehearsal.memory_trace import Trace
 
 ROOT = Path(__file__).parents[1]
 TRACES = ROOT / "tests" / "planner" / "data" / "product_traces.yaml"
@@ -99,6 +103,12 @@ mixtral_8x7b fsdp=64 seq=4096 batch=1 bf16 remat=full
 tiny_moe fsdp=2,expert=2 seq=256 batch=8 bf16
 mixtral_8x7b fsdp=4,expert=8,tensor=2 seq=4096 batch=2 bf16 remat=selective
 qwen3_30b_a3b fsdp=4,expert=16 seq=4096 batch=2 bf16 remat=full
+mixtral_8x7b replicate=2,fsdp=8,expert=4 seq=8192 batch=1 micro=2 bf16 remat=full
+qwen3_30b_a3b expert=32,context=2 seq=8192 batch=1 bf16
+tiny pipeline=2 seq=256 batch=4 micro=4 fp32
+tiny pipeline=2,fsdp=2 seq=256 batch=4 micro=4 bf16
+tiny_moe pipeline=2,expert=2 seq=256 batch=4 micro=4 fp32
+tiny pipeline=2 schedule=interleaved seq=256 batch=4 micro=4 fp32
 """
 
 
@@ -121,7 +131,15 @@ class Case:
         degrees = {axis: self.number(axis) for axis in MESH_AXES}
         remat: Any = self._words.get("remat", "none")
         reduce: Any = self._words.get("reduce", "each")
-        return ParallelPlan(**degrees, micro_batch=self.number("batch"), remat=remat, reduce_gradients=reduce)
+        schedule: Any = self._words.get("schedule", "1f1b")
+        return ParallelPlan(
+            **degrees,
+            micro_batch=self.number("batch"),
+            remat=remat,
+            reduce_gradients=reduce,
+            schedule=schedule,
+            virtual_stages=VIRTUAL_STAGES[schedule] if degrees["pipeline"] > 1 else 1,
+        )
 
     @cached_property
     def config(self) -> RunConfig:
@@ -136,6 +154,7 @@ class Case:
                 f"model={self.text.split()[0]}",
                 "model.dropout=0",
                 *(f"layout.{axis}={getattr(plan, axis)}" for axis in MESH_AXES),
+                f"layout.schedule={plan.schedule}",
                 f"train.remat={plan.remat}",
                 f"train.reduce_gradients={plan.reduce_gradients}",
                 f"train.seq_len={seq_len}",
@@ -177,16 +196,26 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) or {} if path.exists() else {}
 
 
+def _fullest(case: Case) -> Trace:
+    """Trace a step; on a pipeline the first rank of each of its stages, with all layers."""
+    from orchestrator.rehearsal.memory_trace import trace_deep, trace_step
+
+    plan = case.plan
+    if plan.pipeline == 1:
+        return trace_deep(case.config, plan.devices)
+    stride = plan.shards * plan.tensor
+    traces = [trace_step(case.config, plan.devices, rank * stride) for rank in range(plan.pipeline)]
+    return max(traces, key=lambda found: found.peak.total)
+
+
 def trace(limit: float) -> None:
     """Trace up to `limit` of the cases that have no trace yet; each takes seconds and is kept when it is done."""
     from tqdm import tqdm
 
-    from orchestrator.rehearsal.memory_trace import trace_deep
-
     known = read(TRACES)
     missing = [case for case in cases() if case.text not in known]
     for case in tqdm(missing[: int(min(limit, len(missing)))]):
-        found = trace_deep(case.config, case.plan.devices)
+        found = _fullest(case)
         known[case.text] = {phase: round(memory.total) for phase, memory in found.phases.items()}
         ordered = {one.text: known[one.text] for one in cases() if one.text in known}
         TRACES.write_text(

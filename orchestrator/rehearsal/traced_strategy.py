@@ -59,6 +59,15 @@ class TracedStrategy(DTensorStrategy):
     def check_agreement(self) -> None:
         """There is nobody to agree with."""
 
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return `obj`, on any rank: there is nobody to say anything else.
+
+        Args:
+            obj: of this process.
+            src: the rank that is not there.
+        """
+        return obj
+
     def leave(self) -> None:
         """Leave the fake process group and forget what was derived from it."""
         super().leave()

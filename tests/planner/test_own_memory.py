@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.planner.estimate.memory import estimate_memory
 from orchestrator.planner.estimate.own_memory import covers
+from orchestrator.planner.estimate.rank_parts import parts_of
 from orchestrator.planner.spec import ParallelPlan
 from scripts.validate_planner_product import CHIPS, COMPILED, TRACES, Case, cases, read
 from tests.planner.shapes import DEEPSEEK_V3, LLAMA_8B, MIXTRAL, cluster, job
@@ -104,3 +105,15 @@ def test_moments_in_fewer_bits_take_less():
     )
     assert half == whole / 2
     assert codes == whole * 2.125 / 8
+
+
+@pytest.mark.parametrize(("schedule", "flying"), [("1f1b", [4, 3, 2, 1]), ("zero_bubble", [4, 4, 4, 4])])
+def test_a_pipeline_holds_the_micro_batches_that_its_schedule_keeps(schedule, flying):
+    plan = ParallelPlan(pipeline=4, schedule=schedule)
+    parts = parts_of(job(LLAMA_8B, 16), plan)
+    assert [part.in_flight for part in parts] == flying
+    assert sum(sum(part.layers) for part in parts) == LLAMA_8B.layers
+    assert [part.first for part in parts] == [True, False, False, False]
+    assert [part.last for part in parts] == [False, False, False, True]
+    short = parts_of(job(LLAMA_8B, 2), plan)
+    assert max(part.in_flight for part in short) == 2, "there are no more than the step has"

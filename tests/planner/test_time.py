@@ -237,3 +237,30 @@ def test_a_time_estimate_without_numbers_is_not_made():
     found = estimate_time(job(shape, 8, 128), NODE, ParallelPlan(fsdp=8))
     assert isinstance(found, TimeEstimate)
     assert found.step > 0
+
+
+def test_schedules_wait_less_and_kinds_of_context_attention_cost_differently():
+    work = job(LLAMA_8B, 32)
+    waits = [
+        step_time(work, NODE, ParallelPlan(pipeline=8, schedule=schedule, virtual_stages=virtual), IDEAL).bubble
+        for schedule, virtual in (("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("dualpipe_v", 2))
+    ]
+    assert waits[1] == pytest.approx(waits[0] / 2)
+    assert waits[2] == waits[3] == pytest.approx(waits[0] / 3)
+    gather, ring, ulysses = (
+        step_time(job(LLAMA_8B, 1, 65536), NODE, ParallelPlan(context=8, context_kind=kind), IDEAL)
+        for kind in ("gather", "ring", "ulysses")
+    )
+    assert ring.context == 0, "attention hides what travels meanwhile"
+    assert gather.context > 0
+    assert ulysses.context > 0
+    ours = [
+        step_time(
+            job(LLAMA_8B, 1, 65536),
+            NODE,
+            ParallelPlan(context=8, context_kind=kind),
+            replace(IDEAL, stack="orchestrator"),
+        ).compute
+        for kind in ("gather", "ring")
+    ]
+    assert ours[0] > ours[1], "gathered keys are masked, and all their scores are computed"
