@@ -13,7 +13,9 @@ from orchestrator.errors import LayoutError
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
 
-layouts = st.builds(Layout, **{axis: st.integers(1, 4) for axis in MESH_AXES})
+# At most 324 ranks, each of which is looked at.
+_LARGEST = {"replicate": 2, "pipeline": 2}
+layouts = st.builds(Layout, **{axis: st.integers(1, _LARGEST.get(axis, 3)) for axis in MESH_AXES})
 MODEL = ModelConfig(vocab_size=512, dim=64, heads=4, kv_heads=2, mlp_dim=96)
 
 
@@ -191,10 +193,9 @@ MOE = replace(MODEL, moe=MoEConfig(experts=4, mlp_dim=32, shared_mlp_dim=33))
         (Layout(fsdp=3), MOE, "model.moe.mlp_dim does not divide by layout.tensor x fsdp x context", "32 / 3"),
         (Layout(fsdp=3), MOE, "model.dim does not divide by layout.fsdp x context", "64 / 3"),
         (Layout(tensor=2), MOE, "model.moe.shared_mlp_dim does not divide by layout.tensor", "33 / 2"),
-        (Layout(pipeline=5), MODEL, "the pipeline is deeper than the model", "layout.pipeline=5 with model.layers=4"),
     ],
 )
-def test_experts_and_stages_that_cannot_be_divided_are_refused(layout, model, what, got):
+def test_experts_that_cannot_be_divided_are_refused(layout, model, what, got):
     (problem,) = [p for p in check_layout(layout, model, 64, 64 * 12) if p.what == what]
     assert got in problem.got
     assert problem.fix
