@@ -24,6 +24,8 @@ LONG = (
     ),
     *("launch/test_faults.py", "training/test_handover_check.py", "test_mutants.py", "api/test_pages.py"),
     *("test_package.py", "strategies/test_lightning.py", "xla/test_conformance.py", "xla/test_rehearsal.py"),
+    *("strategies/test_experts.py", "strategies/test_pipeline.py", "strategies/test_fake_chips.py"),
+    "xla/test_experts.py",
 )
 
 

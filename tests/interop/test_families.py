@@ -131,7 +131,9 @@ def test_there_and_back(tmp_path, name):
 
 
 def test_every_family_of_the_table_is_tried():
-    assert set(FAMILIES) <= {family for family, _ in CASES.values()}
+    # Those of mixtures are in test_experts.
+    mixtures = {"olmoe", "deepseek_v3", "gpt_oss"}
+    assert set(FAMILIES) - mixtures <= {family for family, _ in CASES.values()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -87,7 +87,7 @@ def test_features_agree_too(runs, feature, name):
         np.testing.assert_allclose(*dropped, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", cases(CASES, quick=["expert2_fsdp2_tensor2"]))
+@pytest.mark.parametrize("name", cases(CASES, quick=["expert2_fsdp2"]))
 def test_a_killed_run_is_resumed_bitwise(runs, tmp_path, name):
     whole = _run(runs, CASES[name])
     config = small_config(runs.tmp, *MOE, *_words(CASES[name]))

@@ -104,7 +104,7 @@ def _guard(world, chip):
     from orchestrator.hardware.target_table import get_target
     from orchestrator.sharding.layout import Layout
     from orchestrator.strategies.dtensor import DTensorStrategy
-    from orchestrator.training.optimizer_setup import _adamw
+    from orchestrator.training.optimizer_setup import build_optimizer
 
     on_chip(chip, 1)
     name = {"neuron": "trainium", "tpu": "tpu"}[chip]
@@ -112,7 +112,7 @@ def _guard(world, chip):
     strategy = DTensorStrategy(target, world, Layout(), "fp32")
     strategy.join()
     model = torch.nn.Linear(4, 4).to(strategy.root_device)
-    optimizer = _adamw(list(model.parameters()), AdamWConfig(), strategy.root_device)
+    optimizer = build_optimizer(model, AdamWConfig(), strategy.root_device)
     seen = []
     for bad in (False, True, False):
         model(torch.ones(2, 4, device=strategy.root_device)).sum().backward()

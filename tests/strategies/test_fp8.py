@@ -255,7 +255,7 @@ MOE = ("model.moe.experts=4", "model.moe.mlp_dim=32", "model.moe.balance_loss=0.
             ("rowwise", ("layout.expert=2", "layout.tensor=2"), 4),
             ("rowwise", (), 1),
         ],
-        quick=[("tensorwise", ("layout.expert=2",), 2)],
+        quick=[("rowwise", (), 1)],
     ),
 )
 def test_mixtures_of_experts_train_alike_too(runs, recipe, words, size):

@@ -10,6 +10,7 @@ from orchestrator.config.compose import compose
 from orchestrator.config.schema import LayoutConfig
 from orchestrator.hardware.target import Probe
 from orchestrator.hardware.target_table import get_target
+from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
 from orchestrator.training.layout_choice import settle_layout
 
@@ -97,7 +98,7 @@ def test_whole_gradients_are_planned_for():
         (get_target("cpu"), ()),
         (_Target("h200"), ("layout=replicate",)),
         (_Target("h200"), ("layout=tensor",)),
-        (_Target("h200"), ("layout.replicate=1", "layout.context=1", "layout.tensor=1", "layout.pipeline=1")),
+        (_Target("h200"), [f"layout.{axis}=1" for axis in MESH_AXES if axis != "fsdp"]),
         (_Target("tpu-v5p", name="tpu"), ("hardware=tpu", "hardware.simulate=8")),
     ],
     ids=["unknown chip", "cpu", "this cpu", "replicate", "tensor", "one open degree", "rehearsal"],
