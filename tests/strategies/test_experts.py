@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.config.convert import to_dict
 from orchestrator.sharding.axes import MESH_AXES
+from tests.lab.ranks import run_ranks
 from tests.lab.runs import assert_trained_alike, checkpoint, losses, read_rows, small_config, train
 from tests.lab.slow import cases
 from tests.lab.tensors import read_all
+from tests.strategies.test_conformance import _initial
 
 RELATIVE = 1e-5
 MOE = [
@@ -97,3 +100,19 @@ def test_a_killed_run_is_resumed_bitwise(runs, tmp_path, name):
     assert before.keys() == after.keys()
     assert "model.layers.1.mlp.router.balance_bias" in before
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    "name",
+    cases([name for name in CASES if not name.startswith("pipeline")], quick=["expert4", "expert2_fsdp2_tensor2"]),
+)
+def test_initial_weights_are_bitwise_those_of_one_process(runs, name):
+    config = to_dict(small_config(runs.tmp, *MOE, *_words(CASES[name])))
+    single = to_dict(small_config(runs.tmp, *MOE))
+    whole = {name: array for name, _, _, _, array in run_ranks(1, _initial, single, [])[0]}
+    held: dict[str, int] = dict.fromkeys(whole, 0)
+    for shards in run_ranks(_size(CASES[name]), _initial, config, []):
+        for tensor, _, slices, _, array in shards:
+            np.testing.assert_array_equal(array, whole[tensor][slices])
+            held[tensor] += array.size
+    assert all(held[tensor] >= array.size for tensor, array in whole.items())
