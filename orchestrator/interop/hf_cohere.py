@@ -8,7 +8,7 @@ from orchestrator.config.schema import ModelConfig
 from orchestrator.interop.hf_family import LLAMA, Dense, one_bias, read_bias, read_gate, read_sizes, write_gate
 from orchestrator.interop.hf_family import write_sizes as sizes
 from orchestrator.interop.hf_keys import KEPT, Keys
-from orchestrator.interop.hf_layers import every, read_kinds, sizes_of_windows, windows_of, write_kinds
+from orchestrator.interop.hf_layers import every, read_kinds, several_windows, windows_of, write_kinds
 from orchestrator.interop.hf_rope import read_rope, write_rope
 
 _WEIGHTS = {ours: theirs for ours, theirs in LLAMA.items() if ours != "layers.{i}.mlp_norm"}
@@ -60,8 +60,7 @@ def _differences_2(config: ModelConfig) -> list[str]:
     layers = range(config.layers)
     if any((config.window_of(layer) is None) != (config.rope_of(layer) is None) for layer in layers):
         found.append("layers with a window have rotary positions there, and no others")
-    if len(sizes_of_windows(config)) > 1:
-        found.append("windows of several sizes, there of one")
+    found += several_windows(config)
     if config.head_width * config.heads != config.dim:
         found.append(f"head_dim={config.head_dim}, there dim / heads")
     return found

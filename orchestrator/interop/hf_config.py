@@ -12,7 +12,7 @@ from orchestrator.interop import hf_moe, hf_rope
 from orchestrator.interop.hf_dense import FAMILIES
 from orchestrator.interop.hf_family import differences as differing
 from orchestrator.interop.hf_keys import KEPT, READ, Keys, unsupported
-from orchestrator.interop.hf_layers import FULL, SLIDING, read_kinds, sizes_of_windows, windows_of
+from orchestrator.interop.hf_layers import FULL, SLIDING, read_kinds, several_windows, windows_of
 from orchestrator.interop.hf_weights import Family
 from orchestrator.interop.mxfp4 import FATE, is_mxfp4
 from orchestrator.models.layers import resolved_head_dim
@@ -142,8 +142,7 @@ def _differences(config: ModelConfig, family: Family) -> list[str]:
     found = differing(config, _FIXED[family][1], free) + hf_moe.differences(config, family)
     if dense is not None:
         return found + dense.differences(config)
-    if len(sizes_of_windows(config)) > 1:
-        found.append("windows of several sizes, there of one")
+    found += several_windows(config)
     if family in _ONE_BIAS and config.attention_bias != config.output_bias:
         found.append("attention_bias and output_bias are one switch there")
     if family == "gpt2" and config.kv_heads != config.heads:

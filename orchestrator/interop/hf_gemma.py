@@ -17,7 +17,7 @@ from orchestrator.interop.hf_family import (
     write_sizes,
 )
 from orchestrator.interop.hf_keys import KEPT, Keys
-from orchestrator.interop.hf_layers import every, read_kinds, sizes_of_windows, windows_of, write_kinds
+from orchestrator.interop.hf_layers import every, read_kinds, scaled_windows, several_windows, windows_of, write_kinds
 from orchestrator.interop.hf_rope import read_layered_rope, read_rope, write_layered_rope, write_rope
 from orchestrator.interop.hf_tensor import HFSource
 
@@ -114,15 +114,13 @@ def _differences(config: ModelConfig) -> list[str]:
     found = one_bias(config)
     if abs(config.embedding_scale - config.dim**0.5) > 1e-6 * config.embedding_scale:
         found.append(f"embedding_scale={config.embedding_scale}, there the root of dim")
-    if len(sizes_of_windows(config)) > 1:
-        found.append("windows of several sizes, there of one")
+    found += several_windows(config)
     return found
 
 
 def _differences_3(config: ModelConfig) -> list[str]:
     found = _differences(config)
-    if sizes_of_windows(config) and config.rope_local_theta is None and config.rope_scaling.kind != "none":
-        found.append("rope_scaling in layers with a window, there none")
+    found += scaled_windows(config)
     return found
 
 

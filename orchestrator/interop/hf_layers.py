@@ -98,6 +98,25 @@ def sizes_of_windows(config: ModelConfig) -> set[int]:
     return {window for window in windows if window is not None}
 
 
+def several_windows(config: ModelConfig) -> list[str]:
+    """Return what differs from a class whose windows are of one size; empty where nothing does.
+
+    Args:
+        config: of the model.
+    """
+    return ["windows of several sizes, there of one"] if len(sizes_of_windows(config)) > 1 else []
+
+
+def scaled_windows(config: ModelConfig) -> list[str]:
+    """Return what differs from a class that scales RoPE in layers without a window alone; empty where nothing does.
+
+    Args:
+        config: of the model.
+    """
+    scaled = config.rope_local_theta is None and config.rope_scaling.kind != "none"
+    return ["rope_scaling in layers with a window, there none"] if sizes_of_windows(config) and scaled else []
+
+
 def layerwise(config: ModelConfig) -> dict[str, Any]:
     """Return what the keys mean whose values are patterns, so that two spellings of it are equal.
 

@@ -17,7 +17,7 @@ from orchestrator.interop.hf_family import (
     write_sizes,
 )
 from orchestrator.interop.hf_keys import KEPT, Keys, unsupported
-from orchestrator.interop.hf_layers import FULL, SLIDING, read_kinds, sizes_of_windows, windows_of, write_kinds
+from orchestrator.interop.hf_layers import FULL, SLIDING, read_kinds, several_windows, windows_of, write_kinds
 from orchestrator.interop.hf_moe import read_experts, write_experts
 from orchestrator.interop.hf_rope import read_rope, write_rope
 from orchestrator.interop.hf_tensor import HFSource
@@ -153,8 +153,7 @@ def _read_gpt_oss(keys: Keys) -> dict[str, Any]:
 
 def _differences_gpt_oss(config: ModelConfig) -> list[str]:
     found = one_bias(config)
-    if len(sizes_of_windows(config)) > 1:
-        found.append("windows of several sizes, there of one")
+    found += several_windows(config)
     return found
 
 

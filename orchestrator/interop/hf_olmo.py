@@ -17,7 +17,7 @@ from orchestrator.interop.hf_family import (
     write_sizes,
 )
 from orchestrator.interop.hf_keys import Keys
-from orchestrator.interop.hf_layers import every, read_kinds, sizes_of_windows, windows_of, write_kinds
+from orchestrator.interop.hf_layers import every, read_kinds, scaled_windows, several_windows, windows_of, write_kinds
 from orchestrator.interop.hf_rope import read_layered_rope, read_rope, write_layered_rope, write_rope
 from orchestrator.interop.hf_tensor import HFSource
 
@@ -56,10 +56,8 @@ def _write(config: ModelConfig, nested: bool) -> dict[str, Any]:
 
 def _differences_3(config: ModelConfig) -> list[str]:
     found = one_bias(config)
-    if len(sizes_of_windows(config)) > 1:
-        found.append("windows of several sizes, there of one")
-    if sizes_of_windows(config) and config.rope_local_theta is None and config.rope_scaling.kind != "none":
-        found.append("rope_scaling in layers with a window, there none")
+    found += several_windows(config)
+    found += scaled_windows(config)
     return found
 
 

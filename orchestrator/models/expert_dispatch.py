@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _same(t: Tensor) -> Tensor:
+def unchanged(t: Tensor) -> Tensor:
+    """Return `t`: what stands where a strategy may put something."""
     return t
 
 
@@ -106,7 +107,9 @@ class SlotDispatch:
         to_tokens: and around the answers on their way back.
     """
 
-    def __init__(self, to_experts: Callable[[Tensor], Tensor] = _same, to_tokens: Callable[[Tensor], Tensor] = _same):
+    def __init__(
+        self, to_experts: Callable[[Tensor], Tensor] = unchanged, to_tokens: Callable[[Tensor], Tensor] = unchanged
+    ):
         self._to_experts, self._to_tokens = to_experts, to_tokens
 
     def __call__(self, experts: Any, x: Tensor, assignment: Assignment) -> Tensor:

@@ -20,15 +20,12 @@ from orchestrator.models.expert_dispatch import (
     SortedDispatch,
     WholeSequence,
     grouped_linear,
+    unchanged,
 )
 from orchestrator.models.feed_forward import GATES, GatedFeedForward
 
 TOKENS, ENTROPY, DROPPED, LOSS, STATISTICS = range(5)
 """Sums in `Routing.statistics`, by position; each expert's load comes from `STATISTICS` on."""
-
-
-def _same(t: Tensor) -> Tensor:
-    return t
 
 
 class Routing(NamedTuple):
@@ -70,7 +67,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(moe.experts)) if moe.router_bias else None
         fixed = nn.Parameter(torch.empty(moe.experts), requires_grad=False)
         self.balance_bias = fixed if moe.balance_bias else None
-        self.copied: Callable[[Tensor], Tensor] = _same
+        self.copied: Callable[[Tensor], Tensor] = unchanged
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [B, T, D] to logits [B, T, E] in fp32."""
@@ -112,7 +109,7 @@ class Experts(nn.Module):
         self.activation = GATES[config.activation]
         self.dispatch = SortedDispatch()
         self.product = grouped_linear
-        self.copied: Callable[[Tensor], Tensor] = _same
+        self.copied: Callable[[Tensor], Tensor] = unchanged
         self.summands = 1
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
