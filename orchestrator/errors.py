@@ -101,6 +101,10 @@ class ConfigError(UserError):
     """One wrong entry of the configuration or of a command line."""
 
 
+class LaunchError(UserError):
+    """A launch engine or its client is not there, does not answer, or refuses a job."""
+
+
 class ConfigErrors(UserError):
     """All the wrong entries of a configuration, so that they can be corrected at once.
 

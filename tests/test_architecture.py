@@ -66,13 +66,14 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "data", "distributed", "hardware", "checkpoint", "observe", "report", "runs", "strategies"),
         *("optim", "sharding", "training", "certify"),
     },
+    "engines": {"config", "chips", "distributed", "hardware", "runs"},
     "api": {
         *("config", "chips", "data", "hardware", "models", "checkpoint", "planner", "observe", "report", "runs"),
         *("inference", "interop", "strategies", "training", "rehearsal", "launch"),
     },
     "cli": {
         *("api", "config", "chips", "data", "distributed", "hardware", "checkpoint", "planner", "observe", "report"),
-        *("runs", "inference", "interop", "training", "rehearsal", "certify", "launch"),
+        *("runs", "inference", "interop", "training", "rehearsal", "certify", "launch", "engines"),
     },
 }
 # What `import orchestrator` hands out, each when it is used.
@@ -103,6 +104,7 @@ NOT_IN: dict[str, set[str]] = {
 PICKLE_READER = "interop/pickle_reader.py"
 # Modules that import by name: what the product's own tables name, and what the user does (`config.registry`).
 IMPORT_BY_NAME = {"cli/__init__.py", "cli/checkpoint.py", "hardware/target_table.py", "config/registry.py"}
+IMPORT_BY_NAME |= {"engines/engine_table.py"}
 IMPORT_BY_NAME |= {"lazy_exports.py"}  # a package's own names, when they are used
 # unittest: what a test needs to replace by a mock is a parameter or a method of the product.
 NOWHERE = {"unittest", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from orchestrator.config.launch_schema import LaunchConfig as LaunchConfig
+from orchestrator.config.launch_schema import LocalLaunch as LocalLaunch
 from orchestrator.config.model_schema import GATED as GATED
 from orchestrator.config.model_schema import Auto as Auto
 from orchestrator.config.model_schema import MLAConfig as MLAConfig
@@ -349,5 +351,6 @@ class RunConfig:
     layout: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logger: LoggerConfig = LoggerConfig()
+    launch: LaunchConfig = LocalLaunch()
     train: TrainConfig = TrainConfig()
     callbacks: tuple[dict[str, Any], ...] = ()  # of Lightning's: {_target_: package.module.Name, ARGUMENT: VALUE}

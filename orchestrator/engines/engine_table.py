@@ -1,0 +1,21 @@
+"""The table of launch engines."""
+
+from __future__ import annotations
+
+import importlib
+
+from orchestrator.engines.engine import Engine
+
+ENGINES: dict[str, str] = {}
+"""Option of the `launch` group -> module:class."""
+
+
+def engine_of(name: str) -> Engine:
+    """Return the engine of that name.
+
+    Args:
+        name: a key of `ENGINES`.
+    """
+    module, _, attribute = ENGINES[name].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), attribute)()
+    return engine
