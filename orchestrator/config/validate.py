@@ -76,6 +76,8 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "checkpoint.handover.sequences": (1, 1 << 12),
     "checkpoint.handover.seq_len": (1, 1 << 20),
     "logger.every_steps": _STEPS,
+    "launch.nodes": (1, 1 << 20),
+    "launch.max_restarts": (0, 10**6),
     "train.max_steps": _STEPS,
     "train.max_skips": _STEPS,
     "train.seq_len": (2, 1 << 30),
@@ -88,7 +90,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.sample.every_steps": _STEPS,
 }
 _NOT_NEGATIVE = (
-    *("model.init_std", "train.sample.temperature"),
+    *("model.init_std", "train.sample.temperature", "launch.backoff_seconds"),
     *("model.moe.balance_loss", "model.moe.z_loss", "model.moe.balance_bias_rate"),
 )
 MIN_SHARE = 1e-6  # of a source in a mixture

@@ -6,15 +6,15 @@ from orchestrator.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from orchestrator.engines.engine import Engine, EngineStatus, Rendered
+    from orchestrator.engines.engine_job import EngineJob
     from orchestrator.engines.engine_table import engine_of
-    from orchestrator.engines.job import EngineJob
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "engines.engine": ["Engine", "EngineStatus", "Rendered"],
             "engines.engine_table": ["engine_of"],
-            "engines.job": ["EngineJob"],
+            "engines.engine_job": ["EngineJob"],
         },
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from orchestrator.engines.job import EngineJob
+from orchestrator.engines.engine_job import EngineJob
 from orchestrator.errors import UserError
 
 State = Literal["waiting", "running", "finished", "failed", "cancelled", "unknown"]
