@@ -1,5 +1,7 @@
 """Requests to stop, by SIGINT or SIGTERM: acknowledged at once, obeyed at a boundary, counted once.
 
+SIGUSR1 means the same as SIGTERM: it is what Slurm's `--signal=USR1@SECONDS` sends, and its default would be to kill.
+
 No other module is imported here, so that the handlers can be in place before anything that takes time.
 
 One request may be delivered several times: a terminal sends Ctrl-C to all processes of a group, and a launcher passes
@@ -26,7 +28,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 3.0
 
 
@@ -56,6 +58,8 @@ class _Request:
 
     Attributes:
         number: of the first signal; 0 as long as there was none.
+        taken: when that came, by `time.monotonic`.
+        grace: seconds from then until the process is ended.
         insisted: a second SIGINT came after the time of grace.
         deferred: a signal is only noted.
         watched: the main thread looks for `insisted` itself.
@@ -71,11 +75,15 @@ class _Request:
         self.insisted = self.deferred = self.watched = self.raised = False
         self.announce = announce
         self.first_interrupt: float | None = None
+        self.taken: float | None = None
+        self.grace: float | None = None
 
     def take(self, number: int) -> None:
         """Note a signal; the first one is acknowledged."""
+        meant = signal.SIGTERM if number == signal.SIGUSR1 else number
         with self.lock:
-            first, self.number = not self.number, self.number or number
+            first, self.number = not self.number, self.number or meant
+            self.taken = time.monotonic() if first else self.taken
         if first and self.announce:
             _say(_acknowledgement(number, self.deferred))
 
@@ -86,6 +94,26 @@ _request = _Request()
 def requested() -> int:
     """Return the signal that asked this process to stop; 0 where none did."""
     return _request.number
+
+
+def allow(seconds: float | None) -> None:
+    """Set how long this process lives after a request to stop; of several such times the shortest counts.
+
+    Args:
+        seconds: from the request on, after which whoever asked ends the process; None: it is not known.
+    """
+    if seconds is not None:
+        _request.grace = seconds if _request.grace is None else min(_request.grace, seconds)
+
+
+def seconds_left() -> float | None:
+    """Return how long this process still lives; None where it was not asked to stop or nobody has said how long.
+
+    It may be negative: the time is over, and the process still there.
+    """
+    if _request.taken is None or _request.grace is None:
+        return None
+    return _request.taken + _request.grace - time.monotonic()
 
 
 def insisted() -> bool:

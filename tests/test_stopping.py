@@ -49,6 +49,20 @@ def test_the_first_signal_gives_the_exit_code():
         assert stopping.requested() == signal.SIGTERM
 
 
+def test_slurms_usr1_is_a_sigterm(capfd):
+    with stopping.listening(), stopping.deferred():
+        assert stopping.seconds_left() is None
+        stopping.allow(30.0)
+        _send(signal.SIGUSR1)
+        _send(signal.SIGTERM)
+        assert stopping.requested() == signal.SIGTERM
+        assert 29 < stopping.seconds_left() <= 30
+        with pytest.raises(Stopped) as caught:
+            stopping.check()
+    assert caught.value.exit_code == 143
+    assert capfd.readouterr().err.count("stopping   SIGUSR1: at the next step, and saving") == 1
+
+
 def test_the_clean_up_after_a_signal_is_not_torn_by_another():
     cleaned = False
     with stopping.listening(announce=False):

@@ -13,6 +13,8 @@ class LaunchBase:
     nodes: int = 1  # hosts
     max_restarts: int = 3  # failures in a row, without a new checkpoint between them, after which nothing is restarted
     backoff_seconds: float = 1.0  # before the first restart; doubled for each further one, at most 60
+    grace_seconds: float | None = None  # that the engine leaves between SIGTERM and SIGKILL; null: not known
+    notices: Literal["auto", "gce", "ec2", "none"] = "auto"  # whose metadata says that a host will be taken away
     fault_tolerance: Literal["restart", "torchft"] = "restart"
 
 

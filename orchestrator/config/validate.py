@@ -95,6 +95,7 @@ _NOT_NEGATIVE = (
 )
 MIN_SHARE = 1e-6  # of a source in a mixture
 _ABOVE_ZERO = (
+    "launch.grace_seconds",
     "model.norm_eps",
     "model.rope_theta",
     "model.rope_local_theta",

@@ -29,6 +29,7 @@ from orchestrator.errors import (
     UserError,
     error_to_dict,
 )
+from orchestrator.hardware.preemption_notice import Notice, noticing
 from orchestrator.hardware.target import Target
 from orchestrator.output import tell
 from orchestrator.runs import run_directory
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 # Variables, behind OWN_PREFIX: the run directory, and the folder where processes leave their errors for the launcher.
 RUN_DIR, ERRORS = "RUN_DIR", "ERRORS"
+_NOTICE = "notice"  # key under which a process publishes that its host will be taken away
+_STORE_SHARE = 0.4  # of the time that is left, for one operation of a store; the rest is for saving elsewhere
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,21 @@ def joined(resolved: Resolved, world: World, target: Target) -> Iterator[tuple[P
             _show(world.rank, f"waiting for {world.size} processes to meet", resolved)
         parallel.join()
         monitor = RankMonitor(parallel)
+        launch = resolved.config.launch
+        stopping.allow(launch.grace_seconds)
+        notices = noticing(
+            launch.notices if world.local_rank == 0 else "none", lambda notice: _pass_on(parallel, notice)
+        )
         try:
-            with monitor.watched():
+            with monitor.watched(), notices:
                 yield parallel, monitor
         finally:
             parallel.leave()
+
+
+def _pass_on(parallel: ParallelStrategy, notice: Notice) -> None:
+    """Tell the process that keeps the record; the other hosts' deadline is the same, as all stop together."""
+    parallel.put(_NOTICE, f"{notice}, to process {parallel.rank}")
 
 
 def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, opened: Opened) -> int:
@@ -266,13 +279,28 @@ def _save(job: Job, record: Record) -> None:
         CheckpointError: it could not be written.
     """
     trained = job.module.step > job.leg["start_step"]
+    if notice := job.parallel.get_now(_NOTICE):
+        record.note(notice=notice)
+    if (left := stopping.seconds_left()) is not None:
+        limit = job.resolved.config.checkpoint.store_timeout_seconds
+        wait_for_stores(max(1.0, min(limit, _STORE_SHARE * left)))
     if trained and (job.watchers.checkpoints.at_end or not _all_steps_done(job)):
         path = job.watchers.checkpoints.save_now(job.module)
         job.say(f"saved {path}")
         if job.watchers.checkpoints.elsewhere:
             record.note(saved_elsewhere={"checkpoint": str(path), "because": job.watchers.checkpoints.elsewhere})
+        _note_time_left(job, record)
     else:
         job.watchers.checkpoints.settle()
+
+
+def _note_time_left(job: Job, record: Record) -> None:
+    """Record how much of the time that an engine leaves was left when the run was saved."""
+    if (left := stopping.seconds_left()) is None:
+        return
+    record.note(seconds_left=round(left, 3))
+    if left < 0:
+        job.say(f"warning: it was saved {-left:.0f} s later than allowed: launch.grace_seconds is too short for a save")
 
 
 def _look_back(job: Job, left_out: list[str]) -> None:
