@@ -51,7 +51,11 @@ class Ended:
 
 
 def run_local(
-    command: Sequence[str], environments: Sequence[Mapping[str, str]], hear: Hear | None = None, announce: bool = True
+    command: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    hear: Hear | None = None,
+    announce: bool = True,
+    worlds: Sequence[World] | None = None,
 ) -> Ended:
     """Run `command` once per entry of `environments` and wait for all.
 
@@ -64,6 +68,7 @@ def run_local(
         hear: called with each line that a process prints, and whether that is on standard output or standard error;
             from threads, one line at a time. None: the processes print where this one does.
         announce: acknowledge a request to stop on standard error.
+        worlds: each process among those of a job of several hosts; None: they are the whole job.
     """
     processes: list[Process] = []
     with (
@@ -75,7 +80,8 @@ def run_local(
         held.enter_context(stopping.deferred(watched=True))
         try:
             for rank, extra in enumerate(environments):
-                world = World(rank, len(environments), rank, len(environments), f"file:{store}")
+                size = len(environments)
+                world = worlds[rank] if worlds else World(rank, size, rank, size, f"file:{store}")
                 env = {**os.environ, **extra, **world.environment()}
                 pipe = subprocess.PIPE if hear else None
                 processes.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, start_new_session=True))

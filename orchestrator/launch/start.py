@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from orchestrator.config.compose import Composed
 from orchestrator.data.prepare import prepare
 from orchestrator.data.validation import check_data
 from orchestrator.distributed.exchange import exchange, new_topic
+from orchestrator.distributed.job_host import job_host
 from orchestrator.distributed.local_processes import Ended, run_local
 from orchestrator.distributed.world import OWN_PREFIX, World
 from orchestrator.errors import (
@@ -37,6 +39,7 @@ from orchestrator.hardware.target_table import device_count, find_world, job_dev
 from orchestrator.installing import importable
 from orchestrator.launch.plan import Plan, find_plan
 from orchestrator.launch.run import ERRORS, RUN_DIR, Opened, joined, train
+from orchestrator.launch.several_hosts import processes_here, start_processes
 from orchestrator.output import Stream, relay, tell
 from orchestrator.runs import identity, init_from, listing, run_directory
 from orchestrator.runs.messages import doing, say, warn
@@ -88,14 +91,22 @@ def launch(composed: Composed, captured: bool = False) -> Outcome:
         Stopped: in a process of an engine: a signal came before the first step.
     """
     world = find_world(composed.config.hardware, os.environ)
-    main = world is None or world.rank == 0
+    host = job_host(os.environ) if world is None else None
+    main = world.rank == 0 if world else host is None or host.number == 0
     wait_for_stores(composed.config.checkpoint.store_timeout_seconds)
-    plan = replace(find_plan(composed, main=main, alone=world is None), words=composed.words)
+    plan = replace(find_plan(composed, main=main, alone=world is None and host is None), words=composed.words)
     check_parts(plan.config)
     if plan.finished is not None:
         if main:
             say(plan.finished)
         return Outcome(DONE, plan.run_dir, plan.finished)
+    if host is not None:
+        processes = processes_here(plan)
+        if processes > 1:
+            ended = start_processes(host, processes, _words(plan), sweep=composed.job is not None)
+            return Outcome(ended.code, problems=ended.problems)
+        world = host.world(0, 1)
+        os.environ.update(world.environment())  # as of every process that somebody has started
     return _start_local(plan, captured) if world is None else _join_external(plan, world)
 
 
@@ -292,12 +303,15 @@ def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> RunPaths
     checkpoints = run_directory.checkpoints_dir(run_dir, plan.config)
     if plan.config.checkpoint.dir != "auto":
         held.enter_context(run_directory.hold(checkpoints, run_dir, plan.name))
-    words = sys.argv[1:] if plan.words is None else plan.words
-    facts = {"id": identity.uuid_of(run_dir), "run_id": plan.name, "command": shlex.join(words)}
+    facts = {"id": identity.uuid_of(run_dir), "run_id": plan.name, "command": shlex.join(_words(plan))}
     run_directory.write_run(run_dir, {**run_directory.read_run(run_dir), **facts})
     run_directory.write_config(run_dir, plan.config)
     remove_uncommitted(checkpoints)
     return RunPaths(run_dir, checkpoints, plan.resume_from)
+
+
+def _words(plan: Plan) -> Sequence[str]:
+    return sys.argv[1:] if plan.words is None else plan.words
 
 
 def _from_here(path: Path) -> Path:
