@@ -20,6 +20,7 @@ __all__ = ["VERBS", "main"]
 # verb -> what it does; each is a module of this package with `main(argv) -> exit code`.
 VERBS = {
     "train": "train a model: a new run, or one that goes on",
+    "launch": "train on a cluster: submit to Slurm, Kubernetes and others, follow and cancel",
     "data": "make a token store from text, JSONL or Parquet; look into one",
     "generate": "continue a prompt with a trained checkpoint",
     "compare": "runs, or certificates, side by side: losses, speed, and what differs between them",

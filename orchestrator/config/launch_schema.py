@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 
@@ -45,6 +45,26 @@ class SlurmLaunch(LaunchBase):
     """A batch job of Slurm."""
 
     name: Literal["slurm"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None  # features of the nodes: h100, or h100&ib
+    time: str | int | None = None  # minutes, hours:minutes:seconds, days-hours
+    mem: str | None = None  # of a node: 64G; 0: all of it
+    cpus_per_task: int | None = None  # of a process; of the node's only process: of all that it starts
+    gres: str | None = None  # of a node; null: gpu:N for cuda and rocm, where hardware.devices=N
+    exclusive: bool | None = None  # nodes are shared with no other job; null: where devices are no gres
+    signal_seconds: int = 120  # before the time limit, when the run is asked to save and stop; 0: never
+    modules: tuple[str, ...] = ()  # that `module load` is to load
+    environment: dict[str, str] = field(default_factory=dict)  # variables of the job
+    efa: bool = False  # the nodes are of AWS, with its network adapter
+    python: str | None = None  # interpreter on the nodes; null: this one, in a container `python`
+    container_image: str | None = None  # docker://..., a file; null: none
+    container_kind: Literal["pyxis", "apptainer"] = "pyxis"  # what runs it: srun's plugin, or apptainer
+    container_mounts: tuple[str, ...] = ()  # FROM:TO, beside the working directory and runs_dir
+    jobs_at_once: int | None = None  # of a sweep; null: all
+    extra: dict[str, str] = field(default_factory=dict)  # more options of sbatch, without dashes: {mail-type: END}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from orchestrator.config.convert import dataclasses_of
 from orchestrator.config.files import check_option
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, ConfigErrors
 
 _VALUED = ("--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c", "--info", "-i")
 _ANY_GPU = "say whose it is: hardware=cuda (NVIDIA) or hardware=rocm (AMD); hardware=auto takes what is there"
@@ -164,6 +165,37 @@ def _not_parsed(word: str, error: Exception) -> ConfigError:
     if any(word in said for word in ("expecting", "token", "viable")) or isinstance(error, RecursionError):
         said = "a bracket, a quote or a character is out of place"
     return ConfigError(f"not an override: {said}"[:300], got=word, fix="quote special characters: 'key=\"value\"'")
+
+
+def combinations(words: Sequence[str]) -> list[list[str]]:
+    """Return the command lines that `key=a,b` stands for, in the order of Hydra's own sweeper.
+
+    Args:
+        words: overrides.
+
+    Raises:
+        ConfigErrors: words that are no overrides, or that ask for more than a list of values.
+    """
+    parsed, problems = parse_words(words)
+    choices: list[list[str]] = []
+    for word, override in parsed:
+        if not override.is_sweep_override():
+            choices.append([word])
+        elif override.is_discrete_sweep() and not _is_glob(override.value()):
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            fix = "list the values: key=1,2,3 or key=range(1,4)"
+            problems.append(ConfigError("this sweep is no list of values", got=word, fix=fix))
+    if problems:
+        raise ConfigErrors(problems)
+    return [list(one) for one in itertools.product(*choices)]
+
+
+def _is_glob(value: Any) -> bool:
+    from hydra.core.override_parser.types import Glob
+
+    return isinstance(value, Glob)
 
 
 def check_word(override: Any, groups: dict[str, list[str]], config_dir: str | None) -> ConfigError | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from orchestrator.errors import HardwareError
 
 OWN_PREFIX = "ORCHESTRATOR_"
+LAUNCHED = OWN_PREFIX + "LAUNCHED"  # the engine by which `launch` has started this process
 DEFAULT_PORT = 29500  # where MASTER_PORT says no other; torchrun's usual one
 
 

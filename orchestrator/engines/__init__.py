@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from orchestrator.engines.engine import Engine, EngineStatus, Rendered
     from orchestrator.engines.engine_job import EngineJob
     from orchestrator.engines.engine_table import engine_of
+    from orchestrator.engines.submission import Submission
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
@@ -15,7 +16,8 @@ else:
             "engines.engine": ["Engine", "EngineStatus", "Rendered"],
             "engines.engine_table": ["engine_of"],
             "engines.engine_job": ["EngineJob"],
+            "engines.submission": ["Submission"],
         },
     )
 
-__all__ = ["Engine", "EngineJob", "EngineStatus", "Rendered", "engine_of"]
+__all__ = ["Engine", "EngineJob", "EngineStatus", "Rendered", "Submission", "engine_of"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from orchestrator.engines.engine_job import EngineJob
+from orchestrator.engines.submission import Submission
 from orchestrator.errors import UserError
 
 State = Literal["waiting", "running", "finished", "failed", "cancelled", "unknown"]
@@ -47,10 +48,14 @@ class Engine(ABC):
     Attributes:
         name: of the option of the `launch` group.
         state: what has been run where, plainly.
+        clients: programs that it is driven by.
+        takes_sweeps: a job may have a `sweep`; else the jobs of a sweep are submitted one by one.
     """
 
     name: ClassVar[str]
     state: ClassVar[str]
+    clients: ClassVar[tuple[str, ...]]
+    takes_sweeps: ClassVar[bool] = False
 
     @abstractmethod
     def render(self, job: EngineJob) -> Rendered:
@@ -85,33 +90,34 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def status(self, job_id: str) -> EngineStatus:
+    def status(self, submitted: Submission) -> EngineStatus:
         """Ask for the state of a job.
 
         Args:
-            job_id: as `submit` returned it.
+            submitted: its record; `id` is what `submit` returned.
 
         Raises:
             LaunchError: the engine does not answer.
         """
 
     @abstractmethod
-    def follow(self, job_id: str) -> Iterator[str]:
-        """Yield the lines that the job prints, until it has ended.
+    def lines(self, submitted: Submission, follow: bool) -> Iterator[str]:
+        """Yield the lines that the job has printed.
 
         Args:
-            job_id: as `submit` returned it.
+            submitted: its record.
+            follow: go on with those that it prints, until it has ended.
 
         Raises:
             LaunchError: the engine does not answer.
         """
 
     @abstractmethod
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, submitted: Submission) -> None:
         """End the job: it is asked to save and stop first.
 
         Args:
-            job_id: as `submit` returned it.
+            submitted: its record.
 
         Raises:
             LaunchError: the engine does not answer, or has no such job.

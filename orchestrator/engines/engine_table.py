@@ -6,7 +6,9 @@ import importlib
 
 from orchestrator.engines.engine import Engine
 
-ENGINES: dict[str, str] = {}
+ENGINES: dict[str, str] = {
+    "slurm": "orchestrator.engines.slurm_engine:SlurmEngine",
+}
 """Option of the `launch` group -> module:class."""
 
 
