@@ -178,7 +178,7 @@ def _check(config: RunConfig) -> None:
             "a launched job goes on with the run of its own run_id at every start",
             got=f"resume={config.resume}",
             allowed="resume=auto",
-            fix="run_id=<last part of the run's directory> goes on with that run; train.init_from=... starts from weights",
+            fix="to go on with a run, name it: run_id=<last part of its directory>",
         )
     hardware, nodes = config.hardware, config.launch.nodes
     opened = [axis for axis in MESH_AXES if getattr(config.layout, axis) == "auto"]
