@@ -170,8 +170,7 @@ def _without_identity(line: Sequence[str]) -> list[str]:
 def _check(config: RunConfig) -> None:
     """Find what `train` would find at its start, as far as it can be known here."""
     from orchestrator.hardware.target_table import target_of
-    from orchestrator.sharding.axes import MESH_AXES
-    from orchestrator.training.check import check_run
+    from orchestrator.training.check import check_elsewhere
 
     if config.resume not in (None, "auto"):
         raise ConfigError(
@@ -180,12 +179,11 @@ def _check(config: RunConfig) -> None:
             allowed="resume=auto",
             fix="to go on with a run, name it: run_id=<last part of its directory>",
         )
-    hardware, nodes = config.hardware, config.launch.nodes
-    opened = [axis for axis in MESH_AXES if getattr(config.layout, axis) == "auto"]
-    if hardware.target == "auto" or (hardware.devices == "auto" and hardware.target != "cpu") or len(opened) > 1:
-        return  # `engine_job` asks for what the engine needs; the layout is planned on the machine
-    devices = nodes * (1 if hardware.devices == "auto" else hardware.devices)
-    check_run(config, devices, strategy=target_of(hardware).strategy)
+    hardware = config.hardware
+    devices = 1 if hardware.target == "cpu" and hardware.devices == "auto" else hardware.devices
+    if hardware.target != "auto" and devices != "auto":  # else `engine_job` and the machine ask for what they need
+        target = target_of(hardware)
+        check_elsewhere(config, config.launch.nodes * devices, target.strategy, planned=target.name != "cpu")
 
 
 def _hand_over(engine: Engine, job: EngineJob, dry_run: bool) -> None:

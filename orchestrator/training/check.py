@@ -8,6 +8,7 @@ from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, UserError
 from orchestrator.hardware.mesh import slices_problem
 from orchestrator.runs.own_parts import own_indivisible
+from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
 from orchestrator.sharding.pipeline import check_pipeline, no_pipelines
 
@@ -50,6 +51,23 @@ def check_run(
         problems.append(error)
     if problems:
         raise ConfigErrors(problems)
+
+
+def check_elsewhere(config: RunConfig, devices: int, strategy: str, planned: bool) -> None:
+    """Check a run that other machines are to train, as far as it does not depend on what they plan.
+
+    Args:
+        config: of the run.
+        devices: of the job.
+        strategy: of the hardware target, `dtensor` or `xla`.
+        planned: those machines choose the degrees that are open, where several are.
+
+    Raises:
+        ConfigErrors: all that is wrong.
+    """
+    opened = [axis for axis in MESH_AXES if getattr(config.layout, axis) == "auto"]
+    if len(opened) < 2 or not planned:
+        check_run(config, devices, strategy=strategy)
 
 
 def _check_strategy(layout: Layout, strategy: str) -> list[LayoutError]:
