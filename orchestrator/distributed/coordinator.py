@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.distributed.address import await_listener, reachable
-from orchestrator.distributed.heartbeat import Beat, read_beat, write_beat
+from orchestrator.distributed.heartbeat import Beat, BeatFile, read_beat
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.output import tell
@@ -61,6 +61,9 @@ class ProcessCoordinator:
         self._votes: dist.ProcessGroup | None = None
         self._broadcasts = 0
         self._met = False
+        kind, _, path = world.store.partition(":")
+        # torch's file store only ever grows.
+        self._beats = BeatFile(Path(path), world.rank) if kind == "file" else None
 
     def meet(self, backend: str) -> None:
         """Wait for all processes and make torch's process group of them, for `backend`.
@@ -146,11 +149,9 @@ class ProcessCoordinator:
         Args:
             text: the value.
         """
-        kind, _, path = self._world.store.partition(":")
-        if kind == "file":
-            # torch's file store only ever grows.
-            write_beat(Path(path), self._world.rank, text)
-        elif kind:
+        if self._beats is not None:
+            self._beats.write(text)
+        elif self._world.store:
             self._store.set(f"beat{self._world.rank}", text)
 
     def beat_of(self, rank: int) -> Beat | None:

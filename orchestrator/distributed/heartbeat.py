@@ -1,13 +1,18 @@
-"""Signs of life of the processes of a job, to find the one that is missing."""
+"""Signs of life of the processes of a job, to find the one that is missing.
+
+Beside a store that is a file each process has a file for them, of a fixed size, made before the process starts and
+written over in place: it needs no room on a full disk, and what a killed process wrote last is there.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator.atomic_files import write_atomically
+_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,16 @@ class Beat:
         host: name of the machine.
         pid: of the process.
         count: signs of life so far; a process whose count stays the same is not there, or does not run.
+        phase: what it is at, one of `distributed.standing`.
+        marks: pieces of work begun or completed so far.
     """
 
     step: int
     host: str
     pid: int
     count: int
+    phase: str = ""
+    marks: int = 0
 
     def to_text(self) -> str:
         """Serialize to JSON."""
@@ -40,17 +49,47 @@ class Beat:
         return Beat(**json.loads(text))
 
 
-def write_beat(store: Path, rank: int, text: str) -> None:
-    """Write a process's beat beside the file where the processes meet. A full disk is no error.
+def make_room(store: Path, size: int) -> None:
+    """Allocate the files of the beats.
 
     Args:
-        store: that file.
-        rank: of the process.
-        text: the beat, as `Beat.to_text` gives it.
+        store: the file where the processes meet.
+        size: number of processes.
+
+    Raises:
+        OSError: there is no room.
     """
-    path = _path(store, rank)
-    with suppress(OSError):
-        write_atomically(path, text)
+    for rank in range(size):
+        _path(store, rank).write_bytes(b" " * _BYTES)
+
+
+class BeatFile:
+    """The file of one process's beats.
+
+    Args:
+        store: the file where the processes meet.
+        rank: of the process.
+    """
+
+    def __init__(self, store: Path, rank: int):
+        self._path, self._file = _path(store, rank), -1
+
+    def write(self, text: str) -> None:
+        """Write a beat over the last one. What fails is tried again with the next one.
+
+        Args:
+            text: the beat, as `Beat.to_text` gives it.
+        """
+        with suppress(OSError):
+            if self._file < 0:
+                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.pwrite(self._file, text.encode().ljust(_BYTES), 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def read_beat(store: Path, rank: int) -> Beat | None:

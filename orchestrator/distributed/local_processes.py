@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,15 +12,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import psutil
 
 from orchestrator import stopping
-from orchestrator.distributed import process_guard
-from orchestrator.distributed.heartbeat import read_beat
+from orchestrator.distributed import process_guard, stacks
+from orchestrator.distributed.hang_watch import HangWatch, describe_place
+from orchestrator.distributed.heartbeat import Beat, make_room, read_beat
 from orchestrator.distributed.world import World
 from orchestrator.errors import DONE, FAILED, STOPPED
 from orchestrator.output import Stream
@@ -29,9 +31,39 @@ _SAVE_SECONDS = 120.0  # the others have stopped, and saved
 _POLL_SECONDS = 0.1
 _LAST_LINES_SECONDS = 5.0
 _VMSTAT = Path("/proc/vmstat")
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGSTOP")
 
 Process = subprocess.Popen[bytes]
 Hear = Callable[[str, Stream], object]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a job has failed of.
+
+    Attributes:
+        kind: `failed` (it ended with an exit code), `killed` (by a signal), `suspended` (SIGSTOP) or `hung`.
+        rank: of the process that it began with.
+        host: of that process.
+        pid: of that process.
+        phase: what it was at.
+        signal: that has ended it; empty where none did.
+        outside: it came from outside of the run: from a person, or from what runs the job.
+        noticed_seconds: from the last sign that all was well until it was noticed.
+        noticed_at: that moment, as `time.monotonic` has it.
+        stacks: the folder with the stacks of all processes; None where none were taken.
+    """
+
+    kind: Literal["failed", "killed", "suspended", "hung"]
+    rank: int
+    host: str
+    pid: int
+    phase: str
+    signal: str = ""
+    outside: bool = False
+    noticed_seconds: float = 0.0
+    noticed_at: float = 0.0
+    stacks: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +75,34 @@ class Ended:
         problems: one line for each process that failed or does not react, as a person reads it. What a process says
             of itself, with an exit code of its own, is not repeated.
         step: the last step that a process has completed; None where none has.
+        failure: where the code is `FAILED`: of what.
     """
 
     code: int
     problems: tuple[str, ...] = ()
     step: int | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How a job is watched that may be started again.
+
+    Attributes:
+        timeout_seconds: a job that does not get on for so long hangs, and is ended.
+        stacks: where the stacks of its processes are kept then.
+        saw: told of the beats of the processes, several times a second.
+        warn: told which process the others have waited for unusually long.
+        attempt: number of this start.
+        grace_seconds: for the others to end, where one was killed.
+    """
+
+    timeout_seconds: float
+    stacks: Path
+    saw: Callable[[Sequence[Beat | None]], object] = lambda beats: None
+    warn: Callable[[str], object] = lambda text: None
+    attempt: int = 0
+    grace_seconds: float = _GRACE_SECONDS
 
 
 def run_local(
@@ -56,6 +111,7 @@ def run_local(
     hear: Hear | None = None,
     announce: bool = True,
     worlds: Sequence[World] | None = None,
+    supervision: Supervision | None = None,
 ) -> Ended:
     """Run `command` once per entry of `environments` and wait for all.
 
@@ -69,29 +125,36 @@ def run_local(
             from threads, one line at a time. None: the processes print where this one does.
         announce: acknowledge a request to stop on standard error.
         worlds: each process among those of a job of several hosts; None: they are the whole job.
+        supervision: to end the job where it hangs; None: it may take as long as it likes.
     """
     processes: list[Process] = []
     with (
         tempfile.TemporaryDirectory(prefix="orchestrator-", ignore_cleanup_errors=True) as folder,
         contextlib.ExitStack() as held,
     ):
-        store = Path(folder) / "store"
+        store, size = Path(folder) / "store", len(environments)
+        make_room(store, size)
         held.enter_context(stopping.listening(announce=announce))
         held.enter_context(stopping.deferred(watched=True))
+        grace = _GRACE_SECONDS
         try:
             for rank, extra in enumerate(environments):
-                size = len(environments)
-                world = worlds[rank] if worlds else World(rank, size, rank, size, f"file:{store}")
+                attempt = supervision.attempt if supervision else 0
+                world = worlds[rank] if worlds else World(rank, size, rank, size, f"file:{store}", attempt)
                 env = {**os.environ, **extra, **world.environment()}
                 pipe = subprocess.PIPE if hear else None
                 processes.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, start_new_session=True))
             held.enter_context(_guarded(processes))
             if hear:
                 held.enter_context(_heard(processes, hear))
-            return _watch(processes, store)
+            ended = _Watched(processes, store, supervision).wait()
+            if supervision and ended.failure and ended.failure.kind != "failed":
+                # Who waits for what was killed has nothing to save, and who hangs ends at no request.
+                grace = supervision.grace_seconds if ended.failure.kind == "killed" else 0.0
+            return ended
         finally:
             # Some may be stopped, and what they were started for is over.
-            _end(processes, _GRACE_SECONDS)
+            _end(processes, grace)
 
 
 @contextlib.contextmanager
@@ -136,33 +199,122 @@ def _guarded(processes: Sequence[Process]) -> Iterator[None]:
         watcher.wait()
 
 
-def _watch(processes: Sequence[Process], store: Path) -> Ended:
-    killed_before, passed_on = _out_of_memory_kills(), False
-    while True:
-        codes = [process.poll() for process in processes]
-        beats = (read_beat(store, rank) for rank in range(len(processes)))
-        step = max((beat.step for beat in beats if beat), default=None)
-        if stopping.insisted():
-            _kill(processes)
-            return Ended(stopping.exit_code(signal.SIGINT), ("the run was ended without saving, as asked",), step)
-        if stopping.requested() and not passed_on:
-            # SIGTERM for SIGINT, too: a process whose handlers are not there yet dies of it without a traceback.
-            passed_on = True
-            _send(processes, signal.SIGTERM)
-        obeyed = (*STOPPED, -signal.SIGTERM) if passed_on else STOPPED
-        stopped = [code for code in codes if code is not None and code in obeyed]
-        failed = [code for code in codes if code and code not in obeyed]
-        if stopped and not failed:
-            # All stop together and save; one that was alone with its signal takes the others along.
-            _end(processes, _SAVE_SECONDS)
-            return Ended(stopping.exit_code(stopping.requested()) if passed_on else stopped[0], step=step)
-        if failed:
-            memory = _out_of_memory_kills() > killed_before
-            code = _job_code(failed)
-            return Ended(code, tuple(_problems(processes, store, memory)) if code == FAILED else (), step)
-        if all(code == DONE for code in codes):
-            return Ended(DONE, step=step)
-        time.sleep(_POLL_SECONDS)
+class _Watched:
+    """The processes of a job, until the first of them says how it ends."""
+
+    def __init__(self, processes: Sequence[Process], store: Path, supervision: Supervision | None):
+        self._processes, self._store, self._supervision = processes, store, supervision
+        self._beats: list[Beat | None] = [None] * len(processes)
+        self._seen_at = self._busy_at = now = time.monotonic()
+        seconds = supervision.timeout_seconds if supervision else 0.0
+        self._hangs = HangWatch(len(processes), seconds, now) if supervision else None
+        self._killed_before = _out_of_memory_kills()
+
+    def wait(self) -> Ended:
+        """Wait for the end, and pass on a request to stop."""
+        processes, passed_on = self._processes, False
+        while True:
+            codes = [process.poll() for process in processes]
+            self._look()
+            step = max((beat.step for beat in self._beats if beat), default=None)
+            if stopping.insisted():
+                _kill(processes)
+                return Ended(stopping.exit_code(signal.SIGINT), ("the run was ended without saving, as asked",), step)
+            if stopping.requested() and not passed_on:
+                # SIGTERM for SIGINT, too: a process whose handlers are not there yet dies of it without a traceback.
+                passed_on = True
+                _send(processes, signal.SIGTERM)
+            obeyed = (*STOPPED, -signal.SIGTERM) if passed_on else STOPPED
+            stopped = [code for code in codes if code is not None and code in obeyed]
+            failed = [code for code in codes if code and code not in obeyed]
+            if stopped and not failed:
+                # All stop together and save; one that was alone with its signal takes the others along.
+                _end(processes, _SAVE_SECONDS)
+                return Ended(stopping.exit_code(stopping.requested()) if passed_on else stopped[0], step=step)
+            if failed:
+                return self._failed(_job_code(failed), step)
+            if all(code == DONE for code in codes):
+                return Ended(DONE, step=step)
+            if self._hangs and (hung := self._hangs.hung(time.monotonic())):
+                return self._hung(hung, step)
+            time.sleep(_POLL_SECONDS)
+
+    def _look(self) -> None:
+        now, watch = time.monotonic(), self._hangs
+        look_busy = now - self._busy_at >= 1.0
+        for rank, process in enumerate(self._processes):
+            beat = read_beat(self._store, rank)
+            self._beats[rank] = beat or self._beats[rank]
+            if watch and process.poll() is not None:
+                watch.over(rank)
+            elif watch:
+                watch.see(rank, beat, _busy(process.pid) if look_busy and watch.is_long(rank) else None, now)
+        if look_busy:
+            self._busy_at = now
+        if self._supervision and watch:
+            self._supervision.saw(self._beats)
+            for rank in watch.slow(now):
+                waited = f"the others have waited for it for {watch.waited(now):.0f} s"
+                self._supervision.warn(f"{self._who(rank)} is slow: {waited}, {describe_place(self._beats, rank)}")
+        if all(process.poll() is None for process in self._processes):
+            self._seen_at = now
+
+    def _who(self, rank: int) -> str:
+        return f"process {rank} of {len(self._processes)} (pid {self._processes[rank].pid})"
+
+    def _failed(self, code: int, step: int | None) -> Ended:
+        if code != FAILED:
+            return Ended(code, step=step)
+        codes = [process.poll() for process in self._processes]
+        memory = _out_of_memory_kills() > self._killed_before
+        rank = next((rank for rank, code in enumerate(codes) if code is not None and code < 0), None)
+        if rank is None:
+            rank = next(rank for rank, code in enumerate(codes) if code)
+            failure = self._failure("failed", rank)
+        else:
+            name = _signal_name(-(codes[rank] or 0))
+            failure = replace(self._failure("killed", rank), signal=name)
+            failure = replace(failure, outside=name in _FROM_OUTSIDE and not memory)
+        return Ended(code, tuple(_problems(self._processes, self._store, memory)), step, failure)
+
+    def _hung(self, ranks: Sequence[int], step: int | None) -> Ended:
+        """End a job that hangs: say who, and keep the stacks of all."""
+        assert self._supervision
+        assert self._hangs
+        stopped = [rank for rank, process in enumerate(self._processes) if _is_stopped(process)]
+        waited = self._hangs.waited(time.monotonic())
+        rank = next((rank for rank in ranks if rank in stopped), ranks[0])
+        failure = self._failure("suspended" if rank in stopped else "hung", rank)
+        heads, problems = [], []
+        for other in range(len(self._processes)):
+            state = "is suspended (SIGSTOP), and was continued to write this" if other in stopped else "runs"
+            place = describe_place(self._beats, other)
+            heads.append(f"{self._who(other)} on {failure.host} {state}, {place}")
+            if other in ranks:
+                state = "is suspended (SIGSTOP)" if other in stopped else "hangs"
+                problems.append(f"{self._who(other)} {state}: the job has not got on for {waited:.0f} s; {place}")
+        folder = self._supervision.stacks
+        living = {rank: process.pid for rank, process in enumerate(self._processes) if process.poll() is None}
+        stacks.collect(self._store, living, stopped, folder, heads)
+        problems.append(f"the stacks of all processes are in {folder}")
+        kept = replace(failure, outside=rank in stopped, noticed_seconds=waited, stacks=folder)
+        return Ended(FAILED, tuple(problems), step, kept)
+
+    def _failure(self, kind: Literal["failed", "killed", "suspended", "hung"], rank: int) -> Failure:
+        beat = self._beats[rank]
+        phase = beat.phase if beat else "starting"
+        pid, now = self._processes[rank].pid, time.monotonic()
+        return Failure(kind, rank, platform.node(), pid, phase, noticed_seconds=now - self._seen_at, noticed_at=now)
+
+
+def _busy(pid: int) -> float | None:
+    """Return the processor seconds of a process and of those that it has started, such as compilers."""
+    try:
+        process = psutil.Process(pid)
+        times = [member.cpu_times() for member in (process, *process.children(recursive=True))]
+    except psutil.Error:
+        return None
+    return float(sum(time.user + time.system + time.children_user + time.children_system for time in times))
 
 
 def _job_code(failed: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from orchestrator import stopping
+from orchestrator.distributed import standing
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.errors import FAILED, LostPeerError, UserError
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
@@ -48,7 +49,7 @@ class RankMonitor:
 
     def __init__(self, parallel: ParallelStrategy):
         self._parallel = parallel
-        self._step: Callable[[], int] = lambda: 0
+        self._about, self._count = (platform.node(), os.getpid()), 0
         self._ended = threading.Event()
 
     @contextmanager
@@ -58,7 +59,12 @@ class RankMonitor:
         Raises:
             LostPeerError: in place of the library's error.
         """
-        thread = threading.Thread(target=self._beat, name="beat", daemon=True)
+        standing.here.step = 0
+        standing.enter(standing.STARTING)
+        if self._parallel.world.store.startswith("file:"):
+            # A few microseconds. So the step of a process is known that was killed right after it.
+            standing.here.heard.append(self._beat)
+        thread = threading.Thread(target=self._beat_on, name="beat", daemon=True)
         thread.start()
         try:
             with self.explained():
@@ -66,14 +72,8 @@ class RankMonitor:
         finally:
             self._ended.set()
             thread.join(BEAT_SECONDS)
-
-    def follow(self, step: Callable[[], int]) -> None:
-        """Tell from now on how many steps are completed.
-
-        Args:
-            step: returns the number of completed steps.
-        """
-        self._step = step
+            standing.here.heard.clear()
+            self._beat()  # with the last step, for who looks at what has become of this process
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -89,6 +89,7 @@ class RankMonitor:
                 raise
             with stopping.at_once():
                 try:
+                    stopping.check()  # a request that came before the collective failed
                     lost = self._explain(error)
                 except stopping.Stopped as stop:
                     # The launcher ends those that are left. Nothing was saved, and it says what has happened.
@@ -96,12 +97,17 @@ class RankMonitor:
                     raise
                 raise lost from error
 
+    def _beat_on(self) -> None:
+        while True:
+            self._beat()
+            if self._ended.wait(BEAT_SECONDS):
+                return
+
     def _beat(self) -> None:
-        host, pid, count = platform.node(), os.getpid(), 0
-        while not self._ended.wait(BEAT_SECONDS if count else 0):
-            count += 1
-            with suppress(RuntimeError):
-                self._parallel.beat(Beat(self._step(), host, pid, count).to_text())
+        self._count += 1
+        here = standing.here
+        with suppress(RuntimeError):
+            self._parallel.beat(Beat(here.step, *self._about, self._count, here.phase, here.marks).to_text())
 
     def _explain(self, error: Exception) -> LostPeerError:
         rank, size = self._parallel.rank, self._parallel.size
@@ -118,7 +124,7 @@ class RankMonitor:
             missing = ["process 0, which keeps the place where all meet"]
         return LostPeerError(
             f"the job has lost {'; '.join(missing)}" if missing else what,
-            got=f"{_first_line(error)} (process {rank} of {size}, after step {self._step()})",
+            got=f"{_first_line(error)} (process {rank} of {size}, after step {standing.here.step})",
             fix="look for what that process or its host says; then go on from the newest checkpoint with resume=",
         )
 

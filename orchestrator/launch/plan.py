@@ -25,6 +25,7 @@ from orchestrator.runs import identity, init_from, listing, resume, run_director
 from orchestrator.runs.messages import warn
 from orchestrator.runs.stored_model import holds_model
 from orchestrator.training.layout_choice import precision_of
+from orchestrator.training.resolved import Resolved
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,41 @@ def _going_on(
     if merged.optim.schedule.kind != "constant":
         longer += ", and 'resume_allow=[schedule]': the schedule ends there"
     raise CheckpointError("the run is finished: there are no steps left to train", got=done, fix=longer)
+
+
+def newest_of(plan: Plan, place: run_directory.RunPaths) -> Checkpoint | None:
+    """Return the newest valid checkpoint that the run of `plan` has written itself; None where there is none yet.
+
+    Args:
+        plan: of the run.
+        place: its directory.
+
+    Raises:
+        CheckpointError: the checkpoints cannot be listed.
+    """
+    check = plan.config.checkpoint.verify_on_load
+    found = open_newest(place.checkpoints, check, warn, plan.trusted)
+    beside = run_directory.beside(place.run_dir)
+    if beside == place.checkpoints:
+        return found
+    last = open_newest(beside, check, warn, plan.trusted)  # that no store took
+    return last if found is None or (last is not None and last.step > found.step) else found
+
+
+def refreshed(plan: Plan, newest: Checkpoint | None, resolved: Resolved) -> Plan:
+    """Return the plan of a run that is started again, in its own directory and on the hardware as it is now.
+
+    Args:
+        plan: of the last start.
+        newest: checkpoint that the run has written; None: it begins where it began.
+        resolved: what was decided then. The run stays on that kind of hardware.
+
+    Raises:
+        HardwareError: it is not usable any more.
+    """
+    target = resolve(replace(plan.config.hardware, target=resolved.config.hardware.target))
+    plan = replace(plan, target=target, run_dir=resolved.place.run_dir)
+    return plan if newest is None else replace(plan, checkpoint=newest, resumes=True)
 
 
 def _moved(point: resume.ResumePoint, uuid: object, runs_dir: str) -> str | None:

@@ -18,6 +18,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.store_timeouts import wait_for_stores
 from orchestrator.data.prepare import PreparedData, prepare
+from orchestrator.distributed import standing
 from orchestrator.distributed.world import OWN_PREFIX, World, detect
 from orchestrator.errors import (
     DIVERGED,
@@ -27,10 +28,10 @@ from orchestrator.errors import (
     LostPeerError,
     PartError,
     UserError,
-    error_to_dict,
 )
 from orchestrator.hardware.preemption_notice import Notice, noticing
 from orchestrator.hardware.target import Target
+from orchestrator.launch.failure_notes import leave_note
 from orchestrator.output import tell
 from orchestrator.runs import run_directory
 from orchestrator.runs.messages import doing, say, warn
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from orchestrator.training.job import Job
 
 
-# Variables, behind OWN_PREFIX: the run directory, and the folder where processes leave their errors for the launcher.
-RUN_DIR, ERRORS = "RUN_DIR", "ERRORS"
+# A variable, behind OWN_PREFIX: the run directory.
+RUN_DIR = "RUN_DIR"
 _NOTICE = "notice"  # key under which a process publishes that its host will be taken away
 _STORE_SHARE = 0.4  # of the time that is left, for one operation of a store; the rest is for saving elsewhere
 
@@ -149,13 +150,14 @@ def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, 
     from orchestrator.training.job import build
 
     place = resolved.place
+    standing.enter(standing.LOADING)
     check_shared(place.checkpoints, parallel)
     data = opened.data or _open_data(resolved)
     # As rank 0 reads it: not every host need see the run directory.
     facts = parallel.broadcast(run_directory.read_run(place.run_dir))
     _show(parallel.rank, f"restoring {place.resume_from}" if place.resume_from else "building the model", resolved)
     job = build(resolved, parallel, data, len(facts["legs"]), opened.trusted, opened.checkpoint)
-    monitor.follow(lambda: job.module.step)
+    standing.here.step = job.module.step
     checked = _hand_over(job)
     return _drive(job, facts, checked, monitor)
 
@@ -214,6 +216,7 @@ def _drive(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMo
     with stopping.listening(), stopping.deferred():
         if number := job.parallel.start_vote(stopping.requested()).result():
             raise stopping.Stopped(number)
+        standing.enter(standing.COMPILING)
         return _go_through(job, facts, checked, monitor)
 
 
@@ -253,6 +256,7 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
         if not _all_steps_done(job):
             with blamed(job.watchers.own):
                 job.trainer.fit(job.module, job.loader)
+        standing.enter(standing.ENDING)
         _save(job, record)
         if _all_steps_done(job):
             left_out += ["evaluation", "sample"]
@@ -415,6 +419,8 @@ def train_worker() -> int:
         # damaged part of the data is met by whoever reads it.
         if world.rank == 0 or isinstance(error, (LostPeerError, DamagedDataError, PartError)):
             tell(str(error), level=logging.ERROR)
-        if folder := os.environ.get(OWN_PREFIX + ERRORS):
-            Path(folder, f"{world.rank}.json").write_text(json.dumps(error_to_dict(error)))
+        leave_note(world.rank, error)
         return error.exit_code
+    except Exception as error:
+        leave_note(world.rank, error)
+        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shlex
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.checkpoint.run_checkpoints import committed, remove_uncommitted, step_of
+from orchestrator.checkpoint.run_checkpoints import remove_uncommitted
 from orchestrator.checkpoint.store_timeouts import wait_for_stores
 from orchestrator.config import registry
 from orchestrator.config.compose import Composed
@@ -23,23 +22,17 @@ from orchestrator.data.prepare import prepare
 from orchestrator.data.validation import check_data
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.distributed.job_host import job_host
-from orchestrator.distributed.local_processes import Ended, run_local
+from orchestrator.distributed.local_processes import Supervision, run_local
 from orchestrator.distributed.world import OWN_PREFIX, World
-from orchestrator.errors import (
-    DONE,
-    FAILED,
-    STOPPED,
-    CheckpointError,
-    ConfigError,
-    LostPeerError,
-    UserError,
-    error_from_dict,
-)
+from orchestrator.errors import DONE, ConfigError, UserError
+from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import device_count, find_world, job_devices
 from orchestrator.installing import importable
+from orchestrator.launch.failure_notes import FOLDER, first_error, read_notes
 from orchestrator.launch.plan import Plan, find_plan
-from orchestrator.launch.run import ERRORS, RUN_DIR, Opened, joined, train
+from orchestrator.launch.run import RUN_DIR, Opened, joined, train
 from orchestrator.launch.several_hosts import processes_here, start_processes
+from orchestrator.launch.supervise import Finished, Supervisor
 from orchestrator.output import Stream, relay, tell
 from orchestrator.runs import identity, init_from, listing, run_directory
 from orchestrator.runs.messages import doing, say, warn
@@ -152,76 +145,46 @@ def _unheard(text: str) -> None:
     """Drop a line of another process of this host."""
 
 
-class _Capture:
-    """What the processes of a run print and report, kept from the terminal."""
+def _start_local(plan: Plan, captured: bool) -> Outcome:
+    """Start one process per device of this machine, and again where they fail."""
+    target = plan.target
+    devices = device_count(plan.config.hardware, target, target.probe())
+    resolved, _ = resolve_plan(plan, devices, World(), target.slices())
 
-    def __init__(self, folder: str):
-        self._folder = Path(folder)
-        self._last: deque[str] = deque(maxlen=_LINES_KEPT)
+    def start(resolved: Resolved, supervision: Supervision) -> Finished:
+        return _start_processes(resolved, plan.target, supervision, captured)
 
-    def hear(self, line: str, stream: Stream) -> None:
+    def resolve(plan: Plan, devices: int) -> Resolved:
+        return resolve_plan(plan, devices, World(), plan.target.slices())[0]
+
+    with contextlib.ExitStack() as held:
+        resolved = open_run(plan, resolved, held)
+        finished = Supervisor(plan, resolved, start, resolve).run(announce=not captured)
+        run_dir = resolved.place.run_dir.absolute() if captured else resolved.place.run_dir
+    error = first_error(finished.notes) if captured else None
+    return Outcome(finished.ended.code, run_dir, None, error, finished.ended.problems, finished.last_lines)
+
+
+def _start_processes(resolved: Resolved, target: Target, supervision: Supervision, captured: bool) -> Finished:
+    processes, place, hardware = target.processes(resolved.devices), resolved.place, resolved.asked.hardware
+    doing(f"starting {processes} process{'es' if processes > 1 else ''}", resolved.config)
+    command = [sys.executable, "-m", "orchestrator.launch.worker", "train"]
+    last: deque[str] = deque(maxlen=_LINES_KEPT)
+
+    def hear(line: str, stream: Stream) -> None:
         if line.strip():
             relay(line, stream)
             if stream == "stderr":
-                self._last.append(line)
+                last.append(line)
 
-    def variables(self) -> dict[str, str]:
-        return {OWN_PREFIX + ERRORS: str(self._folder)}
-
-    def outcome(self, ended: Ended, run_dir: Path) -> Outcome:
-        found = [error_from_dict(json.loads(path.read_text())) for path in sorted(self._folder.glob("*.json"))]
-        # Who lost another process knows less than that process.
-        found.sort(key=lambda error: isinstance(error, LostPeerError))
-        error = found[0] if found else None
-        return Outcome(ended.code, run_dir, None, error, ended.problems, tuple(self._last))
-
-
-def _start_local(plan: Plan, captured: bool) -> Outcome:
-    """Start one process per device of this machine."""
-    target, hardware = plan.target, plan.config.hardware
-    devices = device_count(hardware, target, target.probe())
-    resolved, _ = resolve_plan(plan, devices, World(), target.slices())
-    with contextlib.ExitStack() as held:
-        place = open_run(plan, resolved, held).place
-        common, processes = _variables(place), target.processes(resolved.devices)
+    with tempfile.TemporaryDirectory(prefix="orchestrator-", ignore_cleanup_errors=True) as folder:
+        # The workers read what is resolved from the run's directory; what of it is the user's code, they are told here.
+        parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
+        common = {OWN_PREFIX + RUN_DIR: str(place.run_dir), OWN_PREFIX + FOLDER: folder, **parts}
+        common |= importable() if captured else {}
         environments = [{**target.environment(hardware, rank, processes), **common} for rank in range(processes)]
-        doing(f"starting {processes} process{'es' if processes > 1 else ''}", plan.config)
-        command = [sys.executable, "-m", "orchestrator.launch.worker", "train"]
-        if not captured:
-            ended = run_local(command, environments)
-            _conclude(ended, place)
-            return Outcome(ended.code, place.run_dir, problems=ended.problems)
-        capture = _Capture(held.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-")))
-        environments = [{**environment, **importable(), **capture.variables()} for environment in environments]
-        ended = run_local(command, environments, capture.hear, announce=False)
-        _conclude(ended, place)
-        return capture.outcome(ended, place.run_dir.absolute())
-
-
-def _conclude(ended: Ended, place: RunPaths) -> None:
-    """Say for processes that were killed what has become of the run, and how it goes on."""
-    step = ended.step
-    if ended.code in STOPPED and "status" not in run_directory.read_run(place.run_dir):
-        tell("stopped    before the first step: there is nothing to save")
-    elif ended.code == FAILED or ended.problems:
-        for problem in ended.problems:
-            if ended.code in STOPPED:
-                tell(f"stopped    {problem}")
-            else:
-                tell(problem, level=logging.ERROR)
-        try:
-            newest = committed(place.checkpoints)
-        except CheckpointError as error:  # a store that has gone; the exit code is that of the run
-            newest = []
-            tell(f"checkpoint unknown: {error.what}")
-        else:
-            tell(f"checkpoint {newest[0] if newest else 'none was saved: the run begins again'}")
-        if newest:
-            tell(f"continue   python -m orchestrator train resume={place.run_dir}")
-            # A process may be killed after its save and before it says that it is alive again.
-            step = max(step or 0, step_of(newest[0]))
-    if ended.code:
-        run_directory.mark_ended(place.run_dir, "interrupted" if ended.code in STOPPED else "failed", step)
+        ended = run_local(command, environments, hear if captured else None, not captured, supervision=supervision)
+        return Finished(ended, read_notes(Path(folder)), tuple(last))
 
 
 def _join_external(plan: Plan, world: World) -> Outcome:
@@ -317,8 +280,3 @@ def _words(plan: Plan) -> Sequence[str]:
 def _from_here(path: Path) -> Path:
     """Return a path as a person would write it, who is in this folder."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _variables(place: RunPaths) -> dict[str, str]:
-    # The workers read what is resolved from the run's directory; what of it is the user's code, they are told here.
-    return {OWN_PREFIX + RUN_DIR: str(place.run_dir), OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from orchestrator import stopping
 from orchestrator.observe.console import guarded
@@ -46,8 +48,13 @@ if __name__ == "__main__":
     import faulthandler
     import traceback
 
+    from orchestrator.distributed import stacks
+    from orchestrator.distributed.world import detect
+
     with guarded() as output:
         faulthandler.enable()  # where a native library aborts, the stacks say in which call
+        if (world := detect(os.environ)) and world.store.startswith("file:"):
+            stacks.register(Path(world.store.removeprefix("file:")), world.rank)
         try:
             code = main(sys.argv[1:])
         except Exception:

@@ -17,6 +17,7 @@ from torch import Tensor
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
+from orchestrator.distributed import standing
 from orchestrator.models.moe import LOSS, STATISTICS, router_figures
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.optim.own import OwnOptimizer
@@ -134,6 +135,7 @@ class LanguageModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on this process's share of a batch."""
+        standing.mark()
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         if isinstance(self.optimizer, OwnOptimizer):
@@ -156,6 +158,7 @@ class LanguageModule(lightning.LightningModule):
         self.parallel.finish_step()
         self.step += 1
         self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr, **figures)
+        standing.reached(self.step)
 
     def _routing(self) -> Tensor | None:
         """Return what the routers did in this step, on all processes together; None without experts."""
@@ -209,6 +212,7 @@ class LanguageModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch's loss and target tokens to the sums."""
+        standing.mark()
         with self.parallel.forward_context():
             self._totals[0] += self.model(**batch).double()
         self._totals[1] += (batch["targets"] != IGNORE_INDEX).sum()

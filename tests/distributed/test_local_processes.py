@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from orchestrator.distributed import local_processes
-from orchestrator.distributed.heartbeat import Beat, write_beat
+from orchestrator.distributed.heartbeat import Beat, BeatFile
 from orchestrator.distributed.local_processes import Ended, run_local
 
 # A process that leaves its number, its beat and the signals that it gets in a folder, and behaves as it is told.
@@ -104,7 +104,7 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_ended(tmp_path, mo
 
     def kill(pids):
         store = Path((tmp_path / "pid-1").read_text().split()[1].removeprefix("file:"))
-        write_beat(store, 1, Beat(7, "here", pids[1], 3).to_text())
+        BeatFile(store, 1).write(Beat(7, "here", pids[1], 3).to_text())
         os.kill(pids[1], signal.SIGKILL)
 
     ended = _run(tmp_path, "wait", "wait", then=kill)

@@ -124,7 +124,9 @@ def test_the_launcher_decides_and_its_processes_read_what_it_decided(saved, monk
     newest = committed(run_dir / "checkpoints")[0]
     workers: list[dict[str, int]] = []
 
-    def start_workers(command: list[str], environments: list[dict[str, str]]) -> Ended:
+    def start_workers(
+        command: list[str], environments: list[dict[str, str]], *unused: object, **options: object
+    ) -> Ended:
         workers.extend(run_ranks(2, _in_worker, environments))
         return Ended(0)
 

@@ -20,6 +20,7 @@ from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import StepLoader
 from orchestrator.data.tokenize import Tokenizer
+from orchestrator.distributed import standing
 from orchestrator.errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
 from orchestrator.observe.history import HISTORY, History
 from orchestrator.observe.metrics import Metrics
@@ -153,7 +154,8 @@ class Checkpoints(lightning.Callback):
 
     def _outcome(self, step: int, saver: Saver) -> tuple[AnyPath | None, CheckpointError | None]:
         try:
-            return saver.wait(), None
+            with standing.within(standing.SAVING):
+                return saver.wait(), None
         except NonFiniteError as error:
             raise Diverged(step, {}, "weights") from error
         except CheckpointError as error:
@@ -203,7 +205,7 @@ class Checkpoints(lightning.Callback):
     def _save(self, pl_module: Any, saver: Saver) -> None:
         self._settle()
         self._stop_if_refused()
-        with evaluated(pl_module.optimizer):
+        with evaluated(pl_module.optimizer), standing.within(standing.SAVING):
             self._start_save(pl_module, saver)
 
     def _start_save(self, pl_module: Any, saver: Saver) -> None:

@@ -15,6 +15,7 @@ import torch
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import TokenStream, ValidationBatches
 from orchestrator.data.tokenize import Tokenizer
+from orchestrator.distributed import standing
 from orchestrator.inference.sampling import Sampling, choose
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
@@ -79,7 +80,8 @@ class Validation(lightning.Callback):
         self._done_at = pl_module.step
         self._metrics.flush()
         shown = self._progress.watch("validating", self._batches) if self._progress else self._batches
-        loss = pl_module.evaluate(shown).item()
+        with standing.within(standing.EVALUATING):
+            loss = pl_module.evaluate(shown).item()
         # exp of a diverged loss does not fit a float.
         perplexity = math.exp(min(loss, 700.0))
         self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity)
@@ -140,7 +142,7 @@ class Samples(lightning.Callback):
             return self._written[1]
         prompt, text, problem = settings.prompt, "", None
         try:
-            with evaluated(getattr(pl_module, "optimizer", None)):
+            with evaluated(getattr(pl_module, "optimizer", None)), standing.within(standing.EVALUATING):
                 prompt, text = self._sample(pl_module.model)
         except Exception as error:
             problem = error
