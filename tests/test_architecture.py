@@ -92,7 +92,13 @@ ONLY_IN: dict[str, set[str]] = {
     "hydra": {"config/compose.py", "config/words.py"},
     "omegaconf": {"config/compose.py"},
     "torch.distributed": {
-        *("distributed/coordinator.py", "strategies/", "rehearsal/traced_strategy.py", "interop/dcp.py"),
+        *(
+            "distributed/coordinator.py",
+            "distributed/lane.py",
+            "strategies/",
+            "rehearsal/traced_strategy.py",
+            "interop/dcp.py",
+        ),
     },
 }
 NOT_IN: dict[str, set[str]] = {
@@ -125,6 +131,7 @@ READS_AUTO = {
     "data/make_tokenizer.py": "BOS as the tokenizer's files say, or none beside tokens made elsewhere",
     "data/prepare.py": "threads of this host",
     "data/store_cache.py": "where this host keeps its cache",
+    "training/host_snapshots.py": "where this host has its memory file system",
 }
 # What decides, and the modules that may import it: those that start a run or a part of one.
 DECIDED_IN = {

@@ -58,12 +58,12 @@ class Saver:
             contents: what is saved beside the tensors.
         """
         self.join()
-        begun = begin(self._parent, step, self._peers)
+        writes = self._begin(step)
         kept = self._copy(shards) if self._asynchronous else list(shards)
 
         def run() -> None:
             try:
-                self._result = write(begun, step, kept, self._peers, contents)
+                self._result = writes(kept, contents)
                 if self._peers.rank == 0:
                     self._committed(self._result)
             except Exception as error:
@@ -74,6 +74,11 @@ class Saver:
             run()
             return
         self._start(run)
+
+    def _begin(self, step: int) -> Callable[[Sequence[Shard], Contents], AnyPath]:
+        """Agree with the other ranks on where; returns what writes there, for the thread."""
+        begun = begin(self._parent, step, self._peers)
+        return lambda kept, contents: write(begun, step, kept, self._peers, contents)
 
     def wait(self) -> AnyPath | None:
         """Wait for the save that is under way. Returns its directory; None where nothing was saved since the last.

@@ -102,9 +102,11 @@ class Checkpoint:
         directory: of this machine or of a store.
         trust: whose checkpoints are accepted; by default all.
         look: see whether every file is there with its size. False where that was done a moment ago.
+        partial: this host may have some of its tensor files only, and others the rest.
 
     Attributes:
         directory: where it is.
+        partial: as above.
         content: bytes of its manifest.
         signature: bytes of `manifest.sig`, which was checked; None where there is none.
         manifest: what it says.
@@ -115,8 +117,8 @@ class Checkpoint:
         MissingExtraError: its hashes are of a kind whose library is not installed.
     """
 
-    def __init__(self, directory: AnyPath, trust: Trust = Trust(), look: bool = True):
-        self.directory = directory
+    def __init__(self, directory: AnyPath, trust: Trust = Trust(), look: bool = True, partial: bool = False):
+        self.directory, self.partial = directory, partial
         self._spans: dict[str, list[tuple[int, int, str]]] = {}
         self.content = read_manifest(directory)
         self.signature = self._signature()
@@ -152,6 +154,16 @@ class Checkpoint:
             return read_bounded(path, MAX_SIGNATURE_BYTES) if there(path) else None
         except OSError as error:
             raise CheckpointError(f"the signature cannot be read: {error.strerror or error}", got=path) from None
+
+    def tensor_files_here(self) -> list[str]:
+        """Return the tensor files that this host has, with their size."""
+        return [name for name in sorted(self.manifest.tensor_files()) if self._is_here(name)]
+
+    def _is_here(self, name: str) -> bool:
+        try:
+            return size_of(self.directory / name) == self.manifest.files[name].bytes
+        except OSError:
+            return False
 
     @property
     def step(self) -> int:
@@ -238,7 +250,7 @@ class Checkpoint:
         Raises:
             DamagedError: as `verify`.
         """
-        hold_tensors = {shard.file for tensor in self.manifest.tensors.values() for shard in tensor.shards}
+        hold_tensors = self.manifest.tensor_files()
         self._refuse(self.damage(places=(place for place in self.places() if place.file not in hold_tensors)))
 
     def _refuse(self, damage: Iterable[Damage]) -> None:

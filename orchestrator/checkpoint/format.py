@@ -139,6 +139,10 @@ class Manifest:
             if count > most:
                 raise CheckpointError(f"the manifest lists too many {what}", got=count, allowed=f"{most} at most")
 
+    def tensor_files(self) -> set[str]:
+        """Return the names of the files that hold tensors."""
+        return {shard.file for tensor in self.tensors.values() for shard in tensor.shards}
+
     def to_json(self) -> str:
         """Serialize the manifest, with the digest of its content."""
         body = {
@@ -413,8 +417,13 @@ def _check_name(name: str, what: str) -> str:
     return name
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a file of a checkpoint may be called `name`."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
 def _safe(name: str) -> str:
-    if not _FILE_NAME.fullmatch(name):
+    if not is_file_name(name):
         raise CheckpointError(
             "a file name in the manifest is not allowed", got=shown(name), allowed="letters, digits, . _ -"
         )

@@ -83,7 +83,8 @@ class Checks:
             CheckpointError: a rank has a problem.
         """
         topic = coordinator.broadcast(new_topic())
-        told = {"problem": _describe(problem), "seen": np.packbits(self._seen).tobytes().hex()}
+        here = self._checkpoint.tensor_files_here() if self._checkpoint.partial else []
+        told = {"problem": _describe(problem), "seen": np.packbits(self._seen).tobytes().hex(), "here": here}
         answer = _exchange(coordinator, topic, told, _together)
         if answer["problem"]:
             # Of one kind everywhere: after damage all go on to another checkpoint, or none.
@@ -91,7 +92,13 @@ class Checks:
             raise (problem if same else None) or _problem(answer["problem"])
         seen = np.unpackbits(_bits(answer["seen"]), count=len(self._places))
         left = [self._places[index] for index in np.flatnonzero(seen == 0)]
-        self._damage.extend(self._checkpoint.damage(progress, left[coordinator.rank :: coordinator.size]))
+        readers, everybody = answer["readers"], range(coordinator.size)
+        mine = [
+            place
+            for number, place in enumerate(left)
+            if (able := readers.get(place.file, everybody))[number % len(able)] == coordinator.rank
+        ]
+        self._damage.extend(self._checkpoint.damage(progress, mine))
         lines = [(one.file, one.start, str(one)) for one in self._damage[:_TOLD_LINES]]
         found = _exchange(
             coordinator, f"{topic}/damage", lines, lambda parts: sorted(line for part in parts for line in part)
@@ -112,11 +119,18 @@ def _exchange(coordinator: Coordinator, topic: str, mine: Any, merge: Callable[[
 
 
 def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Combine the ranks' findings on rank 0: a problem, damage first, or the pieces that some rank has seen."""
+    """Combine the ranks' findings on rank 0: a problem, damage first, or the pieces that some rank has seen.
+
+    And, where not every host has every file, the ranks that can read each.
+    """
     if problems := [part["problem"] for part in parts if part["problem"]]:
         return {"problem": min(problems, key=lambda problem: not problem["damaged"])}
     seen = functools.reduce(np.bitwise_or, [_bits(part["seen"]) for part in parts])
-    return {"problem": None, "seen": seen.tobytes().hex()}
+    readers: dict[str, list[int]] = {}
+    for rank, part in enumerate(parts):
+        for file in part["here"]:
+            readers.setdefault(file, []).append(rank)
+    return {"problem": None, "seen": seen.tobytes().hex(), "readers": readers}
 
 
 def _bits(text: str) -> np.ndarray:

@@ -390,7 +390,8 @@ class Handover:
         parts = [f"{_NAMES[one.quantity]} by {one.difference:.1e} of {one.tolerance:g}" for one in self._computed]
         bits = f"{len(self.tensors)} tensors with other bits" if self.tensors else "every tensor to the bit"
         changed = f"changed: {', '.join(self.changed)}" if self.changed else "nothing changed"
-        return f"{self.verdict}: {', '.join(parts)} allowed; {bits} ({changed})"
+        computed = f"{', '.join(parts)} allowed" if parts else "no reference batch to compute"
+        return f"{self.verdict}: {computed}; {bits} ({changed})"
 
     def error(self) -> HandoverError:
         """Return the error of a check that differs."""
@@ -423,7 +424,7 @@ def check(
     checkpoint: Checkpoint,
     reference: Reference | None,
     measured: Measurement | None,
-    tensors: Sequence[str],
+    tensors: Sequence[str] | None,
     here: Mapping[str, Any],
 ) -> Handover:
     """Judge the values measured here by those that `checkpoint` was saved with.
@@ -432,17 +433,19 @@ def check(
         checkpoint: the checkpoint that was restored.
         reference: the values recorded at the save; None where it has none.
         measured: the values of the restored model; None where they could not be measured.
-        tensors: those whose bits are not the saved ones.
+        tensors: those whose bits are not the saved ones; None where bits were not compared.
         here: provenance of this side.
 
     Raises:
         CheckpointError: it was saved in a precision that no tolerance is declared for.
     """
     before = checkpoint.state()
-    if reference is None or measured is None:
+    if tensors is None:
         return Handover(checkpoint.step, before, here, ())
-    allowed = tolerance(str(before.get("precision", here["precision"])), here["precision"])
     bits = Difference("tensors", None, None, float(len(tensors)), 0.0)
+    if reference is None or measured is None:
+        return Handover(checkpoint.step, before, here, (bits,), tuple(tensors))
+    allowed = tolerance(str(before.get("precision", here["precision"])), here["precision"])
     found = (*compare(reference.measured, measured, allowed), bits)
     return Handover(checkpoint.step, before, here, found, tuple(tensors))
 

@@ -141,7 +141,7 @@ def begin(parent: AnyPath, step: int, coordinator: Coordinator) -> Begun:
     name, problem, error = f"step-{step:08d}", "", None
     if coordinator.rank == 0:
         name, error = _attempt(lambda: _free_directory(parent, step).name, name)
-        problem = _reason(error) if error else ""
+        problem = reason_of(error) if error else ""
     name, problem, topic = json.loads(coordinator.broadcast(json.dumps([name, problem, new_topic()])))
     return Begun(parent / name, topic, problem)
 
@@ -165,34 +165,45 @@ def write(begun: Begun, step: int, shards: Sequence[Shard], coordinator: Coordin
         nonlocal error
         found = next((f"{text} (rank {rank})" for rank, text in enumerate(parts) if text), "")
         if not found:
-            _, error = _attempt(lambda: _commit(directory, step, contents), None)
-            found = _reason(error) if error else ""
+            _, error = _attempt(lambda: commit_ranks(directory, step, contents), None)
+            found = reason_of(error) if error else ""
         if found and not isinstance(error, UndecidedError):
             # A manifest that may still appear must find its files.
             _attempt(lambda: remove_tree(directory), None)
         return found
 
     if not problem:
-        _, error = _attempt(lambda: _write_rank(directory, coordinator.rank, shards, contents), None)
+        _, error = _attempt(lambda: write_rank(directory, coordinator.rank, shards, contents), None)
         try:
-            problem = exchange(coordinator, begun.topic, _reason(error) if error else "", commit)
+            problem = exchange(coordinator, begun.topic, reason_of(error) if error else "", commit)
         except TimeoutError as late:
             problem = str(late)
             if coordinator.rank == 0:
                 _attempt(lambda: remove_tree(directory), None)
+    if problem:
+        raise failure(step, directory, problem) from error
+    return directory
+
+
+def failure(step: int, directory: AnyPath, problem: str) -> SaveError | NonFiniteError:
+    """Return the error of a save, from the text that the ranks have told each other.
+
+    Args:
+        step: optimizer steps completed.
+        directory: of the checkpoint.
+        problem: as `reason_of` makes it, with the rank.
+    """
     if problem.startswith(_NOT_FINITE):
-        raise NonFiniteError(
+        return NonFiniteError(
             f"no checkpoint of step {step} is written: {problem}",
             got=directory,
             fix="nothing can be made of such weights; what was saved before is untouched",
-        ) from error
-    if problem:
-        raise SaveError(
-            f"the checkpoint of step {step} could not be written: {problem}",
-            got=directory,
-            fix=f"{_remedy(problem, directory)}; earlier checkpoints are untouched",
-        ) from error
-    return directory
+        )
+    return SaveError(
+        f"the checkpoint of step {step} could not be written: {problem}",
+        got=directory,
+        fix=f"{_remedy(problem, directory)}; earlier checkpoints are untouched",
+    )
 
 
 def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:
@@ -202,7 +213,12 @@ def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None
         return otherwise, error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return what the ranks tell each other of an error.
+
+    Args:
+        error: of this rank.
+    """
     return getattr(error, "strerror", None) or str(error) or repr(error)
 
 
@@ -233,7 +249,15 @@ def _free_directory(parent: AnyPath, step: int) -> AnyPath:
     return directory
 
 
-def _write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], contents: Contents) -> None:
+def write_rank(directory: AnyPath, rank: int, shards: Sequence[Shard], contents: Contents) -> None:
+    """Write the shards of one rank, and the listing of them that `commit_ranks` reads.
+
+    Args:
+        directory: of the checkpoint.
+        rank: whose they are.
+        shards: its parts of the tensors.
+        contents: how its file is hashed.
+    """
     make_directory(directory)
     # A part without elements is not written; a tensor without any still has its place in the manifest.
     owned = [shard for shard in shards if shard.owned and shard.data.numel()]
@@ -284,8 +308,14 @@ def _refuse_nonfinite(shards: Sequence[Shard]) -> Sequence[Shard]:
     return shards
 
 
-def _commit(directory: AnyPath, step: int, contents: Contents) -> None:
-    """Merge the ranks' listings into the manifest and put it into place."""
+def commit_ranks(directory: AnyPath, step: int, contents: Contents) -> None:
+    """Merge the listings of the ranks into the manifest and put it into place.
+
+    Args:
+        directory: of the checkpoint, with the listing that each rank wrote.
+        step: optimizer steps completed.
+        contents: what is saved beside the tensors.
+    """
     contained = {
         STATE: json.dumps(contents.state, indent=1).encode(),
         CONFIG: yaml.dump(dict(contents.config), Dumper=_PlainDumper, sort_keys=False).encode(),

@@ -16,6 +16,7 @@ _PATHS: dict[str, tuple[str, ...]] = {
     "data.tokenizer.path": (),
     "data.validation": ("builtin",),
     "checkpoint.dir": ("auto",),
+    "checkpoint.memory.dir": ("auto",),
     "checkpoint.signing_key": (),
     "checkpoint.model_signing_key": (),
     "hardware.compilation_cache": ("auto",),

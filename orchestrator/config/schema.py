@@ -260,6 +260,15 @@ class HandoverConfig:
 
 
 @dataclass(frozen=True)
+class SnapshotConfig:
+    """Snapshots of the run in the memory of its hosts and of their peers, between the checkpoints in storage."""
+
+    enabled: bool = False
+    every_steps: int = 10
+    dir: str | Auto = "auto"  # folder of a memory file system; auto: /dev/shm
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved, where, and which checkpoints are kept."""
 
@@ -273,6 +282,7 @@ class CheckpointConfig:
     hash: Literal["sha256", "blake3"] = "sha256"  # of what is written; blake3 takes a fraction of the time
     store_timeout_seconds: int = 180  # of one operation of an object store, all its attempts together
     handover: HandoverConfig = HandoverConfig()
+    memory: SnapshotConfig = SnapshotConfig()
     signing_key: str | None = None  # path of an Ed25519 private key (PEM): signs every manifest
     model_signing_key: str | None = None  # path of an ECDSA key: signs files in the format of OpenSSF Model Signing
     statement: bool = False  # an in-toto statement, signed by these keys

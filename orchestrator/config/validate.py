@@ -73,6 +73,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "checkpoint.keep_last": _STEPS,
     "checkpoint.keep_every_steps": _STEPS,
     "checkpoint.store_timeout_seconds": (1, 10**6),
+    "checkpoint.memory.every_steps": _STEPS,
     "checkpoint.handover.sequences": (1, 1 << 12),
     "checkpoint.handover.seq_len": (1, 1 << 20),
     "logger.every_steps": _STEPS,

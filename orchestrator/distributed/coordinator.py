@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from orchestrator.distributed.address import await_listener, reachable
 from orchestrator.distributed.heartbeat import Beat, BeatFile, read_beat
+from orchestrator.distributed.lane import Lane
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.output import tell
@@ -165,6 +166,11 @@ class ProcessCoordinator:
             return read_beat(Path(path), rank)
         text = self.get_now(f"beat{rank}")
         return Beat.from_text(text) if text else None
+
+    def open_lane(self) -> Lane:
+        """Open a way for bytes between the processes, for one thread of each. All ranks call it, in the same order."""
+        size = self._world.size
+        return Lane(self._world.rank, size, dist.new_group(backend="gloo", timeout=self._timeout) if size > 1 else None)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

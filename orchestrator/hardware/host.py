@@ -182,6 +182,17 @@ def ram_bytes() -> int:
     return total
 
 
+def available_bytes() -> int:
+    """Memory that this process and others of its cgroup may still take, as the system estimates it."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = read("/sys/fs/cgroup/memory.max"), read("/sys/fs/cgroup/memory.current")
+    if limit and used and limit.isdigit() and used.isdigit():
+        # Pages of files that were read and are not used any more go before anything is refused.
+        match = re.search(r"^inactive_file (\d+)$", read("/sys/fs/cgroup/memory.stat") or "", re.MULTILINE)
+        free = min(free, int(limit) - int(used) + (int(match[1]) if match else 0))
+    return max(0, free)
+
+
 def address_space_bytes() -> int | None:
     """Return the limit on a process's address space (ulimit -v) in bytes; None where there is none."""
     try:

@@ -174,9 +174,14 @@ def _state_lines(diagnosis: Diagnosis) -> list[str]:
 def _newest(job: Job) -> Checkpoint | None:
     """Return the checkpoint that the run can be resumed from."""
     try:
-        return open_newest(job.watchers.checkpoints.directory, False, lambda line: None) or job.restored
+        return open_newest(job.watchers.checkpoints.directory, False, lambda line: None) or _restored(job)
     except CheckpointError:
-        return job.restored
+        return _restored(job)
+
+
+def _restored(job: Job) -> Checkpoint | None:
+    """Return the checkpoint that this leg began with; none where it was a snapshot in memory, which has gone since."""
+    return None if job.restored is None or job.restored.partial else job.restored
 
 
 def _before(job: Job, kept: Checkpoint, step: int) -> Checkpoint | None:
@@ -190,7 +195,7 @@ def _before(job: Job, kept: Checkpoint, step: int) -> Checkpoint | None:
             found = older
     if found is not None and found.step >= step:
         found = None
-    restored = job.restored
+    restored = _restored(job)
     return restored if found is None and restored is not None and restored.step < step else found
 
 

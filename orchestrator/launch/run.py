@@ -156,7 +156,7 @@ def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, 
     # As rank 0 reads it: not every host need see the run directory.
     facts = parallel.broadcast(run_directory.read_run(place.run_dir))
     _show(parallel.rank, f"restoring {place.resume_from}" if place.resume_from else "building the model", resolved)
-    job = build(resolved, parallel, data, len(facts["legs"]), opened.trusted, opened.checkpoint)
+    job = build(resolved, parallel, data, len(facts["legs"]), opened.trusted, opened.checkpoint, facts["legs"])
     standing.here.step = job.module.step
     checked = _hand_over(job)
     return _drive(job, facts, checked, monitor)
@@ -232,6 +232,7 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
         ending.callback(job.watchers.channels.close)
         ending.callback(lambda: record.end(status, job.module.step, left_out))
         ending.callback(job.watchers.checkpoints.close)
+        ending.callback(job.watchers.snapshots.close)
         record.begin()
         if main:
             _introduce(job, run_dir, checked)
@@ -258,6 +259,7 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
                 job.trainer.fit(job.module, job.loader)
         standing.enter(standing.ENDING)
         _save(job, record)
+        job.watchers.snapshots.finish()
         if _all_steps_done(job):
             left_out += ["evaluation", "sample"]
             _look_back(job, left_out)
@@ -265,6 +267,7 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
     except Diverged as found:
         left_out.clear()
         job.watchers.stop.on_train_end(job.trainer, job.module)
+        job.watchers.snapshots.finish()
         record.note(diverged=examine(job, found, run_dir))
         status = "diverged"
     if skipped := job.module.guard.skipped:
@@ -282,7 +285,8 @@ def _save(job: Job, record: Record) -> None:
     Raises:
         CheckpointError: it could not be written.
     """
-    trained = job.module.step > job.leg["start_step"]
+    # What only the memory of the hosts has is not kept yet.
+    trained = job.module.step > job.leg["start_step"] or job.leg.get("restored_from") == "memory"
     if notice := job.parallel.get_now(_NOTICE):
         record.note(notice=notice)
     if (left := stopping.seconds_left()) is not None:

@@ -26,7 +26,8 @@ from orchestrator.runs.origin import refuse_foreign
 LATEST, AUTO = "latest", "auto"
 
 # Of a checkpoint's configuration, what could make this machine run, write or sign something for its writer.
-_OF_THIS_MACHINE = ("runs_dir", "data.cache_dir", "hardware.environment")
+_OF_THIS_MACHINE = ("runs_dir", "data.cache_dir", "hardware.environment", "checkpoint.memory.dir")
+_OF_A_FOLDER = ("runs_dir", "data.cache_dir", "checkpoint.memory.dir")  # of which nothing is said
 _TRUST = (
     "checkpoint.signing_key",
     "checkpoint.model_signing_key",
@@ -355,10 +356,12 @@ def _localize(result: dict[str, Any], point: ResumePoint, composed: Composed, re
         was, value = _at(result, key), _at(ours, key)
         if was == value:
             continue
-        if was and key not in composed.overrides and key not in ("runs_dir", "data.cache_dir"):
+        if was and key not in composed.overrides and key not in _OF_A_FOLDER:
             report(f"the checkpoint's {key} is not taken over: give it on the command line if you want it (was {was})")
-        parent, last = key.rpartition(".")[::2]
-        section = result.setdefault(parent, {}) if parent else result
+        *parents, last = key.split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
         section[last] = copy.deepcopy(value)
 
 

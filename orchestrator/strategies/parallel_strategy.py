@@ -26,6 +26,7 @@ from orchestrator.checkpoint.plain_values import PlainEncoder, decode
 from orchestrator.config.schema import Auto, ContextKind, HardwareConfig, LayoutConfig, Schedule
 from orchestrator.distributed.coordinator import ProcessCoordinator, Vote, coordinator_of
 from orchestrator.distributed.heartbeat import Beat
+from orchestrator.distributed.lane import Lane
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, HardwareError, LayoutError
 from orchestrator.hardware.fp8_support import check_fp8
@@ -472,6 +473,10 @@ class ParallelStrategy(TrainerStrategy):
     def get_now(self, key: str) -> str | None:
         """Return what a rank has published under `key`, or None. Does not wait. Any thread may call it."""
         return self.coordinator.get_now(key)
+
+    def open_lane(self) -> Lane:
+        """Open a way for bytes from host to host, beside the training. All ranks call it, in the same order."""
+        return self.coordinator.open_lane()
 
     def count(self, key: str) -> int:
         """Count this process under `key`, and return its number, from 1 on. Does not wait."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from orchestrator.hardware.target import Target
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.facts import provenance, run_facts
+from orchestrator.training.host_snapshots import newer_snapshots, open_host_memory, restore_snapshot
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.resolved import Resolved
 from orchestrator.training.restore import data_position, open_together, restore_run, restore_weights
@@ -99,6 +100,7 @@ def build(
     leg: int,
     trusted: Trust = Trust(),
     opened: Checkpoint | None = None,
+    legs: Sequence[Mapping[str, Any]] = (),
 ) -> Job:
     """Build the job of this process on a strategy that has joined the others.
 
@@ -109,6 +111,7 @@ def build(
         leg: which start of the run this is, from 0.
         trusted: whose checkpoints are believed.
         opened: the checkpoint that this process has opened already, if it has: the one to go on or to start from.
+        legs: the starts of the run before this one.
 
     Raises:
         UserError: whatever of the data, the devices or the checkpoint does not fit.
@@ -116,10 +119,17 @@ def build(
     config, resumes = resolved.config, resolved.place.resume_from is not None
     module = LanguageModule(config, parallel=parallel)
     module.configure_model()
-    module.make_optimizer(restoring=resumes)
+    memory = open_host_memory(resolved, parallel)
+    snapshots = newer_snapshots(memory, resolved, parallel)
+    module.make_optimizer(restoring=resumes or bool(snapshots))
     tokens = TokenDataModule(config, data)
-    source = _fill(resolved, module, tokens.stream, trusted, opened)
-    restored = source if resumes else None
+    snapshot = restore_snapshot(snapshots, resolved, module, tokens.stream, trusted, legs)
+    if snapshots and snapshot is None and not resumes:
+        module.make_optimizer()
+    source = snapshot or _fill(resolved, module, tokens.stream, trusted, opened)
+    restored = source if resumes else snapshot
+    if memory is not None:
+        memory.keep_only(snapshot.directory.name if snapshot else None)
     tokens.position = data_position(restored, tokens.stream)
     module.step = tokens.position.step
     loader = tokens.steps(parallel)
@@ -136,10 +146,13 @@ def build(
         restored=restored,
         provenance=side,
         mfu=mfu,
+        memory=memory,
     )
     trainer = make_trainer(parallel, watchers.callbacks(module.guard), config.train.deterministic)
     resumed_from = str(restored.directory) if restored else None
     about = {"leg": leg, "start_step": module.step, "resumed_from": resumed_from, **side}
+    if restored:
+        about["restored_from"] = "memory" if restored.partial else "storage"
     return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about)
 
 

@@ -44,6 +44,7 @@ DECIDED = (
 """Keys whose `auto`, or empty list, is decided here."""
 LEFT_OPEN = {
     "checkpoint.dir": "`paths.checkpoints` says where",
+    "checkpoint.memory.dir": "each host has a memory of its own",
     "data.cache_dir": "each host has a cache of its own",
     "data.tokenizer.bos": "as the tokenizer's own files say, which only reading them shows",
     "data.tokenizer.eos": "likewise",
@@ -57,7 +58,7 @@ LEFT_OPEN = {
 """Keys whose `auto` stays, and why."""
 # What hosts may have of their own. Everything else is the same on all of them, or the job is not one.
 _OF_A_HOST = (
-    *("checkpoint.dir", "checkpoint.model_signing_key", "checkpoint.require_signature"),
+    *("checkpoint.dir", "checkpoint.memory.dir", "checkpoint.model_signing_key", "checkpoint.require_signature"),
     *("checkpoint.signing_key", "checkpoint.trusted_keys"),
     *("data.cache_dir", "data.sources", "data.tokenizer.path", "data.validation", "data.workers"),
     *("hardware.compilation_cache", "hardware.devices", "hardware.environment", "hardware.threads"),

@@ -68,8 +68,8 @@ def restore_run(
     while True:
         try:
             checkpoint = open_together(where, trusted, parallel, opened)
-            _check_run(checkpoint, config, stream)
-            _fill(checkpoint, config, parallel, model, optimizer)
+            check_run_of(checkpoint, config, stream)
+            fill(checkpoint, config, parallel, model, optimizer)
             return checkpoint
         except (DamagedError, NonFiniteError) as error:
             if not resolved.takes_older:
@@ -103,7 +103,7 @@ def restore_weights(
     Raises:
         CheckpointError: it is of another model, or damaged, or its weights are not finite.
     """
-    _fill(checkpoint, config, parallel, model, None, cast)
+    fill(checkpoint, config, parallel, model, None, cast)
 
 
 def open_together(
@@ -139,8 +139,17 @@ def _is_at(checkpoint: Checkpoint, where: AnyPath) -> bool:
     return str(mine) == str(other)
 
 
-def _check_run(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
-    """Check that data and batch are those of the saved run: a step's batch is a function of its number."""
+def check_run_of(checkpoint: Checkpoint, config: RunConfig, stream: TokenStream) -> None:
+    """Check that data and batch are those of the saved run: a step's batch is a function of its number.
+
+    Args:
+        checkpoint: of the saved run.
+        config: of this run.
+        stream: its data.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     saved: dict[str, Any] = checkpoint.state().get("data", {})
     if lacking := {"fingerprint", "global_batch_sequences"} - saved.keys():
         raise CheckpointError(
@@ -207,7 +216,7 @@ def _other_data(saved: Any, stream: TokenStream) -> str:
     return "make it what it was in the saved run: " + "; ".join(_DATA_KEYS[key] + values.get(key, "") for key in other)
 
 
-def _fill(
+def fill(
     checkpoint: Checkpoint,
     config: RunConfig,
     parallel: ParallelStrategy,
@@ -215,8 +224,23 @@ def _fill(
     optimizer: torch.optim.Optimizer | None,
     cast: bool = False,
 ) -> None:
+    """Fill model and optimizer, and check what was read. All ranks call it together.
+
+    Args:
+        checkpoint: the checkpoint to read.
+        config: of the run.
+        parallel: the strategy.
+        model: placed.
+        optimizer: with its state allocated; None for the weights alone.
+        cast: weights in another format are converted, and no error.
+
+    Raises:
+        CheckpointError: it is of another model, or damaged; what was filled is worth nothing then.
+        NonFiniteError: its numbers are not finite; the same.
+    """
     shards = parallel.state_shards(model, optimizer)
-    check: Coordinator | None = parallel if config.checkpoint.verify_on_load else None
+    verify = config.checkpoint.verify_on_load or checkpoint.partial
+    check: Coordinator | None = parallel if verify else None
     ignore = ["optimizer."] if optimizer is None else []
     # Moments that are stored in fewer bits are read as they are, and widened.
     reads, widened = widen(checkpoint, shards)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as lightning
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.host_memory import HostMemory
 from orchestrator.config.convert import to_dict
 from orchestrator.data.model_files import TOKENIZER_FILE
 from orchestrator.data.prepare import PreparedData
@@ -28,6 +29,7 @@ from orchestrator.training.callbacks.checkpointing import Checkpoints, Keeps
 from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
 from orchestrator.training.callbacks.own_state import OwnStates
 from orchestrator.training.callbacks.preemption import StopOnSignal
+from orchestrator.training.callbacks.snapshots import Snapshots
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.handover_check import make_batch
@@ -48,6 +50,7 @@ class Watchers:
         samples: of text.
         own: the user's callbacks.
         checkpoints: saves.
+        snapshots: in the memory of the hosts.
         stop: on a signal.
         say: prints a line, in the process that speaks.
     """
@@ -60,6 +63,7 @@ class Watchers:
     samples: Samples
     own: list[lightning.Callback]
     checkpoints: Checkpoints
+    snapshots: Snapshots
     stop: StopOnSignal
     say: Callable[[str], None]
 
@@ -70,7 +74,8 @@ class Watchers:
             guard: sees every step first.
         """
         bar = [self.progress] if self.progress else []
-        return [guard, self.metrics, *bar, self.evaluation, self.samples, *self.own, self.checkpoints, self.stop]
+        savers = [self.checkpoints, self.snapshots]
+        return [guard, self.metrics, *bar, self.evaluation, self.samples, *self.own, *savers, self.stop]
 
 
 def make_watchers(
@@ -85,6 +90,7 @@ def make_watchers(
     restored: Checkpoint | None,
     provenance: Mapping[str, Any],
     mfu: Callable[[float], float | None],
+    memory: HostMemory | None = None,
 ) -> Watchers:
     """Make what looks at `module`.
 
@@ -99,6 +105,7 @@ def make_watchers(
         restored: the same, if the run goes on from it.
         provenance: where it runs.
         mfu: of tokens per second.
+        memory: of this host, for snapshots; None: there are none.
     """
     config, place, main = resolved.config, resolved.place, parallel.rank == 0
     # Rank 0 alone writes what carries it; the run directory may not be there on other hosts.
@@ -116,6 +123,7 @@ def make_watchers(
         states.restore(restored)
     keeps = _keeps(resolved, data, source, shown, states, main)
     about = {**provenance, "run": run_uuid}
+    checkpoints = Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell)
     return Watchers(
         channels=channels,
         history=history,
@@ -124,7 +132,8 @@ def make_watchers(
         evaluation=Validation(metrics, config.train.eval_every, batches, tell, progress),
         samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
         own=own,
-        checkpoints=Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell),
+        checkpoints=checkpoints,
+        snapshots=Snapshots(memory, config, parallel, checkpoints, metrics, leg, tell),
         stop=StopOnSignal(parallel, tell),
         say=tell,
     )
@@ -166,7 +175,8 @@ def _metrics(
 def _set_guard(resolved: Resolved, module: LanguageModule, tell: Callable[[str], None]) -> None:
     """Let the guard look at what the step has left at the latest when something else does."""
     train, logger, checkpoint = resolved.config.train, resolved.config.logger, resolved.config.checkpoint
-    periods = (logger.every_steps, train.eval_every, train.sample.every_steps, checkpoint.every_steps)
+    snapshots = checkpoint.memory.every_steps if checkpoint.memory.enabled else None
+    periods = (logger.every_steps, train.eval_every, train.sample.every_steps, checkpoint.every_steps, snapshots)
     module.guard.due = lambda step: any(period and step % period == 0 for period in periods)
     module.guard.say = tell
 

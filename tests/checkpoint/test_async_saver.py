@@ -179,7 +179,7 @@ def test_the_advice_fits_the_cause(tmp_path, monkeypatch, error, remedy):
     def refuse(*args):
         raise error
 
-    monkeypatch.setattr(writer, "_write_rank", refuse)
+    monkeypatch.setattr(writer, "write_rank", refuse)
     saver = _saver(tmp_path)
     saver.save(1, _shards(), CONTENTS)
     with pytest.raises(SaveError, match=f"could not be written: {re.escape(str(error.args[-1]))}") as caught:

@@ -194,7 +194,7 @@ def test_a_reference_comes_back_as_it_was(tmp_path):
 def test_a_checkpoint_without_one_is_no_error(tmp_path):
     checkpoint = Checkpoint(write_whole(tmp_path, TENSORS))
     assert read_reference(checkpoint) is None
-    assert check(checkpoint, None, None, [], HERE).verdict == "unchecked"
+    assert check(checkpoint, None, None, None, HERE).verdict == "unchecked"
 
 
 DAMAGE = {

@@ -211,17 +211,27 @@ class Checkpoints(lightning.Callback):
     def _start_save(self, pl_module: Any, saver: Saver) -> None:
         """Measure the reference batch and copy the state; the rest is written beside the training."""
         step = self._started = pl_module.step
-        files = {**self._extra, HISTORY: self._history.content(step)}
+        files: dict[str, bytes] = {}
         if self._reference is not None:
             try:
-                files |= reference_files(pl_module.model, self._parallel, self._reference)
+                files = reference_files(pl_module.model, self._parallel, self._reference)
             except NonFiniteError as error:
                 raise Diverged(step, {}, "weights") from error
         shards = self._parallel.state_shards(pl_module.model, pl_module.optimizer)
+        saver.save(step, shards, self.contents(step, files))
+
+    def contents(self, step: int, files: Mapping[str, bytes], attested: bool = True) -> Contents:
+        """Return what is saved beside the tensors of `step`.
+
+        Args:
+            step: optimizer steps completed.
+            files: by name, beside the model's and the run's history.
+            attested: with the signatures that others check, and not that of the manifest alone.
+        """
         settings = self._config.checkpoint
-        about = (self._state(step), to_dict(self._config), files)
-        contents = Contents(*about, self._sign, settings.hash, self._attested, self._attest)
-        saver.save(step, shards, contents)
+        beside = {**self._extra, HISTORY: self._history.content(step), **files}
+        signed = (self._attested, self._attest) if attested else ()
+        return Contents(self._state(step), to_dict(self._config), beside, self._sign, settings.hash, *signed)
 
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""
