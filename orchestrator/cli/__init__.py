@@ -23,6 +23,8 @@ VERBS = {
     "launch": "train on a cluster: submit to Slurm, Kubernetes and others, follow and cancel",
     "data": "make a token store from text, JSONL or Parquet; look into one",
     "generate": "continue a prompt with a trained checkpoint",
+    "runs": "which runs there are, what each is doing; remove old ones",
+    "watch": "follow a run on the terminal",
     "compare": "runs, or certificates, side by side: losses, speed, and what differs between them",
     "plan": "what a run needs, on whose chips, how long and for how much, before anyone pays",
     "checkpoint": "look into checkpoints, check, compare, convert and prune them",

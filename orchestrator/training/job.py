@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ def build(
     )
     trainer = make_trainer(parallel, watchers.callbacks(module.guard), config.train.deterministic)
     resumed_from = str(restored.directory) if restored else None
-    about = {"leg": leg, "start_step": module.step, "resumed_from": resumed_from, **side}
+    about = {"leg": leg, "start_step": module.step, "resumed_from": resumed_from, "host": platform.node(), **side}
     if restored:
         about["restored_from"] = "memory" if restored.partial else "storage"
     return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about)
