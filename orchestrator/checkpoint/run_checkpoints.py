@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
+import time
 from collections.abc import Callable
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
@@ -12,15 +15,18 @@ from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import (
     AnyPath,
     children,
+    put_last,
     read_bounded,
     remove_file,
     remove_tree,
     size_of,
     there,
 )
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, shown
 
 _MAX_MEASURED_BYTES = 1 << 16
+MARK = "set-aside.json"
+"""Beside the manifest of a checkpoint that its run does not go on from, and why. Its files stay as they were saved."""
 
 
 def committed(parent: AnyPath) -> list[AnyPath]:
@@ -64,6 +70,7 @@ def newest_valid(
     report: Callable[[str], object],
     trust: Trust = Trust(),
     before: AnyPath | None = None,
+    until: int | None = None,
 ) -> AnyPath | None:
     """Return the directory of the checkpoint that `open_newest` opens, with these arguments; None where there is none.
 
@@ -73,8 +80,9 @@ def newest_valid(
         report: told of each checkpoint that is not valid.
         trust: whose signatures are accepted.
         before: look only at those older than this one.
+        until: look only at those of at most this step; None: at all.
     """
-    found = open_newest(parent, verify, report, trust, before)
+    found = open_newest(parent, verify, report, trust, before, until)
     return None if found is None else found.directory
 
 
@@ -84,6 +92,7 @@ def open_newest(
     report: Callable[[str], object],
     trust: Trust = Trust(),
     before: AnyPath | None = None,
+    until: int | None = None,
 ) -> Checkpoint | None:
     """Open the newest checkpoint whose manifest, files and their sizes are right.
 
@@ -93,13 +102,17 @@ def open_newest(
         report: told of each checkpoint that is not valid.
         trust: whose signatures are accepted.
         before: look only at those older than this one.
+        until: look only at those of at most this step; None: at all.
     """
-    paths = committed(parent)
+    paths = [path for path in committed(parent) if until is None or step_of(path) <= until]
     if before is not None:
         names = [path.name for path in paths]
         paths = paths[names.index(before.name) + 1 :] if before.name in names else []
     for path in paths:
         try:
+            if why := set_aside(path):
+                report(f"skipping {path}: it was set aside: {why}")
+                continue
             checkpoint = Checkpoint(path, trust)
             if verify:
                 checkpoint.verify_beside()
@@ -128,41 +141,79 @@ def diverged(path: AnyPath) -> bool:
         return False
 
 
-def removable(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
+def set_aside(path: AnyPath) -> str:
+    """Return why the run of a checkpoint does not go on from it; empty where nothing is said against it.
+
+    Args:
+        path: a path of this machine or of an object store.
+
+    Raises:
+        CheckpointError: it cannot be asked.
+    """
+    try:
+        if not there(path / MARK):
+            return ""
+        said = parse_json(read_bounded(path / MARK, _MAX_MEASURED_BYTES))
+        return shown(said["because"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return f"{MARK} does not say why"
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint cannot be read: {error.strerror or error}", got=path) from error
+
+
+def put_aside(path: AnyPath, because: str) -> None:
+    """Mark a checkpoint as one that its run does not go on from. The mark travels with its directory.
+
+    Args:
+        path: of the checkpoint.
+        because: the reason, a sentence.
+
+    Raises:
+        OSError: it could not be marked.
+    """
+    put_last(path / MARK, json.dumps({"because": because, "time": time.time()}).encode())
+
+
+def removable(
+    parent: AnyPath, keep_last: int, keep_every_steps: int | None, trusted_step: int | None = None
+) -> list[AnyPath]:
     """List the checkpoints older than the `keep_last` newest, at least one, without multiples of `keep_every_steps`.
 
-    One whose model was not finite counts for nothing: no good one goes because of it.
+    One whose model was not finite, or that was set aside, counts for nothing: no good one goes because of it.
 
     Args:
         parent: the directory of checkpoints.
         keep_last: number of the newest checkpoints to keep.
         keep_every_steps: keep checkpoints at multiples of this step, too; None: no others.
+        trusted_step: keep the newest one of at most this step, too: later ones may turn out to be bad.
     """
-    found, paths, kept = [], committed(parent), 0
+    paths, kept = committed(parent), 0
+    counts = functools.cache(lambda path: not diverged(path) and not set_aside(path))
+    trusted = [path for path in paths if trusted_step is not None and step_of(path) <= trusted_step]
+    spared = next(filter(counts, trusted), None)
     while paths and kept < max(1, keep_last):
-        kept += not diverged(paths.pop(0))
-    for path in paths:
-        match = DIRECTORY.fullmatch(path.name)
-        assert match
-        if not keep_every_steps or int(match[1]) % keep_every_steps:
-            found.append(path)
-    return found
+        kept += counts(paths.pop(0))
+    old = [path for path in paths if path != spared]
+    return [path for path in old if not keep_every_steps or step_of(path) % keep_every_steps]
 
 
-def prune(parent: AnyPath, keep_last: int, keep_every_steps: int | None) -> list[AnyPath]:
+def prune(
+    parent: AnyPath, keep_last: int, keep_every_steps: int | None, trusted_step: int | None = None
+) -> list[AnyPath]:
     """Remove the checkpoints that are `removable`.
 
     Args:
         parent: the directory of checkpoints.
         keep_last: number of the newest checkpoints to keep.
         keep_every_steps: keep checkpoints at multiples of this step, too; None: no others.
+        trusted_step: as of `removable`.
 
     Returns:
         The directories that were removed.
     """
     removed: list[AnyPath] = []
     try:
-        old = removable(parent, keep_last, keep_every_steps)
+        old = removable(parent, keep_last, keep_every_steps, trusted_step)
     except CheckpointError:
         return removed  # a store that does not answer now: after the next save, then
     for path in old:

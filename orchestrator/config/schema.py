@@ -111,6 +111,7 @@ class DataConfig:
     on_null: Literal["error", "skip"] = "error"  # rows whose field is null or missing
     reader: dict[str, Any] = field(default_factory=dict)  # of one's own, by _target_; {}: files are read by format
     transform: dict[str, Any] = field(default_factory=dict)  # of every document, by _target_; {}: none
+    skip: tuple[tuple[int, int], ...] = ()  # ranges of training sequences to leave out: first, and behind the last
     cache_dir: str | Auto = "auto"
     workers: int | Auto = "auto"  # threads that tokenise
     prefetch: int = 2  # steps read ahead by the training process
@@ -336,8 +337,10 @@ class TrainConfig:
     eval_tokens: int = 65536
     loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
     deterministic: bool = False
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a step does whose loss or gradient norm is not finite
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"  # of a step whose loss or gradient norm is not finite
     max_skips: int = 10  # steps in a row that on_nonfinite=skip leaves out; one more, and the run stops
+    max_rewinds: int = 10  # of a run, all its legs together; one more, and the run stops
+    rewind_skip_steps: int = 0  # least batches that a rewind leaves out, from its checkpoint on
     init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
     objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep
     sample: SampleConfig = SampleConfig()

@@ -81,6 +81,8 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "launch.max_restarts": (0, 10**6),
     "train.max_steps": _STEPS,
     "train.max_skips": _STEPS,
+    "train.max_rewinds": (0, 10**6),
+    "train.rewind_skip_steps": (0, 10**9),
     "train.seq_len": (2, 1 << 30),
     "train.global_batch_tokens": (-_LARGEST, 1 << 40),  # its least is a sequence: see _batch
     "train.eval_every": _STEPS,
@@ -132,6 +134,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
         check_model(config.model),
         _tokenizer(config.data.tokenizer),
         _batch(config),
+        _skip(config),
         _checkpoint(config.checkpoint),
     )
     return [*check_ranges(config), *(problem for part in parts for problem in part)]
@@ -327,6 +330,13 @@ def _batch(config: RunConfig) -> list[ConfigError]:
             )
         )
     return problems
+
+
+def _skip(config: RunConfig) -> list[ConfigError]:
+    wrong = [pair for pair in config.data.skip if not 0 <= pair[0] < pair[1] < _LARGEST]
+    shown = ", ".join(str(list(pair)) for pair in wrong[:3])
+    allowed = "[FIRST, BEHIND_THE_LAST]: numbers of sequences, from 0, the second one larger"
+    return [out_of_range("data.skip", shown, allowed)] if wrong else []
 
 
 def _checkpoint(checkpoint: CheckpointConfig) -> list[ConfigError]:

@@ -1,8 +1,9 @@
 """The order of the training data: a pure function of the stores, the seed and the index of a sequence.
 
-No process holds a position. Step `s` trains on the sequences `s * global_batch` to `(s + 1) * global_batch - 1`, and
-whichever rank wants one computes it; so the order does not depend on how many ranks there are, and resuming is
-starting at another step. `grain` supplies the shuffles, the epochs and the mixing, all by random access.
+No process holds a position. Step `s` trains on the sequences number `s * global_batch` to `(s + 1) * global_batch - 1`
+that are not left out, and whichever rank wants one computes it; so the order does not depend on how many ranks there
+are, and resuming is starting at another step. `grain` supplies the shuffles, the epochs and the mixing, all by random
+access.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.constants import IGNORE_INDEX
+from orchestrator.data.skipping import Ranges, behind, kept, merged
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError
 
@@ -135,7 +137,7 @@ class Position:
     Attributes:
         step: completed optimizer steps.
         sequence: the first sequence of the stream that has not been trained on. `step` times the global batch, unless
-            the batch or the data was changed on the way.
+            the batch or the data was changed on the way, or some of it was left out.
         tokens: that were trained on so far.
     """
 
@@ -147,9 +149,9 @@ class Position:
 class StepLoader:
     """The share of one data rank of every optimizer step, read ahead by a thread.
 
-    Step `s` gives `[global_batch / data_world, seq_len]` arrays: the sequences
-    `first + data_rank + k * data_world`, with `first = start.sequence + (s - start.step) * global_batch`. Iterating
-    again starts at `start` again.
+    Step `s` gives `[global_batch / data_world, seq_len]` arrays: of the sequences from `start.sequence` on that are not
+    left out, those numbered `(s - start.step) * global_batch + data_rank + k * data_world`. Iterating again starts at
+    `start` again.
 
     Args:
         stream: the training sequences.
@@ -159,6 +161,7 @@ class StepLoader:
         start: where the first step begins.
         steps: how many it yields.
         prefetch: steps that are read ahead; 0 reads when asked.
+        skipped: ranges of sequences that are left out: the first one, and the one behind the last.
 
     Raises:
         DataError: the ranks cannot share the batch equally.
@@ -173,6 +176,7 @@ class StepLoader:
         start: Position,
         steps: int,
         prefetch: int = 2,
+        skipped: Ranges = (),
     ):
         if global_batch < 1 or global_batch % data_world:
             raise DataError(
@@ -186,6 +190,17 @@ class StepLoader:
         self.stream, self.global_batch = stream, global_batch
         self.data_rank, self.data_world = data_rank, data_world
         self.start, self.steps, self.prefetch = start, max(0, steps), prefetch
+        self.skipped = merged(skipped)
+
+    def move(self, start: Position, skipped: Ranges) -> None:
+        """Begin at another step, with other ranges left out; the last step stays the last one.
+
+        Args:
+            start: where the next iteration begins.
+            skipped: what is left out.
+        """
+        self.steps += self.start.step - start.step
+        self.start, self.skipped = start, merged(skipped)
 
     def __len__(self) -> int:
         return self.steps
@@ -201,24 +216,30 @@ class StepLoader:
         Args:
             step: number of the step, from 0.
         """
-        first = self._first(step)
-        return self.stream.batch(range(first + self.data_rank, first + self.global_batch, self.data_world))
+        sequences = kept(self.skipped, self.first(step), self.global_batch)
+        return self.stream.batch(sequences[self.data_rank :: self.data_world])
 
     def tokens_after(self, step: int) -> int:
         """Return the tokens that were trained on after `step` optimizer steps."""
         return self.start.tokens + (step - self.start.step) * self.global_batch * self.stream.seq_len
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the position after `step` optimizer steps, for JSON: the first sequence that was not trained on."""
+        """Return the position after `step` optimizer steps, for JSON: the next sequence, and what is left out."""
         return {
-            "next_sequence": self._first(step),
+            "next_sequence": self.first(step),
             "tokens": self.tokens_after(step),
             "fingerprint": self.stream.fingerprint,
             "facts": self.stream.facts,
+            **({"skipped": [list(pair) for pair in self.skipped]} if self.skipped else {}),
         }
 
-    def _first(self, step: int) -> int:
-        return self.start.sequence + (step - self.start.step) * self.global_batch
+    def first(self, step: int) -> int:
+        """Return the first sequence of a step, in whose place none is left out.
+
+        Args:
+            step: number of the step, from 0; not before that of `start`.
+        """
+        return behind(self.skipped, self.start.sequence, (step - self.start.step) * self.global_batch)
 
 
 class ValidationBatches:

@@ -250,29 +250,43 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
 def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) -> str:
     """Train, save and look back. Returns the run's status; what there was no time for is in `left_out`."""
     from orchestrator.launch.aftermath import examine
-    from orchestrator.runs.own_parts import blamed
+    from orchestrator.launch.rewinding import rewound
     from orchestrator.training.divergence import Diverged
 
-    try:
-        if not _all_steps_done(job):
-            with blamed(job.watchers.own):
-                job.trainer.fit(job.module, job.loader)
-        standing.enter(standing.ENDING)
-        _save(job, record)
-        job.watchers.snapshots.finish()
-        if _all_steps_done(job):
-            left_out += ["evaluation", "sample"]
-            _look_back(job, left_out)
-        status = "finished" if _all_steps_done(job) else "interrupted"
-    except Diverged as found:
-        left_out.clear()
-        job.watchers.stop.on_train_end(job.trainer, job.module)
-        job.watchers.snapshots.finish()
-        record.note(diverged=examine(job, found, run_dir))
-        status = "diverged"
+    status = ""
+    while not status:
+        try:
+            _train_through(job, record, left_out)
+            status = "finished" if _all_steps_done(job) else "interrupted"
+        except Diverged as found:
+            left_out.clear()
+            standing.enter(standing.LOADING)  # one long piece, also where the step is compiled to be looked at
+            job.watchers.stop.on_train_end(job.trainer, job.module)
+            job.watchers.snapshots.clear()
+            about = examine(job, found, run_dir)
+            again = rewound(job, found, about, record)
+            if again is None:
+                job.watchers.snapshots.finish()
+                record.note(diverged=about)
+                status = "diverged"
+            job = again or job
     if skipped := job.module.guard.skipped:
         record.note(skipped_steps=skipped)
     return status
+
+
+def _train_through(job: Job, record: Record, left_out: list[str]) -> None:
+    from orchestrator.runs.own_parts import blamed
+
+    if not _all_steps_done(job):
+        with blamed(job.watchers.own):
+            job.trainer.fit(job.module, job.loader)
+    standing.enter(standing.ENDING)
+    _save(job, record)
+    job.watchers.snapshots.finish()
+    if _all_steps_done(job):
+        left_out += ["evaluation", "sample"]
+        _look_back(job, left_out)
 
 
 def _all_steps_done(job: Job) -> bool:

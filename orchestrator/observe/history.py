@@ -41,6 +41,15 @@ class History:
                 if key in row:
                     kept.add(json.dumps(row, allow_nan=False).encode())
 
+    def forget_after(self, step: int) -> None:
+        """Drop the rows of later steps: a rewind has undone them.
+
+        Args:
+            step: optimizer steps completed.
+        """
+        for kept in self._kept.values():
+            kept.forget_after(step)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows that are kept, by rising step."""
         found = [json.loads(text) for kept in self._kept.values() for text in kept.rows]
@@ -56,6 +65,9 @@ class History:
 
 
 NONFINITE = "nonfinite"
+REWOUND = "rewound_from"
+"""Key of a row that says: the run was taken back to the row's `step` from this one; rows before it of later steps are
+of what was undone."""
 
 
 def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,3 +116,7 @@ class _Thinned:
         self._count += 1
         if len(self.rows) > LIMIT:
             self.rows, self._stride = self.rows[::2], 2 * self._stride
+
+    def forget_after(self, step: int) -> None:
+        self.rows = [row for row in self.rows if json.loads(row)["step"] <= step]
+        self._count = len(self.rows) * self._stride

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from orchestrator.config.schema import LoggerConfig
-from orchestrator.observe.history import METRICS, History, finite_row
+from orchestrator.observe.history import METRICS, REWOUND, History, finite_row
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
 from orchestrator.observe.trackers import OwnLogger, TensorBoard, Wandb
 
@@ -155,6 +155,18 @@ class Metrics(lightning.Callback):
             step: optimizer steps completed.
         """
         self._steps = [values for values in self._steps if values["step"] <= step]
+
+    def rewind(self, step: int, undone: int) -> None:
+        """Note that the steps after `step` were undone: their rows stay in the file, and count no more.
+
+        Args:
+            step: optimizer steps completed, from now on.
+            undone: the last step that was computed.
+        """
+        self._steps.clear()
+        self._history.forget_after(step)
+        self._write([{"step": step, REWOUND: undone, "time": time.time(), "leg": self._leg}])
+        self.pause()
 
     def pause(self) -> None:
         """Start the clock again: what was done since the last flush is not training."""

@@ -60,6 +60,17 @@ class Progress(lightning.Callback):
             left = _clock(self._remaining(pl_module.step))
             self.say(f"step {latest['step']}/{self._max_steps}  {_numbers(latest)}  ETA {left}")
 
+    def rewind(self, step: int) -> None:
+        """Show that the run was taken back.
+
+        Args:
+            step: optimizer steps completed.
+        """
+        self._first, self._shown = step, {}
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
+
     def _remaining(self, step: int) -> float:
         return (time.monotonic() - self._started) / max(1, step - self._first) * (self._max_steps - step)
 

@@ -18,6 +18,7 @@ import yaml
 
 from orchestrator.config.schema import WandbConfig
 from orchestrator.errors import MissingExtraError
+from orchestrator.observe.history import REWOUND
 from orchestrator.observe.sink import Appended
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class TensorBoard:
         self._begun = True
 
     def _head(self) -> Iterator[Any]:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event
         from torch.utils.tensorboard.summary import text
 
         yield Event(wall_time=time.time(), file_version="brain.Event:2")
@@ -93,8 +94,7 @@ class TensorBoard:
         yield Event(wall_time=time.time(), step=self._start_step, summary=text("config", indented))
         if any(self._folder.glob("events.*")):
             if self._start_step:
-                start = SessionLog(status=SessionLog.START)
-                yield Event(wall_time=time.time(), step=self._start_step + 1, session_log=start)
+                yield _begun_again(self._start_step)
         else:
             yield from self._events(self._earlier)
 
@@ -103,8 +103,19 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         for row in rows:
+            if REWOUND in row:
+                yield _begun_again(row["step"])
+                continue
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(row).items()]
             yield Event(wall_time=float(row.get("time") or 0), step=row["step"], summary=Summary(value=values))
+
+
+def _begun_again(step: int) -> Any:
+    """Return the event that hides the ones before it of steps after `step`."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    start = SessionLog(status=SessionLog.START)
+    return Event(wall_time=time.time(), step=step + 1, session_log=start)
 
 
 class Wandb:
@@ -147,7 +158,8 @@ class Wandb:
         if self._run is None:
             self._run = self._open()
         for row in rows:
-            self._run.log(tagged(row), step=row["step"])
+            if values := tagged(row):
+                self._run.log(values, step=row["step"])
 
     def _open(self) -> Any:
         import wandb
@@ -199,7 +211,8 @@ class OwnLogger:
             logger.log_hyperparams(self._run_config)
             self._logger = logger
         for row in rows:
-            self._logger.log_metrics(tagged(row), step=row["step"])
+            if values := tagged(row):
+                self._logger.log_metrics(values, step=row["step"])
         self._logger.save()
 
     def close(self) -> None:

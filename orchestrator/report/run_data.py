@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_REWOUND = "rewound_from"  # of a row that says: the run was taken back to this step, and what came after is undone
 Point = tuple[float, float]
 Row = dict[str, Any]
 
@@ -74,7 +75,8 @@ def read_run_data(run_dir: Path) -> RunData:
     facts = _read_json(run_dir / "run.json")
     metrics, bad_metrics = read_lines(run_dir / "metrics.jsonl")
     samples, bad_samples = read_lines(run_dir / "samples.jsonl")
-    steps = [row for row in metrics if number(row.get("step")) is not None]
+    numbered = [row for row in metrics if number(row.get("step")) is not None]
+    steps = [row for row in _in_effect(numbered, numbered) if _REWOUND not in row]
     starts = _leg_starts(facts, steps)
     train = _current([row for row in steps if "loss" in row], starts)
     return RunData(
@@ -82,9 +84,9 @@ def read_run_data(run_dir: Path) -> RunData:
         facts=facts,
         train=train,
         evals=_current([row for row in steps if "val_loss" in row], starts),
-        samples=[row for row in samples if isinstance(row.get("text"), str)],
+        samples=_in_effect([row for row in samples if isinstance(row.get("text"), str)], numbered),
         config_text=_read_text(run_dir / "config.yaml"),
-        skipped=bad_metrics + bad_samples + len(metrics) - len(steps),
+        skipped=bad_metrics + bad_samples + len(metrics) - len(numbered),
         non_finite=sum(any(number(row.get(key, 0)) is None for key in ("loss", "grad_norm")) for row in train),
         handovers=_read_list(run_dir / "handover.json"),
     )
@@ -253,6 +255,17 @@ def _leg_starts(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[int, floa
         if start is not None:
             starts[int(number(leg.get("leg")) or index)] = start
     return starts
+
+
+def _in_effect(rows: Sequence[Row], written: Iterable[Row]) -> list[Row]:
+    """Return those of `rows` that no rewind has undone; `written` says when the run was taken back, and where to."""
+    rewinds = [(row["step"], number(row.get("time")) or 0.0) for row in written if _REWOUND in row]
+
+    def undone(row: Row) -> bool:
+        step, time = number(row.get("step")) or 0.0, number(row.get("time")) or 0.0
+        return any(step > to and time < at for to, at in rewinds)
+
+    return [row for row in rows if not undone(row)] if rewinds else list(rows)
 
 
 def _current(rows: Iterable[Row], starts: Mapping[int, float]) -> list[Row]:

@@ -30,7 +30,40 @@ def marks(data: RunData) -> list[tuple[float, str]]:
         if moved and before.get("target") == leg.get("target"):
             name += f", {layout(leg.get('layout'))}"
         found.append((start, name + (", handover differs" if _verdict(leg) == "differs" else "")))
+    found += [(to, f"rewind from {known(one.get('step'))}") for to, one in _rewinds(data)]
     return found
+
+
+def _rewinds(data: RunData) -> list[tuple[float, Mapping[str, Any]]]:
+    """Return the rewinds of all legs, each with the step that the run was taken back to."""
+    entries = [one for leg in data.legs for one in (leg.get("rewinds") or ()) if isinstance(one, Mapping)]
+    return [(to, one) for one in entries if (to := number(one.get("to"))) is not None]
+
+
+def rewinds_section(data: RunData) -> str:
+    """Return a table of the times that the run was taken back; nothing where it was not.
+
+    Args:
+        data: of the run.
+    """
+    rows = []
+    for to, one in _rewinds(data):
+        skipped, found = one.get("skipped"), one.get("found")
+        said = [one.get("what"), *(found if isinstance(found, list) else [])]
+        left_out = "unknown"
+        if isinstance(skipped, list) and len(skipped) == 2:
+            left_out = f"sequences {known(skipped[0])} to before {known(skipped[1])}"
+        rows.append(
+            (
+                known(one.get("step")),
+                format_number(to),
+                "; ".join(str(text) for text in said if text),
+                left_out,
+                known(one.get("undone_steps")),
+            )
+        )
+    head = ("From step", "To step", "Why", "Left out", "Steps undone")
+    return _rows_section("Rewinds", head, rows, long="Why") if rows else ""
 
 
 def legs_section(data: RunData) -> str:

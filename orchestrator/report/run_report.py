@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.atomic_files import write_atomically
 from orchestrator.report.page import frame
 from orchestrator.report.run_data import MEAN_STEPS, Point, RunData, headline, number, read_run_data, smooth, summarise
-from orchestrator.report.run_legs import handovers_section, legs_section, marks
+from orchestrator.report.run_legs import handovers_section, legs_section, marks, rewinds_section
 from orchestrator.report.run_text import (
     clock_time,
     duration,
@@ -71,6 +71,7 @@ def render(data: RunData) -> str:
         _cards(data, facts),
         f'<section class="charts" aria-label="Curves">{_charts(data, facts)}</section>',
         legs_section(data),
+        rewinds_section(data),
         handovers_section(data),
         _samples(data),
         _facts(data),

@@ -54,6 +54,15 @@ class Record:
         """
         self._leg.update(facts)
 
+    def publish(self, **facts: Any) -> None:
+        """Add facts of this leg, and write them now.
+
+        Args:
+            facts: by name.
+        """
+        self.note(**facts)
+        self._put({"status": "running"})
+
     def end(self, status: str, step: int, left_out: list[str]) -> None:
         """Write how the run has ended. On a full disk this retries for some seconds.
 

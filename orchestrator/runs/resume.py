@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import DIRECTORY, MANIFEST
-from orchestrator.checkpoint.run_checkpoints import committed, open_newest
+from orchestrator.checkpoint.run_checkpoints import MARK, committed, open_newest, set_aside
 from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.storage import AnyPath, children, is_remote, locate, modified, resolved, there
 from orchestrator.config import registry
@@ -96,6 +96,12 @@ def find(
     path = locate(resume)
     whole = path if is_remote(path) else resolved(path)
     if is_checkpoint(resume):
+        if why := set_aside(path):
+            raise CheckpointError(
+                f"this checkpoint was set aside: {why}",
+                got=resume,
+                fix=f"resume its run, which goes on from the newest one that was not; or remove {path / MARK}",
+            )
         checkpoint = Checkpoint(path, trusted)
         if verify:
             checkpoint.verify_beside()

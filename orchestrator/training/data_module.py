@@ -10,6 +10,7 @@ import lightning.pytorch as lightning
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData, prepare
+from orchestrator.data.skipping import merged
 from orchestrator.data.stream import Batch, Position, StepLoader, TokenStream, ValidationBatches, validation_batches
 from orchestrator.data.validation import ValidationData, validation_data
 from orchestrator.errors import CheckpointError
@@ -26,12 +27,13 @@ class TokenDataModule(lightning.LightningDataModule):
 
     Attributes:
         position: from which training goes on.
+        skipped: ranges of the training sequences that are left out: those of the configuration, and of the run so far.
     """
 
     def __init__(self, config: RunConfig, prepared: PreparedData | None = None):
         super().__init__()
         self.config = settle_unplanned(config)
-        self.position = Position()
+        self.position, self.skipped = Position(), merged(config.data.skip)
         self._prepared = prepared
 
     @property
@@ -70,7 +72,8 @@ class TokenDataModule(lightning.LightningDataModule):
         """
         train, (rank, shares) = self.config.train, parallel.data_share
         sequences, left = train.global_batch_tokens // train.seq_len, train.max_steps - self.position.step
-        return StepLoader(self.stream, sequences, rank, shares, self.position, left, self.config.data.prefetch)
+        ahead = self.config.data.prefetch
+        return StepLoader(self.stream, sequences, rank, shares, self.position, left, ahead, self.skipped)
 
     def evaluation(self, parallel: ParallelStrategy) -> ValidationBatches | None:
         """Return this process's batches of an evaluation; None where there is no such data.
@@ -128,6 +131,7 @@ class TokenDataModule(lightning.LightningDataModule):
         # Checkpoints of the first version do not count tokens.
         tokens = state_dict.get("tokens", sequence * self.stream.seq_len)
         self.position = Position(state_dict["step"], sequence, tokens)
+        self.skipped = merged([*self.config.data.skip, *state_dict.get("skipped", ())])
 
 
 class _Steps:

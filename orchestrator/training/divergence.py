@@ -25,6 +25,9 @@ class Diverged(Exception):
         source: `step`: the update of `step` was left out, and the weights are those before it. `validation`: the
             held-out loss after it. `weights`: what was to be saved after it.
         in_a_row: how many steps up to this one have left the weights as they were.
+
+    Attributes:
+        before: the last step whose weights are none of those that led here.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Diverged(Exception):
     ):
         super().__init__(f"diverged at step {step}")
         self.step, self.values, self.source, self.in_a_row = step, dict(values), source, in_a_row
+        self.before = step - in_a_row
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,18 @@ class FiniteGuard(lightning.Callback):
 
     def __init__(self, parallel: ParallelStrategy, config: TrainConfig):
         self._parallel, self._limit = parallel, config.max_skips
-        self._stops = config.on_nonfinite == "stop"
-        # Sent from the host: as an operation it would be a constant of the first step's graph alone.
-        self._bad = torch.tensor(False).to(parallel.root_device)
-        self._waiting: deque[_Judged] = deque()
-        self._in_a_row = 0
+        self._stops = config.on_nonfinite != "skip"
         self.skipped = 0
+        self.reset()
         self.due: Callable[[int], bool] = lambda step: True
         self.say: Callable[[str], None] = lambda text: None
+
+    def reset(self) -> None:
+        """Forget the steps so far: what follows is computed from other weights."""
+        # Sent from the host: as an operation it would be a constant of the first step's graph alone.
+        self._bad = torch.tensor(False).to(self._parallel.root_device)
+        self._waiting: deque[_Judged] = deque()
+        self._in_a_row = 0
 
     def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Return whether the update of `step` must be left out, as a bool scalar on the device.

@@ -13,6 +13,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import locate
 from orchestrator.data.prepare import PreparedData
+from orchestrator.data.skipping import merged
 from orchestrator.data.stream import StepLoader, TokenStream
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
@@ -23,7 +24,7 @@ from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.host_snapshots import newer_snapshots, open_host_memory, restore_snapshot
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.resolved import Resolved
-from orchestrator.training.restore import data_position, open_together, restore_run, restore_weights
+from orchestrator.training.restore import data_position, data_skipped, open_together, restore_run, restore_weights
 from orchestrator.training.watchers import Watchers, make_watchers
 
 
@@ -41,6 +42,7 @@ class Job:
         restored: the checkpoint that it goes on from; None for a new run.
         facts: what is known of it before its first step.
         leg: what is known of this start of it.
+        trusted: whose checkpoints are believed.
     """
 
     resolved: Resolved
@@ -52,6 +54,7 @@ class Job:
     restored: Checkpoint | None
     facts: dict[str, Any]
     leg: dict[str, Any]
+    trusted: Trust
 
     @property
     def say(self) -> Callable[[str], None]:
@@ -127,11 +130,12 @@ def build(
     snapshot = restore_snapshot(snapshots, resolved, module, tokens.stream, trusted, legs)
     if snapshots and snapshot is None and not resumes:
         module.make_optimizer()
-    source = snapshot or _fill(resolved, module, tokens.stream, trusted, opened)
+    source = snapshot or fill(resolved, module, tokens.stream, trusted, opened)
     restored = source if resumes else snapshot
     if memory is not None:
         memory.keep_only(snapshot.directory.name if snapshot else None)
     tokens.position = data_position(restored, tokens.stream)
+    tokens.skipped = merged([*tokens.skipped, *data_skipped(restored, tokens.stream)])
     module.step = tokens.position.step
     loader = tokens.steps(parallel)
     facts, mfu = run_facts(resolved, parallel, module.model, tokens)
@@ -154,13 +158,20 @@ def build(
     about = {"leg": leg, "start_step": module.step, "resumed_from": resumed_from, "host": platform.node(), **side}
     if restored:
         about["restored_from"] = "memory" if restored.partial else "storage"
-    return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about)
+    return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about, trusted)
 
 
-def _fill(
-    resolved: Resolved, module: LanguageModule, stream: TokenStream, trusted: Trust, opened: Checkpoint | None
+def fill(
+    resolved: Resolved, module: LanguageModule, stream: TokenStream, trusted: Trust, opened: Checkpoint | None = None
 ) -> Checkpoint | None:
     """Give the model its weights: those of the run so far, those of other training, or random ones of the seed.
+
+    Args:
+        resolved: the run; `place.resume_from` is where it goes on.
+        module: with model and optimizer, placed.
+        stream: the data.
+        trusted: whose checkpoints are believed.
+        opened: the checkpoint, if this process has opened it already.
 
     Returns:
         The checkpoint that they are from.

@@ -16,6 +16,7 @@ from orchestrator.checkpoint.run_checkpoints import newest_valid
 from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import AnyPath, is_remote
 from orchestrator.config.schema import RunConfig
+from orchestrator.data.skipping import Ranges, merged
 from orchestrator.data.stream import Position, TokenStream
 from orchestrator.distributed.exchange import Coordinator
 from orchestrator.errors import CheckpointError, DamagedError, NonFiniteError
@@ -192,6 +193,17 @@ def data_position(checkpoint: Checkpoint | None, stream: TokenStream) -> Positio
     same_data = saved["fingerprint"] == stream.fingerprint
     # Checkpoints of the first version do not count tokens; no key of theirs could change on the way.
     return Position(checkpoint.step, read if same_data else 0, saved.get("tokens", read * stream.seq_len))
+
+
+def data_skipped(checkpoint: Checkpoint | None, stream: TokenStream) -> Ranges:
+    """Return the sequences of `stream` that the run of a checkpoint leaves out; none of other data.
+
+    Args:
+        checkpoint: the restored one; None for a new run.
+        stream: the training sequences.
+    """
+    saved: dict[str, Any] = checkpoint.state()["data"] if checkpoint is not None else {}
+    return merged(saved.get("skipped", ())) if saved.get("fingerprint") == stream.fingerprint else ()
 
 
 # What the order of the data depends on, and the keys that say it.

@@ -9,24 +9,37 @@ from unittest import mock
 
 import torch
 
+from orchestrator.data.stream import StepLoader
 from orchestrator.models.layers import Block
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.module import LanguageModule
 
 
 @contextmanager
-def poisoned(steps: Sequence[int], layer: int, phase: str, here: bool = True) -> Iterator[None]:
+def poisoned(
+    steps: Sequence[int], layer: int, phase: str, here: bool = True, first: int | None = None
+) -> Iterator[None]:
     """Within it block `layer` spoils its output (`forward`) or the gradient of it (`backward`) at `steps`.
 
     Args:
         steps: from 1; a step that is computed again is spoilt again.
         here: whether this rank takes part.
+        first: only where the batch begins with this sequence of the stream: bad data, which can be left out.
     """
     spoilt: list[Block] = []
     seed, compute, forward = LanguageModule.seed_dropout, ParallelStrategy.forward_backward, Block.forward
 
+    move, loaders = StepLoader.__init__, list[StepLoader]()
+
+    def keep(self: StepLoader, *args: Any, **options: Any) -> None:
+        move(self, *args, **options)
+        loaders[:] = [self]
+
+    def bad(step: int) -> bool:
+        return step + 1 in steps and (first is None or loaders[0].first(step) == first)
+
     def begin(self: LanguageModule, *place: int) -> None:
-        spoilt[:] = [self.model.blocks[layer]] if self.step + 1 in steps else []
+        spoilt[:] = [self.model.blocks[layer]] if bad(self.step) else []
         seed(self, *place)
 
     def watched(self: ParallelStrategy, *args: Any, **options: Any) -> Any:
@@ -45,6 +58,7 @@ def poisoned(steps: Sequence[int], layer: int, phase: str, here: bool = True) ->
         return output
 
     with (
+        mock.patch.object(StepLoader, "__init__", keep),
         mock.patch.object(LanguageModule, "seed_dropout", begin),
         mock.patch.object(ParallelStrategy, "forward_backward", watched),
         mock.patch.object(Block, "forward", spoil),

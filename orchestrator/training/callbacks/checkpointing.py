@@ -12,7 +12,8 @@ import numpy as np
 
 from orchestrator.checkpoint.async_saver import Saver
 from orchestrator.checkpoint.attestation import attester, attests
-from orchestrator.checkpoint.run_checkpoints import prune
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import committed, prune, put_aside, set_aside, step_of
 from orchestrator.checkpoint.signing import signer
 from orchestrator.checkpoint.storage import AnyPath, is_remote
 from orchestrator.checkpoint.writer import Contents
@@ -73,6 +74,8 @@ class Checkpoints(lightning.Callback):
         saved: step and directory of the last save that is known to be kept.
         elsewhere: why the last save lies in the run directory and not in the store; None where it does not.
         stalls: seconds that each save on the way kept the training waiting.
+        trusted_step: the last step that nothing can turn out to be wrong with; the newest checkpoint up to it is kept.
+            None: all can be trusted.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class Checkpoints(lightning.Callback):
         self.saved: tuple[int, AnyPath] | None = None
         self.elsewhere: str | None = None
         self.stalls: list[float] = []
-        self._started = 0
+        self.trusted_step: Callable[[], int | None] = lambda: None
+        self._started, self._prepared = 0, False
         self._refused: NonFiniteError | None = None
         self.directory, self._run_dir = place.checkpoints, place.run_dir
         self._saver = Saver(self.directory, parallel, config.checkpoint.asynchronous, self._prune)
@@ -110,7 +114,8 @@ class Checkpoints(lightning.Callback):
         if self._reference is not None and self._parallel.compilations() is not None:
             # Its graph is compiled here, before the first step, and never in the middle of the run.
             measure(pl_module.model, self._parallel, self._reference)
-        if self._config.checkpoint.every_steps:
+        if self._config.checkpoint.every_steps and not self._prepared:
+            self._prepared = True  # also where the training begins again after a rewind
             self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module.optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -198,6 +203,46 @@ class Checkpoints(lightning.Callback):
             self._refused = error
         self._stop_if_refused()
 
+    def rewind(self, pl_module: Any, restored: Checkpoint | None, because: str) -> None:
+        """Let the run go on from the state that it was taken back to. All ranks call it together.
+
+        Later checkpoints are set aside. The state is saved once more, with what the run leaves out from now on: a
+        restart before the next save sees the same batches.
+
+        Args:
+            pl_module: the `LanguageModule`, taken back.
+            restored: the checkpoint that it was filled from; None for initial weights.
+            because: why, in a sentence.
+        """
+        if restored is not None:
+            self._own.restore(restored)
+        self.set_aside(pl_module.step, because)
+        self.saved = None
+        if restored is not None and self._config.checkpoint.every_steps:
+            self._save(pl_module, self._saver)
+
+    def set_aside(self, after: int, because: str) -> list[AnyPath]:
+        """Mark the checkpoints of later steps as none to go on from. One process does it.
+
+        Args:
+            after: a step.
+            because: why, in a sentence.
+
+        Returns:
+            Those that were marked now.
+        """
+        marked: list[AnyPath] = []
+        if self._parallel.rank:
+            return marked
+        try:
+            for path in committed(self.directory):
+                if step_of(path) > after and not set_aside(path):
+                    put_aside(path, because)
+                    marked.append(path)
+        except (OSError, CheckpointError) as error:
+            warn(f"checkpoints after step {after} could not be set aside: {reason(error)}; remove them by hand")
+        return marked
+
     def close(self) -> None:
         """Let the save that is under way end, for a while: what it waits for may have gone."""
         self._saver.join(_GRACE_SECONDS)
@@ -256,7 +301,8 @@ class Checkpoints(lightning.Callback):
     def _prune(self, path: AnyPath) -> None:
         """Remove old checkpoints. Where that fails, the new one is no less written."""
         try:
-            prune(path.parent, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every_steps)
+            settings = self._config.checkpoint
+            prune(path.parent, settings.keep_last, settings.keep_every_steps, self.trusted_step())
         except Exception as error:
             warn(f"old checkpoints could not be removed: {reason(error)} ({path.parent})")
 

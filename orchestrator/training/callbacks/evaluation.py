@@ -66,6 +66,10 @@ class Validation(lightning.Callback):
         if self._every and pl_module.step % self._every == 0:
             self.run(pl_module)
 
+    def rewind(self) -> None:
+        """Forget what was evaluated: the steps come again, with other weights."""
+        self._done_at = None
+
     def run(self, pl_module: Any) -> None:
         """Evaluate now, unless this step has been.
 
@@ -125,6 +129,10 @@ class Samples(lightning.Callback):
             self._metrics.flush()
             self.run(pl_module)
             self._metrics.pause()
+
+    def rewind(self) -> None:
+        """Forget what was written: the steps come again, with other weights."""
+        self._written = (-1, "")
 
     def run(self, pl_module: Any) -> str | None:
         """Write a sample, keep it, and return prompt and continuation; None where samples are off or none came out.

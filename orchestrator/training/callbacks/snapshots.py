@@ -87,6 +87,12 @@ class Snapshots(lightning.Callback):
             self.stalls.append(time.perf_counter() - begin)
             self._metrics.pause()
 
+    def clear(self) -> None:
+        """Remove the snapshots of steps that led astray. All ranks call it together."""
+        if self._saver is not None and self._memory is not None:
+            self._saver.join(_LAST_SECONDS)
+            self._memory.keep_only(None)
+
     def finish(self) -> None:
         """Remove the snapshots of a run that storage holds as it is, or that has come to its end."""
         if self._saver is not None:

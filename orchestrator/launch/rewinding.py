@@ -1,0 +1,150 @@
+"""Take a run back to its newest checkpoint in the same process, leave out the data that led astray, and train on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import newest_valid
+from orchestrator.checkpoint.storage import AnyPath, locate
+from orchestrator.data.skipping import Ranges, behind, covered, merged
+from orchestrator.data.stream import Position
+from orchestrator.distributed import standing
+from orchestrator.errors import CheckpointError, RunFailedError
+from orchestrator.runs.messages import warn
+from orchestrator.runs.record import Record
+from orchestrator.training.divergence import Diverged
+from orchestrator.training.job import fill, make_trainer
+from orchestrator.training.restore import data_position, data_skipped
+
+if TYPE_CHECKING:
+    from orchestrator.training.job import Job
+
+_INITIAL = "initial weights"
+
+
+def rewound(job: Job, found: Diverged, about: dict[str, Any], record: Record) -> Job | None:
+    """Take `job` back to before `found`, with the data up to there left out. All ranks call it together.
+
+    Args:
+        job: the job of this process, whose trainer has ended.
+        found: what was met.
+        about: what is known of it, as `aftermath.examine` returns it. Where the run is not taken back although it was
+            asked for, the reason is added to its `found`.
+        record: of the run.
+
+    Returns:
+        The job, with another trainer; None where the run has to stop.
+
+    Raises:
+        CheckpointError: the checkpoint that it was to be taken back to cannot be restored.
+        RunFailedError: the store does not say which checkpoints there are.
+    """
+    if job.resolved.config.train.on_nonfinite != "rewind":
+        return None
+    earlier = [entry for leg in record.legs for entry in leg.get("rewinds", [])]
+    if refusal := job.parallel.broadcast(_refusal(job, found, earlier)):
+        about["found"].append(refusal)
+        return None
+    before, loader = job.module.step, job.loader
+    stop = loader.first(found.step)
+    restored, position = _restore(job, found)
+    skipped = _skipped(job, restored, position, stop)
+    entry = {
+        "step": found.step,
+        "to": position.step,
+        "checkpoint": str(restored.directory) if restored is not None else None,
+        "skipped": [position.sequence, skipped[1]],
+        "undone_steps": max(before, found.step) - position.step,
+        "time": time.time(),
+        **{key: about[key] for key in ("source", "values", "what", "found", "diagnosis")},
+    }
+    loader.move(position, skipped[0])
+    record.publish(rewinds=[*record.legs[-1].get("rewinds", []), entry])
+    _go_on_from(job, restored, position.step, entry)
+    job.say(_text(entry, len(earlier) + 1, job.resolved.config.train.max_rewinds))
+    trainer = make_trainer(
+        job.parallel, job.watchers.callbacks(job.module.guard), job.resolved.config.train.deterministic
+    )
+    return replace(job, trainer=trainer)
+
+
+def _refusal(job: Job, found: Diverged, earlier: Sequence[Mapping[str, Any]]) -> str:
+    """Why the run is not taken back; empty where it is."""
+    limit = job.resolved.config.train.max_rewinds
+    if len(earlier) >= limit:
+        return f"the run was taken back {len(earlier)} times already (train.max_rewinds={limit})"
+    # Only of those that this run has the data of: a restart may have come before a rewind.
+    last = next((one for one in reversed(earlier) if covered(job.loader.skipped, *one["skipped"])), None)
+    if last is not None and found.step <= last["step"]:
+        return (
+            f"the run was taken back from step {last['step']} to {last['to']} already, and has not come further with "
+            "other data: the data is not the cause"
+        )
+    return ""
+
+
+def _restore(job: Job, found: Diverged) -> tuple[Checkpoint | None, Position]:
+    """Fill the model from the newest checkpoint before `found`; where there is none, with its initial weights."""
+    parallel, module, resolved = job.parallel, job.module, job.resolved
+    verify, trusted = resolved.config.checkpoint.verify_on_load, job.trusted
+    told = ["", ""]
+    if parallel.rank == 0:
+        try:
+            directory = job.watchers.checkpoints.directory
+            told[0] = str(newest_valid(directory, verify, warn, trusted, until=found.before) or "")
+        except CheckpointError as error:
+            told[1] = str(error)
+    path, problem = parallel.broadcast(told)
+    if problem:
+        raise RunFailedError(f"the run cannot be taken back: {problem}", fix="resume it when the store answers again")
+    where: AnyPath | None = locate(path) if path else None
+    if where is None and job.restored is not None and not job.restored.partial:
+        where = job.restored.directory
+    # What began with a snapshot in memory has come from storage before, or began here.
+    where = where or resolved.place.resume_from
+    if where is None:
+        # Of the run's own: there is no other state to keep in memory beside the new one.
+        parallel.optimizers = []
+        module.make_optimizer()
+    place = replace(resolved.place, resume_from=where)
+    restored = fill(replace(resolved, paths=place, takes_older=True), module, job.loader.stream, trusted)
+    restored = restored if where is not None else None
+    return restored, data_position(restored, job.loader.stream)
+
+
+def _skipped(job: Job, restored: Checkpoint | None, position: Position, stop: int) -> tuple[Ranges, int]:
+    """Return all that the run leaves out from now on, and where the range ends that was added."""
+    loader, least = job.loader, job.resolved.config.train.rewind_skip_steps
+    before = merged([*loader.skipped, *data_skipped(restored, loader.stream)])
+    stop = max(stop, behind(before, position.sequence, least * loader.global_batch))
+    return merged([*before, (position.sequence, stop)]), stop
+
+
+def _go_on_from(job: Job, restored: Checkpoint | None, step: int, entry: Mapping[str, Any]) -> None:
+    """Set everything that counts steps back to `step`."""
+    module, watchers = job.module, job.watchers
+    undone = step + entry["undone_steps"]
+    module.step = standing.here.step = step
+    module.guard.reset()
+    watchers.metrics.rewind(step, undone)
+    watchers.evaluation.rewind()
+    watchers.samples.rewind()
+    if watchers.progress is not None:
+        watchers.progress.rewind(step)
+    because = f"the run was taken back from step {entry['step']} to {step}: {entry['what']}"
+    watchers.checkpoints.rewind(module, restored, because)
+
+
+def _text(entry: Mapping[str, Any], number: int, limit: int) -> str:
+    first, stop = entry["skipped"]
+    origin = entry["checkpoint"] or _INITIAL
+    lines = [
+        f"rewind     step {entry['step']}: {entry['what']}; back to step {entry['to']} ({origin})",
+        *(f"           {line}" for line in entry["found"]),
+        f"           sequences {first} to {stop - 1} are left out; rewind {number} of at most {limit}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""A run that is taken back goes on with other data, and is to the bit a run that was told to leave that data out."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config.convert import from_dict, to_dict
+from orchestrator.config.schema import RunConfig
+from orchestrator.data.skipping import behind, covered, kept, merged
+from orchestrator.errors import DIVERGED
+from orchestrator.report.run_data import read_run_data
+from tests.lab.poison import poisoned
+from tests.lab.ranks import run_ranks
+from tests.lab.runs import checkpoint, resolved_run, small_config, train
+from tests.lab.slow import cases
+from tests.lab.tensors import read_all
+
+LAYOUTS = {
+    "1": (1, []),
+    "fsdp2_tensor2": (4, ["layout.fsdp=2", "layout.tensor=2"]),
+    "pipeline2": (2, ["layout.pipeline=2"]),
+    "replicate2": (2, ["layout.replicate=2", "layout.fsdp=1"]),
+}
+WORDS = ["train.on_nonfinite=rewind", "checkpoint.every_steps=3", "train.max_steps=9", "model.dropout=0.1"]
+WORDS += ["model.dim=32", "train.seq_len=32", "train.global_batch_tokens=256", "train.eval_tokens=128"]
+BATCH = 8  # sequences
+
+
+def test_ranges_that_are_left_out_are_merged_and_passed_over():
+    ranges = merged([(10, 12), (4, 6), (6, 8), (5, 7), (3, 3)])
+    assert ranges == ((4, 8), (10, 12))
+    assert kept(ranges, 0, 10) == [0, 1, 2, 3, 8, 9, 12, 13, 14, 15]
+    assert kept(ranges, 5, 3) == [8, 9, 12]
+    assert kept((), 2, 3) == [2, 3, 4]
+    for start in range(14):
+        for count in range(9):
+            numbers = kept(ranges, start, count + 1)
+            assert behind(ranges, start, count) == numbers[count]
+    assert covered(ranges, 5, 8)
+    assert not covered(ranges, 5, 9)
+
+
+def _work(config, size, run_dir, poison):
+    """Exit codes of the ranks. `poison`: arguments of `poisoned` behind the phase, by rank; None: none."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_ranks(size, _rank, to_dict(config), run_dir, poison)
+
+
+def _rank(world, data, run_dir, poison):
+    from orchestrator.launch.run import work
+
+    with ExitStack() as faults:
+        for steps, rank, first in poison:
+            faults.enter_context(poisoned(steps, 1, "forward", rank in (None, world.rank), first))
+        return work(resolved_run(from_dict(RunConfig, data), world, run_dir), world)
+
+
+def _same_tensors(ours: Path, theirs: Path) -> None:
+    mine, other = read_all(ours), read_all(theirs)
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def _rewinds(run_dir: Path) -> list[dict]:
+    return [one for leg in json.loads((run_dir / "run.json").read_text())["legs"] for one in leg.get("rewinds", [])]
+
+
+@pytest.mark.parametrize("layout", cases(list(LAYOUTS), quick=["fsdp2_tensor2"]))
+def test_a_rewound_run_is_one_that_left_the_data_out_and_resumes_on_other_layouts(tmp_path, layout, capfd):
+    """Bad data in the fifth step; step 3 was saved."""
+    size, degrees = LAYOUTS[layout]
+    config, run_dir = small_config(tmp_path, *degrees, *WORDS, "train.max_steps=7"), tmp_path / "run"
+    assert _work(config, size, run_dir, [([5], size - 1, 4 * BATCH)]) == [0] * size
+    (rewind,) = _rewinds(run_dir)
+    assert (rewind["step"], rewind["to"], rewind["skipped"]) == (5, 3, [3 * BATCH, 5 * BATCH])
+    assert Path(rewind["checkpoint"]) == checkpoint(run_dir, 3)
+    assert rewind["diagnosis"]["layer"] == "layers.1"
+    assert "back to step 3" in capfd.readouterr().out
+    state = json.loads((checkpoint(run_dir, 7) / "state.json").read_text())
+    assert state["data"]["skipped"] == [[3 * BATCH, 5 * BATCH]]
+    assert state["data"]["next_sequence"] == 9 * BATCH
+
+    told = small_config(tmp_path, *degrees, *WORDS, "train.max_steps=7", f"data.skip=[[{3 * BATCH},{5 * BATCH}]]")
+    other = tmp_path / "told"
+    assert _work(told, size, other, []) == [0] * size
+    _same_tensors(checkpoint(run_dir, 7), checkpoint(other, 7))
+    rows = [(row["step"], row["loss"]) for row in read_run_data(run_dir).train]
+    assert rows == [(row["step"], row["loss"]) for row in read_run_data(other).train]
+
+    longer = small_config(tmp_path, *WORDS, "resume_allow=[schedule]", f"resume={run_dir}")
+    ours = train(longer, 1, run_dir, checkpoint(run_dir, 7))
+    theirs = train(longer, 1, other, checkpoint(other, 7))
+    _same_tensors(checkpoint(run_dir, 9), checkpoint(other, 9))
+    assert [row["loss"] for row in ours if row["step"] > 7 and "loss" in row] == [
+        row["loss"] for row in theirs if row["step"] > 7 and "loss" in row
+    ]
+
+
+def test_before_the_first_checkpoint_it_begins_anew_and_twice_is_twice(tmp_path):
+    config, run_dir = small_config(tmp_path, *WORDS), tmp_path / "run"
+    # The second is met behind the checkpoint of step 6, which was written after the first.
+    assert _work(config, 1, run_dir, [([2], None, BATCH), ([8], None, 9 * BATCH)]) == [0]
+    first, second = _rewinds(run_dir)
+    assert (first["to"], first["checkpoint"], first["skipped"]) == (0, None, [0, 2 * BATCH])
+    assert (second["step"], second["to"], second["skipped"]) == (8, 6, [8 * BATCH, 10 * BATCH])
+    told = small_config(tmp_path, *WORDS, f"data.skip=[[0,{2 * BATCH}],[{8 * BATCH},{10 * BATCH}]]")
+    assert _work(told, 1, tmp_path / "told", []) == [0]
+    _same_tensors(checkpoint(run_dir, 9), checkpoint(tmp_path / "told", 9))
+    assert (run_dir / "checkpoints" / "step-00000006.2").is_dir() or (
+        run_dir / "checkpoints" / "step-00000009"
+    ).is_dir()
+
+
+def test_the_same_place_with_other_data_and_too_many_rewinds_stop_the_run(tmp_path, capfd):
+    config, run_dir = small_config(tmp_path, *WORDS), tmp_path / "run"
+    assert _work(config, 1, run_dir, [([5], None, None)]) == [DIVERGED]
+    assert len(_rewinds(run_dir)) == 1
+    said = capfd.readouterr().err
+    assert "diverged at step 5" in said
+    assert "has not come further with other data: the data is not the cause" in said
+    assert read_all(checkpoint(run_dir, 3))
+
+    none = small_config(tmp_path, *WORDS, "train.max_rewinds=0")
+    assert _work(none, 1, tmp_path / "none", [([5], None, None)]) == [DIVERGED]
+    assert "taken back 0 times already (train.max_rewinds=0)" in capfd.readouterr().err
