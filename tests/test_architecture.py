@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"distributed", "sharding"},
     "planner": {"chips", "sharding"},
     "observe": {"chips", "hardware"},
-    "report": {"chips", "planner"},
+    "report": {"chips", "observe", "planner"},
     "strategies": {"checkpoint", "distributed", "hardware", "sharding", "models"},
     "runs": {"config", "checkpoint", "data", "distributed", "models", "observe", "optim", "sharding"},
     "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding"},

@@ -24,12 +24,14 @@ class Standing:
         step: optimizer steps completed.
         marks: grows whenever something was completed or begun.
         heard: called when a step is completed.
+        moved: called when another phase begins.
     """
 
     phase: str = STARTING
     step: int = 0
     marks: int = 0
     heard: list[Callable[[], object]] = field(default_factory=list)
+    moved: list[Callable[[], object]] = field(default_factory=list)
 
 
 here = Standing()
@@ -41,8 +43,11 @@ def enter(phase: str) -> None:
     Args:
         phase: one of the constants of this module.
     """
-    here.phase = phase
+    is_new, here.phase = phase != here.phase, phase
     here.marks += 1
+    if is_new:
+        for listener in here.moved:
+            listener()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from orchestrator.config.sweep import Scored
 from orchestrator.errors import STOPPED
 from orchestrator.launch.start import launch
 from orchestrator.report.run_data import headline, read_run_data
+from orchestrator.runs.time_book import process_began
 
 _LARGER_IS_BETTER = ("tokens_per_second",)
 
@@ -24,7 +25,7 @@ def start_and_score(composed: Composed) -> Scored:
         UserError: what is wrong, before anything was started or written.
     """
     name = composed.config.train.objective
-    outcome = launch(composed)
+    outcome = launch(composed, began=None if composed.job else process_began())  # a later job of a sweep begins now
     reached = None if outcome.run_dir is None or outcome.code in STOPPED else objective_of(outcome.run_dir, name)
     return Scored(outcome.code, reached, name, name not in _LARGER_IS_BETTER)
 

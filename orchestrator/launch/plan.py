@@ -44,6 +44,7 @@ class Plan:
         patient: wait for an earlier process of the same job to end.
         finished: why there is nothing left to do.
         words: what the run was composed from, for the record; None: the command line.
+        began: when this start began, in seconds since the epoch; None: when the run directory is opened.
     """
 
     config: RunConfig
@@ -57,6 +58,7 @@ class Plan:
     patient: bool = False
     finished: str | None = None
     words: tuple[str, ...] | None = None
+    began: float | None = None
 
     @property
     def resume_from(self) -> AnyPath | None:

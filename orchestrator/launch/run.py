@@ -33,10 +33,11 @@ from orchestrator.hardware.preemption_notice import Notice, noticing
 from orchestrator.hardware.target import Target
 from orchestrator.launch.failure_notes import leave_note
 from orchestrator.output import tell
-from orchestrator.runs import run_directory
+from orchestrator.runs import run_directory, time_book
 from orchestrator.runs.messages import doing, say, warn
 from orchestrator.runs.record import Record
 from orchestrator.runs.shared_folder import check_shared
+from orchestrator.runs.time_book import TimeBook
 from orchestrator.training.resolved import Resolved, read_resolved
 
 if TYPE_CHECKING:
@@ -150,16 +151,18 @@ def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, 
     from orchestrator.training.job import build
 
     place = resolved.place
-    standing.enter(standing.LOADING)
-    check_shared(place.checkpoints, parallel)
-    data = opened.data or _open_data(resolved)
     # As rank 0 reads it: not every host need see the run directory.
     facts = parallel.broadcast(run_directory.read_run(place.run_dir))
-    _show(parallel.rank, f"restoring {place.resume_from}" if place.resume_from else "building the model", resolved)
-    job = build(resolved, parallel, data, len(facts["legs"]), opened.trusted, opened.checkpoint, facts["legs"])
-    standing.here.step = job.module.step
-    checked = _hand_over(job)
-    return _drive(job, facts, checked, monitor)
+    leg = len(facts["legs"])
+    with time_book.keep(place.run_dir if parallel.rank == 0 else None, leg) as book:
+        standing.enter(standing.LOADING)
+        check_shared(place.checkpoints, parallel)
+        data = opened.data or _open_data(resolved)
+        _show(parallel.rank, f"restoring {place.resume_from}" if place.resume_from else "building the model", resolved)
+        job = build(resolved, parallel, data, leg, opened.trusted, opened.checkpoint, facts["legs"])
+        standing.here.step = job.module.step
+        checked = _hand_over(job)
+        return _drive(job, facts, checked, monitor, book)
 
 
 def _open_data(resolved: Resolved) -> PreparedData:
@@ -210,20 +213,20 @@ def _hand_over(job: Job) -> str | None:
     return str(result)
 
 
-def _drive(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
+def _drive(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMonitor, book: TimeBook) -> int:
     # From here on a signal is obeyed after a step, by all ranks at the same one. It may have come to one of them only.
     # A runtime that was started meanwhile may have put handlers of its own into place.
     with stopping.listening(), stopping.deferred():
         if number := job.parallel.start_vote(stopping.requested()).result():
             raise stopping.Stopped(number)
         standing.enter(standing.COMPILING)
-        return _go_through(job, facts, checked, monitor)
+        return _go_through(job, facts, checked, monitor, book)
 
 
-def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMonitor) -> int:
+def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMonitor, book: TimeBook) -> int:
     main, run_dir = job.parallel.rank == 0, job.resolved.place.run_dir
-    record = Record(run_dir, {**facts, **job.facts}, job.leg, job.watchers.channels, main)
-    job.watchers.history.legs = record.legs
+    record = Record(run_dir, {**facts, **job.facts}, job.leg, job.watchers.channels, main, book)
+    job.watchers.history.legs, job.watchers.history.times = record.legs, book.carried
     status, left_out = "failed", list[str]()
     with contextlib.ExitStack() as ending:  # in reverse order, each of it whatever becomes of the others
         if main:

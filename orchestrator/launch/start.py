@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from orchestrator.launch.run import RUN_DIR, Opened, joined, train
 from orchestrator.launch.several_hosts import processes_here, start_processes
 from orchestrator.launch.supervise import Finished, Supervisor
 from orchestrator.output import Stream, relay, tell
-from orchestrator.runs import identity, init_from, listing, run_directory
+from orchestrator.runs import identity, init_from, listing, run_directory, time_book
 from orchestrator.runs.messages import doing, say, warn
 from orchestrator.runs.own_parts import check_parts
 from orchestrator.runs.run_directory import RunPaths
@@ -71,13 +72,14 @@ class Outcome:
     last_lines: tuple[str, ...] = ()
 
 
-def launch(composed: Composed, captured: bool = False) -> Outcome:
+def launch(composed: Composed, captured: bool = False, began: float | None = None) -> Outcome:
     """Train as `composed` says, in processes of this machine or as one of those that an engine has started.
 
     Args:
         composed: the configuration of this command line.
         captured: the processes print nothing, nor does this one: their lines go to the logger, and their errors come
             back.
+        began: when this start began, for the time book, in seconds since the epoch; None: now.
 
     Raises:
         UserError: what is wrong, before anything was started or written; in a process of an engine at any time.
@@ -87,7 +89,9 @@ def launch(composed: Composed, captured: bool = False) -> Outcome:
     host = job_host(os.environ) if world is None else None
     main = world.rank == 0 if world else host is None or host.number == 0
     wait_for_stores(composed.config.checkpoint.store_timeout_seconds)
-    plan = replace(find_plan(composed, main=main, alone=world is None and host is None), words=composed.words)
+    began = time.time() if began is None else began
+    plan = find_plan(composed, main=main, alone=world is None and host is None)
+    plan = replace(plan, words=composed.words, began=began)
     check_parts(plan.config)
     if plan.finished is not None:
         if main:
@@ -263,6 +267,9 @@ def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> RunPaths
         identity.adopt_uuid(run_dir, plan.uuid)
     if plan.run_dir is None and plan.resumes and plan.checkpoint is not None:
         run_directory.adopt_history(run_dir, plan.checkpoint)
+    goes_on_from = plan.checkpoint if plan.resumes else None
+    carried = run_directory.read_times(goes_on_from) if goes_on_from is not None else ()
+    time_book.note_start(run_dir, plan.began, carried)
     checkpoints = run_directory.checkpoints_dir(run_dir, plan.config)
     if plan.config.checkpoint.dir != "auto":
         held.enter_context(run_directory.hold(checkpoints, run_dir, plan.name))

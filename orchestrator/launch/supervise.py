@@ -24,7 +24,7 @@ from orchestrator.launch.failure_notes import Note
 from orchestrator.launch.plan import Plan, newest_of, refreshed
 from orchestrator.launch.restarts import GivenUp, Restart, decide
 from orchestrator.output import tell
-from orchestrator.runs import run_directory
+from orchestrator.runs import run_directory, time_book
 from orchestrator.runs.attempts import Attempt, Ending, read_attempts, write_attempts
 from orchestrator.runs.messages import say, warn
 from orchestrator.training.resolved import Resolved, write_resolved
@@ -104,6 +104,8 @@ class Supervisor:
                     return self._stopped()
 
     def _attempt(self) -> Finished:
+        if self._attempts:
+            time_book.note_start(self._run_dir)
         number, begun, start_step = len(self._before) + len(self._attempts), time.time(), self._start_step()
         recovery = _Recovery(self._attempts[-1] if self._attempts else None, self._noticed_at, start_step)
         supervision = Supervision(

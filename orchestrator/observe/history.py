@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 HISTORY, METRICS = "history.json", "metrics.jsonl"
@@ -23,10 +23,12 @@ class History:
 
     Attributes:
         legs: of the run, the one that is under way last.
+        times: gives the entries of its time book.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         self.legs: Sequence[Mapping[str, Any]] = ()
+        self.times: Callable[[], list[dict[str, Any]]] = list
         self._kept = {"loss": _Thinned(), "val_loss": _Thinned()}
         self.write(rows)
 
@@ -56,12 +58,13 @@ class History:
         return sorted(found, key=lambda row: int(row["step"]))
 
     def content(self, step: int) -> bytes:
-        """JSON of what a checkpoint of `step` carries: `legs`, the last of them up to this step, and `rows`."""
+        """JSON of what a checkpoint of `step` carries: `legs`, the last of them up to this step, `rows` and `times`."""
         legs = [dict(leg) for leg in self.legs]
         if legs:
             legs[-1]["end_step"] = step
         rows = b",\n".join(text for kept in self._kept.values() for text in kept.rows)
-        return b'{"legs": %b,\n"rows": [\n%b\n]}' % (json.dumps(legs).encode(), rows)
+        times = ",\n".join(json.dumps(entry) for entry in self.times()).encode()
+        return b'{"legs": %b,\n"times": [\n%b\n],\n"rows": [\n%b\n]}' % (json.dumps(legs).encode(), times, rows)
 
 
 NONFINITE = "nonfinite"

@@ -13,6 +13,7 @@ from orchestrator.checkpoint.run_checkpoints import committed
 from orchestrator.config.compose import Composed, read_config
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.observe.history import METRICS
+from orchestrator.observe.time_spans import ALIVE, BOOK
 from orchestrator.runs import identity, run_directory
 
 # What a start leaves that ended before its first step.
@@ -25,6 +26,8 @@ _OF_A_START = {
     f"{run_directory.RUN}.partial",
     identity.IDENTITY,
     METRICS,
+    BOOK,
+    ALIVE,
     run_directory.SAMPLES,
     ".lock",
     "report.html",

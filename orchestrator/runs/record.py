@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.observe.sink import Channel, SideChannels
 from orchestrator.runs import run_directory
 from orchestrator.runs.messages import warn
+from orchestrator.runs.time_book import TimeBook, booked
 
 LAST_TRIES_SECONDS = 10.0
 _POLL_SECONDS = 0.5
@@ -24,17 +25,25 @@ class Record:
         leg: of this start.
         channels: those of the run.
         main: whether this process writes.
+        book: of the run's time, which ends with the leg.
 
     Attributes:
         legs: all of the run, this one last.
     """
 
     def __init__(
-        self, run_dir: Path, facts: Mapping[str, Any], leg: Mapping[str, Any], channels: SideChannels, main: bool
+        self,
+        run_dir: Path,
+        facts: Mapping[str, Any],
+        leg: Mapping[str, Any],
+        channels: SideChannels,
+        main: bool,
+        book: TimeBook | None = None,
     ):
         self._leg = dict(leg)
         self.legs = [*facts["legs"], self._leg]
         self._facts = {key: value for key, value in facts.items() if key != "left_out"}
+        self._book = book or TimeBook()
         self._channel: Channel[dict[str, Any]] | None = None
         if main:
             self._channel = channels.open(
@@ -71,6 +80,7 @@ class Record:
             step: the last one.
             left_out: what a resume may still do.
         """
+        self._book.close("waiting" if status == "failed" else "stopped")
         self._leg.update(ended=time.time(), end_step=step)
         self._put({"status": status, **({"left_out": left_out} if left_out else {})})
         if self._channel is None or not self._channel.waiting:
@@ -83,4 +93,4 @@ class Record:
 
     def _put(self, state: Mapping[str, Any]) -> None:
         if self._channel is not None:
-            self._channel.put([{**self._facts, **state, "legs": self.legs}])
+            self._channel.put([booked({**self._facts, **state, "legs": self.legs}, self._book.book())])

@@ -3,6 +3,7 @@
 config.yaml      the configuration, as the user has it
 resolved.json    what the last start has decided of it: layout, devices, precision, and so on
 run.json         facts of the run and its legs (one leg per start)
+time_book.jsonl  what state it was in from when on (`runs.time_book`), and time_book.alive, the last sign of life
 metrics.jsonl    one row per step, and one per evaluation
 samples.jsonl    generated text
 handover.json    the checks of the checkpoints that it went on from
@@ -34,8 +35,10 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, RunDirectoryError
 from orchestrator.observe.history import HISTORY, METRICS, read_content
 from orchestrator.observe.sink import reason
+from orchestrator.observe.time_spans import Entry, entries_from, read_book
 from orchestrator.runs import identity
 from orchestrator.runs.messages import warn
+from orchestrator.runs.time_book import booked, note_end
 
 CONFIG, RESOLVED, RUN, SAMPLES = "config.yaml", "resolved.json", "run.json", "samples.jsonl"
 OWNER = "owner.json"
@@ -245,10 +248,27 @@ def read_history(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[dic
     Raises:
         CheckpointError: what it carries cannot be read.
     """
+    return read_content(_history(checkpoint))
+
+
+def read_times(checkpoint: Checkpoint) -> list[Entry]:
+    """Return the run's time book up to `checkpoint`, as it carries it; empty where it has none.
+
+    Args:
+        checkpoint: the checkpoint.
+
+    Raises:
+        CheckpointError: what it carries cannot be read.
+    """
+    data = _history(checkpoint)
+    return entries_from(data.get("times") if isinstance(data, Mapping) else None)
+
+
+def _history(checkpoint: Checkpoint) -> Any:
     if HISTORY not in checkpoint.manifest.files:
-        return [], []
+        return None
     try:
-        return read_content(parse_json(checkpoint.read(HISTORY)))
+        return parse_json(checkpoint.read(HISTORY))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"file '{HISTORY}' of the checkpoint is damaged: {error!r}"[:300], got=checkpoint.directory
@@ -305,11 +325,12 @@ def mark_ended(run_dir: Path, status: str, step: int | None) -> None:
         step: the last one that is known to be completed.
     """
     facts = read_run(run_dir)
+    note_end(run_dir, "waiting" if status == "failed" else "stopped")
     if facts.get("status") != "running":
         return
     if facts["legs"]:
         facts["legs"][-1].update(ended=time.time(), end_step=step)
     try:
-        write_run(run_dir, {**facts, "status": status})
+        write_run(run_dir, booked({**facts, "status": status}, read_book(run_dir)))
     except OSError as error:
         warn(f"the status '{status}' cannot be written to {run_dir / RUN}: {reason(error)}")

@@ -248,10 +248,11 @@ class Checkpoints(lightning.Callback):
         self._saver.join(_GRACE_SECONDS)
 
     def _save(self, pl_module: Any, saver: Saver) -> None:
-        self._settle()
-        self._stop_if_refused()
-        with evaluated(pl_module.optimizer), standing.within(standing.SAVING):
-            self._start_save(pl_module, saver)
+        with standing.within(standing.SAVING):
+            self._settle()
+            self._stop_if_refused()
+            with evaluated(pl_module.optimizer):
+                self._start_save(pl_module, saver)
 
     def _start_save(self, pl_module: Any, saver: Saver) -> None:
         """Measure the reference batch and copy the state; the rest is written beside the training."""
