@@ -267,9 +267,7 @@ def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> RunPaths
         identity.adopt_uuid(run_dir, plan.uuid)
     if plan.run_dir is None and plan.resumes and plan.checkpoint is not None:
         run_directory.adopt_history(run_dir, plan.checkpoint)
-    goes_on_from = plan.checkpoint if plan.resumes else None
-    carried = run_directory.read_times(goes_on_from) if goes_on_from is not None else ()
-    time_book.note_start(run_dir, plan.began, carried)
+    time_book.note_start(run_dir, plan.began, run_directory.read_times(plan.checkpoint if plan.resumes else None))
     checkpoints = run_directory.checkpoints_dir(run_dir, plan.config)
     if plan.config.checkpoint.dir != "auto":
         held.enter_context(run_directory.hold(checkpoints, run_dir, plan.name))

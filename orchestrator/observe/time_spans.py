@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,7 +114,7 @@ class Span:
     def seconds(self) -> dict[str, float]:
         """Seconds by state, which add up to its length."""
         own = max(0.0, self.end - self.begin - sum(self.within.values()))
-        return dict(Counter(self.within) + Counter({self.state: own})) if own or self.within else {}
+        return _sums(self.within, {self.state: own})
 
 
 @dataclass(frozen=True)
@@ -395,9 +394,8 @@ def _merged(entries: Sequence[Entry], shortest: float) -> list[Entry]:
         ahead = entries[index + 1 : index + 4]
         if len(ahead) == 3 and found and _is_stay(found[-1], entry, ahead[0]) and ahead[0].t - entry.t < shortest:
             # found[-1] goes on at ahead[0]: the stay between them and what that one holds become a part of it.
-            inner = Counter(found[-1].within) + Counter(entry.within) + Counter(ahead[0].within)
-            inner[entry.state] += max(0.0, ahead[0].t - entry.t - sum(entry.within.values()))
-            found[-1] = replace(found[-1], within=dict(inner))
+            stay = Span(entry.state, entry.t, ahead[0].t, within=entry.within).seconds
+            found[-1] = replace(found[-1], within=_sums(found[-1].within, stay, ahead[0].within))
             index += 2
             continue
         found.append(entry)
@@ -415,10 +413,16 @@ def _is_stay(before: Entry, entry: Entry, after: Entry) -> bool:
 
 
 def _total(spans: Iterable[Span]) -> dict[str, float]:
-    sums: Counter[str] = Counter()
-    for span in spans:
-        sums.update(span.seconds)
-    return {state: sums[state] for state in STATES if sums[state] > 0}
+    sums = _sums(*(span.seconds for span in spans))
+    return {state: sums[state] for state in STATES if sums.get(state, 0.0) > 0}
+
+
+def _sums(*parts: Mapping[str, float]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for part in parts:
+        for state, seconds in part.items():
+            sums[state] = sums.get(state, 0.0) + seconds
+    return sums
 
 
 def _is_time(value: Any) -> bool:

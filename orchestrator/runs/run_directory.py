@@ -251,16 +251,15 @@ def read_history(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[dic
     return read_content(_history(checkpoint))
 
 
-def read_times(checkpoint: Checkpoint) -> list[Entry]:
-    """Return the run's time book up to `checkpoint`, as it carries it; empty where it has none.
+def read_times(checkpoint: Checkpoint | None) -> list[Entry]:
+    """Return the run's time book up to `checkpoint`, as it carries it; empty where it has none that can be read.
 
     Args:
-        checkpoint: the checkpoint.
-
-    Raises:
-        CheckpointError: what it carries cannot be read.
+        checkpoint: the checkpoint; None for a new run.
     """
-    data = _history(checkpoint)
+    data = None
+    with contextlib.suppress(CheckpointError):
+        data = None if checkpoint is None else _history(checkpoint)
     return entries_from(data.get("times") if isinstance(data, Mapping) else None)
 
 
