@@ -25,7 +25,7 @@ class Record:
         leg: of this start.
         channels: those of the run.
         main: whether this process writes.
-        book: of the run's time, which ends with the leg.
+        book: of the run's time.
 
     Attributes:
         legs: all of the run, this one last.
@@ -80,7 +80,8 @@ class Record:
             step: the last one.
             left_out: what a resume may still do.
         """
-        self._book.close("waiting" if status == "failed" else "stopped")
+        self._book.ends_as = "waiting" if status == "failed" else "stopped"
+        self._book.beat()  # for the report
         self._leg.update(ended=time.time(), end_step=step)
         self._put({"status": status, **({"left_out": left_out} if left_out else {})})
         if self._channel is None or not self._channel.waiting:

@@ -6,7 +6,7 @@ a side channel: a disk that is full never ends a run, and what could not be writ
 
     note_start(run_dir)                 # the launcher, at each start of the run's processes
     with keep(run_dir, leg) as book:    # in the process that speaks: follows `distributed.standing`
-        book.close("stopped")
+        book.ends_as = "stopped"
     note_end(run_dir, "waiting")        # the launcher, where that process was killed
 
 `observe.time_spans.read_book` says what became of every second.
@@ -60,12 +60,13 @@ class TimeBook:
     Attributes:
         step: optimizer steps completed.
         state: the present one.
+        ends_as: the state that follows on the leg: `stopped` where it did what was asked of it, else `waiting`.
     """
 
     def __init__(self, run_dir: Path | None = None, leg: int = 0):
         self._run_dir, self._leg = run_dir, leg
         self.step: int | None = None
-        self.state = "starting"
+        self.state, self.ends_as = "starting", "waiting"
         self._stepped: float | None = None
         self._wall, self._ticks = time.time(), time.monotonic()
         self._lock = threading.RLock()
@@ -120,17 +121,13 @@ class TimeBook:
             self.enter(self.state, step)
         self.step = step
 
-    def close(self, state: str) -> None:
-        """End the leg. Later calls change nothing.
-
-        Args:
-            state: `stopped` after the run's end or where somebody asked it to stop; `waiting` after a failure.
-        """
+    def close(self) -> None:
+        """End the leg. Later calls change nothing."""
         with self._lock:
             if self._closed.is_set():
                 return
             stepped = None if self._stepped is None else self._wall + self._stepped - self._ticks
-            self._put(Entry(self._now(), state, self.step, stepped=stepped))
+            self._put(Entry(self._now(), self.ends_as, self.step, stepped=stepped))
             self._closed.set()
             if self._channel is not None:
                 self._channel.close()
@@ -185,7 +182,7 @@ class TimeBook:
 
 @contextlib.contextmanager
 def keep(run_dir: Path | None, leg: int) -> Iterator[TimeBook]:
-    """Keep the book of a leg. Who does not close it has failed, or was asked to stop.
+    """Keep the book of a leg until the end of the block.
 
     Args:
         run_dir: the run's directory; None for a process that keeps no book.
@@ -196,15 +193,14 @@ def keep(run_dir: Path | None, leg: int) -> Iterator[TimeBook]:
         thread = threading.Thread(target=book.keep_beating, name="time book", daemon=True)
         thread.start()
         book.follow()
-    state = "waiting"
     try:
         yield book
     except stopping.Stopped as stop:
-        state = "stopped" if stop.exit_code in STOPPED else "waiting"
+        book.ends_as = "stopped" if stop.exit_code in STOPPED else "waiting"
         raise
     finally:
         book.leave()
-        book.close(state)
+        book.close()
         if thread is not None:
             thread.join(BEAT_SECONDS)
 
