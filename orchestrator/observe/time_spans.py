@@ -29,7 +29,7 @@ CARRIED = 500
 
 
 @dataclass(frozen=True)
-class Entry:
+class TimeEntry:
     """A change of state.
 
     Attributes:
@@ -56,7 +56,7 @@ class Entry:
         return found | ({"within": {key: round(value, 3) for key, value in self.within.items()}} if self.within else {})
 
     @staticmethod
-    def from_data(data: Any) -> Entry | None:
+    def from_data(data: Any) -> TimeEntry | None:
         """Return the entry of JSON data; None where that is none.
 
         Args:
@@ -67,7 +67,7 @@ class Entry:
         step, leg = (value if type(value := data.get(key)) is int and value >= 0 else None for key in ("step", "leg"))
         stepped, within = data.get("stepped"), data.get("within")
         inner = within if isinstance(within, Mapping) else {}
-        return Entry(
+        return TimeEntry(
             float(data["t"]),
             str(data["state"]),
             step,
@@ -88,7 +88,7 @@ class Life:
     """
 
     t: float
-    entry: Entry
+    entry: TimeEntry
     missing: float | None = None
 
 
@@ -188,20 +188,20 @@ def read_book(run_dir: Path) -> Book:
     return make_book(read_entries(run_dir), read_life(run_dir))
 
 
-def read_entries(run_dir: Path) -> list[Entry]:
+def read_entries(run_dir: Path) -> list[TimeEntry]:
     """Return the entries of a run's time book, by rising time; lines that were cut are left out.
 
     Args:
         run_dir: the run's directory.
     """
-    path, found = run_dir / BOOK, list[Entry]()
+    path, found = run_dir / BOOK, list[TimeEntry]()
     try:
         lines = path.read_bytes().split(b"\n") if path.is_file() else []
     except OSError:
         lines = []
     for line in lines:
         try:
-            entry = Entry.from_data(json.loads(line))
+            entry = TimeEntry.from_data(json.loads(line))
         except (ValueError, RecursionError):
             continue
         if entry is not None:
@@ -209,23 +209,23 @@ def read_entries(run_dir: Path) -> list[Entry]:
     return in_order(found)
 
 
-def entries_from(data: Any) -> list[Entry]:
+def entries_from(data: Any) -> list[TimeEntry]:
     """Return the entries of a list of JSON data; what is none is left out.
 
     Args:
         data: parsed JSON.
     """
     items = data if isinstance(data, list) else []
-    return in_order([entry for item in items if (entry := Entry.from_data(item)) is not None])
+    return in_order([entry for item in items if (entry := TimeEntry.from_data(item)) is not None])
 
 
-def in_order(entries: Iterable[Entry]) -> list[Entry]:
+def in_order(entries: Iterable[TimeEntry]) -> list[TimeEntry]:
     """Return entries in the order in which they were written, none of them earlier than the one before.
 
     Args:
         entries: as they were written, by several processes whose clocks need not agree.
     """
-    found: list[Entry] = []
+    found: list[TimeEntry] = []
     for entry in entries:
         before = found[-1].t if found else entry.t
         found.append(entry if entry.t >= before else replace(entry, t=before))
@@ -242,14 +242,14 @@ def read_life(run_dir: Path) -> Life | None:
         data = json.loads((run_dir / ALIVE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    entry = Entry.from_data(data.get("entry")) if isinstance(data, Mapping) else None
+    entry = TimeEntry.from_data(data.get("entry")) if isinstance(data, Mapping) else None
     if entry is None or not _is_time(data.get("t")):
         return None
     missing = data.get("missing")
     return Life(float(data["t"]), entry, float(missing) if missing is not None and _is_time(missing) else None)
 
 
-def with_life(entries: Sequence[Entry], life: Life | None) -> list[Entry]:
+def with_life(entries: Sequence[TimeEntry], life: Life | None) -> list[TimeEntry]:
     """Return entries with what the last sign of life adds: states that could not be written are unknown.
 
     Args:
@@ -260,11 +260,11 @@ def with_life(entries: Sequence[Entry], life: Life | None) -> list[Entry]:
     if not is_open(found, life) or life is None:
         return found
     if life.missing is not None:
-        found += [Entry(life.missing, "unknown", leg=life.entry.leg), life.entry]
+        found += [TimeEntry(life.missing, "unknown", leg=life.entry.leg), life.entry]
     return in_order(found)
 
 
-def is_open(entries: Sequence[Entry], life: Life | None) -> bool:
+def is_open(entries: Sequence[TimeEntry], life: Life | None) -> bool:
     """Return whether the last leg was not ended in the book, but is known to have lived on.
 
     Args:
@@ -274,7 +274,7 @@ def is_open(entries: Sequence[Entry], life: Life | None) -> bool:
     return life is not None and bool(entries) and entries[-1].state not in CLOSING and life.t >= entries[-1].t
 
 
-def make_book(entries: Sequence[Entry], life: Life | None = None) -> Book:
+def make_book(entries: Sequence[TimeEntry], life: Life | None = None) -> Book:
     """Return the spans of a run. The last one ends with the last sign of life.
 
     Args:
@@ -287,7 +287,7 @@ def make_book(entries: Sequence[Entry], life: Life | None = None) -> Book:
     alive = life if is_open(entries, life) else None
     end = max(known[-1].t, alive.t if alive else 0.0)
     spans = _Booking()
-    for entry, then in itertools.pairwise([*known, Entry(end, "stopped", alive.entry.step if alive else None)]):
+    for entry, then in itertools.pairwise([*known, TimeEntry(end, "stopped", alive.entry.step if alive else None)]):
         spans.add(entry, then)
     return Book(spans.with_legs(), alive)
 
@@ -309,7 +309,7 @@ class _Booking:
         self._pieces: list[_Piece] = []
         self._top = 0
 
-    def add(self, entry: Entry, then: Entry) -> None:
+    def add(self, entry: TimeEntry, then: TimeEntry) -> None:
         """Add the span between two entries."""
         if entry.step is not None and entry.step < self._top:
             self._undo(entry.step)
@@ -369,7 +369,7 @@ class _Booking:
         return tuple(reversed(found))
 
 
-def compact(entries: Sequence[Entry], limit: int = CARRIED) -> list[Entry]:
+def compact(entries: Sequence[TimeEntry], limit: int = CARRIED) -> list[TimeEntry]:
     """Return fewer entries whose seconds add up to the same: short stays in another state are put into `within`.
 
     Args:
@@ -386,8 +386,8 @@ def compact(entries: Sequence[Entry], limit: int = CARRIED) -> list[Entry]:
     return found
 
 
-def _merged(entries: Sequence[Entry], shortest: float) -> list[Entry]:
-    found: list[Entry] = []
+def _merged(entries: Sequence[TimeEntry], shortest: float) -> list[TimeEntry]:
+    found: list[TimeEntry] = []
     index = 0
     while index < len(entries):
         entry = entries[index]
@@ -403,7 +403,7 @@ def _merged(entries: Sequence[Entry], shortest: float) -> list[Entry]:
     return found
 
 
-def _is_stay(before: Entry, entry: Entry, after: Entry) -> bool:
+def _is_stay(before: TimeEntry, entry: TimeEntry, after: TimeEntry) -> bool:
     return (
         before.state == after.state == "training"
         and entry.state not in CLOSING

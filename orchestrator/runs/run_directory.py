@@ -35,7 +35,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, RunDirectoryError
 from orchestrator.observe.history import HISTORY, METRICS, read_content
 from orchestrator.observe.sink import reason
-from orchestrator.observe.time_spans import Entry, entries_from, read_book
+from orchestrator.observe.time_spans import TimeEntry, entries_from, read_book
 from orchestrator.runs import identity
 from orchestrator.runs.messages import warn
 from orchestrator.runs.time_book import booked, note_end
@@ -251,7 +251,7 @@ def read_history(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[dic
     return read_content(_history(checkpoint))
 
 
-def read_times(checkpoint: Checkpoint | None) -> list[Entry]:
+def read_times(checkpoint: Checkpoint | None) -> list[TimeEntry]:
     """Return the run's time book up to `checkpoint`, as it carries it; empty where it has none that can be read.
 
     Args:

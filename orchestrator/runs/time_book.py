@@ -32,8 +32,8 @@ from orchestrator.observe.time_spans import (
     BOOK,
     CLOSING,
     Book,
-    Entry,
     Life,
+    TimeEntry,
     compact,
     in_order,
     is_open,
@@ -70,9 +70,9 @@ class TimeBook:
         self._stepped: float | None = None
         self._wall, self._ticks = time.time(), time.monotonic()
         self._lock = threading.RLock()
-        self._entries: list[Entry] = []
-        self._channel: Channel[Entry] | None = None
-        self._waits: list[Entry] = []
+        self._entries: list[TimeEntry] = []
+        self._channel: Channel[TimeEntry] | None = None
+        self._waits: list[TimeEntry] = []
         self._closed = threading.Event()
         if run_dir is not None:
             if not (entries := read_entries(run_dir)) or entries[-1].state != "starting":
@@ -94,7 +94,7 @@ class TimeBook:
             if self._closed.is_set() or (state == self.state and not again):
                 return
             self.state, self.step = state, step if step is not None else self.step
-            self._put(Entry(self._now(), state, self.step, self._leg))
+            self._put(TimeEntry(self._now(), state, self.step, self._leg))
 
     def follow(self) -> None:
         """Take over state and steps from where this process stands (`distributed.standing`)."""
@@ -127,7 +127,7 @@ class TimeBook:
             if self._closed.is_set():
                 return
             stepped = None if self._stepped is None else self._wall + self._stepped - self._ticks
-            self._put(Entry(self._now(), self.ends_as, self.step, stepped=stepped))
+            self._put(TimeEntry(self._now(), self.ends_as, self.step, stepped=stepped))
             self._closed.set()
             if self._channel is not None:
                 self._channel.close()
@@ -161,17 +161,17 @@ class TimeBook:
 
     def _life(self) -> Life:
         stepped = None if self._stepped is None else self._wall + self._stepped - self._ticks
-        last = self._entries[-1] if self._entries else Entry(self._now(), self.state)
-        entry = Entry(last.t, self.state, self.step, self._leg, stepped)
+        last = self._entries[-1] if self._entries else TimeEntry(self._now(), self.state)
+        entry = TimeEntry(last.t, self.state, self.step, self._leg, stepped)
         return Life(self._now(), entry, self._waits[0].t if self._waits else None)
 
-    def _put(self, entry: Entry) -> None:
+    def _put(self, entry: TimeEntry) -> None:
         if self._channel is not None:
             self._entries.append(entry)
             self._waits.append(entry)
             self._channel.put([entry])
 
-    def _write(self, entries: Sequence[Entry]) -> None:
+    def _write(self, entries: Sequence[TimeEntry]) -> None:
         self._file.append(b"".join(_line(entry) for entry in entries), newline_before=True)
         self._waits = [entry for entry in self._waits if entry not in entries]
 
@@ -205,7 +205,7 @@ def keep(run_dir: Path | None, leg: int) -> Iterator[TimeBook]:
             thread.join(BEAT_SECONDS)
 
 
-def note_start(run_dir: Path, began: float | None = None, carried: Sequence[Entry] = ()) -> None:
+def note_start(run_dir: Path, began: float | None = None, carried: Sequence[TimeEntry] = ()) -> None:
     """Book that the processes of a run are started; a leg that was killed before is ended first.
 
     Args:
@@ -220,8 +220,8 @@ def note_start(run_dir: Path, began: float | None = None, carried: Sequence[Entr
     added = sorted([*_ending(entries, read_life(run_dir), "waiting", None), *newer], key=lambda entry: entry.t)
     if newer and added[-1].state not in CLOSING:
         # What it did there beyond that checkpoint nobody here knows.
-        added.append(Entry(added[-1].t, "unknown"))
-    added.append(Entry(time.time() if began is None else began, "starting"))
+        added.append(TimeEntry(added[-1].t, "unknown"))
+    added.append(TimeEntry(time.time() if began is None else began, "starting"))
     _append(run_dir, in_order([*entries[-1:], *added])[len(entries[-1:]) :])
 
 
@@ -235,14 +235,14 @@ def note_end(run_dir: Path, state: str) -> None:
     _append(run_dir, _ending(read_entries(run_dir), read_life(run_dir), state, time.time()))
 
 
-def _ending(entries: Sequence[Entry], life: Life | None, state: str, now: float | None) -> list[Entry]:
+def _ending(entries: Sequence[TimeEntry], life: Life | None, state: str, now: float | None) -> list[TimeEntry]:
     """Return the entries that end the last leg: with its last sign of life; without one, now or with its last entry."""
     if not entries or entries[-1].state in CLOSING:
         return []
     if life is None or not is_open(entries, life):
-        return [Entry(entries[-1].t if now is None else now, state)]
+        return [TimeEntry(entries[-1].t if now is None else now, state)]
     known = with_life(entries, life)[len(entries) :]
-    return [*known, Entry(life.t, state, life.entry.step, stepped=life.entry.stepped)]
+    return [*known, TimeEntry(life.t, state, life.entry.step, stepped=life.entry.stepped)]
 
 
 def booked(facts: dict[str, Any], book: Book) -> dict[str, Any]:
@@ -273,13 +273,13 @@ def process_began() -> float:
     return now
 
 
-def _append(run_dir: Path, entries: Sequence[Entry]) -> None:
+def _append(run_dir: Path, entries: Sequence[TimeEntry]) -> None:
     if entries:
         with contextlib.suppress(OSError):
             Appended(run_dir / BOOK).append(b"".join(_line(entry) for entry in entries), newline_before=True)
 
 
-def _line(entry: Entry) -> bytes:
+def _line(entry: TimeEntry) -> bytes:
     return json.dumps(entry.to_dict()).encode() + b"\n"
 
 

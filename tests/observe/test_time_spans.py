@@ -13,8 +13,8 @@ from orchestrator.observe.time_spans import (
     ALIVE,
     BOOK,
     STATES,
-    Entry,
     Life,
+    TimeEntry,
     compact,
     entries_from,
     make_book,
@@ -23,7 +23,7 @@ from orchestrator.observe.time_spans import (
 
 
 def book(*entries: tuple, life: Life | None = None):
-    return make_book([Entry(*entry) for entry in entries], life)
+    return make_book([TimeEntry(*entry) for entry in entries], life)
 
 
 PLAIN = (
@@ -96,7 +96,7 @@ def test_time_while_stopped_is_not_the_runs():
 
 
 def test_the_last_sign_of_life_ends_the_book():
-    life = Life(140.0, Entry(128.0, "training", 30, 0, 139.5))
+    life = Life(140.0, TimeEntry(128.0, "training", 30, 0, 139.5))
     found = book(*PLAIN[:-1], life=life)
     assert found.total == 40
     assert found.seconds["training"] == 32
@@ -106,7 +106,7 @@ def test_the_last_sign_of_life_ends_the_book():
 
 
 def test_what_could_not_be_written_is_unknown():
-    life = Life(200.0, Entry(180.0, "training", 60, 0), missing=150.0)
+    life = Life(200.0, TimeEntry(180.0, "training", 60, 0), missing=150.0)
     found = book(*PLAIN[:-1], life=life)
     assert found.seconds["unknown"] == 30
     assert found.seconds["training"] == 10 + 10 + 22 + 20
@@ -148,15 +148,15 @@ def test_what_is_no_book_is_empty(tmp_path: Path, text: str):
     assert entries_from(text) == []
 
 
-def _long(chance: random.Random, legs: int, saves: int) -> list[Entry]:
-    found, t, step = list[Entry](), 1000.0, 0
+def _long(chance: random.Random, legs: int, saves: int) -> list[TimeEntry]:
+    found, t, step = list[TimeEntry](), 1000.0, 0
     for leg in range(legs):
-        found += [Entry(t, "starting"), Entry(t := t + 5, "training", step, leg)]
+        found += [TimeEntry(t, "starting"), TimeEntry(t := t + 5, "training", step, leg)]
         for _ in range(saves):
             step += 10
-            found.append(Entry(t := t + chance.uniform(9, 11), chance.choice(["saving", "evaluating"]), step, leg))
-            found.append(Entry(t := t + chance.uniform(0.1, 2), "training", step, leg))
-        found.append(Entry(t := t + 3, "waiting", step + 3, stepped=t))
+            found.append(TimeEntry(t := t + chance.uniform(9, 11), chance.choice(["saving", "evaluating"]), step, leg))
+            found.append(TimeEntry(t := t + chance.uniform(0.1, 2), "training", step, leg))
+        found.append(TimeEntry(t := t + 3, "waiting", step + 3, stepped=t))
         t += 20
     return found
 
