@@ -9,16 +9,19 @@ import shutil
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from orchestrator.checkpoint.memory_folder import MemoryFolder
 from orchestrator.checkpoint.run_checkpoints import committed, newest_valid
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.launch.run import work
 from orchestrator.training.callbacks.snapshots import Snapshots
+from orchestrator.training.host_snapshots import _other_keys, _was_left
 from tests.lab.ranks import run_ranks
-from tests.lab.runs import TINY, resolved_run, small_config
+from tests.lab.runs import TINY, losses, read_rows, resolved_run, small_config
 from tests.lab.tensors import read_all
 
 STEPS = 8
@@ -173,3 +176,80 @@ def killed_on_two_hosts(tmp_path_factory, whole):
             "rank-00001.safetensors",
         }, "its own and a copy"
     return tmp
+
+
+def test_one_host_that_is_left_goes_on_alone_on_another_layout(tmp_path, whole, killed_on_two_hosts):
+    tmp, config = whole
+    shutil.copytree(killed_on_two_hosts, tmp_path, dirs_exist_ok=True)
+    alone = replace(config, layout=replace(config.layout, fsdp=1))
+    _train(alone, [tmp_path / "host1"], tmp_path / "run")
+    leg = _last_leg(tmp_path / "run")
+    assert (leg["start_step"], leg["restored_from"], leg["handover"]["verdict"]) == (6, "memory", "agrees")
+    assert leg["handover"]["changed"] == ["layout"]
+    np.testing.assert_allclose(losses(read_rows(tmp_path / "run")), losses(read_rows(tmp / "run")), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lost", [(1,), pytest.param((), marks=pytest.mark.slow), pytest.param((1, 2), marks=pytest.mark.slow)]
+)
+def test_four_hosts_bring_together_what_each_lacks(tmp_path, whole, lost):
+    config = replace(whole[1], layout=replace(whole[1].layout, fsdp=4))
+    roots = [tmp_path / f"host{number}" for number in range(4)]
+    _train(config, roots, tmp_path / "run", die_after=6)
+    for number, root in enumerate(roots):
+        (directory,) = _snapshots(root)
+        held = {f"rank-{rank:05d}.safetensors" for rank in (number, (number - 1) % 4)}
+        assert {path.name for path in directory.glob("*.safetensors")} == held
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for number in lost:
+        _wipe(roots[number])
+    _train(config, roots, tmp_path / "run")
+    leg = _last_leg(tmp_path / "run")
+    assert (leg["start_step"], leg["restored_from"]) == ((6, "memory") if len(lost) < 2 else (4, "storage"))
+    if len(lost) == 1:
+        off = replace(config, checkpoint=replace(config.checkpoint, memory=RunConfig().checkpoint.memory))
+        _train(off, roots, tmp_path / "other")
+        _assert_same_end(tmp_path / "run", tmp_path / "other")
+
+
+def test_too_little_memory_turns_it_off_with_a_warning(tmp_path, whole, monkeypatch, capfd):
+    tmp, config = whole
+    monkeypatch.setattr(MemoryFolder, "free_bytes", lambda self: 1 << 18)
+    _train(config, [tmp_path / "memory"] * 2, tmp_path / "run")
+    said = capfd.readouterr().out
+    assert re.search(
+        r"warning: there are no snapshots in memory: they need 0\.\d+ GiB more in .*, which has 0\.000 GiB", said
+    )
+    _assert_same_end(tmp_path / "run", tmp / "run")
+
+
+def test_a_memory_of_others_turns_it_off_with_a_warning(tmp_path, whole, capfd):
+    config = whole[1]
+    (tmp_path / "memory" / f"orchestrator-{os.geteuid()}").mkdir(parents=True, mode=0o755)
+    _train(config, [tmp_path / "memory"] * 2, tmp_path / "run")
+    assert (
+        "there are no snapshots in memory: the folder for snapshots in memory is not this user's alone"
+        in capfd.readouterr().err
+    )
+    assert committed(tmp_path / "run" / "checkpoints")[0].name == f"step-{STEPS:08d}"
+
+
+@pytest.mark.parametrize(
+    ("leg", "step", "left"),
+    [(0, 4, False), (0, 5, True), (1, 7, False), (1, 8, True), (2, 9, False), (None, 9, False)],
+)
+def test_what_the_run_has_turned_away_from_is_not_taken(leg, step, left):
+    """A host that was away keeps the snapshot of a leg; meanwhile another leg began from an earlier step."""
+    legs = [{"leg": 0, "start_step": 0}, {"leg": 1, "start_step": 4}, {"leg": 2, "start_step": 7}]
+    assert _was_left(leg, step, legs) is left
+
+
+def test_only_what_the_steps_depend_on_has_to_be_the_same():
+    def other(**changes):
+        return _other_keys(to_dict(replace(RunConfig(), **changes)), RunConfig())
+
+    run = RunConfig()
+    assert other(layout=replace(run.layout, fsdp=4), runs_dir="/elsewhere", resume="auto") == []
+    assert other(data=replace(run.data, workers=3), checkpoint=replace(run.checkpoint, keep_last=9)) == []
+    assert other(optim=replace(run.optim, lr=1.0), seed=3) == ["optim.lr", "seed"]
+    assert other(train=replace(run.train, max_steps=3)) == ["train.max_steps"]
