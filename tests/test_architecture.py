@@ -131,7 +131,6 @@ READS_AUTO = {
     "data/make_tokenizer.py": "BOS as the tokenizer's files say, or none beside tokens made elsewhere",
     "data/prepare.py": "threads of this host",
     "data/store_cache.py": "where this host keeps its cache",
-    "training/host_snapshots.py": "where this host has its memory file system",
 }
 # What decides, and the modules that may import it: those that start a run or a part of one.
 DECIDED_IN = {

@@ -88,11 +88,11 @@ class HostMemory:
     hosts: Hosts
 
     @classmethod
-    def open(cls, place: Path | None, run: str, lane: Lane) -> HostMemory:
+    def open(cls, place: Path, run: str, lane: Lane) -> HostMemory:
         """Open the folder of `run` on all hosts or on none. All ranks call it together.
 
         Args:
-            place: folder of the memory file system; None: `/dev/shm`.
+            place: folder of the memory file system.
             run: uuid of the run.
             lane: to the other ranks.
 

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 from orchestrator.checkpoint.format import MANIFEST
+from orchestrator.checkpoint.run_checkpoints import committed
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.errors import CheckpointError
 
-DEFAULT = Path("/dev/shm")
 STALE_SECONDS = 3600.0
 """What nobody holds for so long waits for no restart any more. It goes earlier where its room is needed."""
 _LOCK = ".lock"
@@ -33,7 +33,7 @@ class MemoryFolder:
     """The folder of one run, made and held by this process. Several processes of the run hold it together.
 
     Args:
-        place: folder of the memory file system; None: `/dev/shm`.
+        place: folder of the memory file system.
         run: uuid of the run.
 
     Attributes:
@@ -43,12 +43,11 @@ class MemoryFolder:
         CheckpointError: it cannot be made, or is not this user's alone.
     """
 
-    def __init__(self, place: Path | None, run: str):
+    def __init__(self, place: Path, run: str):
         assert _RUN.fullmatch(run), run
-        base = place or DEFAULT
-        if not base.is_dir():
-            raise CheckpointError("there is no memory file system", got=base, allowed="a folder on a tmpfs")
-        self._of_user = base / f"orchestrator-{os.geteuid()}"
+        if not place.is_dir():
+            raise CheckpointError("there is no memory file system", got=place, allowed="a folder on a tmpfs")
+        self._of_user = _of_user(place)
         self.path = self._of_user / run
         try:
             self._lock = self._hold()
@@ -126,6 +125,21 @@ class MemoryFolder:
             _remove_run(self.path)
 
 
+def snapshots_here(place: Path, run: object) -> list[AnyPath]:
+    """List the snapshots of a run whose manifest is on this host, the newest first, without holding them.
+
+    Args:
+        place: folder of the memory file system.
+        run: uuid of the run; anything else has none.
+    """
+    if not isinstance(run, str) or not _RUN.fullmatch(run):
+        return []
+    try:
+        return committed(_of_user(place) / run) if _is_private(_of_user(place)) else []
+    except CheckpointError:
+        return []
+
+
 def remove_snapshot(directory: AnyPath) -> None:
     """Remove a snapshot, its manifest first. What cannot be removed stays: nothing of it counts without.
 
@@ -137,11 +151,23 @@ def remove_snapshot(directory: AnyPath) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def _of_user(place: Path) -> Path:
+    return place / f"orchestrator-{os.geteuid()}"
+
+
+def _is_private(path: Path) -> bool:
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o077
+
+
 def _make_private(path: Path) -> None:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    about = os.lstat(path)
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+    if not _is_private(path):
+        about = os.lstat(path)
         raise CheckpointError(
             "the folder for snapshots in memory is not this user's alone",
             got=f"{path}, {stat.filemode(about.st_mode)} of user {about.st_uid}",

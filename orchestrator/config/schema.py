@@ -8,6 +8,7 @@ device counts, `sharding.layout` the degrees, the tokenizer the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from orchestrator.config.launch_schema import LaunchConfig as LaunchConfig
@@ -267,6 +268,11 @@ class SnapshotConfig:
     enabled: bool = False
     every_steps: int = 10
     dir: str | Auto = "auto"  # folder of a memory file system; auto: /dev/shm
+
+    @property
+    def place(self) -> Path:
+        """Folder of the memory file system."""
+        return Path("/dev/shm" if self.dir == "auto" else self.dir)
 
 
 @dataclass(frozen=True)

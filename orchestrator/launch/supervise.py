@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator import stopping
+from orchestrator.checkpoint.memory_folder import snapshots_here
 from orchestrator.checkpoint.run_checkpoints import committed, remove_uncommitted, step_of
+from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.local_processes import Ended, Supervision
 from orchestrator.errors import DIVERGED, DONE, FAILED, INTERRUPTED, STOPPED, TERMINATED, CheckpointError
@@ -128,7 +130,9 @@ class Supervisor:
     def _start_step(self) -> int:
         resume_from = self._resolved.place.resume_from
         with contextlib.suppress(AssertionError):  # a checkpoint of the user's whose directory has a name of its own
-            return step_of(resume_from) if resume_from is not None else 0
+            stored = step_of(resume_from) if resume_from is not None else 0
+            memory = self._in_memory() if resume_from is None or self._resolved.takes_older else []
+            return max([stored, *(step_of(path) for path in memory)])
         return self._plan.checkpoint.step if self._plan.checkpoint else 0
 
     def _described(self, attempt: Attempt, finished: Finished) -> Attempt:
@@ -167,10 +171,16 @@ class Supervisor:
         return str(folder)
 
     def _saved(self) -> int | None:
+        """Return the step from which the run goes on: of storage, or of the memory of this host."""
+        found = [step_of(path) for path in self._in_memory()]
         with contextlib.suppress(CheckpointError):
-            newest = committed(self._resolved.place.checkpoints)
-            return step_of(newest[0]) if newest else None
-        return None
+            found += [step_of(path) for path in committed(self._resolved.place.checkpoints)[:1]]
+        return max(found, default=None)
+
+    def _in_memory(self) -> list[AnyPath]:
+        settings = self._resolved.config.checkpoint.memory
+        run = run_directory.read_run(self._run_dir).get("id")
+        return snapshots_here(settings.place, run)[:1] if settings.enabled else []
 
     def _record(self, status: str) -> None:
         run_directory.mark_ended(self._run_dir, "failed", self._attempts[-1].step)

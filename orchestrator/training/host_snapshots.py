@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
@@ -46,9 +45,8 @@ def open_host_memory(resolved: Resolved, parallel: ParallelStrategy) -> HostMemo
     if not settings.enabled:
         return None
     run = parallel.broadcast(identity.uuid_of(resolved.place.run_dir) if parallel.rank == 0 else "")
-    place = None if settings.dir == "auto" else Path(settings.dir)
     try:
-        memory = HostMemory.open(place, run, parallel.open_lane())
+        memory = HostMemory.open(settings.place, run, parallel.open_lane())
     except CheckpointError as error:
         if parallel.rank == 0:
             warn(f"there are no snapshots in memory: {error.what}; what storage has is not affected")
