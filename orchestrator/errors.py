@@ -184,6 +184,19 @@ class RunFailedError(UserError):
     exit_code = FAILED
 
 
+class MovedOnError(RunFailedError):
+    """Another process has gone on with the run, while this one was being started.
+
+    Args:
+        run_dir: of the run.
+    """
+
+    def __init__(self, run_dir: object):
+        super().__init__(
+            "the run was gone on with by another process while this one was started", got=run_dir, fix="start it again"
+        )
+
+
 class LostPeerError(RunFailedError):
     """Another process of the job has gone or does not answer."""
 

@@ -84,6 +84,7 @@ class Contents:
         attest: from the directory's name, the step, the manifest, the SHA-256 of each file and the small files, both by
             name, it makes what is written beside them, by name (`attestation.Attester`); None on processes that write
             no manifest.
+        allowed: asked before the manifest is put into place; it raises what speaks against it.
     """
 
     state: Mapping[str, Any]
@@ -93,6 +94,7 @@ class Contents:
     hash: str = "sha256"
     attested: bool = False
     attest: Attest | None = None
+    allowed: Callable[[], None] | None = None
 
 
 def save(parent: AnyPath, step: int, shards: Sequence[Shard], coordinator: Coordinator, contents: Contents) -> AnyPath:
@@ -353,6 +355,8 @@ def commit_ranks(directory: AnyPath, step: int, contents: Contents) -> None:
             raise CheckpointError("a process was not told that whole files are signed", got=", ".join(unknown[:3]))
         for name, text in contents.attest(directory.name, step, manifest, digests, contained).items():
             write_file(directory / name, [text])
+    if contents.allowed is not None:
+        contents.allowed()
     put_last(directory / MANIFEST, manifest)
 
 

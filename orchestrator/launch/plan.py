@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.checkpoint.attestation import attester
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.hashing import new_hash
-from orchestrator.checkpoint.run_checkpoints import open_newest
+from orchestrator.checkpoint.run_checkpoints import committed, open_newest
 from orchestrator.checkpoint.signing import Trust, signer, trust
 from orchestrator.checkpoint.storage import AnyPath, locate
 from orchestrator.config.compose import Composed
@@ -42,6 +42,8 @@ class Plan:
         name: of the new run directory, by which a restarted job finds it; None to name it by the time.
         uuid: of the run, where it began in another place.
         patient: wait for an earlier process of the same job to end.
+        newest: checkpoints of the run when it was looked for, as `resume.newest` names them: where they are others
+            when the run is held, the plan is void. None where the user has said what to go on from.
         finished: why there is nothing left to do.
         words: what the run was composed from, for the record; None: the command line.
         began: when this start began, in seconds since the epoch; None: when the run directory is opened.
@@ -56,6 +58,7 @@ class Plan:
     name: str | None = None
     uuid: str | None = None
     patient: bool = False
+    newest: tuple[str, ...] | None = None
     finished: str | None = None
     words: tuple[str, ...] | None = None
     began: float | None = None
@@ -86,7 +89,7 @@ def find_plan(composed: Composed, main: bool, alone: bool) -> Plan:
     check = main and config.checkpoint.verify_on_load
     if config.resume is None:
         if config.run_id is not None and main:
-            _refuse_taken(run_directory.named(config, config.run_id))
+            _refuse_taken(run_directory.named(config, config.run_id), config)
         return _new(composed, check, main, config.run_id)
     if "train.init_from" in composed.overrides and config.resume != resume.AUTO:
         raise ConfigError(
@@ -98,20 +101,24 @@ def find_plan(composed: Composed, main: bool, alone: bool) -> Plan:
         point = resume.find(config.resume, config.runs_dir, check, warn, config.checkpoint, listing.wanted_by(composed))
         return _going_on(composed, point, config.run_id, check, main, alone)
     name = identity.name_of(config, composed.job)
-    own, run_dir = resume.find_own(composed, name, check, warn)
+    own, run_dir, newest = resume.find_own(composed, name, check, warn)
     if main:
         goes_on = f"goes on from {own.directory.name}" if own else "starts: it has no checkpoint yet"
         tell(f"run        {run_dir} {goes_on}")
     if own is None:
-        return replace(_new(composed, check, main, name), patient=True)
-    return replace(_going_on(composed, own, name, check, main, alone), patient=True)
+        return replace(_new(composed, check, main, name), patient=True, newest=newest)
+    return replace(_going_on(composed, own, name, check, main, alone), patient=True, newest=newest)
 
 
-def _refuse_taken(run_dir: Path) -> None:
-    if run_dir.exists() and not listing.is_empty(run_dir):
+def _refuse_taken(run_dir: Path, config: RunConfig) -> None:
+    taken: AnyPath | None = run_dir if run_dir.exists() and not listing.is_empty(run_dir) else None
+    if taken is None and config.checkpoint.dir != "auto":
+        # The run may have been on another host.
+        taken = next(iter(committed(run_directory.checkpoints_dir(run_dir, config))), None)
+    if taken is not None:
         raise ConfigError(
             "there is a run of this run_id already",
-            got=run_dir,
+            got=taken,
             fix="resume=auto goes on with it; or give another run_id",
         )
 

@@ -25,7 +25,7 @@ from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.distributed.job_host import job_host
 from orchestrator.distributed.local_processes import Supervision, run_local
 from orchestrator.distributed.world import OWN_PREFIX, World
-from orchestrator.errors import DONE, ConfigError, UserError
+from orchestrator.errors import DONE, ConfigError, MovedOnError, UserError
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import device_count, find_world, job_devices
 from orchestrator.installing import importable
@@ -35,8 +35,9 @@ from orchestrator.launch.run import RUN_DIR, Opened, joined, train
 from orchestrator.launch.several_hosts import processes_here, start_processes
 from orchestrator.launch.supervise import Finished, Supervisor
 from orchestrator.output import Stream, relay, tell
-from orchestrator.runs import identity, init_from, listing, run_directory, time_book
+from orchestrator.runs import identity, init_from, listing, resume, run_directory, time_book
 from orchestrator.runs.messages import doing, say, warn
+from orchestrator.runs.moved_run import catch_up
 from orchestrator.runs.own_parts import check_parts
 from orchestrator.runs.run_directory import RunPaths
 from orchestrator.training.check import check_run
@@ -90,21 +91,27 @@ def launch(composed: Composed, captured: bool = False, began: float | None = Non
     main = world.rank == 0 if world else host is None or host.number == 0
     wait_for_stores(composed.config.checkpoint.store_timeout_seconds)
     began = time.time() if began is None else began
-    plan = find_plan(composed, main=main, alone=world is None and host is None)
-    plan = replace(plan, words=composed.words, began=began)
-    check_parts(plan.config)
-    if plan.finished is not None:
-        if main:
-            say(plan.finished)
-        return Outcome(DONE, plan.run_dir, plan.finished)
-    if host is not None:
-        processes = processes_here(plan)
-        if processes > 1:
-            ended = start_processes(host, processes, _words(plan), sweep=composed.job is not None)
-            return Outcome(ended.code, problems=ended.problems)
-        world = host.world(0, 1)
-        os.environ.update(world.environment())  # as of every process that somebody has started
-    return _start_local(plan, captured) if world is None else _join_external(plan, world)
+    while True:
+        plan = find_plan(composed, main=main, alone=world is None and host is None)
+        plan = replace(plan, words=composed.words, began=began)
+        check_parts(plan.config)
+        if plan.finished is not None:
+            if main:
+                say(plan.finished)
+            return Outcome(DONE, plan.run_dir, plan.finished)
+        if host is not None:
+            processes = processes_here(plan)
+            if processes > 1:
+                ended = start_processes(host, processes, _words(plan), sweep=composed.job is not None)
+                return Outcome(ended.code, problems=ended.problems)
+            world = host.world(0, 1)
+            os.environ.update(world.environment())  # as of every process that somebody has started
+        if world is not None:
+            return _join_external(plan, world)
+        try:
+            return _start_local(plan, captured)
+        except MovedOnError as error:  # before anything was started
+            tell(f"run        {error.what}: looking again")
 
 
 def resolve_plan(plan: Plan, devices: int, world: World, slices: int = 1) -> tuple[Resolved, Opened]:
@@ -247,6 +254,7 @@ def open_run(plan: Plan, resolved: Resolved, held: contextlib.ExitStack) -> Reso
 
     Raises:
         UserError: it cannot be written, or another process holds it.
+        MovedOnError: another process has saved a checkpoint since the plan was made.
     """
     run_dir = _from_here(plan.run_dir or run_directory.create(plan.config, plan.name))
     if plan.run_dir is None and plan.name is None:
@@ -265,12 +273,15 @@ def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> RunPaths
     held.callback(listing.discard_empty, run_dir)
     if plan.run_dir is None and plan.uuid is not None:
         identity.adopt_uuid(run_dir, plan.uuid)
-    if plan.run_dir is None and plan.resumes and plan.checkpoint is not None:
-        run_directory.adopt_history(run_dir, plan.checkpoint)
     time_book.note_start(run_dir, plan.began, run_directory.read_times(plan.checkpoint if plan.resumes else None))
     checkpoints = run_directory.checkpoints_dir(run_dir, plan.config)
     if plan.config.checkpoint.dir != "auto":
-        held.enter_context(run_directory.hold(checkpoints, run_dir, plan.name))
+        limit = plan.config.hardware.timeout_seconds
+        held.enter_context(run_directory.hold(checkpoints, run_dir, plan.name, plan.patient, limit))
+    if plan.newest is not None and plan.newest != resume.newest(run_dir, checkpoints):
+        raise MovedOnError(run_dir)
+    if plan.resumes and plan.checkpoint is not None:
+        catch_up(run_dir, plan.checkpoint)
     facts = {"id": identity.uuid_of(run_dir), "run_id": plan.name, "command": shlex.join(_words(plan))}
     run_directory.write_run(run_dir, {**run_directory.read_run(run_dir), **facts})
     run_directory.write_config(run_dir, plan.config)

@@ -14,7 +14,7 @@ from orchestrator.config.compose import Composed, read_config
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.observe.history import METRICS
 from orchestrator.observe.time_spans import ALIVE, BOOK
-from orchestrator.runs import identity, run_directory
+from orchestrator.runs import identity, lease, run_directory
 
 # What a start leaves that ended before its first step.
 _OF_A_START = {
@@ -30,6 +30,7 @@ _OF_A_START = {
     ALIVE,
     run_directory.SAMPLES,
     ".lock",
+    lease.TAKEN,
     "report.html",
 }
 

@@ -124,7 +124,7 @@ def find(
 
 def find_own(
     composed: Composed, name: str, verify: bool, report: Callable[[str], object]
-) -> tuple[ResumePoint | None, Path]:
+) -> tuple[ResumePoint | None, Path, tuple[str, ...]]:
     """Find where the run that is known by `name` is to go on.
 
     Args:
@@ -134,7 +134,8 @@ def find_own(
         report: told of what is passed over.
 
     Returns:
-        Its newest valid checkpoint, None where it has saved none yet; and its directory, which may not be there.
+        Its newest valid checkpoint, None where it has saved none yet; its directory, which may not be there; and its
+        `newest` checkpoints.
 
     Raises:
         CheckpointError: it has saved checkpoints, and none of them is valid.
@@ -148,9 +149,20 @@ def find_own(
     else:
         # Its directory may have gone with the host that it was on.
         place = saved = run_directory.checkpoints_dir(run_dir, config)
-    if not committed(saved) and not committed(run_directory.beside(run_dir)):
-        return None, run_dir
-    return _in_runs([place], str(saved), verify, report, trusted), run_dir
+    if not (found := newest(run_dir, saved)):
+        return None, run_dir, found
+    return _in_runs([place], str(saved), verify, report, trusted), run_dir, found
+
+
+def newest(run_dir: Path, checkpoints: AnyPath) -> tuple[str, ...]:
+    """Return the newest checkpoint of a run where it keeps them, and of those that no store has taken.
+
+    Args:
+        run_dir: the run's directory.
+        checkpoints: where it keeps them.
+    """
+    places = dict.fromkeys([checkpoints, run_directory.beside(run_dir)])
+    return tuple(str(found[0].name) for place in places if (found := committed(place)))
 
 
 def is_checkpoint(resume: str) -> bool:

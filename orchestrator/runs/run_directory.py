@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,10 +34,10 @@ from orchestrator.checkpoint.storage import AnyPath, claim, is_remote, locate
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, RunDirectoryError
-from orchestrator.observe.history import HISTORY, METRICS, read_content
+from orchestrator.observe.history import HISTORY, read_content
 from orchestrator.observe.sink import reason
 from orchestrator.observe.time_spans import TimeEntry, entries_from, read_book
-from orchestrator.runs import identity
+from orchestrator.runs import identity, lease
 from orchestrator.runs.messages import warn
 from orchestrator.runs.time_book import booked, note_end
 
@@ -168,17 +169,25 @@ def beside(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def hold(checkpoints: AnyPath, run_dir: Path, name: str | None = None) -> contextlib.AbstractContextManager[object]:
+def hold(
+    checkpoints: AnyPath,
+    run_dir: Path,
+    name: str | None = None,
+    patient: bool = False,
+    peers_wait_seconds: float = math.inf,
+) -> contextlib.AbstractContextManager[object]:
     """Hold a directory of checkpoints that does not lie in the run's own, and see that it can be written.
 
-    A store knows no locks. There the first run leaves its uuid, which stays; another run is refused. Two processes
-    of the same run are told apart by the lock of its run directory.
+    A store knows no locks. There the first run leaves its uuid, which stays; another run is refused. Processes of the
+    same run follow each other there by a lease.
 
     Args:
         checkpoints: the directory of checkpoints.
         run_dir: the run's own directory.
         name: by which the run is found at a restart; None for a run that has the time alone. A job that starts again
             on a host without its run directory is known by it, and takes over the uuid that it left.
+        patient: wait a minute for another process to let go of it.
+        peers_wait_seconds: other processes of the job wait for this one so long.
 
     Raises:
         CheckpointError: another run or process writes there, or it cannot be written.
@@ -186,9 +195,9 @@ def hold(checkpoints: AnyPath, run_dir: Path, name: str | None = None) -> contex
     try:
         if is_remote(checkpoints):
             _claim(checkpoints, run_dir, name)
-            return contextlib.nullcontext()
+            return lease.take_lease(checkpoints, run_dir, patient, peers_wait_seconds)
         checkpoints.mkdir(parents=True, exist_ok=True)
-        return lock(checkpoints, "directory of checkpoints")
+        return lock(checkpoints, "directory of checkpoints", patient)
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the directory of the checkpoints cannot be written: {getattr(error, 'strerror', None) or error}",
@@ -272,18 +281,6 @@ def _history(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(
             f"file '{HISTORY}' of the checkpoint is damaged: {error!r}"[:300], got=checkpoint.directory
         ) from None
-
-
-def adopt_history(run_dir: Path, checkpoint: Checkpoint) -> None:
-    """Begin a new run directory with what the run of `checkpoint` was until then: it is the same run, moved.
-
-    Args:
-        run_dir: the run's directory.
-        checkpoint: the checkpoint.
-    """
-    legs, rows = read_history(checkpoint)
-    write_run(run_dir, {"legs": legs})
-    (run_dir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_run(run_dir: Path, facts: Mapping[str, Any]) -> None:

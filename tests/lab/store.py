@@ -165,8 +165,13 @@ class S3Store(Store):
 
 
 @contextlib.contextmanager
-def serve(scheme: str) -> Iterator[Store]:
-    """Start the server of a kind of store, with an empty bucket; it ends with the context."""
+def serve(scheme: str, *doors: socket.socket) -> Iterator[Store]:
+    """Start the server of a kind of store, with an empty bucket; it ends with the context.
+
+    Args:
+        scheme: of its URLs.
+        doors: sockets that listen where it is to answer beside this machine's own address.
+    """
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     from tests.lab.gcs import GoogleStore
@@ -176,16 +181,22 @@ def serve(scheme: str) -> Iterator[Store]:
             pass
 
     store: Store = {"s3": S3Store, "gs": GoogleStore}[scheme]()
-    server = make_server("127.0.0.1", 0, store.wrap(store.app()), threaded=True, request_handler=Quiet)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    store.url = f"http://127.0.0.1:{server.server_port}"
+    app = store.wrap(store.app())
+    servers = [make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)]
+    servers += [
+        make_server(*door.getsockname(), app, threaded=True, request_handler=Quiet, fd=door.fileno()) for door in doors
+    ]
+    threads = [threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in servers]
+    for thread in threads:
+        thread.start()
+    store.url = f"http://127.0.0.1:{servers[0].server_port}"
     try:
         yield store
     finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        for server, thread in zip(servers, threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
 
 
 @contextlib.contextmanager

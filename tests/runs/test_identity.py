@@ -250,6 +250,7 @@ def test_a_job_that_starts_again_on_another_host_is_the_owner_of_its_checkpoints
     """Its run directory went with the host; in the store it left its uuid and its name."""
     written: dict[str, bytes] = {}
     monkeypatch.setattr(run_directory, "is_remote", lambda path: True)
+    monkeypatch.setattr(run_directory.lease, "take_lease", lambda *unused: contextlib.nullcontext())
     monkeypatch.setattr(run_directory, "claim", lambda path, content: written.setdefault(str(path), content))
     hosts = [tmp_path / "first", tmp_path / "second", tmp_path / "stranger"]
     for host in hosts:

@@ -28,6 +28,7 @@ from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.sink import reason
 from orchestrator.optim.steps import evaluated
 from orchestrator.runs import run_directory
+from orchestrator.runs.lease import fence
 from orchestrator.runs.messages import warn
 from orchestrator.runs.shared_folder import check_shared
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
@@ -107,6 +108,7 @@ class Checkpoints(lightning.Callback):
         self._started, self._prepared = 0, False
         self._refused: NonFiniteError | None = None
         self.directory, self._run_dir = place.checkpoints, place.run_dir
+        self._allowed = fence(self.directory, self._run_dir) if main and is_remote(self.directory) else None
         self._saver = Saver(self.directory, parallel, config.checkpoint.asynchronous, self._prune)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -276,8 +278,9 @@ class Checkpoints(lightning.Callback):
         """
         settings = self._config.checkpoint
         beside = {**self._extra, HISTORY: self._history.content(step), **files}
-        signed = (self._attested, self._attest) if attested else ()
-        return Contents(self._state(step), to_dict(self._config), beside, self._sign, settings.hash, *signed)
+        signed = (self._attested, self._attest) if attested else (False, None)
+        allowed = self._allowed if attested else None
+        return Contents(self._state(step), to_dict(self._config), beside, self._sign, settings.hash, *signed, allowed)
 
     def _settle(self) -> None:
         """Wait for the save that is under way, and say how the last one went."""
