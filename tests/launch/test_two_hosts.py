@@ -137,7 +137,7 @@ def _kill(processes: list[Any]) -> None:
 
 
 def test_a_cut_cable_and_another_first_host_leave_no_trace(place):
-    """Both; one is cut off; it goes on alone, on another layout; both again, led by the one that knows nothing of that."""
+    """Both; one is cut off; it goes on alone, on another layout; both again, led by the one that was left behind."""
     a, b = place.hosts
     both = place.start(a, b)
     place.until(10, both)
