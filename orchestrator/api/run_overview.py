@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.config.compose import read_plain
 from orchestrator.errors import UserError
 from orchestrator.observe.history import METRICS
+from orchestrator.observe.time_spans import ALIVE, BOOK, read_book
 from orchestrator.report.run_data import number
 from orchestrator.runs import run_directory
 from orchestrator.runs.listing import latest_runs
@@ -23,7 +24,7 @@ FRESH_SECONDS = 60.0
 _TAIL_BYTES = 1 << 16
 _LOCKS = Path("/proc/locks")
 # Files that a run at work writes; the time book's sign of life comes each second.
-_WRITTEN = (METRICS, run_directory.RUN, "time_book.alive", "time_book.jsonl", ".lock")
+_WRITTEN = (METRICS, run_directory.RUN, ALIVE, BOOK, ".lock")
 _UNDER_WAY = "running"
 
 
@@ -91,7 +92,6 @@ def overview(run_dir: Path, runs_dir: Path) -> RunOverview:
     last = legs[-1] if legs else {}
     trained: dict[str, Any] = next((row for row in reversed(steps) if "loss" in row), {})
     evaluated: dict[str, Any] = next((row for row in reversed(steps) if "val_loss" in row), {})
-    goodput = facts.get("goodput")
     names = last.get("device_names") or [last.get("target")]
     worked = _worked(run_dir)
     return RunOverview(
@@ -103,12 +103,26 @@ def overview(run_dir: Path, runs_dir: Path) -> RunOverview:
         loss=number(trained.get("loss")),
         val_loss=number(evaluated.get("val_loss")),
         tokens_per_second=number(trained.get("tokens_per_second")),
-        goodput=number(goodput.get("fraction")) if isinstance(goodput, Mapping) else None,
+        goodput=number(goodput_of(run_dir, facts).get("fraction")),
         restarts=max(0, len(legs) - 1),
         host=str(last["host"]) if last.get("host") else None,
         devices=f"{last['devices']} x {names[0]}" if last.get("devices") else None,
         worked=worked,
     )
+
+
+def goodput_of(run_dir: Path, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the share of a run's time that was progress (`fraction`), and its `seconds` by state, as of now.
+
+    Args:
+        run_dir: of the run.
+        facts: of its run.json, which has them as of its last start or end.
+    """
+    book = read_book(run_dir)
+    if book.spans:
+        return book.facts()
+    said = facts.get("goodput")
+    return said if isinstance(said, Mapping) else {}
 
 
 def last_rows(run_dir: Path, most_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from orchestrator.config.options import describe_options, option, parse_options
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from rich.console import Group
@@ -117,7 +118,7 @@ def _picture(one: RunOverview, width: int) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from orchestrator.api.run_overview import last_rows
+    from orchestrator.api.run_overview import goodput_of, last_rows
     from orchestrator.report.run_frame import frame, seconds_to_go, time_line
     from orchestrator.report.run_text import duration
     from orchestrator.runs.run_directory import read_run
@@ -132,7 +133,7 @@ def _picture(one: RunOverview, width: int) -> Group:
     body = Table.grid(padding=(0, 2))
     for label, text in frame(facts, rows, width):
         body.add_row(Text(label, "dim"), Text(text, no_wrap=True, overflow="ellipsis"))
-    if booked := _seconds(facts):
+    if booked := _seconds(goodput_of(one.directory, facts)):
         goodput = "" if one.goodput is None else f"goodput {one.goodput:.1%}"
         body.add_row(Text("time", "dim"), Text(goodput))
         for label, text in time_line(booked, _BAR):
@@ -143,9 +144,8 @@ def _picture(one: RunOverview, width: int) -> Group:
 _COLOURS = {"running": "green", "finished": "green", "failed": "red", "dead": "red", "diverged": "red"}
 
 
-def _seconds(facts: dict[str, object]) -> dict[str, float]:
-    goodput = facts.get("goodput")
-    seconds = goodput.get("seconds") if isinstance(goodput, dict) else None
+def _seconds(goodput: Mapping[str, object]) -> dict[str, float]:
+    seconds = goodput.get("seconds")
     if not isinstance(seconds, dict):
         return {}
     return {str(key): float(value) for key, value in seconds.items() if isinstance(value, (int, float))}
