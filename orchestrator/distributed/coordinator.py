@@ -25,6 +25,16 @@ from orchestrator.errors import HardwareError
 from orchestrator.output import tell
 
 _POLL_SECONDS = 0.05
+_SPARE_SECONDS = 15.0
+
+
+def collective_timeout(timeout_seconds: float) -> timedelta:
+    """Return the time after which a collective fails: later than who watches over hangs, and says more of one, ends it.
+
+    Args:
+        timeout_seconds: after which a job that does not get on hangs.
+    """
+    return timedelta(seconds=timeout_seconds + min(_SPARE_SECONDS, timeout_seconds))
 
 
 class Vote:
@@ -55,6 +65,7 @@ class ProcessCoordinator:
 
     def __init__(self, world: World, timeout_seconds: float):
         self._world, self._timeout = world, timedelta(seconds=timeout_seconds)
+        self._patience = collective_timeout(timeout_seconds)
         with self._waiting():
             store = _open_store(world, self._timeout)
             start = _start_of_job(store, world, self._timeout) if world.store_is_kept else f"attempt{world.attempt}"
@@ -76,10 +87,10 @@ class ProcessCoordinator:
         if self._met:
             return  # for another strategy of this process
         with self._waiting():
-            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=self._timeout)
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=self._patience)
             if size > 1:
                 # Votes overlap with the step's collectives, so they need a group of their own.
-                self._votes = dist.new_group(backend="gloo", timeout=self._timeout)
+                self._votes = dist.new_group(backend="gloo", timeout=self._patience)
         self._met = True
 
     @contextmanager

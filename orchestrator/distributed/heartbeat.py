@@ -26,6 +26,7 @@ class Beat:
         count: signs of life so far; a process whose count stays the same is not there, or does not run.
         phase: what it is at, one of `distributed.standing`.
         marks: pieces of work begun or completed so far.
+        born: when the process began, by which it is known again.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Beat:
     count: int
     phase: str = ""
     marks: int = 0
+    born: float = 0.0
 
     def to_text(self) -> str:
         """Serialize to JSON."""

@@ -9,11 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
 
 from orchestrator import stopping
-from orchestrator.distributed import standing
+from orchestrator.distributed import stacks, standing
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.errors import FAILED, LostPeerError, UserError
+from orchestrator.launch.watchdog import Over, Watchdog
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 
 BEAT_SECONDS = 1.0
@@ -45,11 +49,15 @@ class RankMonitor:
 
     Args:
         parallel: a strategy that has joined.
+        timeout_seconds: in the job of an engine: after which one that does not get on is ended. None: another watches.
     """
 
-    def __init__(self, parallel: ParallelStrategy):
-        self._parallel = parallel
-        self._about, self._count = (platform.node(), os.getpid()), 0
+    def __init__(self, parallel: ParallelStrategy, timeout_seconds: float | None = None):
+        self._parallel, self._count = parallel, 0
+        self._host, self._pid, self._born = platform.node(), os.getpid(), psutil.Process().create_time()
+        self._watchdog = Watchdog(parallel, timeout_seconds) if timeout_seconds is not None else None
+        kind, _, path = parallel.world.store.partition(":")
+        self._store = Path(path) if kind == "file" else None
         self._ended = threading.Event()
 
     @contextmanager
@@ -61,15 +69,19 @@ class RankMonitor:
         """
         standing.here.step = 0
         standing.enter(standing.STARTING)
-        if self._parallel.world.store.startswith("file:"):
+        if self._store:
             # A few microseconds. So the step of a process is known that was killed right after it.
             standing.here.heard.append(self._beat)
         thread = threading.Thread(target=self._beat_on, name="beat", daemon=True)
         thread.start()
+        if self._watchdog:
+            self._watchdog.start()
         try:
             with self.explained():
                 yield
         finally:
+            if self._watchdog:
+                self._watchdog.stop()
             self._ended.set()
             thread.join(BEAT_SECONDS)
             standing.here.heard.clear()
@@ -84,8 +96,7 @@ class RankMonitor:
             raise
         except Exception as error:
             if not is_lost_peer(error):
-                with suppress(RuntimeError):
-                    self._parallel.put(f"failed{self._parallel.rank}", _first_line(error))
+                self._say(error)
                 raise
             with stopping.at_once():
                 try:
@@ -97,17 +108,43 @@ class RankMonitor:
                     raise
                 raise lost from error
 
+    def keep_stacks_in(self, folder: Path) -> None:
+        """Say where this process is to write its stacks, should it have to be ended.
+
+        Args:
+            folder: below the run directory.
+        """
+        if self._watchdog:
+            self._watchdog.folder = folder
+
+    def _say(self, error: Exception) -> None:
+        """Tell the others of an error of this process."""
+        rank, said, here = self._parallel.rank, _first_line(error), standing.here
+        with suppress(RuntimeError):
+            self._parallel.put(f"failed{rank}", said)
+        if self._watchdog:
+            cause = f"process {rank} (host {self._host}, pid {self._pid}) ended with: {said}"
+            self._watchdog.report(Over("failed", cause, rank, self._host, self._pid, here.step, here.phase))
+
     def _beat_on(self) -> None:
+        recorded = False
         while True:
             self._beat()
+            if self._watchdog:
+                with suppress(RuntimeError):
+                    self._watchdog.listen()
+            elif self._store and not recorded and stacks.wanted(self._store):
+                recorded = True
+                stacks.leave_record(self._store, self._parallel.rank)
             if self._ended.wait(BEAT_SECONDS):
                 return
 
     def _beat(self) -> None:
         self._count += 1
         here = standing.here
+        beat = Beat(here.step, self._host, self._pid, self._count, here.phase, here.marks, self._born)
         with suppress(RuntimeError):
-            self._parallel.beat(Beat(here.step, *self._about, self._count, here.phase, here.marks).to_text())
+            self._parallel.beat(beat.to_text())
 
     def _explain(self, error: Exception) -> LostPeerError:
         rank, size = self._parallel.rank, self._parallel.size
@@ -120,6 +157,8 @@ class RankMonitor:
                 return LostPeerError(what, got=self._parallel.get_now("named"))
             missing = self._call_roll()
             self._parallel.put("named", "; ".join(missing))
+            if self._watchdog and missing:
+                self._watchdog.report(Over("failed", f"the job has lost {'; '.join(missing)}", step=standing.here.step))
         except RuntimeError:
             missing = ["process 0, which keeps the place where all meet"]
         return LostPeerError(

@@ -34,6 +34,7 @@ from orchestrator.hardware.target import Target
 from orchestrator.launch.failure_notes import leave_note
 from orchestrator.output import tell
 from orchestrator.runs import run_directory, time_book
+from orchestrator.runs.attempts import attempt_folder
 from orchestrator.runs.messages import doing, say, warn
 from orchestrator.runs.record import Record
 from orchestrator.runs.shared_folder import check_shared
@@ -121,7 +122,9 @@ def joined(resolved: Resolved, world: World, target: Target) -> Iterator[tuple[P
         if world.size > 1:
             _show(world.rank, f"waiting for {world.size} processes to meet", resolved)
         parallel.join()
-        monitor = RankMonitor(parallel)
+        # The product's own launcher watches from outside.
+        watched_outside = not world.store.startswith("tcp:")
+        monitor = RankMonitor(parallel, None if watched_outside else resolved.config.hardware.timeout_seconds)
         launch = resolved.config.launch
         stopping.allow(launch.grace_seconds)
         notices = noticing(
@@ -154,6 +157,7 @@ def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, 
     # As rank 0 reads it: not every host need see the run directory.
     facts = parallel.broadcast(run_directory.read_run(place.run_dir))
     leg = len(facts["legs"])
+    monitor.keep_stacks_in(attempt_folder(place.run_dir, facts))
     with time_book.keep(place.run_dir if parallel.rank == 0 else None, leg) as book:
         standing.enter(standing.LOADING)
         check_shared(place.checkpoints, parallel)

@@ -36,6 +36,7 @@ from orchestrator.launch.several_hosts import processes_here, start_processes
 from orchestrator.launch.supervise import Finished, Supervisor
 from orchestrator.output import Stream, relay, tell
 from orchestrator.runs import identity, init_from, listing, resume, run_directory, time_book
+from orchestrator.runs.attempts import note_last
 from orchestrator.runs.messages import doing, say, warn
 from orchestrator.runs.moved_run import catch_up
 from orchestrator.runs.own_parts import check_parts
@@ -282,6 +283,8 @@ def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> RunPaths
         raise MovedOnError(run_dir)
     if plan.resumes and plan.checkpoint is not None:
         catch_up(run_dir, plan.checkpoint)
+    if lost := note_last(run_dir, plan.checkpoint.step if plan.resumes and plan.checkpoint else None):
+        tell(f"restart    after attempt {lost.attempt}: {lost.cause}")
     facts = {"id": identity.uuid_of(run_dir), "run_id": plan.name, "command": shlex.join(_words(plan))}
     run_directory.write_run(run_dir, {**run_directory.read_run(run_dir), **facts})
     run_directory.write_config(run_dir, plan.config)

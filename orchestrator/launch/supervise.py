@@ -27,11 +27,10 @@ from orchestrator.launch.plan import Plan, newest_of, refreshed
 from orchestrator.launch.restarts import GivenUp, Restart, decide
 from orchestrator.output import tell
 from orchestrator.runs import run_directory, time_book
-from orchestrator.runs.attempts import Attempt, Ending, read_attempts, write_attempts
+from orchestrator.runs.attempts import HANGS, Attempt, Ending, read_attempts, write_attempts
 from orchestrator.runs.messages import say, warn
 from orchestrator.training.resolved import Resolved, write_resolved
 
-HANGS = "hang"  # folder below the run directory
 _GRACE_SECONDS = 2.0  # of those that have lost another one, and will be started again
 _POLL_SECONDS = 0.05
 _ENDINGS: dict[int, Ending] = {
@@ -100,7 +99,7 @@ class Supervisor:
                 if isinstance(decision, GivenUp):
                     self._conclude(finished, decision)
                     return finished
-                self._record("restarting")
+                self._record("restarting", goes_on=True)
                 self._announce(finished, decision)
                 if not self._back_off(decision.delay_seconds) or not self._go_on():
                     return self._stopped()
@@ -182,9 +181,9 @@ class Supervisor:
         run = run_directory.read_run(self._run_dir).get("id")
         return snapshots_here(settings.place, run)[:1] if settings.enabled else []
 
-    def _record(self, status: str) -> None:
+    def _record(self, status: str, goes_on: bool) -> None:
         run_directory.mark_ended(self._run_dir, "failed", self._attempts[-1].step)
-        write_attempts(self._run_dir, [*self._before, *self._attempts], status)
+        write_attempts(self._run_dir, [*self._before, *self._attempts], goes_on, status)
 
     def _announce(self, finished: Finished, restart: Restart) -> None:
         attempt = self._attempts[-1]
@@ -233,14 +232,14 @@ class Supervisor:
         about = Attempt(number, now, now, FAILED, "failed", error.what, type(error).__name__, True)
         last = self._attempts[-1]
         self._attempts.append(replace(about, start_step=last.reached, saved=last.saved))
-        self._record("restarting")
+        self._record("restarting", goes_on=True)
         return decide(self._attempts, self._settings)
 
     def _stopped(self) -> Finished:
         """Say that the run was asked to stop while none of its processes was there."""
         code = stopping.exit_code(stopping.requested())
         step = self._attempts[-1].step
-        self._record("interrupted")
+        self._record("interrupted", goes_on=False)
         tell("stopped    while it waited for its restart: what is saved is its newest checkpoint")
         self._say_how_it_goes_on(step)
         return Finished(Ended(code, step=step))
@@ -263,7 +262,7 @@ class Supervisor:
             run_directory.mark_ended(self._run_dir, "interrupted" if ended.code in STOPPED else "failed", ended.step)
         attempts = [*self._before, *self._attempts]
         if len(attempts) > 1 or ended.code == FAILED:
-            write_attempts(self._run_dir, attempts, "failed" if ended.code == FAILED else None)
+            write_attempts(self._run_dir, attempts, False, "failed" if ended.code == FAILED else None)
         if len(self._attempts) > 1:
             lost = sum(attempt.lost_seconds or 0.0 for attempt in self._attempts)
             where = self._run_dir / run_directory.RUN

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 
 from orchestrator.config.schema import Fp8Config
+from orchestrator.distributed.coordinator import collective_timeout
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, LayoutError
 from orchestrator.hardware.target import Target
@@ -129,7 +129,7 @@ class DTensorStrategy(ParallelStrategy):
         """Return the group of this process along a mesh axis; None where it is alone. All processes call it."""
         if self.layout.degree(axis) == 1:
             return None
-        seconds = timedelta(seconds=self.timeout_seconds)
+        seconds = collective_timeout(self.timeout_seconds)
         group, _ = dist.new_subgroups_by_enumeration(self.layout.groups(axis), timeout=seconds)
         return group
 
