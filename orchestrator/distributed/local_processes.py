@@ -22,6 +22,7 @@ from orchestrator import stopping
 from orchestrator.distributed import process_guard, stacks
 from orchestrator.distributed.hang_watch import HangWatch, describe_place
 from orchestrator.distributed.heartbeat import Beat, make_room, read_beat
+from orchestrator.distributed.process_template import ForkedProcess, ProcessTemplate
 from orchestrator.distributed.world import World
 from orchestrator.errors import DONE, FAILED, STOPPED
 from orchestrator.output import Stream
@@ -33,7 +34,7 @@ _LAST_LINES_SECONDS = 5.0
 _VMSTAT = Path("/proc/vmstat")
 _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGSTOP")
 
-Process = subprocess.Popen[bytes]
+Process = subprocess.Popen[bytes] | ForkedProcess
 Hear = Callable[[str, Stream], object]
 
 
@@ -95,6 +96,7 @@ class Supervision:
         warn: told which process the others have waited for unusually long.
         attempt: number of this start.
         grace_seconds: for the others to end, where one was killed.
+        template: the processes are forked from it, and not started, as long as it is there.
     """
 
     timeout_seconds: float
@@ -103,6 +105,7 @@ class Supervision:
     warn: Callable[[str], object] = lambda text: None
     attempt: int = 0
     grace_seconds: float = _GRACE_SECONDS
+    template: ProcessTemplate | None = None
 
 
 def run_local(
@@ -141,9 +144,8 @@ def run_local(
             for rank, extra in enumerate(environments):
                 attempt = supervision.attempt if supervision else 0
                 world = worlds[rank] if worlds else World(rank, size, rank, size, f"file:{store}", attempt)
-                env = {**os.environ, **extra, **world.environment()}
-                pipe = subprocess.PIPE if hear else None
-                processes.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, start_new_session=True))
+                template = supervision.template if supervision else None
+                processes.append(_start(command, {**extra, **world.environment()}, bool(hear), template))
             held.enter_context(_guarded(processes))
             if hear:
                 held.enter_context(_heard(processes, hear))
@@ -155,6 +157,16 @@ def run_local(
         finally:
             # Some may be stopped, and what they were started for is over.
             _end(processes, grace)
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], piped: bool, template: ProcessTemplate | None
+) -> Process:
+    if template and (forked := template.start(environment, piped)):
+        return forked
+    pipe = subprocess.PIPE if piped else None
+    env = {**os.environ, **environment}
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, start_new_session=True)
 
 
 @contextlib.contextmanager

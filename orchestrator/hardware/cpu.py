@@ -20,6 +20,7 @@ class CpuTarget(Target):
     collective_backend = "gloo"
     accelerator = "cpu"
     strategy = "dtensor"
+    may_fork = True
     state = "run on x86-64 Linux, in one and in several processes of one machine"
 
     def _look(self) -> Probe:

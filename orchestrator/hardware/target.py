@@ -75,6 +75,7 @@ class Target(ABC):
             where there is nothing to rehearse.
         compile_options: of `torch.compile` for a block.
         rounds_fp32_products: whether the device multiplies fp32 in fewer bits unless it is told otherwise.
+        may_fork: whether its processes may be forked from one that has imported everything and touched no device.
         pin_memory: whether batches go to the device through page-locked memory.
         experimental: not yet relied upon.
         state: what has been run where, plainly.
@@ -89,6 +90,7 @@ class Target(ABC):
     simulates: ClassVar[Literal["", "devices", "processes"]] = ""
     compile_options: Mapping[str, Any] = MappingProxyType({})
     rounds_fp32_products: ClassVar[bool] = False
+    may_fork: ClassVar[bool] = False
     pin_memory: ClassVar[bool] = True
     experimental: ClassVar[bool] = False
     state: ClassVar[str]

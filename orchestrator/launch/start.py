@@ -24,6 +24,7 @@ from orchestrator.data.validation import check_data
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.distributed.job_host import job_host
 from orchestrator.distributed.local_processes import Supervision, run_local
+from orchestrator.distributed.process_template import ProcessTemplate
 from orchestrator.distributed.world import OWN_PREFIX, World
 from orchestrator.errors import DONE, ConfigError, MovedOnError, UserError
 from orchestrator.hardware.target import Target
@@ -161,20 +162,31 @@ def _start_local(plan: Plan, captured: bool) -> Outcome:
     """Start one process per device of this machine, and again where they fail."""
     target = plan.target
     devices = device_count(plan.config.hardware, target, target.probe())
-    resolved, _ = resolve_plan(plan, devices, World(), target.slices())
+    template = _template(plan, devices, captured)
 
     def start(resolved: Resolved, supervision: Supervision) -> Finished:
-        return _start_processes(resolved, plan.target, supervision, captured)
+        return _start_processes(resolved, plan.target, replace(supervision, template=template), captured)
 
     def resolve(plan: Plan, devices: int) -> Resolved:
         return resolve_plan(plan, devices, World(), plan.target.slices())[0]
 
     with contextlib.ExitStack() as held:
-        resolved = open_run(plan, resolved, held)
+        if template is not None:
+            held.callback(template.close)
+        resolved = open_run(plan, resolve(plan, devices), held)
         finished = Supervisor(plan, resolved, start, resolve).run(announce=not captured)
         run_dir = resolved.place.run_dir.absolute() if captured else resolved.place.run_dir
     error = first_error(finished.notes) if captured else None
     return Outcome(finished.ended.code, run_dir, None, error, finished.ended.problems, finished.last_lines)
+
+
+def _template(plan: Plan, devices: int, captured: bool) -> ProcessTemplate | None:
+    """Start to import what the processes need, beside all that is still to be done before they are started."""
+    if not plan.target.may_fork:
+        return None
+    environment = plan.target.environment(plan.config.hardware, 0, plan.target.processes(devices))
+    environment |= importable() if captured else {}
+    return ProcessTemplate([sys.executable, "-m", "orchestrator.launch.worker", "template"], environment, captured)
 
 
 def _start_processes(resolved: Resolved, target: Target, supervision: Supervision, captured: bool) -> Finished:

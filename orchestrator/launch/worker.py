@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from orchestrator import stopping
 from orchestrator.observe.console import guarded
@@ -44,7 +45,12 @@ def main(argv: list[str]) -> int:
             raise
 
 
-if __name__ == "__main__":
+def run_process(argv: list[str]) -> NoReturn:
+    """Be one process from its first line to its exit code.
+
+    Args:
+        argv: as for `main`.
+    """
     import faulthandler
     import traceback
 
@@ -56,9 +62,37 @@ if __name__ == "__main__":
         if (world := detect(os.environ)) and world.store.startswith("file:"):
             stacks.register(Path(world.store.removeprefix("file:")), world.rank)
         try:
-            code = main(sys.argv[1:])
+            code = main(argv)
         except Exception:
             traceback.print_exc()
             code = 1
         output.close()
     stopping.end_process(code)
+
+
+def be_template(number: int) -> None:
+    """Import what a training process imports, and fork such processes (`distributed.process_template`).
+
+    Args:
+        number: of the socket to the launcher.
+    """
+    import grain  # noqa: F401
+
+    import orchestrator.launch.aftermath
+    import orchestrator.launch.missing_ranks
+    import orchestrator.launch.run
+    import orchestrator.report.run_report
+    import orchestrator.runs.provenance
+    import orchestrator.strategies.dtensor
+    import orchestrator.training.handover_check
+    import orchestrator.training.job  # noqa: F401
+    from orchestrator.distributed.process_template import serve
+
+    serve(number, lambda: run_process(["train"]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "template":
+        be_template(int(sys.argv[2]))
+    else:
+        run_process(sys.argv[1:])
