@@ -33,6 +33,7 @@ from orchestrator.hardware.preemption_notice import Notice, noticing
 from orchestrator.hardware.target import Target
 from orchestrator.launch.failure_notes import leave_note
 from orchestrator.output import tell
+from orchestrator.report.run_time import goodput_line
 from orchestrator.runs import run_directory, time_book
 from orchestrator.runs.attempts import attempt_folder
 from orchestrator.runs.messages import doing, say, warn
@@ -248,7 +249,7 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
     if main and status == "diverged":
         _conclude_diverged(run_dir, record)
     elif main:
-        _conclude(job, run_dir, status, left_out)
+        _conclude(job, run_dir, status, left_out, book)
     if status == "diverged":
         return DIVERGED
     return stopping.exit_code(job.watchers.stop.stopped) if status == "interrupted" or left_out else DONE
@@ -371,13 +372,14 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
         job.say(f"handover   {checked}")
 
 
-def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str]) -> None:
+def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str], book: TimeBook) -> None:
     latest = job.watchers.metrics.latest
     numbers = ""
     if latest:
         loss = "not finite" if latest["loss"] is None else f"{latest['loss']:.4f}"  # of a step that was left out
         numbers = f": loss {loss}, {latest['tokens_per_second']:,.0f} tokens/s"
     say(f"\n{status} at step {job.module.step}{numbers}")
+    say(f"goodput    {goodput_line(book.book())}")
     say(f"report     {run_dir / 'report.html'}")
     say(f"run        {run_dir}")
     if left_out:

@@ -62,7 +62,7 @@ def differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
     return {key: texts for key, texts in found.items() if len(set(texts)) > 1}
 
 
-COLUMNS = ("run", "status", "steps", "loss", "best", "val loss", "best val", "tokens", "tokens/s", "time")
+COLUMNS = ("run", "status", "steps", "loss", "best", "val loss", "best val", "tokens", "tokens/s", "time", "goodput")
 
 
 def rows(runs: Sequence[Compared]) -> list[list[str]]:
@@ -78,6 +78,7 @@ def rows(runs: Sequence[Compared]) -> list[list[str]]:
         facts = run.facts
         numbers = [fixed(facts[key]) for key in ("loss", "best_loss", "val_loss", "best_val_loss")]
         spent = [short(facts["tokens"]), whole(facts["tokens_per_second"]), duration(facts["seconds"])]
+        spent.append(None if facts["goodput"] is None else f"{facts['goodput']:.1%}")
         steps = None if facts["step"] is None else f"{facts['step']:,}"
         found.append([run.label, str(facts["status"]), *(text or UNKNOWN for text in (steps, *numbers, *spent))])
     return found

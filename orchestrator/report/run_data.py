@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.observe.time_spans import Book, read_book
+
 _REWOUND = "rewound_from"  # of a row that says: the run was taken back to this step, and what came after is undone
 Point = tuple[float, float]
 Row = dict[str, Any]
@@ -32,6 +34,7 @@ class RunData:
         skipped: lines that could not be read.
         non_finite: training rows whose loss or gradient norm is not a finite number.
         handovers: entries of `handover.json`.
+        book: of its time.
     """
 
     run_dir: Path
@@ -43,6 +46,7 @@ class RunData:
     skipped: int
     non_finite: int
     handovers: Sequence[Row] = ()
+    book: Book = Book()
 
     @property
     def legs(self) -> list[Mapping[str, Any]]:
@@ -89,6 +93,7 @@ def read_run_data(run_dir: Path) -> RunData:
         skipped=bad_metrics + bad_samples + len(metrics) - len(numbered),
         non_finite=sum(any(number(row.get(key, 0)) is None for key in ("loss", "grad_norm")) for row in train),
         handovers=_read_list(run_dir / "handover.json"),
+        book=read_book(run_dir),
     )
 
 
@@ -96,7 +101,8 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     """Return the run's headline numbers; None where one is unknown.
 
     `tokens_per_second` and `mfu` are medians over the last leg, `loss_mean` is over the last `MEAN_STEPS` steps,
-    `seconds` are those of all legs, without the time between them.
+    `seconds` are those of all legs, without the time between them; `goodput` is the share of the run's time, also
+    between legs, that went into steps that were kept.
 
     Args:
         run_dir: the run's directory.
@@ -132,6 +138,7 @@ def headline(data: RunData) -> dict[str, Any]:
         "mfu": _median(data, "mfu"),
         "peak_memory_bytes": max((value for _, value in data.series("memory_bytes")), default=None),
         "seconds": _seconds(data),
+        "goodput": data.book.fraction,
         "target": last_leg.get("target"),
         "devices": last_leg.get("devices"),
         "hosts": last_leg.get("hosts"),

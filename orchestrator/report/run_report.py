@@ -12,6 +12,7 @@ from orchestrator.atomic_files import write_atomically
 from orchestrator.report.page import frame
 from orchestrator.report.run_data import MEAN_STEPS, Point, RunData, headline, number, read_run_data, smooth, summarise
 from orchestrator.report.run_legs import handovers_section, legs_section, marks, rewinds_section
+from orchestrator.report.run_time import time_section
 from orchestrator.report.run_text import (
     clock_time,
     duration,
@@ -70,6 +71,7 @@ def render(data: RunData) -> str:
         _notices(facts),
         _cards(data, facts),
         f'<section class="charts" aria-label="Curves">{_charts(data, facts)}</section>',
+        time_section(data.book),
         legs_section(data),
         rewinds_section(data),
         handovers_section(data),
