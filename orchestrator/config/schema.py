@@ -308,6 +308,16 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class PrometheusConfig:
+    """Metrics for Prometheus, served by the first process, or in a file for node_exporter."""
+
+    enabled: bool = False
+    port: int | None = 9464  # 0: any that is free, which is said; null: nothing is served
+    address: str = "127.0.0.1"  # 0.0.0.0: for other hosts, too
+    textfile: str | None = None  # NAME.prom in the folder of node_exporter's textfile collector
+
+
+@dataclass(frozen=True)
 class LoggerConfig:
     """Outputs of the metrics beside metrics.jsonl, which is always written."""
 
@@ -316,6 +326,7 @@ class LoggerConfig:
     progress: bool = True
     tensorboard: bool = True
     wandb: WandbConfig = WandbConfig()
+    prometheus: PrometheusConfig = PrometheusConfig()
     own: tuple[dict[str, Any], ...] = ()  # loggers of Lightning's: {_target_: package.module.Name, ARGUMENT: VALUE}
 
 

@@ -16,6 +16,7 @@ from orchestrator.config.optimizers import LARGEST, check_optimizer
 from orchestrator.config.schema import (
     CheckpointConfig,
     HardwareConfig,
+    PrometheusConfig,
     RunConfig,
     TokenizerConfig,
 )
@@ -77,6 +78,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "checkpoint.handover.sequences": (1, 1 << 12),
     "checkpoint.handover.seq_len": (1, 1 << 20),
     "logger.every_steps": _STEPS,
+    "logger.prometheus.port": (0, 65535),
     "launch.nodes": (1, 1 << 20),
     "launch.max_restarts": (0, 10**6),
     "train.max_steps": _STEPS,
@@ -136,8 +138,22 @@ def validate(config: RunConfig) -> list[ConfigError]:
         _batch(config),
         _skip(config),
         _checkpoint(config.checkpoint),
+        _prometheus(config.logger.prometheus),
     )
     return [*check_ranges(config), *(problem for part in parts for problem in part)]
+
+
+def _prometheus(config: PrometheusConfig) -> Iterator[ConfigError]:
+    if config.textfile is not None and not config.textfile.endswith(".prom"):
+        # node_exporter reads no other files, and none of another kind can be overwritten by mistake.
+        what = "the file for node_exporter's textfile collector has another ending"
+        yield ConfigError(
+            what, got=f"logger.prometheus.textfile={config.textfile}", allowed="a path that ends in .prom"
+        )
+    if config.enabled and config.port is None and config.textfile is None:
+        what = "metrics for Prometheus are neither served nor written"
+        got = "logger.prometheus.enabled=true with port=null and textfile=null"
+        yield ConfigError(what, got=got, fix="set logger.prometheus.port or logger.prometheus.textfile")
 
 
 def check_stored(config: RunConfig) -> list[ConfigError]:

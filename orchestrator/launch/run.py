@@ -31,6 +31,7 @@ from orchestrator.errors import (
 )
 from orchestrator.hardware.preemption_notice import Notice, noticing
 from orchestrator.hardware.target import Target
+from orchestrator.launch.export_metrics import export_metrics
 from orchestrator.launch.failure_notes import leave_note
 from orchestrator.output import tell
 from orchestrator.report.run_time import goodput_line
@@ -242,6 +243,7 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
         ending.callback(job.watchers.checkpoints.close)
         ending.callback(job.watchers.snapshots.close)
         record.begin()
+        export_metrics(job, book)
         if main:
             _introduce(job, run_dir, checked)
         with monitor.explained():

@@ -95,6 +95,14 @@ class Metrics(lightning.Callback):
             opened.append(self._channels.open("W&B", tracker.write, close=tracker.close))
         return opened
 
+    def write_to(self, channel: Channel[Any]) -> None:
+        """Write rows to another channel, too.
+
+        Args:
+            channel: of the run, in the process that writes.
+        """
+        self._sinks.append(channel)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the module's `record` and start the clock."""
         pl_module.record = self.record

@@ -12,7 +12,6 @@ from orchestrator.atomic_files import write_atomically
 from orchestrator.report.page import frame
 from orchestrator.report.run_data import MEAN_STEPS, Point, RunData, headline, number, read_run_data, smooth, summarise
 from orchestrator.report.run_legs import handovers_section, legs_section, marks, rewinds_section
-from orchestrator.report.run_time import time_section
 from orchestrator.report.run_text import (
     clock_time,
     duration,
@@ -27,6 +26,7 @@ from orchestrator.report.run_text import (
     table,
     whole,
 )
+from orchestrator.report.run_time import time_section
 from orchestrator.report.svg import Chart, Series, format_number
 
 __all__ = ["summarise", "write_report"]

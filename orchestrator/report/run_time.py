@@ -165,9 +165,7 @@ def _table(book: Book) -> str:
     rows += [_row("all", book.seconds, states)] if len(rows) > 1 else []
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     titles = "".join(f'<th scope="col">{name}</th>' for name in head)
-    return (
-        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _row(name: str, seconds: Mapping[str, float], states: Sequence[str]) -> list[str]:
