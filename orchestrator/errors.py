@@ -126,6 +126,12 @@ class PartError(UserError):
     """A part of the user's own has failed; its traceback is in the message. One rank alone may raise it."""
 
 
+class CallbackError(PartError):
+    """A callback of the user's own has failed in the training: the next attempt may meet what it needs again."""
+
+    exit_code = FAILED
+
+
 class LayoutError(UserError):
     """The degrees of a layout do not fit the devices or the model."""
 

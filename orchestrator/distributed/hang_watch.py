@@ -46,7 +46,7 @@ class HangWatch:
     def __init__(self, size: int, timeout_seconds: float, now: float):
         self._timeout, self._size = timeout_seconds, size
         self._seen = [_Seen(None, now, now) for _ in range(size)]
-        self._step_seconds, self._step_at, self._warned = 0.0, now, False
+        self._step, self._step_seconds, self._step_at, self._warned = 0, 0.0, now, False
         self.moved_at = now
 
     def see(self, rank: int, beat: Beat | None, busy: float | None, now: float) -> None:
@@ -63,8 +63,9 @@ class HangWatch:
         if beat is not None and (last is None or beat.count != last.count):
             seen.beat_at = now
         moved = beat is not None and (last is None or _work(beat) != _work(last))
-        if beat is not None and last is not None and beat.step > last.step:
-            self._step_seconds, self._step_at = (now - self._step_at) / (beat.step - last.step), now
+        if beat is not None and beat.step > self._step:  # of the first process that has completed it
+            self._step_seconds = (now - self._step_at) / max(1, beat.step - self._step)
+            self._step, self._step_at = beat.step, now
         if self.is_long(rank) and busy is not None:
             moved = moved or busy - seen.busy > _BUSY * max(1.0, now - seen.moved_at)
         if moved:

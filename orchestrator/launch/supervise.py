@@ -20,7 +20,8 @@ from orchestrator.checkpoint.run_checkpoints import committed, remove_uncommitte
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.local_processes import Ended, Supervision
-from orchestrator.errors import DIVERGED, DONE, FAILED, INTERRUPTED, STOPPED, TERMINATED, CheckpointError
+from orchestrator.distributed.standing import COMPILING, LOADING, STARTING
+from orchestrator.errors import DIVERGED, DONE, FAILED, INTERRUPTED, STOPPED, TERMINATED, CheckpointError, UserError
 from orchestrator.hardware.target_table import device_count
 from orchestrator.launch.failure_notes import Note
 from orchestrator.launch.plan import Plan, newest_of, refreshed
@@ -101,8 +102,12 @@ class Supervisor:
                     return finished
                 self._record("restarting", goes_on=True)
                 self._announce(finished, decision)
-                if not self._back_off(decision.delay_seconds) or not self._go_on():
-                    return self._stopped()
+                try:
+                    if not self._back_off(decision.delay_seconds) or not self._go_on():
+                        return self._stopped()
+                except UserError:
+                    self._record("failed", goes_on=False)
+                    raise
 
     def _attempt(self) -> Finished:
         if self._attempts:
@@ -122,7 +127,7 @@ class Supervisor:
         self._noticed_at = failure.noticed_at if failure else time.monotonic()
         if self._attempts:
             self._attempts[-1] = recovery.filled_in(self._noticed_at)
-        attempt = Attempt(number, begun, time.time(), finished.ended.code, "lost", start_step=start_step)
+        attempt = Attempt(number, begun, time.time(), finished.ended.code, "lost", start_step=recovery.start_step)
         self._attempts.append(self._described(attempt, finished))
         return finished
 
@@ -304,14 +309,17 @@ class _Recovery:
     """When a run has made good what it lost in an attempt that failed."""
 
     def __init__(self, failed: Attempt | None, noticed_at: float, start_step: int):
-        self._failed, self._noticed_at, self._start_step = failed, noticed_at, start_step
+        self._failed, self._noticed_at, self.start_step = failed, noticed_at, start_step
         self._down: float | None = None
         self._lost: float | None = None
 
     def see(self, beats: Sequence[Beat | None]) -> None:
         """Take note of what the processes say of themselves."""
-        step = max((beat.step for beat in beats if beat), default=0)
-        if self._failed is None or step <= self._start_step:
+        there = [beat for beat in beats if beat]
+        if restored := [beat.step for beat in there if beat.phase == COMPILING]:
+            self.start_step = restored[0]  # where the memory of the hosts has held a later one than storage
+        step = max((beat.step for beat in there), default=0)
+        if self._failed is None or step <= self.start_step or any(beat.phase in (STARTING, LOADING) for beat in there):
             return
         passed = time.monotonic() - self._noticed_at
         self._down = passed if self._down is None else self._down

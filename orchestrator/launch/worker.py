@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -59,7 +60,9 @@ def run_process(argv: list[str]) -> NoReturn:
 
     with guarded() as output:
         faulthandler.enable()  # where a native library aborts, the stacks say in which call
-        if (world := detect(os.environ)) and world.store.startswith("file:"):
+        world = detect(os.environ)
+        _show_as(f"rank-{world.rank if world else 0}")
+        if world and world.store.startswith("file:"):
             stacks.register(Path(world.store.removeprefix("file:")), world.rank)
         try:
             code = main(argv)
@@ -68,6 +71,12 @@ def run_process(argv: list[str]) -> NoReturn:
             code = 1
         output.close()
     stopping.end_process(code)
+
+
+def _show_as(name: str) -> None:
+    """Give this process a name that `ps` and `top` show: a forked one has the command line of its template."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
 
 
 def be_template(number: int) -> None:

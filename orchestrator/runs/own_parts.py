@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.registry import OwnPart
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.data.own_documents import own_documents
-from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, PartError, UserError
+from orchestrator.errors import CallbackError, ConfigError, ConfigErrors, LayoutError, UserError
 from orchestrator.optim.schedule import schedule_of
 from orchestrator.sharding import rules
 
@@ -206,7 +206,7 @@ def blamed(callbacks: Sequence[object]) -> Iterator[None]:
     """Around a training: what a callback of the user's raises is said to be its error, with its traceback.
 
     Raises:
-        PartError: in place of an exception that came out of one of `callbacks`.
+        CallbackError: in place of an exception that came out of one of `callbacks`.
     """
     try:
         yield
@@ -215,7 +215,7 @@ def blamed(callbacks: Sequence[object]) -> Iterator[None]:
             raise
         named = f"{type(found).__module__}.{type(found).__qualname__}"
         text = "".join(traceback.format_exception(error)).rstrip()
-        raise PartError(
+        raise CallbackError(
             f"the callback {named} failed", got=f"\n{text}", fix="mend it, or leave it out of callbacks"
         ) from error
 

@@ -23,6 +23,7 @@ from typing import Any
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.run_checkpoints import committed
 from tests.lab.cli import command
+from tests.lab.processes import ranks_below
 from tests.lab.runs import small_overrides
 from tests.lab.tensors import read_all
 
@@ -251,20 +252,13 @@ def ascii_only(folder: Path) -> None:
 
 @row("a process of two is killed")
 def killed_rank(folder: Path) -> None:
-    import psutil
-
-    with _started(folder, *_LONG, "hardware.devices=2") as run:
+    with _started(folder, *_LONG, "hardware.devices=2", "launch.max_restarts=0") as run:
         run.until(lambda: run.directories and committed(run.directory / "checkpoints"))
-        workers = [one for one in psutil.Process(run.process.pid).children() if "worker" in " ".join(one.cmdline())]
-        next(one for one in workers if one.environ().get("RANK") == "1" or _rank(one) == "1").kill()
+        ranks_below(run.process.pid)[1].kill()
         run.end(1)
         run.saved()
         assert run.facts["status"] == "failed"
         assert "process 1" in run.said, run.said[-2000:]
-
-
-def _rank(process: Any) -> str:
-    return next((value for key, value in process.environ().items() if key.endswith("_RANK")), "")
 
 
 @row("the numbers become infinite")

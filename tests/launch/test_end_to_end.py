@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.lab.cli import kill_all, only_run, run, start, wait_until
+from tests.lab.processes import ranks_below
 from tests.lab.runs import checkpoint, losses, read_rows, small_overrides
 from tests.lab.slow import slow
 from tests.lab.tensors import read_all
@@ -135,12 +136,11 @@ def test_a_signal_in_start_up_is_obeyed_at_once_and_leaves_nothing(tmp_path, num
 
 
 def test_a_killed_process_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path):
-    layout = ("hardware.devices=2", "layout.fsdp=2", "train.max_steps=4000")
+    layout = ("hardware.devices=2", "layout.fsdp=2", "train.max_steps=4000", "launch.max_restarts=0")
     process = start("train", *small_overrides(tmp_path, *layout))
     runs = tmp_path / "runs"
     wait_until(lambda: any(runs.glob("*/*/checkpoints/*/manifest.json")), process)
-    workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
-    first = next(child for child in workers if child.environ()["ORCHESTRATOR_RANK"] == "0")
+    first = ranks_below(process.pid)[0]
     first.kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
