@@ -21,12 +21,22 @@ LINES = "slurm-*.out"
 _EFA = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
 _GPUS = {"cuda": "--nv", "rocm": "--rocm"}
 
+# What each process runs in. When one has failed, srun ends the others and reports the largest code of all, which is
+# theirs then (143): which one failed, and how, is known here alone. A signal goes to this shell, too, which waits.
+_RECORDING = r"""trap : TERM INT
+"$@"
+code=$?
+case $code in 0 | 130 | 143) ;; *) echo "$code" >"$ORCHESTRATOR_CODES.$SLURM_PROCID" ;; esac
+exit "$code"
+"""
+_WAIT_SECONDS = 120  # for the others, when the first process has ended: the node of one may be gone without a word
+
 _BODY = r"""
 # Slurm signals a job that it stops: the processes save and end by themselves, and this shell waits for them.
 signalled=
 trap 'signalled=1' TERM
-newest() {
-  local found= manifest
+newest() { # checkpoint that is committed
+  local found='' manifest
   if [ -n "$checkpoints" ]; then
     for manifest in "$checkpoints"/step-*/manifest.json; do [ -e "$manifest" ] && found=$manifest; done
   fi
@@ -43,9 +53,12 @@ requeue() {
     echo "launch: queued again"
     scontrol requeue "$SLURM_JOB_ID"
   fi
+  exit "$code"
 }
-again=
+attempt=0
 while :; do
+  attempt=$((attempt + 1))
+  export ORCHESTRATOR_CODES="$folder/codes-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$attempt"
   "${srun[@]}" &
   step=$!
   wait "$step"
@@ -56,14 +69,22 @@ while :; do
     wait "$step"
     code=$?
   done
+  [ "$code" = 0 ] && exit 0
+  for file in "$ORCHESTRATOR_CODES".*; do
+    [ -e "$file" ] || continue
+    read -r found <"$file"
+    case $found in
+      2 | 3) code=$found ;;
+      *) case $code in 2 | 3) ;; *) code=$found ;; esac ;;
+    esac
+  done
   case $code in
-    0) rm -f "$failures"; exit 0 ;;
     2 | 3 | 126 | 127) exit "$code" ;; # the same again would end the same
-    130 | 143) requeue; exit "$code" ;; # saved on request: time limit, preemption, a node that is lost
+    130 | 143) requeue ;; # saved on request: time limit, preemption
   esac
   # A process was lost, or failed. Failures in a row are counted, without a new checkpoint between them.
-  last=none
   count=0
+  last=
   [ -e "$failures" ] && { read -r count; read -r last; } <"$failures"
   checkpoint=$(newest)
   [ "$checkpoint" = "$last" ] || count=0
@@ -73,13 +94,9 @@ while :; do
     echo "launch: failed with exit code $code, $count times without a new checkpoint: given up"
     exit "$code"
   fi
-  if [ -n "$again" ] && [ "$count" -gt 1 ]; then
-    # These nodes may be the cause, and Slurm may find that out meanwhile.
-    requeue
-    exit "$code"
-  fi
-  again=1
   echo "launch: failed with exit code $code, started again ($count of $max_restarts)"
+  # Once on the same nodes, which takes no time. They may be the cause, and Slurm may find that out meanwhile.
+  [ "$attempt" -gt 1 ] && requeue
   sleep "$backoff"
 done
 """
@@ -116,7 +133,7 @@ def _environment(launch: SlurmLaunch) -> dict[str, str]:
 
 def _start(job: EngineJob, command: Sequence[str], failures: str) -> list[str]:
     launch = cast(SlurmLaunch, job.config.launch)
-    srun = ["srun", "--kill-on-bad-exit=1"]
+    srun = ["srun", "--kill-on-bad-exit=1", f"--wait={_WAIT_SECONDS}"]
     if launch.cpus_per_task is not None:
         srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # since 22.05 a step does not take over the job's
     run_id = next(word for word in command if word.startswith("run_id=")).partition("=")[2]
@@ -125,24 +142,25 @@ def _start(job: EngineJob, command: Sequence[str], failures: str) -> list[str]:
     return [
         f"checkpoints={shlex.quote(str(place.absolute())) if isinstance(place, Path) else ''}",
         f'failures="$folder"/{failures}',
-        f"srun=({shlex.join([*srun, *_interpreter(job), *command])})",
+        f"srun=({shlex.join([*srun, *_wrapped(job, command)])})",
     ]
 
 
-def _interpreter(job: EngineJob) -> list[str]:
-    """Return the words up to the interpreter: options of srun for a container, or a container's own program."""
+def _wrapped(job: EngineJob, command: Sequence[str]) -> list[str]:
+    """Return what srun starts: options of srun for a container, or a container's own program, and in it the command."""
     launch = cast(SlurmLaunch, job.config.launch)
+    recording = ["bash", "-c", _RECORDING, "bash"]
     if launch.container_image is None:
-        return [launch.python or sys.executable]
-    python, here = launch.python or "python", os.getcwd()
+        return [*recording, launch.python or sys.executable, *command]
+    inner, here = [launch.python or "python", *command], os.getcwd()
     places = dict.fromkeys([here, str(Path(job.config.runs_dir).absolute())])
     mounts = [*(f"{place}:{place}" for place in places), *launch.container_mounts]
     if launch.container_kind == "pyxis":
         options = [f"--container-image={launch.container_image}", f"--container-mounts={','.join(mounts)}"]
-        return [*options, f"--container-workdir={here}", python]
+        return [*options, f"--container-workdir={here}", *recording, *inner]
     binds = [word for mount in mounts for word in ("--bind", mount)]
     gpus = [_GPUS[job.config.hardware.target]] if job.config.hardware.target in _GPUS else []
-    return ["apptainer", "exec", *gpus, *binds, "--pwd", here, launch.container_image, python]
+    return [*recording, "apptainer", "exec", *gpus, *binds, "--pwd", here, launch.container_image, *inner]
 
 
 def sbatch_options(job: EngineJob) -> list[str]:
