@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -129,6 +131,8 @@ def _launch(argv: Sequence[str], dry_run: bool) -> int:
     for config, one, line in zip(configs, ids, lines, strict=True):
         _check(config)
         jobs.append(engine_job(config, one, [*flags, *_without_identity(line)]))
+    if len(jobs) > 1 and engine.in_foreground:
+        raise ConfigError(f"{name} runs one job at a time", got="-m", fix="train -m ... runs them one after the other")
     if len(jobs) > 1 and engine.takes_sweeps:
         whole = engine_job(first, run_id, [])
         jobs = [
@@ -205,9 +209,17 @@ def _hand_over(engine: Engine, job: EngineJob, dry_run: bool) -> None:
         what = f"the files of the job cannot be written: {error.strerror or error}"
         raise LaunchError(what, got=job.folder, fix=fix) from None
     print(f"files      {_from_here(job.folder)}", flush=True)
-    id = engine.submit(job, rendered)
     options = to_dict(job.config.launch)
-    Submission(engine.name, id, job.run_id, time.time(), job.command, rendered.submit, options, job.folder).write()
+
+    def record(id: str) -> None:
+        Submission(engine.name, id, job.run_id, time.time(), job.command, rendered.submit, options, job.folder).write()
+
+    if engine.in_foreground:
+        record(f"{socket.gethostname()}:{os.getpid()}")
+        print(f"run        {_from_here(job.run_dir)}", flush=True)
+        engine.submit(job, rendered)
+    id = engine.submit(job, rendered)
+    record(id)
     print(f"submitted  {engine.name} {id}: {shlex.join(rendered.submit)}")
     print(f"run        {_from_here(job.run_dir)}")
     print(f"look       {_PROGRAM} status {_from_here(job.run_dir)}   (or: logs, cancel)")

@@ -30,6 +30,9 @@ class TorchrunLaunch(LaunchBase):
     """torchrun on this machine, or the command line for every host."""
 
     name: Literal["torchrun"] = "torchrun"
+    endpoint: str | None = None  # HOST:PORT of the rendezvous, on several hosts; null: this host alone
+    min_nodes: int | None = None  # hosts that are enough to go on; null: all
+    environment: dict[str, str] = field(default_factory=dict)  # variables of the processes
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,14 @@ class SshLaunch(LaunchBase):
     """torchrun on hosts that are reached by ssh."""
 
     name: Literal["ssh"] = "ssh"
-    hosts: tuple[str, ...] = ()  # names or addresses; the first one keeps the rendezvous
+    hosts: tuple[str, ...] = ()  # names, addresses or [USER@]HOST; the first one keeps the rendezvous
+    address: str | None = None  # of the first host, as the others reach it; null: its name in hosts
+    port: int = 29500  # of the rendezvous
+    min_nodes: int | None = None  # hosts that are enough to go on; null: all
+    directory: str | None = None  # where the command runs on the hosts; null: this folder
+    python: str | None = None  # interpreter on the hosts; null: this one
+    ssh_config: str | None = None  # file that ssh reads in place of ~/.ssh/config
+    environment: dict[str, str] = field(default_factory=dict)  # variables of the processes
 
 
 @dataclass(frozen=True)

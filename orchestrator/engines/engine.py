@@ -49,12 +49,15 @@ class Engine(ABC):
         name: of the option of the `launch` group.
         state: what has been run where, plainly.
         clients: programs that it is driven by.
+        in_foreground: `submit` becomes the job, and does not return: the record is written before, with this process's
+            id, and no other job is started by the same command.
         takes_sweeps: a job may have a `sweep`; else the jobs of a sweep are submitted one by one.
     """
 
     name: ClassVar[str]
     state: ClassVar[str]
     clients: ClassVar[tuple[str, ...]]
+    in_foreground: ClassVar[bool] = False
     takes_sweeps: ClassVar[bool] = False
 
     @abstractmethod

@@ -8,6 +8,8 @@ from orchestrator.engines.engine import Engine
 
 ENGINES: dict[str, str] = {
     "slurm": "orchestrator.engines.slurm_engine:SlurmEngine",
+    "torchrun": "orchestrator.engines.torchrun_engine:TorchrunEngine",
+    "ssh": "orchestrator.engines.ssh_engine:SshEngine",
 }
 """Option of the `launch` group -> module:class."""
 
