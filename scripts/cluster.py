@@ -43,6 +43,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 SlurmdTimeout=3
+MessageTimeout=5
 KillWait=10
 InactiveLimit=0
 MinJobAge=3600

@@ -28,6 +28,7 @@ _HOST = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*@)?([A-Za-z0-9_][A-Za-z0-9_.-]*|[0
 _OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15")
 _GRACE_SECONDS = 120.0
 _POLL_SECONDS = 1.0
+_CANCELLED = "cancelled"  # a file of this name tells that a job was cancelled: torchrun ends with 1 then
 
 
 class SshEngine(Engine):
@@ -91,7 +92,7 @@ class SshEngine(Engine):
     def status(self, submitted: Submission) -> EngineStatus:
         """See `Engine`."""
         hosts, config = submitted.options["hosts"], submitted.options["ssh_config"]
-        script = "ps -o args= -p {pid} | grep -qF -e {mark} && echo running || cat {code} 2>/dev/null || echo gone"
+        script = "ps -ww -o args= -p {pid} | grep -qF -e {mark} && echo running || cat {code} 2>/dev/null || echo gone"
         said = []
         for number, (host, pid) in enumerate(_agents(submitted)):
             code = shlex.quote(f"{_place(submitted.folder, number)}.code")
@@ -100,7 +101,10 @@ class SshEngine(Engine):
         states = [_state(one) for one in said]
         order: tuple[State, ...] = ("running", "failed", "unknown", "finished")
         words = [f"{shown(host)}: {_word(one)}" for host, one in zip(hosts, said, strict=True)]
-        return EngineStatus(next(one for one in order if one in states), ", ".join(words), tuple(hosts))
+        state = next(one for one in order if one in states)
+        if state != "running" and (submitted.folder / _CANCELLED).exists():
+            state = "cancelled"
+        return EngineStatus(state, ", ".join(words), tuple(hosts))
 
     def lines(self, submitted: Submission, follow: bool) -> Iterator[str]:
         """See `Engine`."""
@@ -132,6 +136,7 @@ class SshEngine(Engine):
     def cancel(self, submitted: Submission) -> None:
         """See `Engine`."""
         config, agents = submitted.options["ssh_config"], _agents(submitted)
+        (submitted.folder / _CANCELLED).touch()
         for host, pid in agents:
             _signal(config, host, pid, submitted.run_id, "TERM")
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -179,8 +184,8 @@ def _signal(config: str | None, host: str, pid: str, run_id: str, name: str) -> 
     """Signal the agent, or with KILL its whole session, if it is still that of this run."""
     whole = "-" if name == "KILL" else ""
     # The shell above the agent has the number of the session; the agent itself is the one that is asked to stop.
-    found = f"ps -o args= -p {int(pid)} | grep -qF -e {shlex.quote(_mark(run_id))}"
-    kill = f"kill -{name} -- {whole}{int(pid)}" if whole else f"pkill -{name} -P {int(pid)}"
+    found = f"ps -ww -o args= -p {int(pid)} | grep -qF -e {shlex.quote(_mark(run_id))}"
+    kill = f"kill -s {name} -- {whole}{int(pid)}" if whole else f"pkill -{name} -P {int(pid)}"
     call_client([*_ssh(config), host, f"{found} && {kill}; true"], _INSTALL)
 
 

@@ -36,7 +36,7 @@ class Submission:
         command: the words behind the interpreter.
         submit: the words of the engine's client that have submitted it.
         options: the `launch` group, of which the engine may need a namespace or hosts to find the job again.
-        folder: where the record lies.
+        folder: where the record lies, absolute.
     """
 
     engine: str
@@ -74,7 +74,7 @@ def read_submission(folder: Path) -> Submission:
         what = f"the record of the job cannot be read: {getattr(error, 'strerror', None) or error}"
         raise LaunchError(what[:300], got=path, fix="ask the engine's own client") from None
     data |= {key: tuple(data[key]) for key in ("command", "submit")}
-    return Submission(**{key: data[key] for key in _KINDS}, folder=folder)
+    return Submission(**{key: data[key] for key in _KINDS}, folder=folder.absolute())
 
 
 def submissions(runs_dir: Path) -> list[Submission]:

@@ -12,8 +12,9 @@ from orchestrator.engines.shell_text import bad_variables, exports
 from orchestrator.errors import ConfigError
 from orchestrator.hardware.target_table import target_of
 
-# Without it an agent that comes back never meets the others: each holds on to the store of its first round.
-_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# Without the first an agent that comes back never meets the others: each holds on to the store of its first round. The
+# second is for a save: an agent that is asked to stop kills its processes after 30 s.
+_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
 _MONITOR_SECONDS = 1  # torchrun's own is 0.1, which costs processor time; a process that ends is seen so much later
 _JOIN_SECONDS = 600  # for all hosts to come; then the job goes on with those that are there, if they are enough
 _LAST_CALL_SECONDS = 10  # for more hosts, when there are enough
