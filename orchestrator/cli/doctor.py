@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ def _examine(options: DoctorOptions) -> int:
         "System": checks.check_system(),
         "Software": checks.check_packages(),
         "Storage and limits": checks.check_storage(options.runs_dir),
+        "Launch engines": _launch_engines(),
     }
     for title, found in sections.items():
         say(_section(title, found))
@@ -70,6 +72,19 @@ def _examine(options: DoctorOptions) -> int:
     else:
         say(_verdict(working, errors, fine))
     return 0 if fine else 1
+
+
+def _launch_engines() -> list[Check]:
+    """Look for the client of every engine of `launch`."""
+    from orchestrator.engines.engine_table import ENGINES, engine_of
+    from orchestrator.hardware.checks import Check
+
+    found = []
+    for name in ENGINES:
+        missing = [client for client in engine_of(name).clients if shutil.which(client) is None]
+        text = f"client not here: {', '.join(missing)}; dry_run=true works without" if missing else "here"
+        found.append(Check(name, "note" if missing else "ok", text))
+    return found
 
 
 def _targets() -> dict[str, Target]:

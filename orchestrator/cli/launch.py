@@ -200,6 +200,7 @@ def _hand_over(engine: Engine, job: EngineJob, dry_run: bool) -> None:
     from orchestrator.config.convert import to_dict
     from orchestrator.engines.submission import Submission
 
+    _refuse_twice(job)
     try:
         job.folder.mkdir(parents=True)
         for name, text in rendered.files.items():
@@ -223,6 +224,24 @@ def _hand_over(engine: Engine, job: EngineJob, dry_run: bool) -> None:
     print(f"submitted  {engine.name} {id}: {shlex.join(rendered.submit)}")
     print(f"run        {_from_here(job.run_dir)}")
     print(f"look       {_PROGRAM} status {_from_here(job.run_dir)}   (or: logs, cancel)")
+
+
+def _refuse_twice(job: EngineJob) -> None:
+    """Refuse a run that an engine still has: its processes would only wait for each other."""
+    from orchestrator.engines.engine_table import engine_of
+    from orchestrator.engines.submission import submissions_of
+
+    for earlier in submissions_of(job.run_dir):
+        try:
+            state: str = engine_of(earlier.engine).status(earlier).state
+        except UserError:
+            continue  # an engine that does not answer keeps nobody from trying
+        if state in ("waiting", "running"):
+            raise LaunchError(
+                f"this run is submitted already, and {state}",
+                got=f"{earlier.engine} {earlier.id}",
+                fix=f"{_PROGRAM} cancel {earlier.id}, or give another run_id",
+            )
 
 
 def _shown(job: EngineJob, rendered: Rendered) -> str:

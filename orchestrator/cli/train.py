@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import TYPE_CHECKING
 
 from orchestrator.config.compose import conf_dir, group_options, run_composed
 from orchestrator.config.words import BASE
-from orchestrator.distributed.world import first_process
+from orchestrator.distributed.world import LAUNCHED, detect, first_process
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orchestrator.config.compose import Composed
+    from orchestrator.config.sweep import Scored
 
 _HELP = """usage: python -m orchestrator train [group=option ...] [key=value ...] [flags]
 
@@ -39,11 +46,23 @@ def main(argv: list[str]) -> int:
     if first_process() and sys.stderr.isatty() and not _FLAGS & {word.partition("=")[0] for word in argv}:
         # What follows imports much. In a log a mistake is better said alone.
         doing("reading the configuration", argv)
-    from orchestrator.launch.objective import start_and_score
     from orchestrator.planner.planned_models import refuse_planned_only
 
     refuse_planned_only(argv, "train")
-    return run_composed(argv, "orchestrator train", start_and_score)
+    return run_composed(argv, "orchestrator train", _train)
+
+
+def _train(composed: Composed) -> Scored:
+    from orchestrator.launch.objective import start_and_score
+
+    engine = composed.config.launch.name
+    if engine != "local" and LAUNCHED not in os.environ and detect(os.environ) is None:
+        raise ConfigError(
+            "train trains here: it submits nothing",
+            got=f"launch={engine}",
+            fix=f"python -m orchestrator launch engine={engine} ... submits; leave out launch to train on this machine",
+        )
+    return start_and_score(composed)
 
 
 # Of Hydra: something is printed, and no run started.

@@ -86,6 +86,15 @@ def submissions(runs_dir: Path) -> list[Submission]:
     return _read(runs_dir.glob(f"*/*/{LAUNCH}*/{RECORD}"))
 
 
+def submissions_of(run_dir: Path) -> list[Submission]:
+    """Return what was submitted for a run, the newest first.
+
+    Args:
+        run_dir: the run's directory.
+    """
+    return _read(run_dir.glob(f"{LAUNCH}*/{RECORD}"))
+
+
 def find_submission(where: str, runs_dir: str) -> Submission:
     """Return the newest submission of the run that a user means.
 
@@ -103,7 +112,7 @@ def find_submission(where: str, runs_dir: str) -> Submission:
         found = []
         for place in (Path(where).expanduser(), below / where):
             if place.is_dir():
-                found = _read(place.glob(f"{LAUNCH}*/{RECORD}")) or _read(place.glob(f"*/{LAUNCH}*/{RECORD}"))
+                found = submissions_of(place) or _read(place.glob(f"*/{LAUNCH}*/{RECORD}"))
             if found:
                 break
         found = found or [one for one in submissions(below) if where in (one.run_id, one.id)]
