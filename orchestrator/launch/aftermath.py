@@ -52,7 +52,7 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
     problem, diagnosis = "", None
     try:
         if found.source == "step":
-            diagnosis = diagnose(module, job.loader.step(found.step - 1), found.step)
+            diagnosis = diagnose(module, job.loader.step(found.step - 1), found.step, found.own)
         else:
             shards = parallel.state_shards(module.model, module.optimizer)
             diagnosis = Diagnosis(state=tuple(find_nonfinite(shards, parallel)))

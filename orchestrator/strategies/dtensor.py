@@ -53,6 +53,7 @@ from orchestrator.strategies.parallel_strategy import (
     Batch,
     ParallelStrategy,
     StepHooks,
+    StepParts,
     local_parameters,
 )
 from orchestrator.strategies.pipeline_runner import Pipeline, pipeline_of
@@ -388,15 +389,20 @@ class DTensorStrategy(ParallelStrategy):
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
         """All-reduce loss and squared norm together, and scale the gradients on the device."""
-        grads, owned = [], []
+        names, grads, owned = [], [], []
         for name, parameter in local_parameters(model):
             if parameter.grad is not None:
+                names.append(name)
                 grads.append(local_part(parameter.grad))
                 owned.append(self._owns(model, name))
-        counted = [grad for grad, mine in zip(grads, owned, strict=True) if mine]
         squares = torch.zeros((), device=self.root_device)
-        if counted:
-            squares = torch.stack(torch._foreach_norm(counted)).square().sum()
+        norms = torch._foreach_norm(grads) if grads else []
+        if counted := [norm for norm, mine in zip(norms, owned, strict=True) if mine]:
+            squares = torch.stack(counted).square().sum()
+        if copies := [norm for norm, mine in zip(norms, owned, strict=True) if not mine]:
+            # They count for nothing, unless one is not finite: then it must not reach this rank's weights either.
+            squares = squares + 0.0 * torch.stack(copies).sum()
+        self.step_parts = StepParts(loss_part, tuple(names), lambda: self.fetch(norms))
         loss = loss_part
         if self.world.size > 1:
             sums = torch.stack((self._counted(loss_part, ("tensor",)), squares))

@@ -60,6 +60,21 @@ class StepHooks:
     backward: Callable[[Tensor], None] = Tensor.backward
 
 
+@dataclass(frozen=True)
+class StepParts:
+    """What this rank put into the sums of a step, to tell afterwards where a number came from.
+
+    Attributes:
+        loss: its part of the loss, a scalar.
+        names: of its parameters with gradients.
+        norms: reads how large its parts of these gradients are, as they were summed over the ranks: a number for each.
+    """
+
+    loss: Tensor
+    names: tuple[str, ...]
+    norms: Callable[[], Sequence[float]]
+
+
 class ParallelStrategy(TrainerStrategy):
     """Shards one job over the devices of a layout.
 
@@ -72,10 +87,14 @@ class ParallelStrategy(TrainerStrategy):
         layout: degrees of the mesh axes; their product is the job's number of devices.
         precision: `fp32`, `bf16` or `fp8` for the matrix products. Master weights, reductions and the loss are fp32.
         timeout_seconds: how long the processes wait for each other.
+
+    Attributes:
+        step_parts: of the last `reduce_and_clip`; None before.
     """
 
     def __init__(self, target: Target, world: World, layout: Layout, precision: str, timeout_seconds: float = 600):
         super().__init__(target, world, layout, precision)
+        self.step_parts: StepParts | None = None
         self.timeout_seconds = timeout_seconds
         self.placements: WeakKeyDictionary[ShardableModel, dict[str, Placement]] = WeakKeyDictionary()
         self._coordinator: ProcessCoordinator | None = None
@@ -374,7 +393,8 @@ class ParallelStrategy(TrainerStrategy):
 
         Returns:
             The global loss, and the global L2 norm of the gradients before they were scaled: fp32 scalars, the same
-            bits on all ranks, so that what depends on them is decided alike everywhere.
+            bits on all ranks, so that what depends on them is decided alike everywhere. Neither is finite where a
+            rank's copy of a gradient is not, which counts for nothing else.
         """
 
     @abstractmethod

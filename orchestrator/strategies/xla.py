@@ -42,7 +42,7 @@ from orchestrator.sharding.parts import Reduced, reduced_dims
 from orchestrator.sharding.pipeline import no_pipelines
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, local_parameters
+from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, StepParts, local_parameters
 
 _WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
 _BATCH_AXES = ("replicate", "fsdp", "expert")
@@ -308,8 +308,11 @@ class XlaStrategy(ParallelStrategy):
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None
     ) -> tuple[Tensor, Tensor]:
         """Compute the norm of the global gradients, and scale them."""
-        grads = [parameter.grad for _, parameter in local_parameters(model) if parameter.grad is not None]
-        norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+        named = [(name, grad) for name, parameter in local_parameters(model) if (grad := parameter.grad) is not None]
+        grads = [grad for _, grad in named]
+        squares = torch.stack([grad.square().sum() for grad in grads])
+        norm = squares.sum().sqrt()
+        self.step_parts = StepParts(loss_part, tuple(name for name, _ in named), squares.tolist)
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for grad in grads:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from orchestrator.constants import IGNORE_INDEX
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
-from orchestrator.strategies.parallel_strategy import ParallelStrategy, StepHooks, local_parameters
+from orchestrator.strategies.parallel_strategy import ParallelStrategy, StepHooks
+from orchestrator.training.divergence import nonfinite_parts
 from orchestrator.training.module import LanguageModule
 
 _NAMED = 4  # tensors that are listed
@@ -30,10 +31,14 @@ class Diagnosis:
     Attributes:
         state: weights and optimizer state that were not finite before the step already.
         layer: the first one whose numbers are not finite: `embed`, `layers.3`, `norm` or `loss`.
-        phase: `forward`: its output; `backward`: the gradient of its output; `` where no layer was found.
+        phase: `forward`: its output; `backward`: the gradient of its output; `weights`: the gradient of its weights,
+            while that of its output is finite; `` where no layer was found.
         micro_batch: of the step, from 0.
         ranks: processes that saw it.
-        gradients: parameters whose gradients are not finite.
+        gradients: parameters whose gradients are not finite, as they are summed over the processes.
+        gradient_ranks: processes that hold such a part of them.
+        met: what was not finite in the step itself, before anything was computed again, by name: `loss`, and
+            parameters by their gradients; with the processes that had it.
         loss: of the second time; None where not finite.
         grad_norm: likewise.
     """
@@ -44,6 +49,8 @@ class Diagnosis:
     micro_batch: int | None = None
     ranks: tuple[int, ...] = ()
     gradients: tuple[str, ...] = ()
+    gradient_ranks: tuple[int, ...] = ()
+    met: dict[str, list[int]] = field(default_factory=dict)
     loss: float | None = None
     grad_norm: float | None = None
 
@@ -62,28 +69,39 @@ class Diagnosis:
         if self.state:
             found.append(f"not finite before the step already: {_some(self.state)}")
         if self.layer:
-            what = "the output" if self.phase == "forward" else "the gradient"
-            where = f"micro-batch {self.micro_batch}"
-            if size > 1:
-                where += f", rank {', '.join(map(str, self.ranks))} of {size}"
-            found.append(f"began in {self.layer}: {what} is not finite ({self.phase} pass, {where})")
+            what = {"forward": "the output", "backward": "the gradient"}.get(self.phase, "the gradient of its weights")
+            phase = "forward" if self.phase == "forward" else "backward"
+            where = f"micro-batch {self.micro_batch}{_on(self.ranks, size)}"
+            found.append(f"began in {self.layer}: {what} is not finite ({phase} pass, {where})")
         elif self.gradients:
-            found.append(f"gradients that are not finite: {_some(self.gradients)}")
+            where = _on(self.gradient_ranks, size)
+            found.append(f"gradients that are not finite when they are summed: {_some(self.gradients)}{where}")
         elif self.grad_norm is None and not self.state:
             found.append("every gradient is finite, but the sum of their squares is not: they are too large for fp32")
         if not self.reproduced:
             found.append("computed a second time the step is finite: suspect the hardware, or a race in a kernel")
+            if "loss" in self.met:
+                found.append(f"the first time the loss was not finite{_on(self.met['loss'], size)}")
+            elif self.met:
+                ranks = sorted({rank for one in self.met.values() for rank in one})
+                found.append(f"the first time gradients were not: {_some(tuple(self.met))}{_on(ranks, size)}")
         return found
 
 
-def find_nonfinite(shards: Sequence[Shard], parallel: ParallelStrategy) -> list[str]:
+def _on(ranks: Sequence[int], size: int) -> str:
+    """Return which ranks of a job of `size` it was, to follow on a sentence; nothing where there is one."""
+    return f", rank {', '.join(map(str, ranks))} of {size}" if size > 1 else ""
+
+
+def find_nonfinite(shards: Sequence[Shard], parallel: ParallelStrategy, copies: bool = False) -> list[str]:
     """List the tensors that are not finite on some rank, on all ranks. All ranks call it together.
 
     Args:
         shards: this rank's parts.
         parallel: the strategy.
+        copies: look at those, too, that another rank owns.
     """
-    mine = [shard for shard in shards if shard.owned]
+    mine = [shard for shard in shards if shard.owned or copies]
     flags = finite_flags([shard.data for shard in mine])
     names = {shard.name for shard, good in zip(mine, flags, strict=True) if not good}
     if not parallel.any_raised(bool(names)):
@@ -91,7 +109,7 @@ def find_nonfinite(shards: Sequence[Shard], parallel: ParallelStrategy) -> list[
     return _union(names, parallel)
 
 
-def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Diagnosis:
+def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int, own: Sequence[str] = ()) -> Diagnosis:
     """Compute `step` again and find the first layer that is not finite. All ranks call it together.
 
     Weights and optimizer state must be those from before the step, and stay so; no gradients are left.
@@ -100,9 +118,10 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
         module: the module of the run.
         batch: this rank's share of the step, as the loader gives it.
         step: number of the step, from 1.
+        own: what this rank had put into it that was not finite, as `Diverged` has it.
     """
     parallel, model = module.parallel, module.model
-    state = find_nonfinite(parallel.state_shards(model, module.optimizer), parallel)
+    state = find_nonfinite(parallel.state_shards(model, module.optimizer), parallel, copies=True)
     module.step = step - 1
     watch = _Watch(model)
     with torch.enable_grad(), watch.watching(), parallel.uncompiled():
@@ -111,13 +130,15 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int) -> Dia
         hooks = StepHooks(watch.begin(module.seed_dropout), watch.end_forward)
         total = parallel.forward_backward(model, placed, module.micro_batch, targets, hooks)
     loss, norm = parallel.reduce_and_clip(model, total, None)
-    gradients = _nonfinite_gradients(model, parallel)
+    bad = _by_rank([name for name in nonfinite_parts(parallel.step_parts) if name != "loss"], parallel)
     module.optimizer.zero_grad()
     parallel.finish_step()
     measured = [value if math.isfinite(value) else None for value in parallel.fetch([loss, norm])]
     first, ranks = _first(watch.found(parallel), parallel)
     micro_batch, phase, layer = first or (None, "", "")
-    return Diagnosis(tuple(state), layer, phase, micro_batch, ranks, gradients, measured[0], measured[1])
+    holders = tuple(sorted({rank for found in bad.values() for rank in found}))
+    met = _by_rank(own, parallel)
+    return Diagnosis(tuple(state), layer, phase, micro_batch, ranks, tuple(bad), holders, met, *measured)
 
 
 class _Watch:
@@ -129,13 +150,17 @@ class _Watch:
             *((f"layers.{index}", block) for index, block in enumerate(model.blocks)),
             ("norm", model.norm),
         ]
+        self._weights = [*self._units, ("head", model.head)]
+        self._of, self._micro_batches = dict[int, str](), dict[str, int]()
         self._events: list[tuple[int, str, str]] = []
         self._flags: list[Tensor] = []
         self._micro_batch, self._forward = -1, False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        handles = [unit.register_forward_hook(self._hook(name)) for name, unit in self._units]
+        handles: list[Any] = [unit.register_forward_hook(self._hook(name)) for name, unit in self._units]
+        # A strategy may put other tensors into the place of the parameters, whole ones, when the module is called.
+        handles += [unit.register_forward_pre_hook(self._before(name, handles)) for name, unit in self._weights]
         try:
             yield
         finally:
@@ -162,13 +187,32 @@ class _Watch:
         good = parallel.fetch(self._flags)
         return [event for event, flag in zip(self._events, good, strict=True) if not flag]
 
+    def _before(self, name: str, handles: list[Any]) -> Any:
+        """Watch what a rank adds to the gradients of a module's weights, before it is summed over the ranks."""
+
+        def note(weight: Tensor) -> None:
+            if weight.grad is not None:
+                self._note(self._micro_batches.get(name, self._micro_batch), "weights", name, weight.grad)
+
+        def before(unit: nn.Module, args: tuple[Any, ...]) -> None:
+            for weight in unit.parameters():
+                if weight.requires_grad and id(weight) not in self._of:
+                    self._of[id(weight)] = name
+                    handles.append(weight.register_post_accumulate_grad_hook(note))
+
+        return before
+
     def _hook(self, name: str) -> Any:
         def hook(unit: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._forward and isinstance(output, Tensor):
                 number = self._micro_batch  # in a pipeline another one's forward pass may come before
                 self._note(number, "forward", name, output)
                 if output.requires_grad:
-                    output.register_hook(lambda gradient: self._note(number, "backward", name, gradient))
+                    output.register_hook(lambda gradient: backward(number, gradient))
+
+        def backward(number: int, gradient: Tensor) -> None:
+            self._micro_batches[name] = number
+            self._note(number, "backward", name, gradient)
 
         return hook
 
@@ -192,19 +236,27 @@ def _first(
     return (tuple(event) if event else None), tuple(ranks)
 
 
-def _order(event: Sequence[Any]) -> tuple[int, int, int]:
-    """Sorts micro-batches, forward before backward, and layers in the order of that pass."""
+def _order(event: Sequence[Any]) -> tuple[int, int, int, int]:
+    """Sorts micro-batches, forward before backward, layers in the order of that pass, and a layer's weights last."""
     micro_batch, phase, layer = event
     kind, _, number = layer.partition(".")
-    at = {"embed": -1, "norm": 1 << 30, "loss": 1 << 31}.get(kind, int(number or 0))
-    return micro_batch, int(phase == "backward"), at if phase == "forward" else -at
+    at = {"embed": -1, "norm": 1 << 30, "head": 1 << 31, "loss": 1 << 32}.get(kind, int(number or 0))
+    return micro_batch, int(phase != "forward"), at if phase == "forward" else -at, int(phase == "weights")
 
 
-def _nonfinite_gradients(model: ShardableModel, parallel: ParallelStrategy) -> tuple[str, ...]:
-    named = [(name, _local(p.grad)) for name, p in local_parameters(model) if p.grad is not None]
-    good = parallel.fetch([grad.detach().isfinite().all() for _, grad in named])
-    bad = {name for (name, _), flag in zip(named, good, strict=True) if not flag}
-    return tuple(_union(bad, parallel))
+def _by_rank(names: Sequence[str], parallel: ParallelStrategy) -> dict[str, list[int]]:
+    """Gather what the ranks name, with the ranks that name it."""
+
+    def merge(told: list[str]) -> str:
+        found: dict[str, list[int]] = {}
+        for rank, text in enumerate(told):
+            for name in json.loads(text):
+                found.setdefault(name, []).append(rank)
+        return json.dumps(dict(sorted(found.items())))
+
+    topic = parallel.broadcast(new_topic())
+    result: dict[str, list[int]] = json.loads(exchange(parallel, topic, json.dumps(list(names)), merge))
+    return result
 
 
 def _union(names: set[str], parallel: ParallelStrategy) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.config.schema import TrainConfig
-from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.strategies.parallel_strategy import ParallelStrategy, StepParts
 
 
 class Diverged(Exception):
@@ -25,6 +25,8 @@ class Diverged(Exception):
         source: `step`: the update of `step` was left out, and the weights are those before it. `validation`: the
             held-out loss after it. `weights`: what was to be saved after it.
         in_a_row: how many steps up to this one have left the weights as they were.
+        own: what of a bad step this rank had put in that was not finite, by name: `loss`, and names of parameters
+            for their gradients.
 
     Attributes:
         before: the last step whose weights are none of those that led here.
@@ -36,10 +38,11 @@ class Diverged(Exception):
         values: Mapping[str, float],
         source: Literal["step", "validation", "weights"],
         in_a_row: int = 1,
+        own: Sequence[str] = (),
     ):
         super().__init__(f"diverged at step {step}")
         self.step, self.values, self.source, self.in_a_row = step, dict(values), source, in_a_row
-        self.before = step - in_a_row
+        self.before, self.own = step - in_a_row, tuple(own)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class _Judged:
     loss: Tensor
     grad_norm: Tensor
     is_bad: Callable[[], float]
+    parts: StepParts | None
 
 
 class FiniteGuard(lightning.Callback):
@@ -94,7 +98,7 @@ class FiniteGuard(lightning.Callback):
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self._stops:
             bad = self._bad = bad | self._bad
-        self._waiting.append(_Judged(step, loss, grad_norm, self._parallel.fetch_later(bad)))
+        self._waiting.append(_Judged(step, loss, grad_norm, self._parallel.fetch_later(bad), self._parallel.step_parts))
         return bad
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
@@ -123,12 +127,25 @@ class FiniteGuard(lightning.Callback):
         self._in_a_row += 1
         if self._stops or self._in_a_row > self._limit:
             self._waiting.clear()
-            raise Diverged(judged.step, values, "step", self._in_a_row)
+            raise Diverged(judged.step, values, "step", self._in_a_row, nonfinite_parts(judged.parts))
         self.skipped += 1
         self.say(
             f"warning: step {judged.step} was left out: {describe(values)}; weights and optimizer are as before it "
             f"({self._in_a_row} in a row, train.max_skips={self._limit})"
         )
+
+
+def nonfinite_parts(parts: StepParts | None) -> tuple[str, ...]:
+    """Return what this rank has put into a step's sums that is not finite: `loss`, and parameters by their gradients.
+
+    Args:
+        parts: of the step; None: nothing is known.
+    """
+    if parts is None:
+        return ()
+    loss, norms = float(parts.loss), parts.norms()
+    bad = tuple(name for name, norm in zip(parts.names, norms, strict=True) if not math.isfinite(norm))
+    return bad if math.isfinite(loss) else ("loss", *bad)
 
 
 def describe(values: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ import torch
 from orchestrator.data.stream import StepLoader
 from orchestrator.models.layers import Block
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.strategies.sharded_parts import local_part
 from orchestrator.training.module import LanguageModule
 
 
@@ -21,12 +22,15 @@ def poisoned(
 ) -> Iterator[None]:
     """Within it block `layer` spoils its output (`forward`) or the gradient of it (`backward`) at `steps`.
 
+    Phase `weights` spoils what the rank adds to the gradient of one of the block's weights, and `summed` the rank's
+    part of that gradient when it is summed.
+
     Args:
         steps: from 1; a step that is computed again is spoilt again.
         here: whether this rank takes part.
         first: only where the batch begins with this sequence of the stream: bad data, which can be left out.
     """
-    spoilt: list[Block] = []
+    spoilt, handles = list[Block](), list[Any]()
     seed, compute, forward = LanguageModule.seed_dropout, ParallelStrategy.forward_backward, Block.forward
 
     move, loaders = StepLoader.__init__, list[StepLoader]()
@@ -44,12 +48,24 @@ def poisoned(
 
     def watched(self: ParallelStrategy, *args: Any, **options: Any) -> Any:
         result = compute(self, *args, **options)
+        if phase == "summed" and here and any(True for _ in spoilt):
+            for name, parameter in args[0].named_parameters():
+                if name == f"layers.{layer}.mlp.up.weight":
+                    local_part(parameter.grad).fill_(torch.nan)
+        for handle in handles:
+            handle.remove()
+        handles.clear()
         spoilt.clear()
         return result
 
     def spoil(self: Block, *args: Any, **options: Any) -> Any:
         output = forward(self, *args, **options)
         if not here or not any(block is self for block in spoilt):
+            return output
+        if phase == "summed":
+            return output
+        if phase == "weights":
+            handles.append(self.mlp.up.weight.register_hook(lambda gradient: gradient * torch.nan))
             return output
         if phase == "forward":
             return output * torch.nan

@@ -24,6 +24,9 @@ LAYOUTS = {
     "1": (1, []),
     "fsdp2_tensor2": (4, ["layout.fsdp=2", "layout.tensor=2"]),
     "pipeline2": (2, ["layout.pipeline=2"]),
+    "fsdp2": (2, ["layout.fsdp=2"]),
+    "tensor2": (2, ["layout.tensor=2", "layout.fsdp=1"]),
+    "replicate2": (2, ["layout.replicate=2", "layout.fsdp=1"]),
     "replicate2_context2": (4, ["layout.replicate=2", "layout.context=2", "layout.fsdp=1"]),
 }
 
@@ -54,6 +57,13 @@ def _rank(world, data, run_dir, poison, out):
 
 
 CASES = [
+    ("fsdp2", "weights", 1, []),
+    ("tensor2", "summed", 1, []),
+    ("replicate2", "weights", 1, []),
+    ("replicate2", "summed", 1, []),
+    ("pipeline2", "weights", 1, ["train.micro_batch_size=2"]),
+    ("fsdp2", "summed", 0, []),
+    ("tensor2", "backward", 1, []),
     ("1", "forward", None, []),
     ("1", "backward", None, ["hardware.precision=bf16", "train.remat=full", "train.global_batch_tokens=64"]),
     ("fsdp2_tensor2", "forward", 1, ["train.micro_batch_size=2"]),
@@ -63,7 +73,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "phase", "rank", "words"), cases(CASES, quick=CASES[:-2]))
+@pytest.mark.parametrize(
+    ("layout", "phase", "rank", "words"), cases(CASES, quick=[CASES[0], CASES[1], CASES[3], *CASES[7:9], CASES[10]])
+)
 def test_the_run_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path, capfd, layout, phase, rank, words):
     size, degrees = LAYOUTS[layout]
     # Nobody looks at step 7, so the host hears of it one step late.
@@ -75,10 +87,15 @@ def test_the_run_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path, c
     about = record["legs"][-1]["diverged"]
     assert (record["status"], about["step"], about["values"]["grad_norm"]) == ("diverged", 7, "nan")
     diagnosis = about["diagnosis"]
-    assert (diagnosis["layer"], diagnosis["phase"], diagnosis["micro_batch"]) == ("layers.1", phase, 0)
     assert diagnosis["reproduced"]
     assert not diagnosis["state"]
-    assert diagnosis["ranks"] == ([rank] if rank is not None else list(range(size)))
+    ours = [rank] if rank is not None else list(range(size))
+    if phase == "summed":  # what a fault in the sum, or behind it, looks like: no layer has given it
+        assert (diagnosis["layer"], diagnosis["gradients"]) == ("", ["layers.1.mlp.up.weight"])
+        assert diagnosis["gradient_ranks"] == diagnosis["met"]["layers.1.mlp.up.weight"] == ours
+    else:
+        assert (diagnosis["layer"], diagnosis["phase"], diagnosis["micro_batch"]) == ("layers.1", phase, 0)
+        assert diagnosis["ranks"] == ours
 
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000006"]
@@ -89,12 +106,12 @@ def test_the_run_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path, c
     assert rows[-1]["nonfinite"]["grad_norm"] == "nan"
     said = capfd.readouterr().err
     assert "diverged at step 7" in said
-    assert "began in layers.1" in said
+    assert ("began in layers.1" if phase != "summed" else "layers.1.mlp.up.weight, rank 1 of 2") in said or rank == 0
     assert f"resume={checkpoint(run_dir, 3)} runs_dir={tmp_path / 'runs'} optim.lr=0.001" in said
     assert "whose weights gave these numbers" in said, "the checkpoint of step 6 leads to step 7"
     report = (run_dir / "report.html").read_text()
     assert 'class="status diverged">diverged at step 7' in report
-    assert "the last finite one" in report or phase == "backward"
+    assert "the last finite one" in report or phase != "forward"
 
 
 @pytest.mark.parametrize("layout", cases(["1", "fsdp2_tensor2", "pipeline2"], quick=["1"]))
