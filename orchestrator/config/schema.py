@@ -341,6 +341,15 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class SpikeConfig:
+    """What a spike is: steps in a row whose loss or gradient norm is far above what the steps before had."""
+
+    window: int = 128  # steps before, whose median and median absolute deviation count
+    deviations: float = 6.0  # above the median, in robust standard deviations
+    steps: int = 3  # in a row
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch size, evaluation and numerical settings of the training."""
 
@@ -357,6 +366,9 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"  # of a step whose loss or gradient norm is not finite
     max_skips: int = 10  # steps in a row that on_nonfinite=skip leaves out; one more, and the run stops
     max_rewinds: int = 10  # of a run, all its legs together; one more, and the run stops
+    on_spike: Literal["ignore", "warn", "rewind"] = "warn"
+    spike: SpikeConfig = SpikeConfig()
+    check_replicas_every: int | None = None  # steps; that devices which must hold the same bits do; None: not asked
     rewind_skip_steps: int = 0  # least batches that a rewind leaves out, from its checkpoint on
     init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
     objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep

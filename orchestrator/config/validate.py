@@ -85,6 +85,9 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.max_skips": _STEPS,
     "train.max_rewinds": (0, 10**6),
     "train.rewind_skip_steps": (0, 10**9),
+    "train.spike.window": (8, 10**6),
+    "train.spike.steps": (1, 10**4),
+    "train.check_replicas_every": _STEPS,
     "train.seq_len": (2, 1 << 30),
     "train.global_batch_tokens": (-_LARGEST, 1 << 40),  # its least is a sequence: see _batch
     "train.eval_every": _STEPS,
@@ -100,6 +103,7 @@ _NOT_NEGATIVE = (
 )
 MIN_SHARE = 1e-6  # of a source in a mixture
 _ABOVE_ZERO = (
+    "train.spike.deviations",
     "launch.grace_seconds",
     "model.norm_eps",
     "model.rope_theta",

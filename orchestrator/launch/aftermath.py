@@ -15,7 +15,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.launch.changes import changes, differing
 from orchestrator.training.diagnosis import Diagnosis, diagnose, find_nonfinite
-from orchestrator.training.divergence import Diverged, describe
+from orchestrator.training.divergence import Diverged
 
 if TYPE_CHECKING:
     from orchestrator.training.job import Job
@@ -51,7 +51,9 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
         job.say(f"warning: {error}")
     problem, diagnosis = "", None
     try:
-        if found.source == "step":
+        if found.source == "spike":
+            diagnosis = None  # every number is finite
+        elif found.source == "step":
             diagnosis = diagnose(module, job.loader.step(found.step - 1), found.step, found.own)
         else:
             shards = parallel.state_shards(module.model, module.optimizer)
@@ -64,14 +66,15 @@ def examine(job: Job, found: Diverged, run_dir: Path) -> dict[str, Any]:
     kept = start = None
     if parallel.rank == 0:  # whose words are kept
         kept = start = _newest(job)
-        if kept is not None and found.source == "step" and (diagnosis is None or diagnosis.reproduced):
-            start = _before(job, kept, found.step - found.in_a_row)
+        again = found.source in ("step", "spike") and (diagnosis is None or diagnosis.reproduced)
+        if kept is not None and again:
+            start = _before(job, kept, found.before)
     before = _config_of(start) if start is not None else to_dict(job.resolved.asked)
     return {
         "step": found.step,
         "source": found.source,
         "values": {name: str(value) for name, value in found.values.items()},
-        "what": describe(found.values) or "the model to be saved",
+        "what": found.what,
         "found": told,
         "diagnosis": diagnosis.to_dict() if diagnosis else None,
         "checkpoint": str(kept.directory) if kept is not None else None,

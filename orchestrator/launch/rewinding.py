@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from orchestrator.distributed import standing
 from orchestrator.errors import CheckpointError, RunFailedError
 from orchestrator.runs.messages import warn
 from orchestrator.runs.record import Record
+from orchestrator.strategies.replicas import described
+from orchestrator.training.callbacks.replica_check import Corrupted
 from orchestrator.training.divergence import Diverged
 from orchestrator.training.job import fill, make_trainer
 from orchestrator.training.restore import data_position, data_skipped
@@ -43,7 +46,8 @@ def rewound(job: Job, found: Diverged, about: dict[str, Any], record: Record) ->
         CheckpointError: the checkpoint that it was to be taken back to cannot be restored.
         RunFailedError: the store does not say which checkpoints there are.
     """
-    if job.resolved.config.train.on_nonfinite != "rewind":
+    train = job.resolved.config.train
+    if (train.on_spike if found.source == "spike" else train.on_nonfinite) != "rewind":
         return None
     earlier = [entry for leg in record.legs for entry in leg.get("rewinds", [])]
     if refusal := job.parallel.broadcast(_refusal(job, found, earlier)):
@@ -65,11 +69,50 @@ def rewound(job: Job, found: Diverged, about: dict[str, Any], record: Record) ->
     loader.move(position, skipped[0])
     record.publish(rewinds=[*record.legs[-1].get("rewinds", []), entry])
     _go_on_from(job, restored, position.step, entry)
-    job.say(_text(entry, len(earlier) + 1, job.resolved.config.train.max_rewinds))
-    trainer = make_trainer(
-        job.parallel, job.watchers.callbacks(job.module.guard), job.resolved.config.train.deterministic
-    )
+    job.say(_text(entry, len(earlier) + 1, train.max_rewinds))
+    trainer = make_trainer(job.parallel, job.watchers.callbacks(job.module.guard), train.deterministic)
     return replace(job, trainer=trainer)
+
+
+def condemn(job: Job, found: Corrupted, record: Record) -> RunFailedError:
+    """Keep what was computed since the copies were last the same from being gone on from. All ranks call it together.
+
+    Args:
+        job: the job of this process.
+        found: which copies differ.
+        record: of the run.
+
+    Returns:
+        What is to be raised.
+    """
+    job.watchers.stop.on_train_end(job.trainer, job.module)
+    job.watchers.snapshots.clear()
+    checkpoints = job.watchers.checkpoints
+    try:
+        checkpoints.settle()
+    except (CheckpointError, Diverged) as error:
+        job.say(f"warning: {error}")
+    marked = checkpoints.set_aside(found.good, f"written with bits that devices did not hold alike: {found.found}")
+    kept = None
+    if job.parallel.rank == 0:
+        with contextlib.suppress(CheckpointError):
+            kept = newest_valid(checkpoints.directory, False, lambda line: None, job.trusted)
+    record.note(
+        corrupted={
+            "step": found.step,
+            "good_step": found.good,
+            **described(found.found),
+            "set_aside": [str(path) for path in marked],
+            "checkpoint": str(kept) if kept else None,
+        }
+    )
+    aside = f"; set aside: {', '.join(path.name for path in marked)}" if marked else ""
+    return RunFailedError(
+        "devices that must hold the same bits do not: one of them computes or stores wrongly",
+        got=f"after step {found.step}: {found.found}",
+        allowed=f"equal sums over the bits, as after step {found.good}",
+        fix=f"take the device out or test it; resume goes on from {kept or 'the beginning'}{aside}",
+    )
 
 
 def _refusal(job: Job, found: Diverged, earlier: Sequence[Mapping[str, Any]]) -> str:
@@ -133,6 +176,8 @@ def _go_on_from(job: Job, restored: Checkpoint | None, step: int, entry: Mapping
     watchers.metrics.rewind(step, undone)
     watchers.evaluation.rewind()
     watchers.samples.rewind()
+    watchers.spikes.rewind(step)
+    watchers.replicas.rewind(step)
     if watchers.progress is not None:
         watchers.progress.rewind(step)
     because = f"the run was taken back from step {entry['step']} to {step}: {entry['what']}"

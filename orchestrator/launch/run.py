@@ -260,7 +260,8 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
 def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) -> str:
     """Train, save and look back. Returns the run's status; what there was no time for is in `left_out`."""
     from orchestrator.launch.aftermath import examine
-    from orchestrator.launch.rewinding import rewound
+    from orchestrator.launch.rewinding import condemn, rewound
+    from orchestrator.training.callbacks.replica_check import Corrupted
     from orchestrator.training.divergence import Diverged
 
     status = ""
@@ -280,6 +281,12 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
                 record.note(diverged=about)
                 status = "diverged"
             job = again or job
+        except Corrupted as found:
+            raise condemn(job, found, record) from found
+    if spikes := job.watchers.spikes.found:
+        record.note(spikes=spikes)
+    if seconds := job.watchers.replicas.seconds:
+        record.note(replica_checks={"checks": len(seconds), "seconds": round(sum(seconds), 3)})
     if skipped := job.module.guard.skipped:
         record.note(skipped_steps=skipped)
     return status

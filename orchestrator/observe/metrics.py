@@ -45,6 +45,11 @@ class Metrics(lightning.Callback):
         channels: those of the run; tried again at each flush.
         skips: steps that are not finite are left out, and their rows say so.
         loggers: what makes the user's own, by name.
+
+    Attributes:
+        every: steps between two flushes.
+        latest: the last training row.
+        heard: called with the training rows of each flush, on every rank.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Metrics(lightning.Callback):
         for name, make in loggers.items() if main else ():
             own = OwnLogger(make, run_config)
             self._sinks.append(channels.open(name, own.write, close=own.close))
+        self.heard: Callable[[Sequence[dict[str, Any]]], object] = lambda rows: None
         self._since = time.perf_counter()
 
     def _open(
@@ -150,6 +156,7 @@ class Metrics(lightning.Callback):
         self._steps.clear()
         self.latest = rows[-1]
         self._write(rows)
+        self.heard(rows)
         self._since = time.perf_counter()
 
     def _figures(self) -> list[str]:

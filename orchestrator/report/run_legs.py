@@ -30,13 +30,20 @@ def marks(data: RunData) -> list[tuple[float, str]]:
         if moved and before.get("target") == leg.get("target"):
             name += f", {layout(leg.get('layout'))}"
         found.append((start, name + (", handover differs" if _verdict(leg) == "differs" else "")))
+    found += [(onset, "spike") for one in _entries(data, "spikes") if (onset := number(one.get("onset"))) is not None]
     found += [(to, f"rewind from {known(one.get('step'))}") for to, one in _rewinds(data)]
     return found
 
 
+def _entries(data: RunData, key: str) -> list[Mapping[str, Any]]:
+    """Return what the legs list under a key, one after the other."""
+    lists = [found for leg in data.legs if isinstance(found := leg.get(key), list)]
+    return [one for found in lists for one in found if isinstance(one, Mapping)]
+
+
 def _rewinds(data: RunData) -> list[tuple[float, Mapping[str, Any]]]:
     """Return the rewinds of all legs, each with the step that the run was taken back to."""
-    entries = [one for leg in data.legs for one in (leg.get("rewinds") or ()) if isinstance(one, Mapping)]
+    entries = _entries(data, "rewinds")
     return [(to, one) for one in entries if (to := number(one.get("to"))) is not None]
 
 

@@ -39,6 +39,7 @@ from orchestrator.sharding.rules import Placement, place
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.module_sharding import move_others, own_parameters
 from orchestrator.strategies.module_state import ModuleState, shardable_models
+from orchestrator.strategies.replicas import HeldPart
 from orchestrator.strategies.trainer_strategy import TrainerStrategy
 
 Batch = dict[str, Tensor]
@@ -209,6 +210,17 @@ class ParallelStrategy(TrainerStrategy):
             model: sharded.
             optimizer: over its parameters; None for the weights alone.
         """
+
+    def held_parts(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[HeldPart]:
+        """Return what each device of this process holds of weights and optimizer state, copies too.
+
+        Args:
+            model: sharded.
+            optimizer: over its parameters.
+        """
+        device = str(self.root_device)
+        shards = self.state_shards(model, optimizer)
+        return [HeldPart(shard.name, shard.slices, device, shard.data) for shard in shards]
 
     def parameter_count(self, model: ShardableModel) -> int:
         """Return the number of elements of the whole `model`, wherever they are."""

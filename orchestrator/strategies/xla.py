@@ -43,6 +43,7 @@ from orchestrator.sharding.pipeline import no_pipelines
 from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, StepParts, local_parameters
+from orchestrator.strategies.replicas import HeldPart
 
 _WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
 _BATCH_AXES = ("replicate", "fsdp", "expert")
@@ -236,6 +237,19 @@ class XlaStrategy(ParallelStrategy):
                 owned = part.replica_id == 0
                 shards.append(Shard(name, tuple(tensor.shape), slices, part.unpadded_data.clone(), owned))
         return shards
+
+    def held_parts(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[HeldPart]:
+        """Copy what each device of this host holds to the host, as a save does; a scalar is read from one device."""
+        self._execute()
+        parts = []
+        for name, tensor in self._named(model, optimizer):
+            if tensor.dim() == 0:
+                parts.append(HeldPart(name, (), "one device of the host", tensor.cpu()))
+                continue
+            for part in xs.wrap_if_sharded(tensor.data).local_shards:
+                slices = _slices(part.indices, tensor.shape)
+                parts.append(HeldPart(name, slices, part.shard_device, part.unpadded_data))
+        return parts
 
     def adopt(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
         """Send the filled shards back to the devices."""

@@ -17,16 +17,18 @@ from orchestrator.strategies.parallel_strategy import ParallelStrategy, StepPart
 
 
 class Diverged(Exception):
-    """The run met a number that is not finite. All ranks raise it at the same step.
+    """The run met a number that is not finite, or a spike to be undone. All ranks raise it at the same step.
 
     Args:
         step: whose loss, gradients or weights these are, from 1.
         values: what was met, by name: `loss`, `grad_norm`, `val_loss`.
         source: `step`: the update of `step` was left out, and the weights are those before it. `validation`: the
-            held-out loss after it. `weights`: what was to be saved after it.
-        in_a_row: how many steps up to this one have left the weights as they were.
+            held-out loss after it. `weights`: what was to be saved after it. `spike`: the loss or the gradient norm
+            of the last steps.
+        in_a_row: how many steps up to this one have left the weights as they were, or have to do with the spike.
         own: what of a bad step this rank had put in that was not finite, by name: `loss`, and names of parameters
             for their gradients.
+        what: in words; empty: what `describe` says of the values.
 
     Attributes:
         before: the last step whose weights are none of those that led here.
@@ -36,13 +38,15 @@ class Diverged(Exception):
         self,
         step: int,
         values: Mapping[str, float],
-        source: Literal["step", "validation", "weights"],
+        source: Literal["step", "validation", "weights", "spike"],
         in_a_row: int = 1,
         own: Sequence[str] = (),
+        what: str = "",
     ):
         super().__init__(f"diverged at step {step}")
         self.step, self.values, self.source, self.in_a_row = step, dict(values), source, in_a_row
         self.before, self.own = step - in_a_row, tuple(own)
+        self.what = what or describe(values) or "the model to be saved"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.host_memory import HostMemory
 from orchestrator.config.convert import to_dict
+from orchestrator.config.schema import RunConfig
 from orchestrator.data.model_files import TOKENIZER_FILE
 from orchestrator.data.prepare import PreparedData
 from orchestrator.data.stream import StepLoader, TokenStream
@@ -29,7 +30,9 @@ from orchestrator.training.callbacks.checkpointing import Checkpoints, Keeps
 from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
 from orchestrator.training.callbacks.own_state import OwnStates
 from orchestrator.training.callbacks.preemption import StopOnSignal
+from orchestrator.training.callbacks.replica_check import ReplicaCheck
 from orchestrator.training.callbacks.snapshots import Snapshots
+from orchestrator.training.callbacks.spike_watch import SpikeWatch
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.handover_check import make_batch
@@ -46,6 +49,8 @@ class Watchers:
         history: the run so far.
         metrics: records steps and evaluations.
         progress: the bar, in the process that shows one.
+        spikes: looks for loss spikes.
+        replicas: compares what devices must have alike.
         evaluation: of the held-out data.
         samples: of text.
         own: the user's callbacks.
@@ -59,6 +64,8 @@ class Watchers:
     history: History
     metrics: Metrics
     progress: Progress | None
+    spikes: SpikeWatch
+    replicas: ReplicaCheck
     evaluation: Validation
     samples: Samples
     own: list[lightning.Callback]
@@ -75,7 +82,8 @@ class Watchers:
         """
         bar = [self.progress] if self.progress else []
         savers = [self.checkpoints, self.snapshots]
-        return [guard, self.metrics, *bar, self.evaluation, self.samples, *self.own, *savers, self.stop]
+        guards = [self.spikes, self.replicas]
+        return [guard, self.metrics, *bar, *guards, self.evaluation, self.samples, *self.own, *savers, self.stop]
 
 
 def make_watchers(
@@ -124,11 +132,14 @@ def make_watchers(
     keeps = _keeps(resolved, data, source, shown, states, main)
     about = {**provenance, "run": run_uuid}
     checkpoints = Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell)
+    spikes, replicas = _guards(config, parallel, module.step, restored, metrics, checkpoints, tell)
     return Watchers(
         channels=channels,
         history=history,
         metrics=metrics,
         progress=progress,
+        spikes=spikes,
+        replicas=replicas,
         evaluation=Validation(metrics, config.train.eval_every, batches, tell, progress),
         samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
         own=own,
@@ -137,6 +148,27 @@ def make_watchers(
         stop=StopOnSignal(parallel, tell),
         say=tell,
     )
+
+
+def _guards(
+    config: RunConfig,
+    parallel: ParallelStrategy,
+    step: int,
+    restored: Checkpoint | None,
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+    tell: Callable[[str], None],
+) -> tuple[SpikeWatch, ReplicaCheck]:
+    """Return what may find that steps before were bad already, and let the checkpoints that it needs be kept."""
+    spikes = SpikeWatch(config, tell)
+    if restored:
+        spikes.restore(restored)
+    every = config.train.check_replicas_every
+    replicas = ReplicaCheck(parallel, every, step, parallel.open_lane() if every else None, tell)
+    metrics.heard, checkpoints.beside = spikes.see, spikes.save
+    doubted = (lambda: spikes.trusted_step, lambda: replicas.trusted_step)
+    checkpoints.trusted_step = lambda: min((at for ask in doubted if (at := ask()) is not None), default=None)
+    return spikes, replicas
 
 
 def _metrics(
@@ -176,7 +208,8 @@ def _set_guard(resolved: Resolved, module: LanguageModule, tell: Callable[[str],
     """Let the guard look at what the step has left at the latest when something else does."""
     train, logger, checkpoint = resolved.config.train, resolved.config.logger, resolved.config.checkpoint
     snapshots = checkpoint.memory.every_steps if checkpoint.memory.enabled else None
-    periods = (logger.every_steps, train.eval_every, train.sample.every_steps, checkpoint.every_steps, snapshots)
+    looks = (train.eval_every, train.sample.every_steps, train.check_replicas_every)
+    periods = (logger.every_steps, *looks, checkpoint.every_steps, snapshots)
     module.guard.due = lambda step: any(period and step % period == 0 for period in periods)
     module.guard.say = tell
 

@@ -77,6 +77,7 @@ class Checkpoints(lightning.Callback):
         stalls: seconds that each save on the way kept the training waiting.
         trusted_step: the last step that nothing can turn out to be wrong with; the newest checkpoint up to it is kept.
             None: all can be trusted.
+        beside: what else the state of a checkpoint has.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Checkpoints(lightning.Callback):
         self.saved: tuple[int, AnyPath] | None = None
         self.elsewhere: str | None = None
         self.stalls: list[float] = []
+        self.beside: Callable[[], Mapping[str, Any]] = dict
         self.trusted_step: Callable[[], int | None] = lambda: None
         self._started, self._prepared = 0, False
         self._refused: NonFiniteError | None = None
@@ -321,5 +323,6 @@ class Checkpoints(lightning.Callback):
             "schedule": {"kind": config.optim.schedule.kind, "step": step, "max_steps": config.train.max_steps},
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **self._own.save(),
+            **self.beside(),
             **self._provenance,
         }
