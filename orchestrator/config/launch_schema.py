@@ -82,6 +82,36 @@ class KubernetesLaunch(LaunchBase):
     """A JobSet of Kubernetes."""
 
     name: Literal["kubernetes"] = "kubernetes"
+    grace_seconds: float | None = 300.0  # terminationGracePeriodSeconds: must cover a step and a save
+    namespace: str = "default"
+    image: str | None = None  # with the product in it, such as Containerfile makes
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    python: str = "python"  # the interpreter in the image
+    topology: str | None = None  # of a TPU slice, in chips: 4x4, 2x2x2
+    slices: int = 1  # TPU slices; launch.nodes counts the hosts of all of them
+    network: Literal["none", "efa", "infiniband", "gke-rdma"] = "none"  # between the hosts, beside the pod's own
+    network_devices: int | None = None  # of a host: EFA interfaces, RDMA devices, RDMA networks
+    network_resource: str = "rdma/ib"  # the name that the cluster's device plugin gives to InfiniBand
+    compute_domain: bool = False  # GB200 and GB300 racks: memory shared over NVLink between hosts (IMEX)
+    instance_type: str | None = None  # of the nodes, such as trn2.48xlarge
+    cpu: str | None = None  # of a pod, such as "96" or "500m"; null: what the node has left
+    memory: str | None = None  # of a pod, such as 1500Gi
+    shm: str | None = "16Gi"  # /dev/shm, which counts as memory of the pod; null: the runtime's 64 MiB
+    claim: str | None = None  # a PersistentVolumeClaim that all pods may write, for runs and checkpoints
+    work_dir: str = "/work"  # in the container, where paths such as runs_dir begin; the claim is mounted there
+    secrets: tuple[str, ...] = ()  # names of Secrets whose entries become variables: credentials of stores
+    service_account: str | None = None
+    queue: str | None = None  # of Kueue: a LocalQueue of the namespace
+    queue_priority: str | None = None  # of Kueue: a WorkloadPriorityClass
+    required_topology: str | None = None  # of Kueue: label of nodes within whose group all pods of a slice must be
+    exclusive: str | None = "auto"  # label of nodes whose group runs one slice alone; auto: GKE's pool for TPUs
+    priority_class: str | None = None
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: tuple[dict[str, str], ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)  # of the JobSet and its pods
+    annotations: dict[str, str] = field(default_factory=dict)  # of the pods
+    privileged: bool = False
+    keep_seconds: int | None = None  # after its end, when the JobSet is deleted; null: it stays
 
 
 @dataclass(frozen=True)
@@ -89,6 +119,16 @@ class SkypilotLaunch(LaunchBase):
     """A managed job of SkyPilot."""
 
     name: Literal["skypilot"] = "skypilot"
+    candidates: tuple[str, ...] = ()  # [INFRA/]ACCELERATOR[:COUNT][:spot], such as gcp/tpu-v6e-8:spot, H100:8
+    choose: Literal["ordered", "cheapest"] = "ordered"  # the first one that is to be had, or the cheapest
+    strategy: Literal["EAGER_NEXT_REGION", "FAILOVER"] = "EAGER_NEXT_REGION"  # FAILOVER tries the same region first
+    runtime_version: str | None = None  # software of TPU machines; null: that of the generation
+    image: str | None = None  # of a container with the product in it; null: setup installs it
+    package: str = "lm-orchestrator"  # what setup installs without an image: a requirement of pip, or a path
+    workdir: str | None = None  # a folder of this machine that is copied to every host
+    neuron_index: str | None = None  # AWS's package index, from which setup installs torch-neuronx on Trainium
+    disk_gb: int | None = None  # of each host
+    secrets: tuple[str, ...] = ()  # variables of this machine that the job gets: names alone stand in the file
 
 
 @dataclass(frozen=True)
@@ -96,6 +136,9 @@ class RayLaunch(LaunchBase):
     """A job on a Ray cluster."""
 
     name: Literal["ray"] = "ray"
+    address: str | None = None  # of the cluster's dashboard, http://HOST:8265; null: RAY_ADDRESS
+    cpus: float = 1.0  # of each host's worker, as Ray counts them
+    resources: dict[str, float] = field(default_factory=dict)  # further ones of each worker, such as TPU: 4
 
 
 LaunchConfig: TypeAlias = (

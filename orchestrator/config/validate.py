@@ -20,6 +20,7 @@ from orchestrator.config.schema import (
     RunConfig,
     TokenizerConfig,
 )
+from orchestrator.config.validate_launch import check_launch
 from orchestrator.config.validate_model import check_model, out_of_range
 from orchestrator.errors import ConfigError
 
@@ -201,7 +202,7 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
     ]
     ratios = {key: _get(config, key) for key in ("optim.schedule.min_lr_ratio", "optim.schedule.decay_fraction")}
     problems += [out_of_range(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
-    problems += check_optimizer(config.optim)
+    problems += [*check_optimizer(config.optim), *check_launch(config.launch)]
     if not config.data.sources:
         problems.append(out_of_range("data.sources", "an empty list", "one source or more"))
     if config.run_id is not None and not _RUN_ID.fullmatch(config.run_id):

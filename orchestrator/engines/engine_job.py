@@ -18,6 +18,7 @@ from orchestrator.runs import run_directory
 
 LAUNCH = "launch"
 """The folder of a run directory that holds what was submitted; the next submission of the run gets `launch-2`."""
+_ONE_COMMAND_PER_HOST = ("kubernetes", "skypilot", "ray")  # which starts the host's processes: distributed/job_host.py
 _MAX_NAME = 40
 _NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 
@@ -93,24 +94,26 @@ def engine_job(config: RunConfig, run_id: str, words: Sequence[str]) -> EngineJo
         ConfigError: it cannot be said how many processes a host has.
     """
     hardware, launch = config.hardware, config.launch
-    if hardware.target == "auto":
+    if hardware.target == "auto" and launch.name not in _ONE_COMMAND_PER_HOST:
         raise ConfigError(
             "the hardware of another machine cannot be looked up from here",
             got="hardware=auto",
             allowed="cpu, cuda, rocm, tpu, trainium",
             fix="name it: hardware=cuda",
         )
-    target, known = target_of(hardware), None if hardware.devices == "auto" else hardware.devices
-    if known is None and target.name == "cpu":
+    known = None if hardware.devices == "auto" else hardware.devices
+    if known is None and hardware.target == "cpu":
         known = 1
-    if known is None and target.strategy != "xla" and launch.nodes > 1:
+    one_command = launch.name in _ONE_COMMAND_PER_HOST
+    target = None if one_command else target_of(hardware)
+    if known is None and target is not None and target.strategy != "xla" and launch.nodes > 1:
         raise ConfigError(
             "on several hosts it must be said how many devices each of them has: every one gets a process",
             got=f"hardware.devices=auto with launch.nodes={launch.nodes}",
             fix="set hardware.devices, such as hardware.devices=8",
         )
     # On a single host the product starts the processes itself, and starts them again.
-    processes = 1 if launch.nodes == 1 or known is None else target.processes(known)
+    processes = 1 if launch.nodes == 1 or known is None or target is None else target.processes(known)
     run_dir = run_directory.named(config, run_id).absolute()
     return EngineJob(
         name=job_name(run_id),

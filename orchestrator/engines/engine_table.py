@@ -7,6 +7,8 @@ import importlib
 from orchestrator.engines.engine import Engine
 
 ENGINES: dict[str, str] = {
+    "kubernetes": "orchestrator.engines.kubernetes_engine:KubernetesEngine",
+    "skypilot": "orchestrator.engines.skypilot_engine:SkypilotEngine",
     "slurm": "orchestrator.engines.slurm_engine:SlurmEngine",
     "torchrun": "orchestrator.engines.torchrun_engine:TorchrunEngine",
     "ssh": "orchestrator.engines.ssh_engine:SshEngine",
