@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.api.measured_runs import read_measured
 from orchestrator.config.compose import Composed, compose, conf_dir, group_options, read_plain
 from orchestrator.config.convert import convert_text, from_dict
 from orchestrator.config.options import option
@@ -56,6 +57,8 @@ class PlanOptions:
     replace_seconds: float | None = option(None, help="from a failure until the other groups go on")
     save_stall_seconds: float | None = option(None, help="that a save stops the step; none: predicted")
     repair_hours: float | None = option(None, help="until a failed host is back")
+    measured: str | None = option(None, help="a run whose own figures replace assumptions: its directory or name")
+    runs_dir: str = option("runs", help="where the run of measured= is looked for")
     max_days: float | None = option(None, help="fleets that take longer are ranked last")
     max_usd: float | None = option(None, help="fleets that cost more are ranked last")
     explain: str | None = option(None, help="print the derivation of a figure: cost, days, goodput, ..., or all")
@@ -182,7 +185,8 @@ def _request(
         tokens = given("tokens", float(train.max_steps * batch), "tokens", "train.max_steps x global_batch_tokens")
     widest = _widest(composed, keys, options)
     space, restricted = _space(composed, keys, widest)
-    known = {field.name: getattr(options, field.name) for field in fields(FailureOptions)}
+    known = {field.name: getattr(options, field.name) for field in fields(FailureOptions) if field.name != "sources"}
+    measured = None if options.measured is None else read_measured(options.measured, options.runs_dir)
     ours = options.axes == "train"
     job = JobSpec(
         shape,
@@ -195,7 +199,8 @@ def _request(
         document_mask=ours and composed.config.data.document_mask,
         optimizer=optimizer_kind(composed.config.optim) if ours else "adamw",
     )
-    return Request(job, tokens, batch, space, widest, restricted, FailureOptions(**known))
+    failures = FailureOptions(**known)
+    return Request(job, tokens, batch, space, widest, restricted, failures, measured=measured)
 
 
 def _without_config_dir(words: list[str]) -> tuple[list[str], str | None]:

@@ -102,6 +102,7 @@ class Span:
         end: of the same clock.
         leg: that it belongs to; the time between two legs belongs to the later one.
         within: seconds of other states in it.
+        steps: that were completed in it.
     """
 
     state: str
@@ -109,6 +110,7 @@ class Span:
     end: float
     leg: int = 0
     within: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -365,7 +367,8 @@ class _Booking:
         found: list[Span] = []
         for piece in reversed(self._pieces):
             later = piece.leg if piece.leg is not None else later
-            found.append(replace(piece.span, leg=later))
+            trained = piece.span.state in ("training", "lost")
+            found.append(replace(piece.span, leg=later, steps=piece.last - piece.first if trained else 0))
         return tuple(reversed(found))
 
 

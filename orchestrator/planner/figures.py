@@ -20,7 +20,9 @@ FIGURES = (*SPEED, *RUN, *BILL)
 """Short names of all figures of a plan."""
 
 
-def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catalogue) -> dict[str, Value]:
+def speed_figures(
+    fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catalogue, step: Value | None = None
+) -> dict[str, Value]:
     """Return the figures of a step, and of the run if nothing ever failed.
 
     Args:
@@ -28,9 +30,10 @@ def speed_figures(fleet: Fleet, best: Candidate, tokens: Value, catalogue: Catal
         best: the layout.
         tokens: of the run.
         catalogue: of chips.
+        step: seconds of one, where that was measured; None: as predicted.
     """
     job = best.job
-    step = _step(fleet, best, catalogue)
+    step = step or _step(fleet, best, catalogue)
     batch = given("tokens per step", float(job.global_batch_tokens), "tokens", "the batch")
     speed = derive(
         "tokens per second", "tokens/s", "tokens per step / step", lambda b, s: b / s, batch, step, falling=(1,)

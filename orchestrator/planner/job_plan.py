@@ -15,6 +15,7 @@ from orchestrator.planner.evidence.calibration import COMPILED, calibration
 from orchestrator.planner.explain import layout_text
 from orchestrator.planner.figures import goodput_of, run_figures, speed_figures
 from orchestrator.planner.fleet import Fleet, FleetEntry, resolve_fleet
+from orchestrator.planner.measured_run import MeasuredRun
 from orchestrator.planner.quantity import Value
 from orchestrator.planner.search import LEADERS, Batch, Candidate, Estimators, SearchResult, Space, search
 from orchestrator.planner.slices import is_tpu, legal_shapes
@@ -40,6 +41,7 @@ class Request:
         widest: the same without what the user fixed; `restricted` says that in words.
         failures: rates, and how the job recovers.
         estimators: of memory and time.
+        measured: a run whose figures replace what would be assumed; None: there is none.
     """
 
     job: JobSpec
@@ -50,6 +52,7 @@ class Request:
     restricted: tuple[str, ...] = ()
     failures: FailureOptions = FailureOptions()
     estimators: Estimators = Estimators()
+    measured: MeasuredRun | None = None
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,13 @@ def _plan(request: Request, fleet: Fleet, catalogue: Catalogue) -> FleetPlan:
         notes.append(f"the memory of {fleet.cluster.chip.key} is unknown: whether the layout fits is not")
     if best.time.unknown:
         notes.append(f"unknown, so that times are lower bounds: {', '.join(dict.fromkeys(best.time.unknown))}")
-    speed = speed_figures(fleet, best, request.tokens, catalogue)
-    kept = goodput_of(fleet, best, speed["step"], request.failures)
+    step, failures, measured = None, request.failures, request.measured
+    if measured is not None:
+        fleet, step = measured.powered(fleet), measured.step_of(fleet, best)
+        failures = measured.failures_of(fleet, best, failures)
+        notes += measured.notes_on(fleet, best)
+    speed = speed_figures(fleet, best, request.tokens, catalogue, step)
+    kept = goodput_of(fleet, best, speed["step"], failures)
     figures = {**speed, **run_figures(fleet, speed["ideal_days"], kept, request.tokens)}
     return FleetPlan(fleet, request, result, figures, kept, notes=tuple(notes))
 

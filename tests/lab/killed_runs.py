@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.checkpoint.run_checkpoints import newest_valid
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
+from orchestrator.distributed import standing
 from orchestrator.distributed.world import World
 from orchestrator.observe.time_spans import read_life
 from tests.lab.ranks import preload
@@ -59,8 +60,11 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def attempt(config: RunConfig, run_dir: Path, ranks: int = 1) -> Iterator[Attempt]:
-    """Start a run, or go on from its newest checkpoint; ranks that are left at the end of the block are killed."""
+def attempt(config: RunConfig, run_dir: Path, ranks: int = 1, pause: float = 0.0) -> Iterator[Attempt]:
+    """Start a run, or go on from its newest checkpoint; ranks that are left at the end of the block are killed.
+
+    With `pause` a step takes so many seconds longer, which cost no processor.
+    """
     preload()
     run_dir.mkdir(parents=True, exist_ok=True)
     resume = newest_valid(run_dir / "checkpoints", True, lambda text: None)
@@ -68,7 +72,7 @@ def attempt(config: RunConfig, run_dir: Path, ranks: int = 1) -> Iterator[Attemp
     with tempfile.TemporaryDirectory(prefix="killed-") as folder:
         store = f"file:{folder}/store" if ranks > 1 else ""
         worlds = [World(rank, ranks, rank, ranks, store, engine="test") for rank in range(ranks)]
-        arguments = (to_dict(config), run_dir, resume, log)
+        arguments = (to_dict(config), run_dir, resume, log, pause)
         processes = [context.Process(target=_rank, args=(world, *arguments)) for world in worlds]
         for process in processes:
             process.start()
@@ -80,7 +84,7 @@ def attempt(config: RunConfig, run_dir: Path, ranks: int = 1) -> Iterator[Attemp
                 process.join()
 
 
-def _rank(world: World, config: dict[str, Any], run_dir: Path, resume: Path | None, log: Path) -> None:
+def _rank(world: World, config: dict[str, Any], run_dir: Path, resume: Path | None, log: Path, pause: float) -> None:
     code = 1
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -92,6 +96,8 @@ def _rank(world: World, config: dict[str, Any], run_dir: Path, resume: Path | No
         from orchestrator.observe import gemm
 
         torch.set_num_threads(1)
+        if pause:
+            standing.here.heard.append(lambda: time.sleep(pause))
         gemm.measure_gemm_flops.__defaults__ = (0.01,)
         gemm._CPU_SHAPES = ()
         code = work(resolved_run(from_dict(RunConfig, config), world, run_dir, resume), world)

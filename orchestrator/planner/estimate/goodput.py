@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class FailureOptions:
         repair_hours: until a failed host is back.
         recovery: `restart` from the last save, or `replace` the group that failed while the others go on; `auto`
             restarts, as runs do today, unless that loses more than a fifth of the time.
+        sources: of figures that nobody gave on the command line, by name.
     """
 
     failures_per_chip_day: float | None = None
@@ -45,6 +47,7 @@ class FailureOptions:
     replace_seconds: float | None = None
     repair_hours: float | None = None
     recovery: Literal["auto", "restart", "replace"] = "auto"
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,17 @@ def failure_data() -> dict[str, Any]:
     return data
 
 
-def failure_rate(chip: Chip, own: float | None = None) -> Value:
+def failure_rate(chip: Chip, own: float | None = None, source: str = "given for this fleet") -> Value:
     """Return the interruptions of a job per chip and day: measured, else of the vendor, else the highest known; marked.
 
     Args:
         chip: of the catalogue.
         own: a rate that the user gives.
+        source: of that one.
     """
     name, unit = "failures per chip-day", "1/day"
     if own is not None:
-        return given(name, own, unit, "given for this fleet")
+        return given(name, own, unit, source)
     measured = failure_data()["rates"]["measured"]
     for entry in measured:
         if entry["chip"] == chip.key:
@@ -183,7 +187,8 @@ def goodput(
         groups: data-parallel groups.
         options: rates, and how the job recovers.
     """
-    rate = failure_rate(chip, options.failures_per_chip_day)
+    known = options.sources
+    rate = failure_rate(chip, options.failures_per_chip_day, known.get("failures_per_chip_day", "given for this fleet"))
     mtbf = derive(
         "time between failures",
         "s",
@@ -205,7 +210,7 @@ def goodput(
     young = derive("Young's interval", "s", "sqrt(2 x stall x time between failures)", young_interval, stall, mtbf)
     daly = derive("Daly's interval", "s", "Young's, to higher order", daly_interval, stall, mtbf)
     interval = derive("save every", "s", "Daly's interval, and no shorter than a write takes", max, daly, write)
-    again = _assumed("restart_seconds", "s", options.restart_seconds)
+    again = _assumed("restart_seconds", "s", options.restart_seconds, known.get("restart_seconds", "given"))
     restart = derive(
         "goodput with restarts", "ratio", "Daly's expected time", restart_goodput, interval, stall, mtbf, again
     )
@@ -231,7 +236,8 @@ def _recovery(options: FailureOptions, restart: Value, replace: Value | None) ->
 
 def _stall(state: Value, options: FailureOptions) -> Value:
     if options.save_stall_seconds is not None:
-        return given("stall of a save", options.save_stall_seconds, "s", "given")
+        source = options.sources.get("save_stall_seconds", "given")
+        return given("stall of a save", options.save_stall_seconds, "s", source)
     rate = _assumed("copy_bytes_per_second", "byte/s")
     return derive(
         "stall of a save",
@@ -257,9 +263,9 @@ def _spares(chip: Chip, chips: Value, rate: Value, options: FailureOptions) -> V
     return derive("hot spares advised", "spares", formula, count, rate, chips, repair, sigmas)
 
 
-def _assumed(name: str, unit: str, own: float | None = None) -> Value:
+def _assumed(name: str, unit: str, own: float | None = None, source: str = "given") -> Value:
     words = name.replace("_", " ")
     if own is not None:
-        return given(words, own, unit, "given")
+        return given(words, own, unit, source)
     entry = failure_data()["assumptions"][name]
     return given(words, float(entry["value"]), unit, f"assumption: {entry['why']}", estimated=True)
