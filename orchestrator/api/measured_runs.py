@@ -9,7 +9,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.observe.time_figures import TimeFigures, figures_of, poisson_interval
 from orchestrator.observe.time_spans import read_book
 from orchestrator.planner.estimate.goodput import restart_goodput
-from orchestrator.planner.measured_run import MeasuredRun, Measurement
+from orchestrator.planner.measured_run import MeasuredRun, OwnFigure
 from orchestrator.planner.spec import ModelShape
 from orchestrator.report.run_data import number
 from orchestrator.runs.listing import find_run
@@ -63,21 +63,21 @@ def _chip(resolved: Resolved) -> str | None:
     return resolved.chip or (_CPU if resolved.config.hardware.target == "cpu" else None)
 
 
-def _mean(value: float | None, of: str, name: str) -> Measurement | None:
-    return None if value is None else Measurement(value, f"measured: mean of {of} of {name}")
+def _mean(value: float | None, of: str, name: str) -> OwnFigure | None:
+    return None if value is None else OwnFigure(value, f"measured: mean of {of} of {name}")
 
 
-def _rate(figures: TimeFigures, devices: int, name: str) -> Measurement | None:
+def _rate(figures: TimeFigures, devices: int, name: str) -> OwnFigure | None:
     """Return failures per chip and day; None where none was seen: then the published rate is the better guess."""
     if not figures.failures:
         return None
     days = figures.seconds * devices / _DAY
     low, high = poisson_interval(figures.failures)
     text = f"{figures.failures} failures in {days:.3g} chip-days (95%: {low / days:.3g} to {high / days:.3g} a day)"
-    return Measurement(figures.failures / days, f"measured: {text} of {name}")
+    return OwnFigure(figures.failures / days, f"measured: {text} of {name}")
 
 
-def _watts(legs: Sequence[Any], devices: int, name: str) -> Measurement | None:
+def _watts(legs: Sequence[Any], devices: int, name: str) -> OwnFigure | None:
     """Return the mean power per chip of the legs whose energy was measured on all hosts."""
     joules = seconds = 0.0
     for leg in legs:
@@ -89,7 +89,7 @@ def _watts(legs: Sequence[Any], devices: int, name: str) -> Measurement | None:
             seconds += spent
     if not joules or not seconds:
         return None
-    return Measurement(joules / seconds / devices, f"measured: {joules:,.0f} J in {seconds:,.0f} s of {name}")
+    return OwnFigure(joules / seconds / devices, f"measured: {joules:,.0f} J in {seconds:,.0f} s of {name}")
 
 
 def _notes(figures: TimeFigures, devices: int, name: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ class TimeFigures:
         stall_seconds: that one of these stopped the training.
         interval_seconds: of training between two of these.
         restarts: failures after which the run trained again, without another failure in between.
-        restart_seconds: from such a failure to the end of the first step: until it is noticed, and the whole next start.
+        restart_seconds: from such a failure to the end of the first step: until it is noticed, and the next start.
         aside_seconds: in all, that neither steps nor saves nor failures explain: evaluations, and starts that followed
             on no failure.
         training_seconds: in all, of steps that were kept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from orchestrator.planner.estimate.goodput import FailureOptions
 from orchestrator.planner.fleet import Fleet
@@ -15,7 +16,7 @@ _DEGREES = ("replicate", "pipeline", "fsdp", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True)
-class Measurement:
+class OwnFigure:
     """One figure.
 
     Attributes:
@@ -54,11 +55,11 @@ class MeasuredRun:
     seq_len: int
     batch_tokens: int
     layout: Mapping[str, int] = field(default_factory=dict)
-    step: Measurement | None = None
-    stall: Measurement | None = None
-    restart: Measurement | None = None
-    rate: Measurement | None = None
-    watts: Measurement | None = None
+    step: OwnFigure | None = None
+    stall: OwnFigure | None = None
+    restart: OwnFigure | None = None
+    rate: OwnFigure | None = None
+    watts: OwnFigure | None = None
     notes: tuple[str, ...] = ()
 
     def powered(self, fleet: Fleet) -> Fleet:
@@ -98,7 +99,8 @@ class MeasuredRun:
         taken |= {"save_stall_seconds": self.stall} if self._same_job(fleet, best) else {}
         new = {name: one for name, one in taken.items() if one is not None and getattr(options, name) is None}
         sources = {**options.sources, **{name: one.source for name, one in new.items()}}
-        return replace(options, sources=sources, **{name: one.value for name, one in new.items()})
+        numbers: dict[str, Any] = {name: one.value for name, one in new.items()}
+        return replace(options, sources=sources, **numbers)
 
     def notes_on(self, fleet: Fleet, best: Candidate) -> list[str]:
         """Return what was taken from the run, and why the rest was not.
