@@ -89,6 +89,7 @@ ONLY_IN: dict[str, set[str]] = {
     "neuronx_distributed": XLA_FILES,
     "libneuronxla": XLA_FILES,
     "lightning": {"strategies/", "training/", "launch/", "rehearsal/", "observe/", "runs/own_parts.py"},
+    "torchft": {"strategies/group_manager.py", "strategies/group_transport.py", "launch/lighthouse.py"},
     "hydra": {"config/compose.py", "config/words.py"},
     "omegaconf": {"config/compose.py"},
     "torch.distributed": {

@@ -219,6 +219,16 @@ class StepLoader:
         sequences = kept(self.skipped, self.first(step), self.global_batch)
         return self.stream.batch(sequences[self.data_rank :: self.data_world])
 
+    def go_on_at(self, step: int) -> None:
+        """Begin with another step than was said when this loader was made.
+
+        Args:
+            step: number of the step, from 0, of the same leg of the run.
+        """
+        end = self.start.step + self.steps
+        self.move(Position(step, self.first(step), self.tokens_after(step)), self.skipped)
+        self.steps = max(0, end - step)
+
     def tokens_after(self, step: int) -> int:
         """Return the tokens that were trained on after `step` optimizer steps."""
         return self.start.tokens + (step - self.start.step) * self.global_batch * self.stream.seq_len

@@ -14,6 +14,8 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.launch.changes import changes, differing
+from orchestrator.output import tell
+from orchestrator.runs.messages import say
 from orchestrator.training.diagnosis import Diagnosis, diagnose, find_nonfinite
 from orchestrator.training.divergence import Diverged
 
@@ -216,3 +218,15 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
         return checkpoint.config()
     except CheckpointError:
         return {}
+
+
+def conclude(run_dir: Path, about: Mapping[str, Any]) -> None:
+    """Say how a run has diverged, and where that is described.
+
+    Args:
+        run_dir: of the run.
+        about: as `examine` returns it.
+    """
+    tell(f"\n{text(about)}")
+    say(f"report     {run_dir / 'report.html'}")
+    say(f"run        {run_dir}")

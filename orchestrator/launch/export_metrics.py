@@ -24,7 +24,7 @@ def export_metrics(job: Job, book: TimeBook) -> None:
         MissingExtraError: the library is not installed.
     """
     config = job.resolved.config.logger.prometheus
-    if not config.enabled or job.parallel.rank != 0:
+    if not config.enabled or not job.parallel.speaks:
         return
     require(config)
     run_dir, leg = job.resolved.place.run_dir, job.leg

@@ -31,6 +31,7 @@ from orchestrator.errors import (
 )
 from orchestrator.hardware.preemption_notice import Notice, noticing
 from orchestrator.hardware.target import Target
+from orchestrator.launch import rejoining
 from orchestrator.launch.export_metrics import export_metrics
 from orchestrator.launch.failure_notes import leave_note
 from orchestrator.output import tell
@@ -158,14 +159,16 @@ def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, 
     place = resolved.place
     # As rank 0 reads it: not every host need see the run directory.
     facts = parallel.broadcast(run_directory.read_run(place.run_dir))
+    under_way = rejoining.leg_under_way(facts)
     leg = len(facts["legs"])
     monitor.keep_stacks_in(attempt_folder(place.run_dir, facts))
-    with time_book.keep(place.run_dir if parallel.rank == 0 else None, leg) as book:
+    with time_book.keep(place.run_dir if parallel.speaks else None, leg) as book:
         standing.enter(standing.LOADING)
         check_shared(place.checkpoints, parallel)
         data = opened.data or _open_data(resolved)
         _show(parallel.rank, f"restoring {place.resume_from}" if place.resume_from else "building the model", resolved)
         job = build(resolved, parallel, data, leg, opened.trusted, opened.checkpoint, facts["legs"])
+        job.leg.update(under_way)
         standing.here.step = job.module.step
         checked = _hand_over(job)
         return _drive(job, facts, checked, monitor, book)
@@ -210,10 +213,10 @@ def _hand_over(job: Job) -> str | None:
     refused = job.parallel.any_raised(result.verdict == "differs") and settings.on_mismatch == "stop"
     entry = {**result.to_dict(), "went_on": not refused}
     job.leg["handover"] = {key: value for key, value in entry.items() if key not in ("from", "to")}
-    if job.parallel.rank == 0:
+    if job.parallel.speaks:
         note(run_dir, {"leg": job.leg["leg"], "checkpoint": str(job.restored.directory), **entry})
     if refused:
-        if job.parallel.rank == 0:
+        if job.parallel.speaks:
             _report(run_dir)
         raise result.error()
     return str(result)
@@ -231,26 +234,30 @@ def _drive(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMo
 
 def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: RankMonitor, book: TimeBook) -> int:
     main, run_dir = job.parallel.rank == 0, job.resolved.place.run_dir
-    record = Record(run_dir, {**facts, **job.facts}, job.leg, job.watchers.channels, main, book)
+    record = Record(
+        run_dir, {**facts, **job.facts}, job.leg, job.watchers.channels, main, book, lambda: job.parallel.speaks
+    )
+    job.watchers.copies.record = record.publish
     job.watchers.history.legs, job.watchers.history.times = record.legs, book.carried
     status, left_out = "failed", list[str]()
     with contextlib.ExitStack() as ending:  # in reverse order, each of it whatever becomes of the others
-        if main:
-            ending.callback(_report, run_dir)
+        ending.callback(lambda: _report(run_dir) if job.parallel.speaks else None)
         ending.callback(job.watchers.progress.close if job.watchers.progress else int)
         ending.callback(job.watchers.channels.close)
-        ending.callback(lambda: record.end(status, job.module.step, left_out))
+        ending.callback(lambda: rejoining.end(job, record, status, left_out))
         ending.callback(job.watchers.checkpoints.close)
         ending.callback(job.watchers.snapshots.close)
         record.begin()
         export_metrics(job, book)
-        if main:
+        if job.parallel.speaks:
             _introduce(job, run_dir, checked)
         with monitor.explained():
             status = _work_through(job, run_dir, record, left_out)
-    if main and status == "diverged":
-        _conclude_diverged(run_dir, record)
-    elif main:
+    if job.parallel.speaks and status == "diverged":
+        from orchestrator.launch.aftermath import conclude
+
+        conclude(run_dir, record.legs[-1]["diverged"])
+    elif job.parallel.speaks:
         _conclude(job, run_dir, status, left_out, book)
     if status == "diverged":
         return DIVERGED
@@ -296,14 +303,17 @@ def _train_through(job: Job, record: Record, left_out: list[str]) -> None:
     from orchestrator.runs.own_parts import blamed
 
     if not _all_steps_done(job):
+        if not rejoining.catch_up(job):
+            return  # the others are concluding the run
         with blamed(job.watchers.own):
             job.trainer.fit(job.module, job.loader)
     standing.enter(standing.ENDING)
-    _save(job, record)
+    job.parallel.by_one(lambda: _save(job, record))
     job.watchers.snapshots.finish()
     if _all_steps_done(job):
         left_out += ["evaluation", "sample"]
         _look_back(job, left_out)
+    job.parallel.by_one(lambda: None)  # who of those that are left concludes
 
 
 def _all_steps_done(job: Job) -> bool:
@@ -401,14 +411,6 @@ def _conclude(job: Job, run_dir: Path, status: str, left_out: list[str], book: T
         say(f"continue   python -m orchestrator train resume={run_dir}")
 
 
-def _conclude_diverged(run_dir: Path, record: Record) -> None:
-    from orchestrator.launch.aftermath import text
-
-    tell(f"\n{text(record.legs[-1]['diverged'])}")
-    say(f"report     {run_dir / 'report.html'}")
-    say(f"run        {run_dir}")
-
-
 def _report(run_dir: Path) -> None:
     try:
         from orchestrator.report.run_report import write_report
@@ -449,7 +451,8 @@ def train_worker() -> int:
     registry.permit(json.loads(os.environ.get(OWN_PREFIX + "PARTS", "[]")))
     world = detect(os.environ) or World()
     try:
-        return work(read_resolved(Path(os.environ[OWN_PREFIX + RUN_DIR])), world)
+        rejoining.end_with_supervisor()
+        return work(rejoining.from_newest(read_resolved(Path(os.environ[OWN_PREFIX + RUN_DIR]))), world)
     except UserError as error:
         # All ranks meet the same problem; one says so. Who lost the others may be the only one that is left, and a
         # damaged part of the data is met by whoever reads it.

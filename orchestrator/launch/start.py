@@ -31,6 +31,7 @@ from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import device_count, find_world, job_devices
 from orchestrator.installing import importable
 from orchestrator.launch.failure_notes import FOLDER, first_error, read_notes
+from orchestrator.launch.group_launcher import check_groups, start_groups
 from orchestrator.launch.plan import Plan, find_plan
 from orchestrator.launch.run import RUN_DIR, Opened, joined, train
 from orchestrator.launch.several_hosts import processes_here, start_processes
@@ -97,6 +98,7 @@ def launch(composed: Composed, captured: bool = False, began: float | None = Non
         plan = find_plan(composed, main=main, alone=world is None and host is None)
         plan = replace(plan, words=composed.words, began=began)
         check_parts(plan.config)
+        check_groups(plan.config, own_launcher=world is None and host is None)
         if plan.finished is not None:
             if main:
                 say(plan.finished)
@@ -182,7 +184,7 @@ def _start_local(plan: Plan, captured: bool) -> Outcome:
 
 def _template(plan: Plan, devices: int, captured: bool) -> ProcessTemplate | None:
     """Start to import what the processes need, beside all that is still to be done before they are started."""
-    if not plan.target.may_fork:
+    if not plan.target.may_fork or plan.config.launch.fault_tolerance == "torchft":
         return None
     environment = plan.target.environment(plan.config.hardware, 0, plan.target.processes(devices))
     environment |= importable() if captured else {}
@@ -207,7 +209,11 @@ def _start_processes(resolved: Resolved, target: Target, supervision: Supervisio
         common = {OWN_PREFIX + RUN_DIR: str(place.run_dir), OWN_PREFIX + FOLDER: folder, **parts}
         common |= importable() if captured else {}
         environments = [{**target.environment(hardware, rank, processes), **common} for rank in range(processes)]
-        ended = run_local(command, environments, hear if captured else None, not captured, supervision=supervision)
+        heard = hear if captured else None
+        if resolved.config.launch.fault_tolerance == "torchft":
+            ended = start_groups(resolved, command, environments, heard, not captured)
+        else:
+            ended = run_local(command, environments, heard, not captured, supervision=supervision)
         return Finished(ended, read_notes(Path(folder)), tuple(last))
 
 

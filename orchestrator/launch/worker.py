@@ -16,6 +16,8 @@ from orchestrator.output import printing
 def main(argv: list[str]) -> int:
     """Be one process of a run (`train`), of a handover check (`handover FOLDER CHECKPOINT`) or of a certification.
 
+    `group FILE` supervises a replica group of a run, and `lighthouse FILE` is where these groups meet.
+
     Args:
         argv: the kind of the process, and its words.
 
@@ -30,6 +32,8 @@ def main(argv: list[str]) -> int:
                 from orchestrator.launch.run import train_worker
 
                 return train_worker()
+            if kind in ("group", "lighthouse"):
+                return _keep_groups(kind, words)
             if kind.startswith("certify"):
                 from orchestrator.launch.certifier import certify_worker
 
@@ -44,6 +48,16 @@ def main(argv: list[str]) -> int:
             if number := stopping.requested():
                 return stopping.exit_code(number)
             raise
+
+
+def _keep_groups(kind: str, words: list[str]) -> int:
+    if kind == "group":
+        from orchestrator.launch.group_launcher import group_worker
+
+        return group_worker(words)
+    from orchestrator.launch.lighthouse import lighthouse_worker
+
+    return lighthouse_worker(words)
 
 
 def run_process(argv: list[str]) -> NoReturn:

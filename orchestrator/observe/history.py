@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 HISTORY, METRICS = "history.json", "metrics.jsonl"
@@ -52,6 +54,11 @@ class History:
         for kept in self._kept.values():
             kept.forget_after(step)
 
+    def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take `rows`, by rising step, for all that was so far."""
+        self._kept = {key: _Thinned() for key in self._kept}
+        self.write(rows)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows that are kept, by rising step."""
         found = [json.loads(text) for kept in self._kept.values() for text in kept.rows]
@@ -65,6 +72,38 @@ class History:
         rows = b",\n".join(text for kept in self._kept.values() for text in kept.rows)
         times = ",\n".join(json.dumps(entry) for entry in self.times()).encode()
         return b'{"legs": %b,\n"times": [\n%b\n],\n"rows": [\n%b\n]}' % (json.dumps(legs).encode(), times, rows)
+
+
+_TAIL_BYTES = 4 << 20
+
+
+def row_key(row: Mapping[str, Any]) -> tuple[Any, Any, bool]:
+    """Return what a row of `metrics.jsonl` is known by: leg, step, and whether it is of an evaluation.
+
+    Args:
+        row: figures by name.
+    """
+    return row.get("leg"), row.get("step"), "val_loss" in row
+
+
+def written_rows(path: Path) -> set[tuple[Any, Any, bool]]:
+    """Return the keys of the last rows in a file of metrics, which another process has written.
+
+    Args:
+        path: of the file; nothing is in one that is not there.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return set()
+    found = set()
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the first of them may be cut, and one that a crash has left
+            if isinstance(row := json.loads(line), dict):
+                found.add(row_key(row))
+    return found
 
 
 NONFINITE = "nonfinite"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +20,11 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from orchestrator.config.schema import LoggerConfig
-from orchestrator.observe.history import METRICS, REWOUND, History, finite_row
+from orchestrator.observe.history import METRICS, REWOUND, History, finite_row, row_key, written_rows
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
 from orchestrator.observe.trackers import OwnLogger, TensorBoard, Wandb
+
+_UNSAID = 2000  # rows that are kept of what another process writes, should it be lost
 
 
 class Metrics(lightning.Callback):
@@ -36,7 +39,8 @@ class Metrics(lightning.Callback):
         tokens_after: tokens that were trained on after so many steps.
         mfu: tokens per second to model FLOPs utilisation; None where a figure is unknown.
         memory: bytes in use on this rank's device; None where unknown.
-        main: whether this rank writes. All ranks flush together.
+        main: whether this rank may write. All ranks flush together.
+        speaks: whether it writes now. Where it begins to, it adds what the one before it had not written.
         leg: which start of the run this is, from 0.
         start_step: steps completed before this leg.
         run_config: the configuration, for TensorBoard and W&B.
@@ -64,6 +68,7 @@ class Metrics(lightning.Callback):
         mfu: Callable[[float], float | None],
         memory: Callable[[], int | None],
         main: bool,
+        speaks: Callable[[], bool] = lambda: True,
         leg: int,
         start_step: int,
         run_config: dict[str, Any],
@@ -80,6 +85,7 @@ class Metrics(lightning.Callback):
         self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
         self._tokens_after, self._skips = tokens_after, skips
         self._steps: list[dict[str, Any]] = []
+        self._speaks, self._unsaid, self._file = speaks, deque[dict[str, Any]](maxlen=_UNSAID), run_dir / METRICS
         self._history, self._channels = history, channels
         self._sinks = self._open(run_dir, config, start_step, run_config, run_uuid) if main else []
         for name, make in loggers.items() if main else ():
@@ -199,6 +205,13 @@ class Metrics(lightning.Callback):
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self._main:
             self._history.write(rows)
+        if not self._speaks():
+            self._unsaid.extend(rows)
+            return
+        if self._unsaid:
+            written = written_rows(self._file)
+            rows = [row for row in self._unsaid if row_key(row) not in written] + rows
+            self._unsaid.clear()
         for sink in self._sinks:
             sink.put(rows)
         self._channels.retry()

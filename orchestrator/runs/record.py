@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ class Record:
         facts: of the run, with the `legs` before this one.
         leg: of this start.
         channels: those of the run.
-        main: whether this process writes.
+        main: whether this process may write.
         book: of the run's time.
+        speaks: whether it writes now.
 
     Attributes:
         legs: all of the run, this one last.
@@ -39,8 +40,9 @@ class Record:
         channels: SideChannels,
         main: bool,
         book: TimeBook | None = None,
+        speaks: Callable[[], bool] = lambda: True,
     ):
-        self._leg = dict(leg)
+        self._leg, self._speaks = dict(leg), speaks
         self.legs = [*facts["legs"], self._leg]
         self._facts = {key: value for key, value in facts.items() if key != "left_out"}
         self._book = book or TimeBook()
@@ -52,7 +54,7 @@ class Record:
 
     def begin(self) -> None:
         """Set the run's status to `running`."""
-        self._leg["started"] = time.time()
+        self._leg.setdefault("started", time.time())
         self._put({"status": "running"})
 
     def note(self, **facts: Any) -> None:
@@ -93,5 +95,5 @@ class Record:
             self._channel.retry(now=True)
 
     def _put(self, state: Mapping[str, Any]) -> None:
-        if self._channel is not None:
+        if self._channel is not None and self._speaks():
             self._channel.put([booked({**self._facts, **state, "legs": self.legs}, self._book.book())])

@@ -37,6 +37,7 @@ from orchestrator.sharding.layout import Layout, resolve_layout
 from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement, place
 from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.model_copies import ModelCopies
 from orchestrator.strategies.module_sharding import move_others, own_parameters
 from orchestrator.strategies.module_state import ModuleState, shardable_models
 from orchestrator.strategies.replicas import HeldPart
@@ -76,7 +77,7 @@ class StepParts:
     norms: Callable[[], Sequence[float]]
 
 
-class ParallelStrategy(TrainerStrategy):
+class ParallelStrategy(TrainerStrategy, ModelCopies):
     """Shards one job over the devices of a layout.
 
     Life: `join` → `shard` → `initialize` or `load` into `state_shards` → per step `prepare_batch`, `sum_over_data`,
@@ -256,6 +257,11 @@ class ParallelStrategy(TrainerStrategy):
         """Which share of a batch this process reads, of how many."""
         return self.layout.data_rank(self.world.rank), self.layout.data_parallel
 
+    @property
+    def step_share(self) -> tuple[int, int]:
+        """Which share of a step's batch this process reads, of how many; evaluations are divided by `data_share`."""
+        return self.data_share
+
     # --- a LightningModule of the user's -----------------------------------------------------------
 
     def place(self, module: nn.Module) -> None:
@@ -423,7 +429,10 @@ class ParallelStrategy(TrainerStrategy):
 
     def seed_masks(self, key: str) -> None:
         """Make what is drawn next (dropout) a function of `key` and of the part of the batch that is here."""
-        digest = hashlib.sha256(f"{key}/{self.rank}".encode()).digest()
+        self._seed(key, self.rank)
+
+    def _seed(self, key: str, rank: int) -> None:
+        digest = hashlib.sha256(f"{key}/{rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
     def finish_step(self) -> None:

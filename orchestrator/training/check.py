@@ -39,6 +39,7 @@ def check_run(
         layout = resolve_layout(config.layout, devices)
         problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
         problems += _check_strategy(layout, strategy)
+        problems += _check_copies(config, layout, strategy)
         train = config.train
         micro_batch = None if train.micro_batch_size == "auto" else train.micro_batch_size
         share = max(1, train.global_batch_tokens // train.seq_len // layout.data_parallel)
@@ -83,6 +84,48 @@ def _check_strategy(layout: Layout, strategy: str) -> list[LayoutError]:
         )
     if strategy == "xla" and layout.pipeline > 1:
         problems.append(no_pipelines(layout))
+    return problems
+
+
+def _check_copies(config: RunConfig, layout: Layout, strategy: str) -> list[LayoutError]:
+    """List why the copies of the model cannot be replica groups of torchft's, where they are to be."""
+    if config.launch.fault_tolerance != "torchft":
+        return []
+    problems = []
+    if strategy == "xla":
+        problems.append(
+            LayoutError(
+                "replica groups are of the torch-native strategy; XLA compiles all copies into one program",
+                got=f"launch.fault_tolerance=torchft with hardware={config.hardware.target}",
+                fix="set launch.fault_tolerance=restart",
+            )
+        )
+    if layout.replicate == 1:
+        problems.append(
+            LayoutError(
+                "with launch.fault_tolerance=torchft the copies of the model are what may be lost, and there is one",
+                got=f"layout.replicate=1 on {layout.devices} device{'s' if layout.devices != 1 else ''}",
+                allowed="2 or more",
+                fix="set layout.replicate=2, or launch.fault_tolerance=restart",
+            )
+        )
+    without = {
+        "pipelines": (layout.pipeline > 1, "layout.pipeline", layout.pipeline, "1"),
+        "snapshots in memory: each group has the state of the others": (
+            *(config.checkpoint.memory.enabled, "checkpoint.memory.enabled", "true", "false"),
+        ),
+        "rewinds": (config.train.on_nonfinite == "rewind", "train.on_nonfinite", "rewind", "stop"),
+        "rewinds at spikes": (config.train.on_spike == "rewind", "train.on_spike", "rewind", "warn"),
+    }
+    problems += [
+        LayoutError(
+            f"replica groups have no {what}",
+            got=f"{key}={value} with launch.fault_tolerance=torchft",
+            fix=f"set {key}={other}, or launch.fault_tolerance=restart",
+        )
+        for what, (wrong, key, value, other) in without.items()
+        if wrong
+    ]
     return problems
 
 

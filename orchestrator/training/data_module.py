@@ -70,7 +70,7 @@ class TokenDataModule(lightning.LightningDataModule):
         Args:
             parallel: the strategy.
         """
-        train, (rank, shares) = self.config.train, parallel.data_share
+        train, (rank, shares) = self.config.train, parallel.step_share
         sequences, left = train.global_batch_tokens // train.seq_len, train.max_steps - self.position.step
         ahead = self.config.data.prefetch
         return StepLoader(self.stream, sequences, rank, shares, self.position, left, ahead, self.skipped)
@@ -161,8 +161,8 @@ def micro_batch_size(config: RunConfig, parallel: ParallelStrategy) -> int:
         config: of the run, settled.
         parallel: the strategy.
     """
-    train, shares = config.train, parallel.data_share[1]
+    train = config.train
     assert isinstance(train.micro_batch_size, int)
     # The size is per device; a process may drive several.
-    ours = train.micro_batch_size * parallel.layout.data_parallel // shares
-    return min(train.global_batch_tokens // train.seq_len // shares, ours)
+    ours = train.micro_batch_size * parallel.layout.data_parallel // parallel.data_share[1]
+    return min(train.global_batch_tokens // train.seq_len // parallel.step_share[1], ours)

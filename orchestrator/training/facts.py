@@ -27,7 +27,7 @@ def run_facts(
         model: the placed model.
         tokens: its data.
     """
-    config, target, devices = resolved.config, parallel.target, parallel.layout.devices
+    config, target, devices = resolved.config, parallel.target, parallel.job_layout.devices
     # What an own model computes no description says: its utilisation is unknown.
     described = None if model.config._target_ else model.config
     flops = flops_per_token(described, config.train.seq_len) if described else None
@@ -61,10 +61,10 @@ def provenance(parallel: ParallelStrategy) -> dict[str, Any]:
     return {
         "target": parallel.target.name,
         "device_names": list(probe.device_names),
-        "devices": parallel.layout.devices,
+        "devices": parallel.job_layout.devices,
         "hosts": parallel.world.hosts,
         "engine": parallel.world.engine,
-        "layout": parallel.layout.as_dict(),
+        "layout": parallel.job_layout.as_dict(),
         "precision": parallel.precision,
         "runtime": parallel.target.runtime,
         "numerics": parallel.target.numerics(),

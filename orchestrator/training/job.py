@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from orchestrator.checkpoint.storage import locate
 from orchestrator.data.prepare import PreparedData
 from orchestrator.data.skipping import merged
 from orchestrator.data.stream import StepLoader, TokenStream
+from orchestrator.distributed.replica_group import rejoins, replica_group
 from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.target import Target
@@ -80,18 +82,19 @@ def make_strategy(resolved: Resolved, target: Target, world: World) -> ParallelS
 
         return XlaStrategy(target, world, layout, precision, seconds)
     if target.strategy == "dtensor":
+        options: dict[str, Any] = {
+            "timeout_seconds": seconds,
+            "reduce_gradients": config.train.reduce_gradients,
+            "compile": config.hardware.compile,
+            "fp8": config.hardware.fp8,
+        }
+        if config.launch.fault_tolerance == "torchft":
+            from orchestrator.strategies.replica_groups import ReplicaGroupStrategy
+
+            return ReplicaGroupStrategy(target, world, layout, precision, replica_group(os.environ), **options)
         from orchestrator.strategies.dtensor import DTensorStrategy
 
-        return DTensorStrategy(
-            target,
-            world,
-            layout,
-            precision,
-            timeout_seconds=seconds,
-            reduce_gradients=config.train.reduce_gradients,
-            compile=config.hardware.compile,
-            fp8=config.hardware.fp8,
-        )
+        return DTensorStrategy(target, world, layout, precision, **options)
     raise HardwareError(
         f"the target '{target.name}' has no strategy in this version", got=target.strategy, allowed="dtensor, xla"
     )
@@ -125,7 +128,7 @@ def build(
     module.configure_model()
     memory = open_host_memory(resolved, parallel)
     snapshots = newer_snapshots(memory, resolved, parallel)
-    module.make_optimizer(restoring=resumes or bool(snapshots))
+    module.make_optimizer(restoring=resumes or bool(snapshots) or rejoins(os.environ))
     tokens = TokenDataModule(config, data)
     snapshot = restore_snapshot(snapshots, resolved, module, tokens.stream, trusted, legs)
     if snapshots and snapshot is None and not resumes:

@@ -141,14 +141,9 @@ class LanguageModule(lightning.LightningModule):
         if isinstance(self.optimizer, OwnOptimizer):
             self.optimizer.train()  # after a restore; otherwise it is
         self._set_learning_rate()
-        targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
-        hooks = StepHooks(self.seed_dropout, backward=self.manual_backward)
-        total = self.parallel.forward_backward(self.model, batch, self.micro_batch, targets, hooks)
-        loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
-        routing = self._routing()
-        if routing is not None:
-            loss = loss - routing[:, LOSS].sum() / targets
+        loss, norm, routing = self.parallel.settled(self.model, self.step, lambda: self._gradients(batch))
         figures = {} if routing is None else router_figures(routing, self.config.model.moe.top_k)
+        figures |= self.parallel.figures(self.config.train.global_batch_tokens)
         bad = self.guard.judge(self.step + 1, loss, norm)
         with self.parallel.update_unless(self.model, self.optimizer, bad):
             optimizer.step()
@@ -159,6 +154,17 @@ class LanguageModule(lightning.LightningModule):
         self.step += 1
         self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr, **figures)
         standing.reached(self.step)
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute and clip the gradients. Returns the loss, their norm, and what the routers did."""
+        targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
+        hooks = StepHooks(self.seed_dropout, backward=self.manual_backward)
+        total = self.parallel.forward_backward(self.model, batch, self.micro_batch, targets, hooks)
+        loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
+        routing = self._routing()
+        if routing is not None:
+            loss = loss - routing[:, LOSS].sum() / targets
+        return loss, norm, routing
 
     def _routing(self) -> Tensor | None:
         """Return what the routers did in this step, on all processes together; None without experts."""

@@ -27,6 +27,7 @@ from orchestrator.runs.run_directory import read_history
 from orchestrator.runs.stored_model import files_of
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.callbacks.checkpointing import Checkpoints, Keeps
+from orchestrator.training.callbacks.copy_watch import CopyWatch
 from orchestrator.training.callbacks.evaluation import Samples, Validation, opening
 from orchestrator.training.callbacks.own_state import OwnStates
 from orchestrator.training.callbacks.preemption import StopOnSignal
@@ -57,6 +58,7 @@ class Watchers:
         checkpoints: saves.
         snapshots: in the memory of the hosts.
         stop: on a signal.
+        copies: says which copies of the model take part.
         say: prints a line, in the process that speaks.
     """
 
@@ -72,6 +74,7 @@ class Watchers:
     checkpoints: Checkpoints
     snapshots: Snapshots
     stop: StopOnSignal
+    copies: CopyWatch
     say: Callable[[str], None]
 
     def callbacks(self, guard: FiniteGuard) -> list[lightning.Callback]:
@@ -81,9 +84,9 @@ class Watchers:
             guard: sees every step first.
         """
         bar = [self.progress] if self.progress else []
-        savers = [self.checkpoints, self.snapshots]
+        first, savers = [guard, self.copies, self.metrics], [self.checkpoints, self.snapshots]
         guards = [self.spikes, self.replicas]
-        return [guard, self.metrics, *bar, *guards, self.evaluation, self.samples, *self.own, *savers, self.stop]
+        return [*first, *bar, *guards, self.evaluation, self.samples, *self.own, *savers, self.stop]
 
 
 def make_watchers(
@@ -121,8 +124,9 @@ def make_watchers(
     history = History(read_history(restored)[1] if restored and main else ())
     channels = SideChannels(warn)
     metrics = _metrics(resolved, parallel, loader, module.step, leg, run_uuid, history, channels, mfu)
-    progress = Progress(metrics, module.step, config.train.max_steps) if main and config.logger.progress else None
-    tell = progress.say if progress else (say if main else _silent)
+    shows = parallel.speaks and config.logger.progress
+    progress = Progress(metrics, module.step, config.train.max_steps) if shows else None
+    tell = _speaker(parallel, progress.say if progress else say) if main else _silent
     _set_guard(resolved, module, tell)
     data, batches, shown = tokens.prepared, tokens.evaluation(parallel), tokens.held_out or tokens.stream
     own = own_callbacks(config)
@@ -146,6 +150,7 @@ def make_watchers(
         checkpoints=checkpoints,
         snapshots=Snapshots(memory, config, parallel, checkpoints, metrics, leg, tell),
         stop=StopOnSignal(parallel, tell),
+        copies=CopyWatch(parallel, tell),
         say=tell,
     )
 
@@ -193,6 +198,7 @@ def _metrics(
         mfu=mfu,
         memory=lambda: parallel.target.memory_bytes(parallel.root_device),
         main=parallel.rank == 0,
+        speaks=lambda: parallel.speaks,
         leg=leg,
         start_step=step,
         run_config=to_dict(resolved.asked),
@@ -231,6 +237,14 @@ def _keeps(
         files |= model_files(source)
     reference = make_batch(config, shown) if config.checkpoint.handover.enabled else None
     return Keeps(data.tokenizer, files, reference, own)
+
+
+def _speaker(parallel: ParallelStrategy, speak: Callable[[str], None]) -> Callable[[str], None]:
+    def tell(text: str) -> None:
+        if parallel.speaks:
+            speak(text)
+
+    return tell
 
 
 def _silent(text: str) -> None:

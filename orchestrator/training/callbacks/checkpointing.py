@@ -129,6 +129,8 @@ class Checkpoints(lightning.Callback):
         every = self._config.checkpoint.every_steps
         if every and pl_module.step % every == 0:
             self._metrics.flush()
+            if not self._parallel.leads:
+                return  # another copy of the model saves
             begin = time.perf_counter()
             self._save(pl_module, self._saver)
             self.stalls.append(time.perf_counter() - begin)

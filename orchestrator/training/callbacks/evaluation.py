@@ -159,7 +159,7 @@ class Samples(lightning.Callback):
             if self._parallel.rank == 0:
                 warn(f"the sample of step {pl_module.step} failed: {getattr(problem, 'what', None) or repr(problem)}")
             return None
-        if self._parallel.rank == 0:
+        if self._parallel.speaks:
             self._kept.put([{"step": pl_module.step, "prompt": prompt, "text": text, "time": time.time()}])
         self._written = (pl_module.step, text)
         return text

@@ -39,7 +39,7 @@ class StopOnSignal(lightning.Callback):
             trainer.should_stop = True
             if not stopping.requested():
                 self._say(f"stopping   {signal.Signals(number).name} to another process of the job")
-        self._vote = self._parallel.start_vote(stopping.requested())
+        self._vote = self._parallel.start_vote(self._parallel.heard(stopping.requested()))
 
     def ask(self) -> int:
         """Return the signal that asked any rank to stop; 0 where none did. All ranks call it, after the training."""
