@@ -13,7 +13,8 @@ import lightning.pytorch as lightning
 from orchestrator.checkpoint.host_memory import HostMemory
 from orchestrator.checkpoint.memory_saver import SnapshotSaver
 from orchestrator.config.schema import RunConfig
-from orchestrator.errors import CheckpointError, NonFiniteError
+from orchestrator.distributed import standing
+from orchestrator.errors import CheckpointError
 from orchestrator.hardware import host
 from orchestrator.observe.metrics import Metrics
 from orchestrator.optim.steps import evaluated
@@ -25,7 +26,7 @@ from orchestrator.training.host_snapshots import LEG
 _GRACE_SECONDS, _LAST_SECONDS = 5.0, 60.0
 _SPARE = 0.1  # of the host's memory, that stays for what else grows
 _FILES = 2  # the last snapshot, and the one that is being written
-_BUSY, _FAILED = 1, 2
+_BUSY, _BROKEN = 1, 2
 _GIB = 2**30
 
 
@@ -69,6 +70,8 @@ class Snapshots(lightning.Callback):
         shards = self._parallel.state_shards(pl_module.model, pl_module.optimizer)
         if lacking := self._lacking(self._memory, shards):
             self._turn_off(f"there are no snapshots in memory: {lacking}")
+            self._memory.folder.remove()
+            self._memory = None
             return
         self._saver.prepare(shards)
 
@@ -77,20 +80,21 @@ class Snapshots(lightning.Callback):
         step, settings = pl_module.step, self._config.checkpoint.memory
         if self._saver is None or step % settings.every_steps or step >= self._config.train.max_steps:
             return
-        vote = self._parallel.start_vote(self._state()).result()
-        if vote == _FAILED:
-            self._turn_off(f"{self._problem or 'a snapshot failed'}\n  then:    there are no more snapshots in memory")
-        elif not vote:
-            self._metrics.flush()
-            begin = time.perf_counter()
-            self._save(pl_module, self._saver)
-            self.stalls.append(time.perf_counter() - begin)
-            self._metrics.pause()
+        with standing.within(standing.SAVING):
+            vote = self._parallel.start_vote(self._state()).result()
+            if vote == _BROKEN:
+                self._turn_off(f"there are no more snapshots in memory: {self._problem or 'a process could not go on'}")
+            elif not vote:
+                self._metrics.flush()
+                begin = time.perf_counter()
+                self._save(pl_module, self._saver)
+                self.stalls.append(time.perf_counter() - begin)
+                self._metrics.pause()
 
     def clear(self) -> None:
         """Remove the snapshots of steps that led astray. All ranks call it together."""
         if self._saver is not None and self._memory is not None:
-            self._saver.join(_LAST_SECONDS)
+            self._saver.join()  # the ranks are to speak with each other by the same way
             self._memory.keep_only(None)
 
     def finish(self) -> None:
@@ -111,12 +115,16 @@ class Snapshots(lightning.Callback):
         if self._saver.busy:
             return _BUSY
         try:
-            self._saver.wait()
-        except NonFiniteError as error:
-            self._say(f"warning: {error}")  # what is done about it is decided where the run is saved
+            if self._saver.wait():
+                self._problem = None
         except CheckpointError as error:
+            # What the ranks have told each other may be over at the next one; otherwise they do not hear each other.
+            broken, known = error.__cause__ is not None, self._problem is not None
             self._problem = error
-            return _FAILED
+            if broken:
+                return _BROKEN
+            if not known and self._parallel.rank == 0:
+                self._say(f"warning: of memory: {error}")
         return 0
 
     def _save(self, pl_module: Any, saver: SnapshotSaver) -> None:
@@ -126,9 +134,7 @@ class Snapshots(lightning.Callback):
             saver.save(pl_module.step, self._parallel.state_shards(pl_module.model, pl_module.optimizer), contents)
 
     def _turn_off(self, text: str) -> None:
-        assert self._memory is not None
-        self._memory.folder.remove()
-        self._memory = self._saver = None
+        self._saver = None
         self._say(f"warning: {text}")
 
     def _lacking(self, memory: HostMemory, shards: Sequence[Shard]) -> str:
