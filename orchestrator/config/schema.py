@@ -50,7 +50,7 @@ class HardwareConfig:
     simulate: int | None = None  # devices that this CPU stands in for, in place of a TPU or Trainium: a rehearsal
     instance: str | None = None  # of a rehearsal: the machine whose topology is meant, such as trn2.48xlarge
     check_memory: bool = True  # refuse a run that the memory model says does not fit
-    timeout_seconds: int = 600  # of a collective, before the run is called hung
+    timeout_seconds: int = 600  # without progress, after which a run hangs and is ended
     environment: dict[str, str] = field(default_factory=dict)  # set in every worker before torch loads
 
 

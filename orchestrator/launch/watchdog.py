@@ -211,7 +211,7 @@ class Watchdog:
                     os.kill(beat.pid, signal.SIGKILL)
         if rank == 0 or over.rank == rank:
             tell(f"{over.cause}; the stacks are in {self.folder}", level=logging.ERROR)
-        if rank == 0:
+        if rank == 0 and not self._world.store_is_kept:
             time.sleep(_LAST_SECONDS)
         os._exit(FAILED)
 

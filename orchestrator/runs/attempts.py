@@ -162,6 +162,7 @@ def note_last(run_dir: Path, saved: int | None) -> Attempt | None:
         phase=about.get("phase"),
         start_step=start_step,
         step=about.get("step") or legs[-1].get("end_step"),
+        outside=about.get("ending") in (None, "killed", "suspended"),
         saved=saved,
         stacks=str(attempt_folder(run_dir, facts)) if about else None,
     )
