@@ -1,7 +1,8 @@
-"""The long fault campaign; see tests/lab/faults.py for what is done and what must hold."""
+"""The long fault campaigns: tests/lab/self_healing.py and tests/lab/faults.py say what is done and what must hold."""
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -9,30 +10,63 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.lab.faults import KINDS, RANKS, Tally, campaign
+from tests.lab import faults, self_healing
 
 STEPS = 60
 
 
-def main() -> None:
-    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    kind = sys.argv[3] if len(sys.argv) > 3 else "dense"
-    if kind not in KINDS:
-        sys.exit(f"no kind of run is called {kind}; there are {', '.join(KINDS)}")
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="campaign-") as folder, tqdm(total=kills, unit="kill") as bar:
+def main() -> int:
+    """Run the campaign that the command line names."""
+    words = sys.argv[1:]
+    if words[:1] == ["saves"]:
+        return _kill_in_saves(*words[1:])
+    return _heal(*words)
 
-        def report(tally: Tally) -> None:
+
+def _heal(faults_wanted: str = "300", seed: str = "0", result: str = "fault_campaign.json") -> int:
+    """Hurt runs that heal themselves; write the result as JSON. Returns the exit code."""
+    begin, wanted = time.monotonic(), int(faults_wanted)
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder, tqdm(total=wanted, unit="fault") as bar:
+
+        def report(tally: self_healing.Tally) -> None:
+            bar.update(len(tally.faults) - bar.n)
+            bar.set_postfix(runs=len(tally.runs), person=len(tally.needs_person), lost=len(tally.lost))
+
+        tally = self_healing.campaign(Path(folder), wanted, int(seed), report)
+    seconds = time.monotonic() - begin
+    Path(result).write_text(json.dumps({"seed": int(seed), "took_seconds": seconds, **tally.to_dict()}, indent=1))
+    print(
+        f"{len(tally.faults)} faults to {len(tally.runs)} runs in {seconds:.0f} s, seed {seed}; all of it in {result}"
+    )
+    starts = ", ".join(f"{name} {value:.1f} s" for name, value in tally.starts.items())
+    print(f"  a start takes: {starts}; 'beyond' is without it and without the declared time-out")
+    print("\n".join(f"  {line}" for line in tally.lines()))
+    for kind, reason in tally.left_out.items():
+        print(f"  not done here: {kind}: {reason}")
+    bad = [("need a person", tally.needs_person), ("lost something", tally.lost), ("differ", tally.different)]
+    for what, found in bad:
+        print(f"  {len(found)} runs {what}" + "".join(f"\n    {text}" for text in found))
+    return 1 if any(found for _, found in bad) else 0
+
+
+def _kill_in_saves(kills: str = "200", seed: str = "0", kind: str = "dense") -> int:
+    """Kill forked ranks within saves. Returns the exit code."""
+    if kind not in faults.KINDS:
+        sys.exit(f"no kind of run is called {kind}; there are {', '.join(faults.KINDS)}")
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder, tqdm(total=int(kills), unit="kill") as bar:
+
+        def report(tally: faults.Tally) -> None:
             bar.update(tally.kills - bar.n)
             bar.set_postfix(in_saves=tally.within_saves, checked=tally.checked, finished=tally.finished)
 
-        tally = campaign(Path(folder), kills, STEPS, seed, report, kind)
-    print(f"{tally.kills} kills of {RANKS} processes in {time.monotonic() - begin:.0f} s, {kind}, seed {seed}")
+        tally = faults.campaign(Path(folder), int(kills), STEPS, int(seed), report, kind)
+    print(f"{tally.kills} kills of {faults.RANKS} processes in {time.monotonic() - begin:.0f} s, {kind}, seed {seed}")
     print(f"  {tally.within_saves} left a save half done; {tally.restarts_from_zero} starts found no checkpoint yet")
     print(f"  {tally.checked} checkpoints hashed, all valid; no commit was lost")
     print(f"  {tally.finished} runs came to their end with the weights of an uninterrupted one, bit for bit")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The product's launcher, or torchrun's agent, with all imports made: forked from this process, and their workers too.
+
+What is forked runs the same code as the command line does, but for the start of Python: launcher, supervisor and guard,
+or torch's elastic agent; then the worker's entry point. So a start costs a second or two of imports less, ten times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.lab.ranks import preload
+
+_WORKER = "orchestrator.launch.worker"
+STEP_LOG = "CAMPAIGN_STEPS"
+"""Variable: the folder where workers leave their process numbers and a line for each step."""
+HURRY, STEP_SECONDS = "hurry", 0.04
+"""Until there is a file of that name in the folder a step takes so much longer: time for faults."""
+
+
+class ForkedWorker:
+    """What `run_local` uses of `subprocess.Popen`, of a worker that is forked."""
+
+    stdout = stderr = None
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str]):
+        self.args, self.returncode = list(words), None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _work(words, environment)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def fork_launcher(words: list[str], environment: Mapping[str, str], log: Path, enter: Callable[[], object]) -> int:
+    """Start `orchestrator train` with these words. Returns its process number.
+
+    Args:
+        words: of the command line.
+        environment: variables beside those of this process.
+        log: for what it and its workers print.
+        enter: called first in the new process.
+    """
+    return _fork(lambda: _launch(words), environment, log, enter)
+
+
+def fork_agent(words: list[str], environment: Mapping[str, str], log: Path, processes: int, restarts: int) -> int:
+    """Start torch's elastic agent, whose workers are `orchestrator train` with these words. Returns its number.
+
+    Args:
+        words: of the command line.
+        environment: variables beside those of this process.
+        log: for what is printed.
+        processes: workers.
+        restarts: how often the agent starts them again.
+    """
+    return _fork(lambda: _agent(words, processes, restarts), environment, log, lambda: None)
+
+
+def preload_all() -> None:
+    """Import what launcher, agent and workers would."""
+    import importlib
+
+    import torch
+
+    from orchestrator.observe import gemm
+
+    preload()
+    for name in (
+        "orchestrator.launch.start",
+        "orchestrator.launch.run",
+        _WORKER,
+        "orchestrator.report.run_report",
+        "orchestrator.launch.missing_ranks",
+        "torch.distributed.launcher.api",
+        "s3fs",
+    ):
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    # Where no peak is published it is measured; that is not what is tested.
+    gemm.measure_gemm_flops.__defaults__ = (0.01,)
+    gemm._CPU_SHAPES = ()  # type: ignore[assignment]
+
+
+def _fork(action: Callable[[], int], environment: Mapping[str, str], log: Path, enter: Callable[[], object]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        _settle(log, environment)
+        enter()
+        code = action()
+    except BaseException:
+        traceback.print_exc()
+    _end(code)
+
+
+def _settle(log: Path, environment: Mapping[str, str]) -> None:
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+
+
+def _end(code: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _launch(words: list[str]) -> int:
+    from unittest import mock
+
+    from orchestrator.config.compose import compose
+    from orchestrator.distributed import local_processes
+    from orchestrator.errors import UserError
+    from orchestrator.launch.start import launch
+    from orchestrator.output import printing
+
+    start = subprocess.Popen
+
+    def popen(command: Sequence[str], **options: Any) -> Any:
+        if _WORKER in command:
+            return ForkedWorker(command[command.index(_WORKER) + 1 :], options["env"])
+        return start(command, **options)
+
+    with printing(), mock.patch.object(local_processes.subprocess, "Popen", popen):
+        try:
+            return launch(compose(words)).code
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+
+
+def _agent(words: list[str], processes: int, restarts: int) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        1,
+        1,
+        processes,
+        run_id=f"campaign-{os.getpid()}",
+        rdzv_endpoint="localhost:0",
+        rdzv_backend="c10d",
+        rdzv_configs={"timeout": 60},
+        max_restarts=restarts,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(config, _of_agent)(words)
+    except ChildFailedError as error:
+        print(f"agent: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _of_agent(words: list[str]) -> None:
+    """A worker of torchrun's: a program of its own, which nothing tells when its agent has gone."""
+    import ctypes
+
+    from orchestrator.config.compose import compose
+    from orchestrator.errors import UserError
+    from orchestrator.launch.start import launch
+    from orchestrator.output import printing
+
+    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # PR_SET_PDEATHSIG, which torch sets for functions and not for programs
+    _leave_number(os.environ["RANK"])
+    code = 1
+    try:
+        with printing(), _steps_logged():
+            code = launch(compose(words)).code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    _end(code)
+
+
+def _work(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        os.closerange(3, 4096)
+        os.environ.clear()
+        os.environ.update(environment)
+        _leave_number(environment["ORCHESTRATOR_RANK"])
+        from orchestrator.distributed import stacks
+        from orchestrator.launch import worker
+
+        stacks.register(
+            Path(environment["ORCHESTRATOR_STORE"].removeprefix("file:")), int(environment["ORCHESTRATOR_RANK"])
+        )
+        with _steps_logged():
+            code = worker.main(list(words))
+    except BaseException:
+        traceback.print_exc()
+    _end(code)
+
+
+def _leave_number(rank: str) -> None:
+    folder = Path(os.environ[STEP_LOG])
+    temporary = folder / f".pid-{rank}-{os.getpid()}"
+    temporary.write_text(json.dumps([os.getpid(), time.monotonic()]))
+    temporary.rename(folder / f"pid-{rank}")
+
+
+@contextlib.contextmanager
+def _steps_logged() -> Any:
+    """Write a line for each step that this process completes: its number, the time, and the process."""
+    from orchestrator.distributed import standing
+
+    rank = os.environ.get("ORCHESTRATOR_RANK") or os.environ["RANK"]
+    file = os.open(Path(os.environ[STEP_LOG]) / f"steps-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    hurry = Path(os.environ[STEP_LOG]) / HURRY
+
+    def heard() -> None:
+        os.write(file, (json.dumps([standing.here.step, time.monotonic(), os.getpid()]) + "\n").encode())
+        if not hurry.exists():
+            time.sleep(STEP_SECONDS)
+
+    standing.here.heard.append(heard)
+    yield
