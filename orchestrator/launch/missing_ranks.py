@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from orchestrator.distributed import stacks, standing
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.errors import FAILED, LostPeerError, UserError
 from orchestrator.launch.watchdog import Over, Watchdog
+from orchestrator.runs.messages import warn
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 
 BEAT_SECONDS = 1.0
@@ -56,6 +58,8 @@ class RankMonitor:
         self._parallel, self._count = parallel, 0
         self._host, self._pid, self._born = platform.node(), os.getpid(), psutil.Process().create_time()
         self._watchdog = Watchdog(parallel, timeout_seconds) if timeout_seconds is not None else None
+        # torchrun's agent, should it be killed, leaves its workers behind; others take theirs along.
+        self._agent = os.getppid() if parallel.world.engine == "torchrun" else None
         kind, _, path = parallel.world.store.partition(":")
         self._store = Path(path) if kind == "file" else None
         self._ended = threading.Event()
@@ -130,6 +134,10 @@ class RankMonitor:
         recorded = False
         while True:
             self._beat()
+            if self._agent not in (None, os.getppid()):
+                self._agent = None
+                warn("torchrun's agent has gone: what it has started is saved and ends")
+                os.kill(os.getpid(), signal.SIGTERM)
             if self._watchdog:
                 with suppress(RuntimeError):
                     self._watchdog.listen()

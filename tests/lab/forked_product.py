@@ -1,11 +1,12 @@
 """The product's launcher, or torchrun's agent, with all imports made: forked from this process, and their workers too.
 
 What is forked runs the same code as the command line does, but for the start of Python: launcher, supervisor and guard,
-or torch's elastic agent; then the worker's entry point. So a start costs a second or two of imports less, ten times.
+or torch's elastic agent; then the worker's entry point. So a start costs no imports.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -27,33 +28,19 @@ HURRY, STEP_SECONDS = "hurry", 0.04
 """Until there is a file of that name in the folder a step takes so much longer: time for faults."""
 
 
-class ForkedWorker:
-    """What `run_local` uses of `subprocess.Popen`, of a worker that is forked."""
+class ForkedTemplate:
+    """What `ProcessTemplate` uses of `subprocess.Popen`, of a template that is forked with its imports made."""
 
-    stdout = stderr = None
-
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str]):
-        self.args, self.returncode = list(words), None
+    def __init__(self, number: int, environment: Mapping[str, str]):
         self.pid = os.fork()
         if self.pid == 0:
-            _work(words, environment)
+            _be_template(number, environment)
 
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            with contextlib.suppress(ChildProcessError):
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.005)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+    def wait(self, timeout: float | None = None) -> int:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            raise subprocess.TimeoutExpired("template", timeout or 0.0)
+        return os.waitstatus_to_exitcode(status)
 
 
 def fork_launcher(words: list[str], environment: Mapping[str, str], log: Path, enter: Callable[[], object]) -> int:
@@ -128,6 +115,8 @@ def _settle(log: Path, environment: Mapping[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # Where a test runner has put something else in their places.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
 
 
@@ -142,7 +131,6 @@ def _launch(words: list[str]) -> int:
     from unittest import mock
 
     from orchestrator.config.compose import compose
-    from orchestrator.distributed import local_processes
     from orchestrator.errors import UserError
     from orchestrator.launch.start import launch
     from orchestrator.output import printing
@@ -150,11 +138,11 @@ def _launch(words: list[str]) -> int:
     start = subprocess.Popen
 
     def popen(command: Sequence[str], **options: Any) -> Any:
-        if _WORKER in command:
-            return ForkedWorker(command[command.index(_WORKER) + 1 :], options["env"])
+        if _WORKER in command and command[-2] == "template":
+            return ForkedTemplate(int(command[-1]), options["env"])
         return start(command, **options)
 
-    with printing(), mock.patch.object(local_processes.subprocess, "Popen", popen):
+    with printing(), mock.patch.object(subprocess, "Popen", popen):
         try:
             return launch(compose(words)).code
         except UserError as error:
@@ -206,28 +194,32 @@ def _of_agent(words: list[str]) -> None:
         code = error.exit_code
     except BaseException:
         traceback.print_exc()
-    _end(code)
+    if code:  # else the agent waits for a value
+        _end(code)
 
 
-def _work(words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    code = 1
+def _be_template(number: int, environment: Mapping[str, str]) -> NoReturn:
+    from orchestrator.distributed.process_template import serve
+    from orchestrator.launch import worker
+
+    def work() -> NoReturn:
+        _leave_number(os.environ["ORCHESTRATOR_RANK"])
+        with _steps_logged():
+            worker.run_process(["train"])
+        raise AssertionError("unreachable")
+
     try:
         os.setsid()
-        os.closerange(3, 4096)
+        # Of what this process has inherited nothing may outlive it, and what is done at the end of a test is not its.
+        os.closerange(3, number)
+        os.closerange(number + 1, 4096)
+        atexit._clear()
         os.environ.clear()
         os.environ.update(environment)
-        _leave_number(environment["ORCHESTRATOR_RANK"])
-        from orchestrator.distributed import stacks
-        from orchestrator.launch import worker
-
-        stacks.register(
-            Path(environment["ORCHESTRATOR_STORE"].removeprefix("file:")), int(environment["ORCHESTRATOR_RANK"])
-        )
-        with _steps_logged():
-            code = worker.main(list(words))
+        serve(number, work)
     except BaseException:
         traceback.print_exc()
-    _end(code)
+    _end(1)
 
 
 def _leave_number(rank: str) -> None:
