@@ -168,6 +168,7 @@ def advise(
         found.append(("hardware.precision=fp32", "tells whether the precision is the cause"))
     if train.on_nonfinite == "stop" and diverged.source == "step":
         found.append(("train.on_nonfinite=skip", "leaves such batches out, where they are rare"))
+        found.append(("train.on_nonfinite=rewind", "goes back by itself, and leaves out the data up to there"))
     return found
 
 

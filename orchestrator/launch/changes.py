@@ -18,7 +18,7 @@ from orchestrator.optim.schedule import schedule_of
 
 _SAME_RATE = 0.01  # a learning rate that is off by no more than this is as promised
 _SCHEDULE = ("train.max_steps", "optim.schedule.")
-_COMPUTED = ("optim.", "model.", "train.seq_len", "train.remat", "data.document_mask", "seed")
+_COMPUTED = ("optim.", "model.", "train.seq_len", "train.remat", "data.document_mask", "data.skip", "seed")
 _NOT_COMPUTED = ("model.name", "optim.name")
 
 

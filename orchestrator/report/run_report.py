@@ -146,7 +146,7 @@ def _cards(data: RunData, facts: Mapping[str, Any]) -> str:
 
 
 def _loss_card(loss: float | None, mean: float | None, facts: Mapping[str, Any]) -> tuple[str, str | None, str]:
-    if facts["diverged"]:
+    if facts["diverged"] and facts["diverged"].get("source") != "spike":
         # The last number that was one is not where the run is.
         small = f"{fixed(loss)} at step {facts['loss_step']}, the last finite one" if loss is not None else ""
         return "Training loss", "not finite", small

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.run_checkpoints import committed, diverged, prune, removable
+from orchestrator.checkpoint.run_checkpoints import committed, diverged, prune, removable, set_aside
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.errors import CheckpointError
 from orchestrator.runs import resume, run_directory
@@ -81,6 +81,6 @@ def _is_whole(path: AnyPath, verify: bool, progress: Callable[[int], object]) ->
         checkpoint = Checkpoint(path)
         if verify:
             checkpoint.verify(progress)
+        return not diverged(path) and not set_aside(path)
     except CheckpointError:
         return False
-    return not diverged(path)

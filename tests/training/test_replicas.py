@@ -66,7 +66,9 @@ def flipped_bit(step, tensor, here):
         training_step(self, batch, index)
         for name, parameter in self.model.named_parameters():
             if here and self.step == step and name == tensor:
-                local_part(parameter).view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+                local_part(parameter).view(-1)[:1].view(torch.int32).bitwise_xor_(
+                    1 << 12
+                )  # the last bit may be rounded away
 
     with mock.patch.object(LanguageModule, "training_step", spoil):
         yield
@@ -123,4 +125,4 @@ def test_good_devices_never_differ_and_where_nothing_is_alike_it_is_said(tmp_pat
     size, degrees = LAYOUTS[layout]
     config = small_config(tmp_path, *WORDS, *degrees, "train.check_replicas_every=1", "optim.state_dtype=int8")
     assert work_ranks(config, size, tmp_path / "run") == [0] * size
-    assert ("finds nothing to compare" in capfd.readouterr().out) == (layout == "fsdp2")
+    assert ("finds nothing to compare" in capfd.readouterr().out) == (layout in ("fsdp2", "fsdp2_context2"))

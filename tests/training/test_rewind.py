@@ -116,6 +116,17 @@ def test_before_the_first_checkpoint_it_begins_anew_and_twice_is_twice(tmp_path)
     ).is_dir()
 
 
+def test_snapshots_in_memory_of_what_was_undone_are_gone(tmp_path, capfd):
+    """The snapshot of step 4 is newer than the checkpoint of step 3, and no way from it leads around bad data."""
+    words = ["checkpoint.memory.enabled=true", "checkpoint.memory.every_steps=1", f"checkpoint.memory.dir={tmp_path}"]
+    config, run_dir = small_config(tmp_path, *WORDS, *words, "layout.fsdp=2"), tmp_path / "run"
+    assert _work(config, 2, run_dir, [([5], 1, 4 * BATCH)]) == [0, 0]
+    (rewind,) = _rewinds(run_dir)
+    assert (rewind["to"], rewind["skipped"]) == (3, [3 * BATCH, 5 * BATCH])
+    assert json.loads((checkpoint(run_dir, 9) / "state.json").read_text())["data"]["next_sequence"] == 11 * BATCH
+    assert "no snapshots" not in "".join(capfd.readouterr())
+
+
 def test_the_same_place_with_other_data_and_too_many_rewinds_stop_the_run(tmp_path, capfd):
     config, run_dir = small_config(tmp_path, *WORDS), tmp_path / "run"
     assert _work(config, 1, run_dir, [([5], None, None)]) == [DIVERGED]
