@@ -137,6 +137,7 @@ class RayLaunch(LaunchBase):
 
     name: Literal["ray"] = "ray"
     address: str | None = None  # of the cluster's dashboard, http://HOST:8265; null: RAY_ADDRESS
+    python: str = "python"  # the interpreter of the hosts, with Ray and the product
     cpus: float = 1.0  # of each host's worker, as Ray counts them
     resources: dict[str, float] = field(default_factory=dict)  # further ones of each worker, such as TPU: 4
 

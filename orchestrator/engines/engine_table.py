@@ -8,6 +8,7 @@ from orchestrator.engines.engine import Engine
 
 ENGINES: dict[str, str] = {
     "kubernetes": "orchestrator.engines.kubernetes_engine:KubernetesEngine",
+    "ray": "orchestrator.engines.ray_engine:RayEngine",
     "skypilot": "orchestrator.engines.skypilot_engine:SkypilotEngine",
     "slurm": "orchestrator.engines.slurm_engine:SlurmEngine",
     "torchrun": "orchestrator.engines.torchrun_engine:TorchrunEngine",
