@@ -11,16 +11,18 @@ import torch
 
 from orchestrator.checkpoint.host_memory import HostMemory, Hosts
 from orchestrator.checkpoint.memory_folder import STALE_SECONDS, MemoryFolder
-from orchestrator.checkpoint.memory_restore import find_snapshots
+from orchestrator.checkpoint.memory_restore import files_for, find_snapshots
 from orchestrator.checkpoint.memory_saver import write_snapshot
-from orchestrator.checkpoint.reader import Reader
+from orchestrator.checkpoint.reader import Reader, read_into
 from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.writer import Contents
+from orchestrator.distributed.coordinator import coordinator_of
 from orchestrator.distributed.lane import Lane, pack, unpack
 from orchestrator.errors import CheckpointError, NonFiniteError, SaveError
 from orchestrator.sharding.layout import Layout
 from tests.lab import faults
 from tests.lab.checkpoints import shards_of
+from tests.lab.ranks import run_ranks
 
 RUN, OTHER = "a" * 32, "b" * 32
 
@@ -197,3 +199,51 @@ def test_messages_are_taken_apart_as_they_were_put_together():
     files = {"manifest.json": b"{}", "empty": b"", "ü": bytes(range(256))}
     assert unpack(pack(b"header", files)) == (b"header", files)
     assert unpack(pack(b"", {})) == (b"", {})
+
+
+def _write_on_hosts(world, roots, victim, operation):
+    """Write a snapshot on two hosts, and another during which one rank is killed."""
+    parallel = coordinator_of(world, 30)
+    parallel.meet("gloo")
+    memory = HostMemory.open(roots[world.rank], RUN, parallel.open_lane())
+    layout = Layout(fsdp=2)
+    for step in (1, 2):
+        if step == 2 and world.rank == victim:
+            faults._die_at(operation)
+        shards = shards_of(_tensors(step), layout, world.rank)
+        write_snapshot(memory, step, shards, Contents({"step": step}, {"name": "test"}))
+
+
+def _read_on_hosts(world, roots):
+    """What two hosts bring together: the step, and whether every element is that of the step."""
+    parallel = coordinator_of(world, 30)
+    parallel.meet("gloo")
+    memory = HostMemory.open(roots[world.rank], RUN, parallel.open_lane())
+    snapshot = next(find_snapshots(memory, -1, lambda text: None))
+    checkpoint = snapshot.open(Trust())
+    wanted = shards_of({name: torch.full_like(data, 7) for name, data in _tensors(1).items()}, Layout(), 0)
+    snapshot.fetch(files_for(snapshot.manifest, wanted))
+    parallel.rank, parallel.size = world.rank, world.size  # as a strategy has them
+    read_into(checkpoint, wanted, check=parallel)
+    step = checkpoint.step
+    return step, all(torch.equal(shard.data, _tensors(step)[shard.name]) for shard in wanted)
+
+
+@pytest.mark.parametrize(
+    ("victim", "operation"),
+    [
+        (0, 3),
+        (0, 8),
+        (1, 2),
+        *(pytest.param(rank, at, marks=pytest.mark.slow) for rank in (0, 1) for at in (1, 4, 5, 6, 12, 16, 20)),
+    ],
+)
+def test_a_host_that_dies_while_it_writes_leaves_a_whole_one(tmp_path, victim, operation):
+    roots = [tmp_path / "host0", tmp_path / "host1"]
+    for root in roots:
+        root.mkdir()
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(2, _write_on_hosts, roots, victim, operation)
+    assert f"rank {victim}:\ndied without an answer" in str(caught.value)
+    read = run_ranks(2, _read_on_hosts, roots)
+    assert read in ([(1, True)] * 2, [(2, True)] * 2)
