@@ -172,7 +172,7 @@ def run_groups(
             stacks = str(limits.stacks / f"group-{group.number}")
             watched = {"timeout_seconds": limits.timeout_seconds, "stacks": stacks}
             plan.write_text(json.dumps({"command": list(command), "environments": mine, **watched}))
-            return _start([*_WORKER, "group", str(plan)], {**_QUIET, **group.environment()}, hear)
+            return _start([*_WORKER, "group", str(plan)], group.environment(), hear)
 
         with _lighthouse(address, hear), stopping.listening(announce), stopping.deferred(watched=True):
             groups = Groups(count, start, limits, str(address))
@@ -184,7 +184,7 @@ def run_groups(
 
 def _start(command: Sequence[str], variables: Mapping[str, str], hear: Hear | None) -> Process:
     pipe = subprocess.PIPE if hear else None
-    environment = {**variables, **os.environ} if LIGHTHOUSE in os.environ else {**os.environ, **variables}
+    environment = {**_QUIET, **os.environ, **variables}
     # Standard input is a pipe that ends with this process: however it goes, the groups save and stop.
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=pipe, stderr=pipe, start_new_session=True
@@ -210,7 +210,7 @@ def _lighthouse(address: Path, hear: Hear | None) -> Iterator[None]:
     if LIGHTHOUSE in os.environ:
         yield
         return
-    process = _start([*_WORKER, "lighthouse", str(address)], _QUIET, hear)
+    process = _start([*_WORKER, "lighthouse", str(address)], {}, hear)
     try:
         yield
     finally:

@@ -62,6 +62,7 @@ def catch_up(job: Job) -> bool:
     module = job.module
     step = job.parallel.catch_up(module.model, module.optimizer, module.step, _History(job.watchers.history))
     if step is None:
+        module.step = module.config.train.max_steps
         return False
     if step != module.step:
         module.step = step

@@ -195,7 +195,7 @@ class _lighthouse_asked:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (RuntimeError, TimeoutError)):
             raise LostPeerError(
-                "the replica groups cannot agree on who takes part",
-                got=f"lighthouse {self._address}: {str(error).partition(chr(10))[0]}",
-                fix="look for what the lighthouse and the other groups say; then go on with resume=",
+                "this process cannot agree with the replica groups on who takes part",
+                got=f"{str(error).partition(chr(10))[0]} (by the manager of its group, and lighthouse {self._address})",
+                fix="look for what the first process of the group, the lighthouse and the other groups say",
             ) from error

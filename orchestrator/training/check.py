@@ -66,6 +66,16 @@ def check_elsewhere(config: RunConfig, devices: int, strategy: str, planned: boo
     Raises:
         ConfigErrors: all that is wrong.
     """
+    if config.launch.fault_tolerance == "torchft":
+        raise ConfigErrors(
+            [
+                ConfigError(
+                    "replica groups are started, and started again, by the product's own launcher on one machine",
+                    got="launch.fault_tolerance=torchft for other machines",
+                    fix="set launch.fault_tolerance=restart",
+                )
+            ]
+        )
     opened = [axis for axis in MESH_AXES if getattr(config.layout, axis) == "auto"]
     if len(opened) < 2 or not planned:
         check_run(config, devices, strategy=strategy)
@@ -115,6 +125,10 @@ def _check_copies(config: RunConfig, layout: Layout, strategy: str) -> list[Layo
             *(config.checkpoint.memory.enabled, "checkpoint.memory.enabled", "true", "false"),
         ),
         "rewinds": (config.train.on_nonfinite == "rewind", "train.on_nonfinite", "rewind", "stop"),
+        "check of their bits": (
+            *(config.train.check_replicas_every is not None, "train.check_replicas_every"),
+            *(config.train.check_replicas_every, "null"),
+        ),
         "rewinds at spikes": (config.train.on_spike == "rewind", "train.on_spike", "rewind", "warn"),
     }
     problems += [

@@ -7,6 +7,7 @@ start costs a second in place of ten.
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -14,10 +15,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.run_checkpoints import committed
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.distributed.local_processes import Ended
@@ -25,7 +29,7 @@ from orchestrator.distributed.replica_group import ReplicaGroup
 from orchestrator.distributed.world import World
 from orchestrator.launch.group_launcher import Groups, Limits
 from tests.lab.ranks import preload
-from tests.lab.runs import read_rows, resolved_run
+from tests.lab.runs import TINY, read_rows, resolved_run, small_config
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -196,11 +200,18 @@ class GroupRun:
         self._lighthouse = _FORK.Process(target=_keep_lighthouse, args=(address,))
         self._lighthouse.start()
         # A fork copies what its thread alone holds, so all of them are made in this one.
-        self.groups = Groups(self._count, self._start, Limits(restarts, 0.05, lambda: None), str(address))
+        self.groups = Groups(self._count, self._start, Limits(restarts, 0.05, self._newest), str(address))
 
     def _start(self, group: ReplicaGroup) -> Any:
         self.started.append(Forked(group, self._size, self._data, self._dir, self._pace))
         return self.started[-1]
+
+    def _newest(self) -> Path | None:
+        return next(iter(committed(self._dir / "checkpoints")), None)
+
+    def logs(self) -> str:
+        """What the ranks have printed."""
+        return "\n".join(path.read_text()[-5000:] for path in sorted(self._dir.glob("log-*")))
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""
@@ -236,3 +247,66 @@ def _keep_lighthouse(address: Path) -> None:
     address.with_suffix(".new").write_text(f"http://127.0.0.1:{server.address().rpartition(':')[2]}")
     address.with_suffix(".new").rename(address)
     threading.Event().wait()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run has come to whose groups were killed in turn.
+
+    Attributes:
+        waits: seconds from each kill to the next step of the other group.
+        back: seconds from each kill until the group was back.
+        tokens: of all steps.
+        skipped: of these, tokens that were not trained on.
+        loss: the last validation loss.
+        whole_loss: that of the same run without kills.
+    """
+
+    waits: list[float]
+    back: list[float]
+    tokens: int
+    skipped: int
+    loss: float
+    whole_loss: float
+
+
+def kill_in_turn(folder: Path, kills: int, steps: int, pace: float, words: Sequence[str]) -> Found:
+    """Train two groups, without kills and with them, and see that nothing was lost but what is counted.
+
+    Args:
+        folder: for both runs.
+        kills: of one rank each.
+        steps: of a run.
+        pace: seconds that each step of the killed run takes longer.
+        words: of the configuration, with the layout of a group.
+
+    Raises:
+        AssertionError: something was lost, or restarted that was not killed.
+    """
+    common = [*TINY, *words, "layout.replicate=2", f"train.max_steps={steps}", "checkpoint.every_steps=50"]
+    size = 4 if "layout.fsdp=2" in words else 2
+    common += [f"hardware.devices={size}", "hardware.timeout_seconds=60", "launch.fault_tolerance=torchft"]
+    config = small_config(folder, *common)
+    whole = GroupRun(config, folder / "whole")
+    assert whole.run().code == 0, whole.logs()
+    run = GroupRun(config, folder / "killed", pace=pace)
+    killer = Killer(run, kills)
+    ended = run.run(killer)
+    assert ended.code == 0, f"{ended}\n{run.logs()}"
+    assert not killer.problem, f"{killer.problem}\n{run.logs()}"
+    assert len(run.started) == 2 + kills, "who was not killed was started again"
+    rows = [row for row in run.rows() if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1)), "each step is recorded once"
+    tokens = config.train.global_batch_tokens
+    missed = list(itertools.accumulate((2 - int(row["replica_groups"])) * tokens // 2 for row in rows))
+    assert [row["skipped_tokens"] for row in rows] == missed
+    record = json.loads((folder / "killed" / "run.json").read_text())
+    assert (record["status"], len(record["legs"])) == ("finished", 1)
+    changes = record["legs"][0]["replica_groups"]["changes"]
+    came = [change for change in changes if change["came"]]
+    assert [change["came"] for change in came] == [[1 - number % 2] for number in range(kills)]
+    assert all(len(change["present"]) == 2 for change in came)
+    for path in committed(folder / "killed" / "checkpoints"):
+        Checkpoint(path).verify()
+    losses = [next(row["val_loss"] for row in reversed(one.rows()) if "val_loss" in row) for one in (run, whole)]
+    return Found(killer.waits, killer.back, tokens * steps, missed[-1], *losses)
