@@ -26,6 +26,7 @@ LONG = (
     *("test_package.py", "strategies/test_lightning.py", "xla/test_conformance.py", "xla/test_rehearsal.py"),
     *("strategies/test_experts.py", "strategies/test_pipeline.py", "strategies/test_fake_chips.py"),
     "xla/test_experts.py",
+    "engines/test_slurm_cluster.py",
 )
 
 

@@ -64,6 +64,8 @@ class SlurmEngine(Engine):
             return EngineStatus("unknown", "Slurm keeps no record of it any more; run.json of the run has its status")
         states = [_STATES.get(row["JobState"].split(",")[0], "unknown") for row in rows]
         state = next(one for one in _FIRST if one in states)
+        if state == "failed" and (submitted.folder / CANCELLED).exists():
+            state = "cancelled"  # a run that has saved on request ends with 143
         said = [row["JobState"] + _why(row) for row in rows]
         hosts = [row["NodeList"] for row in rows if row.get("NodeList", "(null)") not in ("(null)", "")]
         return EngineStatus(state, ", ".join(dict.fromkeys(said)), tuple(dict.fromkeys(hosts)))

@@ -29,6 +29,7 @@ code=$?
 case $code in 0 | 130 | 143) ;; *) echo "$code" >"$ORCHESTRATOR_CODES.$SLURM_PROCID" ;; esac
 exit "$code"
 """
+_MAX_STOPS = 10  # in a row without a new checkpoint: the time limit is shorter than a start
 _WAIT_SECONDS = 120  # for the others, when the first process has ended: the node of one may be gone without a word
 
 _BODY = r"""
@@ -55,6 +56,15 @@ requeue() {
   fi
   exit "$code"
 }
+in_a_row() { # counts in a file, anew for each new checkpoint: sets `count`
+  local last='' checkpoint
+  count=0
+  checkpoint=$(newest)
+  [ -e "$1" ] && { read -r count; read -r last; } <"$1"
+  [ "$checkpoint" = "$last" ] || count=0
+  count=$((count + 1))
+  printf '%s\n%s\n' "$count" "$checkpoint" >"$1"
+}
 attempt=0
 while :; do
   attempt=$((attempt + 1))
@@ -80,16 +90,17 @@ while :; do
   done
   case $code in
     2 | 3 | 126 | 127) exit "$code" ;; # the same again would end the same
-    130 | 143) requeue ;; # saved on request: time limit, preemption
+    130 | 143) # saved on request: time limit, preemption
+      in_a_row "$failures-stops"
+      if [ -n "$checkpoints" ] && [ "$count" -gt "$max_stops" ]; then
+        echo "launch: stopped $count times without a new checkpoint: given up. Give it more time, or save more often"
+        exit "$code"
+      fi
+      requeue
+      ;;
   esac
   # A process was lost, or failed. Failures in a row are counted, without a new checkpoint between them.
-  count=0
-  last=
-  [ -e "$failures" ] && { read -r count; read -r last; } <"$failures"
-  checkpoint=$(newest)
-  [ "$checkpoint" = "$last" ] || count=0
-  count=$((count + 1))
-  printf '%s\n%s\n' "$count" "$checkpoint" >"$failures"
+  in_a_row "$failures"
   if [ "$count" -gt "$max_restarts" ]; then
     echo "launch: failed with exit code $code, $count times without a new checkpoint: given up"
     exit "$code"
@@ -115,6 +126,7 @@ def slurm_script(job: EngineJob) -> str:
     environment = {**_environment(launch), **job.environment, **(_EFA if launch.efa else {}), **launch.environment}
     lines += [*exports(environment), f"cd {shlex.quote(os.getcwd())} || exit 2"]
     lines += [f"folder={shlex.quote(str(job.folder))}", f"max_restarts={launch.max_restarts}"]
+    lines.append(f"max_stops={_MAX_STOPS}")
     lines.append(f"backoff={launch.backoff_seconds:g}")
     if job.sweep:
         lines.append("case $SLURM_ARRAY_TASK_ID in")

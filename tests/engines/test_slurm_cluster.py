@@ -18,7 +18,7 @@ from tests.lab.slow import slow
 from tests.lab.tensors import read_all
 
 CLUSTER = ROOT / "scripts" / "cluster"
-SECONDS = 150
+SECONDS = 240  # on a machine that is busy
 STEPS = 20
 RUN = (*TINY, "layout.fsdp=2", f"train.max_steps={STEPS}", "checkpoint.every_steps=5", "train.sample.tokens=0")
 
@@ -116,8 +116,8 @@ def test_a_node_is_lost_in_the_middle_and_the_run_ends_bitwise_as_if_it_were_not
 
 @slow
 def test_the_time_limit_comes_and_the_run_goes_on_in_the_next_start(slurm, tmp_path):
-    words = small_overrides(tmp_path, *RUN, paced(5))
-    slurm.launch("engine=slurm", "launch.nodes=2", "run_id=limit", "launch.time=2", "launch.signal_seconds=60", *words)
+    words = small_overrides(tmp_path, *RUN, paced(6))
+    slurm.launch("engine=slurm", "launch.nodes=2", "run_id=limit", "launch.time=3", "launch.signal_seconds=60", *words)
     run_dir = tmp_path / "runs" / "tiny" / "limit"
     slurm.wait(lambda: slurm.jobs().get("Restarts") == "1", run_dir)
     saved = max(int(path.parent.name.partition("-")[2]) for path in run_dir.glob("checkpoints/*/manifest.json"))
@@ -147,14 +147,14 @@ def test_a_killed_process_is_started_again_on_the_same_nodes(slurm, tmp_path):
 def test_cancel_saves_first_and_a_sweep_is_an_array(slurm, tmp_path):
     words = small_overrides(tmp_path, *RUN, paced(0.5))
     words = [word for word in words if word != "layout.fsdp=2"]
-    slurm.launch("engine=slurm", "run_id=many", "-m", "optim.lr=1e-3,3e-4", "checkpoint.every_steps=1000", *words)
+    slurm.launch("engine=slurm", "run_id=many", "-m", "optim.lr=1e-3,3e-4", *words, "checkpoint.every_steps=1000")
     runs = [tmp_path / "runs" / "tiny" / f"many-{number}" for number in (0, 1)]
     for run_dir in runs:
         slurm.wait(lambda run_dir=run_dir: (run_dir / "metrics.jsonl").exists(), run_dir)
     slurm.wait(lambda: all((one / "metrics.jsonl").read_text().count("\n") > 3 for one in runs), runs[0])
     slurm.launch("cancel", "many")
     slurm.wait(slurm.ended, runs[0])
-    assert slurm.launch("status", "many").count("cancelled") == 1 or "failed" in slurm.launch("status", "many")
+    assert "state      cancelled" in slurm.launch("status", "many")
     for run_dir in runs:
         assert len(list(run_dir.glob("checkpoints/*/manifest.json"))) == 1, "it was saved"
     assert slurm.launch("logs", "many").count("cancelled, not queued again") == 2

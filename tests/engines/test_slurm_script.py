@@ -220,6 +220,15 @@ def test_failures_are_counted_over_requeues_and_only_without_a_new_checkpoint(tm
     assert "started again (1 of 2)" in ended.stdout, "it has gone on in between"
 
 
+def test_a_time_limit_that_is_shorter_than_a_start_is_no_endless_loop(tmp_path):
+    text = ENGINE.render(job(tmp_path)).files[SCRIPT]
+    for _ in range(10):
+        assert "queued again" in run_script(tmp_path, text, ["143"])[0].stdout
+    assert "stopped 11 times without a new checkpoint: given up" in run_script(tmp_path, text, ["143"])[0].stdout
+    ended, _ = run_script(tmp_path, text, ["143 step-00000010"])
+    assert "queued again" in ended.stdout, "it has saved"
+
+
 @pytest.mark.parametrize("how", ["file", "state"])
 def test_what_was_cancelled_is_not_queued_again(tmp_path, how):
     one = job(tmp_path)
