@@ -78,13 +78,17 @@ def _rate(figures: TimeFigures, devices: int, name: str) -> OwnFigure | None:
 
 
 def _watts(legs: Sequence[Any], devices: int, name: str) -> OwnFigure | None:
-    """Return the mean power per chip of the legs whose energy was measured on all hosts."""
+    """Return the mean power per chip of the legs whose devices were all counted: GPUs, else CPUs with their memory."""
     joules = seconds = 0.0
     for leg in legs:
         energy = leg.get("energy") if isinstance(leg, Mapping) else None
-        parts = energy.get("joules") if isinstance(energy, Mapping) else None
-        spent = number(energy.get("seconds")) if isinstance(energy, Mapping) else None
-        if isinstance(parts, Mapping) and spent and leg.get("hosts") == 1:
+        if not isinstance(energy, Mapping) or leg.get("hosts") != 1:
+            continue
+        parts, counted = energy.get("joules"), energy.get("counted")
+        spent = number(energy.get("seconds"))
+        if isinstance(parts, Mapping) and isinstance(counted, Mapping) and spent:
+            if "gpu" in parts and counted.get("gpu") != devices:
+                continue
             joules += sum(number(value) or 0.0 for value in parts.values())
             seconds += spent
     if not joules or not seconds:

@@ -1,12 +1,15 @@
-"""Export the metrics of a run while it goes on, as `logger.prometheus` says."""
+"""Export the metrics of a run while it goes on, as `logger.prometheus` says, and measure its energy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from orchestrator.distributed import standing
+from orchestrator.observe.energy import EnergyMeter
 from orchestrator.observe.prometheus import LiveRun, Prometheus, require
 from orchestrator.runs.messages import warn
+from orchestrator.runs.record import Record
 from orchestrator.runs.time_book import TimeBook
 
 if TYPE_CHECKING:
@@ -43,3 +46,21 @@ def export_metrics(job: Job, book: TimeBook) -> None:
         job.say(f"prometheus {exporter.url}")
     channel = job.watchers.channels.open("metrics for Prometheus", exporter.write, close=exporter.close)
     job.watchers.metrics.write_to(channel)
+
+
+def measure_energy(job: Job, record: Record) -> Callable[[], object]:
+    """Measure from now on in the process that speaks. Returns what adds it to the leg's facts.
+
+    Args:
+        job: the job of this process.
+        record: of the run.
+    """
+    if job.parallel.rank != 0:
+        return int
+    meter, resolved = EnergyMeter(), job.resolved
+
+    def note() -> None:
+        record.note(energy=meter.facts(resolved.chip, resolved.devices))
+        meter.close()
+
+    return note

@@ -41,7 +41,7 @@ def run_dir(tmp_path: Path) -> Path:
         entries.append(TimeEntry(t := t + 10, state, saved + 5, stepped=t))
         t += 10
     (place / BOOK).write_text("".join(json.dumps(entry.to_dict()) + "\n" for entry in entries))
-    energy = {"joules": {"cpu": 60_000.0, "dram": 12_000.0}, "seconds": 240.0}
+    energy = {"joules": {"cpu": 60_000.0, "dram": 12_000.0}, "counted": {"cpu": 1, "dram": 1}, "seconds": 240.0}
     run_directory.write_run(place, {"legs": [{"leg": 0, "hosts": 1, "energy": energy}, {"leg": 1, "hosts": 1}]})
     return place
 

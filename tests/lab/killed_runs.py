@@ -33,11 +33,12 @@ class Attempt:
 
     def __init__(self, processes: list[Any], run_dir: Path, log: Path):
         self.processes, self._run_dir, self._log = processes, run_dir, log
+        self._begun = time.time()
 
     def until_step(self, step: int) -> None:
         """Wait until rank 0 has said that it has completed `step` steps."""
-        deadline, begun = time.monotonic() + _PATIENCE_SECONDS, time.time()
-        while not ((life := read_life(self._run_dir)) and life.t > begun - 1 and (life.entry.step or 0) >= step):
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not ((life := read_life(self._run_dir)) and life.t > self._begun and (life.entry.step or 0) >= step):
             assert all(process.is_alive() for process in self.processes), self._log.read_text()
             assert time.monotonic() < deadline, f"step {step} never came:\n{self._log.read_text()}"
             time.sleep(0.02)
@@ -74,10 +75,11 @@ def attempt(config: RunConfig, run_dir: Path, ranks: int = 1, pause: float = 0.0
         worlds = [World(rank, ranks, rank, ranks, store, engine="test") for rank in range(ranks)]
         arguments = (to_dict(config), run_dir, resume, log, pause)
         processes = [context.Process(target=_rank, args=(world, *arguments)) for world in worlds]
+        started = Attempt(processes, run_dir, log)
         for process in processes:
             process.start()
         try:
-            yield Attempt(processes, run_dir, log)
+            yield started
         finally:
             for process in processes:
                 process.kill()
