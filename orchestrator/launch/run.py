@@ -378,7 +378,8 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     total, active = facts["parameters"], facts["active_parameters"]
     some = f", {active:,} active for a token" if active != total else ""
     job.say(f"model      {total:,} parameters{some}, vocabulary {facts['vocab_size']:,}")
-    job.say(f"hardware   {leg['target']}: {devices}, {job.parallel.describe_precision()}, layout {job.parallel.layout}")
+    precision, layout = job.parallel.describe_precision(), job.parallel.job_layout
+    job.say(f"hardware   {leg['target']}: {devices}, {precision}, layout {layout}")
     for number, line in enumerate(job.module.groups):
         job.say(f"{'' if number else 'groups':<10} {line}")
     entropy = facts["unigram_entropy_nats"]
