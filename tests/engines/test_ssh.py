@@ -199,7 +199,9 @@ def test_torchrun_starts_a_killed_process_again(tmp_path):
     command = [sys.executable, "-m", "orchestrator", "launch", "engine=torchrun", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run_dir = tmp_path / "runs" / "tiny" / "one"
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         with contextlib.suppress(ProcessLookupError):
             deadline = time.monotonic() + 120
             while not (run_dir / "checkpoints" / "step-00000005" / "manifest.json").exists():
