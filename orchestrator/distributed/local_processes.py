@@ -142,6 +142,8 @@ def run_local(
         grace = _GRACE_SECONDS
         try:
             for rank, extra in enumerate(environments):
+                if number := stopping.requested():
+                    return Ended(stopping.exit_code(number))
                 attempt = supervision.attempt if supervision else 0
                 world = worlds[rank] if worlds else World(rank, size, rank, size, f"file:{store}", attempt)
                 template = supervision.template if supervision else None

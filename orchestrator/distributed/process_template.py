@@ -18,13 +18,18 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, NoReturn
 
 import psutil
 
+from orchestrator import stopping
+
 _BYTES = 1 << 17
 _ANSWER_SECONDS = 120.0  # an import on a busy machine
+_POLL_SECONDS = 0.1
+_OF_THE_LAUNCHER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the template ends when the launcher does
 
 
 class ForkedProcess:
@@ -98,7 +103,7 @@ class ProcessTemplate:
             theirs.close()
 
     def start(self, environment: Mapping[str, str], piped: bool) -> ForkedProcess | None:
-        """Fork a process. Returns None where the template has gone.
+        """Fork a process. Returns None where the template has gone, or this process was asked to stop meanwhile.
 
         Args:
             environment: variables, beside those of the template.
@@ -124,8 +129,9 @@ class ProcessTemplate:
         try:
             with self._lock:
                 socket.send_fds(self._socket, [message], list(ends))
-                while select.select([self._socket], [], [], _ANSWER_SECONDS)[0]:
-                    if (pid := self._read()) is not None:
+                deadline = time.monotonic() + _ANSWER_SECONDS
+                while time.monotonic() < deadline and not stopping.requested():
+                    if select.select([self._socket], [], [], _POLL_SECONDS)[0] and (pid := self._read()) is not None:
                         return pid
         except OSError:
             pass
@@ -172,7 +178,7 @@ def serve(number: int, work: Callable[[], NoReturn]) -> None:
     launcher = socket.socket(fileno=number)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for ignored in _OF_THE_LAUNCHER:
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, lambda *unused: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -189,15 +195,22 @@ def serve(number: int, work: Callable[[], NoReturn]) -> None:
             message, ends, _, _ = socket.recv_fds(launcher, _BYTES, 2)
             if not message:
                 return
+            # What a new process is sent before it has its handlers waits for them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_LAUNCHER)
             pid = os.fork()
             if pid == 0:
                 for end in (launcher, reader, writer):
                     end.close()
                 _begin(json.loads(message), ends)
                 work()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_LAUNCHER)
             for end_number in ends:
                 os.close(end_number)
-            launcher.send(json.dumps({"pid": pid}).encode())
+            try:
+                launcher.send(json.dumps({"pid": pid}).encode())
+            except OSError:  # nobody waits for it any more
+                os.kill(pid, signal.SIGKILL)
+                raise
 
 
 def _tell_ended(launcher: socket.socket) -> None:
@@ -213,6 +226,7 @@ def _begin(environment: Mapping[str, str], ends: Sequence[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_LAUNCHER)
     for target, end in enumerate(ends, start=1):
         os.dup2(end, target)
         os.close(end)

@@ -246,6 +246,19 @@ def test_a_template_that_is_gone_costs_the_imports_and_nothing_else(tmp_path):
     assert gone.start({}, piped=True) is None
 
 
+def test_a_request_to_stop_reaches_a_process_that_was_just_forked(template, tmp_path):
+    """Its template ignores signals: what comes before the process has handlers of its own must not be lost."""
+    for _ in range(20):
+        process = template.start({"ORCHESTRATOR_RUN_DIR": str(tmp_path)}, piped=True)
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() in (-signal.SIGTERM, 143)
+        process.stdout.close()
+        process.stderr.close()
+
+
 def test_no_rank_is_left_by_a_run(tmp_path, supervised):
     outcome, _ = supervised("train.max_steps=1", "checkpoint.every_steps=null")
     assert outcome.code == 0
