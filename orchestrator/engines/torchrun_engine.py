@@ -34,7 +34,7 @@ class TorchrunEngine(Engine):
     """torchrun on this machine, one agent per host."""
 
     name = "torchrun"
-    state = "ran on CPU processes of one host and of several network namespaces; never on several real hosts"
+    state = "ran on CPU processes of one host; never on several real hosts"
     clients: ClassVar[tuple[str, ...]] = ()
     in_foreground = True
 
