@@ -184,33 +184,43 @@ def serve(number: int, work: Callable[[], NoReturn]) -> None:
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     gc.collect()
     gc.freeze()  # or the first collection of each process copies all pages
-    with contextlib.suppress(OSError):
-        while True:
-            ready, _, _ = select.select([launcher, reader], [], [])
-            if reader in ready:
-                reader.recv(4096)
-            _tell_ended(launcher)
-            if launcher not in ready:
-                continue
-            message, ends, _, _ = socket.recv_fds(launcher, _BYTES, 2)
-            if not message:
-                return
-            # What a new process is sent before it has its handlers waits for them.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_LAUNCHER)
-            pid = os.fork()
-            if pid == 0:
-                for end in (launcher, reader, writer):
-                    end.close()
-                _begin(json.loads(message), ends)
-                work()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_LAUNCHER)
-            for end_number in ends:
-                os.close(end_number)
-            try:
-                launcher.send(json.dumps({"pid": pid}).encode())
-            except OSError:  # nobody waits for it any more
-                os.kill(pid, signal.SIGKILL)
-                raise
+    try:
+        _serve(launcher, reader, writer, work)
+    except OSError:
+        pass  # the launcher has gone
+    finally:
+        # One that is killed last must not be told of through a socket that is closed.
+        signal.set_wakeup_fd(-1)
+
+
+def _serve(launcher: socket.socket, reader: socket.socket, writer: socket.socket, work: Callable[[], NoReturn]) -> None:
+    while True:
+        ready, _, _ = select.select([launcher, reader], [], [])
+        if reader in ready:
+            reader.recv(4096)
+        _tell_ended(launcher)
+        if launcher not in ready:
+            continue
+        message, ends, _, _ = socket.recv_fds(launcher, _BYTES, 2)
+        if not message:
+            return
+        # What a new process is sent before it has its handlers waits for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_LAUNCHER)
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)  # before its other end is closed
+            for end in (launcher, reader, writer):
+                end.close()
+            _begin(json.loads(message), ends)
+            work()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_LAUNCHER)
+        for end_number in ends:
+            os.close(end_number)
+        try:
+            launcher.send(json.dumps({"pid": pid}).encode())
+        except OSError:  # nobody waits for it any more
+            os.kill(pid, signal.SIGKILL)
+            raise
 
 
 def _tell_ended(launcher: socket.socket) -> None:
@@ -222,7 +232,6 @@ def _tell_ended(launcher: socket.socket) -> None:
 def _begin(environment: Mapping[str, str], ends: Sequence[int]) -> None:
     """Become a process of its own, as one that was just started."""
     os.setsid()
-    signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
