@@ -11,7 +11,9 @@ from tests.lab.slow import slow
 
 TIMEOUT_SECONDS = 900
 BLOCKS = pages.blocks(pages.ROOT / "README.md")
-COMMANDS = [line for block in BLOCKS if block.language == "bash" and not block.note for line in block.text.splitlines() if line]
+COMMANDS = [
+    line for block in BLOCKS if block.language == "bash" and not block.note for line in block.text.splitlines() if line
+]
 
 
 @pytest.mark.timeout(TIMEOUT_SECONDS)

@@ -201,6 +201,27 @@ def job_devices(config: HardwareConfig, target: Target, world: World) -> int:
     return world.size * device_count(config, target, target.probe())
 
 
+def check_started(config: HardwareConfig, target: Target, world: World) -> None:
+    """Check that an engine has started as many processes on this host as `hardware.devices` asks for.
+
+    Args:
+        config: the `hardware` group of a run.
+        target: the hardware.
+        world: this process among the job's.
+
+    Raises:
+        HardwareError: it has not.
+    """
+    per_device = target.strategy != "xla" and config.simulate is None
+    if per_device and config.devices not in ("auto", world.local_size):
+        raise HardwareError(
+            f"on {target.name} each process drives one device, and another number of processes was started",
+            got=f"hardware.devices={config.devices}; processes on this host: {world.local_size}, by {world.engine}",
+            allowed=f"hardware.devices=auto or {world.local_size}",
+            fix=f"leave hardware.devices out, or have {world.engine} start {config.devices} on each host",
+        )
+
+
 def find_world(config: HardwareConfig, environ: Mapping[str, str]) -> World | None:
     """Find this process among the job's: as its launcher says, else as the machine does; None for a single host.
 

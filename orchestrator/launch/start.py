@@ -28,7 +28,7 @@ from orchestrator.distributed.process_template import ProcessTemplate
 from orchestrator.distributed.world import OWN_PREFIX, World
 from orchestrator.errors import DONE, ConfigError, MovedOnError, UserError
 from orchestrator.hardware.target import Target
-from orchestrator.hardware.target_table import device_count, find_world, job_devices
+from orchestrator.hardware.target_table import check_started, device_count, find_world, job_devices
 from orchestrator.installing import importable
 from orchestrator.launch.failure_notes import FOLDER, first_error, read_notes
 from orchestrator.launch.group_launcher import check_groups, start_groups
@@ -224,6 +224,7 @@ def _join_external(plan: Plan, world: World) -> Outcome:
     have come to is held against rank 0's, whose record they all go on with.
     """
     target, hardware = plan.target, plan.config.hardware
+    check_started(hardware, target, world)
     # Before torch is imported, where most of these are read. What the engine set stays.
     for key, value in target.environment(hardware, world.local_rank, world.local_size).items():
         os.environ.setdefault(key, value)

@@ -209,7 +209,7 @@ class Watchdog:
             if _status(beat) == psutil.STATUS_STOPPED and other != rank:
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)
-        if rank == 0 or over.rank == rank:
+        if rank == 0 or over.rank == rank or self._over is None:  # nobody else may be left, or be heard, to say it
             tell(f"{over.cause}; the stacks are in {self.folder}", level=logging.ERROR)
         if rank == 0 and not self._world.store_is_kept:
             time.sleep(_LAST_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -12,7 +13,7 @@ from orchestrator.config.schema import HardwareConfig
 from orchestrator.distributed.world import DEFAULT_PORT, World, tpu_world
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import tpu_host
-from orchestrator.hardware.target_table import find_world, get_target, job_devices, resolve
+from orchestrator.hardware.target_table import check_started, find_world, get_target, job_devices, resolve
 from tests.distributed.test_world import STEP, TORCHRUN
 from tests.hardware.conftest import Machine
 from tests.hardware.test_tpu import V5E, XLA_PACKAGES
@@ -193,6 +194,14 @@ class TestOneProcessPerHost:
         assert "on tpu one process drives all devices of a host" in text
         assert "4 processes on this host, started by torchrun" in text
         assert "--nproc-per-node=1" in text
+
+    def test_one_per_device_is_what_the_devices_are_held_against(self):
+        config, world = HardwareConfig(target="cpu", devices=1), World(1, 4, 1, 2, "tcp:a:1", 0, "torchrun")
+        with pytest.raises(HardwareError) as caught:
+            check_started(config, resolve(config), world)
+        assert "got:     hardware.devices=1; processes on this host: 2, by torchrun" in str(caught.value)
+        assert "leave hardware.devices out, or have torchrun start 1 on each host" in str(caught.value)
+        check_started(replace(config, devices=2), resolve(config), world)
 
     def test_virtual_devices_have_one_process(self, machine: Machine):
         machine.packages |= XLA_PACKAGES

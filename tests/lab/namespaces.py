@@ -70,7 +70,16 @@ class Host:
 
     def listen(self, port: int = 0) -> socket.socket:
         """Return a socket of this process that listens at the host's address."""
-        return _within(self._namespace, lambda: socket.create_server((self.address, port)))
+        return self.within(lambda: socket.create_server((self.address, port)))
+
+    def within(self, action: Callable[[], T]) -> T:
+        """Call `action` in a thread of this process that is there; sockets and threads that it makes stay there."""
+
+        def run() -> T:
+            _enter(self._namespace)
+            return action()
+
+        return _in_thread(run)
 
     def start(self, words: list[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
         """Start a program there, in a session of its own."""
@@ -153,14 +162,6 @@ def _enter(namespace: int) -> None:
         raise NoNamespaces(f"the namespace cannot be entered: {os.strerror(ctypes.get_errno())}")
 
 
-def _within(namespace: int, action: Callable[[], T]) -> T:
-    def run() -> T:
-        _enter(namespace)
-        return action()
-
-    return _in_thread(run)
-
-
 def _in_thread(action: Callable[[], T]) -> T:
     """A namespace is a thread's: what is done in one that ends leaves this process where it is."""
     found: list[T] = []
@@ -184,23 +185,23 @@ def _child(host: Host, function: Callable[..., int], args: tuple[Any, ...], envi
     import torch
 
     code = 1
-    with open(log, "a") as file:
+    with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        os.setsid()
-        _enter(host._namespace)
-        os.chdir(host.folder)
-        os.environ.update(host.variables)
-        os.environ.update(environment)
-        torch.set_num_threads(1)
-        code = function(*args)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        sys.stdout = sys.stderr = file  # a test's own are not those of the system
+        try:
+            os.setsid()
+            _enter(host._namespace)
+            os.chdir(host.folder)
+            os.environ.update(host.variables)
+            os.environ.update(environment)
+            torch.set_num_threads(1)
+            code = function(*args)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            file.flush()
+            os._exit(code)
 
 
 class Loopback:
