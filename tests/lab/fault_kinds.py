@@ -46,7 +46,8 @@ class Stood:
 
     Attributes:
         seconds: from the fault to the first step after it.
-        start: which start is in them: that of the workers, of everything, or none.
+        start: which start is in them: of the `workers`, of the launcher and all (`all`), of the agent or its workers
+            with their rendezvous (`torchrun`), or none.
         redone: steps that were trained a second time.
     """
 
@@ -201,8 +202,8 @@ def in_the_restart(scene: Scene) -> Stood:
     time.sleep(scene.chance.uniform(0.0, 1.0))
     second = next((pid for pid in run.workers() if pid not in old), 0)
     stood = _until_restarted(scene, lambda: run.signal(signal.SIGKILL, second), "workers")
-    end = time.monotonic()
-    return Stood(min(end - begin, stood.seconds + end - begin), "twice", max(0, before - run.check_commits()))
+    start = "ended" if stood.start == "ended" else "twice"
+    return Stood(time.monotonic() - begin, start, max(0, before - run.check_commits()))
 
 
 KINDS = {
@@ -242,6 +243,8 @@ def _until_restarted(
     line = run.wait(first)
     if not line:  # it has come to its end before it could be hurt
         return Stood(0.0, "ended")
+    # What the agent starts is a whole program, which meets the others and plans, whichever of them was killed.
+    start = "torchrun" if run.engine == "torchrun" else start
     return Stood(line[1] - begin, start, max(0, before - line[0] + 1))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,15 +19,15 @@ from typing import Any
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.run_checkpoints import committed, step_of
-from orchestrator.checkpoint.storage import AnyPath, locate
+from orchestrator.checkpoint.storage import AnyPath, is_remote, locate
 from orchestrator.errors import DIVERGED, MISTAKE
 from tests.lab.forked_product import HURRY, STEP_LOG, fork_agent, fork_launcher
 from tests.lab.runs import SMALL, TINY, write_corpus
 
 RANKS = 2
-TIMEOUT_SECONDS = 6
+TIMEOUT_SECONDS = 4
 """The declared time after which a run that does not get on hangs."""
-STEPS = 240
+STEPS = 300
 EVERY = 5
 LIMIT_SECONDS = 120.0
 WORDS = (
@@ -42,6 +43,7 @@ WORDS = (
     "name=run",
 )
 _ENGINE_TRIES = 5
+_DISKS = "orchestrator-campaign"
 
 
 class NeedsPerson(Exception):
@@ -67,6 +69,8 @@ class HealingRun:
         folder: of the run.
         starts: how often the engine has started it.
         code: its last exit code; None while it runs.
+        lived: when it was started first and when it ended, in seconds since the epoch.
+        delays: seconds from the last step of a save to its commit, of commits that were looked at.
     """
 
     def __init__(
@@ -96,10 +100,13 @@ class HealingRun:
         self._environment = {**(environment or {}), STEP_LOG: str(self.steps)}
         self.pid, self.starts, self.code, self.started_at = 0, 0, None, 0.0
         self._tries, self._tried_at, self.best = 0, -1, 0
+        self.lived, self.delays = (0.0, 0.0), list[float]()
 
     def start(self) -> None:
         """Give the command."""
         self.starts, self.code, self.started_at = self.starts + 1, None, time.monotonic()
+        if self.starts == 1:
+            self.lived = (time.time(), 0.0)
         if self.engine == "torchrun":
             self.pid = fork_agent(self._words, self._environment, self.log, RANKS, restarts=3)
         else:
@@ -115,6 +122,7 @@ class HealingRun:
             with contextlib.suppress(ChildProcessError):
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 self.code = os.waitstatus_to_exitcode(status) if pid else None
+                self.lived = (self.lived[0], time.time())
         if self.code is None or self.code == 0:
             return self.code == 0
         if self.code in (MISTAKE, DIVERGED):
@@ -183,8 +191,16 @@ class HealingRun:
             except Exception as error:
                 if step_of(committed(self.kept)[0]) == newest:  # else it was pruned while it was read
                     raise Lost(f"{found[0]}: {error}") from error
+        if newest > self.best and not is_remote(found[0]):
+            self._measure_delay(found[0], newest)
         self.best = newest
         return newest
+
+    def _measure_delay(self, commit: AnyPath, step: int) -> None:
+        with contextlib.suppress(OSError):  # it was pruned
+            made = commit.stat().st_mtime - (time.time() - time.monotonic())
+            completed = [line[1] for line in self.lines() if line[0] == step and line[1] < made]
+            self.delays += [made - completed[-1]] if completed else []
 
     def hurry(self) -> None:
         """Let it come to its end as fast as it can."""
@@ -221,19 +237,32 @@ def _is_ours(pid: int) -> bool:
 
 @contextlib.contextmanager
 def small_disk(place: Path, megabytes: int) -> Iterator[Path]:
-    """Mount a file system of its own.
+    """Mount a file system of its own; those of programs that were killed are taken away.
 
     Raises:
         PermissionError: this machine does not permit it.
     """
+    unmount_stale()
     place.mkdir(parents=True)
-    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
+    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", f"{_DISKS}-{os.getpid()}", str(place)]
     if (done := subprocess.run(words, capture_output=True, text=True)).returncode:
         raise PermissionError(done.stderr.strip())
     try:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def unmount_stale() -> None:
+    """Unmount the small disks of programs that are gone: their process number is in the name of the file system."""
+    import psutil
+
+    for line in Path("/proc/mounts").read_text().splitlines():
+        name, place = line.split()[:2]
+        owner = name.removeprefix(f"{_DISKS}-")
+        if owner != name and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            where = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)  # as the kernel writes blanks
+            subprocess.run(["umount", "-l", where], check=True)
 
 
 def fill(disk: Path) -> Path:

@@ -12,6 +12,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,16 +25,21 @@ import torch
 
 from orchestrator.checkpoint.run_checkpoints import committed
 from orchestrator.checkpoint.storage import children, is_remote, read_bounded
-from tests.lab.fault_kinds import KINDS, Scene, Stood
+from orchestrator.observe.time_spans import Book, read_book
+from tests.lab.fault_kinds import KINDS, Scene
 from tests.lab.forked_product import preload_all
+from tests.lab.goodput_check import of_a_campaign
 from tests.lab.healing_run import STEPS, HealingRun, Lost, NeedsPerson, small_disk
 from tests.lab.namespaces import Loopback, NoNamespaces
 from tests.lab.store import S3Store, reachable, serve
 from tests.lab.tensors import read_all
 
 _DISK_MEGABYTES = 8
-_FAULTS_OF_A_RUN = 8
+_FAULTS_OF_A_RUN = 12
 _LAST_STEPS = 30  # of a run, in which no fault is begun
+_MEAN_STEPS, _MOST_STEPS = 12, 60  # between faults: exponential times, which the planner takes too
+_MEASURED_EVERY = 100  # faults: starts are measured before them, of the same load
+_STARTS = 2  # that are measured each time
 
 
 @dataclass
@@ -45,7 +51,6 @@ class Fault:
         run: number of the run.
         step: the last one before it.
         seconds: from the fault to the first step after it.
-        beyond: the same without the start that is in it and the declared time-out.
         start: which start that was.
         redone: steps that were trained a second time.
     """
@@ -54,7 +59,6 @@ class Fault:
     run: int
     step: int
     seconds: float
-    beyond: float
     start: str
     redone: int
 
@@ -64,18 +68,24 @@ class Tally:
     """What has happened so far.
 
     Attributes:
-        starts: median seconds of a start, of `workers` and of `all`.
+        starts: seconds of starts: of the `workers`, of the launcher and all (`all`), by an agent (`torchrun`).
         faults: all that were done.
         runs: that came to their end, with run.json's goodput of each.
+        books: of these runs.
+        clocks: seconds of these runs by the campaign's own clock.
+        delays: seconds from the last step of a save to its commit.
         needs_person: what was said where a run did not go on by itself.
         lost: what was lost.
         different: runs whose final weights are not those of the reference.
         left_out: kinds that this machine does not permit, with the reason.
     """
 
-    starts: dict[str, float] = field(default_factory=dict)
+    starts: dict[str, list[float]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
+    books: list[Book] = field(default_factory=list)
+    clocks: list[float] = field(default_factory=list)
+    delays: list[float] = field(default_factory=list)
     needs_person: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
@@ -83,12 +93,55 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON data."""
-        return {**asdict(self), "kinds": {kind: self.row(kind) for kind in KINDS}}
+        names = ("starts", "runs", "needs_person", "lost", "different", "left_out")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "faults": [{**asdict(fault), "beyond": self.beyond(fault)} for fault in self.faults],
+            "kinds": {kind: self.row(kind) for kind in KINDS},
+            "beyond_bound": self.beyond_bound(),
+            "books_off": self.books_off(),
+            "goodput": dict(zip(("measured", "expected"), self.goodput() or (None, None), strict=True)),
+        }
+
+    def start(self, name: str) -> float:
+        """Return the median seconds of a start; 0 of what is none."""
+        if name == "twice":
+            return 2 * self.start("workers")
+        return statistics.median(self.starts[name]) if name in self.starts else 0.0
+
+    def beyond(self, fault: Fault) -> float:
+        """Return a fault's seconds without the start that is in them and the declared time-out."""
+        return fault.seconds - self.start(fault.start) - KINDS[fault.kind].noticed
+
+    def beyond_bound(self) -> list[str]:
+        """Return the kinds whose median is beyond what is promised."""
+        rows = {kind: self.row(kind) for kind in KINDS}
+        return [
+            f"{kind}: {row['beyond']:.1f} s, at most {row['bound']:.1f} s are promised"
+            for kind, row in rows.items()
+            if row["faults"] and row["bound"] is not None and row["beyond"] > row["bound"]
+        ]
+
+    def books_off(self) -> float:
+        """Return by which part the time of a run's book differs from the campaign's clock, at worst."""
+        return max(
+            (
+                abs(sum(book.seconds.values()) - clock) / clock
+                for book, clock in zip(self.books, self.clocks, strict=True)
+            ),
+            default=0.0,
+        )
+
+    def goodput(self) -> tuple[float, float] | None:
+        """Return the goodput of all runs, measured and as the planner expects it; None where none was stopped."""
+        if not self.delays:
+            return None
+        return of_a_campaign(self.books, statistics.fmean(self.delays))
 
     def row(self, kind: str) -> dict[str, Any]:
         """Return number, median and largest of a kind's seconds, and what is promised."""
         found = [fault for fault in self.faults if fault.kind == kind and fault.start != "ended"]
-        seconds, beyond = sorted(fault.seconds for fault in found), sorted(fault.beyond for fault in found)
+        seconds, beyond = sorted(fault.seconds for fault in found), sorted(self.beyond(fault) for fault in found)
         middle = len(found) // 2
         return {
             "faults": len(found),
@@ -137,10 +190,12 @@ def campaign(
     chance, tally = random.Random(seed), Tally()
     with _store() as (environment, store):
         wanted = _reference(folder / "reference", steps)
-        tally.starts = _starts(folder / "starts")
         waiting = _deck(faults, kinds, chance)
-        number = 0
+        number, measured = 0, 0
         while any(waiting.values()):
+            if len(tally.faults) >= measured * _MEASURED_EVERY:
+                _measure_starts(folder / f"starts-{measured}", kinds, tally)
+                measured += 1
             setting = max(waiting, key=lambda name: len(waiting[name]))
             number += 1
             about = f"run {number} ({setting})"
@@ -204,7 +259,7 @@ def _hurt(scene: Scene, waiting: list[str], number: int, tally: Tally, report: C
     run.start()
     done = 0
     while waiting and done < _FAULTS_OF_A_RUN and run.reached() < run.last_step - _LAST_STEPS:
-        _wait_for_steps(run, scene.chance.randint(3, 9))
+        _wait_for_steps(run, min(_MOST_STEPS, 1 + int(scene.chance.expovariate(1 / _MEAN_STEPS))))
         if run.code == 0:
             break
         kind, step = waiting.pop(), run.reached()
@@ -213,16 +268,11 @@ def _hurt(scene: Scene, waiting: list[str], number: int, tally: Tally, report: C
             waiting.append(kind)
             break
         done += 1
-        beyond = stood.seconds - _start_in(stood, tally) - KINDS[kind].noticed
-        tally.faults.append(Fault(kind, number, step, stood.seconds, beyond, stood.start, stood.redone))
+        tally.faults.append(Fault(kind, number, step, stood.seconds, stood.start, stood.redone))
         run.check_commits()
         report(tally)
     run.hurry()
     run.wait(lambda: False)
-
-
-def _start_in(stood: Stood, tally: Tally) -> float:
-    return {"twice": 2 * tally.starts["workers"], **tally.starts}.get(stood.start, 0.0)
 
 
 def _wait_for_steps(run: HealingRun, steps: int) -> None:
@@ -248,22 +298,30 @@ def _reference(place: Path, steps: int) -> dict[str, torch.Tensor]:
         run.end()
 
 
-def _starts(place: Path) -> dict[str, float]:
-    """Measure starts, of everything and of the workers alone: a run is asked to stop, and started again."""
-    run = HealingRun(place)
-    run.start()
-    seconds: dict[str, list[float]] = {"all": [], "workers": []}
-    try:
-        for number in range(3):
-            _wait_for_steps(run, 4)
-            run.signal(signal.SIGTERM, run.pid)
-            run.wait(lambda number=number: run.starts > number + 1)  # type: ignore[misc]
-            line = run.wait(lambda: next((one for one in run.lines() if one[1] > run.started_at), None))  # type: ignore[misc]
-            seconds["all"].append(line[1] - run.started_at)
-            seconds["workers"].append(line[1] - run.worker(0)[1])
-        return {name: sorted(found)[1] for name, found in seconds.items()}
-    finally:
-        run.end()
+def _measure_starts(place: Path, kinds: tuple[str, ...], tally: Tally) -> None:
+    """Measure starts by launcher and agent: a run is asked to stop, started again, and goes on from its checkpoint."""
+    agents = any(KINDS[kind].setting == "torchrun" for kind in kinds)
+    for engine in ("launcher", *(["torchrun"] if agents else [])):
+        run = HealingRun(place / engine, engine)
+        run.start()
+        try:
+            for _ in range(_STARTS):
+                whole, workers = _start_again(run)
+                named = {"all": whole, "workers": workers} if engine == "launcher" else {"torchrun": whole}
+                for name, seconds in named.items():
+                    tally.starts.setdefault(name, []).append(seconds)
+        finally:
+            run.end()
+
+
+def _start_again(run: HealingRun) -> tuple[float, float]:
+    """Return seconds from the command, and from the start of a worker, to its first step."""
+    _wait_for_steps(run, 4)
+    starts = run.starts
+    run.signal(signal.SIGTERM, run.pid)
+    run.wait(lambda: run.starts > starts)
+    line = run.wait(lambda: next((one for one in run.lines() if one[1] > run.started_at), None))
+    return line[1] - run.started_at, line[1] - run.worker(0)[1]
 
 
 def _compare(run: HealingRun, wanted: dict[str, torch.Tensor], about: str, tally: Tally) -> None:
@@ -274,7 +332,12 @@ def _compare(run: HealingRun, wanted: dict[str, torch.Tensor], about: str, tally
         tally.different.append(f"{about}: step {newest}, {', '.join(names[:3])}")
     facts = run.facts()
     kept = ("goodput", "restarts", "attempts", "status")
-    tally.runs.append({"run": about, "starts": run.starts, **{key: facts.get(key) for key in kept}})
+    book, clock = read_book(run.run_dir), run.lived[1] - run.lived[0]
+    booked = {"clock_seconds": clock, "booked_seconds": sum(book.seconds.values())}
+    tally.runs.append({"run": about, "starts": run.starts, **booked, **{key: facts.get(key) for key in kept}})
+    tally.books.append(book)
+    tally.clocks.append(clock)
+    tally.delays += run.delays
 
 
 def _tensors(run: HealingRun) -> dict[str, torch.Tensor]:
