@@ -25,7 +25,7 @@ def measured_and_expected(run_dir: Path) -> tuple[float, float]:
 
 
 def of_a_campaign(books: Sequence[Book], delay: float) -> tuple[float, float]:
-    """The goodput of all runs of a campaign, and by Daly's formula for their failures, saves and down time.
+    """Return the goodput of all runs of a campaign, and by Daly's formula for their failures, saves and down time.
 
     The formula takes failures that come at any time, in restarts too; a campaign hurts a run that trains. So the rate is
     that of the faults that stopped a run, per second in which it trained or saved, and the down time per fault, with

@@ -333,7 +333,12 @@ def _compare(run: HealingRun, wanted: dict[str, torch.Tensor], about: str, tally
     facts = run.facts()
     kept = ("goodput", "restarts", "attempts", "status")
     book, clock = read_book(run.run_dir), run.lived[1] - run.lived[0]
-    booked = {"clock_seconds": clock, "booked_seconds": sum(book.seconds.values())}
+    booked = {
+        "clock_seconds": clock,
+        "booked_seconds": sum(book.seconds.values()),
+        "before_book": book.spans[0].begin - run.lived[0],
+        "after_book": run.lived[1] - book.spans[-1].end,
+    }
     tally.runs.append({"run": about, "starts": run.starts, **booked, **{key: facts.get(key) for key in kept}})
     tally.books.append(book)
     tally.clocks.append(clock)
