@@ -27,7 +27,7 @@ def measured_and_expected(run_dir: Path) -> tuple[float, float]:
 def of_a_campaign(books: Sequence[Book], delay: float) -> tuple[float, float]:
     """Return the goodput of all runs of a campaign, and by Daly's formula for their failures, saves and down time.
 
-    The formula takes failures that come at any time, in restarts too; a campaign hurts a run that trains. So the rate is
+    The formula takes failures that come at any time, in restarts too; a campaign hurts one that trains. So the rate is
     that of the faults that stopped a run, per second in which it trained or saved, and the down time per fault, with
     the starts that failed, stands for the restart of the formula whose repetitions take as long. A save is written
     behind the run's back and is worth nothing before it is committed: what a failure loses for that is added.
