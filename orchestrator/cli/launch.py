@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import socket
@@ -91,6 +92,11 @@ def main(argv: list[str]) -> int:
         return DONE if argv else ConfigError.exit_code
     if argv[0] in _SUB_VERBS:
         return _SUB_VERBS[argv[0]](argv[1:])
+    if "=" not in argv[0] and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], _SUB_VERBS, n=1)
+        fix = f"did you mean '{close[0]}'?" if close else f"{_PROGRAM} --help"
+        allowed = f"{', '.join(_SUB_VERBS)}, or engine=... and overrides"
+        raise ConfigError("there is no such word under 'launch'", got=argv[0], allowed=allowed, fix=fix)
     own = [word for word in argv if word.partition("=")[0] in LaunchOptions.__dataclass_fields__]
     options = parse_options(LaunchOptions, own)
     return _launch([word for word in argv if word not in own], options.dry_run)

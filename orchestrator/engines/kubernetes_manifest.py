@@ -150,6 +150,9 @@ def _container(job: EngineJob, launch: KubernetesLaunch, needs: PodNeeds) -> dic
     mounts += [{"name": _WORK, "mountPath": launch.work_dir}] if launch.claim is not None else []
     mounts += [{"name": name, "mountPath": place} for name, (_, place) in needs.host_paths.items()]
     security: dict[str, Any] = {"privileged": True} if launch.privileged else {"allowPrivilegeEscalation": False}
+    if launch.privileged or needs.capabilities or TPU_RESOURCE in needs.resources:
+        # For another user Kubernetes leaves capabilities without effect, and a TPU's /dev/vfio belongs to root.
+        security["runAsUser"] = 0
     if needs.capabilities and not launch.privileged:
         security["capabilities"] = {"add": list(needs.capabilities)}
     return {

@@ -14,6 +14,7 @@ from orchestrator.config.launch_schema import KubernetesLaunch
 from orchestrator.config.schema import HardwareConfig
 from orchestrator.engines.engine_job import EngineJob
 from orchestrator.errors import ConfigError, ConfigErrors, UserError, shown
+from orchestrator.hardware.host import EFA_VARIABLES
 
 TPU_RESOURCE = "google.com/tpu"
 TPU_ACCELERATOR, TPU_TOPOLOGY = "cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"
@@ -274,8 +275,7 @@ def _network(launch: KubernetesLaunch, hardware: HardwareConfig) -> tuple[PodNee
         got = f"launch.network={kind} launch.network_devices={'null' if count is None else count}"
         return PodNeeds(1, 1), [ConfigError("say how many network devices a host has", got=got, fix=f"such as {fix}")]
     if kind == "efa":
-        variables = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1"}
-        return PodNeeds(1, 1, {_EFA: count}, variables=variables), []
+        return PodNeeds(1, 1, {_EFA: count}, variables=EFA_VARIABLES), []
     if kind == "infiniband":
         return PodNeeds(1, 1, {launch.network_resource: count}, capabilities=("IPC_LOCK",)), []
     return _gke_rdma(count), []

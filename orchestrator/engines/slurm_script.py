@@ -12,13 +12,13 @@ from typing import cast
 from orchestrator.config.launch_schema import SlurmLaunch
 from orchestrator.engines.engine_job import EngineJob
 from orchestrator.engines.shell_text import exports
+from orchestrator.hardware.host import EFA_VARIABLES
 from orchestrator.installing import importable
 from orchestrator.runs import run_directory
 
 SCRIPT = "job.sbatch"
 CANCELLED = "cancelled"  # a file of this name tells the script that it is not to start again
 LINES = "slurm-*.out"
-_EFA = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
 _GPUS = {"cuda": "--nv", "rocm": "--rocm"}
 
 # What each process runs in. When one has failed, srun ends the others and reports the largest code of all, which is
@@ -123,7 +123,8 @@ def slurm_script(job: EngineJob) -> str:
     lines = ["#!/bin/bash", *(f"#SBATCH {_quoted_option(word)}" for word in sbatch_options(job)), "set -u", ""]
     if launch.modules:
         lines.append(shlex.join(["module", "load", *launch.modules]) + " || exit 2")
-    environment = {**_environment(launch), **job.environment, **(_EFA if launch.efa else {}), **launch.environment}
+    efa = EFA_VARIABLES if launch.efa else {}
+    environment = {**_environment(launch), **job.environment, **efa, **launch.environment}
     lines += [*exports(environment), f"cd {shlex.quote(os.getcwd())} || exit 2"]
     lines += [f"folder={shlex.quote(str(job.folder))}", f"max_restarts={launch.max_restarts}"]
     lines.append(f"max_stops={_MAX_STOPS}")
@@ -144,10 +145,9 @@ def _environment(launch: SlurmLaunch) -> dict[str, str]:
 
 
 def _start(job: EngineJob, command: Sequence[str], failures: str) -> list[str]:
-    launch = cast(SlurmLaunch, job.config.launch)
     srun = ["srun", "--kill-on-bad-exit=1", f"--wait={_WAIT_SECONDS}"]
-    if launch.cpus_per_task is not None:
-        srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # since 22.05 a step does not take over the job's
+    if (cpus := cpus_per_task(job)) is not None:
+        srun.append(f"--cpus-per-task={cpus}")  # since 22.05 a step does not take over the job's
     run_id = next(word for word in command if word.startswith("run_id=")).partition("=")[2]
     run_dir = job.run_dir if not job.sweep else run_directory.named(job.config, run_id).absolute()
     place = run_directory.checkpoints_dir(run_dir, job.config)
@@ -187,7 +187,7 @@ def sbatch_options(job: EngineJob) -> list[str]:
         "job-name": job.name,
         "nodes": job.nodes,
         "ntasks-per-node": job.processes_per_node,
-        "cpus-per-task": launch.cpus_per_task,
+        "cpus-per-task": cpus_per_task(job),
         "gres": gres(job),
         "mem": launch.mem,
         "time": launch.time,
@@ -220,6 +220,18 @@ def gres(job: EngineJob) -> str | None:
     if launch.gres is None and job.config.hardware.target in _GPUS and job.devices_per_node is not None:
         return f"gpu:{job.devices_per_node}"
     return launch.gres
+
+
+def cpus_per_task(job: EngineJob) -> int | None:
+    """Return the processors of a task of srun; None for Slurm's own default, which is one.
+
+    Args:
+        job: what is to run.
+    """
+    wanted, devices = cast(SlurmLaunch, job.config.launch).cpus_per_task, job.devices_per_node
+    if wanted is None and job.nodes == 1 and devices is not None and devices > 1 and not is_exclusive(job):
+        return devices  # the node's only task starts a process for each, and they would share its processor
+    return wanted
 
 
 def is_exclusive(job: EngineJob) -> bool:

@@ -21,6 +21,8 @@ import psutil
 
 ROOT = Path("/")
 _RUN_TIMEOUT_SECONDS = 15.0
+EFA_VARIABLES = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
+"""Set where several hosts meet, as AWS's set-up of EFA for several nodes says (setup-trn1-multi-node-execution)."""
 
 
 @dataclass(frozen=True)

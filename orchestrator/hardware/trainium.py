@@ -37,8 +37,6 @@ _INSTALL = (
     "are in AWS's own Neuron package index (on PyPI is only a placeholder), as AWS's TorchNeuron quickstart says; "
     "docs/chips.md has the steps"
 )
-# Set where several instances meet, as AWS's set-up of EFA for several nodes says (setup-trn1-multi-node-execution).
-_EFA = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
 _NUMERICS = ("NEURON_CC_FLAGS", "NEURON_RT_STOCHASTIC_ROUNDING_EN", "NEURON_LOGICAL_NC_CONFIG")
 
 
@@ -93,7 +91,7 @@ class TrainiumTarget(NativeChipTarget):
         # What was set from outside, as by torchrun, stays: the library may meet there.
         found |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
         if world.hosts > 1:
-            found |= _EFA
+            found |= host.EFA_VARIABLES
         if config.compilation_cache not in ("auto", None):
             # Of compiled graphs: torch/reference/env-vars.
             found["TORCH_NEURONX_NEFF_CACHE_DIR"] = str(config.compilation_cache)

@@ -109,6 +109,17 @@ def test_what_a_pod_asks_for_is_what_the_fleet_has():
     }
 
 
+def test_a_container_is_root_where_its_devices_or_capabilities_need_it():
+    def user(*words: str) -> int | None:
+        container = _inner(_objects(*words)[-1])["template"]["spec"]["containers"][0]
+        found: int | None = container["securityContext"].get("runAsUser")
+        return found
+
+    tpus = {"v5e", "v5e, one host", "v5p", "v6e, two slices", "7x"}
+    assert {name for name, words in FLEETS.items() if user(*words) == 0} == tpus | {"InfiniBand", "GKE with RDMA"}
+    assert user(*FLEETS["CPU"], "launch.privileged=true") == 0
+
+
 def test_words_reach_the_container_as_they_are():
     """Kubernetes replaces $(NAME); YAML reads 1e3, on and 0777 as it likes."""
     word = 'train.sample.prompt="a $(HOSTNAME) $$ \\"q\\" \'x\'; rm -rf / #"'

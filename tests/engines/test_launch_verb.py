@@ -65,6 +65,7 @@ def test_options_of_the_users_own_travel_by_their_absolute_path(tmp_path, capsys
         ([*SLURM[1:], "-m", "hydra/sweeper=optuna"], "launch submits every combination at once"),
         ([*SLURM[1:], "-m", "seed=interval(0,1)"], "this sweep is no list of values"),
         ([*SLURM[1:], "-m", "launch.nodes=1,2"], "the jobs of a sweep have one engine"),
+        (["stat"], "did you mean 'status'?"),
         (["status", "nowhere"], "no job was submitted for such a run"),
     ],
 )

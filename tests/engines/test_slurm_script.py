@@ -52,6 +52,8 @@ def problems(job: EngineJob) -> list[str]:
         ({"hardware": "trainium", "devices": 64, "gres": "neuron:16"}, ["--gres=neuron:16"]),
         ({"time": "1-12:00:00", "signal_seconds": 300}, ["--time=1-12:00:00", "--signal=TERM@300"]),
         ({"mem": "64G", "cpus_per_task": 4}, ["--mem=64G", "--cpus-per-task=4"]),
+        ({"devices": 4}, ["--ntasks-per-node=1", "--cpus-per-task=4"]),
+        ({"devices": 4, "cpus_per_task": 2}, ["--cpus-per-task=2"]),
         ({"extra": {"mail-type": "END"}}, ["--mail-type=END"]),
     ],
 )
