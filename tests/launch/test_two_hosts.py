@@ -303,7 +303,7 @@ def _ended(agents: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _check_tokens(place: Place) -> None:
-    """Each step was trained on the same tokens, on one host or two, and no two steps on the same."""
+    """No step was left out, one that was trained again saw the same tokens, and no two steps the same ones."""
     last = place.step()
     tokens = [path for host in place.hosts for path in host.folder.glob("tokens-*")]
     assert len(set(fingerprints(tokens, last))) == last
