@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import stopping
 from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.signing import Trust, trust
 from orchestrator.checkpoint.store_timeouts import wait_for_stores
 from orchestrator.data.prepare import PreparedData, prepare
@@ -164,7 +165,8 @@ def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, 
     monitor.keep_stacks_in(attempt_folder(place.run_dir, facts))
     with time_book.keep(place.run_dir if parallel.speaks else None, leg) as book:
         standing.enter(standing.LOADING)
-        check_shared(place.checkpoints, parallel)
+        before = place.resume_from if place.resume_from and place.resume_from.parent == place.checkpoints else None
+        check_shared(place.checkpoints, parallel, known=before / MANIFEST if before else None)
         data = opened.data or _open_data(resolved)
         _show(parallel.rank, f"restoring {place.resume_from}" if place.resume_from else "building the model", resolved)
         job = build(resolved, parallel, data, leg, opened.trusted, opened.checkpoint, facts["legs"])

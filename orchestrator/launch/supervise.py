@@ -21,7 +21,18 @@ from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.distributed.heartbeat import Beat
 from orchestrator.distributed.local_processes import Ended, Supervision
 from orchestrator.distributed.standing import COMPILING, LOADING, STARTING
-from orchestrator.errors import DIVERGED, DONE, FAILED, INTERRUPTED, STOPPED, TERMINATED, CheckpointError, UserError
+from orchestrator.errors import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    TERMINATED,
+    CheckpointError,
+    RunDirectoryError,
+    SaveError,
+    UserError,
+)
 from orchestrator.hardware.target_table import device_count
 from orchestrator.launch.failure_notes import Note
 from orchestrator.launch.plan import Plan, newest_of, refreshed
@@ -162,7 +173,9 @@ class Supervisor:
             attempt = replace(
                 attempt, cause=f"process {rank}: {note.kind}: {note.said}", error=note.identity, rank=rank
             )
-            attempt = replace(attempt, outside=note.lost_peer, stacks=self._keep_stack(attempt, note))
+            # Room comes back, and a store too, which no error of the run's own does.
+            outside = note.lost_peer or isinstance(note.user_error(), (SaveError, RunDirectoryError))
+            attempt = replace(attempt, outside=outside, stacks=self._keep_stack(attempt, note))
         return attempt
 
     def _keep_stack(self, attempt: Attempt, note: Note) -> str | None:

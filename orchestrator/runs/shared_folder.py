@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import time
@@ -11,19 +12,25 @@ from orchestrator.checkpoint.storage import AnyPath, is_remote, make_directory, 
 from orchestrator.distributed.exchange import Coordinator, exchange, new_topic
 from orchestrator.errors import ConfigError, SaveError
 from orchestrator.observe.sink import reason
+from orchestrator.runs.messages import warn
 
 WAIT_SECONDS = 10.0  # a network's file system may show a new file a little later
 _POLL_SECONDS = 0.1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN = 8
 
 
-def check_shared(checkpoints: AnyPath, coordinator: Coordinator, here: str | None = None) -> None:
+def check_shared(
+    checkpoints: AnyPath, coordinator: Coordinator, here: str | None = None, known: AnyPath | None = None
+) -> None:
     """Check that all ranks see the directory of the checkpoints: rank 0 leaves a file there. All ranks call it.
 
     Args:
         checkpoints: the directory.
         coordinator: the processes of the job.
         here: the name of this host, for messages.
+        known: a file of an earlier save there. With it a directory that has no room now is a warning alone, as it is
+            in the middle of a run: training is worth more than the next checkpoint.
 
     Raises:
         SaveError: rank 0 cannot write there.
@@ -31,24 +38,28 @@ def check_shared(checkpoints: AnyPath, coordinator: Coordinator, here: str | Non
     """
     if coordinator.size == 1 and is_remote(checkpoints):
         return  # the run has just put its name there
-    topic, problem = new_topic(), ""
+    topic, problem, full = new_topic(), "", False
     if coordinator.rank == 0:
         try:
             make_directory(checkpoints)
             write_file(_probe(checkpoints, topic), [b"all processes of the job look for this file"])
         except OSError as error:
             problem = reason(error)
-    topic, problem = json.loads(coordinator.broadcast(json.dumps([topic, problem])))
+            if known is not None and error.errno in _NO_ROOM:
+                warn(f"the directory of the checkpoints has no room ({problem}); the run goes on: {checkpoints}")
+                problem, full = "", True
+    topic, problem, full = json.loads(coordinator.broadcast(json.dumps([topic, problem, full])))
+    probe = known if full and known is not None else _probe(checkpoints, topic)
     if problem:
         raise SaveError(
             f"the directory of the checkpoints cannot be written: {problem}",
             got=checkpoints,
             fix="make room or get permission there, or set checkpoint.dir to another place",
         )
-    seen = _seen(_probe(checkpoints, topic))
+    seen = _seen(probe)
     mine = "" if seen else f"rank {coordinator.rank} on {here or socket.gethostname()}"
     blind = json.loads(exchange(coordinator, topic, mine, lambda texts: json.dumps([text for text in texts if text])))
-    if coordinator.rank == 0:
+    if coordinator.rank == 0 and not full:
         with contextlib.suppress(OSError):  # left behind it does no harm
             remove_file(_probe(checkpoints, topic))
     if blind:

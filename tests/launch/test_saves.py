@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -48,13 +49,13 @@ def test_a_save_at_the_step_of_an_evaluation_and_a_sample(tmp_path, layout, hand
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def _check(folders, monkeypatch):
+def _check(folders, monkeypatch, known=None):
     monkeypatch.setattr(shared_folder, "WAIT_SECONDS", 0.3)
     peers = ThreadPeers(len(folders))
 
     def run(rank):
         try:
-            check_shared(folders[rank], peers.as_rank(rank), here=f"host{rank}")
+            check_shared(folders[rank], peers.as_rank(rank), here=f"host{rank}", known=known and folders[rank] / known)
         except Exception as error:
             return error
 
@@ -78,3 +79,18 @@ def test_a_directory_of_checkpoints_that_cannot_be_written_is_said_before_the_fi
     errors = _check([tmp_path / "file" / "checkpoints"] * 2, monkeypatch)
     assert {type(error) for error in errors} == {SaveError}
     assert "the directory of the checkpoints cannot be written: Not a directory" in str(errors[0])
+
+
+def test_a_run_that_goes_on_needs_no_room_for_it(tmp_path, monkeypatch, caplog):
+    def full(path, parts):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shared_folder, "write_file", full)
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    ours.mkdir()
+    (ours / "manifest.json").touch()
+    assert {type(error) for error in _check([ours] * 2, monkeypatch)} == {SaveError}, "a new run needs it"
+    with caplog.at_level("WARNING", "orchestrator"):
+        assert _check([ours] * 2, monkeypatch, known="manifest.json") == [None] * 2
+    assert "has no room (No space left on device); the run goes on" in caplog.text
+    assert {type(error) for error in _check([ours, other], monkeypatch, known="manifest.json")} == {ConfigError}
