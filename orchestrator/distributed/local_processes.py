@@ -148,10 +148,10 @@ def run_local(
                 world = worlds[rank] if worlds else World(rank, size, rank, size, f"file:{store}", attempt)
                 template = supervision.template if supervision else None
                 processes.append(_start(command, {**extra, **world.environment()}, bool(hear), template))
-            held.enter_context(_guarded(processes))
+            guard = held.enter_context(_guarded(processes))
             if hear:
                 held.enter_context(_heard(processes, hear))
-            ended = _Watched(processes, store, supervision).wait()
+            ended = _Watched(processes, store, supervision, guard).wait()
             if supervision and ended.failure and ended.failure.kind != "failed":
                 # Who waits for what was killed has nothing to save, and who hangs ends at no request.
                 grace = supervision.grace_seconds if ended.failure.kind == "killed" else 0.0
@@ -200,24 +200,43 @@ def _heard(processes: Sequence[Process], hear: Hear) -> Iterator[None]:
             thread.join(_LAST_LINES_SECONDS)
 
 
+class _Guard:
+    """A process beside this one that ends the others should this one be killed."""
+
+    def __init__(self, processes: Sequence[Process]):
+        pids = [str(process.pid) for process in processes]
+        self._words = [sys.executable, "-I", "-S", process_guard.__file__, *pids]
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._words, stdin=subprocess.PIPE, start_new_session=True)
+
+    def keep(self) -> None:
+        """Start it again where it was killed: without it the others would outlive this process, and write on."""
+        if self.process.poll() is not None:
+            self.close()
+            self.process = self._start()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
 @contextlib.contextmanager
-def _guarded(processes: Sequence[Process]) -> Iterator[None]:
-    """Run a process beside this one that ends the others should this one be killed."""
-    words = [sys.executable, "-I", "-S", process_guard.__file__, *(str(process.pid) for process in processes)]
-    watcher = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
-    assert watcher.stdin is not None
+def _guarded(processes: Sequence[Process]) -> Iterator[_Guard]:
+    guard = _Guard(processes)
     try:
-        yield
+        yield guard
     finally:
-        watcher.stdin.close()
-        watcher.wait()
+        guard.close()
 
 
 class _Watched:
     """The processes of a job, until the first of them says how it ends."""
 
-    def __init__(self, processes: Sequence[Process], store: Path, supervision: Supervision | None):
-        self._processes, self._store, self._supervision = processes, store, supervision
+    def __init__(self, processes: Sequence[Process], store: Path, supervision: Supervision | None, guard: _Guard):
+        self._processes, self._store, self._supervision, self._guard = processes, store, supervision, guard
         self._beats: list[Beat | None] = [None] * len(processes)
         self._seen_at = self._busy_at = now = time.monotonic()
         seconds = supervision.timeout_seconds if supervision else 0.0
@@ -229,6 +248,7 @@ class _Watched:
         processes, passed_on = self._processes, False
         while True:
             codes = [process.poll() for process in processes]
+            self._guard.keep()
             self._look()
             step = max((beat.step for beat in self._beats if beat), default=None)
             if stopping.insisted():
