@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.api.measured_runs import read_measured
 from orchestrator.config.compose import Composed, compose, conf_dir, group_options, read_plain
 from orchestrator.config.convert import convert_text, from_dict
 from orchestrator.config.options import option
@@ -186,6 +185,8 @@ def _request(
     widest = _widest(composed, keys, options)
     space, restricted = _space(composed, keys, widest)
     known = {field.name: getattr(options, field.name) for field in fields(FailureOptions) if field.name != "sources"}
+    from orchestrator.api.measured_runs import read_measured  # with NumPy, which --help does without
+
     measured = None if options.measured is None else read_measured(options.measured, options.runs_dir)
     ours = options.axes == "train"
     job = JobSpec(

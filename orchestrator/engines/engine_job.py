@@ -14,7 +14,6 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.distributed.world import LAUNCHED
 from orchestrator.errors import ConfigError
 from orchestrator.hardware.target_table import target_of
-from orchestrator.runs import run_directory
 
 LAUNCH = "launch"
 """The folder of a run directory that holds what was submitted; the next submission of the run gets `launch-2`."""
@@ -114,6 +113,8 @@ def engine_job(config: RunConfig, run_id: str, words: Sequence[str]) -> EngineJo
         )
     # On a single host the product starts the processes itself, and starts them again.
     processes = 1 if launch.nodes == 1 or known is None or target is None else target.processes(known)
+    from orchestrator.runs import run_directory  # with NumPy, which --help does without
+
     run_dir = run_directory.named(config, run_id).absolute()
     return EngineJob(
         name=job_name(run_id),

@@ -14,7 +14,6 @@ from orchestrator.engines.engine_job import EngineJob
 from orchestrator.engines.shell_text import exports
 from orchestrator.hardware.host import EFA_VARIABLES
 from orchestrator.installing import importable
-from orchestrator.runs import run_directory
 
 SCRIPT = "job.sbatch"
 CANCELLED = "cancelled"  # a file of this name tells the script that it is not to start again
@@ -145,6 +144,8 @@ def _environment(launch: SlurmLaunch) -> dict[str, str]:
 
 
 def _start(job: EngineJob, command: Sequence[str], failures: str) -> list[str]:
+    from orchestrator.runs import run_directory  # with NumPy, which --help does without
+
     srun = ["srun", "--kill-on-bad-exit=1", f"--wait={_WAIT_SECONDS}"]
     if (cpus := cpus_per_task(job)) is not None:
         srun.append(f"--cpus-per-task={cpus}")  # since 22.05 a step does not take over the job's

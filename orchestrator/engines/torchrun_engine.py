@@ -23,7 +23,6 @@ from orchestrator.engines.torchrun_command import (
 )
 from orchestrator.errors import ConfigError, LaunchError, UserError, shown
 from orchestrator.installing import importable
-from orchestrator.runs import run_directory
 
 SCRIPT = "torchrun.sh"
 _ENDPOINT = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -66,6 +65,8 @@ class TorchrunEngine(Engine):
 
     def status(self, submitted: Submission) -> EngineStatus:
         """See `Engine`."""
+        from orchestrator.runs import run_directory  # with NumPy, which --help does without
+
         host, _, pid = submitted.id.rpartition(":")
         if host == socket.gethostname() and _runs(int(pid), submitted.run_id):
             return EngineStatus("running", f"process {pid}", (host,))

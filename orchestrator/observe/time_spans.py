@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -310,6 +311,9 @@ class _Booking:
     def __init__(self) -> None:
         self._pieces: list[_Piece] = []
         self._top = 0
+        # Steps and seconds of training, lost or not, in all (None) and by leg.
+        self._steps: defaultdict[int | None, int] = defaultdict(int)
+        self._seconds: defaultdict[int | None, float] = defaultdict(float)
 
     def add(self, entry: TimeEntry, then: TimeEntry) -> None:
         """Add the span between two entries."""
@@ -327,27 +331,32 @@ class _Booking:
             self._top = last
 
     def _put(self, span: Span, first: int, last: int, leg: int | None) -> None:
-        if span.end > span.begin:
-            self._pieces.append(_Piece(span, first, last, leg))
+        if span.end <= span.begin:
+            return
+        self._pieces.append(_Piece(span, first, last, leg))
+        if span.state == "training" and last > first:
+            for key in {None, leg}:
+                self._steps[key] += last - first
+                self._seconds[key] += span.seconds.get("training", 0.0)
 
     def _put_rest(self, begin: float, end: float, step: int, leg: int | None) -> None:
         """Book what follows on the last step of a leg that failed: a part of a step, then nobody had noticed yet."""
-        done = [
-            piece for piece in self._pieces if piece.span.state in ("training", "lost") and piece.last > piece.first
-        ]
-        done = [piece for piece in done if piece.leg == leg] or done
-        steps = sum(piece.last - piece.first for piece in done)
-        each = sum(piece.span.seconds.get(piece.span.state, 0.0) for piece in done) / steps if steps else math.inf
+        known = leg if self._steps[leg] else None
+        each = self._seconds[known] / self._steps[known] if self._steps[known] else math.inf
         cut = min(end, begin + each)
         self._put(Span("lost", begin, cut), step, step, leg)
         self._put(Span("waiting", cut, end), step, step, leg)
 
     def _undo(self, step: int) -> None:
         """Book training beyond `step` as lost."""
-        kept: list[_Piece] = []
-        for piece in self._pieces:
+        # Steps rise along what is still training, so what is undone lies at the end.
+        begin = len(self._pieces)
+        while begin and not (self._pieces[begin - 1].span.state == "training" and self._pieces[begin - 1].last <= step):
+            begin -= 1
+        kept = self._pieces[:begin]
+        for piece in self._pieces[begin:]:
             span = piece.span
-            if span.state != "training" or piece.last <= step:
+            if span.state != "training":
                 kept.append(piece)
                 continue
             share = max(0.0, (step - piece.first) / (piece.last - piece.first)) if piece.last > piece.first else 0.0

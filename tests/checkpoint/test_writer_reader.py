@@ -216,7 +216,7 @@ def test_a_save_that_stops_before_its_end_is_no_checkpoint(tmp_path, monkeypatch
     def die(*unused):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "_commit", die)
+    monkeypatch.setattr(writer, "commit_ranks", die)
     coordinator = ThreadPeers(1)
     coordinator.enter(0)
     with pytest.raises(KeyboardInterrupt):

@@ -107,7 +107,7 @@ def test_a_run_whose_last_save_fails_has_failed(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_commit", refuse)
+    monkeypatch.setattr(writer, "commit_ranks", refuse)
     run_dir = tmp_path / "run"
     with pytest.raises(AssertionError, match="SaveError: the checkpoint of step 6 could not be written: No space left"):
         work_ranks(small_config(tmp_path, *SHORT), 1, run_dir)
