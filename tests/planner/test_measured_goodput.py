@@ -16,6 +16,7 @@ from tests.lab.goodput_check import measured_and_expected
 from tests.lab.killed_runs import attempt
 from tests.lab.ranks import preload
 from tests.lab.runs import TINY, small_config
+from tests.lab.slow import slow
 
 KILLED = (
     *TINY,
@@ -48,10 +49,8 @@ def kill_again_and_again(folder: Path, kills: int, mean_seconds: float, pause: f
     return run_dir
 
 
-@pytest.mark.parametrize(
-    ("kills", "mean_seconds"),
-    [pytest.param(6, 12.0, marks=pytest.mark.slow), pytest.param(30, 8.0, marks=pytest.mark.slow)],
-)
+@slow
+@pytest.mark.parametrize(("kills", "mean_seconds"), [(6, 12.0), (30, 8.0)])
 def test_measured_and_expected_goodput_agree(tmp_path: Path, kills: int, mean_seconds: float):
     run_dir = kill_again_and_again(tmp_path, kills, mean_seconds, pause=0.03)
     measured, expected = measured_and_expected(run_dir)
