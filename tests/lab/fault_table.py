@@ -204,7 +204,7 @@ def full_for_a_while(folder: Path) -> None:
 def full_to_the_end(folder: Path) -> None:
     with _small_disk(folder / "disk", "4m") as disk:
         words = (f"runs_dir={disk}/runs", "train.max_steps=400", "train.eval_every=null", "checkpoint.every_steps=null")
-        with _started(folder, *words, "logger.every_steps=1") as run:
+        with _started(folder, *words, "logger.every_steps=1", "launch.max_restarts=0") as run:
             (folder / "runs").symlink_to(disk / "runs")
             run.until(lambda: len(run.steps()) > 3)
             _fill(disk)

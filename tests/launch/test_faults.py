@@ -48,6 +48,7 @@ def test_a_full_disk(small_disk, tmp_path):
         "checkpoint.every_steps=5",
         "checkpoint.keep_last=4",
         "hardware.devices=2",
+        "launch.max_restarts=0",
     )
     result = run("train", *words)
     assert result.returncode == 1, "it may be tried again"
