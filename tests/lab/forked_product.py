@@ -134,6 +134,7 @@ def _launch(words: list[str]) -> int:
     from orchestrator.errors import UserError
     from orchestrator.launch.start import launch
     from orchestrator.output import printing
+    from orchestrator.runs.time_book import process_began
 
     start = subprocess.Popen
 
@@ -144,7 +145,7 @@ def _launch(words: list[str]) -> int:
 
     with printing(), mock.patch.object(subprocess, "Popen", popen):
         try:
-            return launch(compose(words)).code
+            return launch(compose(words), began=process_began()).code  # as the command line does
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
@@ -182,13 +183,14 @@ def _of_agent(words: list[str]) -> None:
     from orchestrator.errors import UserError
     from orchestrator.launch.start import launch
     from orchestrator.output import printing
+    from orchestrator.runs.time_book import process_began
 
     ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)  # PR_SET_PDEATHSIG, which torch sets for functions and not for programs
     _leave_number(os.environ["RANK"])
     code = 1
     try:
         with printing(), _steps_logged():
-            code = launch(compose(words)).code
+            code = launch(compose(words), began=process_began()).code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
