@@ -30,10 +30,10 @@ from orchestrator.errors import (
     PartError,
     UserError,
 )
-from orchestrator.hardware.preemption_notice import Notice, noticing
 from orchestrator.hardware.target import Target
 from orchestrator.launch import rejoining
-from orchestrator.launch.export_metrics import export_metrics
+from orchestrator.launch.deadline import note_time_left, noticed, prepare_last_save
+from orchestrator.launch.export_metrics import export_metrics, measure_energy
 from orchestrator.launch.failure_notes import leave_note
 from orchestrator.output import tell
 from orchestrator.report.run_time import goodput_line
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 
 # A variable, behind OWN_PREFIX: the run directory.
 RUN_DIR = "RUN_DIR"
-_NOTICE = "notice"  # key under which a process publishes that its host will be taken away
-_STORE_SHARE = 0.4  # of the time that is left, for one operation of a store; the rest is for saving elsewhere
 
 
 @dataclass(frozen=True)
@@ -129,21 +127,11 @@ def joined(resolved: Resolved, world: World, target: Target) -> Iterator[tuple[P
         # The product's own launcher watches from outside.
         watched_outside = not world.store.startswith("tcp:")
         monitor = RankMonitor(parallel, None if watched_outside else resolved.config.hardware.timeout_seconds)
-        launch = resolved.config.launch
-        stopping.allow(launch.grace_seconds)
-        notices = noticing(
-            launch.notices if world.local_rank == 0 else "none", lambda notice: _pass_on(parallel, notice)
-        )
         try:
-            with monitor.watched(), notices:
+            with monitor.watched(), noticed(resolved.config.launch, parallel, world):
                 yield parallel, monitor
         finally:
             parallel.leave()
-
-
-def _pass_on(parallel: ParallelStrategy, notice: Notice) -> None:
-    """Tell the process that keeps the record; the other hosts' deadline is the same, as all stop together."""
-    parallel.put(_NOTICE, f"{notice}, to process {parallel.rank}")
 
 
 def train(resolved: Resolved, parallel: ParallelStrategy, monitor: RankMonitor, opened: Opened) -> int:
@@ -249,6 +237,7 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
         ending.callback(lambda: rejoining.end(job, record, status, left_out))
         ending.callback(job.watchers.checkpoints.close)
         ending.callback(job.watchers.snapshots.close)
+        ending.callback(measure_energy(job, record))
         record.begin()
         export_metrics(job, book)
         if job.parallel.speaks:
@@ -330,28 +319,15 @@ def _save(job: Job, record: Record) -> None:
     """
     # What only the memory of the hosts has is not kept yet.
     trained = job.module.step > job.leg["start_step"] or job.leg.get("restored_from") == "memory"
-    if notice := job.parallel.get_now(_NOTICE):
-        record.note(notice=notice)
-    if (left := stopping.seconds_left()) is not None:
-        limit = job.resolved.config.checkpoint.store_timeout_seconds
-        wait_for_stores(max(1.0, min(limit, _STORE_SHARE * left)))
+    prepare_last_save(job, record)
     if trained and (job.watchers.checkpoints.at_end or not _all_steps_done(job)):
         path = job.watchers.checkpoints.save_now(job.module)
         job.say(f"saved {path}")
         if job.watchers.checkpoints.elsewhere:
             record.note(saved_elsewhere={"checkpoint": str(path), "because": job.watchers.checkpoints.elsewhere})
-        _note_time_left(job, record)
+        note_time_left(job, record)
     else:
         job.watchers.checkpoints.settle()
-
-
-def _note_time_left(job: Job, record: Record) -> None:
-    """Record how much of the time that an engine leaves was left when the run was saved."""
-    if (left := stopping.seconds_left()) is None:
-        return
-    record.note(seconds_left=round(left, 3))
-    if left < 0:
-        job.say(f"warning: it was saved {-left:.0f} s later than allowed: launch.grace_seconds is too short for a save")
 
 
 def _look_back(job: Job, left_out: list[str]) -> None:

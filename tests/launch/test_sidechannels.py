@@ -155,3 +155,10 @@ def test_a_signal_in_the_last_step(tmp_path, monkeypatch, capfd):
     assert [row["step"] for row in read_rows(run_dir) if "val_loss" in row] == [6]
     assert len((run_dir / "samples.jsonl").read_text().splitlines()) == 1
     assert [path.name for path in (run_dir / "checkpoints").glob("step-*6*")] == ["step-00000006"], "not saved again"
+
+
+def test_each_leg_says_what_energy_it_took_or_why_that_is_not_known(tmp_path):
+    assert work_ranks(small_config(tmp_path, *SHORT), 1, tmp_path / "run") == [0]
+    (leg,) = json.loads((tmp_path / "run" / "run.json").read_text())["legs"]
+    assert leg["energy"]["seconds"] > 0
+    assert leg["energy"].keys() & {"joules", "not_measured"}
