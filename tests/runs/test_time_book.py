@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.observe.time_spans import BOOK, Book, read_book
+from orchestrator.checkpoint.run_checkpoints import committed, step_of
+from orchestrator.observe.time_spans import BOOK, Book, read_book, read_life
 from tests.lab.killed_runs import attempt
 from tests.lab.ranks import preload
 from tests.lab.runs import TINY, small_config
@@ -96,7 +97,8 @@ def test_stops_failing_stores_and_a_book_that_cannot_be_written(tmp_path: Path):
         leg.until_step(30)
         checkpoints.rename(aside)
         checkpoints.write_text("no folder")
-        leg.until_step(90)
+        # A sign of life is a second old at most, in which the run may have saved once more.
+        leg.until_step(max(90, 3 * step_of(committed(aside)[0])))
         leg.kill()
         leg.codes()
     checkpoints.unlink()
@@ -106,7 +108,9 @@ def test_stops_failing_stores_and_a_book_that_cannot_be_written(tmp_path: Path):
         kept = book_path.read_bytes()
         book_path.unlink()
         book_path.mkdir()
-        leg.until_step(90)
+        life = read_life(run_dir)
+        # Until a sign of life that comes after evaluations and saves which the book did not take.
+        leg.until_step(life.entry.step + 60)
         leg.kill()
         leg.codes()
     book_path.rmdir()
