@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.compose import read_plain
 from orchestrator.errors import UserError
-from orchestrator.observe.history import METRICS
+from orchestrator.observe.history import METRICS, last_rows
 from orchestrator.observe.time_spans import ALIVE, BOOK, read_book
 from orchestrator.report.run_data import number
 from orchestrator.runs import run_directory
@@ -76,25 +75,45 @@ def list_runs(runs_dir: str | Path = "runs", *, name: str | None = None) -> list
         name: of those that are wanted: the folder below `runs_dir`; None: all.
     """
     folder = Path(runs_dir)
-    found = [overview(run, folder) for run in latest_runs(folder) if name is None or run.parent.name == name]
+    found = [look_at(run, folder).overview for run in latest_runs(folder) if name is None or run.parent.name == name]
     return sorted(found, key=lambda one: one.worked, reverse=True)
 
 
-def overview(run_dir: Path, runs_dir: Path) -> RunOverview:
+@dataclass(frozen=True)
+class RunLook:
+    """One look at the files of a run.
+
+    Attributes:
+        overview: the run in a line.
+        facts: of its run.json.
+        rows: the last ones of its metrics.
+        goodput: the share of its time that was progress (`fraction`), and its `seconds` by state.
+    """
+
+    overview: RunOverview
+    facts: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    goodput: Mapping[str, Any]
+
+
+def look_at(run_dir: Path, runs_dir: Path, most_bytes: int = _TAIL_BYTES) -> RunLook:
     """Return what a run is doing.
 
     Args:
         run_dir: of the run.
         runs_dir: the folder that its name is told below.
+        most_bytes: of the end of its metrics, that are read.
     """
-    facts, steps = run_directory.read_run(run_dir), last_rows(run_dir)
+    facts = run_directory.read_run(run_dir)
+    steps = [row for row in last_rows(run_dir / METRICS, most_bytes) if isinstance(row.get("step"), int)]
+    goodput = _goodput(run_dir, facts)
     legs = [leg for leg in facts.get("legs") or () if isinstance(leg, Mapping)]
     last = legs[-1] if legs else {}
     trained: dict[str, Any] = next((row for row in reversed(steps) if "loss" in row), {})
     evaluated: dict[str, Any] = next((row for row in reversed(steps) if "val_loss" in row), {})
     names = last.get("device_names") or [last.get("target")]
     worked = _worked(run_dir)
-    return RunOverview(
+    overview = RunOverview(
         run=str(run_dir.relative_to(runs_dir)) if run_dir.is_relative_to(runs_dir) else str(run_dir),
         directory=run_dir,
         state=_state(str(facts.get("status") or ""), run_dir, worked),
@@ -103,54 +122,22 @@ def overview(run_dir: Path, runs_dir: Path) -> RunOverview:
         loss=number(trained.get("loss")),
         val_loss=number(evaluated.get("val_loss")),
         tokens_per_second=number(trained.get("tokens_per_second")),
-        goodput=number(goodput_of(run_dir, facts).get("fraction")),
+        goodput=number(goodput.get("fraction")),
         restarts=max(0, len(legs) - 1),
         host=str(last["host"]) if last.get("host") else None,
         devices=f"{last['devices']} x {names[0]}" if last.get("devices") else None,
         worked=worked,
     )
+    return RunLook(overview, facts, steps, goodput)
 
 
-def goodput_of(run_dir: Path, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the share of a run's time that was progress (`fraction`), and its `seconds` by state, as of now.
-
-    Args:
-        run_dir: of the run.
-        facts: of its run.json, which has them as of its last start or end.
-    """
+def _goodput(run_dir: Path, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As of now; run.json has it as of the run's last start or end."""
     book = read_book(run_dir)
     if book.spans:
         return book.facts()
     said = facts.get("goodput")
     return said if isinstance(said, Mapping) else {}
-
-
-def last_rows(run_dir: Path, most_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:
-    """Return the last rows of a run's metrics, which may be long, or be cut at its end.
-
-    Args:
-        run_dir: of the run.
-        most_bytes: that are read.
-    """
-    path = run_dir / METRICS
-    try:
-        if not path.is_file():
-            return []
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - most_bytes))
-            lines = file.read(most_bytes).split(b"\n")
-    except OSError:
-        return []
-    rows = []
-    for line in lines[1:] if size > most_bytes else lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 def is_held(run_dir: Path) -> bool | None:

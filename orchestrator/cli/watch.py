@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
-    from orchestrator.api.run_overview import RunOverview
+    from orchestrator.api.run_overview import RunLook
 
 _PROGRAM = "python -m orchestrator watch"
 _ROW_BYTES = 1 << 19  # of the metrics' end, for the curve
@@ -64,10 +64,10 @@ def main(argv: list[str]) -> int:
 def _print_once(run_dir: Path, runs_dir: Path) -> int:
     from rich.console import Console
 
-    from orchestrator.api.run_overview import overview
+    from orchestrator.api.run_overview import look_at
 
     width = max(_NARROW, shutil.get_terminal_size((100, 40)).columns)
-    Console(width=width, highlight=False).print(_picture(overview(run_dir, runs_dir), width))
+    Console(width=width, highlight=False).print(_picture(look_at(run_dir, runs_dir, _ROW_BYTES), width))
     return 0
 
 
@@ -76,25 +76,25 @@ def _draw(run_dir: Path, runs_dir: Path, every: float) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from orchestrator.api.run_overview import overview
+    from orchestrator.api.run_overview import look_at
 
     console = Console(highlight=False)
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            one = overview(run_dir, runs_dir)
-            live.update(_picture(one, max(_NARROW, console.width)), refresh=True)
-            if one.state != "running":
+            look = look_at(run_dir, runs_dir, _ROW_BYTES)
+            live.update(_picture(look, max(_NARROW, console.width)), refresh=True)
+            if look.overview.state != "running":
                 return 0
             _wait(every)
 
 
 def _print(run_dir: Path, runs_dir: Path, every: float) -> int:
     """Print a line for each new step that is seen; for files and pipes."""
-    from orchestrator.api.run_overview import overview
+    from orchestrator.api.run_overview import look_at
 
     shown: tuple[str, int | None] | None = None
     while True:
-        one = overview(run_dir, runs_dir)
+        one = look_at(run_dir, runs_dir).overview
         if (one.state, one.step) != shown:
             shown = one.state, one.step
             loss = "" if one.loss is None else f"  loss {one.loss:.4f}"
@@ -112,28 +112,26 @@ def _wait(seconds: float) -> None:
         time.sleep(min(left, 0.1))
 
 
-def _picture(one: RunOverview, width: int) -> Group:
+def _picture(look: RunLook, width: int) -> Group:
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    from orchestrator.api.run_overview import goodput_of, last_rows
     from orchestrator.report.run_frame import frame, seconds_to_go, time_line
     from orchestrator.report.run_text import duration
-    from orchestrator.runs.run_directory import read_run
 
-    facts, rows = read_run(one.directory), last_rows(one.directory, _ROW_BYTES)
-    left = seconds_to_go([row for row in rows if "loss" in row], one.step, one.max_steps)
+    one = look.overview
+    left = seconds_to_go([row for row in look.rows if "loss" in row], one.step, one.max_steps)
     head = Text.assemble((one.run, "bold"), "  ", (one.state, _COLOURS.get(one.state, "")), f"  {one.host or ''}")
     ends = f", {duration(left)} to go" if left and one.state == "running" else ""
     progress = Table.grid(padding=(0, 2))
     done = Text(f"step {one.step or 0:,} of {one.max_steps or 0:,}{ends}")
     progress.add_row(ProgressBar(total=max(1, one.max_steps or 1), completed=one.step or 0, width=_BAR), done)
     body = Table.grid(padding=(0, 2))
-    for label, text in frame(facts, rows, width):
+    for label, text in frame(look.facts, look.rows, width):
         body.add_row(Text(label, "dim"), Text(text, no_wrap=True, overflow="ellipsis"))
-    if booked := _seconds(goodput_of(one.directory, facts)):
+    if booked := _seconds(look.goodput):
         goodput = "" if one.goodput is None else f"goodput {one.goodput:.1%}"
         body.add_row(Text("time", "dim"), Text(goodput))
         for label, text in time_line(booked, _BAR):

@@ -86,24 +86,36 @@ def row_key(row: Mapping[str, Any]) -> tuple[Any, Any, bool]:
     return row.get("leg"), row.get("step"), "val_loss" in row
 
 
+def last_rows(path: Path, most_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:
+    """Return the last rows in a file of metrics; those that are cut, at either end, are left out.
+
+    Args:
+        path: of the file; nothing is in one that is not there.
+        most_bytes: of its end, that are read.
+    """
+    try:
+        if not path.is_file():  # a pipe in its place has no end
+            return []
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - most_bytes))
+            lines = file.read(most_bytes).splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict):
+                found.append(row)
+    return found
+
+
 def written_rows(path: Path) -> set[tuple[Any, Any, bool]]:
     """Return the keys of the last rows in a file of metrics, which another process has written.
 
     Args:
         path: of the file; nothing is in one that is not there.
     """
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return set()
-    found = set()
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the first of them may be cut, and one that a crash has left
-            if isinstance(row := json.loads(line), dict):
-                found.add(row_key(row))
-    return found
+    return {row_key(row) for row in last_rows(path)}
 
 
 NONFINITE = "nonfinite"

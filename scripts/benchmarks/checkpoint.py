@@ -27,17 +27,14 @@ from typing import Any
 import lightning.pytorch as lightning
 import psutil
 import torch
-from common import resolved_in
+from common import trained
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.writer import Contents, save
 from orchestrator.config.compose import compose
-from orchestrator.data.prepare import prepare
 from orchestrator.distributed.exchange import SingleProcess
-from orchestrator.distributed.world import World
 from orchestrator.sharding.shard import Shard
-from orchestrator.training.job import build, make_strategy
 
 TURNS = 9
 HASHES = ("sha256", "blake3")
@@ -192,18 +189,8 @@ def stall(asynchronous: bool, every: int, steps: int) -> None:
     words = ["model=llama_20m", "hardware=cpu", f"train.max_steps={steps}"]
     words += ["train.eval_every=null", f"checkpoint.every_steps={every}", f"checkpoint.asynchronous={asynchronous}"]
     config = compose([*words, "logger.progress=false", "checkpoint.keep_last=1"]).config
-    data = prepare(config.data)
-    with tempfile.TemporaryDirectory() as folder:
-        resolved = resolved_in(config, World(), data, Path(folder))
-        parallel = make_strategy(resolved, resolved.target(), World())
-        parallel.join()
-        job = build(resolved, parallel, data, leg=0)
-        clock = Clock()
-        job.trainer.callbacks.append(clock)
-        job.trainer.fit(job.module, job.loader)
+    with trained(config, lambda job, data: Clock()) as (job, clock):
         job.watchers.checkpoints.close()
-        job.watchers.channels.close()
-        parallel.leave()
     step = statistics.median(clock.steps)
     first, later = job.watchers.checkpoints.stalls[0], job.watchers.checkpoints.stalls[1:]
     print(

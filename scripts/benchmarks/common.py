@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from orchestrator.data.stream import Position, StepLoader, TokenStream
 from orchestrator.distributed.world import World
 from orchestrator.hardware.target_table import job_devices, resolve
 from orchestrator.runs.run_directory import RunPaths
-from orchestrator.training.job import build, make_strategy
+from orchestrator.training.job import Job, build, make_strategy
 from orchestrator.training.resolved import Resolved, resolve_run
 
 Turns = TypeVar("Turns", bound=lightning.Callback)
@@ -46,20 +47,29 @@ def resolved_in(config: RunConfig, world: World, data: PreparedData, run_dir: Pa
     return replace(resolved, paths=RunPaths(run_dir, run_dir / "checkpoints", None))
 
 
-def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns], world: World = World()) -> Turns:
-    """Train as the product does, with one more callback, which is returned."""
+@contextmanager
+def trained(
+    config: RunConfig, make_turns: Callable[[Job, PreparedData], Turns], world: World = World()
+) -> Iterator[tuple[Job, Turns]]:
+    """Train as the product does, with one more callback. Within it the job is there still, and what watches it."""
     data = prepare(config.data)
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolved_in(config, world, data, Path(folder))
         parallel = make_strategy(resolved, resolved.target(), world)
         parallel.join()
         job = build(resolved, parallel, data, leg=0)
-        turns = make_turns(config, data)
+        turns = make_turns(job, data)
         # Last, so that all of the product's own callbacks are on the product's clock.
         job.trainer.callbacks.append(turns)
         job.trainer.fit(job.module, job.loader)
+        yield job, turns
         job.watchers.channels.close()
         if job.watchers.progress:
             job.watchers.progress.close()
         parallel.leave()
-    return turns
+
+
+def fit(config: RunConfig, make_turns: Callable[[RunConfig, PreparedData], Turns], world: World = World()) -> Turns:
+    """Train as the product does, with one more callback, which is returned."""
+    with trained(config, lambda job, data: make_turns(config, data), world) as (_, turns):
+        return turns

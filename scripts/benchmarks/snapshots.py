@@ -12,19 +12,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-from common import resolved_in
+from common import trained
 
 from orchestrator.config.compose import compose
-from orchestrator.data.prepare import prepare
-from orchestrator.distributed.world import World
 from orchestrator.training.callbacks.snapshots import Snapshots
-from orchestrator.training.job import build, make_strategy
 
 PAIRS = 3
 
@@ -59,19 +54,9 @@ def cost(model: str, every: int, block: int) -> None:
     ]
     words += ["checkpoint.every_steps=null", "checkpoint.memory.enabled=true", f"checkpoint.memory.every_steps={every}"]
     config = compose([*words, "logger.progress=false", "logger.tensorboard=false"]).config
-    data = prepare(config.data)
-    with tempfile.TemporaryDirectory() as folder:
-        resolved = resolved_in(config, World(), data, Path(folder))
-        parallel = make_strategy(resolved, resolved.target(), World())
-        parallel.join()
-        job = build(resolved, parallel, data, leg=0)
-        turns = Turns(job.watchers.snapshots, block)
-        job.trainer.callbacks.append(turns)
-        job.trainer.fit(job.module, job.loader)
+    with trained(config, lambda job, data: Turns(job.watchers.snapshots, block)) as (job, turns):
         stalls = job.watchers.snapshots.stalls
         job.watchers.snapshots.finish()
-        job.watchers.channels.close()
-        parallel.leave()
     ratios = [on / off for on, off in zip(turns.seconds[True], turns.seconds[False], strict=False)]
     step = statistics.median(turns.seconds[False]) / block
     holds = statistics.median(stalls) / step
