@@ -7,9 +7,11 @@ the interpreter is doing. A suspended process (SIGSTOP) writes when it is contin
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,8 +88,8 @@ def leave_record(store: Path, rank: int) -> None:
 def collect(store: Path, pids: Mapping[int, int], suspended: Sequence[int], folder: Path, heads: Sequence[str]) -> None:
     """Make all processes write where they are, and keep it in `folder`: `rank-R.txt`, and `rank-R.json` where recorded.
 
-    It takes two seconds at most. Those that are suspended are continued for it, after the others have written: they are
-    about to be ended.
+    It takes four seconds at most. Those that are suspended are continued for it, after the others have written all they
+    have: then the job goes on, and may even end, until its processes are ended.
 
     Args:
         store: the file where the processes meet.
@@ -106,16 +108,29 @@ def collect(store: Path, pids: Mapping[int, int], suspended: Sequence[int], fold
                 # To a process that has not registered the signal would be the end.
                 if number is not None and _text(store, rank).exists() and rank in pids:
                     with contextlib.suppress(OSError):
-                        os.kill(pids[rank], number)
-        if ranks:
-            _await([_text(store, rank) for rank in ranks], 0.5)
-    _await([_record(store, rank) for rank in pids if _text(store, rank).exists()], _WAIT_SECONDS)
+                        _signal(pids[rank], number)
+        there = [rank for rank in ranks if rank in pids and _text(store, rank).exists()]
+        _await([_text(store, rank) for rank in there], 0.5)
+        _await([_record(store, rank) for rank in there], _WAIT_SECONDS)
     for rank, head in enumerate(heads):
         said = _read(_text(store, rank)) or "it has written no stacks: it had just started, or its host does not let it"
         with contextlib.suppress(OSError):
             (folder / f"rank-{rank}.txt").write_text(f"{head}\n\n{said}")
             if recorded := _read(_record(store, rank)):
                 (folder / f"rank-{rank}.json").write_text(recorded)
+
+
+def _signal(pid: int, number: int) -> None:
+    """Send a signal to a process: one that asks for its stacks to its main thread.
+
+    Any thread may take one that is sent to a suspended process. The main thread, whose place is looked for, would then
+    have gone on by the time that the stacks are written.
+    """
+    to_thread = getattr(ctypes.CDLL(None), "tgkill", None) if sys.platform == "linux" and number == SIGNAL else None
+    if to_thread is None:
+        os.kill(pid, number)
+    else:
+        to_thread(pid, pid, number)
 
 
 def _await(paths: Sequence[Path], seconds: float) -> None:
