@@ -13,50 +13,36 @@ from orchestrator.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from orchestrator.config.compose import Composed, read_config
     from orchestrator.config.convert import from_dict, to_dict
+    from orchestrator.config.data_schema import DataConfig, SourceConfig, TokenizerConfig, TokensConfig
     from orchestrator.config.model_schema import ModelConfig
-    from orchestrator.config.schema import (
+    from orchestrator.config.optim_schema import (
         AdafactorConfig,
         AdamWConfig,
-        CheckpointConfig,
-        DataConfig,
-        HardwareConfig,
-        LayoutConfig,
-        LoggerConfig,
         MuonConfig,
         OptimConfig,
-        RunConfig,
         ScheduleConfig,
         SGDConfig,
-        SourceConfig,
-        TokenizerConfig,
-        TokensConfig,
-        TrainConfig,
     )
+    from orchestrator.config.schema import CheckpointConfig, HardwareConfig, LayoutConfig, LoggerConfig, RunConfig
+    from orchestrator.config.train_schema import TrainConfig
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "config.compose": ["Composed", "read_config"],
             "config.convert": ["from_dict", "to_dict"],
+            "config.data_schema": ["DataConfig", "SourceConfig", "TokenizerConfig", "TokensConfig"],
             "config.model_schema": ["ModelConfig"],
-            "config.schema": [
+            "config.optim_schema": [
                 "AdafactorConfig",
                 "AdamWConfig",
-                "CheckpointConfig",
-                "DataConfig",
-                "HardwareConfig",
-                "LayoutConfig",
-                "LoggerConfig",
                 "MuonConfig",
                 "OptimConfig",
-                "RunConfig",
                 "SGDConfig",
                 "ScheduleConfig",
-                "SourceConfig",
-                "TokenizerConfig",
-                "TokensConfig",
-                "TrainConfig",
             ],
+            "config.schema": ["CheckpointConfig", "HardwareConfig", "LayoutConfig", "LoggerConfig", "RunConfig"],
+            "config.train_schema": ["TrainConfig"],
         },
     )
 

@@ -1,0 +1,53 @@
+"""The configuration of a run's training; `config.schema` hands it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.config.model_schema import Auto
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text generated during the run and at its end."""
+
+    prompt: str | None = None  # null: the beginning of a held-out document
+    tokens: int = 64  # 0: no samples
+    temperature: float = 0.8
+    every_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """What a spike is: steps in a row whose loss or gradient norm is far above what the steps before had."""
+
+    window: int = 128  # steps before, whose median and median absolute deviation count
+    deviations: float = 6.0  # above the median, in robust standard deviations
+    steps: int = 3  # in a row
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch size, evaluation and numerical settings of the training."""
+
+    max_steps: int = 300
+    seq_len: int = 256
+    global_batch_tokens: int = 4096  # per optimizer step, over all devices
+    micro_batch_size: int | Auto = "auto"  # sequences per device and backward pass; auto: all of a step's
+    reduce_gradients: Literal["each", "last"] = "each"  # micro-batch of a step; the strategies say what it means
+    remat: Literal["auto", "none", "selective", "full"] = "none"  # auto: with the layout, if that is planned; else none
+    eval_every: int | None = 100  # steps
+    eval_tokens: int = 65536
+    loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
+    deterministic: bool = False
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"  # of a step whose loss or gradient norm is not finite
+    max_skips: int = 10  # steps in a row that on_nonfinite=skip leaves out; one more, and the run stops
+    max_rewinds: int = 10  # of a run, all its legs together; one more, and the run stops
+    on_spike: Literal["ignore", "warn", "rewind"] = "warn"
+    spike: SpikeConfig = SpikeConfig()
+    check_replicas_every: int | None = None  # steps; that devices which must hold the same bits do; None: not asked
+    rewind_skip_steps: int = 0  # least batches that a rewind leaves out, from its checkpoint on
+    init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
+    objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep
+    sample: SampleConfig = SampleConfig()
