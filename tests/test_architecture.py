@@ -111,7 +111,7 @@ NOT_IN: dict[str, set[str]] = {
 PICKLE_READER = "interop/pickle_reader.py"
 # Modules that import by name: what the product's own tables name, and what the user does (`config.registry`).
 IMPORT_BY_NAME = {"cli/__init__.py", "cli/checkpoint.py", "hardware/target_table.py", "config/registry.py"}
-IMPORT_BY_NAME |= {"engines/engine_table.py"}
+IMPORT_BY_NAME |= {"engines/engine_table.py", "launch/model_job.py"}
 IMPORT_BY_NAME |= {"lazy_exports.py"}  # a package's own names, when they are used
 # unittest: what a test needs to replace by a mock is a parameter or a method of the product.
 NOWHERE = {"unittest", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -136,18 +136,19 @@ READS_AUTO = {
 # What decides, and the modules that may import it: those that start a run or a part of one.
 DECIDED_IN = {
     "orchestrator.training.layout_choice": {
-        *("launch/certifying.py", "launch/plan.py", "launch/start.py", "training/resolved.py"),
+        *("launch/certifying.py", "launch/model_job.py", "launch/plan.py", "launch/start.py", "training/resolved.py"),
     },
     "orchestrator.training.resolved.resolve_run": {
-        *("api/rehearsing.py", "launch/canary.py", "launch/certifying.py", "launch/start.py"),
+        *("api/rehearsing.py", "launch/certifying.py", "launch/model_job.py", "launch/start.py"),
         "rehearsal/memory_trace.py",
     },
     "orchestrator.hardware.target_table.resolve": {
-        *("api/rehearsing.py", "api/trained_models.py", "cli/generate.py", "launch/canary.py", "launch/plan.py"),
+        *("api/rehearsing.py", "api/trained_models.py", "cli/generate.py", "launch/model_job.py", "launch/plan.py"),
         *("launch/certifying.py", "rehearsal/memory_trace.py", "strategies/parallel_strategy.py"),
     },
     "orchestrator.checkpoint.signing.trust": {
-        *("certify/certificate.py", "cli/checkpoint.py", "launch/plan.py", "launch/run.py", "runs/resume.py"),
+        *("certify/certificate.py", "cli/checkpoint.py", "launch/model_job.py", "launch/plan.py", "launch/run.py"),
+        "runs/resume.py",
     },
 }
 

@@ -14,7 +14,7 @@ from orchestrator.output import printing
 
 
 def main(argv: list[str]) -> int:
-    """Be one process of a run (`train`), of a handover check (`handover FOLDER CHECKPOINT`) or of a certification.
+    """Be one process of a run (`train`), of a certification, or of work on a checkpoint's model (`model FOLDER`).
 
     `group FILE` supervises a replica group of a run, and `lighthouse FILE` is where these groups meet.
 
@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
                 from orchestrator.launch.certifier import certify_worker
 
                 return certify_worker(kind, words)
-            from orchestrator.launch.canary import check_worker
+            from orchestrator.launch.model_job import model_worker
 
-            return check_worker(words)
+            return model_worker(words)
         except stopping.Stopped as stop:
             return stop.exit_code
         except Exception:

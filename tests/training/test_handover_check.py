@@ -48,14 +48,19 @@ def saved(tmp_path_factory):
 
 
 def _check(world, data, sources):
-    from orchestrator.launch.canary import measure_checkpoint
-    from orchestrator.training.job import make_strategy
+    from orchestrator.launch.canary import check_model
+    from orchestrator.launch.run import joined
+    from orchestrator.strategies.served_model import ServedModel
+    from orchestrator.training.placed_model import build_placed
+    from orchestrator.training.restore import restore_weights
 
     resolved = resolved_run(from_dict(RunConfig, data), world, vocab_size=257)
-    parallel = make_strategy(resolved, resolved.target(), world)
-    parallel.join()
-    results = [measure_checkpoint(resolved, parallel, Checkpoint(source, look=False)) for source in sources]
-    parallel.leave()
+    results = []
+    with joined(resolved, world, resolved.target()) as (parallel, _):
+        for source in sources:
+            checkpoint, model = Checkpoint(source, look=False), build_placed(resolved.config, parallel)
+            restore_weights(checkpoint, resolved.config, parallel, model, cast=False)
+            results.append(check_model(ServedModel(model, parallel, checkpoint, resolved.config), {}))
     return results
 
 
