@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +40,7 @@ class LMHead(nn.Module):
         self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
         self.ops = default_head_ops(ops, softcap) if isinstance(ops, int) else ops
         self.scale = scale
+        self._token_weights: Tensor | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
         """Loss with targets, logits without.
@@ -46,12 +51,47 @@ class LMHead(nn.Module):
             last_only: logits of the last position only.
 
         Returns:
-            fp32 scalar, the sum over the targets; or [B, T, V], with `last_only` [B, 1, V].
+            fp32 scalar, the sum over the targets, within `weighted` each times its factor; or [B, T, V], with
+            `last_only` [B, 1, V].
         """
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if targets is not None:
-            return self.ops.loss(hidden, self.weight, targets)
+            return self.ops.loss(hidden, self.weight, targets, self._token_weights)
         logits = self.ops.logits(hidden[:, -1:] if last_only else hidden, self.weight)
         cap = self.ops.softcap
         return logits if cap is None else (logits / cap).tanh() * cap
+
+    @contextmanager
+    def weighted(self, weights: Tensor | None) -> Iterator[None]:
+        """Within it each target's cross-entropy is multiplied by a factor. Forward passes of models know nothing of it.
+
+        Args:
+            weights: [B, T] fp32, of the batch that is passed forward; None: all are one.
+        """
+        self._token_weights = weights
+        try:
+            yield
+        finally:
+            self._token_weights = None
+
+    @contextmanager
+    def scoring(self) -> Iterator[list[Tensor]]:
+        """Within it the head, asked for the loss, keeps what it is of each target.
+
+        Yields:
+            A list, to which each forward pass adds a tensor [B, T, 2] fp32: the losses, and 1 where the target is the
+            likeliest token; zeros where there is no target.
+        """
+        ops, found = self.ops, list[Tensor]()
+
+        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+            losses, greedy = ops.token_losses(hidden, weight, targets)
+            found.append(torch.stack((losses, greedy.float()), -1))
+            return losses.sum()
+
+        self.ops = replace(ops, loss=loss)
+        try:
+            yield found
+        finally:
+            self.ops = ops

@@ -46,6 +46,7 @@ def chunked_cross_entropy(
     chunk_tokens: int,
     vocab: VocabShard = WHOLE_VOCAB,
     softcap: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of `softmax(hidden @ weight.T)` against the targets.
 
@@ -60,6 +61,7 @@ def chunked_cross_entropy(
         vocab: the rank's place in a sharded vocabulary. The gradient of `hidden` is then this rank's part
             of a sum over ranks, which the caller takes.
         softcap: bounds the logits, by `softcap * tanh(logits / softcap)`; None: none.
+        weights: [N], the factor on each target's cross-entropy; None: ones. No gradient is taken of them.
 
     Returns:
         fp32 scalar, the same on all ranks of a sharded vocabulary.
@@ -68,12 +70,54 @@ def chunked_cross_entropy(
         ValueError: `chunk_tokens` below 1.
         RuntimeError: backward a second time; the gradients are handed out once.
     """
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    _check_chunk(chunk_tokens)
     hidden = _to_autocast(hidden)
+    formula = _Formula(chunk_tokens, vocab, softcap)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        return _chunk_losses(hidden, weight, targets, chunk_tokens, vocab, softcap, None, None)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, vocab, softcap)
+        return _chunk_losses(hidden, weight, targets, weights, formula, None, None)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, formula)
+
+
+@torch.no_grad()
+def chunked_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    vocab: VocabShard = WHOLE_VOCAB,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each target, and whether the target is the likeliest token. Without gradients.
+
+    Args:
+        hidden: [N, D], as all arguments those of `chunked_cross_entropy`.
+        weight: [V, D], or a rank's rows of it.
+        targets: [N].
+        chunk_tokens: rows whose logits exist at one time.
+        vocab: the rank's place in a sharded vocabulary.
+        softcap: bounds the logits; None: none.
+
+    Returns:
+        [N] fp32, 0 where there is no target; and [N] bool: no token has a larger logit, and none of a smaller index has
+        an equal one, as in `logits.argmax(-1) == targets`. The same on all ranks of a sharded vocabulary.
+
+    Raises:
+        ValueError: `chunk_tokens` below 1.
+    """
+    _check_chunk(chunk_tokens)
+    hidden = _to_autocast(hidden)
+    weight = weight.to(hidden.dtype)
+    losses, greedy = [], []
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        chunk = _shifted_logits(hidden[rows], weight, targets[rows], vocab, softcap)
+        indices = torch.arange(weight.shape[0], device=weight.device) + vocab.offset
+        earlier = (chunk.logits == 0.0) & (indices < targets[rows].unsqueeze(-1))
+        sums = torch.stack((chunk.logits.exp().sum(-1), chunk.target_logit, earlier.sum(-1).float()))
+        sums, target_logit, before = vocab.all_reduce_sum(sums).unbind()
+        losses.append(torch.where(chunk.counts, sums.log() - target_logit, 0.0))
+        greedy.append(chunk.counts & (target_logit == 0.0) & (before == 0.0))
+    return torch.cat(losses), torch.cat(greedy)
 
 
 @dataclass
@@ -81,49 +125,63 @@ class HeadOps:
     """The operations of the output head on its weight; a strategy that shards the vocabulary replaces them.
 
     Attributes:
-        loss: (hidden [B, T, D], weight, targets [B, T]) -> fp32 scalar sum.
+        loss: (hidden [B, T, D], weight, targets [B, T], weights [B, T] or None) -> fp32 scalar sum.
+        token_losses: (hidden [B, T, D], weight, targets [B, T]) -> the losses [B, T], and whether each target is the
+            likeliest token [B, T].
         logits: (hidden [B, T, D], weight) -> [B, T, V].
         chunk_tokens: tokens whose logits exist at one time.
         softcap: of the logits that `loss` makes; those of `logits` are not bounded yet.
     """
 
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    token_losses: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     logits: Callable[[Tensor, Tensor], Tensor]
     chunk_tokens: int
     softcap: float | None = None
 
 
-def default_head_ops(chunk_tokens: int, softcap: float | None = None) -> HeadOps:
-    """Return the head of a model whose vocabulary is whole on every device.
+def default_head_ops(chunk_tokens: int, softcap: float | None = None, vocab: VocabShard = WHOLE_VOCAB) -> HeadOps:
+    """Return the head of a model whose `loss` and `token_losses` see all positions that are here at once.
 
     Args:
         chunk_tokens: tokens whose logits exist at one time.
         softcap: bounds the logits; None: none.
+        vocab: the rank's place in a sharded vocabulary.
     """
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        factors = None if weights is None else weights.flatten()
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, WHOLE_VOCAB, softcap
+            hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, vocab, softcap, factors
         )
 
-    return HeadOps(loss, torch.nn.functional.linear, chunk_tokens, softcap)
+    def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses, greedy = chunked_token_losses(
+            hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, vocab, softcap
+        )
+        return losses.view(targets.shape), greedy.view(targets.shape)
+
+    return HeadOps(loss, token_losses, torch.nn.functional.linear, chunk_tokens, softcap)
+
+
+@dataclass(frozen=True)
+class _Formula:
+    """What is the same for all chunks; see `chunked_cross_entropy`."""
+
+    chunk_tokens: int
+    vocab: VocabShard
+    softcap: float | None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        chunk_tokens: int,
-        vocab: VocabShard,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, formula: _Formula
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        loss = _chunk_losses(hidden, weight, targets, chunk_tokens, vocab, softcap, d_hidden, d_weight)
+        loss = _chunk_losses(hidden, weight, targets, weights, formula, d_hidden, d_weight)
         # Not save_for_backward: backward scales these in place and lets them go.
         ctx.gradients, ctx.weight_dtype = (d_hidden, d_weight), weight.dtype
         return loss
@@ -137,26 +195,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_hidden = d_hidden.mul_(upstream[0])
         if d_weight is not None:
             d_weight = d_weight.mul_(upstream[0]).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def _chunk_losses(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    chunk_tokens: int,
-    vocab: VocabShard,
-    softcap: float | None,
+    weights: Tensor | None,
+    formula: _Formula,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
 ) -> Tensor:
     """Return the summed loss; fill `d_hidden` and add to `d_weight` where they are given."""
     weight = weight.to(hidden.dtype)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
+    for start in range(0, hidden.shape[0], formula.chunk_tokens):
+        rows = slice(start, start + formula.chunk_tokens)
         wanted = d_hidden is not None or d_weight is not None
-        loss, d_logits = _one_chunk(hidden[rows], weight, targets[rows], vocab, softcap, with_gradient=wanted)
+        factors = None if weights is None else weights[rows]
+        loss, d_logits = _one_chunk(hidden[rows], weight, targets[rows], factors, formula, with_gradient=wanted)
         total = total + loss
         if d_hidden is not None and d_logits is not None:
             d_hidden[rows] = d_logits @ weight
@@ -170,14 +228,50 @@ def _chunk_losses(
 
 
 def _one_chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab: VocabShard,
-    softcap: float | None,
-    with_gradient: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, formula: _Formula, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the summed loss of a chunk, and d loss / d (hidden @ weight.T) [n, V] in the dtype of `hidden`."""
+    chunk = _shifted_logits(hidden, weight, targets, formula.vocab, formula.softcap)
+    # Of a position that does not count the factor may be anything.
+    factors = chunk.counts.float() if weights is None else torch.where(chunk.counts, weights, 0.0)
+    exponentials = chunk.logits.exp_()
+    # One reduction for both: each is a latency, not a bandwidth.
+    sums, target_logit = formula.vocab.all_reduce_sum(torch.stack((exponentials.sum(-1), chunk.target_logit))).unbind()
+    losses = torch.where(chunk.counts, sums.log() - target_logit, 0.0)
+    loss = (losses if weights is None else losses * factors).sum()
+    if not with_gradient:
+        return loss, None
+    probabilities = exponentials.mul_((factors / sums).unsqueeze(-1))
+    d_logits = probabilities.scatter_add_(-1, chunk.at, -(chunk.here * factors).unsqueeze(-1))
+    if chunk.bounded is not None:
+        d_logits = d_logits * (1.0 - chunk.bounded.square_())
+    return loss, d_logits.to(hidden.dtype)
+
+
+@dataclass(frozen=True)
+class _ShiftedLogits:
+    """The logits of a chunk of n tokens, fp32.
+
+    Attributes:
+        logits: [n, V] minus each row's largest over the whole vocabulary.
+        bounded: [n, V], tanh of the logits before they were bounded; None where they are not.
+        counts: [n], where there is a target.
+        here: [n], where this rank has the target's row.
+        at: [n, 1], the target's local index; 0 where it is not here.
+        target_logit: [n], of the shifted logits; 0 where it is not here.
+    """
+
+    logits: Tensor
+    bounded: Tensor | None
+    counts: Tensor
+    here: Tensor
+    at: Tensor
+    target_logit: Tensor
+
+
+def _shifted_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard, softcap: float | None
+) -> _ShiftedLogits:
     logits = (hidden @ weight.T).float()
     bounded = None
     if softcap is not None:
@@ -187,21 +281,15 @@ def _one_chunk(
     local = targets - vocab.offset
     here = counts & (local >= 0) & (local < weight.shape[0])
     at = torch.where(here, local, 0).unsqueeze(-1)
-
     largest = vocab.all_reduce_max(logits.amax(-1))
     logits.sub_(largest.unsqueeze(-1))
     target_logit = torch.where(here, logits.gather(-1, at).squeeze(-1), 0.0)
-    exponentials = logits.exp_()
-    # One reduction for both: each is a latency, not a bandwidth.
-    sums, target_logit = vocab.all_reduce_sum(torch.stack((exponentials.sum(-1), target_logit))).unbind()
-    loss = torch.where(counts, sums.log() - target_logit, 0.0).sum()
-    if not with_gradient:
-        return loss, None
-    probabilities = exponentials.mul_((counts / sums).unsqueeze(-1))
-    d_logits = probabilities.scatter_add_(-1, at, -here.float().unsqueeze(-1))
-    if bounded is not None:
-        d_logits = d_logits * (1.0 - bounded.square_())
-    return loss, d_logits.to(hidden.dtype)
+    return _ShiftedLogits(logits, bounded, counts, here, at, target_logit)
+
+
+def _check_chunk(chunk_tokens: int) -> None:
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
 
 
 def _to_autocast(hidden: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ A model is single-device code: no `torch.distributed`, no vendor's library, no d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,18 @@ class ShardableModel(nn.Module):
             targets: [B, T] or None.
         """
         raise NotImplementedError
+
+
+def run_on(model: ShardableModel, batch: Mapping[str, Tensor], **more: Any) -> Any:
+    """Pass `batch` forward; its `weights`, if it has any, go to the head, and the model's `forward` gets the rest.
+
+    Args:
+        model: the model.
+        batch: arguments of its `forward` by name, and `weights` [B, T]: the factor on each target's cross-entropy.
+        more: further arguments.
+    """
+    with model.head.weighted(batch.get("weights")):
+        return model(**{name: value for name, value in batch.items() if name != "weights"}, **more)
 
 
 def attention_cores(model: ShardableModel) -> Iterator[tuple[nn.Module, str, AttentionCore]]:

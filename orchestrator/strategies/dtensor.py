@@ -58,7 +58,7 @@ from orchestrator.strategies.parallel_strategy import (
 )
 from orchestrator.strategies.pipeline_runner import Pipeline, pipeline_of
 from orchestrator.strategies.pipeline_stages import keep_own_stages, present_blocks
-from orchestrator.strategies.sequence_order import SequenceOrder
+from orchestrator.strategies.sequence_order import SequenceOrder, gather
 from orchestrator.strategies.sharded_parts import ShardedParts, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
 from orchestrator.strategies.tiled_attention import attend_in_tiles
@@ -364,6 +364,15 @@ class DTensorStrategy(ParallelStrategy):
         if pipeline is None:
             return super()._forward_backward(model, parts, divisor, hooks)
         return pipeline.forward_backward(parts, divisor, hooks)
+
+    def _whole_rows(self, model: ShardableModel, part: Tensor | None) -> Tensor:
+        """Gather over the context group, and give it to the ranks of a pipeline that have no head."""
+        if part is not None and self._context_group is not None:
+            part = SequenceOrder.of(self.layout).restore(gather(part, self._context_group, dim=1))
+        if (pipeline := pipeline_of(model)) is not None:
+            return pipeline.tell(part)
+        assert part is not None
+        return part
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """All-reduce `values`, with one rank counted of those that hold the same tokens."""

@@ -32,7 +32,7 @@ from orchestrator.errors import ConfigError, HardwareError, LayoutError
 from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import find_world, job_devices, resolve
-from orchestrator.models.protocol import ShardableModel
+from orchestrator.models.protocol import ShardableModel, run_on
 from orchestrator.sharding.layout import Layout, resolve_layout
 from orchestrator.sharding.parts import Parts, WholeParts
 from orchestrator.sharding.rules import Placement, place
@@ -75,6 +75,19 @@ class StepParts:
     loss: Tensor
     names: tuple[str, ...]
     norms: Callable[[], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model makes of each target of a batch, on the CPU.
+
+    Attributes:
+        losses: [B, T] fp32, the cross-entropy in nats; 0 where there is no target.
+        greedy: [B, T] bool, whether the target is the likeliest token; False where there is none.
+    """
+
+    losses: Tensor
+    greedy: Tensor
 
 
 class ParallelStrategy(TrainerStrategy, ModelCopies):
@@ -380,11 +393,52 @@ class ParallelStrategy(TrainerStrategy, ModelCopies):
             hooks.begin(index, 0)
             with self.backward_context(model, index + 1 == len(parts)):
                 with self.forward_context():
-                    loss = model(**part) / divisor
+                    loss = run_on(model, part) / divisor
                 hooks.ran(loss)
                 hooks.backward(loss)
             total += loss.detach()
         return total
+
+    @torch.no_grad()
+    def token_scores(self, model: ShardableModel, batch: Mapping[str, Any]) -> TokenScores:
+        """Return what `model`, in its mode of training or evaluation, makes of each target. No gradients.
+
+        All ranks call it together, with equal shapes. Where programs are compiled there is one for each shape.
+
+        Args:
+            model: sharded.
+            batch: this rank's rows, arrays [B, T] as `prepare_batch` takes them, with targets; `weights` do not count.
+
+        Returns:
+            The scores of this rank's rows, the whole of each, also where their positions or the layers are split.
+
+        Raises:
+            LayoutError: the layout cannot split sequences of this length.
+        """
+        length, split = batch["targets"].shape[1], self.layout.sequence_split
+        if length % split:
+            raise LayoutError(
+                "the sequences cannot be split evenly",
+                got=f"{length} positions on layout {self.layout}",
+                allowed=f"multiples of {split}",
+                fix="pad them with tokens whose targets are -100",
+            )
+        placed = self.prepare_batch({name: value for name, value in batch.items() if name != "weights"})
+        with self.uncompiled(), self.forward_context(), model.head.scoring() as found:
+            run_on(model, placed)
+        whole = self._whole_rows(model, found[0] if found else None)
+        self.finish_step()
+        losses, greedy = whole.cpu().unbind(-1)
+        return TokenScores(losses, greedy != 0.0)
+
+    @abstractmethod
+    def _whole_rows(self, model: ShardableModel, part: Tensor | None) -> Tensor:
+        """Return what all ranks that share sequences have of them.
+
+        Args:
+            model: sharded.
+            part: [B, this rank's positions, 2]; None where the rank has no head.
+        """
 
     def sum_of_parts(self, values: Tensor) -> Tensor:
         """Sum `values` as `sum_over_data`, where each rank of a pipeline has its part of them.

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from orchestrator.errors import LayoutError
-from orchestrator.models.protocol import ShardableModel
+from orchestrator.models.protocol import ShardableModel, run_on
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.pipeline import Stage, rank_of_stage
 from orchestrator.strategies import pipeline_schedule as schedule
@@ -145,10 +145,14 @@ class Pipeline:
             elif self.elsewhere(index + 1):
                 dist.send(out.contiguous(), self._peer(index + 1), group=self._group)
             stream = out
-        return self._tell(result)
+        return self.tell(result)
 
-    def _tell(self, result: Tensor | None) -> Tensor:
-        """Give the last stage's result to all ranks of the pipeline."""
+    def tell(self, result: Tensor | None) -> Tensor:
+        """Give what the rank of the last stage has, of three dims at most, to all ranks of the pipeline.
+
+        Args:
+            result: None on the other ranks.
+        """
         source = self._peer(self.layout.stages - 1)
         head = torch.zeros(5, dtype=torch.int64)
         if result is not None:
@@ -297,7 +301,7 @@ class _Step:
             self._inputs[key] = self._arrived(schedule.RECEIVE, key).requires_grad_()
         self._hooks.begin(micro_batch, pipeline.part_of(stage))
         part = self._parts[micro_batch]
-        result, routing_loss = pipeline.model(stage=stage, stream=self._inputs.get(key), **part)
+        result, routing_loss = run_on(pipeline.model, part, stage=stage, stream=self._inputs.get(key))
         losses = [loss / self._divisor for loss in ([result] if stage.last else []) + _some(routing_loss)]
         for loss in losses:
             self.total += loss.detach()

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from orchestrator.errors import LayoutError
 from orchestrator.models.head import LMHead
 from orchestrator.models.layers import Attention
-from orchestrator.models.loss import VocabShard, chunked_cross_entropy
+from orchestrator.models.loss import VocabShard, default_head_ops
 from orchestrator.models.mla import SharedKey
 from orchestrator.models.norms import WidthRMSNorm
 from orchestrator.models.protocol import ShardableModel, attention_cores, gathering_modules, mixtures
@@ -174,16 +174,19 @@ def _parallelize_head(model: ShardableModel, mesh: DeviceMesh) -> None:
         # Every rank's gradient is that of its part of the vocabulary.
         return whole.to_local(grad_placements=[Partial()])
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return chunked_cross_entropy(
-            gather(hidden).flatten(0, 1), _to_local(weight), targets.flatten(), ops.chunk_tokens, vocab, ops.softcap
-        )
+    ours = default_head_ops(ops.chunk_tokens, ops.softcap, vocab)
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return ours.loss(gather(hidden), _to_local(weight), targets, weights)
+
+    def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return ours.token_losses(gather(hidden), _to_local(weight), targets)
 
     def logits(hidden: Tensor, weight: Tensor) -> Tensor:
         part = DTensor.from_local(gather(hidden) @ _to_local(weight).T, mesh, [Shard(-1)], run_check=False)
         return part.full_tensor()
 
-    head.ops = replace(ops, loss=loss, logits=logits)
+    head.ops = replace(ours, loss=loss, token_losses=token_losses, logits=logits)
 
 
 def _shard_vocabulary(name: str, module: nn.Module, mesh: DeviceMesh) -> None:

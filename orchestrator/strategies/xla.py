@@ -34,7 +34,7 @@ from orchestrator.hardware.mesh import order_devices
 from orchestrator.hardware.target import Target
 from orchestrator.models.expert_dispatch import SlotDispatch
 from orchestrator.models.init import draw_slice
-from orchestrator.models.loss import HeadOps, chunked_cross_entropy
+from orchestrator.models.loss import HeadOps, default_head_ops
 from orchestrator.models.protocol import ShardableModel, attend_in_blocks, mixtures
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
@@ -136,7 +136,7 @@ class XlaStrategy(ParallelStrategy):
         for _, mixture in mixtures(model):
             # Shapes that do not depend on the router: else every step would be another program.
             mixture.experts.dispatch = SlotDispatch(self._to_experts, self._to_tokens)
-            mixture.router.register_forward_hook(lambda router, args, logits: self._whole_rows(logits))
+            mixture.router.register_forward_hook(lambda router, args, logits: self._whole_scores(logits))
         model.head.ops = self._head_ops(model.head.ops)
 
     def _to_experts(self, slots: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class XlaStrategy(ParallelStrategy):
         constrained: Tensor = xs.mark_sharding_with_gradients(slots, self._mesh, (shared, experts, None, None))
         return constrained
 
-    def _whole_rows(self, logits: Tensor) -> Tensor:
+    def _whole_scores(self, logits: Tensor) -> Tensor:
         """Keep a router's scores [B, T, E] whole along the experts: divided, the partitioner cannot take the best."""
         shared = _BATCH_AXES if logits.shape[0] % self.layout.data_parallel == 0 else None
         constrained: Tensor = xs.mark_sharding_with_gradients(logits, self._mesh, (shared, "context", None))
@@ -161,17 +161,26 @@ class XlaStrategy(ParallelStrategy):
     def _head_ops(self, ops: HeadOps) -> HeadOps:
         """Compute the loss in chunks along the sequence: each then holds the same share of every device's rows."""
 
-        def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        def chunks(hidden: Tensor) -> Iterator[tuple[slice, HeadOps]]:
             rows = max(1, hidden.shape[0] // self.layout.data_parallel)
             length = max(1, ops.chunk_tokens // rows)
-            total = torch.zeros((), device=hidden.device)
             for start in range(0, hidden.shape[1], length):
-                part, wanted = hidden[:, start : start + length], targets[:, start : start + length]
-                rows_of_chunk = part.flatten(0, 1), weight, wanted.flatten(), wanted.numel()
-                total = total + chunked_cross_entropy(*rows_of_chunk, softcap=ops.softcap)
+                at = slice(start, min(start + length, hidden.shape[1]))
+                yield at, default_head_ops(hidden.shape[0] * (at.stop - at.start), ops.softcap)
+
+        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+            total = torch.zeros((), device=hidden.device)
+            for at, part in chunks(hidden):
+                factors = None if weights is None else weights[:, at]
+                total = total + part.loss(hidden[:, at], weight, targets[:, at], factors)
             return total
 
-        return replace(ops, loss=loss)
+        def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            parts = [part.token_losses(hidden[:, at], weight, targets[:, at]) for at, part in chunks(hidden)]
+            losses, greedy = zip(*parts, strict=True)
+            return torch.cat(losses, 1), torch.cat(greedy, 1)
+
+        return replace(ops, loss=loss, token_losses=token_losses)
 
     def _spec(self, model: ShardableModel, name: str, reduced: Reduced = ()) -> tuple[Any, ...]:
         """Return the parameter's partition: as `Placement.slices`, tensor outside, fsdp and context inside."""
@@ -312,6 +321,12 @@ class XlaStrategy(ParallelStrategy):
     def finish_step(self) -> None:
         """Compile and run the step."""
         self._execute()
+
+    def _whole_rows(self, model: ShardableModel, part: Tensor | None) -> Tensor:
+        """Let every device have all of it: else reading it would be one more program."""
+        assert part is not None
+        xs.mark_sharding(part, self._mesh, (None,) * part.dim())
+        return part
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Return `values`: a tensor is global here."""

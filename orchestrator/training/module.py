@@ -19,7 +19,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.distributed import standing
 from orchestrator.models.moe import LOSS, STATISTICS, router_figures
-from orchestrator.models.protocol import ShardableModel
+from orchestrator.models.protocol import ShardableModel, run_on
 from orchestrator.optim.own import OwnOptimizer
 from orchestrator.optim.schedule import schedule_of
 from orchestrator.optim.steps import evaluated
@@ -220,7 +220,7 @@ class LanguageModule(lightning.LightningModule):
         """Add a batch's loss and target tokens to the sums."""
         standing.mark()
         with self.parallel.forward_context():
-            self._totals[0] += self.model(**batch).double()
+            self._totals[0] += run_on(self.model, batch).double()
         self._totals[1] += (batch["targets"] != IGNORE_INDEX).sum()
         self.parallel.finish_step()
 

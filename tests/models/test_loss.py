@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.models.loss import VocabShard, chunked_cross_entropy
+from orchestrator.models.loss import VocabShard, chunked_cross_entropy, chunked_token_losses
 
 N, D, V = 37, 8, 53
 
@@ -158,3 +158,31 @@ def test_sharded_vocabulary(cuts: tuple[int, ...]) -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(sum(part for _, part, _ in done), d_hidden, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([part for _, _, part in done]), d_weight, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_each_target_has_a_factor(softcap: float | None) -> None:
+    hidden, weight, targets = problem(3.0)
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(1))
+    weights[targets == -100] = torch.nan  # counts for nothing
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    wanted = (losses * weights.nan_to_num()).sum()
+    expected = torch.autograd.grad(wanted, (hidden, weight))
+    loss = chunked_cross_entropy(hidden, weight, targets, 10, softcap=softcap, weights=weights)
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_likeliest_token_is_the_first_of_equal_ones() -> None:
+    weight = torch.tensor([[1.0], [2.0], [2.0], [-1.0]])
+    hidden = torch.ones(5, 1)
+    losses, greedy = chunked_token_losses(hidden, weight, torch.tensor([0, 1, 2, 3, -100]), 2)
+    assert greedy.tolist() == [False, True, False, False, False]
+    normaliser = torch.tensor([1.0, 2.0, 2.0, -1.0]).logsumexp(0)
+    torch.testing.assert_close(
+        losses, torch.stack([normaliser - 1, normaliser - 2, normaliser - 2, normaliser + 1, 0 * normaliser])
+    )

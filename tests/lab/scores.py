@@ -1,0 +1,149 @@
+"""Token scores and weighted losses of a small model, on any strategy and by plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.config.schema import RunConfig
+from orchestrator.distributed.world import World
+
+DIVISOR = 7.0
+ROWS, LENGTH, VOCABULARY = 4, 32, 96
+
+
+@dataclass
+class Scored:
+    """What a rank found.
+
+    Attributes:
+        rows: which rows of `batch()` are its own.
+        losses: [rows, T], of its rows.
+        greedy: [rows, T].
+        loss: of all rows, weighted, divided by `DIVISOR`.
+        gradients: its parts of the gradients: name, slices, elements.
+    """
+
+    rows: slice
+    losses: np.ndarray
+    greedy: np.ndarray
+    loss: float
+    gradients: list[tuple[str, tuple[slice, ...], np.ndarray]]
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Return rows of documents; some positions have no target, and weights of both signs, 0 too."""
+    draw = np.random.default_rng(0)
+    documents = (draw.random((ROWS, LENGTH)) < 0.1).cumsum(1)
+    at = np.arange(LENGTH)
+    positions = np.stack([at - np.array([at[row == number].min() for number in row]) for row in documents])
+    targets = draw.integers(0, VOCABULARY, (ROWS, LENGTH))
+    targets[draw.random((ROWS, LENGTH)) < 0.2] = -100
+    weights = draw.normal(size=(ROWS, LENGTH)).astype(np.float32)
+    weights[:, 5] = 0.0
+    return {
+        "tokens": draw.integers(0, VOCABULARY, (ROWS, LENGTH)),
+        "positions": positions,
+        "documents": documents,
+        "targets": targets,
+        "weights": weights,
+    }
+
+
+def score(world: World, data: dict[str, Any]) -> Scored:
+    """Score `batch()` and take the gradients of its weighted loss on this rank of a run of the configuration `data`."""
+    from orchestrator.config.convert import from_dict
+    from orchestrator.strategies.parallel_strategy import local_parameters
+    from orchestrator.strategies.sharded_parts import local_part
+    from orchestrator.training.job import make_strategy
+    from orchestrator.training.placed_model import build_placed
+    from tests.lab.runs import resolved_run
+
+    resolved = resolved_run(from_dict(RunConfig, data), world, vocab_size=VOCABULARY)
+    parallel = make_strategy(resolved, resolved.target(), world)
+    parallel.join()
+    model = build_placed(resolved.config, parallel)
+    parallel.initialize(model, 3)
+    rank, shares = parallel.data_share
+    rows = slice(rank * ROWS // shares, (rank + 1) * ROWS // shares)
+    mine = {name: value[rows] for name, value in batch().items()}
+    scores = parallel.token_scores(model, mine)
+    before = parallel.compilations()
+    again = parallel.token_scores(model, mine)
+    assert parallel.compilations() == before, "a second batch of this shape is compiled again"
+    assert torch.equal(scores.losses, again.losses)
+    placed = parallel.prepare_batch(mine)
+    divisor = torch.tensor(DIVISOR, device=parallel.root_device)
+    part = parallel.forward_backward(model, placed, 1, divisor)
+    loss, _ = parallel.reduce_and_clip(model, part, None)
+    parallel.finish_step()
+    gradients = []
+    for name, parameter in local_parameters(model):
+        grad = local_part(parameter.grad).cpu()
+        whole = tuple(slice(0, size) for size in grad.shape)
+        cut = model_slices(parallel, model, name) if parallel.size > 1 else whole
+        gradients.append((name, cut, grad.numpy()))
+    found = Scored(rows, scores.losses.numpy(), scores.greedy.numpy(), *parallel.fetch([loss]), gradients)
+    parallel.leave()
+    return found
+
+
+def model_slices(parallel: Any, model: Any, name: str) -> tuple[slice, ...]:
+    """Return the part of a parameter that this rank has."""
+    slices: tuple[slice, ...] = parallel.placements[model][name].slices(parallel.layout, parallel.rank)
+    return slices
+
+
+def expected(config: RunConfig) -> Scored:
+    """Return the same by full logits and torch's own cross-entropy, in one process."""
+    from orchestrator.models.decoder import Decoder
+    from orchestrator.models.init import draw_slice
+    from orchestrator.training.check import resolve_model
+
+    model = Decoder(resolve_model(config.model, VOCABULARY))
+    for name, init in model.initializers().items():
+        parameter = model.get_parameter(name)
+        whole = tuple(slice(0, size) for size in parameter.shape)
+        parameter.data.copy_(draw_slice(init, name, 3, tuple(parameter.shape), whole))
+    arrays = {name: torch.from_numpy(value) for name, value in batch().items()}
+    targets, weights = arrays.pop("targets"), arrays.pop("weights")
+    logits = model(**arrays)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    loss = (losses * weights).sum() / DIVISOR
+    loss.backward()
+    greedy = logits.argmax(-1) == targets
+    gradients = [
+        (name, tuple(slice(0, size) for size in parameter.shape), parameter.grad.numpy())
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    ]
+    return Scored(slice(0, ROWS), losses.detach().numpy(), greedy.numpy(), loss.item(), gradients)
+
+
+def assert_agrees(parts: list[Scored], wanted: Scored, relative: float) -> None:
+    """See that the ranks have found what is `wanted`: scores, loss, and every part of every gradient.
+
+    Args:
+        parts: of all ranks.
+        wanted: of one process.
+        relative: tolerance, of an array relative to its largest element.
+    """
+    gradients = {name: array for name, _, array in wanted.gradients}
+    covered = dict.fromkeys(gradients, 0)
+    for part in parts:
+        close(part.losses, wanted.losses[part.rows], relative, "losses")
+        np.testing.assert_array_equal(part.greedy, wanted.greedy[part.rows])
+        np.testing.assert_allclose(part.loss, wanted.loss, rtol=relative)
+        for name, slices, array in part.gradients:
+            scale = np.abs(gradients[name]).max()
+            np.testing.assert_allclose(array, gradients[name][slices], rtol=0, atol=relative * scale, err_msg=name)
+            covered[name] += array.size
+    assert all(covered[name] >= gradients[name].size for name in gradients), "a part of a gradient is nowhere"
+
+
+def close(ours: np.ndarray, theirs: np.ndarray, relative: float, what: str) -> None:
+    """See that two arrays agree, relative to the largest element."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=relative * np.abs(theirs).max(), err_msg=what)
