@@ -29,6 +29,7 @@ from orchestrator.data.model_files import (
     limit_of,
 )
 from orchestrator.data.plain_files import read_regular
+from orchestrator.data.tokenizer_backend import encode_all, encodings, load_backend
 from orchestrator.data.tokenizer_files import (
     ALLOWED,
     Beside,
@@ -37,6 +38,7 @@ from orchestrator.data.tokenizer_files import (
     guessed_eos,
     parse_json,
     refuse_foreign,
+    set_spaces_of_class,
     template_prefix,
     without_special_tokens,
 )
@@ -75,7 +77,7 @@ class Tokenizer:
         self._content = parse_json(text, TOKENIZER_FILE)
         if complete(self._content, Beside(files or {})):
             text = json.dumps(self._content, ensure_ascii=False)
-        self._backend = _load_backend(text)
+        self._backend = load_backend(text)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         for token in self._content.get("added_tokens") or ():
             if vocabulary.get(token["content"]) != token.get("id"):
@@ -105,9 +107,10 @@ class Tokenizer:
             eos_token: the end-of-text token; None: as it is.
         """
         result = copy.copy(self)
-        result.__dict__.pop("fingerprint", None)
+        for cached in ("fingerprint", "_with_specials"):
+            result.__dict__.pop(cached, None)
         # The library does not read back all that it has read once, so a copy is loaded like a file.
-        result._backend = _load_backend(self._backend.to_str())
+        result._backend = load_backend(self._backend.to_str())
         result._set(eos_token or self.eos_token, documents)
         return result
 
@@ -254,7 +257,7 @@ class Tokenizer:
             return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) for text in texts]
         # Lone surrogates (possible in JSON) have no UTF-8 form.
         clean = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts]
-        result = _encode(self._backend, clean)
+        result = encode_all(self._backend, clean)
         if mode == "token":
             return result
         unknown, special = self._special
@@ -265,11 +268,49 @@ class Tokenizer:
                 result[place] = self._plain_ids(text)
         return result
 
+    def encode_rendered(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Encode a text whose special tokens are meant, as a chat template writes it.
+
+        Args:
+            text: the text.
+
+        Returns:
+            Token ids, and where in the text each begins and ends, int64 of shape [tokens].
+        """
+        clean = text if text.isascii() else text.encode("utf-8", "replace").decode()
+        encoding = encodings(self._with_specials, [clean])[0]
+        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int64), spans[:, 0], spans[:, 1]
+
+    @cached_property
+    def _with_specials(self) -> Any:
+        content = json.loads(self._backend.to_str())
+        set_spaces_of_class(content, Beside(self.files))
+        backend = load_backend(json.dumps(content))
+        backend.encode_special_tokens = False
+        return backend
+
+    def encode_within(self, text: str) -> list[int]:
+        """Encode a text that stands within another one, special tokens that it spells as plain text.
+
+        Args:
+            text: the text.
+        """
+        # Behind a line end, as some vocabularies put a space in front of what begins a text.
+        end, whole = self._plain_ids("\n").tolist(), self._plain_ids(f"\n{text}").tolist()
+        return list(whole[len(end) :] if whole[: len(end)] == end else self._plain_ids(text).tolist())
+
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """The texts of the special tokens."""
         added = self._content.get("added_tokens") or ()
         return tuple(str(token["content"]) for token in added if token.get("special"))
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids of the special tokens."""
+        added = self._content.get("added_tokens") or ()
+        return tuple(int(token["id"]) for token in added if token.get("special"))
 
     @cached_property
     def _special(self) -> tuple[str | None, np.ndarray]:
@@ -287,7 +328,7 @@ class Tokenizer:
 
     def _plain_ids(self, text: str) -> np.ndarray:
         """Encode a text whose special tokens the model itself would take for pieces, without those pieces."""
-        ids = _encode(self._plain, [text])[0] if self._plain else None
+        ids = encode_all(self._plain, [text])[0] if self._plain else None
         if ids is None or self._special[1][ids].any():
             raise DataError(
                 "this tokenizer makes special tokens of text that spells them, and cannot be kept from it",
@@ -299,7 +340,7 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> Any:
         try:
-            backend = _load_backend(without_special_tokens(self._content))
+            backend = load_backend(without_special_tokens(self._content))
         except DataError:
             return None
         backend.encode_special_tokens = True
@@ -426,34 +467,6 @@ def _read_files(place: Path) -> tuple[dict[str, bytes], object]:
     if TOKENIZER_FILE in files or not config.is_file():
         return files, None
     return files, parse_json(read_regular(config, limit_of(TOKENIZER_CONFIG_FILE) or 0), config).get("model_type")
-
-
-def _load_backend(text: str) -> Any:
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend: Any = Backend.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and where it panics not even that
-        raise DataError("this is not a tokenizer that can be read", got=str(error)[:200], allowed=ALLOWED) from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _encode(backend: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    try:
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # as above
-        raise DataError(
-            "the tokenizer cannot turn a text into tokens",
-            got=str(error)[:200],
-            allowed="a vocabulary that covers the text, or has a token for what it does not know",
-        ) from None
-    return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
 
 def _token_of(content: Mapping[str, Any], beside: Beside, number: object) -> str | None:

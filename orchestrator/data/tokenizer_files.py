@@ -28,7 +28,7 @@ ALLOWED = "a Hugging Face tokenizer.json, or the directory that holds one"
 # What models in the field call the end of a document, most specific first.
 _KNOWN_EOS = (EOS, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>", "[EOS]", "<|im_end|>")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Classes whose own constructor splits text, with what a tokenizer.json beside them says of the first space or not.
 _BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _CLASS_OF_TYPE = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
@@ -106,7 +106,7 @@ class Beside:
         if isinstance(self._listed, dict):
             entries = [(_id(key, TOKENIZER_CONFIG_FILE), token) for key, token in self._listed.items()]
         else:
-            roles = [self._tokens.get(key) for key in _NAMED]
+            roles = [self._tokens.get(key) for key in NAMED_TOKENS]
             more = [self._tokens.get(key) for key in ("extra_special_tokens", "additional_special_tokens")]
             special = {_text(token) for token in [*roles, *(t for part in more for t in _items(part))]}
             entries = []
@@ -165,6 +165,26 @@ def complete(content: dict[str, Any], beside: Beside) -> bool:
                 node["add_prefix_space"] = space
                 changed = True
     return changed
+
+
+def set_spaces_of_class(content: dict[str, Any], beside: Beside) -> None:
+    """Put spaces between special tokens as transformers' class for Llama's SentencePiece vocabularies does.
+
+    Its constructor makes them itself, by what tokenizer_config.json says, whatever a `tokenizer.json` beside it has.
+    In a text without special tokens within both are the same.
+
+    Args:
+        content: parsed `tokenizer.json`.
+        beside: the files beside it.
+    """
+    pieces = [node.get("type") for node in _nodes(content.get("pre_tokenizer"), "pretokenizers")]
+    normal = [node.get("type") for node in _nodes(content.get("normalizer"), "normalizers")]
+    if beside.class_name != "LlamaTokenizer" or not ("Metaspace" in pieces or "Prepend" in normal):
+        return
+    space = beside.config.get("add_prefix_space") is not False
+    scheme = ("always" if beside.config.get("legacy") is True else "first") if space else "never"
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
 
 
 def template_prefix(content: Mapping[str, Any]) -> tuple[int, ...]:
@@ -256,7 +276,7 @@ def from_vocab_and_merges(files: Mapping[str, bytes], model_type: object, place:
     qwen = name == "Qwen2Tokenizer"
     split = {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False}
     parts = [split, {**byte_level, "use_regex": False}]
-    named = {beside.token(key) or ("" if qwen and key == "bos_token" else "<|endoftext|>") for key in _NAMED[:3]}
+    named = {beside.token(key) or ("" if qwen and key == "bos_token" else "<|endoftext|>") for key in NAMED_TOKENS[:3]}
     flags = {**dict.fromkeys(_FLAGS, False), "special": True}
     specials = [{"id": vocab[text], "content": text, **flags} for text in sorted(named) if text in vocab]
     bpe = {"type": "BPE", "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}
