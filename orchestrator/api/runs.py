@@ -69,8 +69,9 @@ class Run:
         """One row for each step, by rising step.
 
         Its keys: `step`, `loss` (nats per token), `grad_norm`, `lr`, `tokens`, `tokens_per_second`, `step_seconds`,
-        `mfu`, `memory_bytes`, `time` and `leg`; after an evaluation `val_loss` and `val_perplexity`, too. None stands
-        for what was not finite or is not known.
+        `mfu`, `memory_bytes`, `time` and `leg`; after an evaluation `val_loss` and `val_perplexity`, too; at times
+        `epochs`, and with several sources or validation sets figures of each: `loss/NAME`, `val_loss/NAME`,
+        `tokens/NAME`, `epochs/NAME`. None stands for what was not finite or is not known.
         """
         data = self._data()
         rows: dict[int, dict[str, Any]] = {}

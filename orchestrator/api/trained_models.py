@@ -17,8 +17,8 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import HardwareConfig, RunConfig, SourceConfig
 from orchestrator.config.validate import validate
 from orchestrator.data.prepare import prepare
-from orchestrator.data.stream import validation_batches
 from orchestrator.data.validation import validation_data
+from orchestrator.data.validation_sets import ValidationBatches
 from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors
 from orchestrator.hardware.target_table import resolve
 from orchestrator.runs import init_from, resume
@@ -219,16 +219,16 @@ def evaluate(
     if data is not None:
         # As data that is evaluated on, and not trained on.
         config = replace(config, data=replace(config.data, validation=str(data)))
-        prepared = replace(prepared, validation=prepared.stores[0])
+        prepared = replace(prepared, validation={"": prepared.stores[0]})
     held_out = validation_data(config, prepared)
-    stream = held_out.stream(config.data.document_mask)
-    if stream is None:
+    sets = held_out.sets(config.data.document_mask)
+    if not sets:
         raise held_out.problem()
 
     from orchestrator.training.checkpoint_loss import mean_loss
 
     size = min(held_out.sequences, max(1, _BATCH_TOKENS // config.train.seq_len))
-    batches = validation_batches(stream, held_out.sequences, size)
+    batches = ValidationBatches(sets, size)
     loss, tokens = mean_loss(loaded.model, batches, loaded.target.device(0))
     return Evaluation(loss, tokens, held_out.sequences, checkpoint, tuple(held_out.lines()))
 

@@ -138,6 +138,9 @@ def _convert(hint: Any, value: Any, path: str, problems: list[ConfigError]) -> A
         return _build(hint, value, path, problems)
     if hint is Any:
         return value  # arguments of a part: what they may be, it says itself
+    for member in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ():
+        if typing.get_origin(member) is dict and isinstance(value, Mapping):
+            hint = member
     if kinds := dataclasses_of(hint):
         chosen = _kind_of(kinds, value, path, problems)
         return None if chosen is None else _build(chosen, value, path, problems)

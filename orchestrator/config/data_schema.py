@@ -44,6 +44,7 @@ class SourceConfig:
 
     path: str = "builtin"  # "builtin", a prepared store, or files and folders (glob)
     weight: float = 1.0
+    name: str | None = None  # in metrics and reports; None: made of the path
     text_field: str | None = None  # of this source's rows; None: as in data.text_field and data.text_template
     text_template: str | None = None
     reader: dict[str, Any] = field(default_factory=dict)  # of one's own, for this source; {}: data.reader
@@ -58,7 +59,8 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokens: TokensConfig = TokensConfig()
     validation_fraction: float = 0.02  # of the tokens, held out
-    validation: str | None = None  # files or a store to evaluate on; then nothing is held out of the sources
+    # Files or a store to evaluate on, or several sets by name; then nothing is held out of the sources.
+    validation: str | dict[str, str] | None = None
     document_mask: bool = True  # attention does not cross documents packed into one sequence
     text_field: str = "text"  # field of rows (JSON, CSV, Parquet, Arrow); text.content: of a nested object
     text_template: str | None = None  # several fields instead: "{title}\\n\\n{body}"

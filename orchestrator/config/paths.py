@@ -39,6 +39,8 @@ def absolute(config: RunConfig, base: Path | None = None) -> RunConfig:
         for parent in parents:
             section = section[parent]
         section[last] = _absolute(section[last], words, base)
+    if isinstance(sets := data["data"]["validation"], dict):
+        data["data"]["validation"] = {name: _absolute(path, _SOURCE_WORDS, base) for name, path in sets.items()}
     for source in data["data"]["sources"]:
         source["path"] = _absolute(source["path"], _SOURCE_WORDS, base)
     data["checkpoint"]["trusted_keys"] = [_absolute(key, (), base) for key in data["checkpoint"]["trusted_keys"]]

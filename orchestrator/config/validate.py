@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.config.optimizers import LARGEST, check_optimizer
 from orchestrator.config.schema import (
     CheckpointConfig,
+    DataConfig,
     HardwareConfig,
     PrometheusConfig,
     RunConfig,
@@ -140,6 +141,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
         _hardware(config.hardware),
         check_model(config.model),
         _tokenizer(config.data.tokenizer),
+        _names(config.data),
         _batch(config),
         _skip(config),
         _checkpoint(config.checkpoint),
@@ -324,6 +326,21 @@ def _tokenizer(tokenizer: TokenizerConfig) -> list[ConfigError]:
                 fix="leave out one of them",
             )
         )
+    return problems
+
+
+def _names(data: DataConfig) -> list[ConfigError]:
+    """Names of sources and of validation sets: keys of metrics are made of them."""
+    named = [(f"data.sources[{number}].name", source.name) for number, source in enumerate(data.sources)]
+    sets = data.validation if isinstance(data.validation, dict) else {}
+    found = [(key, name) for key, name in named if name is not None] + [("data.validation", name) for name in sets]
+    allowed = "up to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
+    problems = [out_of_range(key, ascii(name)[:300], allowed) for key, name in found if not _RUN_ID.fullmatch(name)]
+    names = [name for _, name in named if name is not None]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(out_of_range("data.sources", f"the name {twice[0]} twice", "a name for each source"))
+    if data.validation == {}:
+        problems.append(out_of_range("data.validation", "an empty mapping", "null, a path, or {NAME: PATH, ...}"))
     return problems
 
 

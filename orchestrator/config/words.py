@@ -265,7 +265,7 @@ def schema_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
     """
     keys: dict[str, bool] = {}
     for name, hint in typing.get_type_hints(cls).items():
-        keys[prefix + name] = typing.get_origin(hint) is dict
+        keys[prefix + name] = any(typing.get_origin(one) is dict for one in (hint, *typing.get_args(hint)))
         for part in [hint] if dataclasses.is_dataclass(hint) else dataclasses_of(hint):
             keys |= schema_keys(typing.cast(type, part), f"{prefix}{name}.")
     return keys

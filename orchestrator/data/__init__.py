@@ -13,18 +13,20 @@ from orchestrator.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from orchestrator.data.prepare import PreparedData, build_store
     from orchestrator.data.store import TokenStore
-    from orchestrator.data.stream import Position, StepLoader, TokenStream, validation_batches
+    from orchestrator.data.stream import Position, StepLoader, TokenStream
     from orchestrator.data.tokenize import Tokenizer, load_tokenizer
     from orchestrator.data.validation import ValidationData, validation_data
+    from orchestrator.data.validation_sets import validation_batches
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "data.prepare": ["PreparedData", "build_store"],
             "data.store": ["TokenStore"],
-            "data.stream": ["Position", "StepLoader", "TokenStream", "validation_batches"],
+            "data.stream": ["Position", "StepLoader", "TokenStream"],
             "data.tokenize": ["Tokenizer", "load_tokenizer"],
             "data.validation": ["ValidationData", "validation_data"],
+            "data.validation_sets": ["validation_batches"],
         },
     )
 

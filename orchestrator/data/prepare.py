@@ -13,8 +13,8 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,14 @@ class PreparedData:
         stores: with one tokenizer.
         weights: of each store in the mixture; they sum to 1.
         tokenizer: of all stores.
-        validation: a store to evaluate on in place of what the others hold out.
+        validation: stores to evaluate on in place of what the others hold out, by name; one without a name by "".
         names: what the user calls each store.
     """
 
     stores: tuple[TokenStore, ...]
     weights: tuple[float, ...]
     tokenizer: Tokenizer
-    validation: TokenStore | None = None
+    validation: Mapping[str, TokenStore] = field(default_factory=dict)
     names: tuple[str, ...] = ()
 
     @property
@@ -84,13 +84,14 @@ class PreparedData:
     def describe(self) -> dict[str, Any]:
         """JSON-able facts for reports."""
         pairs = zip(self.stores, self.weights, strict=True)
+        held = {name: store.describe() for name, store in self.validation.items()}
         return {
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "unigram_entropy_nats": self.unigram_entropy_nats,
             "stores": [{"weight": weight, **store.describe()} for store, weight in pairs],
-            "validation": self.validation.describe() if self.validation else None,
+            "validation": held.get("", held) if held else None,
         }
 
 
@@ -130,7 +131,8 @@ def prepare(config: DataConfig, *, progress: bool = True, verify: bool = True) -
     tokenizer = _shared_tokenizer(sources, config, root, progress)
     note(f"documents: {tokenizer.describe_documents()}", progress)
     stores = tuple(maker.store(source, tokenizer) for source in sources)
-    validation = None if config.validation is None else _validation_store(config.validation, maker, tokenizer)
+    given = {"": config.validation} if isinstance(config.validation, str) else config.validation or {}
+    validation = {name: _validation_store(path, maker, tokenizer) for name, path in given.items()}
     for source, store in zip(sources, stores, strict=True):
         for line in describe_left_out(store.index.source.get("left_out") or {}):
             note(f"left out of {source.config.path}: {line}", progress)
@@ -138,7 +140,8 @@ def prepare(config: DataConfig, *, progress: bool = True, verify: bool = True) -
             note(f"tokens of {source.config.path}: {line}", progress)
     total = sum(source.config.weight for source in sources)
     weights = tuple(source.config.weight / total for source in sources)
-    return PreparedData(stores, weights, tokenizer, validation, tuple(source.config.path for source in sources))
+    names = tuple(source.config.name or source.config.path for source in sources)
+    return PreparedData(stores, weights, tokenizer, validation, names)
 
 
 def build_store(

@@ -68,12 +68,13 @@ class TokenStream:
         for store, part, windows in zip(stores, self._splits, self.windows, strict=True):
             if not windows:
                 raise too_short(store, split, part.tokens, seq_len)
+        self._weights = tuple(float(weight) for weight in weights)
         self._order = _order(self.windows, weights, seed, repeat)
         self._length: int = len(self._order)
         self._facts = {
             "version": STREAM_VERSION,
             "stores": [store.fingerprint for store in stores],
-            "weights": [float(weight) for weight in weights],
+            "weights": list(self._weights),
             "split": split,
             "seq_len": seq_len,
             "seed": seed,
@@ -94,6 +95,21 @@ class TokenStream:
     def fingerprint(self) -> str:
         """sha256 of everything that the order depends on: equal fingerprints mean equal sequences."""
         return hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+
+    def counts(self, sequences: int) -> tuple[int, ...]:
+        """Return how many of the first `sequences` sequences are from each store, in a stream that repeats.
+
+        Args:
+            sequences: a number of sequences.
+        """
+        # grain's rule (0.2, `_dataset_and_key_of_next_element`): of k elements a store leaves floor(k * others / all).
+        whole = _proportions(self._weights)
+        found, left, rest = [], sequences, sum(whole)
+        for share in whole:
+            others = left * (rest - share) // rest
+            found.append(left - others)
+            left, rest = others, rest - share
+        return tuple(found)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the store, and of the window in its split, of the sequence `index`."""
@@ -243,6 +259,19 @@ class StepLoader:
             **({"skipped": [list(pair) for pair in self.skipped]} if self.skipped else {}),
         }
 
+    def taken(self, step: int) -> tuple[int, ...]:
+        """Return how many sequences of each store were trained on after `step` optimizer steps, in all.
+
+        Args:
+            step: number of the step, from 0; not before that of `start`.
+        """
+        end = self.first(step)
+        found = list(self.stream.counts(end))
+        for first, stop in self.skipped:
+            left_out = zip(self.stream.counts(min(stop, end)), self.stream.counts(min(first, end)), strict=True)
+            found = [number - (high - low) for number, (high, low) in zip(found, left_out, strict=True)]
+        return tuple(found)
+
     def first(self, step: int) -> int:
         """Return the first sequence of a step, in whose place none is left out.
 
@@ -250,53 +279,6 @@ class StepLoader:
             step: number of the step, from 0; not before that of `start`.
         """
         return behind(self.skipped, self.start.sequence, (step - self.start.step) * self.global_batch)
-
-
-class ValidationBatches:
-    """A fixed set of sequences, the same number of batches on every rank. Sized and iterable; see the function.
-
-    Args:
-        stream: made with `repeat=False`.
-        sequences: of the set, over all ranks.
-        batch: sequences per batch.
-        rank: number of this share.
-        world: number of shares.
-    """
-
-    def __init__(self, stream: TokenStream, sequences: int, batch: int, rank: int, world: int):
-        self.stream, self.batch, self.rank, self.world = stream, batch, rank, world
-        self.sequences = min(sequences, len(stream))
-
-    def __len__(self) -> int:
-        return -(-self.sequences // (self.batch * self.world))
-
-    def __iter__(self) -> Iterator[Batch]:
-        step = self.batch * self.world
-        for first in range(0, self.sequences, step):
-            indices = range(first + self.rank, first + step, self.world)
-            real = [index for index in indices if index < self.sequences]
-            # The first sequence stands in for those that are missing; its targets do not count.
-            batch = self.stream.batch(real + [0] * (self.batch - len(real)))
-            batch["targets"][len(real) :] = IGNORE_INDEX
-            yield batch
-
-
-def validation_batches(
-    stream_val: TokenStream, sequences: int, batch: int, rank: int = 0, world: int = 1
-) -> ValidationBatches:
-    """Divide the first `sequences` of a validation stream into batches; fewer if it is shorter.
-
-    Every rank gets the same number of batches of shape [batch, seq_len], so that all of them call the collectives
-    together; where the set does not divide, rows without targets fill up. The set does not depend on `world`.
-
-    Args:
-        stream_val: made with `repeat=False`.
-        sequences: number of sequences.
-        batch: sequences per batch.
-        rank: number of this share.
-        world: number of shares.
-    """
-    return ValidationBatches(stream_val, sequences, batch, rank, world)
 
 
 def blank_batch(sequences: int, seq_len: int, document_mask: bool) -> Batch:
@@ -348,9 +330,13 @@ def mixture_shares(weights: Sequence[float]) -> list[float]:
     Args:
         weights: of the sources.
     """
-    scale = 100 / min(weights)
-    whole = [int(weight * scale) for weight in weights]
+    whole = _proportions(weights)
     return [number / sum(whole) for number in whole]
+
+
+def _proportions(weights: Sequence[float]) -> list[int]:
+    scale = 100 / min(weights)
+    return [int(weight * scale) for weight in weights]
 
 
 class _EachOnce:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData
+from orchestrator.data.source_figures import labels_of
 from orchestrator.data.store import TokenStore
 from orchestrator.data.stream import TokenStream, mixture_shares, too_short, windows_of
+from orchestrator.data.validation_sets import ValidationSet
 from orchestrator.errors import DataError
 
 _FEW_TOKENS = 2048  # an evaluation on less is hardly a figure
@@ -24,6 +27,7 @@ class ValidationPart:
         weight: of the store in the mixture.
         tokens: of the split.
         sequences: windows that it has.
+        label: in metrics.
     """
 
     name: str
@@ -32,6 +36,7 @@ class ValidationPart:
     weight: float
     tokens: int
     sequences: int
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,16 @@ class ValidationData:
     """All validation data of a run.
 
     Attributes:
-        parts: one for each source, or the one of `data.validation`; some may have no sequence.
+        parts: one for each source, or for each set of `data.validation`; some may have no sequence.
         seq_len: tokens of a sequence.
         wanted: sequences of an evaluation, where there are as many.
+        named: the parts are sets with names of their own, and `wanted` is of each.
     """
 
     parts: tuple[ValidationPart, ...]
     seq_len: int
     wanted: int
+    named: bool = False
 
     @property
     def used(self) -> tuple[ValidationPart, ...]:
@@ -56,17 +63,46 @@ class ValidationData:
     @property
     def sequences(self) -> int:
         """How many an evaluation takes; 0 where there are none."""
+        if self.named:
+            return sum(min(self.wanted, part.sequences) for part in self.parts)
         return min(self.wanted, sum(part.sequences for part in self.parts))
 
-    def stream(self, document_mask: bool) -> TokenStream | None:
-        """Return the sequences, the same for every seed, so that runs can be compared; None where there are none.
+    def sets(self, document_mask: bool) -> tuple[ValidationSet, ...]:
+        """Return the sequences by set: of each name, or of what each source holds out; nothing where there are none.
 
         Args:
             document_mask: whether attention stays within a document.
         """
-        parts = self.used
-        if not parts:
-            return None
+        if self.named:
+            streams = [(part, self._stream((part,), document_mask)) for part in self.used]
+            return tuple(
+                ValidationSet(part.label, stream, range(min(self.wanted, part.sequences))) for part, stream in streams
+            )
+        stream = self.stream(document_mask)
+        if stream is None:
+            return ()
+        parts, indices = self.used, range(self.sequences)
+        if len(parts) == 1:
+            return (ValidationSet(parts[0].label, stream, indices),)
+        places = [stream.locate(index)[0] for index in indices]
+        return tuple(
+            ValidationSet(part.label, stream, [index for index in indices if places[index] == number])
+            for number, part in enumerate(parts)
+            if number in places
+        )
+
+    def stream(self, document_mask: bool) -> TokenStream | None:
+        """Return the sequences, the same for every seed, so that runs can be compared; None where there are none.
+
+        Where the sets have names it is the first one's.
+
+        Args:
+            document_mask: whether attention stays within a document.
+        """
+        parts = self.used[:1] if self.named else self.used
+        return self._stream(parts, document_mask) if parts else None
+
+    def _stream(self, parts: Sequence[ValidationPart], document_mask: bool) -> TokenStream:
         stores, weights = [part.store for part in parts], [part.weight for part in parts]
         return TokenStream(stores, weights, parts[0].split, self.seq_len, 0, document_mask, repeat=False)
 
@@ -75,10 +111,12 @@ class ValidationData:
         if not self.used:
             return [f"none: {self._held()}; no evaluation is made"]
         total = self.sequences
-        places = ", ".join(f"{part.name} ({part.tokens:,} tokens held out)" for part in self.used)
+        held = "" if self.named else " held out"
+        places = ", ".join(f"{part.name} ({part.tokens:,} tokens{held})" for part in self.used)
         lines = [f"{total:,} sequences of {self.seq_len:,} tokens, of {places}"]
         lines += [
-            f"none of {part.name}: what it holds out ({part.tokens:,} tokens) is shorter than a sequence"
+            f"none of {part.name}: what it {'has' if self.named else 'holds out'} ({part.tokens:,} tokens) is shorter"
+            " than a sequence"
             for part in self.parts
             if not part.sequences
         ]
@@ -106,16 +144,17 @@ def validation_data(config: RunConfig, data: PreparedData) -> ValidationData:
         config: of the run.
         data: the prepared sources of the run.
     """
-    seq_len = config.train.seq_len
-    if data.validation is not None:
-        splits = data.validation.index.splits
-        # A store that was prepared for training: what it held out. Else all of it.
-        split = "validation" if splits["validation"].tokens else "train"
-        parts = [_part(str(config.data.validation), data.validation, split, 1.0, seq_len)]
+    seq_len, named = config.train.seq_len, bool(data.validation) and "" not in data.validation
+    if data.validation:
+        parts = []
+        for name, store in data.validation.items():
+            # A store that was prepared for training: what it held out. Else all of it.
+            split = "validation" if store.index.splits["validation"].tokens else "train"
+            parts.append(_part(name or str(config.data.validation), store, split, 1.0, seq_len, name))
     else:
-        rows = zip(data.names, data.stores, data.weights, strict=True)
-        parts = [_part(name, store, "validation", weight, seq_len) for name, store, weight in rows]
-    return ValidationData(tuple(parts), seq_len, max(1, config.train.eval_tokens // seq_len))
+        rows = zip(data.names, data.stores, data.weights, labels_of(data.names), strict=True)
+        parts = [_part(name, store, "validation", weight, seq_len, label) for name, store, weight, label in rows]
+    return ValidationData(tuple(parts), seq_len, max(1, config.train.eval_tokens // seq_len), named)
 
 
 def check_data(config: RunConfig, data: PreparedData) -> list[str]:
@@ -164,6 +203,6 @@ def mixture_lines(data: PreparedData) -> list[str]:
     return lines
 
 
-def _part(name: str, store: TokenStore, split: str, weight: float, seq_len: int) -> ValidationPart:
+def _part(name: str, store: TokenStore, split: str, weight: float, seq_len: int, label: str) -> ValidationPart:
     tokens = store.index.splits[split].tokens
-    return ValidationPart(name, store, split, weight, tokens, windows_of(tokens, seq_len))
+    return ValidationPart(name, store, split, weight, tokens, windows_of(tokens, seq_len), label)

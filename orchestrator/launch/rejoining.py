@@ -80,6 +80,7 @@ def end(job: Job, record: Record, status: str, left_out: list[str]) -> None:
         left_out: what a resume may still do.
     """
     if status != "failed" or not job.parallel.replaceable:  # else others go on, or the launcher says that none does
+        record.note(sources=job.watchers.sources.record(job.module.step))
         record.end(status, job.module.step, left_out)
 
 

@@ -37,6 +37,7 @@ class Metrics(lightning.Callback):
         compilations: graphs compiled so far; None where nothing is compiled.
         tokens_per_step: of the global batch.
         tokens_after: tokens that were trained on after so many steps.
+        sources: figures of the sources of the data after so many steps, for the last row of each flush.
         mfu: tokens per second to model FLOPs utilisation; None where a figure is unknown.
         memory: bytes in use on this rank's device; None where unknown.
         main: whether this rank may write. All ranks flush together.
@@ -65,6 +66,7 @@ class Metrics(lightning.Callback):
         compilations: Callable[[], int | None],
         tokens_per_step: int,
         tokens_after: Callable[[int], int],
+        sources: Callable[[int], Mapping[str, float]] = lambda step: MappingProxyType({}),
         mfu: Callable[[float], float | None],
         memory: Callable[[], int | None],
         main: bool,
@@ -83,7 +85,7 @@ class Metrics(lightning.Callback):
         self._fetch, self._mfu, self._memory = fetch, mfu, memory
         self._compilations = compilations
         self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
-        self._tokens_after, self._skips = tokens_after, skips
+        self._tokens_after, self._sources, self._skips = tokens_after, sources, skips
         self._steps: list[dict[str, Any]] = []
         self._speaks, self._unsaid, self._file = speaks, deque[dict[str, Any]](maxlen=_UNSAID), run_dir / METRICS
         self._history, self._channels = history, channels
@@ -159,6 +161,7 @@ class Metrics(lightning.Callback):
             bad = not math.isfinite(own["loss"] + own["grad_norm"])
             skipped = {"skipped": True} if self._skips and bad else {}
             rows.append(finite_row({**row, **skipped, **shared, "time": step["time"], "leg": self._leg}))
+        rows[-1].update(self._sources(rows[-1]["step"]))
         self._steps.clear()
         self.latest = rows[-1]
         self._write(rows)

@@ -36,8 +36,11 @@ TAGS = {
     "memory_bytes": "speed/memory_bytes",
     "val_loss": "val/loss",
     "val_perplexity": "val/perplexity",
+    "epochs": "data/epochs",
 }
 """Keys of a row, and what they are called where people look at them: grouped by what is before the slash."""
+OF_SOURCES = {"loss": "train/loss", "val_loss": "val/loss", "tokens": "data/tokens", "epochs": "data/epochs"}
+"""Beginnings of the keys of one source or validation set (`val_loss/web`), and of their tags."""
 
 
 def tagged(row: Row) -> dict[str, float]:
@@ -46,7 +49,12 @@ def tagged(row: Row) -> dict[str, float]:
     Args:
         row: figures by name.
     """
-    return {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
+    found = {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
+    for key, value in row.items():
+        beginning, slash, name = key.partition("/")
+        if slash and beginning in OF_SOURCES and value is not None:
+            found[f"{OF_SOURCES[beginning]}/{name}"] = value
+    return found
 
 
 class TensorBoard:

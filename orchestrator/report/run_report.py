@@ -12,6 +12,7 @@ from orchestrator.atomic_files import write_atomically
 from orchestrator.report.page import frame
 from orchestrator.report.run_data import MEAN_STEPS, Point, RunData, headline, number, read_run_data, smooth, summarise
 from orchestrator.report.run_legs import handovers_section, legs_section, marks, rewinds_section
+from orchestrator.report.run_sources import source_charts, sources_section
 from orchestrator.report.run_text import (
     clock_time,
     duration,
@@ -71,6 +72,7 @@ def render(data: RunData) -> str:
         _notices(facts),
         _cards(data, facts),
         f'<section class="charts" aria-label="Curves">{_charts(data, facts)}</section>',
+        sources_section(data),
         time_section(data.book),
         legs_section(data),
         rewinds_section(data),
@@ -131,7 +133,7 @@ def _cards(data: RunData, facts: Mapping[str, Any]) -> str:
     rows: list[tuple[str, str | None, str]] = [
         _loss_card(loss, mean, facts),
         ("Validation loss", fixed(val), f"perplexity {format_number(perplexity)}" if perplexity is not None else ""),
-        ("Tokens", short(facts["tokens"]), f"in {facts['step']:,} steps" if facts["step"] is not None else ""),
+        ("Tokens", short(facts["tokens"]), _in_steps(data, facts)),
         ("Tokens per second", whole(facts["tokens_per_second"]), step_time(facts["step_seconds"])),
         ("MFU", f"{facts['mfu']:.1%}" if facts["mfu"] is not None else None, peak_text),
         ("Training time", duration(facts["seconds"]), f"memory {gib(memory)}" if memory is not None else ""),
@@ -143,6 +145,13 @@ def _cards(data: RunData, facts: Mapping[str, Any]) -> str:
         note = f"<small>{escape(small)}</small>" if small else ""
         cells.append(f"<div><dt>{label}</dt><dd{style}>{escape(value or 'unknown')}{note}</dd></div>")
     return f'<dl class="cards">{"".join(cells)}</dl>'
+
+
+def _in_steps(data: RunData, facts: Mapping[str, Any]) -> str:
+    if facts["step"] is None:
+        return ""
+    epochs = data.series("epochs")
+    return f"in {facts['step']:,} steps" + (f", {epochs[-1][1]:.3g} epochs" if epochs else "")
 
 
 def _loss_card(loss: float | None, mean: float | None, facts: Mapping[str, Any]) -> tuple[str, str | None, str]:
@@ -188,6 +197,7 @@ def _charts(data: RunData, facts: Mapping[str, Any]) -> str:
         small("rate", "Learning rate", data.series("lr"), "rate"),
         small("memory", "Memory in use (GiB)", memory, "memory", " GiB") if memory else "",
         *routers,
+        source_charts(data, lines),
     ]
     return f'<div class="wide">{parts[0]}</div>{"".join(parts[1:])}'
 

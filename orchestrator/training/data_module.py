@@ -11,8 +11,9 @@ import lightning.pytorch as lightning
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.data.skipping import merged
-from orchestrator.data.stream import Batch, Position, StepLoader, TokenStream, ValidationBatches, validation_batches
+from orchestrator.data.stream import Batch, Position, StepLoader, TokenStream
 from orchestrator.data.validation import ValidationData, validation_data
+from orchestrator.data.validation_sets import ValidationBatches
 from orchestrator.errors import CheckpointError
 from orchestrator.strategies.parallel_strategy import ParallelStrategy, strategy_of
 from orchestrator.training.resolved import settle_unplanned
@@ -81,12 +82,12 @@ class TokenDataModule(lightning.LightningDataModule):
         Args:
             parallel: the strategy.
         """
-        stream, (rank, shares) = self.held_out, parallel.data_share
-        if stream is None:
+        sets, (rank, shares) = self.validation.sets(self.config.data.document_mask), parallel.data_share
+        if not sets:
             return None
-        sequences = self.validation.sequences
-        batch = min(micro_batch_size(self.config, parallel), -(-sequences // shares))
-        return validation_batches(stream, sequences, batch, rank, shares)
+        longest = max(len(one.indices) for one in sets)
+        batch = min(micro_batch_size(self.config, parallel), -(-longest // shares))
+        return ValidationBatches(sets, batch, rank, shares)
 
     # --- in a Trainer of the user's ---------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ callbacks and the loggers, and the strategy the checkpoints, which are those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -82,6 +82,7 @@ class LanguageModule(lightning.LightningModule):
         self._given = parallel
         self._schedule = schedule_of(config)
         self._totals = torch.zeros(0)
+        self._set: Tensor | None = None  # of the validation batch under way, a row of a one-hot matrix
 
     # --- set-up -----------------------------------------------------------------------------------------
 
@@ -198,39 +199,51 @@ class LanguageModule(lightning.LightningModule):
     # --- validation -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    def evaluate(self, batches: Iterable[Mapping[str, Any]], sets: Sequence[int] = ()) -> Tensor:
         """Return the mean loss over the target tokens of `batches`, in nats. Every rank brings as many batches.
 
         Args:
             batches: as the loaders give them.
+            sets: the number of the set of each batch, from 0; empty: they are one set.
+
+        Returns:
+            fp64 of shape [1 + sets]: the mean over all target tokens, and over those of each set.
         """
         self.model.eval()
         self.on_validation_epoch_start()
+        count = max(sets, default=0) + 1
+        # Rows of data, and no constants of the program: a traced one then serves every set.
+        rows = [torch.arange(count).eq(number).unsqueeze(-1) for number in range(count)]
+        self._totals = self._totals.expand(count, 2).clone()
         with evaluated(getattr(self, "optimizer", None)):
             for number, batch in enumerate(batches):
+                self._set = rows[sets[number]].to(self._totals.device) if count > 1 else None
                 self.validation_step(self.parallel.prepare_batch(batch), number)
+        self._set = None
         self.model.train()
-        return self._validation_loss()
+        return self._validation_losses()
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums."""
-        self._totals = torch.zeros(2, dtype=torch.float64, device=self.parallel.root_device)
+        self._totals = torch.zeros(1, 2, dtype=torch.float64, device=self.parallel.root_device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch's loss and target tokens to the sums."""
         standing.mark()
         with self.parallel.forward_context():
-            self._totals[0] += run_on(self.model, batch).double()
-        self._totals[1] += (batch["targets"] != IGNORE_INDEX).sum()
+            loss = run_on(self.model, batch).double()
+        found = torch.stack((loss, (batch["targets"] != IGNORE_INDEX).sum().double()))
+        self._totals += found if self._set is None else torch.where(self._set, found, torch.zeros_like(found))
         self.parallel.finish_step()
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all target tokens, in nats."""
-        self.log("val_loss", self._validation_loss().float(), prog_bar=True)
+        self.log("val_loss", self._validation_losses()[0].float(), prog_bar=True)
 
-    def _validation_loss(self) -> Tensor:
+    def _validation_losses(self) -> Tensor:
         totals = self.parallel.sum_over_data(self._totals)
-        return totals[0] / totals[1].clamp(min=1)
+        totals = torch.cat((totals.sum(0, keepdim=True), totals))
+        return totals[:, 0] / totals[:, 1].clamp(min=1)
 
     # --- checkpoints of a Trainer -----------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.model_files import TOKENIZER_FILE
 from orchestrator.data.prepare import PreparedData
+from orchestrator.data.source_figures import SourceBook
 from orchestrator.data.stream import StepLoader, TokenStream
 from orchestrator.observe.history import History
 from orchestrator.observe.metrics import Metrics
@@ -55,6 +56,7 @@ class Watchers:
         evaluation: of the held-out data.
         samples: of text.
         own: the user's callbacks.
+        sources: what was taken of each.
         checkpoints: saves.
         snapshots: in the memory of the hosts.
         stop: on a signal.
@@ -71,6 +73,7 @@ class Watchers:
     evaluation: Validation
     samples: Samples
     own: list[lightning.Callback]
+    sources: SourceBook
     checkpoints: Checkpoints
     snapshots: Snapshots
     stop: StopOnSignal
@@ -123,7 +126,8 @@ def make_watchers(
     run_uuid = identity.uuid_of(place.run_dir) if main else ""
     history = History(read_history(restored)[1] if restored and main else ())
     channels = SideChannels(warn)
-    metrics = _metrics(resolved, parallel, loader, module.step, leg, run_uuid, history, channels, mfu)
+    sources = SourceBook(loader, tokens.prepared.names)
+    metrics = _metrics(resolved, parallel, loader, sources, module.step, leg, run_uuid, history, channels, mfu)
     shows = parallel.speaks and config.logger.progress
     progress = Progress(metrics, module.step, config.train.max_steps) if shows else None
     tell = _speaker(parallel, progress.say if progress else say) if main else _silent
@@ -147,6 +151,7 @@ def make_watchers(
         evaluation=Validation(metrics, config.train.eval_every, batches, tell, progress),
         samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
         own=own,
+        sources=sources,
         checkpoints=checkpoints,
         snapshots=Snapshots(memory, config, parallel, checkpoints, metrics, leg, tell),
         stop=StopOnSignal(parallel, tell),
@@ -180,6 +185,7 @@ def _metrics(
     resolved: Resolved,
     parallel: ParallelStrategy,
     loader: StepLoader,
+    sources: SourceBook,
     step: int,
     leg: int,
     run_uuid: str,
@@ -195,6 +201,7 @@ def _metrics(
         compilations=parallel.compilations,
         tokens_per_step=config.train.global_batch_tokens,
         tokens_after=loader.tokens_after,
+        sources=sources.row,
         mfu=mfu,
         memory=lambda: parallel.target.memory_bytes(parallel.root_device),
         main=parallel.rank == 0,

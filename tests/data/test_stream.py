@@ -24,8 +24,8 @@ from orchestrator.data.stream import (
     TokenStream,
     _fields,
     blank_batch,
-    validation_batches,
 )
+from orchestrator.data.validation_sets import validation_batches
 from orchestrator.errors import DataError
 
 from .conftest import MakeStore, numbered_texts

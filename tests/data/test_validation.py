@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from orchestrator.config.schema import DataConfig, RunConfig, SourceConfig, TokenizerConfig
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.prepare import PreparedData, build_store, prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.data.stream import TokenStream, mixture_shares
 from orchestrator.data.validation import check_data, mixture_lines, validation_data
+from orchestrator.data.validation_sets import ValidationBatches
 from orchestrator.errors import DataError
 
 from .conftest import MakeStore, numbered_texts
@@ -145,6 +147,39 @@ def test_the_shares_that_are_said_are_those_of_the_stream(make_store: MakeStore,
     if weights[0] == 0.665:
         lines = mixture_lines(of(*stores, weights=weights))
         assert lines[0] == "66.67% of the sequences from s0 (asked for 66.50%: shares are ratios of whole numbers)"
+
+
+def test_sets_by_name(docs: dict[str, str], tmp_path: Path) -> None:
+    named = {"held": docs["held"], "seen": docs["train"]}
+    settings = DataConfig(sources=(SourceConfig(docs["train"]),), tokenizer=BYTES, validation=named)
+    data = prepare(settings, progress=False)
+    validation = validation_data(run_config(validation=named, eval_tokens=160), data)
+    assert validation.sequences == 20, "of each as many as an evaluation takes"
+    assert "20 sequences of 16 tokens, of held (" in validation.lines()[0]
+    held, seen = validation.sets(True)
+    assert (held.label, seen.label, len(held.indices), len(seen.indices)) == ("held", "seen", 10, 10)
+    batches = ValidationBatches((held, seen), 3)
+    assert batches.numbers == [0] * 4 + [1] * 4
+    assert len(list(batches)) == 8
+    texts = [text_of(one.stream, data) for one in (held, seen)]
+    assert [("held 3" in text, "train 3" in text) for text in texts] == [(True, False), (False, True)]
+    assert set(data.describe()["validation"]) == {"held", "seen"}
+
+
+def test_what_the_sources_hold_out_is_evaluated_by_source(make_store: MakeStore) -> None:
+    stores = [make_store(numbered_texts(150 + number), f"s{number}", 0.2) for number in range(3)]
+    validation = validation_data(run_config(eval_tokens=64 * SEQ), of(*stores, weights=(0.5, 0.25, 0.25)))
+    sets = validation.sets(True)
+    assert [one.label for one in sets] == ["s0", "s1", "s2"]
+    assert sorted(index for one in sets for index in one.indices) == list(range(64)), "the same sequences as ever"
+    assert [len(one.indices) for one in sets] == [32, 16, 16]
+    for number, one in enumerate(sets):
+        assert {one.stream.locate(index)[0] for index in one.indices} == {number}
+    for world in (1, 2, 4):
+        ranks = [list(ValidationBatches(sets, 3, rank, world)) for rank in range(world)]
+        assert len({len(batches) for batches in ranks}) == 1
+        real = sum(int((batch["targets"] != IGNORE_INDEX).any(1).sum()) for batches in ranks for batch in batches)
+        assert real == 64
 
 
 def test_no_evaluation_is_made_where_there_is_nothing_for_it(make_store: MakeStore) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.stream import TokenStream, ValidationBatches
+from orchestrator.data.stream import TokenStream
 from orchestrator.data.tokenize import Tokenizer
+from orchestrator.data.validation_sets import ValidationBatches
 from orchestrator.distributed import standing
 from orchestrator.inference.sampling import Sampling, choose
 from orchestrator.observe.metrics import Metrics
@@ -40,6 +41,8 @@ def opening(stream: TokenStream) -> list[int]:
 
 class Validation(lightning.Callback):
     """Evaluates loss and perplexity on the held-out data, every so many steps and at the end, if there is any.
+
+    With several sets, of names or of sources, each has a loss of its own, too: `val_loss/NAME`.
 
     Args:
         metrics: gets a row per evaluation.
@@ -85,11 +88,15 @@ class Validation(lightning.Callback):
         self._metrics.flush()
         shown = self._progress.watch("validating", self._batches) if self._progress else self._batches
         with standing.within(standing.EVALUATING):
-            loss = pl_module.evaluate(shown).item()
+            loss, *of_sets = pl_module.evaluate(shown, self._batches.numbers).tolist()
         # exp of a diverged loss does not fit a float.
         perplexity = math.exp(min(loss, 700.0))
-        self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity)
-        self._say(f"step {pl_module.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        labels = self._batches.labels
+        each = dict(zip(labels, of_sets, strict=True)) if len(labels) > 1 else {}
+        own = {f"val_loss/{label}": value for label, value in each.items()}
+        self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity, **own)
+        more = f" ({', '.join(f'{label} {value:.4f}' for label, value in each.items())})" if each else ""
+        self._say(f"step {pl_module.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{more}")
         self._metrics.pause()
         if not math.isfinite(loss):
             raise Diverged(pl_module.step, {"val_loss": loss}, "validation")
