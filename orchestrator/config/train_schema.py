@@ -40,6 +40,7 @@ class TrainConfig:
     eval_every: int | None = 100  # steps
     eval_tokens: int = 65536
     loss_chunk_tokens: int = 2048  # tokens whose logits are alive at one time
+    z_loss: float = 0.0  # coefficient of the squared logarithm of the softmax's normaliser, added to the loss
     deterministic: bool = False
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"  # of a step whose loss or gradient norm is not finite
     max_skips: int = 10  # steps in a row that on_nonfinite=skip leaves out; one more, and the run stops

@@ -100,7 +100,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.sample.every_steps": _STEPS,
 }
 _NOT_NEGATIVE = (
-    *("model.init_std", "train.sample.temperature", "launch.backoff_seconds"),
+    *("model.init_std", "train.sample.temperature", "train.z_loss", "launch.backoff_seconds"),
     *("model.moe.balance_loss", "model.moe.z_loss", "model.moe.balance_bias_rate"),
 )
 MIN_SHARE = 1e-6  # of a source in a mixture

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from orchestrator.models.loss import HeadOps, default_head_ops
+from orchestrator.models.loss import HeadOps, ZLoss, default_head_ops
 
 
 class LMHead(nn.Module):
@@ -25,6 +25,7 @@ class LMHead(nn.Module):
     Attributes:
         weight: [V, D].
         ops: the mathematics; a strategy that shards the vocabulary replaces it.
+        z_loss: added to the loss in training; None: none.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class LMHead(nn.Module):
         self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, dim))
         self.ops = default_head_ops(ops, softcap) if isinstance(ops, int) else ops
         self.scale = scale
+        self.z_loss: ZLoss | None = None
         self._token_weights: Tensor | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
@@ -57,7 +59,8 @@ class LMHead(nn.Module):
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if targets is not None:
-            return self.ops.loss(hidden, self.weight, targets, self._token_weights)
+            penalty = self.z_loss if self.training and torch.is_grad_enabled() else None
+            return self.ops.loss(hidden, self.weight, targets, self._token_weights, penalty)
         logits = self.ops.logits(hidden[:, -1:] if last_only else hidden, self.weight)
         cap = self.ops.softcap
         return logits if cap is None else (logits / cap).tanh() * cap
@@ -85,7 +88,7 @@ class LMHead(nn.Module):
         """
         ops, found = self.ops, list[Tensor]()
 
-        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, *unused: object) -> Tensor:
             losses, greedy = ops.token_losses(hidden, weight, targets)
             found.append(torch.stack((losses, greedy.float()), -1))
             return losses.sum()

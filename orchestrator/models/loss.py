@@ -39,6 +39,28 @@ class VocabShard:
 WHOLE_VOCAB = VocabShard()
 
 
+@dataclass
+class ZLoss:
+    """A penalty on the square of the softmax's normaliser, so that logits do not drift (PaLM, arXiv 2204.02311, 5).
+
+    Attributes:
+        coefficient: of the square of each counted position's logarithm of the normaliser.
+        total: of what was computed since it was taken, a scalar; None where nothing was.
+    """
+
+    coefficient: float
+    total: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        """Count `part`, the penalty of further positions."""
+        self.total = part if self.total is None else self.total + part
+
+    def take(self) -> Tensor | None:
+        """Return the penalty of the positions here since the last call; None where nothing was computed."""
+        taken, self.total = self.total, None
+        return taken
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -47,6 +69,7 @@ def chunked_cross_entropy(
     vocab: VocabShard = WHOLE_VOCAB,
     softcap: float | None = None,
     weights: Tensor | None = None,
+    penalty: ZLoss | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of `softmax(hidden @ weight.T)` against the targets.
 
@@ -61,7 +84,8 @@ def chunked_cross_entropy(
         vocab: the rank's place in a sharded vocabulary. The gradient of `hidden` is then this rank's part
             of a sum over ranks, which the caller takes.
         softcap: bounds the logits, by `softcap * tanh(logits / softcap)`; None: none.
-        weights: [N], the factor on each target's cross-entropy; None: ones. No gradient is taken of them.
+        weights: [N], the factor on what each target adds; None: ones. No gradient is taken of them.
+        penalty: is added, and told of its part of the sum; None: none.
 
     Returns:
         fp32 scalar, the same on all ranks of a sharded vocabulary.
@@ -72,7 +96,7 @@ def chunked_cross_entropy(
     """
     _check_chunk(chunk_tokens)
     hidden = _to_autocast(hidden)
-    formula = _Formula(chunk_tokens, vocab, softcap)
+    formula = _Formula(chunk_tokens, vocab, softcap, penalty)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         return _chunk_losses(hidden, weight, targets, weights, formula, None, None)
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, formula)
@@ -125,7 +149,7 @@ class HeadOps:
     """The operations of the output head on its weight; a strategy that shards the vocabulary replaces them.
 
     Attributes:
-        loss: (hidden [B, T, D], weight, targets [B, T], weights [B, T] or None) -> fp32 scalar sum.
+        loss: (hidden [B, T, D], weight, targets [B, T], weights [B, T] or None, penalty or None) -> fp32 scalar sum.
         token_losses: (hidden [B, T, D], weight, targets [B, T]) -> the losses [B, T], and whether each target is the
             likeliest token [B, T].
         logits: (hidden [B, T, D], weight) -> [B, T, V].
@@ -133,7 +157,7 @@ class HeadOps:
         softcap: of the logits that `loss` makes; those of `logits` are not bounded yet.
     """
 
-    loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor | None, ZLoss | None], Tensor]
     token_losses: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     logits: Callable[[Tensor, Tensor], Tensor]
     chunk_tokens: int
@@ -149,11 +173,12 @@ def default_head_ops(chunk_tokens: int, softcap: float | None = None, vocab: Voc
         vocab: the rank's place in a sharded vocabulary.
     """
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    def loss(
+        hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, penalty: ZLoss | None = None
+    ) -> Tensor:
         factors = None if weights is None else weights.flatten()
-        return chunked_cross_entropy(
-            hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, vocab, softcap, factors
-        )
+        rows = hidden.flatten(0, 1), weight, targets.flatten()
+        return chunked_cross_entropy(*rows, chunk_tokens, vocab, softcap, factors, penalty)
 
     def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses, greedy = chunked_token_losses(
@@ -171,6 +196,7 @@ class _Formula:
     chunk_tokens: int
     vocab: VocabShard
     softcap: float | None
+    penalty: ZLoss | None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -239,9 +265,16 @@ def _one_chunk(
     sums, target_logit = formula.vocab.all_reduce_sum(torch.stack((exponentials.sum(-1), chunk.target_logit))).unbind()
     losses = torch.where(chunk.counts, sums.log() - target_logit, 0.0)
     loss = (losses if weights is None else losses * factors).sum()
+    of_softmax = factors  # the derivative by the logarithm of the normaliser
+    if formula.penalty is not None:
+        normaliser, coefficient = sums.log() + chunk.largest, formula.penalty.coefficient
+        penalty = (factors * coefficient * normaliser.square()).sum()
+        formula.penalty.add(penalty)
+        loss = loss + penalty
+        of_softmax = factors * (1.0 + 2.0 * coefficient * normaliser)
     if not with_gradient:
         return loss, None
-    probabilities = exponentials.mul_((factors / sums).unsqueeze(-1))
+    probabilities = exponentials.mul_((of_softmax / sums).unsqueeze(-1))
     d_logits = probabilities.scatter_add_(-1, chunk.at, -(chunk.here * factors).unsqueeze(-1))
     if chunk.bounded is not None:
         d_logits = d_logits * (1.0 - chunk.bounded.square_())
@@ -253,7 +286,8 @@ class _ShiftedLogits:
     """The logits of a chunk of n tokens, fp32.
 
     Attributes:
-        logits: [n, V] minus each row's largest over the whole vocabulary.
+        logits: [n, V] minus `largest`.
+        largest: [n], over the whole vocabulary.
         bounded: [n, V], tanh of the logits before they were bounded; None where they are not.
         counts: [n], where there is a target.
         here: [n], where this rank has the target's row.
@@ -262,6 +296,7 @@ class _ShiftedLogits:
     """
 
     logits: Tensor
+    largest: Tensor
     bounded: Tensor | None
     counts: Tensor
     here: Tensor
@@ -284,7 +319,7 @@ def _shifted_logits(
     largest = vocab.all_reduce_max(logits.amax(-1))
     logits.sub_(largest.unsqueeze(-1))
     target_logit = torch.where(here, logits.gather(-1, at).squeeze(-1), 0.0)
-    return _ShiftedLogits(logits, bounded, counts, here, at, target_logit)
+    return _ShiftedLogits(logits, largest, bounded, counts, here, at, target_logit)
 
 
 def _check_chunk(chunk_tokens: int) -> None:

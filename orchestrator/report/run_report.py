@@ -34,8 +34,9 @@ __all__ = ["summarise", "write_report"]
 
 _SAMPLES_SHOWN = 12
 _SMOOTH_FROM = 200  # training rows from which the loss is smoothed
-# Of the routers of a mixture of experts; `models.moe.router_figures` says what they are.
-_ROUTER_CHARTS = {
+# Beside the loss: the head's penalty; and of the routers of a mixture of experts (`models.moe.router_figures`).
+_FURTHER_CHARTS = {
+    "z_loss": "z-loss (per token)",
     "router_loss": "Router loss (per token)",
     "expert_load_max": "Largest expert load (over the mean)",
     "router_entropy": "Router entropy (nats)",
@@ -188,7 +189,7 @@ def _charts(data: RunData, facts: Mapping[str, Any]) -> str:
 
     memory = [(step, value / 2**30) for step, value in data.series("memory_bytes")]
     routers = [
-        small(key, title, points, "norm") for key, title in _ROUTER_CHARTS.items() if (points := data.series(key))
+        small(key, title, points, "norm") for key, title in _FURTHER_CHARTS.items() if (points := data.series(key))
     ]
     parts = [
         Chart("loss", "Loss (nats per token)", [*train, validation], 1000.0, 360.0, rules, boundaries).render(),

@@ -176,8 +176,8 @@ def _parallelize_head(model: ShardableModel, mesh: DeviceMesh) -> None:
 
     ours = default_head_ops(ops.chunk_tokens, ops.softcap, vocab)
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        return ours.loss(gather(hidden), _to_local(weight), targets, weights)
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, *more: Any) -> Tensor:
+        return ours.loss(gather(hidden), _to_local(weight), targets, *more)
 
     def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return ours.token_losses(gather(hidden), _to_local(weight), targets)

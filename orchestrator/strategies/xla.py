@@ -34,7 +34,7 @@ from orchestrator.hardware.mesh import order_devices
 from orchestrator.hardware.target import Target
 from orchestrator.models.expert_dispatch import SlotDispatch
 from orchestrator.models.init import draw_slice
-from orchestrator.models.loss import HeadOps, default_head_ops
+from orchestrator.models.loss import HeadOps, ZLoss, default_head_ops
 from orchestrator.models.protocol import ShardableModel, attend_in_blocks, mixtures
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout
@@ -168,11 +168,13 @@ class XlaStrategy(ParallelStrategy):
                 at = slice(start, min(start + length, hidden.shape[1]))
                 yield at, default_head_ops(hidden.shape[0] * (at.stop - at.start), ops.softcap)
 
-        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        def loss(
+            hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, penalty: ZLoss | None = None
+        ) -> Tensor:
             total = torch.zeros((), device=hidden.device)
             for at, part in chunks(hidden):
                 factors = None if weights is None else weights[:, at]
-                total = total + part.loss(hidden[:, at], weight, targets[:, at], factors)
+                total = total + part.loss(hidden[:, at], weight, targets[:, at], factors, penalty)
             return total
 
         def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

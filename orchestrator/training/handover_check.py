@@ -192,8 +192,8 @@ def _digesting(model: ShardableModel, targets: Tensor, into: list[Tensor]) -> It
     """Within it the head, asked for the loss, digests its logits too: the forward pass is made once."""
     ops = model.head.ops
 
-    def loss(hidden: Tensor, weight: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
-        value = ops.loss(hidden, weight, wanted, weights)
+    def loss(hidden: Tensor, weight: Tensor, wanted: Tensor, *more: Any) -> Tensor:
+        value = ops.loss(hidden, weight, wanted, *more)
         with torch.no_grad():
             into.append(_digest(ops.logits(hidden.detach(), weight.detach()).float(), targets))
         return value

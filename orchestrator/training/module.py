@@ -142,8 +142,9 @@ class LanguageModule(lightning.LightningModule):
         if isinstance(self.optimizer, OwnOptimizer):
             self.optimizer.train()  # after a restore; otherwise it is
         self._set_learning_rate()
-        loss, norm, routing = self.parallel.settled(self.model, self.step, lambda: self._gradients(batch))
-        figures = {} if routing is None else router_figures(routing, self.config.model.moe.top_k)
+        loss, norm, routing, figures = self.parallel.settled(self.model, self.step, lambda: self._gradients(batch))
+        if routing is not None:
+            figures |= router_figures(routing, self.config.model.moe.top_k)
         figures |= self.parallel.figures(self.config.train.global_batch_tokens)
         bad = self.guard.judge(self.step + 1, loss, norm)
         with self.parallel.update_unless(self.model, self.optimizer, bad):
@@ -156,8 +157,8 @@ class LanguageModule(lightning.LightningModule):
         self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr, **figures)
         standing.reached(self.step)
 
-    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Compute and clip the gradients. Returns the loss, their norm, and what the routers did."""
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Compute and clip the gradients. Returns the loss, their norm, what the routers did, and further figures."""
         targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
         hooks = StepHooks(self.seed_dropout, backward=self.manual_backward)
         total = self.parallel.forward_backward(self.model, batch, self.micro_batch, targets, hooks)
@@ -165,7 +166,21 @@ class LanguageModule(lightning.LightningModule):
         routing = self._routing()
         if routing is not None:
             loss = loss - routing[:, LOSS].sum() / targets
-        return loss, norm, routing
+        figures = {}
+        if (z_loss := self._z_loss()) is not None:
+            figures["z_loss"] = z_loss / targets
+            loss = loss - figures["z_loss"]
+        return loss, norm, routing, figures
+
+    def _z_loss(self) -> Tensor | None:
+        """Return the z-loss of this step, on all processes together; None where there is none."""
+        if self.model.head.z_loss is None:
+            return None
+        taken = self.model.head.z_loss.take()
+        if taken is None:
+            # A pipeline's rank without the head; others wait for it.
+            taken = torch.zeros((), device=self.parallel.root_device)
+        return self.parallel.sum_of_parts(taken)
 
     def _routing(self) -> Tensor | None:
         """Return what the routers did in this step, on all processes together; None without experts."""

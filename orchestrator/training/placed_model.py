@@ -7,6 +7,7 @@ from typing import cast
 import torch
 
 from orchestrator.config.schema import RunConfig
+from orchestrator.models.loss import ZLoss
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.remat import apply_remat
 from orchestrator.runs.own_parts import build_model
@@ -24,6 +25,8 @@ def build_placed(config: RunConfig, parallel: ParallelStrategy) -> ShardableMode
     """
     with torch.device("meta"):
         model = build_model(config.model, config.train.loss_chunk_tokens)
+    if config.train.z_loss:
+        model.head.z_loss = ZLoss(config.train.z_loss)
     apply_remat(model, cast(Remat, config.train.remat), parallel.checkpoint)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parallel.shard(model, rules.place(model.logical_axes(), shapes))

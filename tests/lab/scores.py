@@ -24,6 +24,7 @@ class Scored:
         losses: [rows, T], of its rows.
         greedy: [rows, T].
         loss: of all rows, weighted, divided by `DIVISOR`.
+        z_loss: the part of the head's penalty in it; 0 where there is none.
         gradients: its parts of the gradients: name, slices, elements.
     """
 
@@ -31,6 +32,7 @@ class Scored:
     losses: np.ndarray
     greedy: np.ndarray
     loss: float
+    z_loss: float
     gradients: list[tuple[str, tuple[slice, ...], np.ndarray]]
 
 
@@ -79,6 +81,10 @@ def score(world: World, data: dict[str, Any]) -> Scored:
     divisor = torch.tensor(DIVISOR, device=parallel.root_device)
     part = parallel.forward_backward(model, placed, 1, divisor)
     loss, _ = parallel.reduce_and_clip(model, part, None)
+    z_loss = torch.zeros((), device=parallel.root_device)
+    if model.head.z_loss is not None and (taken := model.head.z_loss.take()) is not None:
+        z_loss = taken
+    z_loss = parallel.sum_of_parts(z_loss) / divisor
     parallel.finish_step()
     gradients = []
     for name, parameter in local_parameters(model):
@@ -86,7 +92,7 @@ def score(world: World, data: dict[str, Any]) -> Scored:
         whole = tuple(slice(0, size) for size in grad.shape)
         cut = model_slices(parallel, model, name) if parallel.size > 1 else whole
         gradients.append((name, cut, grad.numpy()))
-    found = Scored(rows, scores.losses.numpy(), scores.greedy.numpy(), *parallel.fetch([loss]), gradients)
+    found = Scored(rows, scores.losses.numpy(), scores.greedy.numpy(), *parallel.fetch([loss, z_loss]), gradients)
     parallel.leave()
     return found
 
@@ -112,7 +118,9 @@ def expected(config: RunConfig) -> Scored:
     targets, weights = arrays.pop("targets"), arrays.pop("weights")
     logits = model(**arrays)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    loss = (losses * weights).sum() / DIVISOR
+    penalties = config.train.z_loss * logits.logsumexp(-1).square() * (targets != -100)
+    z_loss = (penalties * weights).sum() / DIVISOR
+    loss = (losses * weights).sum() / DIVISOR + z_loss
     loss.backward()
     greedy = logits.argmax(-1) == targets
     gradients = [
@@ -120,7 +128,7 @@ def expected(config: RunConfig) -> Scored:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     ]
-    return Scored(slice(0, ROWS), losses.detach().numpy(), greedy.numpy(), loss.item(), gradients)
+    return Scored(slice(0, ROWS), losses.detach().numpy(), greedy.numpy(), loss.item(), z_loss.item(), gradients)
 
 
 def assert_agrees(parts: list[Scored], wanted: Scored, relative: float) -> None:
@@ -136,7 +144,7 @@ def assert_agrees(parts: list[Scored], wanted: Scored, relative: float) -> None:
     for part in parts:
         close(part.losses, wanted.losses[part.rows], relative, "losses")
         np.testing.assert_array_equal(part.greedy, wanted.greedy[part.rows])
-        np.testing.assert_allclose(part.loss, wanted.loss, rtol=relative)
+        np.testing.assert_allclose([part.loss, part.z_loss], [wanted.loss, wanted.z_loss], rtol=relative)
         for name, slices, array in part.gradients:
             scale = np.abs(gradients[name]).max()
             np.testing.assert_allclose(array, gradients[name][slices], rtol=0, atol=relative * scale, err_msg=name)

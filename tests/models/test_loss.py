@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.models.loss import VocabShard, chunked_cross_entropy, chunked_token_losses
+from orchestrator.models.loss import VocabShard, ZLoss, chunked_cross_entropy, chunked_token_losses
 
 N, D, V = 37, 8, 53
 
@@ -161,7 +161,8 @@ def test_sharded_vocabulary(cuts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_each_target_has_a_factor(softcap: float | None) -> None:
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_each_target_has_a_factor_and_the_normaliser_a_penalty(softcap: float | None, coefficient: float) -> None:
     hidden, weight, targets = problem(3.0)
     weights = torch.randn(N, generator=torch.Generator().manual_seed(1))
     weights[targets == -100] = torch.nan  # counts for nothing
@@ -169,10 +170,14 @@ def test_each_target_has_a_factor(softcap: float | None) -> None:
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    wanted = (losses * weights.nan_to_num()).sum()
+    penalties = coefficient * logits.logsumexp(-1).square() * weights.nan_to_num()
+    wanted = (losses * weights.nan_to_num()).sum() + penalties.sum()
     expected = torch.autograd.grad(wanted, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, targets, 10, softcap=softcap, weights=weights)
+    penalty = ZLoss(coefficient)
+    loss = chunked_cross_entropy(hidden, weight, targets, 10, softcap=softcap, weights=weights, penalty=penalty)
     torch.testing.assert_close(loss, wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(penalty.take(), penalties.sum().detach(), rtol=1e-5, atol=1e-5)
+    assert penalty.take() is None
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

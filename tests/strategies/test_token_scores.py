@@ -29,8 +29,8 @@ CASES = {
     "dualpipe_v": ["layout.pipeline=2", "layout.schedule=dualpipe_v", "model.layers=4"],
 }
 MODELS = {
-    "plain": [],
-    "capped": ["model.logit_softcap=3.0", "model.logit_scale=0.5", "model.tied_embeddings=true"],
+    "plain": ["train.z_loss=0.01"],
+    "capped": ["model.logit_softcap=3.0", "model.logit_scale=0.5", "model.tied_embeddings=true", "train.z_loss=0.1"],
 }
 QUICK = [("1", "plain"), ("fsdp2_tensor2", "capped"), ("ring2", "plain"), ("ulysses2", "plain")]
 QUICK += [("context2_tensor2", "plain"), ("pipeline2_context2", "plain")]
@@ -59,3 +59,24 @@ def _expected(world, data):
     from orchestrator.config.schema import RunConfig
 
     return scores.expected(from_dict(RunConfig, data))
+
+
+def test_the_rows_of_a_run_have_the_z_loss_apart(tmp_path):
+    from tests.lab.runs import losses, read_rows, small_config, train
+
+    short = ["train.max_steps=3", "train.sample.tokens=0", "checkpoint.handover.enabled=false"]
+    runs = {
+        "plain": (1, []),
+        "one": (1, ["train.z_loss=0.01"]),
+        "split": (4, ["train.z_loss=0.01", "layout.pipeline=2", "layout.tensor=2", "train.micro_batch_size=2"]),
+    }
+    rows = {}
+    for name, (size, words) in runs.items():
+        train(small_config(tmp_path, *short, *words), size, tmp_path / name)
+        rows[name] = [row for row in read_rows(tmp_path / name) if "loss" in row]
+    assert losses(rows["one"])[0] == pytest.approx(losses(rows["plain"])[0], rel=1e-6), "it is no part of the loss"
+    assert losses(rows["one"])[2] != losses(rows["plain"])[2], "and yet it is minimised"
+    z_losses = {name: [row.get("z_loss") for row in found] for name, found in rows.items()}
+    assert z_losses["plain"] == [None] * 3
+    assert z_losses["split"] == pytest.approx(z_losses["one"], rel=RELATIVE)
+    assert losses(rows["split"]) == pytest.approx(losses(rows["one"]), rel=RELATIVE)
