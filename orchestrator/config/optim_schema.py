@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 StateDtype = Literal["fp32", "bf16", "int8"]
+Transfer = Literal["none", "mup", "completep"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class OptimGroupConfig:
 
 
 @dataclass(frozen=True)
+class TransferBaseConfig:
+    """The model that hyper-parameters were found for; sizes count elements."""
+
+    dim: int | None = None  # width of its residual stream
+    layers: int | None = None  # null: as many as the model has
+    heads: int | None = None  # query heads; null: of a total width in proportion to dim
+    head_dim: int | None = None  # null: the model's
+    mlp_dim: int | None = None  # null: in proportion to dim
+    expert_dim: int | None = None  # inner width of an expert; null: in proportion, as mlp_dim or dim
+    attention_scale: float | None = None  # its factors in the forward pass, as model.attention_scale and the others
+    logit_scale: float = 1.0
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class AdamWConfig:
     """AdamW with decoupled weight decay; none on norms and biases."""
 
@@ -40,6 +56,8 @@ class AdamWConfig:
     weight_decay: float = 0.1
     state_dtype: StateDtype = "fp32"  # of the moments of matrices
     grad_clip: float | None = 1.0  # global L2 norm
+    transfer: Transfer = "none"  # muP for width, CompleteP for width and depth
+    base: TransferBaseConfig = TransferBaseConfig()
     groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 
@@ -71,6 +89,8 @@ class MuonConfig:
     adjust_lr: Literal["original", "match_rms_adamw"] = "original"
     adamw: MuonRestConfig = MuonRestConfig()
     grad_clip: float | None = 1.0
+    transfer: Transfer = "none"  # muP for width, CompleteP for width and depth
+    base: TransferBaseConfig = TransferBaseConfig()
     groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 

@@ -21,6 +21,7 @@ from orchestrator.config.schema import (
     RunConfig,
     TokenizerConfig,
 )
+from orchestrator.config.transfer import check_transfer
 from orchestrator.config.validate_launch import check_launch
 from orchestrator.config.validate_model import check_model, out_of_range
 from orchestrator.errors import ConfigError
@@ -140,6 +141,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
     parts = (
         _hardware(config.hardware),
         check_model(config.model),
+        check_transfer(config.optim, config.model),
         _tokenizer(config.data.tokenizer),
         _names(config.data),
         _batch(config),
@@ -171,7 +173,7 @@ def check_stored(config: RunConfig) -> list[ConfigError]:
     Args:
         config: of a run.
     """
-    return [*check_ranges(config), *check_model(config.model)]
+    return [*check_ranges(config), *check_model(config.model), *check_transfer(config.optim, config.model)]
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:

@@ -15,6 +15,7 @@ from orchestrator.config.compose import Composed
 from orchestrator.config.convert import from_dict
 from orchestrator.config.paths import absolute
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.transfer import settle_transfer
 from orchestrator.config.validate import validate
 from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors, DamagedError
 from orchestrator.hardware.target import Target
@@ -126,7 +127,7 @@ def _refuse_taken(run_dir: Path, config: RunConfig) -> None:
 def _new(composed: Composed, check: bool, main: bool, name: str | None) -> Plan:
     point = init_from.find(composed, check, warn)
     checkpoint = point.checkpoint if point else None
-    config = absolute(init_from.settle_on(composed, checkpoint, warn))
+    config = settle_transfer(absolute(init_from.settle_on(composed, checkpoint, warn)))
     trusted = _check_places(config, main, point.trusted if point else None)
     return Plan(config, resolve(config.hardware), trusted, checkpoint, name=name)
 
@@ -141,6 +142,7 @@ def _going_on(
         merged = replace(merged, run_id=composed.config.run_id)
     if problems := validate(merged):
         raise ConfigErrors(problems)
+    merged = settle_transfer(merged)
     trusted, checkpoint = _check_places(merged, main, point.trusted), point.checkpoint
     state = checkpoint.state()
     if "data" not in state:

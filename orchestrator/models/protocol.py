@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class ShardableModel(nn.Module):
         make_mask: builds the attention mask of a forward pass, as `models.mask.attention_mask`; a strategy that splits
             sequences, or has another attention core, replaces it.
         routing: number of a layer with experts -> its router's statistics, summed since they were taken.
+        init_factors: name of a parameter -> what scales the spread of its initial values in this run; others: 1.
     """
 
     config: ModelConfig
@@ -60,11 +62,13 @@ class ShardableModel(nn.Module):
     head: LMHead
     make_mask: Callable[..., Mask]
     routing: dict[int, Tensor]
+    init_factors: Mapping[str, float]
 
     def __init__(self) -> None:
         super().__init__()
         self.make_mask = attention_mask
         self.routing = {}
+        self.init_factors = {}
 
     @property
     @abstractmethod
@@ -77,7 +81,14 @@ class ShardableModel(nn.Module):
 
     @abstractmethod
     def initializers(self) -> dict[str, Init]:
-        """How each parameter starts."""
+        """How each parameter starts, before `init_factors`."""
+
+    def starts(self) -> dict[str, Init]:
+        """How each parameter starts in this run."""
+        factors = self.init_factors
+        return {
+            name: replace(init, std=init.std * factors.get(name, 1.0)) for name, init in self.initializers().items()
+        }
 
     def tie_weights(self) -> None:
         """Let the head use the embedding's weight, where the configuration says so.

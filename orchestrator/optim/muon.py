@@ -83,7 +83,7 @@ class Muon(GuardedOptimizer):
 
         for parameter, update in self._parts.on_wholes(direction, parameters, whole):
             local = self._parts.local(parameter)
-            rate = group["lr"] * _factor(group["adjust_lr"], self._parts.shape(parameter))
+            rate = group["lr"] * shape_factor(group["adjust_lr"], self._parts.shape(parameter))
             decayed = local * (1 - group["lr"] * group["weight_decay"])
             store(local, decayed.add_(update, alpha=-rate), self.bad)
 
@@ -121,6 +121,12 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: 
     return torch.addmm(base, left, right, beta=beta, alpha=alpha)
 
 
-def _factor(adjust_lr: str, shape: tuple[int, ...]) -> float:
+def shape_factor(adjust_lr: str, shape: tuple[float, ...]) -> float:
+    """Return what the update of a matrix is multiplied by.
+
+    Args:
+        adjust_lr: `original` or `match_rms_adamw`.
+        shape: of the matrix, or of a stack of them.
+    """
     rows, columns = shape[-2:]
     return 0.2 * math.sqrt(max(rows, columns)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1, rows / columns))

@@ -205,7 +205,7 @@ class DTensorStrategy(ParallelStrategy):
     @torch.no_grad()
     def initialize(self, model: ShardableModel, seed: int) -> None:
         """Draw this rank's shards of the initial weights on the host."""
-        placements, initializers = self.placements[model], model.initializers()
+        placements, initializers = self.placements[model], model.starts()
         for name, parameter in local_parameters(model):
             init, local = initializers[name], local_part(parameter)
             if local.numel():

@@ -219,7 +219,7 @@ class XlaStrategy(ParallelStrategy):
 
     def initialize(self, model: ShardableModel, seed: int) -> None:
         """Draw the shards of this host's devices on the host, and send them."""
-        initializers, shards = model.initializers(), self.state_shards(model, None)
+        initializers, shards = model.starts(), self.state_shards(model, None)
         for shard in shards:
             name = shard.name.removeprefix("model.")
             shard.data.copy_(draw_slice(initializers[name], name, seed, shard.shape, shard.slices))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
+from orchestrator.config.transfer import describe_transfer, settle_transfer
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.distributed import standing
 from orchestrator.models.moe import LOSS, STATISTICS, router_figures
@@ -29,7 +30,7 @@ from orchestrator.training.data_module import TokenDataModule, micro_batch_size
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.optimizer_setup import PEAK, build_optimizer
 from orchestrator.training.parameter_groups import describe_groups, trained
-from orchestrator.training.placed_model import build_placed
+from orchestrator.training.placed_model import build_placed, factors_of
 from orchestrator.training.resolved import settle_optimizer, settle_unplanned, settle_vocabulary
 
 
@@ -75,7 +76,7 @@ class LanguageModule(lightning.LightningModule):
     def __init__(self, config: RunConfig, vocab_size: int | None = None, parallel: ParallelStrategy | None = None):
         super().__init__()
         self.automatic_optimization = False
-        self.config = settle_vocabulary(settle_unplanned(config), vocab_size)
+        self.config = settle_vocabulary(settle_unplanned(settle_transfer(config)), vocab_size)
         self.step, self.lr = 0, 0.0
         self.groups: list[str] = []
         self.record: Callable[..., None] = lambda **values: None
@@ -121,8 +122,9 @@ class LanguageModule(lightning.LightningModule):
         """
         parallel, device = self.parallel, self.parallel.root_device
         config = settle_optimizer(self.config.optim, on_cpu=device.type == "cpu")
-        members = trained(self.model, config.groups, everything=parallel.layout.pipeline == 1)
-        self.groups = describe_groups(members)
+        whole, factors = parallel.layout.pipeline == 1, factors_of(self.config, self.model)
+        members = trained(self.model, config.groups, whole, factors)
+        self.groups = [*describe_transfer(config, self.config.model), *describe_groups(members)]
         parts, seed = parallel.parts(self.model), self.config.seed
         self.optimizer = build_optimizer(self.model, config, device, parts, restoring, members, seed)
         parallel.prepare_optimizer(self.model, self.optimizer)

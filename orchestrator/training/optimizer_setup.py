@@ -111,11 +111,11 @@ def _adamw(
         keys: dict[Tensor, int] = {
             m.parameter: zlib.crc32(f"{seed} {m.name}".encode()) for m in members if not m.is_vector
         }
-        groups = grouped(members, config.lr, config.weight_decay)
+        groups = grouped(members, config.lr, config.weight_decay, config.eps)
         return CompactAdamW(groups, parts, config.state_dtype, keys, config.lr, config.betas, config.eps)
     fused, traced = device.type in _FUSED, device.type == "xla"
     optimizer = torch.optim.AdamW(
-        grouped(members, config.lr, config.weight_decay),
+        grouped(members, config.lr, config.weight_decay, config.eps),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

@@ -6,9 +6,10 @@ dims: the biases of experts are [E, F]. A kernel over many tensors at once takes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from orchestrator.config.schema import OptimGroupConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.protocol import ShardableModel
+from orchestrator.optim.transfer_rules import Factors
 
 _STACKED = "experts"  # the logical axis of tensors that hold one matrix or vector for each expert
 _CHOOSES = "choices"  # that of a router's rows
@@ -32,6 +34,7 @@ class Member:
         dims: of one expert's part; of the whole where it is no expert's.
         group: the entry of `optim.groups` that is its; None: it has the optimizer's own rate and decay.
         chooses: it is a router's, whose rows are experts.
+        factors: of `optim.transfer`.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Member:
     dims: int
     group: OptimGroupConfig | None = None
     chooses: bool = False
+    factors: Factors = Factors()
 
     @property
     def is_vector(self) -> bool:
@@ -46,13 +50,19 @@ class Member:
         return self.dims < 2
 
 
-def trained(model: nn.Module, groups: Sequence[OptimGroupConfig] = (), everything: bool = True) -> list[Member]:
+def trained(
+    model: nn.Module,
+    groups: Sequence[OptimGroupConfig] = (),
+    everything: bool = True,
+    factors: Mapping[str, Factors] = MappingProxyType({}),
+) -> list[Member]:
     """List the parameters of `model` that are trained, each with its entry of `groups`: the first that matches.
 
     Args:
         model: placed.
         groups: as `optim.groups` has them.
         everything: the model is whole, and not a stage of a pipeline; then each entry has to match.
+        factors: of `optim.transfer`, by name.
 
     Raises:
         ConfigError: an entry matches no parameter, or none that an earlier one has not.
@@ -66,7 +76,8 @@ def trained(model: nn.Module, groups: Sequence[OptimGroupConfig] = (), everythin
         used.add(number)
         dims = parameter.dim() - (_STACKED in axes.get(name, ()))
         group = None if number is None else groups[number]
-        members.append(Member(name, parameter, dims, group, _CHOOSES in axes.get(name, ())))
+        chooses = _CHOOSES in axes.get(name, ())
+        members.append(Member(name, parameter, dims, group, chooses, factors.get(name, Factors())))
     if everything and (lost := [group.match for number, group in enumerate(groups) if number not in used]):
         names = [member.name for member in members]
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
@@ -79,13 +90,16 @@ def trained(model: nn.Module, groups: Sequence[OptimGroupConfig] = (), everythin
     return members
 
 
-def grouped(members: Sequence[Member], lr: float, weight_decay: float | None) -> list[dict[str, Any]]:
-    """Make parameter groups as `torch.optim` takes them: `params`, `lr` and `weight_decay`.
+def grouped(
+    members: Sequence[Member], lr: float, weight_decay: float | None, eps: float | None = None
+) -> list[dict[str, Any]]:
+    """Make parameter groups as `torch.optim` takes them: `params`, `lr`, `weight_decay` and `eps`.
 
     Args:
         members: of one optimizer.
         lr: the optimizer's rate.
         weight_decay: the optimizer's; None: it has its own, which a group has unless an entry says otherwise.
+        eps: the optimizer's; None: it has none that is scaled.
     """
     found: dict[Any, dict[str, Any]] = {}
     for member in members:
@@ -93,10 +107,14 @@ def grouped(members: Sequence[Member], lr: float, weight_decay: float | None) ->
         if member.group is not None:
             factor = member.group.lr_factor
             decay = decay if member.group.weight_decay is None else member.group.weight_decay
+        scaled = member.factors
+        factor, decay = factor * scaled.lr, None if decay is None else decay * scaled.decay
         mesh = getattr(member.parameter, "device_mesh", None)  # of a DTensor
-        group = found.setdefault((decay, factor, mesh), {"params": [], "lr": lr * factor})
+        group = found.setdefault((decay, factor, scaled.eps, mesh), {"params": [], "lr": lr * factor})
         if decay is not None:
             group["weight_decay"] = decay
+        if eps is not None:
+            group["eps"] = eps * scaled.eps
         group["params"].append(member.parameter)
     # Decayed ones first.
     return sorted(found.values(), key=lambda group: not group.get("weight_decay", 0.0))

@@ -10,6 +10,8 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.models.loss import ZLoss
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.remat import apply_remat
+from orchestrator.models.shapes import parameter_shapes
+from orchestrator.optim.transfer_rules import Factors, transfer_factors
 from orchestrator.runs.own_parts import build_model
 from orchestrator.sharding import rules
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
@@ -27,7 +29,19 @@ def build_placed(config: RunConfig, parallel: ParallelStrategy) -> ShardableMode
         model = build_model(config.model, config.train.loss_chunk_tokens)
     if config.train.z_loss:
         model.head.z_loss = ZLoss(config.train.z_loss)
+    model.init_factors = {name: factors.init for name, factors in factors_of(config, model).items()}
     apply_remat(model, cast(Remat, config.train.remat), parallel.checkpoint)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parallel.shard(model, rules.place(model.logical_axes(), shapes))
     return model
+
+
+def factors_of(config: RunConfig, model: ShardableModel) -> dict[str, Factors]:
+    """Return what `optim.transfer` scales each parameter by; empty where it does nothing.
+
+    Args:
+        config: of the run, settled.
+        model: of the run, or a part of it.
+    """
+    shapes = [] if config.model._target_ else parameter_shapes(config.model)
+    return transfer_factors(config.optim, config.model, model.logical_axes(), shapes)

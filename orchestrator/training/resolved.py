@@ -13,6 +13,7 @@ from orchestrator.checkpoint.format import parse_json
 from orchestrator.checkpoint.storage import locate
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import HandoverConfig, LayoutConfig, ModelConfig, MuonConfig, OptimConfig, RunConfig
+from orchestrator.config.transfer import settle_transfer
 from orchestrator.config.validate import check_stored
 from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import ConfigError, UserError
@@ -232,6 +233,7 @@ def resolve_run(
         LayoutError: the degrees do not fit the devices.
         ConfigError: the tokenizer has more tokens than the model.
     """
+    config = settle_transfer(config)
     settled = settled or settle_layout(config, target, devices)
     layout, model = resolve_layout(settled.layout, devices), resolve_model(config.model, vocab_size)
     train, handover = config.train, config.checkpoint.handover
