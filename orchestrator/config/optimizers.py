@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.config.schema import MuonConfig, OptimConfig, OwnOptimConfig, SGDConfig
+from orchestrator.config.schema import AdamWConfig, MuonConfig, OptimConfig, OwnOptimConfig, SGDConfig
 from orchestrator.errors import ConfigError
 
 LARGEST = 1e38  # an fp32 holds it
@@ -26,6 +26,13 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "beta2_decay": ("-1 to less than 0", lambda x: -1 <= x < 0),
     "clip_threshold": (f"1 to {LARGEST:g}", lambda x: 1 <= x <= LARGEST),
     "ns_coefficients": ("numbers", math.isfinite),
+    **dict.fromkeys(
+        ("dim", "layers", "heads", "head_dim", "mlp_dim", "expert_dim"), ("1 or more", lambda x: 1 <= x <= LARGEST)
+    ),
+    **dict.fromkeys(
+        ("attention_scale", "logit_scale", "residual_scale"),
+        (f"more than 0, at most {LARGEST:g}", lambda x: 0 < x <= LARGEST),
+    ),
     "ns_steps": (f"1 to {_MOST_NS_STEPS}", lambda x: 1 <= x <= _MOST_NS_STEPS),
 }
 
@@ -39,6 +46,8 @@ def check_optimizer(config: OptimConfig) -> list[ConfigError]:
     problems = list(_ranges("optim", config))
     if isinstance(config, MuonConfig):
         problems += _ranges("optim.adamw", config.adamw)
+    if isinstance(config, (AdamWConfig, MuonConfig)):
+        problems += _ranges("optim.base", config.base)
     if isinstance(config, SGDConfig) and config.nesterov and not config.momentum:
         problems.append(
             ConfigError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 
 from orchestrator.config.schema import (
     AdamWConfig,
@@ -140,19 +140,12 @@ def check_transfer(optim: OptimConfig, model: ModelConfig) -> list[ConfigError]:
             return []
         what, got = "a base is given, and nothing is transferred from it", "optim.transfer=none with optim.base"
         return [ConfigError(what, got=got, fix="set optim.transfer=mup or completep, or leave optim.base out")]
-    problems = [*_numbers(optim.base), *_without_rules(optim, model)]
-    return problems or list(_other_factors(optim, model))
-
-
-def _numbers(base: TransferBaseConfig) -> Iterator[ConfigError]:
-    if base.dim is None:
+    if optim.base.dim is None:
         what = "optim.transfer needs the width of the model whose hyper-parameters are used"
-        yield ConfigError(what, got="optim.base.dim=null", fix="set optim.base.dim=128, for instance")
-    for field in fields(base):
-        value = getattr(base, field.name)
-        if value is not None and not 0 < value < math.inf:
-            key = f"optim.base.{field.name}"
-            yield ConfigError(f"'{key}' is out of range", got=value, allowed="more than 0", fix=f"set {key}=...")
+        return [ConfigError(what, got="optim.base.dim=null", fix="set optim.base.dim=128, for instance")]
+    if any(value is not None and value <= 0 for value in astuple(optim.base)):
+        return []  # said by check_ranges
+    return [*_without_rules(optim, model)] or [*_other_factors(optim, model)]
 
 
 def _without_rules(optim: AdamWConfig | MuonConfig, model: ModelConfig) -> Iterator[ConfigError]:

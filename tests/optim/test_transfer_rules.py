@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.config.compose import compose
 from orchestrator.config.convert import from_dict, to_dict
+from orchestrator.config.optimizers import check_optimizer
 from orchestrator.config.schema import (
     AdamWConfig,
     MLAConfig,
@@ -141,7 +142,6 @@ def test_what_is_settled_stays_settled_also_through_yaml():
         ({"transfer": "mup"}, {}, "needs the width"),
         ({"base": WIDTH}, {}, "nothing is transferred"),
         ({"transfer": "mup", "base": DEPTH}, {}, "for width alone"),
-        ({"transfer": "mup", "base": replace(WIDTH, mlp_dim=0)}, {}, "'optim.base.mlp_dim' is out of range"),
         ({"transfer": "mup", "base": WIDTH}, {"logit_scale": 0.5}, "optim.base.logit_scale"),
         ({"transfer": "mup", "base": WIDTH}, {"_target_": "mine.Model"}, "the product's own model"),
         ({"transfer": "mup", "base": WIDTH}, {"mla": MLAConfig(kv_lora_rank=8)}, "latent"),
@@ -152,6 +152,11 @@ def test_what_has_no_rule_is_said(optim, model, said):
     problems = check_transfer(AdamWConfig(**optim), replace(MODEL, **model))
     assert len(problems) == 1
     assert said in str(problems[0])
+
+
+def test_sizes_of_the_base_are_checked():
+    (problem,) = check_optimizer(AdamWConfig(transfer="mup", base=replace(WIDTH, mlp_dim=0)))
+    assert problem.what == "'optim.base.mlp_dim' is out of range"
 
 
 def test_a_run_is_composed_with_it():
