@@ -8,5 +8,8 @@ IGNORE_INDEX = -100
 CODE_BLOCK = 64
 """Elements of the last dim that share the scale of an 8-bit optimizer state."""
 
+LORA_A, LORA_B = "lora_a", "lora_b"
+"""Names of the two matrices of an adapter, in the layer that it lies beside."""
+
 SCALE = "_scale"
 """Ends the key of those scales, behind the key of the state."""

@@ -28,6 +28,17 @@ class SpikeConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, trained beside weights that stay as they are. The names are PEFT's."""
+
+    rank: int | None = None  # null: none; the weights themselves are trained
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch size, evaluation and numerical settings of the training."""
 
@@ -50,5 +61,6 @@ class TrainConfig:
     check_replicas_every: int | None = None  # steps; that devices which must hold the same bits do; None: not asked
     rewind_skip_steps: int = 0  # least batches that a rewind leaves out, from its checkpoint on
     init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
+    lora: LoraConfig = LoraConfig()
     objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep
     sample: SampleConfig = SampleConfig()

@@ -22,6 +22,7 @@ from orchestrator.config.schema import (
     TokenizerConfig,
 )
 from orchestrator.config.transfer import check_transfer
+from orchestrator.config.validate_adapters import check_adapters, check_lora_ranges
 from orchestrator.config.validate_launch import check_launch
 from orchestrator.config.validate_model import check_model, out_of_range
 from orchestrator.errors import ConfigError
@@ -148,6 +149,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
         _skip(config),
         _checkpoint(config.checkpoint),
         _prometheus(config.logger.prometheus),
+        check_adapters(config),
     )
     return [*check_ranges(config), *(problem for part in parts for problem in part)]
 
@@ -206,7 +208,7 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
     ]
     ratios = {key: _get(config, key) for key in ("optim.schedule.min_lr_ratio", "optim.schedule.decay_fraction")}
     problems += [out_of_range(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
-    problems += [*check_optimizer(config.optim), *check_launch(config.launch)]
+    problems += [*check_optimizer(config.optim), *check_launch(config.launch), *check_lora_ranges(config.train.lora)]
     if not config.data.sources:
         problems.append(out_of_range("data.sources", "an empty list", "one source or more"))
     if config.run_id is not None and not _RUN_ID.fullmatch(config.run_id):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
-from orchestrator.checkpoint.reader import read_into
+from orchestrator.checkpoint.merged_weights import read_weights
 from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.data.document_format import DocumentFormat, SpecialTokens
 from orchestrator.data.model_files import GENERATION_FILE
@@ -163,5 +163,5 @@ def load_decoder(checkpoint: Checkpoint, device: torch.device) -> Decoder:
         Shard(f"model.{name}", tuple(p.shape), tuple(slice(0, size) for size in p.shape), p.data)
         for name, p in model.named_parameters()
     ]
-    read_into(checkpoint, shards, ignore=["optimizer."], cast=True, check=SingleProcess())
+    read_weights(checkpoint, shards, check=SingleProcess())
     return model.eval()

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 
+from orchestrator.checkpoint.adapters import open_base, whole_tensors
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.finite import describe_nonfinite, finite_flags
 from orchestrator.checkpoint.format import parse_json
+from orchestrator.checkpoint.merged_weights import weights_reader
 from orchestrator.checkpoint.reader import DTYPES, Reader
 from orchestrator.checkpoint.storage import write_file
 from orchestrator.checkpoint.writer import DTYPE_NAMES
@@ -74,8 +76,9 @@ def export_hf(
     layouts = _layouts(checkpoint)
     came = [name for one in layouts for name in one.tensors]
     tensors = {tensor.name: tensor for tensor in hf_tensors(family, model, came)}
-    reader = Reader(checkpoint)
-    dtypes, model_shapes = _dtypes(checkpoint, model, dtype), our_shapes(model)
+    base = open_base(checkpoint)
+    reader = weights_reader(checkpoint, base)
+    dtypes, model_shapes = _dtypes(checkpoint, base, model, dtype), our_shapes(model)
     specs = [Spec(name, DTYPE_NAMES[_common(tensor, dtypes)], tensor.shape) for name, tensor in tensors.items()]
 
     def produce(spec: Spec) -> torch.Tensor:
@@ -157,7 +160,8 @@ def export_dcp(
     from orchestrator.interop.dcp import write_dcp
 
     model = model_of(checkpoint)
-    dtypes, reader, shapes = _dtypes(checkpoint, model, dtype), Reader(checkpoint), our_shapes(model)
+    base, shapes = open_base(checkpoint), our_shapes(model)
+    dtypes, reader = _dtypes(checkpoint, base, model, dtype), weights_reader(checkpoint, base)
     if names == "hf":
         tensors = {tensor.name: tensor for tensor in hf_tensors(family_of(model), model)}
     else:
@@ -209,17 +213,19 @@ def weight_bytes(checkpoint: Checkpoint, dtype: Dtype) -> int:
         dtype: of the written weights; `stored` keeps each one's own.
     """
     model = model_of(checkpoint)
-    dtypes = _dtypes(checkpoint, model, dtype)
+    dtypes = _dtypes(checkpoint, open_base(checkpoint, look=False), model, dtype)
     return sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in our_shapes(model).items())
 
 
-def _dtypes(checkpoint: Checkpoint, model: ModelConfig, dtype: Dtype) -> dict[str, torch.dtype]:
+def _dtypes(
+    checkpoint: Checkpoint, base: Checkpoint | None, model: ModelConfig, dtype: Dtype
+) -> dict[str, torch.dtype]:
     """Return the dtype that each of our parameters is written in.
 
     Raises:
         CheckpointError: the stored tensors are not those of the model that the configuration describes.
     """
-    stored, result = checkpoint.manifest.tensors, {}
+    stored, result = whole_tensors(checkpoint, base), {}
     for name, shape in our_shapes(model).items():
         tensor = stored.get(f"model.{name}")
         if tensor is None or tensor.shape != shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchestrator.checkpoint.adapters import adapter_record
 from orchestrator.checkpoint.attestation import attester
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.hashing import new_hash
@@ -92,14 +93,14 @@ def find_plan(composed: Composed, main: bool, alone: bool) -> Plan:
         if config.run_id is not None and main:
             _refuse_taken(run_directory.named(config, config.run_id), config)
         return _new(composed, check, main, config.run_id)
-    if "train.init_from" in composed.overrides and config.resume != resume.AUTO:
-        raise ConfigError(
-            "a resumed run has its weights",
-            got=f"resume={config.resume} and train.init_from={config.train.init_from}",
-            fix="leave out one of them",
-        )
     if config.resume != resume.AUTO:
         point = resume.find(config.resume, config.runs_dir, check, warn, config.checkpoint, listing.wanted_by(composed))
+        if "train.init_from" in composed.overrides and adapter_record(point.checkpoint) is None:
+            raise ConfigError(
+                "a resumed run has its weights",
+                got=f"resume={config.resume} and train.init_from={config.train.init_from}",
+                fix="leave out one of them",
+            )
         return _going_on(composed, point, config.run_id, check, main, alone)
     name = identity.name_of(config, composed.job)
     own, run_dir, newest = resume.find_own(composed, name, check, warn)

@@ -25,11 +25,11 @@ class Init:
     """The initial distribution of a parameter.
 
     Attributes:
-        kind: `normal` has mean 0 and standard deviation `std`.
-        std: of `normal`.
+        kind: `normal` and `uniform` have mean 0 and standard deviation `std`.
+        std: of `normal` and `uniform`.
     """
 
-    kind: Literal["normal", "zeros", "ones"]
+    kind: Literal["normal", "uniform", "zeros", "ones"]
     std: float = 0.0
 
 
@@ -55,10 +55,10 @@ def draw_slice(init: Init, name: str, seed: int, shape: tuple[int, ...], slices:
     if any(step != 1 for _, _, step in bounds):
         raise ValueError(f"slices of '{name}' must have step 1, got {slices}")
     out = np.empty([max(stop - start, 0) for start, stop, _ in bounds], dtype=np.float32)
-    if init.kind != "normal":
+    if init.kind in ("zeros", "ones"):
         out.fill(1.0 if init.kind == "ones" else 0.0)
     elif out.size:
-        _fill_normal(out, init.std, name, seed, shape, bounds)
+        _fill_drawn(out, init, name, seed, shape, bounds)
     return torch.from_numpy(out)
 
 
@@ -71,16 +71,20 @@ def rows_per_chunk(shape: tuple[int, ...]) -> int:
     return max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 
-def _fill_normal(
-    out: np.ndarray, std: float, name: str, seed: int, shape: tuple[int, ...], bounds: list[tuple[int, int, int]]
+def _fill_drawn(
+    out: np.ndarray, init: Init, name: str, seed: int, shape: tuple[int, ...], bounds: list[tuple[int, int, int]]
 ) -> None:
     start, stop, _ = bounds[0]
     columns = tuple(slice(low, high) for low, high, _ in bounds[1:])
     for chunk, first, last in _chunks(shape, start, stop):
-        values = _generator(seed, name, chunk).standard_normal((last - first, *shape[1:]), dtype=np.float32)
+        generator, size = _generator(seed, name, chunk), (last - first, *shape[1:])
+        if init.kind == "normal":
+            values = generator.standard_normal(size, dtype=np.float32)
+        else:  # uniform, of variance 1
+            values = (2 * generator.random(size, dtype=np.float32) - 1) * np.float32(math.sqrt(3))
         low, high = max(first, start), min(last, stop)
         part = values[(slice(low - first, high - first), *columns)]
-        np.multiply(part, np.float32(std), out=out[low - start : high - start])
+        np.multiply(part, np.float32(init.std), out=out[low - start : high - start])
 
 
 def _chunks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -299,6 +299,7 @@ def merge(point: ResumePoint, composed: Composed, report: Callable[[str], object
     _localize(result, point, composed, report)
     apply(composed, result, composed.overrides)
     _keep_optimizer(result, point)
+    _keep_adapters(result, point)
     registry.refuse_stored(result, composed.data, point.directory)
     result["resume"] = composed.config.resume
     # What is allowed is allowed once.
@@ -314,6 +315,21 @@ def _keep_optimizer(result: Mapping[str, Any], point: ResumePoint) -> None:
             "a resumed run keeps its optimizer: the checkpoint holds the state of that one alone",
             got=now,
             allowed=was,
+            fix=f"leave it out; or start a new run from the weights: train.init_from={point.directory}",
+        )
+
+
+def _keep_adapters(result: Mapping[str, Any], point: ResumePoint) -> None:
+    """Refuse other adapters than the saved run's."""
+    kept = ("rank", "alpha", "target_modules", "rslora")
+    was, now = ({key: _at(data, f"train.lora.{key}") for key in kept} for data in (point.saved, result))
+    if _at(point.saved, "train.lora") is None:  # saved before there were adapters
+        was["rank"], now = None, {**was, "rank": now["rank"]}
+    if changed := [f"train.lora.{key}={now[key]}" for key in kept if was[key] != now[key]]:
+        raise ConfigError(
+            "a resumed run keeps its adapters: the checkpoint holds these alone",
+            got=", ".join(changed),
+            allowed=", ".join(f"train.lora.{key}={was[key]}" for key in kept if was[key] != now[key]),
             fix=f"leave it out; or start a new run from the weights: train.init_from={point.directory}",
         )
 
@@ -336,7 +352,9 @@ def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> No
     """
     for key in keys:
         # The weights that a run began with are behind it; the same command line is given at each start (resume=auto).
-        if key.split(".")[0] == "hydra" or key == "train.init_from":
+        # Beneath adapters they still are: where a user names them beside a checkpoint, they were moved.
+        moved = key == "train.init_from" and composed.config.resume not in (None, AUTO)
+        if key.split(".")[0] == "hydra" or (key == "train.init_from" and not moved):
             continue
         if key == "experiment":
             if composed.data["experiment"] != result.get("experiment"):

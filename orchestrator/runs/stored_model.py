@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from orchestrator.checkpoint.adapters import adapter_record, open_base, whole_tensors
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import MANIFEST
 from orchestrator.checkpoint.run_checkpoints import committed, newest_valid
@@ -74,8 +75,7 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
         CheckpointError: it holds none, or one of a user's own: what reads checkpoints by themselves knows `Decoder`.
         ConfigErrors: its configuration is of another version.
     """
-    embedding = checkpoint.manifest.tensors.get(EMBEDDING)
-    if embedding is None or not embedding.shape:
+    if EMBEDDING not in checkpoint.manifest.tensors and adapter_record(checkpoint) is None:
         raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
     model = stored_config(checkpoint).model
     if model._target_ is not None:
@@ -117,7 +117,7 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
     Raises:
         CheckpointError: the checkpoint holds another model.
     """
-    tensors = checkpoint.manifest.tensors
+    tensors = whole_tensors(checkpoint, open_base(checkpoint, look=False))
     embedding = tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2 or not all(embedding.shape):
         raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)

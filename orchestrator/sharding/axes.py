@@ -19,6 +19,7 @@ LOGICAL_AXES: Final = {
     "head_dim": "one head's width (QK-norm)",
     "latent": "what latent attention makes queries, or keys and values, of",
     "mlp": "the feed-forward's inner width",
+    "rank": "an adapter's inner width",
     "positions": "rows of a learned position table",
     "norm": "a normalisation's scale or shift",
     "experts": "experts of a mixture, each with matrices of its own",

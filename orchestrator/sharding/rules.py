@@ -34,6 +34,7 @@ RULES: dict[str, str | None] = {
     "embed": None,
     "head_dim": None,
     "latent": None,
+    "rank": None,
     "norm": None,
     "experts": "expert",
     "choices": None,

@@ -26,6 +26,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, LayoutError
 from orchestrator.hardware.target import Target
 from orchestrator.models.init import draw_slice
+from orchestrator.models.lora import differentiate_stream
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Parts, Reduced, heeds_flag
@@ -167,6 +168,7 @@ class DTensorStrategy(ParallelStrategy):
         if any(stage.last for stage in stages):
             model.tie_weights()
         if self._pipeline_group is not None:
+            differentiate_stream(model)  # a stage sends a gradient back
             stream = (whole[1], _DTYPES[self.precision], self.root_device)
             Pipeline(model, stages, self.layout, self.world.rank, self._pipeline_group, *stream)
         self._check(model)

@@ -210,6 +210,8 @@ class Pipeline:
 
     def _add_tied(self, peer: int) -> None:
         """Add the gradients of both ends: the sum of two numbers has the same bits on both."""
+        if not self._model.embed.weight.requires_grad:
+            return
         grad = self._model.embed.weight.grad
         assert grad is not None
         mine = local_part(grad)

@@ -22,10 +22,13 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
+from orchestrator.constants import LORA_A, LORA_B
 from orchestrator.errors import LayoutError
 from orchestrator.models.head import LMHead
 from orchestrator.models.layers import Attention
+from orchestrator.models.lora import LoraLinear
 from orchestrator.models.loss import VocabShard, default_head_ops
 from orchestrator.models.mla import SharedKey
 from orchestrator.models.norms import WidthRMSNorm
@@ -49,6 +52,7 @@ def parallelize_tensor(model: ShardableModel, placements: Mapping[str, Placement
         LayoutError: a module of the model cannot be cut as its axes say.
     """
     axes = model.logical_axes()
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     gathering = gathering_modules(model, axes, lambda axis: RULES[axis] == "tensor")
     plan: dict[str, ParallelStyle] = {}
     in_mixtures = {id(module) for _, mixture in mixtures(model) for module in mixture.modules()}
@@ -68,6 +72,8 @@ def parallelize_tensor(model: ShardableModel, placements: Mapping[str, Placement
         if core.sinks:
             core.register_forward_pre_hook(_local_sinks)
     _parallelize_head(model, mesh)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)  # those that were replaced were made anew
 
 
 def _style(module: nn.Module, placements: Mapping[str, Placement], axes: ParameterAxes) -> ParallelStyle:
@@ -75,6 +81,9 @@ def _style(module: nn.Module, placements: Mapping[str, Placement], axes: Paramet
     if isinstance(module, nn.Embedding):
         # Each rank looks up the rows that it has; the sum comes back cut along the sequence.
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(_SEQUENCE_DIM))
+    if isinstance(module, LoraLinear):
+        layer = {name: one for name, one in placements.items() if name.rpartition(".")[2] not in (LORA_A, LORA_B)}
+        return _Adapted(_style(nn.Linear(0, 0, device="meta"), layer, axes), cut[LORA_A], cut[LORA_B])
     if isinstance(module, nn.Linear) and cut["weight"] is not None:
         if cut["weight"] == 0:
             return ColwiseParallel()
@@ -132,6 +141,56 @@ class _CutSinks(ParallelStyle):
         assert module.sinks is not None
         module.sinks = nn.Parameter(distribute_tensor(module.sinks, device_mesh, [Shard(0)]))
         return module
+
+
+# Whether A and whether B is cut -> whether this rank's gradients of x, A and B are summands; how the result lies.
+_LIES: dict[tuple[bool, bool], tuple[tuple[bool, bool, bool], TensorPlacement]] = {
+    (False, True): ((True, True, False), Shard(-1)),
+    (True, False): ((False, False, True), Partial()),
+    (False, False): ((False, False, False), Replicate()),
+}
+
+
+class _Adapted(ParallelStyle):
+    """A linear layer with an adapter: of one of the adapter's matrices each rank has a part, as of the layer's.
+
+    What the adapter adds is computed on local tensors, and lies as the layer's own result: a rank's columns, or its
+    summand of all of them.
+
+    Args:
+        layer: the style of the layer without its adapter.
+        a: the dim of A that is cut, where the layer's input is.
+        b: the dim of B that is cut, where the layer's output is.
+    """
+
+    def __init__(self, layer: ParallelStyle, a: int | None, b: int | None):
+        super().__init__()
+        self._layer, self._cut = layer, {LORA_A: a, LORA_B: b}
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, LoraLinear)
+        taken = {leaf: module._parameters.pop(leaf) for leaf in self._cut}
+        self._layer._apply(module, device_mesh)
+        for leaf, parameter in taken.items():
+            assert parameter is not None
+            dim = self._cut[leaf]
+            whole = distribute_tensor(parameter, device_mesh, [Replicate() if dim is None else Shard(dim)])
+            module.register_parameter(leaf, nn.Parameter(whole))
+        layer, partial, out = module, *_LIES[self._cut[LORA_A] is not None, self._cut[LORA_B] is not None]
+
+        def delta(x: Tensor) -> Tensor:
+            tensors = zip((x, layer.lora_a, layer.lora_b), partial, strict=True)
+            part = layer.adapt(*(_local_of(tensor, summand) for tensor, summand in tensors))
+            return DTensor.from_local(part, device_mesh, [out], run_check=False)
+
+        module.delta = delta
+        return module
+
+
+def _local_of(tensor: Tensor, summand: bool) -> Tensor:
+    """Return this rank's part of a DTensor; its gradient here is a summand, or lies as the tensor does."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local(grad_placements=[Partial()] if summand else tensor.placements)
 
 
 def _local_key(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:

@@ -34,6 +34,7 @@ from orchestrator.hardware.mesh import order_devices
 from orchestrator.hardware.target import Target
 from orchestrator.models.expert_dispatch import SlotDispatch
 from orchestrator.models.init import draw_slice
+from orchestrator.models.lora import differentiate_stream
 from orchestrator.models.loss import HeadOps, ZLoss, default_head_ops
 from orchestrator.models.protocol import ShardableModel, attend_in_blocks, mixtures
 from orchestrator.sharding.axes import MESH_AXES
@@ -128,6 +129,7 @@ class XlaStrategy(ParallelStrategy):
             placed = self._send(torch.zeros(parameter.shape), self._spec(model, name))
             setattr(model.get_submodule(path), leaf, nn.Parameter(placed, parameter.requires_grad))
         model.tie_weights()
+        differentiate_stream(model)  # torch_xla's checkpoint is reentrant
         for block in model.blocks:
             # Else the compiler may begin the backward pass of many blocks together and keep all their gathered
             # weights: 8B over fsdp 256 on v5e then needs 17 GiB a device, with it 5.3 (its own memory analysis).
@@ -231,6 +233,11 @@ class XlaStrategy(ParallelStrategy):
             yield f"model.{name}", parameter
             for key, value in (optimizer.state[parameter] if optimizer else {}).items():
                 yield f"optimizer.{key}.{name}", value
+
+    def _updated(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """Of all state what a step may change."""
+        frozen = {f"model.{name}" for name, parameter in local_parameters(model) if not parameter.requires_grad}
+        return ((name, tensor) for name, tensor in self._named(model, optimizer) if name not in frozen)
 
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         """Copy the shards of this host's devices to the host."""
@@ -354,10 +361,10 @@ class XlaStrategy(ParallelStrategy):
     def update_unless(self, model: ShardableModel, optimizer: torch.optim.Optimizer, bad: Tensor) -> Iterator[None]:
         """Select old or new values of weights and state on the device, as a part of the step's graph."""
         # Part of the step's graph: the compiler chooses element by element where it computes the update, in place.
-        before = {name: tensor.detach().clone() for name, tensor in self._named(model, optimizer)}
+        before = {name: tensor.detach().clone() for name, tensor in self._updated(model, optimizer)}
         yield
         with torch.no_grad():
-            for name, tensor in self._named(model, optimizer):
+            for name, tensor in self._updated(model, optimizer):
                 # What a user's optimizer has made in this step begins as zeros.
                 old = before.get(name, torch.zeros_like(tensor))
                 tensor.copy_(torch.where(bad, old, tensor))

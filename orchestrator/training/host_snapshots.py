@@ -102,7 +102,7 @@ def restore_snapshot(
             checkpoint = snapshot.open(trusted)
             _agreed(parallel, lambda: _check(checkpoint, resolved, stream, legs))  # noqa: B023 - called here
             snapshot.fetch(files_for(snapshot.manifest, parallel.state_shards(module.model, module.optimizer)))
-            fill(checkpoint, resolved.config, parallel, module.model, module.optimizer)
+            fill(checkpoint, resolved.config, parallel, module.model, module.optimizer, trusted=trusted)
             return checkpoint
         except UserError as error:
             if parallel.rank == 0:

@@ -21,6 +21,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import HardwareError
 from orchestrator.hardware.target import Target
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.adapter_state import adapters_state
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.host_snapshots import newer_snapshots, open_host_memory, restore_snapshot
@@ -142,7 +143,7 @@ def build(
     module.step = tokens.position.step
     loader = tokens.steps(parallel)
     facts, mfu = run_facts(resolved, parallel, module.model, tokens)
-    side = provenance(parallel)
+    side = provenance(parallel) | adapters_state(config, source, trusted, parallel, resolved.place.checkpoints)
     watchers = make_watchers(
         resolved,
         parallel,
@@ -187,7 +188,7 @@ def fill(
         parallel.initialize(model, config.seed)
         return None
     source = open_together(locate(config.train.init_from), trusted, parallel, opened)
-    restore_weights(source, config, parallel, model)
+    restore_weights(source, config, parallel, model, trusted=trusted)
     return source
 
 

@@ -19,6 +19,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.config.transfer import describe_transfer, settle_transfer
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.distributed import standing
+from orchestrator.errors import ConfigError
 from orchestrator.models.moe import LOSS, STATISTICS, router_figures
 from orchestrator.models.protocol import ShardableModel, run_on
 from orchestrator.optim.own import OwnOptimizer
@@ -98,6 +99,7 @@ class LanguageModule(lightning.LightningModule):
         self.parallel = self._given or strategy_of(self.trainer)
         if self._given is None:
             self.parallel.refuse_own_trainer()
+            _refuse_adapters(self.config)
         self.model = build_placed(self.config, self.parallel)
         self.micro_batch = micro_batch_size(self.config, self.parallel)
         self.guard = FiniteGuard(self.parallel, self.config.train)
@@ -151,7 +153,7 @@ class LanguageModule(lightning.LightningModule):
         bad = self.guard.judge(self.step + 1, loss, norm)
         with self.parallel.update_unless(self.model, self.optimizer, bad):
             optimizer.step()
-            if routing is not None:
+            if routing is not None and self.config.train.lora.rank is None:
                 self.model.balance_experts(routing, bad)
         optimizer.zero_grad()
         self.parallel.finish_step()
@@ -205,7 +207,7 @@ class LanguageModule(lightning.LightningModule):
             micro_step: number of the micro-batch in the step.
             part: which of the parts of the model that are here.
         """
-        if self.config.model.dropout > 0:
+        if self.config.model.dropout > 0 or self.config.train.lora.dropout > 0:
             key = f"dropout/{self.config.seed}/{self.step}/{micro_step}"
             self.parallel.seed_masks(f"{key}/{part}" if part else key)
 
@@ -273,6 +275,20 @@ class LanguageModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the number of completed steps."""
         self.step = checkpoint["global_step"]
+
+
+def _refuse_adapters(config: RunConfig) -> None:
+    """Refuse adapters in a Trainer of the user's, which fills no base.
+
+    Raises:
+        ConfigError: the run has adapters.
+    """
+    if config.train.lora.rank is not None:
+        raise ConfigError(
+            "a Trainer of one's own trains whole weights",
+            got=f"train.lora.rank={config.train.lora.rank}",
+            fix="train adapters by orchestrator.train or the command line",
+        )
 
 
 class _Guarding(lightning.Callback):

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 
 from orchestrator.config.schema import RunConfig
+from orchestrator.models.lora import apply_lora
 from orchestrator.models.loss import ZLoss
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.remat import apply_remat
@@ -30,6 +31,8 @@ def build_placed(config: RunConfig, parallel: ParallelStrategy) -> ShardableMode
     if config.train.z_loss:
         model.head.z_loss = ZLoss(config.train.z_loss)
     model.init_factors = {name: factors.init for name, factors in factors_of(config, model).items()}
+    if config.train.lora.rank is not None:
+        apply_lora(model, config.train.lora)
     apply_remat(model, cast(Remat, config.train.remat), parallel.checkpoint)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     parallel.shard(model, rules.place(model.logical_axes(), shapes))

@@ -11,6 +11,7 @@ import torch
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import STATE
+from orchestrator.checkpoint.merged_weights import read_weights
 from orchestrator.checkpoint.reader import read_into
 from orchestrator.checkpoint.run_checkpoints import newest_valid
 from orchestrator.checkpoint.signing import Trust
@@ -25,6 +26,7 @@ from orchestrator.observe.bar import Bar
 from orchestrator.runs.messages import warn
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.adapter_state import read_adapted
 from orchestrator.training.diagnosis import find_nonfinite
 from orchestrator.training.resolved import Resolved
 from orchestrator.training.state_conversion import widen
@@ -70,7 +72,7 @@ def restore_run(
         try:
             checkpoint = open_together(where, trusted, parallel, opened)
             check_run_of(checkpoint, config, stream)
-            fill(checkpoint, config, parallel, model, optimizer)
+            fill(checkpoint, config, parallel, model, optimizer, trusted=trusted)
             return checkpoint
         except (DamagedError, NonFiniteError) as error:
             if not resolved.takes_older:
@@ -90,9 +92,17 @@ def restore_run(
 
 
 def restore_weights(
-    checkpoint: Checkpoint, config: RunConfig, parallel: ParallelStrategy, model: ShardableModel, cast: bool = True
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    parallel: ParallelStrategy,
+    model: ShardableModel,
+    cast: bool = True,
+    trusted: Trust = Trust(),
 ) -> None:
     """Fill the model alone from `checkpoint`, on whatever layout. All ranks call it together.
+
+    A model without adapters takes those of a checkpoint merged into its weights; one with them gets initial ones where
+    the checkpoint has none.
 
     Args:
         checkpoint: the checkpoint to read.
@@ -100,11 +110,12 @@ def restore_weights(
         parallel: the strategy.
         model: the placed model.
         cast: weights in another format are converted, and no error.
+        trusted: whose checkpoints are believed.
 
     Raises:
         CheckpointError: it is of another model, or damaged, or its weights are not finite.
     """
-    fill(checkpoint, config, parallel, model, None, cast)
+    fill(checkpoint, config, parallel, model, None, cast, trusted)
 
 
 def open_together(
@@ -235,6 +246,7 @@ def fill(
     model: ShardableModel,
     optimizer: torch.optim.Optimizer | None,
     cast: bool = False,
+    trusted: Trust = Trust(),
 ) -> None:
     """Fill model and optimizer, and check what was read. All ranks call it together.
 
@@ -245,6 +257,7 @@ def fill(
         model: placed.
         optimizer: with its state allocated; None for the weights alone.
         cast: weights in another format are converted, and no error.
+        trusted: whose checkpoints are believed.
 
     Raises:
         CheckpointError: it is of another model, or damaged; what was filled is worth nothing then.
@@ -253,11 +266,15 @@ def fill(
     shards = parallel.state_shards(model, optimizer)
     verify = config.checkpoint.verify_on_load or checkpoint.partial
     check: Coordinator | None = parallel if verify else None
-    ignore = ["optimizer."] if optimizer is None else []
     # Moments that are stored in fewer bits are read as they are, and widened.
     reads, widened = widen(checkpoint, shards)
     with _progress(reads, config, parallel) as progress:
-        read_into(checkpoint, reads, ignore, cast, check, progress, parallel.held_elsewhere(model))
+        if config.train.lora.rank is not None:
+            read_adapted(checkpoint, reads, config, parallel, model, optimizer, check, progress, trusted)
+        elif optimizer is None:
+            read_weights(checkpoint, reads, cast, check, progress, parallel.held_elsewhere(model), trusted)
+        else:
+            read_into(checkpoint, reads, [], cast, check, progress, parallel.held_elsewhere(model))
     for one in widened:
         one.finish()
     if names := find_nonfinite(shards, parallel):

@@ -31,7 +31,9 @@ from orchestrator.runs import run_directory
 from orchestrator.runs.lease import fence
 from orchestrator.runs.messages import warn
 from orchestrator.runs.shared_folder import check_shared
+from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.adapter_state import saved_shards
 from orchestrator.training.callbacks.own_state import OwnStates
 from orchestrator.training.divergence import Diverged
 from orchestrator.training.handover_check import measure, reference_files
@@ -120,7 +122,7 @@ class Checkpoints(lightning.Callback):
             measure(pl_module.model, self._parallel, self._reference)
         if self._config.checkpoint.every_steps and not self._prepared:
             self._prepared = True  # also where the training begins again after a rewind
-            self._saver.prepare(self._parallel.state_shards(pl_module.model, pl_module.optimizer))
+            self._saver.prepare(self._shards(pl_module))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Save where a period ends, and learn how the last save went."""
@@ -269,8 +271,10 @@ class Checkpoints(lightning.Callback):
                 files = reference_files(pl_module.model, self._parallel, self._reference)
             except NonFiniteError as error:
                 raise Diverged(step, {}, "weights") from error
-        shards = self._parallel.state_shards(pl_module.model, pl_module.optimizer)
-        saver.save(step, shards, self.contents(step, files))
+        saver.save(step, self._shards(pl_module), self.contents(step, files))
+
+    def _shards(self, pl_module: Any) -> list[Shard]:
+        return saved_shards(self._parallel.state_shards(pl_module.model, pl_module.optimizer), self._config)
 
     def contents(self, step: int, files: Mapping[str, bytes], attested: bool = True) -> Contents:
         """Return what is saved beside the tensors of `step`.
