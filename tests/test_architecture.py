@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"chips", "observe", "planner"},
     "strategies": {"checkpoint", "distributed", "hardware", "sharding", "models"},
     "runs": {"config", "checkpoint", "data", "distributed", "models", "observe", "optim", "sharding"},
-    "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding"},
+    "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies"},
     "interop": {"config", "checkpoint", "data", "distributed", "models", "runs", "sharding"},
     "training": {
         *("config", "chips", "sharding", "distributed", "hardware", "models", "data", "checkpoint", "planner"),

@@ -1,4 +1,4 @@
-"""Text from a trained model, on one device: sampling from a model, and generating from a checkpoint."""
+"""Text from a trained model: drawing tokens, many texts at a time on one device or a layout, and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from typing import TYPE_CHECKING
 from orchestrator.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from orchestrator.inference.decoding import Decoding, TextRequest, generate_tokens
     from orchestrator.inference.generator import Continuation, Writer, load_decoder
-    from orchestrator.inference.sampling import Sampling, generate_tokens
+    from orchestrator.inference.place import LayoutPlace, Place
+    from orchestrator.inference.sampling import Sampling
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "inference.generator": ["Continuation", "Writer", "load_decoder"],
-            "inference.sampling": ["Sampling", "generate_tokens"],
+            "inference.decoding": ["Decoding", "TextRequest", "generate_tokens"],
+            "inference.place": ["LayoutPlace", "Place"],
+            "inference.sampling": ["Sampling"],
         },
     )
 
 __all__ = [
     "Continuation",
+    "Decoding",
+    "LayoutPlace",
+    "Place",
     "Sampling",
+    "TextRequest",
     "Writer",
     "generate_tokens",
     "load_decoder",

@@ -17,7 +17,8 @@ from orchestrator.data.tokenizer_files import parse_json, stop_ids
 from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError
 from orchestrator.hardware.target import Target
-from orchestrator.inference.sampling import Sampling, generate_tokens
+from orchestrator.inference.decoding import generate_tokens
+from orchestrator.inference.sampling import Sampling
 from orchestrator.models.decoder import Decoder
 from orchestrator.runs.origin import SOURCE_CONFIG
 from orchestrator.runs.stored_model import files_of, model_of, tokenizer_of

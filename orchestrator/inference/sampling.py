@@ -1,17 +1,14 @@
-"""Text from a model on one device."""
+"""How the next token of a text is drawn."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from orchestrator.errors import NonFiniteError
-from orchestrator.models.decoder import Decoder
-from orchestrator.models.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen:
         NonFiniteError: logits are NaN or +inf, or all of them -inf: they are no distribution.
     """
     logits = logits.detach().float().cpu()
-    if not math.isfinite(float(logits.max())):
-        raise NonFiniteError(
-            "the model gives logits that are not finite",
-            got=f"{int(logits.isnan().sum())} NaN and {int(logits.isinf().sum())} infinite of {logits.numel()}",
-            fix="its run has diverged, or its weights are damaged: take an earlier checkpoint (checkpoint verify "
-            "deep=true names the tensors)",
-        )
+    _check_finite(logits)
     if sampling.repetition_penalty != 1.0 and seen:
         there = torch.tensor(sorted({token for token in seen if token < logits.numel()}))
         values, penalty = logits[there], sampling.repetition_penalty
@@ -65,6 +56,42 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen:
     # The highest is taken off first: at a small temperature the quotients would overflow.
     logits = _narrowed((logits - logits.max()) / sampling.temperature, sampling)
     return int(torch.multinomial(torch.softmax(logits, -1), 1, generator=generator))
+
+
+def choose_rows(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    generators: Sequence[torch.Generator],
+    seen: Sequence[Sequence[int]],
+) -> list[int]:
+    """Draw the next token of several texts, each as `choose` does it.
+
+    Args:
+        logits: [rows, V], fp32 on the host.
+        samplings: of each row.
+        generators: of each row.
+        seen: the tokens that are there already, of each row.
+
+    Raises:
+        NonFiniteError: as `choose`.
+    """
+    if all(sampling.temperature <= 0.0 and sampling.repetition_penalty == 1.0 for sampling in samplings):
+        if len(samplings):
+            _check_finite(logits)
+        likeliest: list[int] = logits.argmax(-1).tolist() if len(samplings) else []
+        return likeliest
+    rows = zip(logits, samplings, generators, seen, strict=True)
+    return [choose(*row) for row in rows]
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise NonFiniteError(
+            "the model gives logits that are not finite",
+            got=f"{int(logits.isnan().sum())} NaN and {int(logits.isinf().sum())} infinite of {logits.numel()}",
+            fix="its run has diverged, or its weights are damaged: take an earlier checkpoint (checkpoint verify "
+            "deep=true names the tensors)",
+        )
 
 
 def _narrowed(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -80,70 +107,3 @@ def _narrowed(logits: Tensor, sampling: Sampling) -> Tensor:
         probabilities = torch.softmax(logits, -1)
         logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
     return logits
-
-
-def generate_tokens(
-    model: Decoder,
-    prompt: list[int],
-    count: int,
-    sampling: Sampling,
-    seed: int,
-    stop_ids: Collection[int],
-) -> Iterator[int]:
-    """Continue a prompt, one token at a time.
-
-    The model sees at most `max_seq_len` tokens. Once these are full it goes on with the last half of them,
-    so one long pass is paid per half window and not per token. A longer prompt loses its beginning.
-
-    Args:
-        model: on one device; its training mode is left as it is.
-        prompt: token ids, at least one.
-        count: tokens to draw at most.
-        sampling: how each token is drawn.
-        seed: of the draws.
-        stop_ids: the tokens that end the text and are not yielded.
-
-    Raises:
-        ValueError: an empty prompt.
-    """
-    if not prompt:
-        raise ValueError("the prompt must have at least one token")
-    window = model.config.max_seq_len
-    generator = torch.Generator().manual_seed(seed)
-    context, seen = list(prompt[-window:]), list(prompt)
-    cache = _make_cache(model, min(window, len(context) + count))
-    unseen = context
-    for _ in range(count):
-        token = choose(_next_logits(model, unseen, cache), sampling, generator, seen)
-        if token in stop_ids:
-            return
-        yield token
-        seen.append(token)
-        context.append(token)
-        unseen = [token]
-        if cache.length == window:
-            unseen = context = context[-max(1, window // 2) :]
-            cache.clear()
-
-
-def _make_cache(model: Decoder, capacity: int) -> KVCache:
-    weight = model.embed.weight
-    return KVCache(
-        batch=1,
-        kept=[model.config.cached(layer) for layer in range(model.config.layers)],
-        capacity=capacity,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
-
-
-@torch.no_grad()
-def _next_logits(model: Decoder, unseen: list[int], cache: KVCache) -> Tensor:
-    """Logits [V] after `unseen`, which joins the cache; eval mode lasts no longer than this call."""
-    training = model.training
-    model.eval()
-    try:
-        tokens = torch.tensor([unseen], device=model.embed.weight.device)
-        return model(tokens, cache=cache, last_only=True)[0, -1]
-    finally:
-        model.train(training)

@@ -120,10 +120,17 @@ class BlockedAttentionCore(nn.Module):
         super().__init__()
         self.core, self.block, self.checkpoint = core, block, checkpoint
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, sinks: Tensor | None = None) -> Tensor:
-        """Attend; arguments and result as `AttentionCore`, but `mask` is the rule instead of the tensor."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attend; arguments and result as `AttentionCore`, but `mask` is the rule instead of the tensor.
+
+        Where rows of a cache differ it is the tensor: of one position of each.
+        """
         length = q.shape[2]
         more = () if sinks is None else (sinks,)
+        if isinstance(mask, Tensor):
+            return self.core(q, k, v, mask, *more)
         if length <= self.block:
             return self.core(q, k, v, mask.whole(), *more)
         parts = []

@@ -109,21 +109,21 @@ class Decoder(ShardableModel):
         documents: Tensor | None = None,
         targets: Tensor | None = None,
         cache: KVCache | None = None,
-        last_only: bool = False,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Loss with targets, logits without.
 
         Args:
             tokens: [B, T] int64.
-            positions: [B, T], position of each token in its document; None: counted from the cache's length.
+            positions: [B, T], position of each token in its document; None: counted on from what all rows have cached.
             documents: [B, T], an integer per document; attention does not leave it. None: one document.
             targets: [B, T], the token to be predicted at each position, -100 for none.
-            cache: keys and values of earlier positions; those of this call are added.
-            last_only: logits of the last position only.
+            cache: keys and values of earlier positions, in which a pass was begun; those of this call are added.
+            at: [B], the one position of each row whose logits are wanted; None: all.
 
         Returns:
             fp32 scalar, the SUM of the cross-entropies over the targets, in training with the routers' losses; or
-            logits [B, T, V], with `last_only` [B, 1, V].
+            logits [B, T, V], with `at` [B, 1, V].
 
         Raises:
             ValueError: `documents` together with `cache`.
@@ -131,11 +131,11 @@ class Decoder(ShardableModel):
         if cache is not None and documents is not None:
             raise ValueError("documents cannot be told apart when a cache is used")
         if positions is None:
-            past = cache.length if cache is not None else 0
+            past = cache.past if cache is not None else 0
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).unsqueeze(0)
         x = self.begin(tokens, positions)
         x, routing_loss = self.through(range(len(self.layers)), x, positions, documents, cache)
-        result = self.end(x, targets, last_only)
+        result = self.end(x, targets, at)
         return result if targets is None or routing_loss is None else result + routing_loss
 
     def begin(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -174,8 +174,7 @@ class Decoder(ShardableModel):
         Returns:
             The stream behind them, and in training the sum of their routers' losses; None where they have none.
         """
-        past = cache.length if cache is not None else 0
-        masks = self._masks(layers, positions, past, documents, x.dtype)
+        masks = self._masks(layers, positions, documents, cache, x.dtype)
         ropes = self._ropes(layers, positions)
         routing_losses = []
         for index in layers:
@@ -189,23 +188,27 @@ class Decoder(ShardableModel):
                 x = out
         return x, torch.stack(routing_losses).sum() if routing_losses and self.training else None
 
-    def end(self, x: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
+    def end(self, x: Tensor, targets: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Return the loss with targets, logits without, as `forward` but for the routers' losses.
 
         Args:
             x: residual stream behind the last layer.
             targets: [B, T] or None.
-            last_only: logits of the last position only.
+            at: [B] or None, as in `forward`.
         """
-        result: Tensor = self.head(self.norm(x), targets, last_only)
+        result: Tensor = self.head(self.norm(x), targets, at)
         return result
 
     def _masks(
-        self, layers: range, positions: Tensor, past: int, documents: Tensor | None, dtype: torch.dtype
+        self, layers: range, positions: Tensor, documents: Tensor | None, cache: KVCache | None, dtype: torch.dtype
     ) -> dict[int | None, Mask]:
         """Make the mask of each window that there is, shared by the layers that have it."""
         masks: dict[int | None, Mask] = {}
+        past = cache.past if cache is not None else 0
         for window in dict.fromkeys(map(self.config.window_of, layers)):
+            if cache is not None and (of_rows := cache.mask(positions.shape[1], window, dtype)) is not None:
+                masks[window] = of_rows
+                continue
             mask = self.make_mask(
                 queries=positions.shape[1], past=past, documents=documents, window=window, device=positions.device
             )

@@ -44,24 +44,24 @@ class LMHead(nn.Module):
         self.z_loss: ZLoss | None = None
         self._token_weights: Tensor | None = None
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Loss with targets, logits without.
 
         Args:
             hidden: [B, T, D].
             targets: [B, T] with -100 where there is none, or None.
-            last_only: logits of the last position only.
+            at: [B], the one position of each row whose logits are wanted; None: all.
 
         Returns:
             fp32 scalar, the sum over the targets, within `weighted` each times its factor; or [B, T, V], with
-            `last_only` [B, 1, V].
+            `at` [B, 1, V].
         """
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if targets is not None:
             penalty = self.z_loss if self.training and torch.is_grad_enabled() else None
             return self.ops.loss(hidden, self.weight, targets, self._token_weights, penalty)
-        logits = self.ops.logits(hidden[:, -1:] if last_only else hidden, self.weight)
+        logits = self.ops.logits(hidden, self.weight, at)
         cap = self.ops.softcap
         return logits if cap is None else (logits / cap).tanh() * cap
 

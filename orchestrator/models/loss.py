@@ -152,14 +152,14 @@ class HeadOps:
         loss: (hidden [B, T, D], weight, targets [B, T], weights [B, T] or None, penalty or None) -> fp32 scalar sum.
         token_losses: (hidden [B, T, D], weight, targets [B, T]) -> the losses [B, T], and whether each target is the
             likeliest token [B, T].
-        logits: (hidden [B, T, D], weight) -> [B, T, V].
+        logits: (hidden [B, T, D], weight, at [B] or None) -> [B, T, V], or [B, 1, V] of the positions `at`.
         chunk_tokens: tokens whose logits exist at one time.
         softcap: of the logits that `loss` makes; those of `logits` are not bounded yet.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor, Tensor | None, ZLoss | None], Tensor]
     token_losses: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    logits: Callable[[Tensor, Tensor], Tensor]
+    logits: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     chunk_tokens: int
     softcap: float | None = None
 
@@ -186,7 +186,20 @@ def default_head_ops(chunk_tokens: int, softcap: float | None = None, vocab: Voc
         )
         return losses.view(targets.shape), greedy.view(targets.shape)
 
-    return HeadOps(loss, token_losses, torch.nn.functional.linear, chunk_tokens, softcap)
+    def logits(hidden: Tensor, weight: Tensor, at: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(positions_of(hidden, at), weight)
+
+    return HeadOps(loss, token_losses, logits, chunk_tokens, softcap)
+
+
+def positions_of(values: Tensor, at: Tensor | None) -> Tensor:
+    """Return one position of each row, [B, 1, ...].
+
+    Args:
+        values: [B, T, width].
+        at: [B], their numbers; None: all of them.
+    """
+    return values if at is None else values.gather(1, at.view(-1, 1, 1).expand(-1, 1, values.shape[2]))
 
 
 @dataclass(frozen=True)

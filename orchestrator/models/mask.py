@@ -61,6 +61,20 @@ class CausalMask:
             mask = mask & (self.documents[:, None, start:stop, None] == self.documents[:, None, None, first:end])
         return mask
 
+    def of_rows(self, at: Tensor, keys: int) -> Tensor:
+        """Make the mask of queries whose positions differ from row to row; keys are at theirs, from 0 on.
+
+        Args:
+            at: [B, T], positions of the queries.
+            keys: S.
+
+        Returns:
+            bool [B, 1, T, S].
+        """
+        keys_at, queries_at = torch.arange(keys, device=at.device), at[:, None, :, None]
+        mask = keys_at <= queries_at
+        return mask if self.window is None else mask & (keys_at > queries_at - self.window)
+
     def whole(self) -> Tensor | None:
         """Make the mask of all queries over all keys, as `part`."""
         return self.part((0, self.queries), (0, self.past + self.queries))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from orchestrator.config.schema import ContextKind
 from orchestrator.errors import LayoutError
 from orchestrator.models.attention import AttentionCore
+from orchestrator.models.loss import positions_of
 from orchestrator.models.mask import CausalMask
 from orchestrator.models.protocol import Mask, ShardableModel, attention_cores
 from orchestrator.strategies.ring_attention import RingAttentionCore, SequenceRing
@@ -64,10 +65,12 @@ def parallelize_context(
             )
             setattr(parent, name, ours)
     ops = model.head.ops
-    logits = ops.logits
-    model.head.ops = replace(
-        ops, logits=lambda hidden, weight: order.restore(gather(logits(hidden, weight), group, dim=1))
-    )
+    parts = ops.logits
+
+    def logits(hidden: Tensor, weight: Tensor, at: Tensor | None) -> Tensor:
+        return positions_of(order.restore(gather(parts(hidden, weight, None), group, dim=1)), at)
+
+    model.head.ops = replace(ops, logits=logits)
 
 
 def check_core(core: AttentionCore, kind: ContextKind) -> None:

@@ -41,6 +41,7 @@ from orchestrator.strategies.model_copies import ModelCopies
 from orchestrator.strategies.module_sharding import move_others, own_parameters
 from orchestrator.strategies.module_state import ModuleState, shardable_models
 from orchestrator.strategies.replicas import HeldPart
+from orchestrator.strategies.text_rows import TextRows
 from orchestrator.strategies.trainer_strategy import TrainerStrategy
 
 Batch = dict[str, Tensor]
@@ -90,7 +91,7 @@ class TokenScores:
     greedy: Tensor
 
 
-class ParallelStrategy(TrainerStrategy, ModelCopies):
+class ParallelStrategy(TrainerStrategy, ModelCopies, TextRows):
     """Shards one job over the devices of a layout.
 
     Life: `join` → `shard` → `initialize` or `load` into `state_shards` → per step `prepare_batch`, `sum_over_data`,

@@ -98,11 +98,14 @@ class Pipeline:
         positions: Tensor,
         documents: Tensor | None = None,
         targets: Tensor | None = None,
+        **generating: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream behind the stage, or what the model gives; and the loss of its routers."""
+        cached = {"cache": generating["cache"]} if "cache" in generating else {}
+        wanted = {"at": generating["at"]} if "at" in generating else {}
         x = self._model.begin(tokens, positions) if stream is None else stream
-        x, routing_loss = self._model.through(stage.layers, x, positions, documents)
-        return (self._model.end(x, targets) if stage.last else x), routing_loss
+        x, routing_loss = self._model.through(stage.layers, x, positions, documents, **cached)
+        return (self._model.end(x, targets, **wanted) if stage.last else x), routing_loss
 
     def stream_like(self, tokens: Tensor) -> Tensor:
         """Allocate the residual stream of `tokens` [B, T], as this rank has it between two layers."""

@@ -29,7 +29,7 @@ from orchestrator.errors import LayoutError
 from orchestrator.models.head import LMHead
 from orchestrator.models.layers import Attention
 from orchestrator.models.lora import LoraLinear
-from orchestrator.models.loss import VocabShard, default_head_ops
+from orchestrator.models.loss import VocabShard, default_head_ops, positions_of
 from orchestrator.models.mla import SharedKey
 from orchestrator.models.norms import WidthRMSNorm
 from orchestrator.models.protocol import ShardableModel, attention_cores, gathering_modules, mixtures
@@ -241,8 +241,9 @@ def _parallelize_head(model: ShardableModel, mesh: DeviceMesh) -> None:
     def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return ours.token_losses(gather(hidden), _to_local(weight), targets)
 
-    def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-        part = DTensor.from_local(gather(hidden) @ _to_local(weight).T, mesh, [Shard(-1)], run_check=False)
+    def logits(hidden: Tensor, weight: Tensor, at: Tensor | None) -> Tensor:
+        wanted = positions_of(gather(hidden), at)
+        part = DTensor.from_local(wanted @ _to_local(weight).T, mesh, [Shard(-1)], run_check=False)
         return part.full_tensor()
 
     head.ops = replace(ours, loss=loss, token_losses=token_losses, logits=logits)

@@ -21,10 +21,16 @@ class TiledAttentionCore(RingAttentionCore):
     def __init__(self, core: AttentionCore):
         super().__init__(core, SequenceRing(None, SequenceOrder(1)))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask, sinks: Tensor | None = None) -> Tensor:
-        """Attend; arguments and result as `AttentionCore`, but `mask` is the rule instead of the tensor."""
-        if mask.past:  # few queries, behind those of a cache
-            return self.core(q, k, v, mask.whole(), *(() if sinks is None else (sinks,)))
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attend; arguments and result as `AttentionCore`, but `mask` is the rule instead of the tensor.
+
+        Where rows of a cache differ it is the tensor.
+        """
+        if isinstance(mask, Tensor) or mask.past:  # few queries, behind those of a cache
+            whole = mask if isinstance(mask, Tensor) else mask.whole()
+            return self.core(q, k, v, whole, *(() if sinks is None else (sinks,)))
         return super().forward(q, k, v, mask, sinks)
 
 

@@ -54,6 +54,8 @@ _ATTENTION_BLOCK = 512  # queries whose scores exist at one time
 class XlaStrategy(ParallelStrategy):
     """See `ParallelStrategy`."""
 
+    static_shapes = True
+
     def __init__(self, target: Target, world: World, layout: Layout, precision: str, timeout_seconds: float = 600):
         super().__init__(target, world, layout, precision, timeout_seconds)
         self._mesh: Any = None
@@ -290,13 +292,12 @@ class XlaStrategy(ParallelStrategy):
 
     def prepare_batch(self, batch: Mapping[str, Any]) -> Batch:
         """Send the batch, split over the data axes and `context`."""
-        result = {}
-        for name, value in batch.items():
-            tensor = torch.as_tensor(value)
-            # A batch that the devices cannot share, such as a sample's one sequence, is on all of them.
-            rows = _BATCH_AXES if tensor.shape[0] % self.layout.data_parallel == 0 else None
-            result[name] = self._send(tensor, (rows, "context"))
-        return result
+        tensors = {name: torch.as_tensor(value) for name, value in batch.items()}
+        return {name: self._send(tensor, (self._rows_of(tensor), "context")) for name, tensor in tensors.items()}
+
+    def _rows_of(self, tensor: Tensor) -> tuple[str, ...] | None:
+        """Return the axes that divide the rows: those that devices cannot share, such as a sample's one, are on all."""
+        return _BATCH_AXES if tensor.shape[0] % self.layout.data_parallel == 0 else None
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Autocast to bf16, where that is the precision."""
@@ -380,6 +381,38 @@ class XlaStrategy(ParallelStrategy):
         """Seed the device's generator with a hash of `key`, the same on every host."""
         # A mask is drawn for the global tensor: the same seed on every host. torch.manual_seed does not reach it.
         xm.set_rng_state(_number(key))
+
+    # --- writing text ---------------------------------------------------------------------------
+
+    def prepare_rows(self, array: Tensor) -> Tensor:
+        """Send an array [B, ...], its rows divided over the data axes."""
+        return self._send(array, (self._rows_of(array), *[None] * (array.dim() - 1)))
+
+    def read_rows(self, logits: Tensor) -> Tensor:
+        """Execute the pass, whose logits every host reads whole."""
+        logits = logits.detach().float()
+        xs.mark_sharding(logits, self._mesh, (None,) * logits.dim())
+        self._execute()
+        return logits.cpu()
+
+    def share_rows(self, tokens: Tensor) -> Tensor:
+        """Return `tokens`: every host has the rows of all."""
+        return tokens.unsqueeze(0)
+
+    def make_rows_cache(self, shape: Sequence[int]) -> Tensor:
+        """Send zeros for keys or values of a layer, divided over rows and heads."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return self._send(torch.zeros(tuple(shape), dtype=dtype), self._cache_spec(shape))
+
+    def keep_rows_cache(self, buffer: Tensor) -> Tensor:
+        """Mark a new buffer as divided like the one that it follows."""
+        xs.mark_sharding(buffer, self._mesh, self._cache_spec(buffer.shape))
+        return buffer
+
+    def _cache_spec(self, shape: Sequence[int]) -> tuple[Any, ...]:
+        heads = "tensor" if shape[1] % self.layout.tensor == 0 else None
+        rows = _BATCH_AXES if shape[0] % self.layout.data_parallel == 0 else None
+        return rows, heads, None, None
 
     def compilations(self) -> int | None:
         """Return the runtime's count of compiled graphs."""

@@ -195,7 +195,7 @@ def _digesting(model: ShardableModel, targets: Tensor, into: list[Tensor]) -> It
     def loss(hidden: Tensor, weight: Tensor, wanted: Tensor, *more: Any) -> Tensor:
         value = ops.loss(hidden, weight, wanted, *more)
         with torch.no_grad():
-            into.append(_digest(ops.logits(hidden.detach(), weight.detach()).float(), targets))
+            into.append(_digest(ops.logits(hidden.detach(), weight.detach(), None).float(), targets))
         return value
 
     model.head.ops = replace(ops, loss=loss)

@@ -78,9 +78,10 @@ def test_loss_is_the_sum_over_targets(make_model: Make, tokens: torch.Tensor, ki
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
 
 
-def test_last_only_gives_the_last_position(make_model: Make, tokens: torch.Tensor) -> None:
-    model = make_model()
-    torch.testing.assert_close(model(tokens, last_only=True), model(tokens)[:, -1:], atol=1e-6, rtol=0)
+def test_logits_of_one_position_of_each_row(make_model: Make, tokens: torch.Tensor) -> None:
+    model, at = make_model(), torch.tensor([23, 4])
+    found = model(tokens, at=at)
+    torch.testing.assert_close(found, model(tokens)[torch.arange(2), at].unsqueeze(1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("policy", ["full", "selective"])

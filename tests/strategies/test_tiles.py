@@ -26,9 +26,13 @@ def test_bounded_scores_are_computed_in_tiles():
         assert isinstance(model.layers[0].attn.core, TiledAttentionCore) == tiled
         loss = model(tokens, documents=documents, targets=tokens.roll(-1, 1))
         loss.backward()
-        cache = KVCache(batch=1, kept=[model.config.cached(layer) for layer in (0, 1)], capacity=24)
+        cache, text = KVCache(2, 2), []
         with torch.no_grad():
-            text = [model(tokens[:1, :20], cache=cache), model(tokens[:1, 20:21], cache=cache)]
+            cache.fill([0, 1], [20, 15], 20)
+            text.append(model(tokens[:, :20], cache=cache))
+            for counts in ([1, 0], [1, 1]):  # rows that agree, and rows that differ
+                starts = torch.tensor(cache.step(counts, 1)).unsqueeze(1)
+                text.append(model(tokens[:, 20:21], positions=starts, cache=cache)[: sum(counts)])
         found.append([loss.detach(), *text, *(parameter.grad for parameter in model.parameters())])
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
     plain = Decoder(ModelConfig(**SMALL))
