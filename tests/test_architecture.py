@@ -52,9 +52,13 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"config", "checkpoint", "data", "distributed", "models", "observe", "optim", "sharding"},
     "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies"},
     "interop": {"config", "checkpoint", "data", "distributed", "models", "runs", "sharding"},
+    "evaluation": {
+        *("config", "checkpoint", "data", "distributed", "hardware", "inference", "models", "runs", "sharding"),
+        "strategies",
+    },
     "training": {
         *("config", "chips", "sharding", "distributed", "hardware", "models", "data", "checkpoint", "planner"),
-        *("observe", "optim", "strategies", "runs", "inference"),
+        *("observe", "optim", "strategies", "runs", "inference", "evaluation"),
     },
     "rehearsal": {
         *("config", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies", "training"),
@@ -64,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "launch": {
         *("config", "data", "distributed", "hardware", "checkpoint", "observe", "report", "runs", "strategies"),
-        *("optim", "sharding", "training", "certify"),
+        *("evaluation", "optim", "sharding", "training", "certify"),
     },
     "engines": {"config", "chips", "distributed", "hardware", "runs"},
     "api": {
@@ -89,6 +93,7 @@ ONLY_IN: dict[str, set[str]] = {
     "neuronx_distributed": XLA_FILES,
     "libneuronxla": XLA_FILES,
     "lightning": {"strategies/", "training/", "launch/", "rehearsal/", "observe/", "runs/own_parts.py"},
+    "lm_eval": {"evaluation/harness_model.py", "evaluation/harness_tasks.py"},
     "torchft": {"strategies/group_manager.py", "strategies/group_transport.py", "launch/lighthouse.py"},
     "hydra": {"config/compose.py", "config/words.py"},
     "omegaconf": {"config/compose.py"},

@@ -195,6 +195,15 @@ class Tokenizer:
         """
         return str(self._backend.id_to_token(number))
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its text; None where there is none.
+
+        Args:
+            token: its text, as the vocabulary writes it.
+        """
+        number = self._backend.token_to_id(token)
+        return None if number is None else int(number)
+
     def record(self) -> dict[str, Any]:
         """Return what documents are in tokens, as a store or a checkpoint keeps it."""
         return {"eos_id": self.eos_id, **self.documents.record()}

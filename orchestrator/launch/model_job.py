@@ -7,16 +7,17 @@ ranks call the task together; what rank 0 returns comes back. No torch in the la
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import stopping
 from orchestrator.checkpoint.checkpoint import Checkpoint
@@ -45,6 +46,10 @@ from orchestrator.runs.stored_model import model_of, stored_config
 from orchestrator.training.check import check_run
 from orchestrator.training.layout_choice import Settled
 from orchestrator.training.resolved import Resolved, read_resolved, resolve_run, write_resolved
+
+if TYPE_CHECKING:
+    from orchestrator.strategies.parallel_strategy import ParallelStrategy
+    from orchestrator.strategies.served_model import ServedModel
 
 TASKS = {
     "handover": "orchestrator.launch.canary:check_model",
@@ -108,12 +113,36 @@ class ModelJob:
         """
         if self.world is None and self.processes > 1:
             return self._in_processes(task, arguments or {})
+        with self.served() as served:
+            result = _call(task, served, arguments or {})
+        return result if self.speaks else None
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[ServedModel]:
+        """Be one process of the job: within it the others have been joined, and the model is placed."""
+        from orchestrator.launch.run import joined
+
         world, hardware = self.world or World(), self.resolved.config.hardware
         # Before torch is imported, where most of these are read. What the engine set stays.
         for key, value in self.target.environment(hardware, world.local_rank, world.local_size).items():
             os.environ.setdefault(key, value)
-        result = call_task(self.resolved, self.target, world, self.checkpoint, task, arguments or {}, self.cast)
-        return result if world.rank == 0 else None
+        with joined(self.resolved, world, self.target) as (parallel, _):
+            yield self._place(parallel)
+
+    def _place(self, parallel: ParallelStrategy) -> ServedModel:
+        from orchestrator.strategies.served_model import ServedModel
+        from orchestrator.training.placed_model import build_placed
+        from orchestrator.training.restore import open_together, restore_weights
+
+        config = self.resolved.config
+        trusted = trust(config.checkpoint.trusted_keys, config.checkpoint.require_signature)
+        # Named `latest`, it may be another one in a process that looked a second later.
+        place = locate(parallel.broadcast(str(self.checkpoint.directory)))
+        source = open_together(place, trusted, parallel, self.checkpoint)
+        model = build_placed(config, parallel)
+        restore_weights(source, config, parallel, model, cast=self.cast)
+        model.eval()
+        return ServedModel(model, parallel, source, config)
 
     def _in_processes(self, task: str, arguments: Mapping[str, Any]) -> Any:
         """Run a task in processes of this machine."""
@@ -215,48 +244,9 @@ def plan_job(config: RunConfig, checkpoint: Checkpoint, *, trained: bool = True,
     return ModelJob(resolved, checkpoint, target, world, cast)
 
 
-def call_task(
-    resolved: Resolved,
-    target: Target,
-    world: World,
-    checkpoint: Checkpoint,
-    task: str,
-    arguments: Mapping[str, Any],
-    cast: bool = True,
-) -> Any:
-    """Be one process of the job: join the others, place the model, and call the task.
-
-    Args:
-        resolved: the model, with the hardware and the layout.
-        target: the hardware.
-        world: this process among the job's.
-        checkpoint: whose weights they are; all take that of rank 0.
-        task: a key of `TASKS`.
-        arguments: that it gets.
-        cast: weights that are stored in other bits are converted.
-
-    Returns:
-        What the task returned.
-    """
-    from orchestrator.launch.run import joined
-
-    with joined(resolved, world, target) as (parallel, _):
-        from orchestrator.strategies.served_model import ServedModel
-        from orchestrator.training.placed_model import build_placed
-        from orchestrator.training.restore import open_together, restore_weights
-
-        settings = resolved.config.checkpoint
-        trusted = trust(settings.trusted_keys, settings.require_signature)
-        # Named `latest`, it may be another one in a process that looked a second later.
-        place = locate(parallel.broadcast(str(checkpoint.directory)))
-        source = open_together(place, trusted, parallel, checkpoint)
-        model = build_placed(resolved.config, parallel)
-        restore_weights(source, resolved.config, parallel, model, cast=cast)
-        model.eval()
-        module, _, name = TASKS[task].partition(":")
-        return getattr(importlib.import_module(module), name)(
-            ServedModel(model, parallel, source, resolved.config), arguments
-        )
+def _call(task: str, served: ServedModel, arguments: Mapping[str, Any]) -> Any:
+    module, _, name = TASKS[task].partition(":")
+    return getattr(importlib.import_module(module), name)(served, arguments)
 
 
 def model_worker(argv: list[str]) -> int:
@@ -275,8 +265,8 @@ def model_worker(argv: list[str]) -> int:
         resolved, about = read_resolved(folder), json.loads((folder / _TASK).read_text())
         # Whoever chose it has looked at each file.
         checkpoint = Checkpoint(locate(about["checkpoint"]), look=False)
-        which = about["task"], about["arguments"], about["cast"]
-        result = call_task(resolved, resolved.target(), world, checkpoint, *which)
+        with ModelJob(resolved, checkpoint, resolved.target(), world, about["cast"]).served() as served:
+            result = _call(about["task"], served, about["arguments"])
     except UserError as error:
         # All ranks meet the same problem; one says so.
         if world.rank == 0:

@@ -1,0 +1,163 @@
+"""The model of lm-eval's that this package's scorer is: it turns requests into tokens as lm-eval's own does.
+
+Tokens, truncation and scores are those of `lm_eval.models.huggingface.HFLM` on the exported model, where that puts the
+same tokens in front of a text. Only this module and `harness_tasks` import lm-eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from orchestrator.data.tokenize import Tokenizer
+from orchestrator.data.tokenizer_files import Beside
+from orchestrator.errors import ConfigError
+from orchestrator.evaluation.scoring import ScoredText, TextScore
+
+_MOST = 4096  # texts that are handed on at a time
+_GENERATED = 256  # tokens, where a task does not say: as lm-eval has it
+Score = Callable[[Sequence[ScoredText]], list[TextScore]]
+"""Scores texts, in their order."""
+
+
+class HarnessModel(TemplateLM):
+    """A model for lm-eval, on one process of a job.
+
+    Args:
+        tokenizer: of the model, with the documents that it was trained on.
+        score: scores texts on all processes.
+        longest: tokens that the model takes at most.
+        bos: put the tokenizer's BOS in front of a text; None: as documents began that the model was trained on.
+        facts: of the model, for the file of results.
+
+    Attributes:
+        problem: what was raised by the model, and not by a task; None where nothing was.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        score: Score,
+        longest: int,
+        *,
+        bos: bool | None = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        # lm-eval's tokenizers read special tokens that a text spells, as chat templates need it.
+        self._words = tokenizer.with_documents(replace(tokenizer.documents, special_tokens_in_text="token"))
+        self._score, self._longest, self._facts = score, longest, dict(facts or {})
+        named = Beside(tokenizer.files).token("bos_token")
+        self._named_bos = None if named is None else self._words.id_of(named)
+        self._first = self._first_ids(bos)
+        self.problem: BaseException | None = None
+
+    def _first_ids(self, bos: bool | None) -> tuple[int, ...]:
+        if bos is False:
+            return ()
+        first = self._words.documents.bos_ids
+        if bos is True and not first:
+            if self._named_bos is None:
+                raise ConfigError(
+                    "the tokenizer names no BOS token to put in front of a text",
+                    got="add_bos_token=true",
+                    fix="leave add_bos_token out: texts then begin as those that the model was trained on",
+                )
+            first = (self._named_bos,)
+        return first
+
+    # --- what lm-eval asks ------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self._words.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: BOS where the tokenizer names one, else the end-of-text token."""
+        return self.eot_token_id if self._named_bos is None else self._named_bos
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model takes at most."""
+        return self._longest
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens that are generated, where a task does not say."""
+        return _GENERATED
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name of the tokenizer, for caches."""
+        return self._words.fingerprint
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the file of results says of the model."""
+        return dict(self._facts)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+        """Return the tokens of a text.
+
+        Args:
+            string: the text.
+            add_special_tokens: put BOS in front of it; None: as this model does, unless the text spells it.
+            unused: of other models.
+        """
+        ids = self._words.encode(string)
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._words.decode([self.prefix_token_id]))
+        return [*self._first, *ids] if add_special_tokens else ids
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of whole texts, each in windows that do not overlap in what they score.
+
+        Args:
+            requests: lm-eval's, each of a text.
+            disable_tqdm: of other models.
+        """
+        windows, counts = [], []
+        for request in requests:
+            found = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            parts = [(None, *make_disjoint_window(window)) for window in found]
+            windows += parts
+            counts.append(len(parts))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
+        texts = [ScoredText([*context, *continuation], len(context)) for _, context, continuation in requests]
+        # Like lengths together, also over the borders of what is handed on at a time.
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number].tokens))
+        result: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(order), _MOST):
+            numbers = order[start : start + _MOST]
+            scores = self._watched([texts[number] for number in numbers])
+            result |= {n: (one.log_likelihood, one.greedy) for n, one in zip(numbers, scores, strict=True)}
+        return [result[number] for number in range(len(texts))]
+
+    def _watched(self, texts: Sequence[ScoredText]) -> list[TextScore]:
+        try:
+            return self._score(texts)
+        except BaseException as error:
+            self.problem = error
+            raise
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Refuse: this model scores texts.
+
+        Args:
+            requests: lm-eval's.
+            disable_tqdm: of other models.
+        """
+        raise ConfigError("tasks that generate text are not evaluated here yet", got=requests[0].task_name)
