@@ -11,14 +11,19 @@ Transfer = Literal["none", "mup", "completep"]
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over the steps. `wsd` is warm-up, stable, decay."""
+    """Learning rate over the steps. `wsd` is warm-up, stable, decay; of the keys of one length one is given at most."""
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     _target_: str | None = None  # an own schedule, called with (step, max_steps, lr); null: by `kind`
     arguments: dict[str, Any] = field(default_factory=dict)  # of an own schedule
     warmup_steps: int = 20
+    warmup_fraction: float | None = None  # of max_steps, in place of warmup_steps
+    warmup_tokens: int | None = None  # likewise
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2  # of max_steps, for wsd
+    decay_steps: int | None = None  # in place of decay_fraction
+    decay_shape: Literal["linear", "cosine", "1-sqrt", "exponential"] = "linear"  # of wsd
+    horizon_steps: int | None = None  # where it ends; None: at max_steps
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,15 @@ class TransferBaseConfig:
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW with decoupled weight decay; none on norms and biases."""
+    """AdamW with decoupled weight decay."""
 
     name: Literal["adamw"] = "adamw"
     lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay_norm_and_bias: bool = False
+    decay_embeddings: bool = True
     state_dtype: StateDtype = "fp32"  # of the moments of matrices
     grad_clip: float | None = 1.0  # global L2 norm
     transfer: Transfer = "none"  # muP for width, CompleteP for width and depth
@@ -69,7 +76,9 @@ class MuonRestConfig:
     lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.1  # none on norms and biases
+    weight_decay: float = 0.1
+    decay_norm_and_bias: bool = False
+    decay_embeddings: bool = True
     state_dtype: StateDtype = "fp32"  # of the moments of matrices
 
 
@@ -97,7 +106,7 @@ class MuonConfig:
 
 @dataclass(frozen=True)
 class AdafactorConfig:
-    """Adafactor: of a matrix's variances a row's and a column's are kept. No weight decay on norms and biases."""
+    """Adafactor: of a matrix's variances a row's and a column's are kept."""
 
     name: Literal["adafactor"] = "adafactor"
     lr: float = 0.01  # relative to a parameter's size; at most 1 / sqrt(step) is used
@@ -106,6 +115,8 @@ class AdafactorConfig:
     eps_parameter: float = 1e-3
     clip_threshold: float = 1.0  # of an update's root mean square
     weight_decay: float = 0.0
+    decay_norm_and_bias: bool = False
+    decay_embeddings: bool = True
     grad_clip: float | None = 1.0
     groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -113,13 +124,15 @@ class AdafactorConfig:
 
 @dataclass(frozen=True)
 class SGDConfig:
-    """SGD with momentum. Weight decay is added to the gradient; none on norms and biases."""
+    """SGD with momentum. Weight decay is added to the gradient."""
 
     name: Literal["sgd"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9  # 0: none, and no state
     nesterov: bool = False
     weight_decay: float = 0.0
+    decay_norm_and_bias: bool = False
+    decay_embeddings: bool = True
     grad_clip: float | None = 1.0
     groups: tuple[OptimGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()

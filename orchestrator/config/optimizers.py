@@ -7,7 +7,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.config.schema import AdamWConfig, MuonConfig, OptimConfig, OwnOptimConfig, SGDConfig
+from orchestrator.config.schema import (
+    AdamWConfig,
+    MuonConfig,
+    OptimConfig,
+    OwnOptimConfig,
+    ScheduleConfig,
+    SGDConfig,
+)
 from orchestrator.errors import ConfigError
 
 LARGEST = 1e38  # an fp32 holds it
@@ -65,6 +72,33 @@ def check_optimizer(config: OptimConfig) -> list[ConfigError]:
             allowed = "a pattern over names of parameters, such as embed.weight or layers.0.*"
             problems.append(ConfigError(what, got=repr(group.match), allowed=allowed, fix="set it"))
     return problems
+
+
+def check_schedule(schedule: ScheduleConfig) -> Iterator[ConfigError]:
+    """Yield what is said twice, or says nothing.
+
+    Args:
+        schedule: of the learning rate.
+    """
+    if schedule.warmup_fraction is not None and schedule.warmup_tokens is not None:
+        got = f"warmup_fraction={schedule.warmup_fraction:g} and warmup_tokens={schedule.warmup_tokens}"
+        yield ConfigError("the length of the warm-up is given twice", got=got, fix="leave out one of them")
+    wsd = schedule.kind == "wsd" and schedule._target_ is None
+    odd = [f"decay_steps={schedule.decay_steps}"] if schedule.decay_steps is not None else []
+    odd += [f"decay_shape={schedule.decay_shape}"] if schedule.decay_shape != "linear" else []
+    if odd and not wsd:
+        yield ConfigError(
+            "a decay of its own is part of the schedule wsd",
+            got=f"{', '.join(odd)} with optim.schedule.kind={schedule.kind}",
+            fix="set optim.schedule.kind=wsd, or leave it out",
+        )
+    if wsd and schedule.decay_shape == "exponential" and not schedule.min_lr_ratio > 0:
+        yield ConfigError(
+            "an exponential decay never reaches zero",
+            got=f"optim.schedule.min_lr_ratio={schedule.min_lr_ratio:g} with decay_shape=exponential",
+            allowed="more than 0",
+            fix="set optim.schedule.min_lr_ratio=0.01, or another decay_shape",
+        )
 
 
 def _ranges(prefix: str, config: Any) -> Iterator[ConfigError]:

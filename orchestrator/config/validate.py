@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from orchestrator.config.optimizers import LARGEST, check_optimizer
+from orchestrator.config.optimizers import LARGEST, check_optimizer, check_schedule
 from orchestrator.config.schema import (
     CheckpointConfig,
-    DataConfig,
     HardwareConfig,
     PrometheusConfig,
     RunConfig,
-    TokenizerConfig,
 )
 from orchestrator.config.transfer import check_transfer
 from orchestrator.config.validate_adapters import check_adapters, check_lora_ranges
+from orchestrator.config.validate_data import NAME, check_data_config
 from orchestrator.config.validate_launch import check_launch
 from orchestrator.config.validate_model import check_model, out_of_range
 from orchestrator.errors import ConfigError
 
-_RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _LARGEST = 1 << 63
 _STEPS = (1, 10**12)
 # Key -> the least and the largest whole number. The upper bounds are beyond anything that is built, and below what
@@ -67,6 +64,9 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "data.workers": (1, 1 << 12),
     "data.prefetch": (0, 1 << 12),
     "optim.schedule.warmup_steps": (0, 10**12),
+    "optim.schedule.warmup_tokens": (0, 1 << 62),
+    "optim.schedule.decay_steps": _STEPS,
+    "optim.schedule.horizon_steps": _STEPS,
     "layout.replicate": (1, 1 << 20),
     "layout.pipeline": (1, 1 << 20),
     "layout.fsdp": (1, 1 << 20),
@@ -143,10 +143,9 @@ def validate(config: RunConfig) -> list[ConfigError]:
         _hardware(config.hardware),
         check_model(config.model),
         check_transfer(config.optim, config.model),
-        _tokenizer(config.data.tokenizer),
-        _names(config.data),
+        check_data_config(config.data),
+        check_schedule(config.optim.schedule),
         _batch(config),
-        _skip(config),
         _checkpoint(config.checkpoint),
         _prometheus(config.logger.prometheus),
         check_adapters(config),
@@ -206,12 +205,15 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
     problems += [
         out_of_range(key, value, "0 or more and less than 1") for key, value in below_one.items() if not 0 <= value < 1
     ]
-    ratios = {key: _get(config, key) for key in ("optim.schedule.min_lr_ratio", "optim.schedule.decay_fraction")}
-    problems += [out_of_range(key, value, "0 to 1") for key, value in ratios.items() if not 0 <= value <= 1]
+    names = ("min_lr_ratio", "decay_fraction", "warmup_fraction")
+    ratios = {f"optim.schedule.{name}": getattr(config.optim.schedule, name) for name in names}
+    problems += [
+        out_of_range(key, value, "0 to 1") for key, value in ratios.items() if value is not None and not 0 <= value <= 1
+    ]
     problems += [*check_optimizer(config.optim), *check_launch(config.launch), *check_lora_ranges(config.train.lora)]
     if not config.data.sources:
         problems.append(out_of_range("data.sources", "an empty list", "one source or more"))
-    if config.run_id is not None and not _RUN_ID.fullmatch(config.run_id):
+    if config.run_id is not None and not NAME.fullmatch(config.run_id):
         allowed = "up to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
         problems.append(out_of_range("run_id", ascii(config.run_id)[:300], allowed))
     return [*problems, *_texts(config)]
@@ -304,50 +306,6 @@ def _hardware(hardware: HardwareConfig) -> list[ConfigError]:
     return problems
 
 
-def _tokenizer(tokenizer: TokenizerConfig) -> list[ConfigError]:
-    problems = []
-    if tokenizer.path is not None and tokenizer.kind not in ("auto", "file"):
-        problems.append(
-            ConfigError(
-                "data.tokenizer.path names a tokenizer, and data.tokenizer.kind another one",
-                got=f"kind={tokenizer.kind} with path={tokenizer.path}",
-                fix="leave out data.tokenizer.kind to use the file, or data.tokenizer.path",
-            )
-        )
-    if tokenizer.eos is False and tokenizer.bos is False:
-        problems.append(
-            ConfigError(
-                "without a token at either end, documents cannot be told apart",
-                got="data.tokenizer.bos=false with data.tokenizer.eos=false",
-                fix="leave out one of them",
-            )
-        )
-    if tokenizer.bos is False and tokenizer.bos_token is not None:
-        problems.append(
-            ConfigError(
-                "a BOS token is named that is not to be put",
-                got=f"data.tokenizer.bos=false with data.tokenizer.bos_token={tokenizer.bos_token}",
-                fix="leave out one of them",
-            )
-        )
-    return problems
-
-
-def _names(data: DataConfig) -> list[ConfigError]:
-    """Names of sources and of validation sets: keys of metrics are made of them."""
-    named = [(f"data.sources[{number}].name", source.name) for number, source in enumerate(data.sources)]
-    sets = data.validation if isinstance(data.validation, dict) else {}
-    found = [(key, name) for key, name in named if name is not None] + [("data.validation", name) for name in sets]
-    allowed = "up to 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
-    problems = [out_of_range(key, ascii(name)[:300], allowed) for key, name in found if not _RUN_ID.fullmatch(name)]
-    names = [name for _, name in named if name is not None]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        problems.append(out_of_range("data.sources", f"the name {twice[0]} twice", "a name for each source"))
-    if data.validation == {}:
-        problems.append(out_of_range("data.validation", "an empty mapping", "null, a path, or {NAME: PATH, ...}"))
-    return problems
-
-
 def _batch(config: RunConfig) -> list[ConfigError]:
     train, problems = config.train, []
     if train.seq_len < 2:
@@ -372,13 +330,6 @@ def _batch(config: RunConfig) -> list[ConfigError]:
             )
         )
     return problems
-
-
-def _skip(config: RunConfig) -> list[ConfigError]:
-    wrong = [pair for pair in config.data.skip if not 0 <= pair[0] < pair[1] < _LARGEST]
-    shown = ", ".join(str(list(pair)) for pair in wrong[:3])
-    allowed = "[FIRST, BEHIND_THE_LAST]: numbers of sequences, from 0, the second one larger"
-    return [out_of_range("data.skip", shown, allowed)] if wrong else []
 
 
 def _checkpoint(checkpoint: CheckpointConfig) -> list[ConfigError]:

@@ -14,6 +14,7 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.launch.changes import changes, differing
+from orchestrator.optim.schedule import warmup_steps
 from orchestrator.output import tell
 from orchestrator.runs.messages import say
 from orchestrator.training.diagnosis import Diagnosis, diagnose, find_nonfinite
@@ -156,7 +157,7 @@ def advise(
         found.append((f"optim.lr={earlier:g}", f"the learning rate from before; it was {optim.lr:g} now"))
     else:
         found.append((f"optim.lr={optim.lr / _SLOWER:.1g}", f"a lower learning rate; it was {optim.lr:g}"))
-    warmup = optim.schedule.warmup_steps
+    warmup = warmup_steps(config)
     if diverged.step <= max(_EARLY_STEPS, 2 * warmup):
         longer = max(_EARLY_STEPS, 4 * warmup)
         allow = " 'resume_allow=[schedule]'" if resumes else ""

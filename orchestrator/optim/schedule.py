@@ -21,7 +21,8 @@ def schedule_of(config: RunConfig) -> Callable[[int, float], float]:
     """
     schedule, max_steps = config.optim.schedule, config.train.max_steps
     if schedule._target_ is None:
-        return lambda step, lr: learning_rate(step, max_steps, lr, schedule)
+        warmup = warmup_steps(config)
+        return lambda step, lr: learning_rate(step, max_steps, lr, schedule, warmup)
     own = OwnPart("schedule", schedule._target_, "optim.schedule", schedule.arguments).make(expected=Callable)  # type: ignore[arg-type]
 
     def rate(step: int, lr: float) -> float:
@@ -37,18 +38,52 @@ def schedule_of(config: RunConfig) -> Callable[[int, float], float]:
     return rate
 
 
-def learning_rate(step: int, max_steps: int, lr: float, schedule: ScheduleConfig) -> float:
+def warmup_steps(config: RunConfig) -> int:
+    """Return the number of steps of the warm-up, however it is given.
+
+    Args:
+        config: of the run.
+    """
+    schedule = config.optim.schedule
+    if schedule.warmup_fraction is not None:
+        return round(schedule.warmup_fraction * config.train.max_steps)
+    if schedule.warmup_tokens is not None:
+        return -(-schedule.warmup_tokens // config.train.global_batch_tokens)
+    return schedule.warmup_steps
+
+
+def learning_rate(step: int, max_steps: int, lr: float, schedule: ScheduleConfig, warmup: int | None = None) -> float:
     """Return the learning rate of the step that follows `step` completed ones.
 
-    Linear warm-up to `lr`, then by the kind of `schedule`, down to `min_lr_ratio * lr` at `max_steps`.
+    Linear warm-up to `lr`, then by the kind of `schedule`, down to `min_lr_ratio * lr` where it ends.
+
+    Args:
+        step: completed steps.
+        max_steps: of the run, where the schedule ends unless it says so itself.
+        lr: the peak.
+        schedule: its shape.
+        warmup: steps of the warm-up; None: `warmup_steps` of `schedule`.
     """
-    if step < schedule.warmup_steps:
-        return lr * (step + 1) / schedule.warmup_steps
+    warmup = schedule.warmup_steps if warmup is None else warmup
+    if step < warmup:
+        return lr * (step + 1) / warmup
     if schedule.kind == "constant":
         return lr
-    start = schedule.warmup_steps
+    end, start, shape = schedule.horizon_steps or max_steps, warmup, str(schedule.kind)
     if schedule.kind == "wsd":
-        start = max(start, round(max_steps * (1 - schedule.decay_fraction)))
-    progress = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
-    fall = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
-    return lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * fall)
+        steps = end * schedule.decay_fraction if schedule.decay_steps is None else schedule.decay_steps
+        start, shape = max(start, round(end - steps)), schedule.decay_shape
+    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    if shape == "exponential":
+        return float(lr * schedule.min_lr_ratio**progress)
+    left = _LEFT[shape](progress)
+    return lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * left)
+
+
+_LEFT: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    # Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", arXiv 2405.18392.
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+}
+"""What is left between the peak and the least rate, by how much of the decay is done."""

@@ -29,7 +29,7 @@ from orchestrator.optim.muon import Muon
 from orchestrator.optim.own import build_own
 from orchestrator.optim.sgd import SGD
 from orchestrator.sharding.parts import Parts, WholeParts
-from orchestrator.training.parameter_groups import Member, grouped, trained
+from orchestrator.training.parameter_groups import Member, grouped, trained, undecayed
 
 # Their fused kernel leaves weights and state alone where `found_inf` says so. That of `neuron` refuses `found_inf`
 # (torch-neuronx, python_ops/xla_ops/fused_adamw): there the host decides.
@@ -91,14 +91,14 @@ def _build(
             return _muon(model, members, config, device, parts, seed)
         case AdafactorConfig():
             eps = (config.eps_update, config.eps_parameter)
-            groups = grouped(members, config.lr, config.weight_decay)
+            groups = grouped(members, config.lr, config.weight_decay, exempt=undecayed(config))
             factored = [one.parameter for one in members if one.parameter.dim() == one.dims == 2]
             return Adafactor(
                 groups, parts, config.lr, config.beta2_decay, eps, config.clip_threshold, factored=factored
             )
         case SGDConfig():
             fused = device.type in ("cpu", "cuda")
-            groups = grouped(members, config.lr, config.weight_decay)
+            groups = grouped(members, config.lr, config.weight_decay, exempt=undecayed(config))
             return SGD(groups, parts, config.lr, config.momentum, config.nesterov, fused=fused)
         case OwnOptimConfig():
             return build_own(grouped(members, config.lr, None), config, device, restoring)
@@ -111,11 +111,11 @@ def _adamw(
         keys: dict[Tensor, int] = {
             m.parameter: zlib.crc32(f"{seed} {m.name}".encode()) for m in members if not m.is_vector
         }
-        groups = grouped(members, config.lr, config.weight_decay, config.eps)
+        groups = grouped(members, config.lr, config.weight_decay, config.eps, undecayed(config))
         return CompactAdamW(groups, parts, config.state_dtype, keys, config.lr, config.betas, config.eps)
     fused, traced = device.type in _FUSED, device.type == "xla"
     optimizer = torch.optim.AdamW(
-        grouped(members, config.lr, config.weight_decay, config.eps),
+        grouped(members, config.lr, config.weight_decay, config.eps, undecayed(config)),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

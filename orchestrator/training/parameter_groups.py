@@ -1,27 +1,30 @@
 """Parameter groups: what shares a learning rate, a weight decay and a device mesh.
 
-Weight decay is left out where a parameter is a vector: norms, biases. What it is, its axes say, and not its number of
-dims: the biases of experts are [E, F]. A kernel over many tensors at once takes those of one mesh alone.
+Where a parameter is a vector (norms, biases) weight decay is left out unless it is asked for. What it is, its axes say,
+and not its number of dims: the biases of experts are [E, F]. A kernel over many tensors at once takes those of one mesh
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from orchestrator.config.schema import OptimGroupConfig
+from orchestrator.config.schema import AdafactorConfig, AdamWConfig, MuonRestConfig, OptimGroupConfig, SGDConfig
 from orchestrator.errors import ConfigError
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.optim.transfer_rules import Factors
 
 _STACKED = "experts"  # the logical axis of tensors that hold one matrix or vector for each expert
 _CHOOSES = "choices"  # that of a router's rows
+_EMBEDDINGS = ("embed.", "positions.")
 _SHOWN = 12  # names that an error lists
+Decayed: TypeAlias = AdamWConfig | MuonRestConfig | AdafactorConfig | SGDConfig  # what says which it decays
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,13 @@ class Member:
 
     @property
     def is_vector(self) -> bool:
-        """Whether it is a norm's scale, a bias, or another vector, which is not decayed."""
+        """Whether it is a norm's scale, a bias, or another vector."""
         return self.dims < 2
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is a table of embeddings, of tokens or positions; the head's, too, where it is the same tensor."""
+        return self.name.startswith(_EMBEDDINGS)
 
 
 def trained(
@@ -90,8 +98,23 @@ def trained(
     return members
 
 
+def undecayed(config: Decayed) -> Callable[[Member], bool]:
+    """Return which parameters an optimizer's weight decay leaves out.
+
+    Args:
+        config: of the optimizer.
+    """
+    return lambda member: (
+        (member.is_vector and not config.decay_norm_and_bias) or (member.embeds and not config.decay_embeddings)
+    )
+
+
 def grouped(
-    members: Sequence[Member], lr: float, weight_decay: float | None, eps: float | None = None
+    members: Sequence[Member],
+    lr: float,
+    weight_decay: float | None,
+    eps: float | None = None,
+    exempt: Callable[[Member], bool] = lambda member: member.is_vector,
 ) -> list[dict[str, Any]]:
     """Make parameter groups as `torch.optim` takes them: `params`, `lr`, `weight_decay` and `eps`.
 
@@ -100,10 +123,11 @@ def grouped(
         lr: the optimizer's rate.
         weight_decay: the optimizer's; None: it has its own, which a group has unless an entry says otherwise.
         eps: the optimizer's; None: it has none that is scaled.
+        exempt: which of them are not decayed, unless their entry says otherwise.
     """
     found: dict[Any, dict[str, Any]] = {}
     for member in members:
-        factor, decay = 1.0, None if weight_decay is None else 0.0 if member.is_vector else weight_decay
+        factor, decay = 1.0, None if weight_decay is None else 0.0 if exempt(member) else weight_decay
         if member.group is not None:
             factor = member.group.lr_factor
             decay = decay if member.group.weight_decay is None else member.group.weight_decay

@@ -124,7 +124,7 @@ def test_fractions_are_below_one(key, value):
     assert _said(_change(key, value)) == [f"'{key}' is out of range"]
 
 
-@pytest.mark.parametrize("key", ["min_lr_ratio", "decay_fraction"])
+@pytest.mark.parametrize("key", ["min_lr_ratio", "decay_fraction", "warmup_fraction"])
 def test_ratios_are_zero_to_one(key):
     for value in (0.0, 1.0):
         assert not validate(_change(f"optim.schedule.{key}", value))
@@ -183,7 +183,7 @@ def test_all_at_once():
 
 def test_every_numeric_key_has_a_rule():
     """A new number of the schema is either given a rule or named here."""
-    without = {f"optim.schedule.{key}" for key in ("min_lr_ratio", "decay_fraction")}
+    without = {f"optim.schedule.{key}" for key in ("min_lr_ratio", "decay_fraction", "warmup_fraction")}
     without |= {f"train.lora.{key}" for key in ("rank", "alpha", "dropout")}  # check_lora_ranges
     ruled = {*rules._COUNTS, *rules._NOT_NEGATIVE, *rules._ABOVE_ZERO, "model.dropout", "data.validation_fraction"}
 

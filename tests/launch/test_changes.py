@@ -19,6 +19,16 @@ def test_nothing_is_said_of_what_changes_no_number():
     assert _changes("name=other", "checkpoint.keep_last=9", "logger.every_steps=1", "hardware.devices=4") == []
 
 
+def test_a_decay_may_begin_where_a_stable_run_is():
+    words = ("optim.schedule.kind=wsd", "optim.schedule.decay_fraction=0.0", "train.max_steps=100000")
+    stable = compose(["model=tiny", *words]).config
+    branch = compose(["model=tiny", *words, "train.max_steps=300", "optim.schedule.decay_steps=50"]).config
+    found = changes(stable, branch, 250)
+    assert {change.key for change in found} == {"train.max_steps", "optim.schedule.decay_steps"}
+    assert all(change.needs is None for change in found), "nothing jumps"
+    assert any(change.needs == "schedule" for change in changes(stable, branch, 280)), "the rate would jump"
+
+
 def test_a_longer_run_bends_the_schedule_and_has_to_be_allowed():
     (change,) = _changes("train.max_steps=600")
     assert (change.key, change.needs) == ("train.max_steps", "schedule")

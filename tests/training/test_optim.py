@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from orchestrator.config.schema import AdamWConfig, ScheduleConfig
-from orchestrator.optim.schedule import learning_rate
+from orchestrator.config.optimizers import check_schedule
+from orchestrator.config.schema import AdamWConfig, RunConfig, ScheduleConfig
+from orchestrator.optim.schedule import learning_rate, schedule_of, warmup_steps
 from orchestrator.training.optimizer_setup import build_optimizer
 
 PEAK = 2.0
@@ -55,6 +56,66 @@ def test_values_on_the_way():
     assert wsd[10:81] == [PEAK] * 71
     assert wsd[90] == pytest.approx(PEAK / 2)
     assert _rates(100, kind="constant", warmup_steps=0) == [PEAK] * 101
+
+
+SHAPES = ("linear", "cosine", "1-sqrt", "exponential")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_decay_has_a_shape_and_a_length(shape):
+    rates = _rates(100, kind="wsd", warmup_steps=10, min_lr_ratio=0.01, decay_steps=40, decay_shape=shape)
+    assert rates[9:61] == [PEAK] * 52
+    middle = {"linear": 0.505, "cosine": 0.505, "1-sqrt": 0.01 + 0.99 * (1 - math.sqrt(0.5)), "exponential": 0.1}
+    assert rates[80] == pytest.approx(PEAK * middle[shape])
+    assert rates[100] == pytest.approx(PEAK * 0.01)
+    assert rates[60:] == sorted(rates[60:], reverse=True)
+    by_fraction = _rates(100, kind="wsd", warmup_steps=10, min_lr_ratio=0.01, decay_fraction=0.4, decay_shape=shape)
+    assert by_fraction == rates
+
+
+def test_a_decay_that_is_left_out_leaves_the_rate_and_can_be_added_later():
+    stable = ScheduleConfig(kind="wsd", warmup_steps=10, decay_fraction=0.0)
+    branch = ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=20)
+    assert all(learning_rate(step, 1000, PEAK, stable) == PEAK for step in range(10, 1000))
+    assert learning_rate(400, 420, PEAK, branch) == learning_rate(400, 1000, PEAK, stable)
+    assert learning_rate(419, 420, PEAK, branch) == pytest.approx(PEAK * (0.1 + 0.9 * 0.05))
+
+
+def test_a_horizon_ends_the_schedule_elsewhere():
+    assert _rates(50, horizon_steps=200)[:50] == _rates(200)[:50]
+    assert _rates(60, horizon_steps=50)[50:] == pytest.approx([PEAK * 0.1] * 11)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({}, 20),
+        ({"warmup_fraction": 0.01}, 3),
+        ({"warmup_fraction": 0.0}, 0),
+        ({"warmup_tokens": 40960}, 10),
+        ({"warmup_tokens": 40961}, 11),
+    ],
+)
+def test_the_warm_up_is_given_in_steps_parts_or_tokens(given, steps):
+    plain = RunConfig()
+    config = replace(plain, optim=replace(plain.optim, schedule=ScheduleConfig(**given)))
+    assert warmup_steps(config) == steps
+    rates = [schedule_of(config)(step, PEAK) for step in range(30)]
+    assert rates.index(PEAK) == max(0, steps - 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (ScheduleConfig(warmup_fraction=0.1, warmup_tokens=1), "given twice"),
+        (ScheduleConfig(decay_steps=5), "part of the schedule wsd"),
+        (ScheduleConfig(decay_shape="1-sqrt"), "part of the schedule wsd"),
+        (ScheduleConfig(kind="wsd", decay_shape="exponential", min_lr_ratio=0.0), "never reaches zero"),
+    ],
+)
+def test_keys_that_mean_nothing_are_refused(schedule, said):
+    (problem,) = check_schedule(schedule)
+    assert said in problem.what
 
 
 @given(

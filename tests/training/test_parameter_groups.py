@@ -76,6 +76,21 @@ def test_vectors_are_not_decayed_whatever_their_number_of_dims(config):
     assert "layers.1.mlp.experts.gate_bias" in _settings(Decoder(CONFIG), config)
 
 
+@pytest.mark.parametrize("config", CONFIGS[:4], ids=lambda config: config.name)
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_decay_reaches_norms_and_leaves_out_embeddings_where_asked(config, positions):
+    model = Decoder(replace(CONFIG, positions=positions, tied_embeddings=positions == "learned"))
+    keys = {"decay_norm_and_bias": True, "decay_embeddings": False}
+    muon = isinstance(config, MuonConfig)
+    config = replace(config, adamw=replace(config.adamw, **keys)) if muon else replace(config, **keys)
+    found = _settings(model, config)
+    assert ("positions.weight" in found) == (positions == "learned")
+    for name, (_, decay) in found.items():
+        assert (decay == 0) == (name in ("embed.weight", "positions.weight")), name
+    embedding = OptimGroupConfig("embed.weight", weight_decay=0.3)
+    assert _settings(model, replace(config, groups=(embedding,)))["embed.weight"][1] == 0.3
+
+
 def test_what_matches_nothing_is_said_and_what_matches_is_shown():
     model = Decoder(CONFIG)
     lines = describe_groups(trained(model, GROUPS))

@@ -10,6 +10,7 @@ import lightning.pytorch as lightning
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.schema import RunConfig
+from orchestrator.optim.schedule import warmup_steps
 from orchestrator.training.divergence import Diverged
 from orchestrator.training.spikes import Spike, SpikeDetector
 
@@ -29,7 +30,7 @@ class SpikeWatch(lightning.Callback):
 
     def __init__(self, config: RunConfig, say: Callable[[str], None]):
         self._action, self._say = config.train.on_spike, say
-        self._detector = SpikeDetector(config.train.spike, config.optim.schedule.warmup_steps)
+        self._detector = SpikeDetector(config.train.spike, warmup_steps(config))
         self._spike: Spike | None = None
         self.found: list[dict[str, Any]] = []
 
