@@ -36,7 +36,8 @@ LEAVES = {
 }
 # package -> packages of the product that it may import, beside itself, those and, for all, `config.schema`.
 ALLOWED: dict[str, set[str]] = {
-    "config": set(),
+    "config": {"sweeps"},
+    "sweeps": set(),
     "chips": set(),
     "sharding": set(),
     "distributed": set(),
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"distributed", "sharding"},
     "planner": {"chips", "sharding"},
     "observe": {"chips", "hardware"},
-    "report": {"chips", "observe", "planner"},
+    "report": {"chips", "observe", "planner", "sweeps"},
     "strategies": {"checkpoint", "distributed", "hardware", "sharding", "models"},
     "runs": {"config", "checkpoint", "data", "distributed", "models", "observe", "optim", "sharding"},
     "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies"},
@@ -58,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training": {
         *("config", "chips", "sharding", "distributed", "hardware", "models", "data", "checkpoint", "planner"),
-        *("observe", "optim", "strategies", "runs", "inference", "evaluation"),
+        *("observe", "optim", "strategies", "runs", "inference", "evaluation", "sweeps"),
     },
     "rehearsal": {
         *("config", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies", "training"),
@@ -78,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         *("api", "config", "chips", "data", "distributed", "hardware", "checkpoint", "planner", "observe", "report"),
         *("runs", "inference", "interop", "training", "rehearsal", "certify", "launch", "engines"),
+        "sweeps",
     },
 }
 # What `import orchestrator` hands out, each when it is used.
@@ -95,7 +97,8 @@ ONLY_IN: dict[str, set[str]] = {
     "lightning": {"strategies/", "training/", "launch/", "rehearsal/", "observe/", "runs/own_parts.py"},
     "lm_eval": {"evaluation/harness_model.py", "evaluation/harness_tasks.py"},
     "torchft": {"strategies/group_manager.py", "strategies/group_transport.py", "launch/lighthouse.py"},
-    "hydra": {"config/compose.py", "config/words.py"},
+    "hydra": {"config/compose.py", "config/optuna_sweeper.py", "config/words.py"},
+    "optuna": {"sweeps/"},
     "omegaconf": {"config/compose.py"},
     "torch.distributed": {
         *(

@@ -34,8 +34,9 @@ class RunOverview:
     Attributes:
         run: its directory, below the folder of all runs.
         directory: the same, from here.
-        state: `running`, `finished`, `interrupted`, `diverged`, `failed`; `dead` where it says that it runs and no
-            process of this machine holds it, nor has it given a sign of life; `unknown` where it says nothing.
+        state: `running`, `finished`, `interrupted`, `pruned` (by its sweep), `diverged`, `failed`; `dead` where it
+            says that it runs and no process of this machine holds it, nor has it given a sign of life; `unknown` where
+            it says nothing.
         step: the last one in its metrics; None before the first.
         max_steps: of its configuration.
         loss: of that step, nats per token; None where it is not finite or not known.

@@ -49,8 +49,8 @@ class Run:
     def status(self) -> str:
         """How it stands.
 
-        `running`, `finished`, `interrupted` (a signal stopped it; it was saved), `diverged` or `failed`; `unknown`
-        where the directory does not say.
+        `running`, `finished`, `interrupted` (a signal stopped it; it was saved), `pruned` (its sweep ended it
+        early), `diverged` or `failed`; `unknown` where the directory does not say.
         """
         return str(self.summary["status"])
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.api.run_overview import RunOverview
 
 _PROGRAM = "python -m orchestrator runs"
-State = Literal["running", "finished", "interrupted", "diverged", "failed", "dead", "unknown"]
+State = Literal["running", "finished", "interrupted", "pruned", "diverged", "failed", "dead", "unknown"]
 _RUNS_HELP = "the folder of all runs"
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _HEAD = ("run", "state", "step", "loss", "val loss", "goodput", "restarts", "devices", "host", "last sign of life")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.config.compose import conf_dir, group_options, run_composed
@@ -14,6 +15,7 @@ from orchestrator.errors import ConfigError
 if TYPE_CHECKING:
     from orchestrator.config.compose import Composed
     from orchestrator.config.sweep import Scored
+    from orchestrator.sweeps.sweep_record import SweepRecord
 
 _HELP = """usage: python -m orchestrator train [group=option ...] [key=value ...] [flags]
 
@@ -25,6 +27,8 @@ Examples
   train resume=latest                     go on where the last run stopped (or: resume=DIRECTORY)
   train train.init_from=DIRECTORY         start from the weights of a checkpoint (checkpoint import makes one)
   train -m optim.lr=1e-3,3e-4             one run per value, and a table of what each reached (train.objective)
+  train -m hydra/sweeper=optuna 'optim.lr=tag(log, interval(1e-4, 1e-2))'
+                                          search: values by what the runs so far have reached, see docs/sweeps.md
 
 Groups
 {groups}
@@ -49,7 +53,13 @@ def main(argv: list[str]) -> int:
     from orchestrator.planner.planned_models import refuse_planned_only
 
     refuse_planned_only(argv, "train")
-    return run_composed(argv, "orchestrator train", _train)
+    return run_composed(argv, "orchestrator train", _train, _keep)
+
+
+def _keep(folder: Path, record: SweepRecord) -> None:
+    from orchestrator.report.sweep_page import keep_sweep
+
+    keep_sweep(folder, record)
 
 
 def _train(composed: Composed) -> Scored:

@@ -7,9 +7,11 @@ and all problems are reported together. Whatever Hydra, OmegaConf or YAML raise 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +22,11 @@ from orchestrator.config.convert import from_dict, from_dict_partly
 from orchestrator.config.files import check_option, read_plain
 from orchestrator.config.registry import is_dotted, permit, targets
 from orchestrator.config.schema import RunConfig
-from orchestrator.config.sweep import Scored, Sweep, SweepStopped
+from orchestrator.config.sweep import Scored, StoredSweep, Sweep, SweepStopped
 from orchestrator.config.validate import check_ranges, validate
 from orchestrator.config.words import check_word, complete_words, group_options, not_chosen, parse_words, split_flags
 from orchestrator.errors import DONE, MISTAKE, ConfigError, ConfigErrors, UserError
+from orchestrator.sweeps.sweep_record import FOLDER, SweepRecord
 
 __all__ = ["Composed", "compose", "conf_dir", "group_options", "read_config", "read_plain", "run_composed"]
 
@@ -54,7 +57,12 @@ def conf_dir() -> Path:
     return beside if (beside / f"{CONFIG_NAME}.yaml").is_file() else package / "conf"
 
 
-def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int | Scored]) -> int:
+def run_composed(
+    argv: Sequence[str],
+    prog: str,
+    task: Callable[[Composed], int | Scored],
+    keep: Callable[[Path, SweepRecord], object] | None = None,
+) -> int:
     """Compose from `argv` (overrides and Hydra's flags) and call `task`, once per job of a multirun.
 
     A job of a multirun that fails is reported and the others run; one that a signal stopped is the last. Hydra's
@@ -64,6 +72,7 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int 
         argv: words of the command line.
         prog: name of the command, for messages.
         task: called with each job's configuration.
+        keep: called with folder and record of a multirun whenever a job of it has ended; None: no record is kept.
 
     Returns:
         The exit code of the job. Of a multirun: that of the stopped job; else `FAILED` where trying again may help
@@ -77,8 +86,8 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int 
 
     argv, chosen = complete_words(argv)
     _check_overrides(argv)
-    sweep = Sweep()
-    failure: list[BaseException] = []
+    sweep = Sweep(argv, keep)
+    single: list[Scored | BaseException] = []
 
     def job(cfg: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
@@ -87,27 +96,41 @@ def run_composed(argv: Sequence[str], prog: str, task: Callable[[Composed], int 
 
         def work() -> Scored:
             with _environment("HYDRA_FULL_ERROR", full_error):
-                ended = task(_convert(cfg, settings, chosen))
+                composed = _convert(cfg, settings, chosen)
+                if keep is not None and composed.job is not None and sweep.stored is None:
+                    sweep.stored = StoredSweep(_folder_of(composed.config))
+                ended = task(composed)
                 return ended if isinstance(ended, Scored) else Scored(ended)
 
         if settings.mode is not None and settings.mode.name == "MULTIRUN":
-            name, words = f"{settings.job.num}: {settings.job.override_dirname}", settings.overrides.task
-            return sweep.run(name, {key: value for key, _, value in (word.partition("=") for word in words)}, work)
+            values = {key: value for key, _, value in (word.partition("=") for word in settings.overrides.task)}
+            chosen_keys = sweep.stored.space if sweep.stored else {}
+            said = [f"{key}={value}" for key, value in values.items() if key in chosen_keys]
+            return sweep.run(settings.job.num, ",".join(said) or settings.job.override_dirname, values, work)
         try:
-            ended = work()
-            sweep.jobs["0"] = ({}, ended)
+            single.append(ended := work())
             return ended.objective
         except BaseException as error:
             # Raised again below: Hydra would take it for its own.
-            failure.append(error)
+            single.append(error)
             return None
 
+    job.sweep = sweep  # type: ignore[attr-defined]  # a sweeper gets the task, and nothing else of ours
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     if (code := _run_hydra(job, prog, argv)) != DONE:
         return code
-    if failure:
-        raise failure[-1]
+    if single:
+        if isinstance(single[-1], BaseException):
+            raise single[-1]
+        return single[-1].code
     return sweep.conclude()
+
+
+def _folder_of(config: RunConfig) -> Path:
+    """Return where a multirun without a study is kept: named by the time, never one that is there already."""
+    parent, stamp = Path(config.runs_dir) / FOLDER, time.strftime("%Y%m%d-%H%M%S")
+    names = (f"{config.name}-{stamp}{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+    return next(parent / name for name in names if not (parent / name).exists())
 
 
 def _run_hydra(job: Callable[[Any], float | None], prog: str, argv: Sequence[str]) -> int:

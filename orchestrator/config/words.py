@@ -127,6 +127,8 @@ def not_chosen(key: str, word: str) -> ConfigError:
         key: dotted.
         word: the override.
     """
+    if key.startswith("hydra.sweeper."):
+        return ConfigError("the sweeper has no such key", got=word, fix="see train -m hydra/sweeper=optuna --cfg hydra")
     group, _, rest = key.partition(".")
     hint = typing.get_type_hints(RunConfig).get(group)
     options = [kind.name for kind in dataclasses_of(hint) if rest in schema_keys(kind)]

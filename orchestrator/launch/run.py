@@ -266,7 +266,7 @@ def _work_through(job: Job, run_dir: Path, record: Record, left_out: list[str]) 
     while not status:
         try:
             _train_through(job, record, left_out)
-            status = "finished" if _all_steps_done(job) else "interrupted"
+            status = _status(job)
         except Diverged as found:
             left_out.clear()
             standing.enter(standing.LOADING)  # one long piece, also where the step is compiled to be looked at
@@ -307,12 +307,18 @@ def _train_through(job: Job, record: Record, left_out: list[str]) -> None:
     job.parallel.by_one(lambda: None)  # who of those that are left concludes
 
 
+def _status(job: Job) -> str:
+    if _all_steps_done(job):
+        return "finished"
+    return run_directory.PRUNED if job.watchers.pruning.pruned and not job.watchers.stop.stopped else "interrupted"
+
+
 def _all_steps_done(job: Job) -> bool:
     return job.module.step >= job.module.config.train.max_steps
 
 
 def _save(job: Job, record: Record) -> None:
-    """Save the last checkpoint. A run is finished or interrupted when it is written, and failed where it cannot be.
+    """Save the last checkpoint. A run has ended as it should when it is written, and failed where it cannot be.
 
     Raises:
         CheckpointError: it could not be written.
@@ -320,7 +326,7 @@ def _save(job: Job, record: Record) -> None:
     # What only the memory of the hosts has is not kept yet.
     trained = job.module.step > job.leg["start_step"] or job.leg.get("restored_from") == "memory"
     prepare_last_save(job, record)
-    if trained and (job.watchers.checkpoints.at_end or not _all_steps_done(job)):
+    if trained and (job.watchers.checkpoints.at_end or _status(job) == "interrupted"):
         path = job.watchers.checkpoints.save_now(job.module)
         job.say(f"saved {path}")
         if job.watchers.checkpoints.elsewhere:

@@ -3,6 +3,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   const source = figure.querySelector("script");
   if (!source) continue;
   const data = JSON.parse(source.textContent);
+  if (!data.series.length) continue;
   const svg = figure.querySelector("svg"), cursor = figure.querySelector(".cursor"), tip = figure.querySelector(".tip");
   const [low, high, left, right] = data.x;
   const longest = data.series.reduce((a, b) => (b.points.length > a.points.length ? b : a));
@@ -18,12 +19,12 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     const step = longest.points[at][0];
     const x = left + ((step - low) / (high - low)) * (right - left);
     cursor.setAttribute("x1", x); cursor.setAttribute("x2", x); cursor.removeAttribute("hidden");
-    tip.replaceChildren(Object.assign(document.createElement("div"), { textContent: "step " + step.toLocaleString("en") }));
+    tip.replaceChildren(Object.assign(document.createElement("div"), { textContent: data.axis + " " + step.toLocaleString("en") }));
     for (const one of data.series) {
       const point = one.points[nearest(one.points, step)];
       const line = document.createElement("div"), key = document.createElement("i");
       key.className = "key " + one.style;
-      const where = point[0] === step ? "" : " (step " + point[0].toLocaleString("en") + ")";
+      const where = point[0] === step ? "" : " (" + data.axis + " " + point[0].toLocaleString("en") + ")";
       const value = Math.abs(point[1]) >= 1000 ? Math.round(point[1]).toLocaleString("en") : String(point[1]);
       line.append(key, one.label + " " + value + data.unit + where);
       tip.append(line);

@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart over steps.
+    """A chart over steps, or over what else is counted.
 
     Attributes:
         key: unique on the page.
@@ -47,6 +47,7 @@ class Chart:
         marks: vertical lines, (x, label); an empty label is not written.
         unit: behind the values of the tooltip.
         include: y values that the axis must reach.
+        axis: what is counted on the x axis.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Chart:
     marks: Sequence[tuple[float, str]] = ()
     unit: str = ""
     include: Sequence[float] = field(default=())
+    axis: str = "step"
 
     def render(self) -> str:
         """Return the figure's HTML; a line of text where there is nothing to draw."""
@@ -69,7 +71,7 @@ class Chart:
         shown = [(series, downsample(series.points)) for series in drawn]
         body = [*frame.grid(), *frame.rules(), *frame.marks()]
         body += [_curve(series, points, frame) for series, points in shown]
-        label = f"{self.title}: {'; '.join(_in_words(series) for series in drawn if not series.hidden)}"
+        label = f"{self.title}: {'; '.join(_in_words(series, self.axis) for series in drawn if not series.hidden)}"
         svg = (
             f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(label)}" tabindex="0">'
             f'{"".join(body)}<line class="cursor" y1="{_TOP:g}" y2="{self.height - _BOTTOM:g}" hidden></line></svg>'
@@ -92,6 +94,7 @@ class Chart:
         data = {
             "x": [frame.x_low, frame.x_high, _LEFT, self.width - _RIGHT],
             "unit": self.unit,
+            "axis": self.axis,
             "series": [
                 {"label": series.label, "style": series.style, "points": [[x, float(f"{y:.5g}")] for x, y in points]}
                 for series, points in shown
@@ -136,7 +139,7 @@ class _Frame:
         for tick, text in zip(ticks, texts, strict=True):
             parts.append(f'<text class="tick" x="{self.x(tick):.1f}" {under}="middle">{text}</text>')
         parts.append(f'<line class="axis" x1="{_LEFT:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8:g}" {under}="end">step</text>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8:g}" {under}="end">{escape(chart.axis)}</text>')
         return parts
 
     def rules(self) -> list[str]:
@@ -229,11 +232,11 @@ def _curve(series: Series, points: Sequence[Point], frame: _Frame) -> str:
     return "".join(parts)
 
 
-def _in_words(series: Series) -> str:
+def _in_words(series: Series, axis: str) -> str:
     first, last = series.points[0], series.points[-1]
     if len(series.points) == 1:
-        return f"{series.label} {first[1]:.4g} at step {first[0]:g}"
-    return f"{series.label} from {first[1]:.4g} at step {first[0]:g} to {last[1]:.4g} at step {last[0]:g}"
+        return f"{series.label} {first[1]:.4g} at {axis} {first[0]:g}"
+    return f"{series.label} from {first[1]:.4g} at {axis} {first[0]:g} to {last[1]:.4g} at {axis} {last[0]:g}"
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:

@@ -78,7 +78,7 @@ class Record:
         """Write how the run has ended. On a full disk this retries for some seconds.
 
         Args:
-            status: finished, interrupted, failed or diverged.
+            status: finished, interrupted, pruned, failed or diverged.
             step: the last one.
             left_out: what a resume may still do.
         """

@@ -43,6 +43,8 @@ from orchestrator.runs.time_book import booked, note_end
 
 CONFIG, RESOLVED, RUN, SAMPLES = "config.yaml", "resolved.json", "run.json", "samples.jsonl"
 OWNER = "owner.json"
+PRUNED = "pruned"
+"""The status of a run that its sweep has ended early."""
 _SPARE_BYTES = 256
 _PATIENCE_SECONDS = 60.0  # of a restarted job, whose last process may not have ended yet
 

@@ -35,6 +35,7 @@ from orchestrator.training.callbacks.preemption import StopOnSignal
 from orchestrator.training.callbacks.replica_check import ReplicaCheck
 from orchestrator.training.callbacks.snapshots import Snapshots
 from orchestrator.training.callbacks.spike_watch import SpikeWatch
+from orchestrator.training.callbacks.sweep_pruning import SweepPruning
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.handover_check import make_batch
@@ -54,6 +55,7 @@ class Watchers:
         spikes: looks for loss spikes.
         replicas: compares what devices must have alike.
         evaluation: of the held-out data.
+        pruning: ends a run of a sweep that falls behind.
         samples: of text.
         own: the user's callbacks.
         sources: what was taken of each.
@@ -71,6 +73,7 @@ class Watchers:
     spikes: SpikeWatch
     replicas: ReplicaCheck
     evaluation: Validation
+    pruning: SweepPruning
     samples: Samples
     own: list[lightning.Callback]
     sources: SourceBook
@@ -89,7 +92,7 @@ class Watchers:
         bar = [self.progress] if self.progress else []
         first, savers = [guard, self.copies, self.metrics], [self.checkpoints, self.snapshots]
         guards = [self.spikes, self.replicas]
-        return [*first, *bar, *guards, self.evaluation, self.samples, *self.own, *savers, self.stop]
+        return [*first, *bar, *guards, self.evaluation, self.pruning, self.samples, *self.own, *savers, self.stop]
 
 
 def make_watchers(
@@ -141,6 +144,7 @@ def make_watchers(
     about = {**provenance, "run": run_uuid}
     checkpoints = Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell)
     spikes, replicas = _guards(config, parallel, module.step, restored, metrics, checkpoints, tell)
+    evaluation = Validation(metrics, config.train.eval_every, batches, tell, progress)
     return Watchers(
         channels=channels,
         history=history,
@@ -148,7 +152,8 @@ def make_watchers(
         progress=progress,
         spikes=spikes,
         replicas=replicas,
-        evaluation=Validation(metrics, config.train.eval_every, batches, tell, progress),
+        evaluation=evaluation,
+        pruning=SweepPruning(parallel, evaluation, config.train.max_steps, tell),
         samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
         own=own,
         sources=sources,

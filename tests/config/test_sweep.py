@@ -19,8 +19,8 @@ def test_the_table_has_what_differs_and_marks_the_best(capsys):
     ends = [Scored(DONE, 5.25, "val_loss"), Scored(DONE, 5.125, "val_loss"), Scored(DIVERGED, math.inf, "val_loss")]
     for number, (lr, ended) in enumerate(zip(["1e-3", "3e-4", "9"], ends, strict=True)):
         values = {"model": "tiny", "optim.lr": lr}
-        assert sweep.run(f"{number}: optim.lr={lr}", values, lambda ended=ended: ended) == ended.objective
-    assert sweep.run("3: x", {"model": "tiny", "optim.lr": "0"}, _refuse) is None
+        assert sweep.run(number, f"optim.lr={lr}", values, lambda ended=ended: ended) == ended.objective
+    assert sweep.run(3, "x", {"model": "tiny", "optim.lr": "0"}, _refuse) is None
     assert sweep.conclude() == DIVERGED
     table = """
         job  optim.lr  val_loss
@@ -34,18 +34,18 @@ def test_the_table_has_what_differs_and_marks_the_best(capsys):
 
 def test_more_is_better_where_that_is_so():
     sweep = Sweep()
-    for name, rate in (("0", 900.0), ("1", 1000.0)):
-        sweep.run(name, {"a": name}, lambda rate=rate: Scored(DONE, rate, "tokens_per_second", False))
+    for number, rate in enumerate((900.0, 1000.0)):
+        sweep.run(number, "", {"a": str(number)}, lambda rate=rate: Scored(DONE, rate, "tokens_per_second", False))
     assert sweep.table().endswith("1    1  1000  <- best")
 
 
 def test_one_job_and_jobs_without_a_number_have_no_table():
     sweep = Sweep()
-    sweep.run("0", {}, lambda: Scored(DONE, 1.0))
+    sweep.run(0, "", {}, lambda: Scored(DONE, 1.0))
     assert sweep.table() == ""
     other = Sweep()
-    for name in ("0", "1"):
-        other.run(name, {}, lambda: Scored(DONE))
+    for number in (0, 1):
+        other.run(number, "", {}, lambda: Scored(DONE))
     assert other.table() == ""
 
 

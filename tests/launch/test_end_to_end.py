@@ -284,11 +284,11 @@ def test_a_finished_run_is_not_resumed_by_accident(whole):
 def test_a_multirun_trains_once_per_value(tmp_path):
     result = run("train", *small_overrides(tmp_path, "train.max_steps=2"), "-m", "optim.lr=1e-3,3e-4")
     assert result.returncode == 0, result.stderr
-    rates = {
-        json.loads((path / "run.json").read_text())["legs"][0]["end_step"] for path in (tmp_path / "runs").glob("*/*")
-    }
-    assert rates == {2}
-    assert len(list((tmp_path / "runs").glob("*/*"))) == 2
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/*/run.json")]
+    assert [run["legs"][0]["end_step"] for run in runs] == [2, 2]
+    (page,) = (tmp_path / "runs" / "sweeps").glob("*/sweep.html")
+    assert "0.0003" in page.read_text()
+    assert f"sweep      {page}" in result.stdout
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("local", marks=slow), "torchrun"])

@@ -50,6 +50,9 @@ class Validation(lightning.Callback):
         batches: this rank's; None where there is no data.
         say: prints a line.
         progress: shows the batches; None: not shown.
+
+    Attributes:
+        latest: the last step after which it was evaluated, and the loss.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Validation(lightning.Callback):
         self._metrics, self._every, self._batches, self._say = metrics, every, batches, say
         self._progress = progress
         self._done_at: int | None = None
+        self.latest = (0, math.nan)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Evaluate where a period ends."""
@@ -100,6 +104,7 @@ class Validation(lightning.Callback):
         self._metrics.pause()
         if not math.isfinite(loss):
             raise Diverged(pl_module.step, {"val_loss": loss}, "validation")
+        self.latest = (pl_module.step, loss)
 
 
 class Samples(lightning.Callback):
