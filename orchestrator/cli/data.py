@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.config.options import describe_options, option, parse_options
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, ConfigErrors
 
 if TYPE_CHECKING:
     from orchestrator.config.schema import TokenizerConfig
@@ -39,7 +39,13 @@ class PrepareOptions:
     )
     text_field: str = option("text", help="field of rows; text.content: of a nested object")
     text_template: str | None = option(None, help="several fields instead: '{title}\\n\\n{body}'")
-    messages: Literal["plain"] | None = option(None, help="plain: a list of messages becomes 'role: content' of each")
+    messages: Literal["plain", "chat"] | None = option(
+        None, help="of conversations: chat (by the model's chat template) or plain ('role: content' of each)"
+    )
+    chat_template: str | None = option(None, help="of messages=chat: simple, chatml, or a file; else the model's own")
+    loss_on: Literal["assistant", "last", "all"] = option("assistant", help="of messages=chat: what the loss counts")
+    chat_date: str | None = option(None, help="YYYY-MM-DD, for chat templates that write today's date")
+    chat_variables: str | None = option(None, help="of the chat template: '{enable_thinking: false}'")
     on_null: Literal["error", "skip"] = option("error", help="rows whose field is null or missing; skip: counted")
     reader: str | None = option(None, help="your own: package.module.function, called with each path")
     transform: str | None = option(None, help="your own: package.module.function, called with each document's text")
@@ -95,7 +101,8 @@ def _help() -> str:
 
 
 def _prepare(options: PrepareOptions) -> int:
-    from orchestrator.config.schema import DataConfig, SourceConfig, TokensConfig
+    from orchestrator.config.schema import ChatConfig, DataConfig, SourceConfig, TokensConfig
+    from orchestrator.config.validate_data import check_chat
     from orchestrator.data.documents import spec_of
     from orchestrator.data.own_documents import own_documents
     from orchestrator.data.prepare import build_store
@@ -104,10 +111,18 @@ def _prepare(options: PrepareOptions) -> int:
         text_field=options.text_field,
         text_template=options.text_template,
         messages=options.messages,
+        chat=ChatConfig(
+            template=options.chat_template,
+            loss_on=options.loss_on,
+            date=options.chat_date,
+            variables=_mapping(options.chat_variables, "chat_variables"),
+        ),
         on_null=options.on_null,
         reader=_own_part(options.reader, "reader"),
         transform=_own_part(options.transform, "transform"),
     )
+    if problems := list(check_chat(data)):
+        raise ConfigErrors(problems)
     store = build_store(
         options.input,
         options.output,
@@ -124,6 +139,7 @@ def _prepare(options: PrepareOptions) -> int:
             packed=options.packed,
         ),
         own=own_documents(data, SourceConfig(path="")),
+        chat=data.chat,
     )
     _print_facts(store)
     print("\nTrain on it:")
@@ -167,10 +183,25 @@ def _inspect(options: InspectStoreOptions) -> int:
             got=f"document={options.document}",
             allowed=f"0 to {split.documents - 1}" if split.documents else "none: the split is empty",
         )
-    tokens = split.document(options.document)
+    tokens, mask = split.document(options.document), split.document_mask(options.document)
     print(f"\n{options.split} document {options.document}, {min(options.tokens, tokens.size)} of {tokens.size} tokens:")
     print(store.tokenizer.decode(tokens[: max(0, options.tokens)]))
+    if mask is not None:
+        print(f"\nof these the loss counts {mask[: max(0, options.tokens)].sum()}:")
+        print(store.tokenizer.decode(tokens[: max(0, options.tokens)][mask[: max(0, options.tokens)]]))
     return 0
+
+
+def _mapping(text: str | None, key: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text) if text is not None else {}
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"the option '{key}' cannot be read", got=text, allowed="{NAME: VALUE, ...}")
+    return found
 
 
 def _tokenizer_config(options: PrepareOptions) -> TokenizerConfig:
@@ -202,6 +233,7 @@ def _print_facts(store: TokenStore) -> None:
         )
     rows += [
         ("bytes per token", f"{text_bytes / max(1, tokens):.2f}" if text_bytes else "unknown"),
+        *([("counted", f"{_counted(store)}")] if store.holds_conversations else []),
         ("vocabulary", f"{index.vocab_size:,} tokens, end of text is {index.eos_id}"),
         ("documents", store.tokenizer.describe_documents()),
         ("unigram entropy", f"{index.unigram_entropy_nats:.3f} nats (a model has to reach a lower loss)"),
@@ -213,6 +245,12 @@ def _print_facts(store: TokenStore) -> None:
     rows += [("left out", line) for line in describe_left_out(index.source.get("left_out") or {})]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+
+
+def _counted(store: TokenStore) -> str:
+    of, counted = store.index.conversations, store.index.conversations["counted"]
+    shares = [f"{counted[name]:,} of {split.tokens:,} ({name})" for name, split in store.index.splits.items()]
+    return f"tokens in the loss: {', '.join(shares)}; loss on {of['loss_on']}"
 
 
 def _yaml(path: str) -> str:

@@ -39,6 +39,18 @@ class TokensConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """Conversations (`data.messages=chat`): how they become tokens, which of these the loss counts, and sequences."""
+
+    template: str | None = None  # null: the model's own; simple, chatml, or a file in Jinja
+    loss_on: Literal["assistant", "last", "all"] = "assistant"  # what the assistant says, its last message alone, all
+    packing: bool = True  # several whole conversations in one sequence
+    too_long: Literal["truncate", "drop", "error"] = "truncate"  # conversations longer than train.seq_len
+    date: str | None = None  # for templates that write today's: YYYY-MM-DD, so that tokens do not depend on the day
+    variables: dict[str, Any] = field(default_factory=dict)  # of the template, such as enable_thinking: false
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One source of the training mixture."""
 
@@ -64,7 +76,8 @@ class DataConfig:
     document_mask: bool = True  # attention does not cross documents packed into one sequence
     text_field: str = "text"  # field of rows (JSON, CSV, Parquet, Arrow); text.content: of a nested object
     text_template: str | None = None  # several fields instead: "{title}\\n\\n{body}"
-    messages: Literal["plain"] | None = None  # what a list of messages becomes: "role: content", an empty line between
+    messages: Literal["plain", "chat"] | None = None  # lists of messages: plain "role: content", or by chat template
+    chat: ChatConfig = ChatConfig()
     on_null: Literal["error", "skip"] = "error"  # rows whose field is null or missing
     reader: dict[str, Any] = field(default_factory=dict)  # of one's own, by _target_; {}: files are read by format
     transform: dict[str, Any] = field(default_factory=dict)  # of every document, by _target_; {}: none

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.config.data_schema import ChatConfig as ChatConfig
 from orchestrator.config.data_schema import DataConfig as DataConfig
 from orchestrator.config.data_schema import SourceConfig as SourceConfig
 from orchestrator.config.data_schema import TokenizerConfig as TokenizerConfig

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from datetime import datetime
 
-from orchestrator.config.data_schema import DataConfig, TokenizerConfig
+from orchestrator.config.data_schema import ChatConfig, DataConfig, TokenizerConfig
 from orchestrator.config.validate_model import out_of_range
 from orchestrator.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 """What a folder, a metric and a label may be called."""
 _LARGEST = 1 << 63
+_OF_TEMPLATES = ("template", "loss_on", "date", "variables")  # without effect on stores that are prepared already
 
 
 def check_data_config(data: DataConfig) -> list[ConfigError]:
@@ -19,7 +22,7 @@ def check_data_config(data: DataConfig) -> list[ConfigError]:
     Args:
         data: of a run.
     """
-    return [*_tokenizer(data.tokenizer), *_names(data), *_skip(data)]
+    return [*_tokenizer(data.tokenizer), *_names(data), *_skip(data), *check_chat(data)]
 
 
 def _tokenizer(tokenizer: TokenizerConfig) -> list[ConfigError]:
@@ -71,3 +74,34 @@ def _skip(data: DataConfig) -> list[ConfigError]:
     shown = ", ".join(str(list(pair)) for pair in wrong[:3])
     allowed = "[FIRST, BEHIND_THE_LAST]: numbers of sequences, from 0, the second one larger"
     return [out_of_range("data.skip", shown, allowed)] if wrong else []
+
+
+def check_chat(data: DataConfig) -> Iterator[ConfigError]:
+    """List what is wrong with the settings of conversations.
+
+    Args:
+        data: the `data` group of a run.
+    """
+    chat, plain = data.chat, ChatConfig()
+    if data.messages != "chat" and (
+        said := [key for key in _OF_TEMPLATES if getattr(chat, key) != getattr(plain, key)]
+    ):
+        yield ConfigError(
+            "a chat template is only used where conversations become tokens by one",
+            got=f"{', '.join(f'data.chat.{key}={getattr(chat, key)}' for key in said)}, data.messages={data.messages}",
+            fix="set data.messages=chat; of a prepared store it was decided when it was prepared",
+        )
+    if data.messages == "chat" and data.text_template is not None:
+        yield ConfigError(
+            "conversations are rendered by a chat template, not by a template of fields",
+            got=f"data.messages=chat with data.text_template={data.text_template!r}",
+            fix="leave out one of them",
+        )
+    if chat.date is not None:
+        try:
+            datetime.strptime(chat.date, "%Y-%m-%d")
+        except ValueError:
+            yield out_of_range("data.chat.date", chat.date, "a date such as 2024-07-26")
+    taken = {"messages", "tools", "documents", "add_generation_prompt"} & set(chat.variables)
+    if taken:
+        yield out_of_range("data.chat.variables", ", ".join(sorted(taken)), "variables that are not set already")

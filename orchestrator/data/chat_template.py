@@ -135,12 +135,26 @@ class ChatTemplate:
         ids: list[int] = self._encode(text, plain)[0].tolist()
         return ids
 
+    def encode_text(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, more: Mapping[str, Any]
+    ) -> tuple[str, np.ndarray]:
+        """Return the text of a conversation and its tokens, int64 of shape [tokens].
+
+        Args:
+            messages: as in `render`.
+            tools: as in `render`.
+            more: other variables of the template.
+        """
+        text, plain, _ = self._prepared(messages, False, tools, more)
+        return text, self._encode(text, plain)[0]
+
     def encode(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         last_turn_only: bool = False,
+        first: int = 0,
         **more: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of a conversation and which of them the assistant says: int64 and bool, of shape [tokens].
@@ -150,6 +164,7 @@ class ChatTemplate:
             add_generation_prompt: as in `render`.
             tools: as in `render`.
             last_turn_only: of the assistant's messages the last one alone.
+            first: of the assistant's messages those from this number on.
             **more: as in `render`.
 
         Raises:
@@ -158,11 +173,13 @@ class ChatTemplate:
         """
         messages = [dict(message) for message in messages]
         text, plain, spans = self._prepared(messages, add_generation_prompt, tools, more)
+        said = [number for number, message in enumerate(messages) if message.get("role") == ASSISTANT]
+        wanted = [number for number in (said[-1:] if last_turn_only else said) if number >= first]
         if not self.marks_generation(tools):
-            spans = self._turns(messages, text, tools, more, last_turn_only)
-        elif last_turn_only and (said := _by_assistant(messages)):
-            first = self._length_of(messages[: said[-1]], True, text, said[-1], tools, more)
-            spans = [(start, stop) for start, stop in spans if stop > first]
+            spans = self._turns(messages, wanted, text, tools, more)
+        elif len(wanted) < len(said):
+            low = self._length_of(messages[: wanted[0]], True, text, wanted[0], tools, more) if wanted else len(text)
+            spans = [(start, stop) for start, stop in spans if stop > low]
         ids, starts, stops = self._encode(text, plain)
         mask = np.zeros(ids.size, dtype=bool)
         for start, stop in spans:
@@ -259,14 +276,14 @@ class ChatTemplate:
     def _turns(
         self,
         messages: Sequence[Message],
+        numbers: Sequence[int],
         text: str,
         tools: Sequence[Mapping[str, Any]] | None,
         more: Mapping[str, Any],
-        last_only: bool,
     ) -> list[Span]:
-        """Where each message of the assistant is in the text, by what it adds to what comes before it."""
-        numbers, spans = _by_assistant(messages), []
-        for number in numbers[-1:] if last_only else numbers:
+        """Where these messages of the assistant are in the text, by what each adds to what comes before it."""
+        spans = []
+        for number in numbers:
             start = self._length_of(messages[:number], True, text, number, tools, more)
             stop = self._length_of(messages[: number + 1], False, text, number, tools, more)
             spans.append((start, self._without_trailing_space(text, start, stop)))
@@ -330,11 +347,6 @@ def _between(marked: str, places: Sequence[int], start: str, stop: str) -> list[
             spans.append((first, last))
             begun = None
     return spans
-
-
-def _by_assistant(messages: Sequence[Message]) -> list[int]:
-    """Return the numbers of the messages that the assistant says."""
-    return [number for number, message in enumerate(messages) if message.get("role") == ASSISTANT]
 
 
 def _without_nulls(message: Message) -> dict[str, Any]:

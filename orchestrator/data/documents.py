@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from orchestrator.config.schema import DataConfig, SourceConfig, TokensConfig
+from orchestrator.data.builtin_conversations import conversations_about
+from orchestrator.data.conversation import ALLOWED, Conversation, columns_of, conversation_of
 from orchestrator.data.formats.find import find_inputs
 from orchestrator.data.formats.known_formats import FORMATS
 from orchestrator.data.formats.reading import Input, LeftOut, SourcePosition
@@ -31,6 +33,11 @@ class Document:
     text: str
     consumed: int
 
+    @property
+    def size(self) -> int:
+        """Characters of the text."""
+        return len(self.text)
+
 
 @dataclass
 class Tally:
@@ -39,11 +46,14 @@ class Tally:
     Attributes:
         null_rows: rows whose field is null or missing.
         empty_documents: rows whose text is empty.
+        transformed_away: rows that the document transform has left out.
+        unanswered: conversations of which nothing counts in the loss.
     """
 
     null_rows: int = 0
     empty_documents: int = 0
     transformed_away: int = 0
+    unanswered: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,16 @@ class Corpus:
         for item in self.inputs:
             yield from read_documents(item, self.spec, tally, self.own)
 
+    def conversations(self, tally: Tally | None = None) -> Iterator[Conversation]:
+        """All conversations in order; rows without one are counted in `tally`.
+
+        Raises:
+            DataError: as of `documents`.
+            PartError: code of the user's own failed.
+        """
+        for item in self.inputs:
+            yield from read_conversations(item, self.spec, tally, self.own)
+
     def left_out_facts(self, tally: Tally) -> dict[str, Any]:
         """Return what was left out, for the index of a store: counts, and names by reason. Empty if nothing was.
 
@@ -104,8 +124,7 @@ class Corpus:
             if len(fact["names"]) < _NAMES_KEPT:
                 fact["names"].append(entry.name)
         facts = {"files": reasons, "null_rows": tally.null_rows, "empty_documents": tally.empty_documents}
-        if tally.transformed_away:
-            facts["transformed_away"] = tally.transformed_away
+        facts |= {name: count for name in ("transformed_away", "unanswered") if (count := getattr(tally, name))}
         return facts if any(facts.values()) else {}
 
 
@@ -137,6 +156,12 @@ def find_corpus(
     if own.reader is not None:
         return Corpus(
             tuple(inputs), tuple(item for name in inputs for item in find_own_inputs(name)), (), spec, own=own
+        )
+    if spec.messages == "chat" and own.transform is not None:
+        raise ConfigError(
+            "a document transform works on text, and conversations are no text",
+            got="data.transform with data.messages=chat",
+            fix="leave out one of them",
         )
     found = find_inputs(inputs, spec)
     kinds = {_holds_tokens(item, column): item for item in found.inputs}
@@ -219,6 +244,10 @@ def read_documents(
         DataError: the input is damaged, or a row is not as it should be; names the file and the row.
         PartError: code of the user's own failed.
     """
+    if spec.messages == "chat":
+        for conversation in read_conversations(item, spec, tally, own):
+            yield Document("\n\n".join(conversation.texts()), conversation.consumed)
+        return
     tally, own = tally if tally is not None else Tally(), own or OwnDocuments()
     place, rows, nulls = SourcePosition(item.path), 0, 0
     for row, consumed in _guarded(_rows(item, spec, place, own), place):
@@ -240,6 +269,52 @@ def read_documents(
             got=f"{rows:,} rows, null or without the field",
             fix="name the field: text_field=... (data.text_field, or text_field of the source, in a run)",
         )
+
+
+def read_conversations(
+    item: Input, spec: TextSpec, tally: Tally | None = None, own: OwnDocuments | None = None
+) -> Iterator[Conversation]:
+    """Yield the conversations of an input in order; empty ones are left out and counted.
+
+    Args:
+        item: the file, or the files that are one data set.
+        spec: which column has the messages.
+        tally: counts what gives no conversation.
+        own: code of the user's own that reads rows.
+
+    Raises:
+        DataError: the input is damaged, or a row is not as it should be; names the file and the row.
+        PartError: code of the user's own failed.
+    """
+    tally, own = tally if tally is not None else Tally(), own or OwnDocuments()
+    if item.format == "python":
+        yield from conversations_about(item)
+        return
+    place = SourcePosition(item.path)
+    for row, consumed in _guarded(_rows(item, spec, place, own), place):
+        if isinstance(row, str):
+            raise DataError(
+                f"the input holds text, and no conversations: {item.path}",
+                got=FORMATS[item.format].title if item.format in FORMATS else "a text",
+                allowed=f"JSON Lines, JSON arrays, Parquet, Arrow or CSV with {ALLOWED}",
+                fix="leave out data.messages=chat to train on the text",
+            )
+        if spec.on_null == "skip" and not columns_of(tuple(row), spec.named_field):
+            tally.null_rows += 1
+            continue
+        found = conversation_of(row, spec.named_field, place, consumed)
+        if found is None and spec.on_null == "error":
+            raise DataError(
+                f"the row has no conversation: {place}",
+                got="null",
+                fix="skip and count such rows: on_null=skip (data.on_null=skip in a run)",
+            )
+        if found is None:
+            tally.null_rows += 1
+        elif not found.messages:
+            tally.empty_documents += 1
+        else:
+            yield found
 
 
 def _rows(item: Input, spec: TextSpec, place: SourcePosition, own: OwnDocuments) -> Iterator[tuple[Any, int]]:
@@ -270,6 +345,7 @@ def describe_left_out(facts: Mapping[str, Any]) -> list[str]:
         ("null_rows", "without text (null, or without the field)"),
         ("empty_documents", "with empty text"),
         ("transformed_away", "left out by the document transform"),
+        ("unanswered", "without anything that the loss counts: nothing that the assistant says"),
     ):
         if count := int(facts.get(key) or 0):
             lines.append(f"{count:,} {'row' if count == 1 else 'rows'} {what}")

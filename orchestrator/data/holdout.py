@@ -39,16 +39,18 @@ class Extents:
         return Extents(self.starts[which], self.lengths[which], self.hashes[which], self.text_bytes[which])
 
 
-def hold_out(extents: Extents, fraction: float) -> tuple[Extents, Extents]:
+def hold_out(extents: Extents, fraction: float, divide: bool = True) -> tuple[Extents, Extents]:
     """Divide documents into those to train on and those held out; copies of a document stay together.
 
     Each document is chosen by the hash of its content alone, so that data that grows keeps what it held out. Where
     that does not come near the wanted number of tokens (few or very unequal documents), documents are taken in the
-    order of their hashes while they fit, and what is missing is the tail of the longest of the others.
+    order of their hashes while they fit, and what is missing is the tail of the longest of the others, if such may be
+    divided.
 
     Args:
         extents: the documents.
         fraction: of the tokens; `MIN_HELD_OUT_TOKENS` of small data, but at most a tenth of that. 0: nothing.
+        divide: a document may be held out in part; of conversations the tail alone means nothing.
 
     Raises:
         ConfigError: nothing would be left to train on.
@@ -65,7 +67,7 @@ def hold_out(extents: Extents, fraction: float) -> tuple[Extents, Extents]:
     chosen = _fitting(extents, wanted)
     train, validation = extents.take(~chosen), extents.take(chosen)
     missing = wanted - int(validation.lengths.sum())
-    if missing > 0 and train.lengths.size:
+    if divide and missing > 0 and train.lengths.size:
         train, tails = _cut_tail(train, missing)
         validation = Extents(
             *(np.concatenate([getattr(part, name) for part in (validation, tails)]) for name in Extents.__annotations__)

@@ -19,8 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.schema import Auto, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
+from orchestrator.config.schema import Auto, ChatConfig, DataConfig, SourceConfig, TokenizerConfig, TokensConfig
 from orchestrator.data.agreement import check_as_asked, check_made, check_same_documents
+from orchestrator.data.chat_template import TEMPLATE_FILE
+from orchestrator.data.conversation_encoder import ConversationEncoder
 from orchestrator.data.documents import Corpus, describe_left_out, find_corpus, spec_of
 from orchestrator.data.formats.find import BUILTIN
 from orchestrator.data.formats.reading import Input
@@ -36,7 +38,7 @@ from orchestrator.data.make_tokenizer import (
 from orchestrator.data.own_documents import OwnDocuments, own_documents
 from orchestrator.data.store import TokenStore, is_store
 from orchestrator.data.store_cache import cache_root, cached, content_digest, key_of, note
-from orchestrator.data.store_index import FORMAT_VERSION
+from orchestrator.data.store_index import CONVERSATIONS_VERSION, DOCUMENTS_VERSION
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.write import write_store
 from orchestrator.errors import ConfigError, DataError
@@ -63,6 +65,12 @@ class PreparedData:
     tokenizer: Tokenizer
     validation: Mapping[str, TokenStore] = field(default_factory=dict)
     names: tuple[str, ...] = ()
+
+    @property
+    def given_files(self) -> dict[str, bytes]:
+        """The chat template with which conversations were made, where it is another one than the model's own."""
+        stores = [store for store in self.stores if store.index.conversations.get("template_given")]
+        return {TEMPLATE_FILE: stores[0].tokenizer.files[TEMPLATE_FILE]} if stores else {}
 
     @property
     def vocab_size(self) -> int:
@@ -154,6 +162,7 @@ def build_store(
     progress: bool = True,
     tokens: TokensConfig | None = None,
     own: OwnDocuments | None = None,
+    chat: ChatConfig = ChatConfig(),
 ) -> TokenStore:
     """Tokenize inputs into a permanent store in the directory `output`, which may not hold anything yet.
 
@@ -167,6 +176,7 @@ def build_store(
         progress: show bars and messages on standard error.
         tokens: how inputs are to be read as tokens; None: as text.
         own: code of the user's own that reads or changes documents.
+        chat: how conversations become tokens.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -199,6 +209,7 @@ def build_store(
             source=_provenance(corpus),
             progress=progress,
             tokens=tokens,
+            encoder=_encoder(corpus, chat, tokenizer),
         )
         os.rename(aside, target)
     except OSError as error:
@@ -234,13 +245,15 @@ class _Maker:
         assert source.corpus is not None
         config, corpus = self.config, source.corpus
         tokenizer = of_corpus(tokenizer, config.tokenizer, corpus)
+        encoder = _encoder(corpus, config.chat, tokenizer)
+        how = encoder.facts if encoder else []
         key = key_of(
-            version=FORMAT_VERSION,
+            version=CONVERSATIONS_VERSION if encoder else DOCUMENTS_VERSION,
             inputs=source.digest,
             left_out=[[entry.name, entry.reason] for entry in corpus.left_out],
             tokenizer=tokenizer.fingerprint,
             documents=tokenizer.record(),
-            text=dataclasses.asdict(config.tokens) if corpus.holds_tokens else corpus.facts,
+            text=dataclasses.asdict(config.tokens) if corpus.holds_tokens else [*corpus.facts, *how],
             validation_fraction=config.validation_fraction,
         )
 
@@ -254,6 +267,7 @@ class _Maker:
                 source=_provenance(corpus),
                 progress=self.progress,
                 tokens=config.tokens,
+                encoder=encoder,
             )
             if _stamps(corpus.inputs) != source.stamps:
                 raise DataError(
@@ -345,6 +359,13 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
         (folder / FINGERPRINT_FILE).write_text(tokenizer.fingerprint, encoding="ascii")
 
     return cached(root, "tokenizers", key, load_made, make, progress).decided(config.tokenizer)
+
+
+def _encoder(corpus: Corpus, chat: ChatConfig, tokenizer: Tokenizer) -> ConversationEncoder | None:
+    """Return what makes tokens of a corpus of conversations; None for documents."""
+    if corpus.holds_tokens or corpus.spec.messages != "chat":
+        return None
+    return ConversationEncoder(chat, tokenizer)
 
 
 def _corpora(sources: Sequence[_Source]) -> list[Corpus]:

@@ -6,7 +6,8 @@ tokenizer.json        and the files that belong to it: a store always carries it
 tokens-00000.bin      little-endian uint16, or uint32 for more than 65536 tokens; every document begins and ends as
                       the index says, with the end-of-text token at its end by default
 offsets-00000.bin     little-endian int64: where in the shard each document starts
-checks-00000.bin      little-endian uint32: CRC-32 of each 64 KiB of the token file
+mask-00000.bin        of conversations, a byte per token: 1 where it counts in the loss
+checks-00000.bin      little-endian uint32: CRC-32 of each 64 KiB of the token file, then of the mask
 ```
 
 The documents of a split are in a shuffled order, so that any window mixes what the inputs held apart.
@@ -33,6 +34,7 @@ from orchestrator.data.model_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from orchestrator.data.plain_files import regular_size
 from orchestrator.data.store_index import (
     BLOCK_BYTES,
+    CHECK_BYTES,
     OFFSET_BYTES,
     SPLITS,
     ShardInfo,
@@ -64,7 +66,7 @@ class Split:
     def __init__(self, folder: Path, shards: Sequence[ShardInfo], index: StoreIndex):
         self._folder, self._shards = folder, list(shards)
         self._dtype, self._vocab_size = np.dtype(index.dtype), index.vocab_size
-        self._open: dict[int, _Shard] = {}
+        self._open: dict[int, dict[str, _Column]] = {}
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)]).tolist()
         self.tokens: int = self._starts[-1]
         self.documents: int = sum(shard.documents for shard in shards)
@@ -76,17 +78,51 @@ class Split:
             IndexError: the range is not within the split.
             DataError: a file is not what was written; names it.
         """
+        return self._read("tokens", start, stop, np.empty(max(0, stop - start), dtype=np.int64))
+
+    def read_mask(self, start: int, stop: int) -> np.ndarray:
+        """Return whether tokens count in the loss, bool of shape [stop - start]; of conversations alone.
+
+        Args:
+            start: the first token.
+            stop: the one behind the last.
+
+        Raises:
+            IndexError: the range is not within the split.
+            DataError: a file is not what was written; names it.
+        """
+        return self._read("mask", start, stop, np.empty(max(0, stop - start), dtype=bool))
+
+    def _read(self, column: str, start: int, stop: int, result: np.ndarray) -> np.ndarray:
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of a split that has {self.tokens}")
-        result = np.empty(stop - start, dtype=np.int64)
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         position = start
         while position < stop:
             low = self._starts[shard]
             end = min(stop, self._starts[shard + 1])
-            result[position - start : end - start] = self._shard(shard).read(position - low, end - low)
+            result[position - start : end - start] = self._shard(shard)[column].read(position - low, end - low)
             position, shard = end, shard + 1
         return result
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """Where each document starts, and the end of the last one, int64 of shape [documents + 1].
+
+        Raises:
+            DataError: they do not follow on each other.
+        """
+        parts = [self._offsets(shard) + low for shard, low in zip(self._shards, self._starts, strict=False)]
+        starts = np.concatenate([*parts, [self.tokens]]).astype(np.int64)
+        if starts[0] != 0 or (np.diff(starts) < 1).any():
+            raise damaged(
+                self._folder, "documents that do not follow on each other", "the offsets as they were written"
+            )
+        return starts
+
+    def _offsets(self, shard: ShardInfo) -> np.ndarray:
+        _check_file(self._folder, shard.offsets_file, shard.documents * OFFSET_BYTES)
+        return np.memmap(self._folder / shard.offsets_file, dtype="<i8", mode="r")
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of the `index`-th document, its end-of-text token included, int64 of shape [tokens]."""
@@ -99,20 +135,24 @@ class Split:
             index -= shard.documents
         raise AssertionError("the shards have all the documents")
 
+    def document_mask(self, index: int) -> np.ndarray | None:
+        """Which tokens of the `index`-th document count in the loss, bool of shape [tokens]; None where all do."""
+        if not self._shards or self._shards[0].mask_file is None:
+            return None
+        return self.read_mask(*self.document_starts[index : index + 2].tolist())
+
     def _extent(self, shard: ShardInfo, index: int) -> tuple[int, int]:
         """Where in its shard a document starts and ends."""
-        file = self._folder / shard.offsets_file
-        _check_file(self._folder, shard.offsets_file, shard.documents * OFFSET_BYTES)
-        offsets = np.memmap(file, dtype="<i8", mode="r")
+        file, offsets = self._folder / shard.offsets_file, self._offsets(shard)
         start = int(offsets[index])
         stop = int(offsets[index + 1]) if index + 1 < shard.documents else shard.tokens
         if not 0 <= start < stop <= shard.tokens:
             raise damaged(file, f"document {index} from {start} to {stop}", f"within 0 to {shard.tokens}")
         return start, stop
 
-    def _shard(self, number: int) -> _Shard:
+    def _shard(self, number: int) -> dict[str, _Column]:
         if number not in self._open:
-            self._open[number] = _Shard(self._folder, self._shards[number], self._dtype, self._vocab_size)
+            self._open[number] = _columns(self._folder, self._shards[number], self._dtype, self._vocab_size)
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,36 +160,44 @@ class Split:
         return {**self.__dict__, "_open": {}}
 
 
-class _Shard:
-    """The tokens of one shard. Each block is compared with its checksum when it is first read."""
+def _columns(folder: Path, info: ShardInfo, dtype: np.dtype, vocab_size: int) -> dict[str, _Column]:
+    """Return the tokens of a shard and, of conversations, their mask."""
+    for name, size, _ in info.files():
+        _check_file(folder, name, size)
+    checks: np.ndarray | None = None
+    if info.checks_file is not None:
+        # A few kilobytes: read whole and compared with the index, so that what is compared with is right.
+        size = (info.blocks + info.mask_blocks) * CHECK_BYTES
+        _check_file(folder, info.checks_file, size, info.checks_sha256)
+        checks = np.fromfile(folder / info.checks_file, dtype="<u4")
+    columns = {"tokens": _Column(folder / info.file, dtype, vocab_size - 1, checks)}
+    if info.mask_file is not None:
+        rest = None if checks is None else checks[info.blocks :]
+        columns["mask"] = _Column(folder / info.mask_file, np.dtype(np.uint8), 1, rest)
+    return columns
 
-    def __init__(self, folder: Path, info: ShardInfo, dtype: np.dtype, vocab_size: int):
-        for name, size, _ in info.files():
-            _check_file(folder, name, size)
-        self._file = folder / info.file
-        self._tokens = np.memmap(self._file, dtype=dtype, mode="r")
-        self._bytes = self._tokens.view(np.uint8)
-        self._largest = vocab_size - 1
-        self._checks: np.ndarray | None = None
-        if info.checks_file is not None:
-            # A few kilobytes: read whole and compared with the index, so that what is compared with is right.
-            _check_file(folder, info.checks_file, info.blocks * 4, info.checks_sha256)
-            self._checks = np.fromfile(folder / info.checks_file, dtype="<u4")
-            self._seen = np.zeros(info.blocks, dtype=bool)
+
+class _Column:
+    """One file of a shard. Each block is compared with its checksum when it is first read."""
+
+    def __init__(self, file: Path, dtype: np.dtype, largest: int, checks: np.ndarray | None):
+        self._file, self._largest, self._checks = file, largest, checks
+        self._values = np.memmap(file, dtype=dtype, mode="r")
+        self._bytes = self._values.view(np.uint8)
+        self._seen = np.zeros(-(-self._bytes.size // BLOCK_BYTES), dtype=bool)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop` of the shard."""
-        width = self._tokens.itemsize
+        """Values `start` to `stop` of the shard."""
+        width = self._values.itemsize
         if self._checks is not None and stop > start:
             self._check(start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES)
-        tokens = self._tokens[start:stop]
+        values = self._values[start:stop]
         # Also where the checksums agree: the writer of the store may have been wrong.
-        if tokens.size and (largest := int(tokens.max())) > self._largest:
-            at = start + int(np.argmax(tokens))
-            raise damaged(
-                self._file, f"token id {largest} at token {at}", f"0 to {self._largest}, the ids of its vocabulary"
-            )
-        return tokens
+        if values.size and (largest := int(values.max())) > self._largest:
+            at = start + int(np.argmax(values))
+            what = "the ids of its vocabulary" if self._largest > 1 else "what a mask has"
+            raise damaged(self._file, f"token id {largest} at token {at}", f"0 to {self._largest}, {what}")
+        return values
 
     def _check(self, first: int, last: int) -> None:
         assert self._checks is not None
@@ -245,6 +293,8 @@ class TokenStore:
             split = self.split(name)
             for start in range(0, split.tokens, _READ_TOKENS):
                 split.read(start, min(start + _READ_TOKENS, split.tokens))
+                if self.holds_conversations:
+                    split.read_mask(start, min(start + _READ_TOKENS, split.tokens))
 
     @property
     def vocab_size(self) -> int:
@@ -260,6 +310,11 @@ class TokenStore:
     def documents(self) -> DocumentFormat:
         """The tokens that documents begin and end with."""
         return self.index.document_format
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether its documents are conversations, of whose tokens a mask says which count in the loss."""
+        return bool(self.index.conversations)
 
     @property
     def fingerprint(self) -> str:
@@ -285,6 +340,7 @@ class TokenStore:
                 for name, split in index.splits.items()
             },
             "source": index.source,
+            **({"conversations": index.conversations} if index.conversations else {}),
         }
 
 

@@ -21,7 +21,8 @@ from orchestrator.data.plain_files import read_bounded
 from orchestrator.errors import DamagedDataError, DataError, shown
 
 FORMAT = "orchestrator-token-store"
-FORMAT_VERSION = 2  # 1: no checks of blocks; documents are held out by the hash alone
+FORMAT_VERSION = 3  # 1: no checks of blocks; documents are held out by the hash alone
+DOCUMENTS_VERSION, CONVERSATIONS_VERSION = 2, 3  # what is written: conversations have a mask, which version 2 has not
 INDEX_FILE = "index.json"
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
@@ -44,8 +45,10 @@ class ShardInfo:
         bytes: size of the token file.
         sha256: of the token file.
         offsets_sha256: of the offsets file.
-        checks_file: CRC-32 of every block of the token file; None in stores of version 1.
+        checks_file: CRC-32 of every block of the token file, and then of the mask; None in stores of version 1.
         checks_sha256: of the checks file.
+        mask_file: of conversations, a byte per token: 1 where it counts in the loss. None of documents.
+        mask_sha256: of the mask.
     """
 
     file: str
@@ -57,11 +60,18 @@ class ShardInfo:
     offsets_sha256: str
     checks_file: str | None = None
     checks_sha256: str | None = None
+    mask_file: str | None = None
+    mask_sha256: str | None = None
 
     @property
     def blocks(self) -> int:
         """Blocks of the token file, the last one perhaps shorter."""
         return -(-self.bytes // BLOCK_BYTES)
+
+    @property
+    def mask_blocks(self) -> int:
+        """Blocks of the mask, the last one perhaps shorter."""
+        return 0 if self.mask_file is None else -(-self.tokens // BLOCK_BYTES)
 
     def files(self) -> list[tuple[str, int, str]]:
         """Name, size in bytes and sha256 of each of its files."""
@@ -69,8 +79,11 @@ class ShardInfo:
             (self.file, self.bytes, self.sha256),
             (self.offsets_file, self.documents * OFFSET_BYTES, self.offsets_sha256),
         ]
+        if self.mask_file is not None and self.mask_sha256 is not None:
+            listed.append((self.mask_file, self.tokens, self.mask_sha256))
         if self.checks_file is not None and self.checks_sha256 is not None:
-            listed.append((self.checks_file, self.blocks * CHECK_BYTES, self.checks_sha256))
+            size = (self.blocks + self.mask_blocks) * CHECK_BYTES
+            listed.append((self.checks_file, size, self.checks_sha256))
         return listed
 
 
@@ -109,6 +122,8 @@ class StoreIndex:
         version: of the format.
         documents: what documents are in tokens, as `DocumentFormat.record` says; of older stores nothing, which is
             the end-of-text token after each.
+        conversations: how conversations became tokens, as `ConversationEncoder.record` says, and how many tokens of
+            each split count in the loss; empty for documents.
     """
 
     dtype: str
@@ -121,8 +136,9 @@ class StoreIndex:
     fingerprint: str
     source: dict[str, Any] = field(default_factory=dict)
     skipped_files: int = 0
-    version: int = FORMAT_VERSION
+    version: int = DOCUMENTS_VERSION
     documents: dict[str, Any] = field(default_factory=dict)
+    conversations: dict[str, Any] = field(default_factory=dict)
 
     @property
     def document_format(self) -> DocumentFormat:
@@ -138,6 +154,10 @@ class StoreIndex:
         """Serialize to the text of `index.json`."""
         content = dataclasses.asdict(self)
         version = content.pop("version")
+        if not self.conversations:  # of documents: what earlier versions of this product read
+            content.pop("conversations")
+            for shard in content["shards"]:
+                del shard["mask_file"], shard["mask_sha256"]
         return json.dumps({"format": FORMAT, "version": version, **content}, indent=2) + "\n"
 
 
@@ -189,6 +209,8 @@ def has_index(folder: Path) -> bool:
 def store_fingerprint(shards: Sequence[ShardInfo], splits: dict[str, SplitInfo], tokenizer_fingerprint: str) -> str:
     """Hash the hashes of the tokens, split by split, and the tokenizer's, by sha256.
 
+    Of conversations also those of the masks and of where each begins, as batches depend on both.
+
     Args:
         shards: of the store.
         splits: of the store, by name.
@@ -196,7 +218,9 @@ def store_fingerprint(shards: Sequence[ShardInfo], splits: dict[str, SplitInfo],
     """
     parts = [tokenizer_fingerprint]
     for name in SPLITS:
-        parts += [name, *(shards[i].sha256 for i in splits[name].shards)]
+        ours = [shards[i] for i in splits[name].shards]
+        parts += [name, *(shard.sha256 for shard in ours)]
+        parts += [text for shard in ours if shard.mask_sha256 for text in (shard.mask_sha256, shard.offsets_sha256)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -290,3 +314,6 @@ def _check_shards(index: StoreIndex) -> None:
         checked = (shard.checks_file is not None, shard.checks_sha256 is not None)
         if checked != (index.version > 1,) * 2:
             raise ValueError(f"shards/{number}: checks that are missing, or that version {index.version} does not have")
+        masked = (shard.mask_file is not None, shard.mask_sha256 is not None, bool(index.conversations))
+        if masked != (index.version == CONVERSATIONS_VERSION,) * 3:
+            raise ValueError(f"shards/{number}: a mask that is missing, or that version {index.version} does not have")

@@ -21,21 +21,28 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.constants import IGNORE_INDEX
+from orchestrator.config.schema import ChatConfig
+from orchestrator.data.sequences import Batch, store_rows, too_short
 from orchestrator.data.skipping import Ranges, behind, kept, merged
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError
 
+__all__ = [
+    "Batch",
+    "Position",
+    "StepLoader",
+    "TokenStream",
+    "mixture_shares",
+]
 STREAM_VERSION = 1  # of the order; a change makes old data positions meaningless
-Batch = dict[str, np.ndarray]
 
 
 class TokenStream:
     """Training sequences by index.
 
-    A store is cut into windows of `seq_len + 1` tokens, one token shared between neighbours, so that every token is
-    a target once per epoch. Each epoch of each store has an order of its own; the mixture takes from the stores in a
-    fixed interleaving in the proportion of the weights, whichever epoch each of them is in.
+    A store gives sequences as `store_rows` says: windows of its tokens, or whole conversations. Each epoch of each
+    store has an order of its own; the mixture takes from the stores in a fixed interleaving in the proportion of the
+    weights, whichever epoch each of them is in.
 
     Args:
         stores: with one tokenizer.
@@ -44,11 +51,15 @@ class TokenStream:
         seq_len: tokens per sequence.
         seed: of the order.
         document_mask: number the documents of a sequence; otherwise it is one, and has no `documents`.
-        repeat: start new epochs for ever; otherwise the stream has every window of every store once, in the proportion
-            of the weights for as long as all have some left.
+        repeat: start new epochs for ever; otherwise the stream has every sequence of every store once, in the
+            proportion of the weights for as long as all have some left.
+        chat: how conversations become sequences.
+
+    Attributes:
+        windows: how many sequences each store has.
 
     Raises:
-        DataError: a store has less than one window in this split.
+        DataError: a store has less than one sequence in this split.
     """
 
     def __init__(
@@ -60,14 +71,14 @@ class TokenStream:
         seed: int,
         document_mask: bool = True,
         repeat: bool = True,
+        chat: ChatConfig = ChatConfig(),
     ):
         self.seq_len, self.split, self.document_mask = seq_len, split, document_mask
-        self._splits = [store.split(split) for store in stores]
-        self._boundaries = [_boundary(store) for store in stores]
-        self.windows = tuple(windows_of(part.tokens, seq_len) for part in self._splits)
-        for store, part, windows in zip(stores, self._splits, self.windows, strict=True):
+        self._rows = [store_rows(store, split, seq_len, chat) for store in stores]
+        self.windows = tuple(len(rows) for rows in self._rows)
+        for store, windows in zip(stores, self.windows, strict=True):
             if not windows:
-                raise too_short(store, split, part.tokens, seq_len)
+                raise too_short(store, split, seq_len)
         self._weights = tuple(float(weight) for weight in weights)
         self._order = _order(self.windows, weights, seed, repeat)
         self._length: int = len(self._order)
@@ -81,6 +92,8 @@ class TokenStream:
             "document_mask": document_mask,
             "repeat": repeat,
         }
+        if packed := [rows.facts for rows in self._rows if rows.facts]:
+            self._facts["conversations"] = packed[0]
 
     def __len__(self) -> int:
         """Sequences before the end; practically endless with `repeat`."""
@@ -136,14 +149,14 @@ class TokenStream:
         Args:
             indices: numbers of the sequences.
         """
-        windows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
-        boundaries = np.empty((len(indices), 2), dtype=np.int64)
-        for row, index in enumerate(indices):
-            store, window = self.locate(index)
-            start = window * self.seq_len
-            windows[row] = self._splits[store].read(start, start + self.seq_len + 1)
-            boundaries[row] = self._boundaries[store]
-        return _fields(windows, boundaries, self.document_mask)
+        places = np.array([self.locate(index) for index in indices], dtype=np.int64).reshape(-1, 2)
+        batch: Batch = {}
+        for store in np.unique(places[:, 0]).tolist():
+            ours = places[:, 0] == store
+            part = self._rows[store].read(places[ours, 1].tolist(), self.document_mask)
+            for name, array in part.items():
+                batch.setdefault(name, np.empty((len(indices), self.seq_len), dtype=np.int64))[ours] = array
+        return batch
 
 
 @dataclass(frozen=True)
@@ -281,29 +294,6 @@ class StepLoader:
         return behind(self.skipped, self.start.sequence, (step - self.start.step) * self.global_batch)
 
 
-def blank_batch(sequences: int, seq_len: int, document_mask: bool) -> Batch:
-    """Make a batch of zeros, of the names, shapes and types that a stream of these settings gives.
-
-    Args:
-        sequences: number of sequences.
-        seq_len: tokens of a sequence.
-        document_mask: whether attention stays within a document.
-    """
-    windows = np.zeros((sequences, seq_len + 1), dtype=np.int64)
-    fields = _fields(windows, np.ones((sequences, 2), dtype=np.int64), document_mask)
-    return {name: np.zeros_like(array) for name, array in fields.items()}
-
-
-def windows_of(tokens: int, seq_len: int) -> int:
-    """Return the number of windows of `seq_len` tokens and one target that a split of so many tokens has.
-
-    Args:
-        tokens: of the split.
-        seq_len: tokens of a sequence.
-    """
-    return max(0, (tokens - 1) // seq_len)
-
-
 def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:
     """Return a grain dataset that maps the index of a sequence to (store, window)."""
     logger = logging.getLogger("absl")
@@ -381,37 +371,6 @@ def _derive(seed: int, store: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{store}".encode()).digest()[:4], "little")
 
 
-def _boundary(store: TokenStore) -> tuple[int, int]:
-    """Which tokens are the last and the first one of a document where two meet; -1: whichever."""
-    documents = store.documents
-    if not documents.eos:
-        return -1, documents.bos_ids[0]
-    # One token for both stands within the pair as well as around it: only the pair is an end.
-    return store.eos_id, store.eos_id if documents.bos_ids[:1] == (store.eos_id,) else -1
-
-
-def _fields(windows: np.ndarray, boundaries: np.ndarray, document_mask: bool) -> Batch:
-    """Windows [rows, seq_len + 1], with the boundary of each row's documents, to the arrays of a batch [rows, seq_len].
-
-    Where documents have no token at their end, the BOS of the next one is the target of the last, and ends it.
-    Without `document_mask` there are no `documents`: plain causal attention needs no mask, and has faster kernels.
-    """
-    tokens, targets = windows[:, :-1], windows[:, 1:].copy()
-    last, first = boundaries[:, :1], boundaries[:, 1:]
-    ends = ((tokens == last) | (last < 0)) & ((targets == first) | (first < 0))
-    targets[ends & (last >= 0)] = IGNORE_INDEX
-    index = np.arange(tokens.shape[1], dtype=np.int64)
-    if not document_mask:
-        positions = np.broadcast_to(index, tokens.shape).copy()
-        return {"tokens": tokens.copy(), "targets": targets, "positions": positions}
-    starts = np.zeros_like(tokens)
-    starts[:, 1:] = np.where(ends[:, :-1], index[1:], 0)
-    documents = np.zeros_like(tokens)
-    np.cumsum(ends[:, :-1], axis=1, out=documents[:, 1:])
-    positions = index - np.maximum.accumulate(starts, axis=1)
-    return {"tokens": tokens.copy(), "targets": targets, "positions": positions, "documents": documents}
-
-
 def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
     """Run an iterator in a thread, at most `depth` items ahead; its error is raised here."""
     items: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
@@ -453,23 +412,6 @@ def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
     finally:
         end()
         atexit.unregister(end)
-
-
-def too_short(store: TokenStore, split: str, tokens: int, seq_len: int) -> DataError:
-    """Make the error for a split that has not one window.
-
-    Args:
-        store: a token store.
-        split: `train` or `validation`.
-        tokens: of the split.
-        seq_len: tokens of a sequence.
-    """
-    return DataError(
-        f"the {split} split is shorter than one sequence: {store.path}",
-        got=f"{tokens} tokens",
-        allowed=f"at least {seq_len + 1} (train.seq_len={seq_len} and the target of the last position)",
-        fix="lower train.seq_len, or bring more data",
-    )
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -114,6 +114,16 @@ class Tokenizer:
         result._set(eos_token or self.eos_token, documents)
         return result
 
+    def with_files(self, files: Mapping[str, bytes]) -> Tokenizer:
+        """Return the same vocabulary with other files that travel with the model.
+
+        Args:
+            files: content by name.
+        """
+        result = copy.copy(self)
+        result.files = dict(files)
+        return result
+
     def decided(self, config: TokenizerConfig) -> Tokenizer:
         """Return it with the documents that a configuration asks for; `auto` is what the tokenizer's files say.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import ChatConfig, RunConfig
 from orchestrator.data.prepare import PreparedData
+from orchestrator.data.sequences import store_rows, too_short
 from orchestrator.data.source_figures import labels_of
 from orchestrator.data.store import TokenStore
-from orchestrator.data.stream import TokenStream, mixture_shares, too_short, windows_of
+from orchestrator.data.stream import TokenStream, mixture_shares
 from orchestrator.data.validation_sets import ValidationSet
 from orchestrator.errors import DataError
 
@@ -26,7 +27,7 @@ class ValidationPart:
         split: of the store.
         weight: of the store in the mixture.
         tokens: of the split.
-        sequences: windows that it has.
+        sequences: that it has.
         label: in metrics.
     """
 
@@ -48,12 +49,14 @@ class ValidationData:
         seq_len: tokens of a sequence.
         wanted: sequences of an evaluation, where there are as many.
         named: the parts are sets with names of their own, and `wanted` is of each.
+        chat: how conversations become sequences.
     """
 
     parts: tuple[ValidationPart, ...]
     seq_len: int
     wanted: int
     named: bool = False
+    chat: ChatConfig = ChatConfig()
 
     @property
     def used(self) -> tuple[ValidationPart, ...]:
@@ -104,7 +107,7 @@ class ValidationData:
 
     def _stream(self, parts: Sequence[ValidationPart], document_mask: bool) -> TokenStream:
         stores, weights = [part.store for part in parts], [part.weight for part in parts]
-        return TokenStream(stores, weights, parts[0].split, self.seq_len, 0, document_mask, repeat=False)
+        return TokenStream(stores, weights, parts[0].split, self.seq_len, 0, document_mask, False, self.chat)
 
     def lines(self) -> list[str]:
         """For the user: what an evaluation consists of, by source."""
@@ -145,16 +148,17 @@ def validation_data(config: RunConfig, data: PreparedData) -> ValidationData:
         data: the prepared sources of the run.
     """
     seq_len, named = config.train.seq_len, bool(data.validation) and "" not in data.validation
+    chat = config.data.chat
     if data.validation:
         parts = []
         for name, store in data.validation.items():
             # A store that was prepared for training: what it held out. Else all of it.
             split = "validation" if store.index.splits["validation"].tokens else "train"
-            parts.append(_part(name or str(config.data.validation), store, split, 1.0, seq_len, name))
+            parts.append(_part(name or str(config.data.validation), store, split, 1.0, seq_len, name, chat))
     else:
         rows = zip(data.names, data.stores, data.weights, labels_of(data.names), strict=True)
-        parts = [_part(name, store, "validation", weight, seq_len, label) for name, store, weight, label in rows]
-    return ValidationData(tuple(parts), seq_len, max(1, config.train.eval_tokens // seq_len), named)
+        parts = [_part(name, store, "validation", weight, seq_len, label, chat) for name, store, weight, label in rows]
+    return ValidationData(tuple(parts), seq_len, max(1, config.train.eval_tokens // seq_len), named, chat)
 
 
 def check_data(config: RunConfig, data: PreparedData) -> list[str]:
@@ -171,9 +175,8 @@ def check_data(config: RunConfig, data: PreparedData) -> list[str]:
         DataError: a source has not one sequence to train on, or an evaluation is wanted and has none.
     """
     for store in data.stores:
-        tokens = store.index.splits["train"].tokens
-        if not windows_of(tokens, config.train.seq_len):
-            raise too_short(store, "train", tokens, config.train.seq_len)
+        if not len(store_rows(store, "train", config.train.seq_len, config.data.chat)):
+            raise too_short(store, "train", config.train.seq_len)
     validation = validation_data(config, data)
     if not validation.used:
         if config.train.eval_every is not None:
@@ -203,6 +206,23 @@ def mixture_lines(data: PreparedData) -> list[str]:
     return lines
 
 
-def _part(name: str, store: TokenStore, split: str, weight: float, seq_len: int, label: str) -> ValidationPart:
+def packing_lines(data: PreparedData, seq_len: int, chat: ChatConfig) -> list[str]:
+    """Describe how conversations became training sequences, where there are some, for the user.
+
+    Args:
+        data: the prepared sources of the run.
+        seq_len: tokens of a sequence.
+        chat: how conversations become sequences.
+    """
+    several = len(data.stores) > 1
+    rows = [
+        (name, store_rows(store, "train", seq_len, chat)) for name, store in zip(data.names, data.stores, strict=True)
+    ]
+    return [f"{name}: {line}" if several else line for name, part in rows for line in part.lines()]
+
+
+def _part(
+    name: str, store: TokenStore, split: str, weight: float, seq_len: int, label: str, chat: ChatConfig
+) -> ValidationPart:
     tokens = store.index.splits[split].tokens
-    return ValidationPart(name, store, split, weight, tokens, windows_of(tokens, seq_len), label)
+    return ValidationPart(name, store, split, weight, tokens, len(store_rows(store, split, seq_len, chat)), label)

@@ -368,7 +368,7 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
         job.say(f"{'' if number else 'groups':<10} {line}")
     entropy = facts["unigram_entropy_nats"]
     job.say(f"baseline   unigram entropy {entropy:.3f} nats per token; the loss should fall below this")
-    for name in ("mixture", "validation"):
+    for name in ("mixture", "packing", "validation"):
         for number, line in enumerate(facts[name]):
             job.say(f"{'' if number else name:<10} {line}")
     job.say(f"run        {run_dir}" + (f", resumed at step {leg['start_step']}" if leg["resumed_from"] else ""))

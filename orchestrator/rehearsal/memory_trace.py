@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from orchestrator.config.schema import HardwareConfig, RunConfig
-from orchestrator.data.stream import blank_batch
+from orchestrator.data.sequences import blank_batch
 from orchestrator.distributed.world import World
 from orchestrator.hardware.target_table import resolve
 from orchestrator.models.protocol import ShardableModel

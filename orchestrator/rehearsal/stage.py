@@ -29,7 +29,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
-from orchestrator.data.stream import blank_batch
+from orchestrator.data.sequences import blank_batch
 from orchestrator.distributed.world import World
 from orchestrator.errors import UserError
 from orchestrator.models.protocol import ShardableModel

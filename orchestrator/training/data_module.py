@@ -53,7 +53,8 @@ class TokenDataModule(lightning.LightningDataModule):
     def stream(self) -> TokenStream:
         """The training sequences."""
         data, mask = self.prepared, self.config.data.document_mask
-        return TokenStream(data.stores, data.weights, "train", self.config.train.seq_len, self.config.seed, mask)
+        train, chat = self.config.train, self.config.data.chat
+        return TokenStream(data.stores, data.weights, "train", train.seq_len, self.config.seed, mask, chat=chat)
 
     @cached_property
     def validation(self) -> ValidationData:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.chips.load import load_catalogue
-from orchestrator.data.validation import mixture_lines
+from orchestrator.data.validation import mixture_lines, packing_lines
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.observe.throughput import mfu, peak_flops
 from orchestrator.planner.estimate.flops import flops_per_token, parameter_count
@@ -46,6 +46,7 @@ def run_facts(
         "unigram_entropy_nats": tokens.prepared.unigram_entropy_nats,
         "data": tokens.prepared.describe(),
         "mixture": mixture_lines(tokens.prepared),
+        "packing": packing_lines(tokens.prepared, config.train.seq_len, config.data.chat),
         "validation": tokens.validation.lines(),
     }
     return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)

@@ -246,7 +246,7 @@ def _keeps(
         # As the model came with them, or those of the data's tokenizer.
         files = files_of(source) if source else {}
         files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
-        files |= model_files(source)
+        files |= {**data.given_files, **model_files(source)}
     reference = make_batch(config, shown) if config.checkpoint.handover.enabled else None
     return Keeps(data.tokenizer, files, reference, own)
 

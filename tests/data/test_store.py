@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data import write
+from orchestrator.data import document_tokens, write
 from orchestrator.data.store import TokenStore, is_store
 from orchestrator.errors import DataError
 
@@ -227,12 +227,12 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, monkeypatch: pytest.
 def test_long_texts_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.data.tokenize import byte_tokenizer
 
-    monkeypatch.setattr(write, "_PART_CHARACTERS", 10)
+    monkeypatch.setattr(document_tokens, "_PART_CHARACTERS", 10)
     for text in ("x" * 35, "a word\nand another line\nthen more words", "ü " * 20, "12345678\n", ""):
-        parts = list(write._parts(text))
+        parts = list(document_tokens._parts(text))
         assert "".join(parts) == text
         assert all(len(part) <= 10 for part in parts)
-    assert list(write._parts("one\ntwo three four"))[:2] == ["one\n", "two three"]
+    assert list(document_tokens._parts("one\ntwo three four"))[:2] == ["one\n", "two three"]
     texts = ["short", "long " * 10]
-    tokens = write._encode_texts(texts, byte_tokenizer(), np.dtype("<u2"))
+    tokens = document_tokens._encode_texts(texts, byte_tokenizer(), np.dtype("<u2"))
     assert [bytes(ids.astype("u1")).decode() for ids in tokens] == texts

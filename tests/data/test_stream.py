@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data import stream as stream_module
+from orchestrator.data.sequences import _fields, blank_batch
 from orchestrator.data.store import TokenStore
 from orchestrator.data.stream import (
     Batch,
     Position,
     StepLoader,
     TokenStream,
-    _fields,
-    blank_batch,
 )
 from orchestrator.data.validation_sets import validation_batches
 from orchestrator.errors import DataError

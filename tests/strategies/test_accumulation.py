@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
-from orchestrator.data.stream import blank_batch
+from orchestrator.data.sequences import blank_batch
 from orchestrator.hardware.target_table import get_target
 from orchestrator.models.decoder import Decoder
 from orchestrator.rehearsal.traced_strategy import is_split

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.compose import compose
-from orchestrator.data.stream import blank_batch
+from orchestrator.data.sequences import blank_batch
 from orchestrator.distributed.world import World
 from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.training.job import make_strategy, make_trainer

@@ -25,7 +25,9 @@ def read_parquet(item: Input, spec: TextSpec, place: SourcePosition) -> Rows:
 
     size = item.size_bytes
     with parquet.ParquetFile(item.path) as table:
-        paths = [_column(table.schema_arrow, column, spec, item.path) for column in spec.fields]
+        paths = [
+            _column(table.schema_arrow, column, spec, item.path) for column in spec.columns(table.schema_arrow.names)
+        ]
         rows = max(1, table.metadata.num_rows)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
@@ -59,7 +61,7 @@ def read_source(source: Any, spec: TextSpec, place: SourcePosition) -> Rows:
         place: where reading is, for messages.
     """
     schema, batches = _batches(source)
-    wanted = [_column(schema, column, spec, place.file) for column in spec.fields]
+    wanted = [_column(schema, column, spec, place.file) for column in spec.columns(schema.names)]
     roots = list(dict.fromkeys(column if column in schema.names else column.split(".")[0] for column in wanted))
     for batch in batches:
         share = batch.nbytes // max(1, batch.num_rows)

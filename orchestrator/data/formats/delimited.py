@@ -64,7 +64,7 @@ def _rows(item: Input, spec: TextSpec, place: SourcePosition, delimiter: str) ->
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(table, [])
-        for column in spec.fields:
+        for column in spec.columns(header):
             if header.count(column) != 1:
                 no_column(item.path, column, ", ".join(header)[:300] or "none: the first line names them")
         lines.begin_row()

@@ -87,7 +87,7 @@ def _row(sample: bytes, shard: dict[str, Any], spec: TextSpec, place: SourcePosi
             (row[name],) = struct.unpack("<q", data)
     if at != len(sample):
         raise DataError(f"the sample is damaged: {place}", got=f"{len(sample):,} bytes", allowed=f"{at:,}")
-    for field in spec.fields:
+    for field in spec.columns(list(row)):
         if field not in row and field.split(".")[0] not in row:
             columns = zip(shard["column_names"], shard["column_encodings"], strict=True)
             no_column(place.file.parent, field, ", ".join(f"{name} ({encoding})" for name, encoding in columns))

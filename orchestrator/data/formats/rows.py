@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from orchestrator.data.conversation import columns_of
 from orchestrator.errors import ConfigError, DataError
 
 _ABSENT = object()
+_FIELD = "text"
 _OPTION = "text_field=... (data.text_field, or text_field of the source, in a run)"
 
 
@@ -23,13 +25,13 @@ class TextSpec:
         template: several fields instead: `{title}\n\n{body}`. Nothing but substitution; `{{` and `}}` are braces, and
             a backslash before n or t stands for a line end or a tab.
         messages: what a list of messages (objects with role and content) becomes: `refuse`, or `plain`, which is
-            "role: content" of each, with an empty line between.
+            "role: content" of each, with an empty line between. `chat`: rows are conversations, and no text.
         on_null: of rows whose field is null or missing: `error`, or `skip`, which counts them.
     """
 
-    field: str = "text"
+    field: str = _FIELD
     template: str | None = None
-    messages: Literal["refuse", "plain"] = "refuse"
+    messages: Literal["refuse", "plain", "chat"] = "refuse"
     on_null: Literal["error", "skip"] = "error"
 
     @cached_property
@@ -56,6 +58,19 @@ class TextSpec:
     def fields(self) -> tuple[str, ...]:
         """The fields that a row needs, each once."""
         return tuple(dict.fromkeys(field for _, field in self.parts if field is not None))
+
+    def columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns of a table that are read; where one is missing, those that are asked for.
+
+        Args:
+            names: of all columns of the table.
+        """
+        return columns_of(names, self.named_field) or ("messages",) if self.messages == "chat" else self.fields
+
+    @property
+    def named_field(self) -> str | None:
+        """The column of messages that the user has named."""
+        return None if self.field == _FIELD else self.field
 
     @property
     def facts(self) -> list[str | None]:
@@ -109,9 +124,8 @@ class TextSpec:
             raise DataError(
                 f"the field '{field}' is a list of messages, and nothing says how they become text: {place}",
                 got=f"objects with {', '.join(messages[0])}",
-                allowed="text; or messages that are written as 'role: content' with an empty line between",
-                fix="choose that: messages=plain (data.messages=plain in a run), or write the text with the chat"
-                " template of your model (tokenizer.apply_chat_template(..., tokenize=False)) into a field",
+                allowed="text; or messages by the chat template, or as 'role: content' with an empty line between",
+                fix="choose one: messages=chat, or messages=plain (in a run data.messages=...)",
             )
         return "\n\n".join(_message(message, field, place) for message in messages)
 
@@ -140,6 +154,8 @@ def has_fields(row: object, spec: TextSpec) -> bool:
         row: parsed JSON.
         spec: the fields of a document.
     """
+    if isinstance(row, Mapping) and spec.messages == "chat":
+        return bool(columns_of(tuple(row), spec.named_field))
     return isinstance(row, Mapping) and all(look_up(row, field) is not _ABSENT for field in spec.fields)
 
 
