@@ -54,8 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"checkpoint", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies"},
     "interop": {"config", "checkpoint", "data", "distributed", "models", "runs", "sharding"},
     "evaluation": {
-        *("config", "checkpoint", "data", "distributed", "hardware", "inference", "models", "runs", "sharding"),
-        "strategies",
+        *("config", "checkpoint", "data", "distributed", "hardware", "inference", "models", "observe", "runs"),
+        *("sharding", "strategies"),
     },
     "training": {
         *("config", "chips", "sharding", "distributed", "hardware", "models", "data", "checkpoint", "planner"),

@@ -22,6 +22,7 @@ VERBS = {
     "train": "train a model: a new run, or one that goes on",
     "launch": "train on a cluster: submit to Slurm, Kubernetes and others, follow and cancel",
     "data": "make a token store from text, JSONL or Parquet; look into one",
+    "evaluate": "tasks of lm-eval, or the loss on any text, with a trained checkpoint where it is placed",
     "generate": "continue a prompt with a trained checkpoint",
     "runs": "which runs there are, what each is doing; remove old ones",
     "watch": "follow a run on the terminal",

@@ -6,11 +6,13 @@ same tokens in front of a text. Only this module and `harness_tasks` import lm-e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from orchestrator.data.tokenize import Tokenizer
@@ -19,9 +21,14 @@ from orchestrator.errors import ConfigError
 from orchestrator.evaluation.scoring import ScoredText, TextScore
 
 _MOST = 4096  # texts that are handed on at a time
+_DRAWING = ("top_k", "top_p", "min_p", "repetition_penalty")
 _GENERATED = 256  # tokens, where a task does not say: as lm-eval has it
 Score = Callable[[Sequence[ScoredText]], list[TextScore]]
 """Scores texts, in their order."""
+Write = Callable[[Mapping[str, Any]], list[str]]
+"""Writes what follows on prompts, in their order; it gets the fields of a `WritingRequest`."""
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 class HarnessModel(TemplateLM):
@@ -30,6 +37,7 @@ class HarnessModel(TemplateLM):
     Args:
         tokenizer: of the model, with the documents that it was trained on.
         score: scores texts on all processes.
+        write: writes texts on all processes.
         longest: tokens that the model takes at most.
         bos: put the tokenizer's BOS in front of a text; None: as documents began that the model was trained on.
         facts: of the model, for the file of results.
@@ -42,6 +50,7 @@ class HarnessModel(TemplateLM):
         self,
         tokenizer: Tokenizer,
         score: Score,
+        write: Write,
         longest: int,
         *,
         bos: bool | None = None,
@@ -50,7 +59,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         # lm-eval's tokenizers read special tokens that a text spells, as chat templates need it.
         self._words = tokenizer.with_documents(replace(tokenizer.documents, special_tokens_in_text="token"))
-        self._score, self._longest, self._facts = score, longest, dict(facts or {})
+        self._score, self._write, self._longest, self._facts = score, write, longest, dict(facts or {})
         named = Beside(tokenizer.files).token("bos_token")
         self._named_bos = None if named is None else self._words.id_of(named)
         self._first = self._first_ids(bos)
@@ -114,6 +123,16 @@ class HarnessModel(TemplateLM):
             add_special_tokens = not string.startswith(self._words.decode([self.prefix_token_id]))
         return [*self._first, *ids] if add_special_tokens else ids
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is the likeliest one.
+
+        Args:
+            requests: lm-eval's, each of a context and its continuation.
+            disable_tqdm: the bars here are the product's own.
+        """
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, each in windows that do not overlap in what they score.
 
@@ -142,22 +161,68 @@ class HarnessModel(TemplateLM):
         result: dict[int, tuple[float, bool]] = {}
         for start in range(0, len(order), _MOST):
             numbers = order[start : start + _MOST]
-            scores = self._watched([texts[number] for number in numbers])
+            scores = self._watched(self._score, [texts[number] for number in numbers])
             result |= {n: (one.log_likelihood, one.greedy) for n, one in zip(numbers, scores, strict=True)}
         return [result[number] for number in range(len(texts))]
 
-    def _watched(self, texts: Sequence[ScoredText]) -> list[TextScore]:
+    def _watched(self, work: Callable[[Asked], Answer], asked: Asked) -> Answer:
         try:
-            return self._score(texts)
+            return work(asked)
         except BaseException as error:
             self.problem = error
             raise
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: this model scores texts.
+        """Return what the model writes after each context.
 
         Args:
-            requests: lm-eval's.
+            requests: lm-eval's, each of a context and the settings of its generation.
             disable_tqdm: of other models.
+
+        Raises:
+            ConfigError: a task's settings are none of those that are known here.
         """
-        raise ConfigError("tasks that generate text are not evaluated here yet", got=requests[0].task_name)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        result: dict[int, str] = {}
+        for numbers in groups.values():
+            settings = _settings(requests[numbers[0]].args[1], self._words.decode([self.eot_token_id]))
+            room = self.max_length - settings["count"]
+            if room < 1:
+                raise ConfigError(
+                    "a task asks for more tokens than the model can take",
+                    got=f"{settings['count']} tokens to generate of {self.max_length} in all",
+                    fix="gen_kwargs with max_gen_toks below that, or a model that takes more",
+                )
+            prompts = [self._prompt(requests[number].args[0])[-room:] for number in numbers]
+            texts = self._watched(self._write, {**settings, "prompts": prompts})
+            result |= dict(zip(numbers, texts, strict=True))
+        return [result[number] for number in range(len(requests))]
+
+    def _prompt(self, text: str) -> list[int]:
+        """Return the tokens of a context that is continued."""
+        named = None if self._named_bos is None else self._words.token_of(self._named_bos)
+        ids = self._words.encode(text)
+        spelt = named is not None and text.startswith(named)
+        return (ids if spelt else [*self._first, *ids]) or [self.prefix_token_id]
+
+
+def _settings(given: Mapping[str, Any], end: str) -> dict[str, Any]:
+    """Return what a task says of its generation as fields of a `WritingRequest`."""
+    known = normalize_gen_kwargs(dict(given), _GENERATED)
+    stop = handle_stop_sequences(known.pop("until", None), eos=end)
+    count, samples = known.pop("max_gen_toks"), known.pop("do_sample", False)
+    temperature = float(known.pop("temperature", 0.0) or 0.0)
+    sampling: dict[str, Any] = {"temperature": temperature if samples else 0.0}
+    for key in _DRAWING:
+        value = known.pop(key, None)
+        if value is not None and samples:
+            sampling[key] = value
+    if known:
+        raise ConfigError(
+            "a task asks for a way to generate that is not known here",
+            got=", ".join(f"{key}={value}" for key, value in known.items()),
+            allowed=f"until, max_gen_toks, do_sample, temperature, {', '.join(_DRAWING)}",
+        )
+    return {"stop": stop, "count": count, "sampling": sampling}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import jinja2
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import evaluator, utils
+from lm_eval.api import task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
@@ -169,8 +171,8 @@ class HarnessTasks:
             ConfigError: what of a task lm-eval cannot make sense of.
         """
         request, began = self._request, time.time()
-        for task in self._tasks["tasks"].values():
-            _set_examples(task, request.num_fewshot)
+        for one in self._tasks["tasks"].values():
+            _set_examples(one, request.num_fewshot)
         model.problem = None
         states = random.getstate(), np.random.get_state()
         random.seed(0)
@@ -213,14 +215,14 @@ class HarnessTasks:
         }
 
 
-def _set_examples(task: Any, count: int | None) -> None:
+def _set_examples(given: Any, count: int | None) -> None:
     """Set the number of examples in front of a question, as lm-eval's own program does."""
-    own = task.get_config("num_fewshot")
+    own = given.get_config("num_fewshot")
     if count is None and own is None:
-        task.set_config(key="num_fewshot", value=0)
+        given.set_config(key="num_fewshot", value=0)
     elif count is not None and own != 0:
-        task.set_config(key="num_fewshot", value=count)
-    task.set_fewshot_seed(seed=_SEED)
+        given.set_config(key="num_fewshot", value=count)
+    given.set_fewshot_seed(seed=_SEED)
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
@@ -302,13 +304,15 @@ def _quiet() -> Iterator[None]:
     import datasets
 
     logger, bars = logging.getLogger("lm_eval"), datasets.utils.are_progress_bars_disabled()
-    level = logger.level
+    level, bar = logger.level, task.tqdm
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    task.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
         logger.setLevel(level)
+        task.tqdm = bar
         if not bars:
             datasets.enable_progress_bars()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.distributed.exchange import new_topic
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
@@ -15,7 +15,7 @@ _END = ""
 Result = TypeVar("Result")
 
 
-class Relay(Generic[Result]):
+class Relay:
     """All processes of a job make one together. The operations are collective; what calls them runs on rank 0 alone.
 
     A process that waits asks the store from time to time, and no collective: however long rank 0 reads data or counts

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 TASKS = {
     "handover": "orchestrator.launch.canary:check_model",
+    "evaluate": "orchestrator.evaluation.evaluate_job:evaluate_tasks",
+    "loss": "orchestrator.evaluation.evaluate_job:evaluate_texts",
 }
 """Name → function that all ranks call, as `task(served, arguments)`: a `ServedModel`, and what JSON carries.
 
@@ -140,7 +142,7 @@ class ModelJob:
         place = locate(parallel.broadcast(str(self.checkpoint.directory)))
         source = open_together(place, trusted, parallel, self.checkpoint)
         model = build_placed(config, parallel)
-        restore_weights(source, config, parallel, model, cast=self.cast)
+        restore_weights(source, config, parallel, model, self.cast, trusted)
         model.eval()
         return ServedModel(model, parallel, source, config)
 

@@ -31,6 +31,14 @@ _WORDS = [
 ]
 
 
+def preload() -> None:
+    """Import once what every forked process would import for itself."""
+    import datasets  # noqa: F401
+
+    import orchestrator.evaluation.evaluate_job
+    import orchestrator.evaluation.harness_tasks  # noqa: F401
+
+
 def make_checkpoint(folder: Path, kind: str) -> Path:
     """A checkpoint of random weights with a tokenizer of a kind, by way of an import."""
     import transformers
