@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "launch": {
         *("config", "data", "distributed", "hardware", "checkpoint", "observe", "report", "runs", "strategies"),
-        *("evaluation", "optim", "sharding", "training", "certify"),
+        *("evaluation", "interop", "optim", "sharding", "training", "certify"),
     },
     "engines": {"config", "chips", "distributed", "hardware", "runs"},
     "api": {

@@ -18,6 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import resolve
 from orchestrator.installing import importable
+from orchestrator.interop.imported_source import with_imported
 from orchestrator.rehearsal.tpu_compiler import CompileTopology, Verdict, compile_program, count_devices
 from orchestrator.runs.init_from import settle
 from orchestrator.runs.messages import warn
@@ -58,7 +59,9 @@ def rehearse(
     Raises:
         UserError: what of the configuration, the topology or the environments is wrong.
     """
-    return rehearse_config(settle(to_composed(config, config_dir), False, warn), topology, timeout_seconds)
+    return rehearse_config(
+        settle(with_imported(to_composed(config, config_dir)), False, warn), topology, timeout_seconds
+    )
 
 
 def rehearse_config(config: RunConfig, topology: str, timeout_seconds: float) -> Rehearsal:

@@ -125,7 +125,7 @@ def open_base(
     Args:
         checkpoint: which may be a stranger's: what it names in a store is opened where the user names it, too.
         trust: whose checkpoints are believed.
-        named: where the user says that they are; None: where the checkpoint does.
+        named: where the user says that they are, if they are not where the checkpoint says; None: nowhere else.
         look: as for `Checkpoint`.
 
     Returns:
@@ -137,24 +137,29 @@ def open_base(
     record = adapter_record(checkpoint)
     if record is None:
         return None
-    places = _places(record, checkpoint.directory) if named is None else [locate(named)]
-    place = next((one for one in places if is_remote(one) or _is_checkpoint(one)), None)
-    if place is None:
-        raise CheckpointError(
-            "the weights beneath the adapters are not where the checkpoint says",
-            got=f"no checkpoint at {', '.join(map(str, places)) or record.base}",
-            allowed=f"a checkpoint of the weights that {checkpoint.directory} was trained on",
-            fix="put it there; or, to train on: train.init_from=ITS DIRECTORY beside resume=",
-        )
-    base = Checkpoint(place, trust, look=look)
-    if content_of(base) != record.content:
+    places = [*_places(record, checkpoint.directory), *([] if named is None else [locate(named)])]
+    others = []
+    for place in dict.fromkeys(places):
+        if not _is_checkpoint(place):
+            continue
+        base = Checkpoint(place, trust, look=look)
+        if adapter_record(base) is None and content_of(base) == record.content:
+            return base
+        others.append(place)
+    if others:
         raise CheckpointError(
             "these are not the weights that the adapters were trained on",
-            got=f"{place}, whose weights have the sum {content_of(base)[:12]}",
+            got=f"{', '.join(map(str, others))}, with other bits",
             allowed=f"weights with the sum {record.content[:12]}, which {checkpoint.directory} names",
-            fix="give the checkpoint that the run started from",
+            fix="put the checkpoint that the run started from there; or, to train on: train.init_from=ITS DIRECTORY "
+            "beside resume=",
         )
-    return base
+    raise CheckpointError(
+        "the weights beneath the adapters are not where the checkpoint says",
+        got=f"no checkpoint at {', '.join(map(str, places)) or record.base}",
+        allowed=f"the checkpoint of whole weights that {checkpoint.directory} lies beside",
+        fix="put it there; or, to train on: train.init_from=ITS DIRECTORY beside resume=",
+    )
 
 
 def whole_tensors(checkpoint: Checkpoint, base: Checkpoint | None) -> Mapping[str, StoredTensor]:
@@ -177,7 +182,7 @@ def _places(record: AdapterRecord, directory: AnyPath) -> list[AnyPath]:
     named = locate(record.base)
     if not is_remote(named) or is_remote(directory):
         places.insert(0, named)
-    return list(dict.fromkeys(places))
+    return places
 
 
 def _is_checkpoint(place: AnyPath) -> bool:

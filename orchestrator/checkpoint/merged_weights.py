@@ -26,6 +26,10 @@ class Adapters:
         checkpoint: of adapters.
         check: the processes that read it together, as for `read_into`.
 
+    Attributes:
+        pairs: A and B by the stored path of their layer, `model.layers.0.attn.q`; fp32.
+        scale: factor on what they add.
+
     Raises:
         CheckpointError: they are no pairs, or the checkpoint is damaged.
     """
@@ -33,20 +37,20 @@ class Adapters:
     def __init__(self, checkpoint: Checkpoint, check: Coordinator | None = None):
         record = adapter_record(checkpoint)
         assert record is not None, "a checkpoint of adapters"
-        stored, self._scale = checkpoint.manifest.tensors, record.scale
+        stored, self.scale = checkpoint.manifest.tensors, record.scale
         shards = [
             Shard(name, one.shape, tuple(slice(0, size) for size in one.shape), torch.empty(one.shape))
             for name, one in stored.items()
             if name.startswith("model.") and is_adapter(name)
         ]
         read_into(checkpoint, shards, _OPTIMIZER, check=check)
-        self._tensors = {shard.name: shard.data for shard in shards}
-        for name in self._tensors:
-            path, _, leaf = name.rpartition(".")
-            other = self._tensors.get(f"{path}.{LORA_B if leaf == LORA_A else LORA_A}")
-            a, b = (self._tensors[name], other) if leaf == LORA_A else (other, self._tensors[name])
+        tensors = {shard.name: shard.data for shard in shards}
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+            a, b = tensors.get(f"{path}.{LORA_A}"), tensors.get(f"{path}.{LORA_B}")
             if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-                raise CheckpointError("an adapter is no pair of matrices", got=f"{name} in {checkpoint.directory}")
+                raise CheckpointError("an adapter is no pair of matrices", got=f"{path} in {checkpoint.directory}")
+            self.pairs[path] = a, b
 
     def add_to(self, name: str, weight: Tensor, box: tuple[slice, ...]) -> None:
         """Add what the adapter of a matrix adds to it, in fp32.
@@ -57,11 +61,10 @@ class Adapters:
             box: the part.
         """
         path = name.removesuffix(".weight")
-        a, b = self._tensors.get(f"{path}.{LORA_A}"), self._tensors.get(f"{path}.{LORA_B}")
-        if name == path or a is None or b is None or not weight.numel():
+        if name == path or path not in self.pairs or not weight.numel():
             return
-        rows, columns = box
-        added = (b[rows] @ a[:, columns]) * self._scale
+        (a, b), (rows, columns) = self.pairs[path], box
+        added = (b[rows] @ a[:, columns]) * self.scale
         weight.copy_((weight.float() + added.to(weight.device)).to(weight.dtype))
 
 

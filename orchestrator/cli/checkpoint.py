@@ -76,7 +76,10 @@ class ExportOptions:
 
     path: str = option(help=_PATH_HELP)
     output: str = option(help="directory to write, new or empty")
-    format: Literal["hf", "dcp"] = option("hf", help="hf (transformers), dcp (torch.distributed.checkpoint; pickle)")
+    format: Literal["hf", "peft", "dcp"] = option(
+        "hf",
+        help="hf (transformers; adapters merged), peft (adapters alone), dcp (torch.distributed.checkpoint; pickle)",
+    )
     dtype: Literal["stored", "fp32", "bf16", "fp16"] = option("stored", help="of the weights: stored, fp32, bf16, fp16")
     max_shard_gb: float = option(5.0, help="of one file of hf, in GB of 10^9 bytes")
     names: Literal["own", "hf"] = option("own", help="of dcp's tensors: own, or hf (those of transformers)")
@@ -252,13 +255,21 @@ def _export(options: ExportOptions) -> int:
         allow_pickle(options.allow_pickle, "a torch.distributed.checkpoint directory", "whoever loads it executes it")
     if not options.max_shard_gb > 0:
         raise ConfigError("'max_shard_gb' is out of range", got=options.max_shard_gb, allowed="more than 0")
+    from orchestrator.checkpoint.adapters import open_base
     from orchestrator.interop.exporting import export_dcp, export_hf, weight_bytes
 
     checkpoint = _open(options.path, options.runs_dir)
-    if options.verify:
-        total = sum(file.bytes for file in checkpoint.manifest.files.values())
+    for part in filter(None, (checkpoint, open_base(checkpoint)) if options.verify else ()):
+        total = sum(file.bytes for file in part.manifest.files.values())
         with Bar("verify", total, options.progress) as bar:
-            checkpoint.verify(bar.add)
+            part.verify(bar.add)
+    if options.format == "peft":
+        from orchestrator.interop.peft_adapters import export_peft
+
+        count = export_peft(checkpoint, options.output, options.dtype)
+        print(f"step {checkpoint.step} of {checkpoint.directory}: adapters of {count} layers are now {options.output}")
+        print(f"\nLoad them:\n  peft.PeftModel.from_pretrained(BASE_MODEL, {options.output!r})")
+        return 0
     with Bar("export", weight_bytes(checkpoint, options.dtype), options.progress) as bar:
         if options.format == "hf":
             limit = max(1, int(min(options.max_shard_gb, 1e6) * _GB))

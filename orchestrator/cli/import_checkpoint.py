@@ -20,7 +20,10 @@ class ImportOptions:
 
     path: str = option(help="a Hugging Face directory, a torch.distributed.checkpoint directory, or a .ckpt, .pt, .bin")
     output: str = option(help="directory of the new checkpoint, new or empty")
-    format: Literal["auto", "hf", "dcp", "ckpt"] = option("auto", help="auto: what is there; hf, dcp, ckpt")
+    format: Literal["auto", "hf", "peft", "dcp", "ckpt"] = option(
+        "auto", help="auto: what is there; hf, peft, dcp, ckpt"
+    )
+    base: str | None = option(None, help="of peft's adapters: the checkpoint of the weights that they lie beside")
     model: str | None = option(None, help="option of train's model group, for weights without a config.json")
     config: str | None = option(None, help="config.json of transformers, or its directory, if not beside the weights")
     tokenizer: str | None = option(None, help="tokenizer.json, or its directory, if not beside the weights")
@@ -53,9 +56,12 @@ def main(argv: list[str]) -> int:
 
 
 def _import(options: ImportOptions) -> int:
+    from orchestrator.interop.hf_files import ADAPTER_CONFIG
     from orchestrator.interop.importing import describe, detect_format, import_weights
 
     source = Path(options.path).expanduser()
+    if options.format == "peft" or (options.format == "auto" and (source / ADAPTER_CONFIG).is_file()):
+        return _import_peft(options, source)
     kind = detect_format(source)
     if options.format not in ("auto", kind):
         raise CheckpointError(f"this is not of format {options.format}", got=source, allowed=f"format={kind}")
@@ -88,6 +94,29 @@ def _import(options: ImportOptions) -> int:
     print(f"\nTrain on from it ({_which(found.tokenizer)}; optimizer and step are new):")
     more = "" if found.tokenizer else " data.tokenizer.path=TOKENIZER.json"
     print(f"  python -m orchestrator train train.init_from={options.output}{more}")
+    return 0
+
+
+def _import_peft(options: ImportOptions, source: Path) -> int:
+    from orchestrator.checkpoint.checkpoint import Checkpoint
+    from orchestrator.interop.peft_adapters import import_peft
+    from orchestrator.runs.stored_model import find_checkpoint
+
+    if options.base is None:
+        raise ConfigError(
+            "the directory holds adapters, and not the weights that they lie beside",
+            got=source,
+            fix="import their model first, and name its checkpoint: base=CHECKPOINT",
+        )
+    base = Checkpoint(find_checkpoint(options.base, "runs", lambda text: print(f"warning: {clean(text)}")))
+    found = import_peft(source, options.output, base)
+    lora = found.lora
+    print(
+        f"{options.output}: adapters of {found.layers} layers, {found.parameters:,} parameters, beside {base.directory}"
+    )
+    print("\n".join(clean(f"note: {note}") for note in found.notes), end="\n" if found.notes else "")
+    print("\nTrain on with them, or merged into all weights (leave out train.lora.rank):")
+    print(f"  python -m orchestrator train train.init_from={options.output} train.lora.rank={lora.rank}")
     return 0
 
 

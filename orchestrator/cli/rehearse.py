@@ -75,9 +75,10 @@ def main(argv: list[str]) -> int:
 
 def _rehearse(composed: Composed, options: RehearseOptions) -> int:
     from orchestrator.api.rehearsing import rehearse_config
+    from orchestrator.interop.imported_source import with_imported
     from orchestrator.runs.init_from import settle
 
-    config = settle(composed, False, lambda text: None)
+    config = settle(with_imported(composed), False, lambda text: None)
     result = rehearse_config(config, options.topology, options.timeout_seconds)
     if options.json:
         print(json.dumps({"topology": options.topology, **asdict(result)}, indent=2))

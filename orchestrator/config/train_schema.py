@@ -60,7 +60,7 @@ class TrainConfig:
     spike: SpikeConfig = SpikeConfig()
     check_replicas_every: int | None = None  # steps; that devices which must hold the same bits do; None: not asked
     rewind_skip_steps: int = 0  # least batches that a rewind leaves out, from its checkpoint on
-    init_from: str | None = None  # weights to start from: latest, a run directory or a checkpoint directory
+    init_from: str | None = None  # weights to start from: latest, a run, a checkpoint, or hf:DIRECTORY
     lora: LoraConfig = LoraConfig()
     objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep
     sample: SampleConfig = SampleConfig()

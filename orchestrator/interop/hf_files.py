@@ -274,8 +274,8 @@ def _no_weights(directory: Path, found: list[str]) -> CheckpointError:
             "the directory holds an adapter (LoRA or another of peft), and not a model",
             got=directory,
             allowed=allowed,
-            fix="merge it into its model where you trust it: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(NEW)",
+            fix="LoRA of peft: import its model, then checkpoint import DIRECTORY base=CHECKPOINT. Others: merge where "
+            "you trust it: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(NEW)",
         )
     if found:
         return CheckpointError(f"several safetensors files, and no {INDEX} that says what they are", got=directory)

@@ -157,7 +157,7 @@ def import_weights(
     described = describe(source, model, config, ignore_keys)
     given = _open(source, format, described.config is not None and is_mxfp4(described.config))
     found = find_weights(given, described.model, described.family)
-    files, why = _travelling_files(tokenizer, source if source.is_dir() else source.parent, found.model)
+    files, why = travelling_files(tokenizer, source if source.is_dir() else source.parent, found.model)
     checked = _check_logits(source, format, described, found, logits)
     report = _report(source, format, described, given, found, checked)
     files[REPORT] = report.to_json()
@@ -340,8 +340,17 @@ def _report(
     )
 
 
-def _travelling_files(tokenizer: str | None, beside: Path, model: ModelConfig) -> tuple[dict[str, bytes], str]:
-    """Return the files that travel along, their tokenizer checked against the model; and why there is none."""
+def travelling_files(tokenizer: str | None, beside: Path, model: ModelConfig) -> tuple[dict[str, bytes], str]:
+    """Return the files that travel along, their tokenizer checked against the model; and why there is none.
+
+    Args:
+        tokenizer: a `tokenizer.json` or its directory; None: what lies in `beside`.
+        beside: directory of the weights.
+        model: that they are of.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read, or has more tokens than the model.
+    """
     try:
         files, why = collect(beside), ""
         if tokenizer is not None:

@@ -21,6 +21,7 @@ from orchestrator.config.validate import validate
 from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors, DamagedError
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import resolve
+from orchestrator.interop.imported_source import with_imported
 from orchestrator.launch import changes
 from orchestrator.output import tell
 from orchestrator.runs import identity, init_from, listing, resume, run_directory
@@ -126,6 +127,7 @@ def _refuse_taken(run_dir: Path, config: RunConfig) -> None:
 
 
 def _new(composed: Composed, check: bool, main: bool, name: str | None) -> Plan:
+    composed = with_imported(composed, say=main)
     point = init_from.find(composed, check, warn)
     checkpoint = point.checkpoint if point else None
     config = settle_transfer(absolute(init_from.settle_on(composed, checkpoint, warn)))

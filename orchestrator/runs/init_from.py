@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.checkpoint.adapters import adapter_record
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.storage import is_remote
 from orchestrator.config import registry
@@ -17,7 +18,7 @@ from orchestrator.data.formats.find import BUILTIN
 from orchestrator.data.model_files import TOKENIZER_FILE
 from orchestrator.data.store import is_store
 from orchestrator.data.tokenize import Tokenizer
-from orchestrator.errors import CheckpointError, ConfigErrors
+from orchestrator.errors import CheckpointError, ConfigError, ConfigErrors
 from orchestrator.runs import resume
 from orchestrator.runs.stored_model import model_of, stored_config, tokenizer_of
 
@@ -88,11 +89,37 @@ def settle_on(composed: Composed, checkpoint: Checkpoint | None, report: Callabl
         _refuse_new_tokens(config, checkpoint, named, report)
     take_tokenizer(composed, checkpoint, data["data"]["tokenizer"], where)
     data["train"]["init_from"] = where
+    _take_adapters(composed, checkpoint, data["train"]["lora"], report)
     registry.refuse_stored(data, composed.data, where)
     result = from_dict(RunConfig, data)
     if problems := validate(result):
         raise ConfigErrors(problems)
     return result
+
+
+def _take_adapters(
+    composed: Composed, checkpoint: Checkpoint, settings: dict[str, Any], report: Callable[[str], object]
+) -> None:
+    """Set `train.lora` as the checkpoint's adapters are, where they are to be trained on; else they are merged.
+
+    Raises:
+        ConfigError: other adapters are asked for.
+    """
+    if adapter_record(checkpoint) is None:
+        return
+    if settings["rank"] is None:
+        report(f"the adapters of {checkpoint.directory} are merged into the weights, all of which are trained")
+        return
+    stored = to_dict(stored_config(checkpoint).train.lora)
+    asked = {key: settings[key] for key in stored if f"train.lora.{key}" in composed.overrides}
+    if other := [key for key in asked if key != "dropout" and asked[key] != stored[key]]:
+        raise ConfigError(
+            "the checkpoint holds other adapters than those to be trained",
+            got=", ".join(f"train.lora.{key}={asked[key]}" for key in other),
+            allowed=", ".join(f"train.lora.{key}={stored[key]}" for key in other),
+            fix="leave these out; or start from whole weights: checkpoint export merges adapters into them",
+        )
+    settings |= stored | asked
 
 
 def _refuse_new_tokens(config: RunConfig, checkpoint: Checkpoint, named: bool, report: Callable[[str], object]) -> None:

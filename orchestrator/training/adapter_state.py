@@ -43,7 +43,7 @@ def base_of(source: Checkpoint, trusted: Trust, parallel: ParallelStrategy, name
         source: that the run goes on or starts from: of adapters, or the base itself.
         trusted: whose checkpoints are believed.
         parallel: the strategy.
-        named: where the user says that the base is; None: where `source` does.
+        named: where else the base may be.
 
     Raises:
         CheckpointError: it is not there, or has other weights; on all ranks.
@@ -76,20 +76,8 @@ def adapters_state(
     if config.train.lora.rank is None:
         return {}
     assert source is not None, "adapters lie beside weights"
-    base = base_of(source, trusted, parallel, named_base(config, source))
+    base = base_of(source, trusted, parallel, config.train.init_from)
     return {STATE_KEY: record_for(base, lora_scale(config.train.lora), checkpoints / "step-00000000").to_dict()}
-
-
-def named_base(config: RunConfig, source: Checkpoint) -> str | None:
-    """Return where the user says that the base is, where that is not where a checkpoint of adapters says.
-
-    Args:
-        config: of the run: `train.init_from` is the base's place.
-        source: of adapters, or not.
-    """
-    record, named = adapter_record(source), config.train.init_from
-    began_from = {str(source.directory), *([record.base] if record else [])}
-    return named if record is not None and named is not None and named not in began_from else None
 
 
 def read_adapted(
@@ -140,8 +128,7 @@ def read_adapted(
         for one in others:
             name = one.name.removeprefix("model.")
             one.data.copy_(draw_slice(initializers[name], name, config.seed, one.shape, one.slices))
-    everywhere = parallel.any_raised(bool(beneath))
-    if everywhere:
-        base = base_of(checkpoint, trusted, parallel, named_base(config, checkpoint))
+    if parallel.any_raised(bool(beneath)):
+        base = base_of(checkpoint, trusted, parallel, config.train.init_from)
         away = {*elsewhere, *(name for name in model.initializers() if is_adapter(name))}
         read_into(base, beneath, ["optimizer."], not adapted, check, progress, away)

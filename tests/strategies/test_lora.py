@@ -26,7 +26,7 @@ LAYOUTS = {
     "context2": (2, "layout.context=2"),
     "ring2_tensor2": (4, "layout.context=2", "layout.tensor=2", "layout.context_kind=ring"),
     "pipeline2": (2, "layout.pipeline=2", "train.micro_batch_size=2"),
-    "zero_bubble2": (2, "layout.pipeline=2", "layout.schedule=zb1p", "train.micro_batch_size=2"),
+    "zero_bubble2": (2, "layout.pipeline=2", "layout.schedule=zero_bubble", "train.micro_batch_size=2"),
     "pipeline2_fsdp2": (4, "layout.pipeline=2", "layout.fsdp=2", "train.micro_batch_size=2"),
     "replicate2": (2, "layout.replicate=2", "layout.fsdp=1"),
 }
@@ -45,7 +45,7 @@ def base(runs):
 
 
 def _lora(base, *words):
-    model = [word for word in words if word.startswith("model.")]
+    model = [word for word in words if word.startswith("model")]
     return (f"train.init_from={base(*model)}", *LORA, *words)
 
 
