@@ -153,6 +153,7 @@ DECIDED_IN = {
     "orchestrator.hardware.target_table.resolve": {
         *("api/rehearsing.py", "api/trained_models.py", "cli/generate.py", "launch/model_job.py", "launch/plan.py"),
         *("launch/certifying.py", "rehearsal/memory_trace.py", "strategies/parallel_strategy.py"),
+        "cli/coordinate_check.py",
     },
     "orchestrator.checkpoint.signing.trust": {
         *("certify/certificate.py", "cli/checkpoint.py", "launch/model_job.py", "launch/plan.py", "launch/run.py"),

@@ -58,9 +58,9 @@ def test_every_command_and_key_exists(block, monkeypatch, capsys):
         assert cli.main([*names, "--help"]) == 0
         options = set(re.findall(r"^  (\w+)=", capsys.readouterr().out, re.MULTILINE))
         for key in [word.partition("=")[0] for word in words if re.match(r"\w+=", word)]:
-            assert key in options or verb in ("plan", "rehearse", "launch") or "handover" in names, (
-                f"{block}: {verb} has no {key}="
-            )
+            assert (
+                key in options or verb in ("plan", "rehearse", "launch", "coordinate-check") or "handover" in names
+            ), f"{block}: {verb} has no {key}="
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == CONSOLE and not b.note], ids=str)

@@ -29,6 +29,7 @@ VERBS = {
     "compare": "runs, or certificates, side by side: losses, speed, and what differs between them",
     "plan": "what a run needs, on whose chips, how long and for how much, before anyone pays",
     "checkpoint": "look into checkpoints, check, compare, convert and prune them",
+    "coordinate-check": "whether activations keep their size as a model gets wider or deeper, by what rule",
     "rehearse": "whether a run fits a TPU, by Google's own compiler and without a TPU",
     "certify": "whether devices compute what they should, in minutes, with a certificate of it",
     "doctor": "what hardware and software is here, what is missing, what to do",
@@ -92,7 +93,7 @@ def _run(words: list[str]) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         fix = f"did you mean '{close[0]}'?" if close else "see python -m orchestrator --help"
         raise ConfigError("there is no such verb", got=verb, allowed=", ".join(VERBS), fix=fix)
-    code: int = importlib.import_module(f"orchestrator.cli.{verb}").main(words[1:])
+    code: int = importlib.import_module(f"orchestrator.cli.{verb.replace('-', '_')}").main(words[1:])
     return code
 
 

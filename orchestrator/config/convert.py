@@ -252,8 +252,9 @@ def _parse(hint: Any, text: str) -> Any:
                 return number(text.replace("_", ""))
             except ValueError:
                 continue
-    if any(typing.get_origin(arg) is tuple for arg in args):
-        return [part for part in text.split(",") if part]
+    for arg in args:
+        if typing.get_origin(arg) is tuple:
+            return [_parse(typing.get_args(arg)[0], part) for part in text.split(",") if part]
     return text
 
 

@@ -23,6 +23,7 @@ from orchestrator.config.schema import (
 )
 from orchestrator.errors import ConfigError
 
+_NONE = "set optim.transfer=none"
 _SAME = 1e-9  # two factors that differ by no more are one, written in other digits
 
 
@@ -126,13 +127,13 @@ def describe_transfer(optim: OptimConfig, model: ModelConfig) -> list[str]:
     return [f"{optim.transfer}: width {model.dim} ({by.width:g} x the base's){depth}{made}"]
 
 
-def check_transfer(optim: OptimConfig, model: ModelConfig) -> list[ConfigError]:
-    """Return everything that is wrong with `optim.transfer` for a model.
+def check_transfer(config: RunConfig) -> list[ConfigError]:
+    """Return everything that is wrong with `optim.transfer`.
 
     Args:
-        optim: of the run.
-        model: of the run.
+        config: of a run.
     """
+    optim, model = config.optim, config.model
     if not isinstance(optim, (AdamWConfig, MuonConfig)):
         return []
     if optim.transfer == "none":
@@ -145,19 +146,22 @@ def check_transfer(optim: OptimConfig, model: ModelConfig) -> list[ConfigError]:
         return [ConfigError(what, got="optim.base.dim=null", fix="set optim.base.dim=128, for instance")]
     if any(value is not None and value <= 0 for value in astuple(optim.base)):
         return []  # said by check_ranges
-    return [*_without_rules(optim, model)] or [*_other_factors(optim, model)]
+    problems = [*_without_rules(optim, model)]
+    if config.train.lora.rank is not None:
+        what = "optim.transfer has no rules for adapters, which are as narrow in every model"
+        problems.append(ConfigError(what, got=f"train.lora.rank={config.train.lora.rank}", fix=_NONE))
+    return problems or [*_other_factors(optim, model)]
 
 
 def _without_rules(optim: AdamWConfig | MuonConfig, model: ModelConfig) -> Iterator[ConfigError]:
     """List what of the model no rule is known for."""
     base, rule = optim.base, optim.transfer
-    fix = "set optim.transfer=none, or another model"
     if model._target_ is not None:
         what = "optim.transfer scales what the product's own model computes"
-        yield ConfigError(what, got=f"model._target_={model._target_}", fix=fix)
+        yield ConfigError(what, got=f"model._target_={model._target_}", fix=_NONE)
     if model.mla.kv_lora_rank:
         what = "optim.transfer has no rules for the latents of latent attention"
-        yield ConfigError(what, got=f"model.mla.kv_lora_rank={model.mla.kv_lora_rank}", fix=fix)
+        yield ConfigError(what, got=f"model.mla.kv_lora_rank={model.mla.kv_lora_rank}", fix=_NONE)
     if model.layer_heads and base.heads is not None:
         what = "layers with different numbers of heads are compared with a base by their width alone"
         yield ConfigError(what, got=f"optim.base.heads={base.heads}", fix="leave optim.base.heads out")

@@ -142,7 +142,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
     parts = (
         _hardware(config.hardware),
         check_model(config.model),
-        check_transfer(config.optim, config.model),
+        check_transfer(config),
         check_data_config(config.data),
         check_schedule(config.optim.schedule),
         _batch(config),
@@ -174,7 +174,7 @@ def check_stored(config: RunConfig) -> list[ConfigError]:
     Args:
         config: of a run.
     """
-    return [*check_ranges(config), *check_model(config.model), *check_transfer(config.optim, config.model)]
+    return [*check_ranges(config), *check_model(config.model), *check_transfer(config)]
 
 
 def check_ranges(config: RunConfig) -> list[ConfigError]:

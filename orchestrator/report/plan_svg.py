@@ -81,7 +81,7 @@ def log_chart(
     heading = f"<figcaption>{escape(title)}{_legend(lines)}</figcaption>"
     if not points:
         return f'<figure class="chart">{heading}<p class="empty">Nothing to draw: the figures are unknown.</p></figure>'
-    frame = _LogFrame(1000.0, height, points)
+    frame = LogFrame(1000.0, height, points)
     body = [*frame.grid(x_title, y_title)]
     body += [frame.curve(line) for line in lines if len(line.points) > 1]
     body += [frame.dot(dot) for dot in dots]
@@ -92,8 +92,14 @@ def log_chart(
     )
 
 
-class _LogFrame:
-    """The scales of a chart."""
+class LogFrame:
+    """The scales of a chart with logarithmic axes, and what is drawn on them.
+
+    Args:
+        width: in pixels.
+        height: in pixels.
+        points: all that are drawn.
+    """
 
     def __init__(self, width: float, height: float, points: Sequence[tuple[float, float]]):
         self._width, self._height = width, height
@@ -101,14 +107,30 @@ class _LogFrame:
         self._y_low, self._y_high = _spread([y for _, y in points])
 
     def x(self, value: float) -> float:
+        """Return a place on the horizontal axis, in pixels.
+
+        Args:
+            value: of the axis.
+        """
         share = (math.log10(value) - self._x_low) / (self._x_high - self._x_low)
         return _LEFT + share * (self._width - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
+        """Return a place on the vertical axis, in pixels.
+
+        Args:
+            value: of the axis.
+        """
         share = (self._y_high - math.log10(value)) / (self._y_high - self._y_low)
         return _TOP + share * (self._height - _TOP - _BOTTOM)
 
     def grid(self, x_title: str, y_title: str) -> list[str]:
+        """Draw axes, ticks and their titles.
+
+        Args:
+            x_title: of the x axis.
+            y_title: of the y axis.
+        """
         bottom, right = self._height - _BOTTOM, self._width - _RIGHT
         parts = []
         for tick in _ticks(self._y_low, self._y_high):
@@ -127,11 +149,21 @@ class _LogFrame:
         return parts
 
     def curve(self, line: Line) -> str:
+        """Draw a curve.
+
+        Args:
+            line: through its points.
+        """
         path = "M" + "L".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in line.points)
         dashed = " dashed" if line.dashed else ""
         return f'<path class="line stroke{line.tone}{dashed}" d="{path}"/>'
 
     def dot(self, dot: Dot) -> str:
+        """Draw a point.
+
+        Args:
+            dot: with its label.
+        """
         x, y = self.x(dot.x), self.y(dot.y)
         kind = f"ring stroke{dot.tone}" if dot.hollow else f"tone{dot.tone}"
         title = f"<title>{escape(dot.title or dot.label)}</title>"

@@ -33,8 +33,9 @@ WIDTH, DEPTH = TransferBaseConfig(dim=16), TransferBaseConfig(dim=16, layers=2)
 
 
 def _config(optim: AdamWConfig | MuonConfig, model: ModelConfig = MODEL) -> RunConfig:
-    assert check_transfer(optim, model) == []
-    return settle_transfer(RunConfig(optim=optim, model=model))
+    config = RunConfig(optim=optim, model=model)
+    assert check_transfer(config) == []
+    return settle_transfer(config)
 
 
 def _factors(config: RunConfig) -> dict[str, Factors]:
@@ -130,7 +131,7 @@ def _shapes(name: str) -> list[tuple[str, tuple[int, ...]]]:
 def test_what_is_settled_stays_settled_also_through_yaml():
     config = _config(AdamWConfig(transfer="completep", base=replace(DEPTH, head_dim=2, logit_scale=0.3)))
     assert settle_transfer(from_dict(RunConfig, to_dict(config))) == config
-    assert check_transfer(config.optim, config.model) == []
+    assert check_transfer(config) == []
     assert config.model.logit_scale == pytest.approx(0.3 / 4)
     said = "completep: width 64 (4 x the base's), layers 4 (2 x the base's), logit_scale 0.075, residual_scale 0.5, "
     assert describe_transfer(config.optim, config.model)[0].startswith(said)
@@ -149,7 +150,7 @@ def test_what_is_settled_stays_settled_also_through_yaml():
     ],
 )
 def test_what_has_no_rule_is_said(optim, model, said):
-    problems = check_transfer(AdamWConfig(**optim), replace(MODEL, **model))
+    problems = check_transfer(RunConfig(optim=AdamWConfig(**optim), model=replace(MODEL, **model)))
     assert len(problems) == 1
     assert said in str(problems[0])
 
