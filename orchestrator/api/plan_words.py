@@ -199,6 +199,7 @@ def _request(
         loss_chunk_tokens=train.loss_chunk_tokens if ours else None,
         document_mask=ours and composed.config.data.document_mask,
         optimizer=optimizer_kind(composed.config.optim) if ours else "adamw",
+        average=ours and train.ema.decay is not None,
     )
     failures = FailureOptions(**known)
     return Request(job, tokens, batch, space, widest, restricted, failures, measured=measured)

@@ -81,6 +81,7 @@ class ExportOptions:
         help="hf (transformers; adapters merged), peft (adapters alone), dcp (torch.distributed.checkpoint; pickle)",
     )
     dtype: Literal["stored", "fp32", "bf16", "fp16"] = option("stored", help="of the weights: stored, fp32, bf16, fp16")
+    weights: Literal["trained", "ema"] = option("trained", help="trained, or ema: their average (train.ema.decay)")
     max_shard_gb: float = option(5.0, help="of one file of hf, in GB of 10^9 bytes")
     names: Literal["own", "hf"] = option("own", help="of dcp's tensors: own, or hf (those of transformers)")
     verify: bool = option(True, help="hash the checkpoint first")
@@ -256,6 +257,7 @@ def _export(options: ExportOptions) -> int:
     if not options.max_shard_gb > 0:
         raise ConfigError("'max_shard_gb' is out of range", got=options.max_shard_gb, allowed="more than 0")
     from orchestrator.checkpoint.adapters import open_base
+    from orchestrator.checkpoint.averaged import averaged
     from orchestrator.interop.exporting import export_dcp, export_hf, weight_bytes
 
     checkpoint = _open(options.path, options.runs_dir)
@@ -263,6 +265,8 @@ def _export(options: ExportOptions) -> int:
         total = sum(file.bytes for file in part.manifest.files.values())
         with Bar("verify", total, options.progress) as bar:
             part.verify(bar.add)
+    if options.weights == "ema":
+        checkpoint = averaged(checkpoint)
     if options.format == "peft":
         from orchestrator.interop.peft_adapters import export_peft
 
@@ -276,7 +280,8 @@ def _export(options: ExportOptions) -> int:
             exported = export_hf(checkpoint, options.output, options.dtype, limit, bar.add)
         else:
             count = export_dcp(checkpoint, options.output, options.dtype, options.names, bar.add)
-    print(f"step {checkpoint.step} of {checkpoint.directory} is now {options.output}")
+    which = ", averaged weights," if options.weights == "ema" else ""
+    print(f"step {checkpoint.step} of {checkpoint.directory}{which} is now {options.output}")
     if options.format == "dcp":
         print(f"{count} tensors, weights alone")
         return 0

@@ -39,6 +39,14 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """An exponential moving average of the weights, beside them."""
+
+    decay: float | None = None  # what the average keeps of itself at each update; None: there is none
+    every_steps: int = 1  # between two updates
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch size, evaluation and numerical settings of the training."""
 
@@ -62,5 +70,6 @@ class TrainConfig:
     rewind_skip_steps: int = 0  # least batches that a rewind leaves out, from its checkpoint on
     init_from: str | None = None  # weights to start from: latest, a run, a checkpoint, or hf:DIRECTORY
     lora: LoraConfig = LoraConfig()
+    ema: EmaConfig = EmaConfig()
     objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep
     sample: SampleConfig = SampleConfig()

@@ -15,6 +15,7 @@ from orchestrator.config.optimizers import LARGEST, check_optimizer, check_sched
 from orchestrator.config.schema import (
     CheckpointConfig,
     HardwareConfig,
+    OwnOptimConfig,
     PrometheusConfig,
     RunConfig,
 )
@@ -95,6 +96,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.seq_len": (2, 1 << 30),
     "train.global_batch_tokens": (-_LARGEST, 1 << 40),  # its least is a sequence: see _batch
     "train.eval_every": _STEPS,
+    "train.ema.every_steps": _STEPS,
     "train.eval_tokens": (1, 10**12),
     "train.loss_chunk_tokens": (1, 1 << 30),
     "train.micro_batch_size": (1, 1 << 20),
@@ -145,6 +147,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
         check_transfer(config),
         check_data_config(config.data),
         check_schedule(config.optim.schedule),
+        _average(config),
         _batch(config),
         _checkpoint(config.checkpoint),
         _prometheus(config.logger.prometheus),
@@ -201,9 +204,11 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         if value is not None and not 0 < value <= LARGEST
     ]
     problems += _weights([source.weight for source in config.data.sources])
-    below_one = {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction")}
+    below_one = {key: _get(config, key) for key in ("model.dropout", "data.validation_fraction", "train.ema.decay")}
     problems += [
-        out_of_range(key, value, "0 or more and less than 1") for key, value in below_one.items() if not 0 <= value < 1
+        out_of_range(key, value, "0 or more and less than 1")
+        for key, value in below_one.items()
+        if value is not None and not 0 <= value < 1
     ]
     names = ("min_lr_ratio", "decay_fraction", "warmup_fraction")
     ratios = {f"optim.schedule.{name}": getattr(config.optim.schedule, name) for name in names}
@@ -304,6 +309,25 @@ def _hardware(hardware: HardwareConfig) -> list[ConfigError]:
             )
         )
     return problems
+
+
+def _average(config: RunConfig) -> Iterator[ConfigError]:
+    if config.train.ema.decay is None:
+        return
+    got = f"train.ema.decay={config.train.ema.decay:g} with"
+    if isinstance(config.optim, OwnOptimConfig):
+        yield ConfigError(
+            "the average of the weights is kept in the optimizer's state, which one of the user's begins itself",
+            got=f"{got} optim._target_",
+            allowed="optim=adamw, muon, adafactor or sgd",
+            fix="leave out train.ema.decay; schedule-free optimizers average themselves",
+        )
+    if config.train.lora.rank is not None:
+        yield ConfigError(
+            "adapters are not averaged",
+            got=f"{got} train.lora.rank={config.train.lora.rank}",
+            fix="leave out one of them",
+        )
 
 
 def _batch(config: RunConfig) -> list[ConfigError]:

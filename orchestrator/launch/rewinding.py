@@ -156,6 +156,8 @@ def _restore(job: Job, found: Diverged) -> tuple[Checkpoint | None, Position]:
     place = replace(resolved.place, resume_from=where)
     restored = fill(replace(resolved, paths=place, takes_older=True), module, job.loader.stream, trusted)
     restored = restored if where is not None else None
+    if module.average is not None:
+        module.average.begin(restored)
     return restored, data_position(restored, job.loader.stream)
 
 

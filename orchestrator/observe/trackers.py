@@ -36,6 +36,7 @@ TAGS = {
     "memory_bytes": "speed/memory_bytes",
     "val_loss": "val/loss",
     "val_perplexity": "val/perplexity",
+    "val_loss_ema": "val/loss_ema",
     "epochs": "data/epochs",
 }
 """Keys of a row, and what they are called where people look at them: grouped by what is before the slash."""

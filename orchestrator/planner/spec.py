@@ -143,6 +143,7 @@ class JobSpec:
         document_mask: attention does not cross documents, which takes a mask of every pair of positions.
         optimizer: `adamw`, `adamw bf16` or `adamw int8` (of its moments), `muon`, `adafactor`, `sgd`, or
             `sgd without momentum`.
+        average: a moving average of the weights is kept beside them.
     """
 
     model: ModelShape
@@ -154,6 +155,7 @@ class JobSpec:
     loss_chunk_tokens: int | None = None
     document_mask: bool = False
     optimizer: str = "adamw"
+    average: bool = False
 
     @property
     def element_bytes(self) -> int:

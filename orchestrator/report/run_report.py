@@ -181,6 +181,7 @@ def _charts(data: RunData, facts: Mapping[str, Any]) -> str:
     entropy = facts["unigram_entropy_nats"]
     rules = [] if entropy is None else [(entropy, "unigram entropy", "entropy")]
     validation = Series("validation", data.series("val_loss", data.evals), "validation", dots=True)
+    average = Series("validation, averaged weights", data.series("val_loss_ema", data.evals), "rate", dots=True)
     lines = [(step, "") for step, _ in boundaries]
 
     def small(key: str, title: str, points: Sequence[Point], style: str, unit: str = "") -> str:
@@ -192,7 +193,9 @@ def _charts(data: RunData, facts: Mapping[str, Any]) -> str:
         small(key, title, points, "norm") for key, title in _FURTHER_CHARTS.items() if (points := data.series(key))
     ]
     parts = [
-        Chart("loss", "Loss (nats per token)", [*train, validation], 1000.0, 360.0, rules, boundaries).render(),
+        Chart(
+            "loss", "Loss (nats per token)", [*train, validation, average], 1000.0, 360.0, rules, boundaries
+        ).render(),
         small("speed", "Tokens per second", data.series("tokens_per_second"), "speed"),
         small("norm", "Gradient norm", data.series("grad_norm"), "norm"),
         small("rate", "Learning rate", data.series("lr"), "rate"),

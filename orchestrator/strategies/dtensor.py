@@ -215,10 +215,7 @@ class DTensorStrategy(ParallelStrategy):
 
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         """Return views of this rank's shards; units that stayed gathered are resharded first."""
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # A forward pass without a backward one (evaluation, a sample) leaves some units gathered.
-                module.reshard()
+        self.release_gathered(model)
         shards = []
         for name, parameter in local_parameters(model):
             placement, slices = self.placements[model][name], self._slices(model, name)
@@ -228,6 +225,11 @@ class DTensorStrategy(ParallelStrategy):
                 owns, at = functools.partial(self._owns, model, name), (self.layout, self.world.rank)
                 shards += optimizer_shards(name, parameter, placement, optimizer, owns, at)
         return shards
+
+    def release_gathered(self, model: ShardableModel) -> None:
+        """Reshard the units that a forward pass without a backward one (evaluation, a sample) has left gathered."""
+        for module in fsdp_modules(model):
+            module.reshard()
 
     def _owns(self, model: ShardableModel, name: str, reduced: Reduced = ()) -> bool:
         """Whether this rank writes and counts its part of a parameter: the first of those that have it."""

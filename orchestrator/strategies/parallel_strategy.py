@@ -241,6 +241,13 @@ class ParallelStrategy(TrainerStrategy, ModelCopies, TextRows):
         """Return the number of elements of the whole `model`, wherever they are."""
         return sum(math.prod(placement.shape) for placement in self.placements[model].values())
 
+    def release_gathered(self, model: ShardableModel) -> None:
+        """Let go of weights that were gathered whole: this rank's parts are changed outside of an optimizer's step.
+
+        Args:
+            model: sharded.
+        """
+
     def held_elsewhere(self, model: ShardableModel) -> set[str]:
         """Return the names of parameters of `model` of which this process has no part, as a pipeline divides them."""
         return set(self.placements[model]) - {name for name, _ in local_parameters(model)}

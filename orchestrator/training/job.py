@@ -136,6 +136,8 @@ def build(
         module.make_optimizer()
     source = snapshot or fill(resolved, module, tokens.stream, trusted, opened)
     restored = source if resumes else snapshot
+    if module.average is not None:
+        module.average.begin(restored)
     if memory is not None:
         memory.keep_only(snapshot.directory.name if snapshot else None)
     tokens.position = data_position(restored, tokens.stream)

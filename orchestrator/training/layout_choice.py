@@ -120,6 +120,7 @@ def _job(config: RunConfig) -> JobSpec:
         loss_chunk_tokens=train.loss_chunk_tokens,
         document_mask=config.data.document_mask,
         optimizer=optimizer_kind(config.optim),
+        average=train.ema.decay is not None,
     )
 
 

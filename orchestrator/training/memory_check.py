@@ -125,6 +125,7 @@ def _estimate(resolved: Resolved, target: Target) -> MemoryEstimate:
         loss_chunk_tokens=train.loss_chunk_tokens,
         document_mask=config.data.document_mask,
         optimizer=optimizer_kind(config.optim),
+        average=train.ema.decay is not None,
     )
     overhead = _PROCESS_BYTES if target.name == "cpu" else Calibration("", "").context_bytes
     constants = Calibration("orchestrator", target.name, eager_kept=2.0, fused_norms=True, context_bytes=overhead)

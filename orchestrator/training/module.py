@@ -33,6 +33,7 @@ from orchestrator.training.optimizer_setup import PEAK, build_optimizer
 from orchestrator.training.parameter_groups import describe_groups, trained
 from orchestrator.training.placed_model import build_placed, factors_of
 from orchestrator.training.resolved import settle_optimizer, settle_unplanned, settle_vocabulary
+from orchestrator.training.weight_average import WeightAverage
 
 
 class LanguageModule(lightning.LightningModule):
@@ -62,6 +63,7 @@ class LanguageModule(lightning.LightningModule):
         micro_batch: sequences per backward pass on this process.
         guard: keeps what is not finite from the weights.
         optimizer: of the parameters, with state; there when it is configured.
+        average: of the weights; None where none is kept.
         groups: a line for each entry of `optim.groups`.
 
     Raises:
@@ -79,6 +81,7 @@ class LanguageModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.config = settle_vocabulary(settle_unplanned(settle_transfer(config)), vocab_size)
         self.step, self.lr = 0, 0.0
+        self.average: WeightAverage | None = None
         self.groups: list[str] = []
         self.record: Callable[..., None] = lambda **values: None
         self._given = parallel
@@ -129,7 +132,11 @@ class LanguageModule(lightning.LightningModule):
         self.groups = [*describe_transfer(config, self.config.model), *describe_groups(members)]
         parts, seed = parallel.parts(self.model), self.config.seed
         self.optimizer = build_optimizer(self.model, config, device, parts, restoring, members, seed)
+        if self.config.train.ema.decay is not None:
+            self.average = WeightAverage(self.model, self.optimizer, parallel, self.config.train.ema)
         parallel.prepare_optimizer(self.model, self.optimizer)
+        if self.average is not None and self._given is None:
+            self.average.begin(None)  # a Trainer's checkpoint is read behind this
         return self.optimizer
 
     def transfer_batch_to_device(self, batch: Mapping[str, Any], device: Any, dataloader_idx: int) -> Batch:
@@ -153,6 +160,8 @@ class LanguageModule(lightning.LightningModule):
         bad = self.guard.judge(self.step + 1, loss, norm)
         with self.parallel.update_unless(self.model, self.optimizer, bad):
             optimizer.step()
+            if self.average is not None:
+                self.average.update(self.step + 1, bad)
             if routing is not None and self.config.train.lora.rank is None:
                 self.model.balance_experts(routing, bad)
         optimizer.zero_grad()
@@ -238,6 +247,8 @@ class LanguageModule(lightning.LightningModule):
             for number, batch in enumerate(batches):
                 self._set = rows[sets[number]].to(self._totals.device) if count > 1 else None
                 self.validation_step(self.parallel.prepare_batch(batch), number)
+            # Where other weights than those of the training were evaluated, it must not go on with what was gathered.
+            self.parallel.release_gathered(self.model)
         self._set = None
         self.model.train()
         return self._validation_losses()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.checkpoint.averaged import AVERAGE, has_average
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import STATE
 from orchestrator.checkpoint.merged_weights import read_weights
@@ -32,6 +33,7 @@ from orchestrator.training.resolved import Resolved
 from orchestrator.training.state_conversion import widen
 
 _NAMED = 4  # tensors that are listed
+_AVERAGE = f"optimizer.{AVERAGE}."
 
 
 def restore_run(
@@ -264,6 +266,8 @@ def fill(
         NonFiniteError: its numbers are not finite; the same.
     """
     shards = parallel.state_shards(model, optimizer)
+    if not has_average(checkpoint):
+        shards = [shard for shard in shards if not shard.name.startswith(_AVERAGE)]  # it begins with the weights
     verify = config.checkpoint.verify_on_load or checkpoint.partial
     check: Coordinator | None = parallel if verify else None
     # Moments that are stored in fewer bits are read as they are, and widened.
@@ -274,7 +278,8 @@ def fill(
         elif optimizer is None:
             read_weights(checkpoint, reads, cast, check, progress, parallel.held_elsewhere(model), trusted)
         else:
-            read_into(checkpoint, reads, [], cast, check, progress, parallel.held_elsewhere(model))
+            unwanted = [] if config.train.ema.decay is not None else [_AVERAGE]
+            read_into(checkpoint, reads, unwanted, cast, check, progress, parallel.held_elsewhere(model))
     for one in widened:
         one.finish()
     if names := find_nonfinite(shards, parallel):

@@ -185,7 +185,14 @@ def test_every_numeric_key_has_a_rule():
     """A new number of the schema is either given a rule or named here."""
     without = {f"optim.schedule.{key}" for key in ("min_lr_ratio", "decay_fraction", "warmup_fraction")}
     without |= {f"train.lora.{key}" for key in ("rank", "alpha", "dropout")}  # check_lora_ranges
-    ruled = {*rules._COUNTS, *rules._NOT_NEGATIVE, *rules._ABOVE_ZERO, "model.dropout", "data.validation_fraction"}
+    ruled = {
+        *rules._COUNTS,
+        *rules._NOT_NEGATIVE,
+        *rules._ABOVE_ZERO,
+        "model.dropout",
+        "data.validation_fraction",
+        "train.ema.decay",
+    }
 
     def numbers(value: Any, prefix: str = ""):
         for field in dataclasses.fields(value):

@@ -1,4 +1,4 @@
-"""Muon and Adafactor on the XLA strategy against the torch-native one: losses, and state that moves between them."""
+"""Muon, Adafactor and averaged weights on the XLA strategy against the torch-native one: losses, and what moves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.lab.tensors import read_all
 from tests.xla.test_conformance import NATIVE, RELATIVE, XLA, runs  # noqa: F401
 
 OPTIMIZERS = {"muon": ["optim=muon"], "adafactor": ["optim=adafactor", "optim.lr=0.05"]}
+OPTIMIZERS["average"] = ["train.ema.decay=0.75"]
 LAYOUT = XLA["fsdp2_tensor2"]
 
 

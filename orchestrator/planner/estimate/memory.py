@@ -162,7 +162,7 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     return MemoryEstimate(
         parameters=constants.weight_bytes * weights,
         gradients=summed,
-        optimizer=constants.optimizer_bytes * moments,
+        optimizer=(constants.optimizer_bytes + 4.0 * job.average) * moments,
         activations=kept + working,
         logits=logits,
         communication=_buffers(job, plan, tokens, ends, dense + experts),

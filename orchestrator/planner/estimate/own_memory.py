@@ -54,7 +54,7 @@ def _rank_memory(sizes: _Sizes, capacity: float | None) -> MemoryEstimate:
     return MemoryEstimate(
         parameters=FP32 * sizes.owned,
         gradients=fullest.gradients,
-        optimizer=FP32 * optimizer_elements(job, plan, sizes.owned),
+        optimizer=FP32 * (optimizer_elements(job, plan, sizes.owned) + job.average * sizes.owned),
         activations=fullest.activations,
         logits=fullest.logits,
         communication=fullest.communication,

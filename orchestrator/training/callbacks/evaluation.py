@@ -42,7 +42,8 @@ def opening(stream: TokenStream) -> list[int]:
 class Validation(lightning.Callback):
     """Evaluates loss and perplexity on the held-out data, every so many steps and at the end, if there is any.
 
-    With several sets, of names or of sources, each has a loss of its own, too: `val_loss/NAME`.
+    With several sets, of names or of sources, each has a loss of its own, too: `val_loss/NAME`. Where an average of the
+    weights is kept, it is evaluated on the same data: `val_loss_ema`.
 
     Args:
         metrics: gets a row per evaluation.
@@ -91,15 +92,20 @@ class Validation(lightning.Callback):
         self._done_at = pl_module.step
         self._metrics.flush()
         shown = self._progress.watch("validating", self._batches) if self._progress else self._batches
+        of_average: dict[str, float] = {}
         with standing.within(standing.EVALUATING):
             loss, *of_sets = pl_module.evaluate(shown, self._batches.numbers).tolist()
+            if pl_module.average is not None:
+                with pl_module.average.in_place():
+                    of_average["val_loss_ema"] = pl_module.evaluate(self._batches)[0].item()
         # exp of a diverged loss does not fit a float.
         perplexity = math.exp(min(loss, 700.0))
         labels = self._batches.labels
         each = dict(zip(labels, of_sets, strict=True)) if len(labels) > 1 else {}
         own = {f"val_loss/{label}": value for label, value in each.items()}
-        self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity, **own)
+        self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity, **own, **of_average)
         more = f" ({', '.join(f'{label} {value:.4f}' for label, value in each.items())})" if each else ""
+        more += "".join(f", of the average {value:.4f}" for value in of_average.values())
         self._say(f"step {pl_module.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{more}")
         self._metrics.pause()
         if not math.isfinite(loss):
