@@ -21,11 +21,13 @@ from orchestrator.planner.job_plan import Request
 from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.quantity import Value, given
 from orchestrator.planner.search import Space
-from orchestrator.planner.spec import JobSpec, ModelShape, Precision
+from orchestrator.planner.spec import COMPUTE_OPTIMAL, JobSpec, ModelShape, Precision
 
 if TYPE_CHECKING:
     from orchestrator.chips.catalogue import Catalogue
 
+ANY_SHAPE = ModelShape(COMPUTE_OPTIMAL, 2, 64, 256, 1, 1, 64, 32_768)
+"""Stands for the model that `target_loss=` chooses, until the tokens are known."""
 SEQ_LEN = 8192  # where neither the command line nor an experiment says; less for models made for less
 _TOKENS = 1e12
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([kKMBT]?)")
@@ -38,6 +40,8 @@ class PlanOptions:
 
     fleet: str = option(help="the chips, see above")
     tokens: str | None = option(None, help="of the run: 15T, 200B; none: an experiment's, else a trillion")
+    target_loss: float | None = option(None, help="loss to reach, nats per token; fit= says the tokens, and the model")
+    fit: str | None = option(None, help="of target_loss=: a file of python -m orchestrator scaling-law")
     objective: Literal["time", "cost", "energy"] = option("time", help="fleets are ranked by it: time, cost, energy")
     precision: Literal["bf16", "fp8", "fp32"] | None = option(None, help="bf16, fp8, fp32; none: hardware.precision")
     axes: Literal["all", "train"] = option("all", help="all, or train: those that the strategies of train have")
@@ -147,6 +151,10 @@ def read_request(words: list[str], options: PlanOptions) -> Request:
     except ConfigError as error:
         problems.append(error)
     given_keys = {word.partition("=")[0] for word in words}
+    problems += _check_target(options, given_keys)
+    chooses = options.target_loss is not None and not given_keys & {"model", "experiment"}
+    if chooses:
+        shape, longest, rest = ANY_SHAPE, SEQ_LEN, [*rest, f"model.max_seq_len={SEQ_LEN}"]
     if not given_keys & {"train.global_batch_tokens", "experiment"}:
         # Any batch will do while the configuration is checked: the real one follows the fleet.
         rest = [*rest, "train.global_batch_tokens=${train.seq_len}"]
@@ -155,10 +163,32 @@ def read_request(words: list[str], options: PlanOptions) -> Request:
         if not problems:
             if shape is None:
                 shape, longest = _shape(composed), composed.config.model.max_seq_len
-            return _request(composed, shape, longest, given_keys, asked, options)
+            request = _request(composed, shape, longest, given_keys, asked, options)
+            if options.target_loss is None or options.fit is None:
+                return request
+            from orchestrator.api.target_requests import aimed  # with NumPy, too
+
+            return aimed(request, options.target_loss, options.fit, chooses)
     except UserError as error:
         problems += _all(error)
     raise ConfigErrors(problems)
+
+
+def _check_target(options: PlanOptions, keys: set[str]) -> list[UserError]:
+    """Return what is wrong with `target_loss=` and `fit=` beside the other words."""
+    if (options.target_loss is None) != (options.fit is None):
+        got = f"target_loss={options.target_loss} fit={options.fit}"
+        return [ConfigError("target_loss= and fit= belong together", got=got, fix="give both, or none")]
+    if options.target_loss is None:
+        return []
+    others = [name for name in ("tokens", "jobs", "measured") if getattr(options, name) is not None]
+    others += sorted(keys & {"train.max_steps"})
+    if "model" not in keys and "experiment" not in keys:
+        others += sorted(key for key in keys if key.startswith("model."))
+    return [
+        ConfigError(f"target_loss= decides what {name}= would say", got=f"{name}=", fix="leave out one")
+        for name in others
+    ]
 
 
 def _request(

@@ -74,7 +74,8 @@ class Plans:
             plain: without characters beyond ASCII.
             explain: as for `to_dict`.
         """
-        parts = [about(self.request), PlanText(plain).write(list(self.fleets), self.objective)]
+        target = [] if self.request.target is None else ["\n".join(self.request.target.lines())]
+        parts = [about(self.request), *target, PlanText(plain).write(list(self.fleets), self.objective)]
         parts += [_derivation(plan, explain) for plan in self.fleets if explain]
         return "\n\n".join(parts)
 
@@ -127,6 +128,10 @@ def plan_fleets(request: Request, fleets: Sequence[Fleet], catalogue: Catalogue,
         options: the user's limits and the objective.
     """
     plans = rank([plan_fleet(request, fleet, catalogue) for fleet in fleets], options.objective)
+    if request.target is not None:
+        from orchestrator.api.target_requests import with_interval
+
+        plans = [with_interval(plan, catalogue) for plan in plans]
     return Plans(request, _within(plans, options), options.objective, catalogue)
 
 

@@ -28,6 +28,7 @@ VERBS = {
     "watch": "follow a run on the terminal",
     "compare": "runs, or certificates, side by side: losses, speed, and what differs between them",
     "plan": "what a run needs, on whose chips, how long and for how much, before anyone pays",
+    "scaling-law": "fit the losses of a ladder of runs: what more parameters and tokens bring",
     "checkpoint": "look into checkpoints, check, compare, convert and prune them",
     "coordinate-check": "whether activations keep their size as a model gets wider or deeper, by what rule",
     "rehearse": "whether a run fits a TPU, by Google's own compiler and without a TPU",

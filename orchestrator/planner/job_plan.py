@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from orchestrator.chips.catalogue import Catalogue
 from orchestrator.errors import ConfigError
@@ -20,6 +21,9 @@ from orchestrator.planner.quantity import Value
 from orchestrator.planner.search import LEADERS, Batch, Candidate, Estimators, SearchResult, Space, search
 from orchestrator.planner.slices import is_tpu, legal_shapes
 from orchestrator.planner.spec import JobSpec
+
+if TYPE_CHECKING:
+    from orchestrator.planner.target_loss import TargetLoss
 
 MOST_CHIPS = 2**20
 BATCH_LEAST, BATCH_MOST, BATCH_PER_CHIP = 2**22, 2**26, 1024
@@ -42,6 +46,7 @@ class Request:
         failures: rates, and how the job recovers.
         estimators: of memory and time.
         measured: a run whose figures replace what would be assumed; None: there is none.
+        target: the loss that decides model and tokens; None: they were given.
     """
 
     job: JobSpec
@@ -53,6 +58,7 @@ class Request:
     failures: FailureOptions = FailureOptions()
     estimators: Estimators = Estimators()
     measured: MeasuredRun | None = None
+    target: TargetLoss | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def as_data(request: Request, plans: Sequence[FleetPlan], objective: str, explai
         "seq_len": request.job.seq_len,
         "precision": request.job.precision,
         "tokens": request.tokens.as_dict(),
+        **({} if request.target is None else {"target": request.target.as_data()}),
         "objective": objective,
         "fleets": [
             {

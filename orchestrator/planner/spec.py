@@ -15,6 +15,9 @@ Remat = Literal["none", "selective", "full", "offload"]
 Precision = Literal["fp32", "bf16", "fp8"]
 Reduce = Literal["each", "last"]
 
+COMPUTE_OPTIMAL = "compute-optimal"
+"""The name of a model whose sizes a scaling law has chosen."""
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -72,6 +72,7 @@ def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves:
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
+        "" if request.target is None else f'<p class="lead">{"<br>".join(map(escape, request.target.lines()))}</p>',
         _table(plans, objective),
         _scatter(plans),
         _scaling(plans, curves),

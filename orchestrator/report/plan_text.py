@@ -12,7 +12,7 @@ from orchestrator.planner.job_plan import FleetPlan, pareto
 from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.portfolio import Portfolio
 from orchestrator.planner.search import Candidate
-from orchestrator.planner.spec import MemoryEstimate
+from orchestrator.planner.spec import COMPUTE_OPTIMAL, MemoryEstimate, ModelShape
 from orchestrator.report.run_text import aligned
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication", "overhead")
@@ -44,9 +44,19 @@ def train_words(best: Candidate) -> str:
     degrees += f" layout.schedule={plan.schedule}" if plan.pipeline > 1 else ""
     degrees += f" layout.context_kind={plan.context_kind}" if plan.context > 1 else ""
     return (
-        f"model={job.model.name} {degrees} train.seq_len={job.seq_len} "
+        f"{_model_words(job.model)} {degrees} train.seq_len={job.seq_len} "
         f"train.global_batch_tokens={job.global_batch_tokens} "
         f"train.micro_batch_size={plan.micro_batch} train.remat={plan.remat}"
+    )
+
+
+def _model_words(shape: ModelShape) -> str:
+    if shape.name != COMPUTE_OPTIMAL:
+        return f"model={shape.name}"
+    # The law has chosen the sizes; all else is Llama 3's.
+    keys = ("layers", "dim", "mlp_dim", "heads", "kv_heads")
+    return " ".join(
+        ["model=llama3_8b", *(f"model.{key}={getattr(shape, key)}" for key in keys), f"model.vocab_size={shape.vocab}"]
     )
 
 

@@ -190,14 +190,14 @@ def ticks_between(low: float, high: float, count: int, *, whole: bool = False) -
 
 
 def format_number(value: float) -> str:
-    """Format a number with up to four digits: 1.2M, 34k, 0.0012, 3e-5.
+    """Format a number with up to four digits: 1.2M, 34k, 0.0012, 3e-5, 6e23.
 
     Args:
         value: the number.
     """
     if value == 0:
         return "0"
-    if abs(value) < 1e-3:
+    if abs(value) < 1e-3 or abs(value) >= 1e15:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     divisor, suffix = _scale(abs(value))
