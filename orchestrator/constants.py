@@ -11,5 +11,8 @@ CODE_BLOCK = 64
 LORA_A, LORA_B = "lora_a", "lora_b"
 """Names of the two matrices of an adapter, in the layer that it lies beside."""
 
+ALL_LINEAR = "all-linear"
+"""Stands in `train.lora.target_modules` for every matrix that an adapter can lie beside."""
+
 SCALE = "_scale"
 """Ends the key of those scales, behind the key of the state."""

@@ -12,6 +12,7 @@ from orchestrator.config.compose import Composed, compose, conf_dir, group_optio
 from orchestrator.config.convert import convert_text, from_dict
 from orchestrator.config.options import option
 from orchestrator.errors import ConfigError, ConfigErrors, UserError
+from orchestrator.models.shapes import trained_share
 from orchestrator.planner.degrees import CONTEXT_KINDS, SCHEDULES
 from orchestrator.planner.estimate.goodput import FailureOptions
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
@@ -229,6 +230,7 @@ def _request(
         loss_chunk_tokens=train.loss_chunk_tokens if ours else None,
         document_mask=ours and composed.config.data.document_mask,
         optimizer=optimizer_kind(composed.config.optim) if ours else "adamw",
+        trained=trained_share(composed.config.model, train.lora) if ours else 1.0,
         average=ours and train.ema.decay is not None,
     )
     failures = FailureOptions(**known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from orchestrator.checkpoint.adapters import adapter_record
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.format import (
     ITEM_BYTES,
@@ -54,6 +55,7 @@ def facts(checkpoint: Checkpoint, tensors: bool = False) -> dict[str, Any]:
         "format_version": VERSION,
         "model": model.get("name") if isinstance(model, dict) else None,
         "optimizer": _optimizer(checkpoint, config),
+        "adapters_beside": record.base if (record := adapter_record(checkpoint)) else None,
         "parameters": sum(math.prod(tensor.shape) for tensor in weights),
         "tensors": len(manifest.tensors),
         "tensor_bytes": sum(_bytes(tensor) for tensor in manifest.tensors.values()),

@@ -71,6 +71,7 @@ def inspect_rows(facts: Mapping[str, Any]) -> Iterator[str]:
         ("format", f"version {facts['format_version']}, {_signed(facts)}"),
         ("model", facts["model"] or "unknown"),
         ("parameters", f"{facts['parameters']:,}"),
+        *([("adapters of", facts["adapters_beside"])] if facts["adapters_beside"] else []),
         ("tensors", f"{facts['tensors']:,}, {size_text(facts['tensor_bytes'])}"),
         ("on disk", f"{facts['files']} files, {size_text(facts['bytes_on_disk'])}"),
         ("tokenizer", "in it" if facts["tokenizer"] else "none"),

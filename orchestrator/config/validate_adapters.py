@@ -37,12 +37,6 @@ def check_adapters(config: RunConfig) -> Iterator[ConfigError]:
     lora = config.train.lora
     if lora.rank is None:
         return
-    if config.train.init_from is None and config.resume is None:
-        yield ConfigError(
-            "adapters lie beside weights, and the run has none to start from",
-            got=f"train.lora.rank={lora.rank} without train.init_from",
-            fix="set train.init_from=CHECKPOINT, or leave out train.lora.rank to train all weights",
-        )
     if config.hardware.precision == "fp8":
         yield ConfigError(
             "layers with adapters are not computed in fp8",

@@ -35,9 +35,10 @@ from orchestrator.errors import CheckpointError, ConfigErrors, NonFiniteError
 from orchestrator.interop.hf_config import family_of
 from orchestrator.interop.hf_files import ADAPTER_CONFIG, read_json, regular_file
 from orchestrator.interop.hf_tensor import HFTensor
-from orchestrator.interop.hf_weights import hf_tensors, our_shapes
+from orchestrator.interop.hf_weights import hf_tensors
 from orchestrator.interop.importing import travelling_files
 from orchestrator.interop.outputs import written_aside
+from orchestrator.models.shapes import adapter_shapes, takes_adapter
 from orchestrator.runs.origin import REPORT, SOURCE_CONFIG
 from orchestrator.runs.provenance import software
 from orchestrator.runs.stored_model import files_of, model_of, stored_config
@@ -67,8 +68,6 @@ _SAID = {
 }
 # ... and initial values by which PEFT changes the base, too. Anything else has to be off.
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
-# Of our names: where a mixture of experts begins.
-_MIXTURE = (".mlp.router.", ".mlp.experts.", ".mlp.shared.", ".mlp.shared_gate.")
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -151,14 +150,9 @@ def _hf_tensors(checkpoint: Checkpoint, model: ModelConfig) -> list[HFTensor]:
     return hf_tensors(family_of(model, original.get("model_type")), model)
 
 
-def _can_have(name: str) -> bool:
-    """Whether an adapter can lie beside our parameter `name`, where that is a matrix: of a mixture's parts none can."""
-    return name.startswith("layers.") and name.endswith(".weight") and not any(part in name for part in _MIXTURE)
-
-
 def _matrices(tensors: list[HFTensor]) -> list[HFTensor]:
     """List those of transformers that can have adapters."""
-    return [one for one in tensors if len(one.shape) == 2 and all(map(_can_have, one.parts))]
+    return [one for one in tensors if len(one.shape) == 2 and all(map(takes_adapter, one.parts))]
 
 
 def _joined(tensor: HFTensor, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
@@ -238,7 +232,7 @@ def import_peft(source: Path, output: str, base: Checkpoint) -> PeftImported:
     settings, dropout, rslora = _settings(config, source)
     pairs = _pairs(given, settings, _matrices(_hf_tensors(base, model)), source)
     (lora, scale), pairs = _alike(pairs, dropout, rslora), dict(pairs)
-    tensors = dict(_filled(pairs, lora, scale, our_shapes(model)))
+    tensors = dict(_filled(pairs, lora, scale, model))
     files = {**files_of(base), **travelling_files(None, source, model)[0]}
     files |= {name: base.read(name) for name in (SOURCE_CONFIG, REPORT) if name in base.manifest.files}
     record = record_for(base, scale, Path(output).expanduser().resolve())
@@ -370,21 +364,16 @@ def _alike(pairs: Mapping[str, tuple[Tensor, Tensor, float]], dropout: float, rs
 
 
 def _filled(
-    pairs: Mapping[str, tuple[Tensor, Tensor, float]],
-    lora: LoraConfig,
-    scale: float,
-    shapes: Mapping[str, tuple[int, ...]],
+    pairs: Mapping[str, tuple[Tensor, Tensor, float]], lora: LoraConfig, scale: float, model: ModelConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the adapters of all layers that a run of `lora` has; zeros, in A and in B, stay zeros."""
-    assert lora.rank is not None
-    for name, shape in shapes.items():
-        path = name.rpartition(".")[0]
-        if not _can_have(name) or len(shape) != 2 or path.rpartition(".")[2] not in lora.target_modules:
-            continue
-        whole_a, whole_b = torch.zeros(lora.rank, shape[1]), torch.zeros(shape[0], lora.rank)
+    for name, shape in adapter_shapes(model, lora):
+        path, _, leaf = name.rpartition(".")
+        whole = torch.zeros(shape)
         if path in pairs:
             a, b, own = pairs[path]
-            whole_a[: a.shape[0]] = a
-            whole_b[:, : a.shape[0]] = b if own == scale else b * (own / scale)
-        yield f"model.{path}.{LORA_A}", whole_a
-        yield f"model.{path}.{LORA_B}", whole_b
+            if leaf == LORA_A:
+                whole[: a.shape[0]] = a
+            else:
+                whole[:, : b.shape[1]] = b if own == scale else b * (own / scale)
+        yield f"model.{name}", whole

@@ -130,6 +130,12 @@ def _new(composed: Composed, check: bool, main: bool, name: str | None) -> Plan:
     composed = with_imported(composed, say=main)
     point = init_from.find(composed, check, warn)
     checkpoint = point.checkpoint if point else None
+    if checkpoint is None and (rank := composed.config.train.lora.rank) is not None:
+        raise ConfigError(
+            "adapters lie beside weights, and the run has none to start from",
+            got=f"train.lora.rank={rank} without train.init_from",
+            fix="set train.init_from=CHECKPOINT or hf:DIRECTORY, or leave out train.lora.rank to train all weights",
+        )
     config = settle_transfer(absolute(init_from.settle_on(composed, checkpoint, warn)))
     trusted = _check_places(config, main, point.trusted if point else None)
     return Plan(config, resolve(config.hardware), trusted, checkpoint, name=name)

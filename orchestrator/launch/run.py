@@ -361,6 +361,7 @@ def _introduce(job: Job, run_dir: Path, checked: str | None) -> None:
     devices = f"{leg['devices']} x {', '.join(leg['device_names'][:1]) or leg['target']}"
     total, active = facts["parameters"], facts["active_parameters"]
     some = f", {active:,} active for a token" if active != total else ""
+    some += f", {trained:,} of them trained, in adapters" if (trained := facts.get("trained_parameters")) else ""
     job.say(f"model      {total:,} parameters{some}, vocabulary {facts['vocab_size']:,}")
     precision, layout = job.parallel.describe_precision(), job.parallel.job_layout
     job.say(f"hardware   {leg['target']}: {devices}, {precision}, layout {layout}")

@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.config.schema import LoraConfig
-from orchestrator.constants import LORA_A, LORA_B
+from orchestrator.constants import ALL_LINEAR, LORA_A, LORA_B
 from orchestrator.errors import ConfigError
 from orchestrator.models.init import Init
 from orchestrator.models.protocol import ShardableModel, mixtures
-
-ALL_LINEAR = "all-linear"
 
 
 class LoraLinear(nn.Linear):

@@ -1,12 +1,17 @@
-"""Names and shapes of a model's parameters, from its configuration alone. No torch, no model built."""
+"""Names and shapes of a model's parameters and of adapters, from its configuration alone. No torch, no model built."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
-from orchestrator.config.schema import GATED, ModelConfig
+from orchestrator.config.schema import GATED, LoraConfig, ModelConfig
+from orchestrator.constants import ALL_LINEAR, LORA_A, LORA_B
 
 Shape = tuple[int, ...]
+# Where a mixture of experts begins.
+_MIXTURE = (".mlp.router.", ".mlp.experts.", ".mlp.shared.", ".mlp.shared_gate.")
 
 
 def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -32,6 +37,42 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield from _norm(config, "norm")
     if not config.tied_embeddings:
         yield "head.weight", (config.vocab_size, dim)
+
+
+def takes_adapter(name: str) -> bool:
+    """Whether an adapter can lie beside the parameter called `name`, where that is a matrix: of a mixture none can."""
+    inside = name.startswith("layers.") and name.endswith(".weight")
+    return inside and not any(part in name for part in _MIXTURE)
+
+
+def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, Shape]]:
+    """Every parameter of the adapters of `lora` beside the `Decoder` of `config`, as `models.lora` makes them.
+
+    Args:
+        config: of the model, as for `parameter_shapes`.
+        lora: of the adapters, with a rank.
+    """
+    assert lora.rank is not None
+    for name, shape in parameter_shapes(config):
+        path = name.rpartition(".")[0]
+        wanted = lora.target_modules == (ALL_LINEAR,) or path.rpartition(".")[2] in lora.target_modules
+        if wanted and len(shape) == 2 and takes_adapter(name):
+            yield f"{path}.{LORA_A}", (lora.rank, shape[1])
+            yield f"{path}.{LORA_B}", (shape[0], lora.rank)
+
+
+def trained_share(config: ModelConfig, lora: LoraConfig) -> float:
+    """Return how many numbers are trained for each of the model's: 1 without adapters, and where nobody knows.
+
+    Args:
+        config: of the model. Where its vocabulary is not known yet it counts as none.
+        lora: of the adapters.
+    """
+    if lora.rank is None or config._target_ is not None:
+        return 1.0
+    config = config if isinstance(config.vocab_size, int) else replace(config, vocab_size=0)
+    whole = sum(math.prod(shape) for _, shape in parameter_shapes(config))
+    return sum(math.prod(shape) for _, shape in adapter_shapes(config, lora)) / whole
 
 
 def _layer(config: ModelConfig, heads: int, kv_heads: int) -> Iterator[tuple[str, Shape]]:

@@ -146,6 +146,8 @@ class JobSpec:
         document_mask: attention does not cross documents, which takes a mask of every pair of positions.
         optimizer: `adamw`, `adamw bf16` or `adamw int8` (of its moments), `muon`, `adafactor`, `sgd`, or
             `sgd without momentum`.
+        trained: share of the weights' number that is trained, where these are adapters beside frozen weights; 1: all
+            weights are.
         average: a moving average of the weights is kept beside them.
     """
 
@@ -158,6 +160,7 @@ class JobSpec:
     loss_chunk_tokens: int | None = None
     document_mask: bool = False
     optimizer: str = "adamw"
+    trained: float = 1.0
     average: bool = False
 
     @property

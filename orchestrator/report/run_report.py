@@ -228,6 +228,7 @@ def _facts(data: RunData) -> str:
     model = {
         "Parameters": grouped(facts.get("parameters")),
         "Active for a token": None if active == facts.get("parameters") else grouped(active),
+        "Trained, in adapters": grouped(facts.get("trained_parameters")),
         "Vocabulary": grouped(facts.get("vocab_size")),
         "Arithmetic per token": flops(number(facts.get("flops_per_token"))),
         "Peak rate per device": f"{flops(peak)}/s" if peak is not None else "unknown",

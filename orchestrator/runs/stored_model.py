@@ -18,7 +18,7 @@ from orchestrator.config.validate import check_stored
 from orchestrator.data.model_files import TOKENIZER_FILE, carried
 from orchestrator.data.tokenize import Tokenizer, from_files
 from orchestrator.errors import CheckpointError, ConfigErrors
-from orchestrator.models.shapes import parameter_shapes
+from orchestrator.models.shapes import adapter_shapes, parameter_shapes
 from orchestrator.runs import resume, run_directory
 from orchestrator.runs.origin import refuse_foreign
 from orchestrator.runs.own_parts import own_shapes
@@ -117,7 +117,8 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
     Raises:
         CheckpointError: the checkpoint holds another model.
     """
-    tensors = whole_tensors(checkpoint, open_base(checkpoint, look=False))
+    base = open_base(checkpoint, look=False)
+    tensors = whole_tensors(checkpoint, base)
     embedding = tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2 or not all(embedding.shape):
         raise CheckpointError("the checkpoint holds no model of this product", got=checkpoint.directory)
@@ -132,6 +133,8 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
                 allowed=f"shape {shape}",
                 fix="leave model= and model.KEY= to the checkpoint",
             )
+    if base is not None:
+        _holds_adapters(checkpoint, model)
     others = sum(name.startswith("model.") for name in tensors) - count
     if others:
         raise CheckpointError(
@@ -139,6 +142,25 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
             got=f"{others} tensors beside the model's in {checkpoint.directory}",
         )
     return model
+
+
+def _holds_adapters(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Check that a checkpoint holds the adapters that its configuration describes.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    lora, stored = stored_config(checkpoint).train.lora, checkpoint.manifest.tensors
+    if lora.rank is None or model._target_ is not None:
+        return  # a user's own model says itself which matrices it has
+    wanted = {f"model.{name}": shape for name, shape in adapter_shapes(model, lora)}
+    found = {name: one.shape for name, one in stored.items() if name.startswith("model.")}
+    if other := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise CheckpointError(
+            "the checkpoint does not hold the adapters that its configuration describes",
+            got=f"{found.get(other[0], 'nothing')} for {other[0]} in {checkpoint.directory}",
+            allowed=f"{wanted.get(other[0], 'nothing')}",
+        )
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.data.validation import mixture_lines, packing_lines
 from orchestrator.models.protocol import ShardableModel
+from orchestrator.models.shapes import adapter_shapes
 from orchestrator.observe.throughput import mfu, peak_flops
 from orchestrator.planner.estimate.flops import flops_per_token, parameter_count
 from orchestrator.runs.provenance import software
@@ -31,13 +33,18 @@ def run_facts(
     # What an own model computes no description says: its utilisation is unknown.
     described = None if model.config._target_ else model.config
     flops = flops_per_token(described, config.train.seq_len) if described else None
-    parameters = parallel.parameter_count(model)
+    parameters, adapters = parallel.parameter_count(model), 0
+    if described and config.train.lora.rank is not None:
+        adapters = sum(math.prod(shape) for _, shape in adapter_shapes(described, config.train.lora))
+        # No gradients of the weights beneath: a third of their products. Adapters have all three.
+        flops = flops - 2.0 * parameter_count(described).matmul + 6.0 * adapters if flops else None
     chip, precision = resolved.chip, parallel.precision
     figure = load_catalogue().get(chip).device_peak_flops(precision) if chip else None
     peak, source = peak_flops(target, figure, precision, parallel.root_device)
     facts = {
         "name": config.name,
         "parameters": parameters,
+        **({"trained_parameters": adapters} if adapters else {}),
         "active_parameters": parameters - (parameter_count(described).idle if described else 0),
         "flops_per_token": flops,
         "peak_flops_per_device": peak,

@@ -10,6 +10,7 @@ from orchestrator.chips.load import load_catalogue
 from orchestrator.config.schema import ContextKind, LayoutConfig, RunConfig
 from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
+from orchestrator.models.shapes import trained_share
 from orchestrator.planner.degrees import CONTEXT_KINDS, SCHEDULES
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.explain import bound, layout_text
@@ -120,6 +121,7 @@ def _job(config: RunConfig) -> JobSpec:
         loss_chunk_tokens=train.loss_chunk_tokens,
         document_mask=config.data.document_mask,
         optimizer=optimizer_kind(config.optim),
+        trained=trained_share(config.model, config.train.lora),
         average=train.ema.decay is not None,
     )
 

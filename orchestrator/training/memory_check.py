@@ -13,6 +13,7 @@ from typing import Literal
 from orchestrator.errors import HardwareError
 from orchestrator.hardware import host
 from orchestrator.hardware.target import Target
+from orchestrator.models.shapes import trained_share
 from orchestrator.planner.estimate.optimizer_memory import optimizer_kind
 from orchestrator.planner.estimate.own_memory import native_memory
 from orchestrator.planner.evidence.calibration import Calibration
@@ -125,6 +126,7 @@ def _estimate(resolved: Resolved, target: Target) -> MemoryEstimate:
         loss_chunk_tokens=train.loss_chunk_tokens,
         document_mask=config.data.document_mask,
         optimizer=optimizer_kind(config.optim),
+        trained=trained_share(config.model, config.train.lora),
         average=train.ema.decay is not None,
     )
     overhead = _PROCESS_BYTES if target.name == "cpu" else Calibration("", "").context_bytes

@@ -153,7 +153,7 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
         logits = constants.logit_bytes * alive * words
         if chunk:  # the head's gradient is summed in fp32 while the chunks go by
             logits += 4.0 * words * shape.dim
-    summed = constants.gradient_bytes * gradients
+    summed = constants.gradient_bytes * gradients * job.trained
     if not constants.gradients_stay and plan.micro_batches(job) == 1:
         # At the end of backward they are all there, when what was kept is not any more.
         summed = max(0.0, summed - kept - logits)
@@ -162,7 +162,7 @@ def _stage(job: JobSpec, cluster: Cluster, plan: ParallelPlan, constants: Calibr
     return MemoryEstimate(
         parameters=constants.weight_bytes * weights,
         gradients=summed,
-        optimizer=(constants.optimizer_bytes + 4.0 * job.average) * moments,
+        optimizer=(constants.optimizer_bytes + 4.0 * job.average) * moments * job.trained,
         activations=kept + working,
         logits=logits,
         communication=_buffers(job, plan, tokens, ends, dense + experts),

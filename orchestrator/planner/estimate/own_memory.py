@@ -10,7 +10,7 @@ left where sequence parallelism cuts the residual stream; widths are this device
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from orchestrator.planner.estimate.optimizer_memory import optimizer_elements, update_bytes
@@ -50,11 +50,14 @@ def _rank_memory(sizes: _Sizes, capacity: float | None) -> MemoryEstimate:
     moments += [sizes.loss()] if sizes.part.last else []
     moments += [sizes.embedding()] if sizes.part.first else []
     moments += [sizes.reduction()] if plan.pipeline > 1 else []
+    # Beside frozen weights gradients and state are those of adapters. What is on its way is counted as ever.
+    moments = [replace(moment, gradients=job.trained * moment.gradients) for moment in moments]
     fullest = max(moments, key=lambda moment: moment.total)
+    adapters = job.trained if job.trained < 1.0 else 0.0
     return MemoryEstimate(
-        parameters=FP32 * sizes.owned,
+        parameters=FP32 * sizes.owned * (1.0 + adapters),
         gradients=fullest.gradients,
-        optimizer=FP32 * (optimizer_elements(job, plan, sizes.owned) + job.average * sizes.owned),
+        optimizer=FP32 * (optimizer_elements(job, plan, sizes.owned) + job.average * sizes.owned) * job.trained,
         activations=fullest.activations,
         logits=fullest.logits,
         communication=fullest.communication,
