@@ -47,6 +47,18 @@ class EmaConfig:
 
 
 @dataclass(frozen=True)
+class TasksConfig:
+    """Tasks of lm-eval that the model is asked during the run and at its end."""
+
+    names: tuple[str, ...] = ()  # of tasks and groups, or YAML files of tasks, or folders of them; (): none
+    include: tuple[str, ...] = ()  # folders of YAML files, whose tasks can be named
+    every_steps: int | None = None  # None: at the end alone
+    limit: float | None = None  # documents of each task, or the part of them where it is below 1; None: all
+    num_fewshot: int | None = None  # examples in front of each question; None: as the task says
+    batch_tokens: int = 8192  # of a batch on each device, about
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch size, evaluation and numerical settings of the training."""
 
@@ -73,3 +85,4 @@ class TrainConfig:
     ema: EmaConfig = EmaConfig()
     objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep
     sample: SampleConfig = SampleConfig()
+    tasks: TasksConfig = TasksConfig()

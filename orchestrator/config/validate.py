@@ -102,6 +102,9 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.micro_batch_size": (1, 1 << 20),
     "train.sample.tokens": (0, 1 << 20),
     "train.sample.every_steps": _STEPS,
+    "train.tasks.every_steps": _STEPS,
+    "train.tasks.num_fewshot": (0, 1 << 10),
+    "train.tasks.batch_tokens": (1, 1 << 30),
 }
 _NOT_NEGATIVE = (
     *("model.init_std", "train.sample.temperature", "train.z_loss", "launch.backoff_seconds"),
@@ -110,6 +113,7 @@ _NOT_NEGATIVE = (
 MIN_SHARE = 1e-6  # of a source in a mixture
 _ABOVE_ZERO = (
     "train.spike.deviations",
+    "train.tasks.limit",
     "launch.grace_seconds",
     "model.norm_eps",
     "model.rope_theta",

@@ -250,8 +250,9 @@ def _explained(name: str, model: HarnessModel | None = None) -> Iterator[None]:
             raise DataError(
                 f"the data of {name} is not on this machine, and nothing is downloaded unless you say so",
                 got=said,
-                fix="download=true fetches it; or copy the cache of data sets from a machine that has it (HF_HOME). "
-                "A path in a task's file is as seen from the folder that the command is started in",
+                fix="python -m orchestrator evaluate download=true tasks=... fetches it; or copy the cache of data "
+                "sets from a machine that has it (HF_HOME). A path in a task's file is as seen from the folder that "
+                "the command is started in",
             ) from error
         if isinstance(error, ModuleNotFoundError):
             fix = f"install it: pip install {error.name}"

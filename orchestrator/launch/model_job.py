@@ -125,9 +125,9 @@ class ModelJob:
         from orchestrator.launch.run import joined
 
         world, hardware = self.world or World(), self.resolved.config.hardware
-        # Before torch is imported, where most of these are read. What the engine set stays.
-        for key, value in self.target.environment(hardware, world.local_rank, world.local_size).items():
-            os.environ.setdefault(key, value)
+        # Before torch is imported, where most of these are read. What an engine set stays.
+        own = self.target.environment(hardware, world.local_rank, world.local_size)
+        os.environ.update(own if self.world is None else {key: os.environ.get(key, own[key]) for key in own})
         with joined(self.resolved, world, self.target) as (parallel, _):
             yield self._place(parallel)
 

@@ -178,6 +178,7 @@ def _go_on_from(job: Job, restored: Checkpoint | None, step: int, entry: Mapping
     watchers.metrics.rewind(step, undone)
     watchers.evaluation.rewind()
     watchers.samples.rewind()
+    watchers.tasks.rewind()
     watchers.spikes.rewind(step)
     watchers.replicas.rewind(step)
     if watchers.progress is not None:

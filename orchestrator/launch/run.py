@@ -347,6 +347,7 @@ def _look_back(job: Job, left_out: list[str]) -> None:
 
 def _evaluate(job: Job) -> None:
     job.watchers.evaluation.run(job.module)
+    job.watchers.tasks.run(job.module)
 
 
 def _sample(job: Job) -> None:

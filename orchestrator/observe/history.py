@@ -13,6 +13,10 @@ HISTORY, METRICS = "history.json", "metrics.jsonl"
 LIMIT = 2000
 """Rows of each kind that are kept: as many as the report draws."""
 
+TASKS = "tasks"
+"""Key of a row of what tasks gave: their number."""
+_KINDS = ("loss", "val_loss", TASKS)  # keys that rows of training, of evaluations and of tasks have
+
 
 class History:
     """Legs and rows of a run so far.
@@ -31,7 +35,7 @@ class History:
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         self.legs: Sequence[Mapping[str, Any]] = ()
         self.times: Callable[[], list[dict[str, Any]]] = list
-        self._kept = {"loss": _Thinned(), "val_loss": _Thinned()}
+        self._kept = {key: _Thinned() for key in _KINDS}
         self.write(rows)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -77,13 +81,13 @@ class History:
 _TAIL_BYTES = 4 << 20
 
 
-def row_key(row: Mapping[str, Any]) -> tuple[Any, Any, bool]:
-    """Return what a row of `metrics.jsonl` is known by: leg, step, and whether it is of an evaluation.
+def row_key(row: Mapping[str, Any]) -> tuple[Any, Any, str]:
+    """Return what a row of `metrics.jsonl` is known by: leg, step, and the key that says what it is of.
 
     Args:
         row: figures by name.
     """
-    return row.get("leg"), row.get("step"), "val_loss" in row
+    return row.get("leg"), row.get("step"), next((key for key in _KINDS if key in row), "")
 
 
 def last_rows(path: Path, most_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]:
@@ -109,7 +113,7 @@ def last_rows(path: Path, most_bytes: int = _TAIL_BYTES) -> list[dict[str, Any]]
     return found
 
 
-def written_rows(path: Path) -> set[tuple[Any, Any, bool]]:
+def written_rows(path: Path) -> set[tuple[Any, Any, str]]:
     """Return the keys of the last rows in a file of metrics, which another process has written.
 
     Args:

@@ -41,7 +41,8 @@ TAGS = {
 }
 """Keys of a row, and what they are called where people look at them: grouped by what is before the slash."""
 OF_SOURCES = {"loss": "train/loss", "val_loss": "val/loss", "tokens": "data/tokens", "epochs": "data/epochs"}
-"""Beginnings of the keys of one source or validation set (`val_loss/web`), and of their tags."""
+OF_SOURCES |= {"task": "tasks"}
+"""Beginnings of the keys of one source, validation set (`val_loss/web`) or task, and of their tags."""
 
 
 def tagged(row: Row) -> dict[str, float]:

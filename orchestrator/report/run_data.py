@@ -35,6 +35,7 @@ class RunData:
         non_finite: training rows whose loss or gradient norm is not a finite number.
         handovers: entries of `handover.json`.
         book: of its time.
+        tasks: rows of what tasks of lm-eval gave, as those of `evals`.
     """
 
     run_dir: Path
@@ -47,6 +48,7 @@ class RunData:
     non_finite: int
     handovers: Sequence[Row] = ()
     book: Book = Book()
+    tasks: Sequence[Row] = ()
 
     @property
     def legs(self) -> list[Mapping[str, Any]]:
@@ -88,6 +90,7 @@ def read_run_data(run_dir: Path) -> RunData:
         facts=facts,
         train=train,
         evals=_current([row for row in steps if "val_loss" in row], starts),
+        tasks=_current([row for row in steps if "tasks" in row], starts),
         samples=_in_effect([row for row in samples if isinstance(row.get("text"), str)], numbered),
         config_text=_read_text(run_dir / "config.yaml"),
         skipped=bad_metrics + bad_samples + len(metrics) - len(numbered),

@@ -13,6 +13,7 @@ from orchestrator.report.page import frame
 from orchestrator.report.run_data import MEAN_STEPS, Point, RunData, headline, number, read_run_data, smooth, summarise
 from orchestrator.report.run_legs import handovers_section, legs_section, marks, rewinds_section
 from orchestrator.report.run_sources import source_charts, sources_section
+from orchestrator.report.run_tasks import task_charts
 from orchestrator.report.run_text import (
     clock_time,
     duration,
@@ -202,6 +203,7 @@ def _charts(data: RunData, facts: Mapping[str, Any]) -> str:
         small("memory", "Memory in use (GiB)", memory, "memory", " GiB") if memory else "",
         *routers,
         source_charts(data, lines),
+        task_charts(data, lines),
     ]
     return f'<div class="wide">{parts[0]}</div>{"".join(parts[1:])}'
 

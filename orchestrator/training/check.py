@@ -129,6 +129,7 @@ def _check_copies(config: RunConfig, layout: Layout, strategy: str) -> list[Layo
             *(config.train.check_replicas_every is not None, "train.check_replicas_every"),
             *(config.train.check_replicas_every, "null"),
         ),
+        "tasks of lm-eval": (bool(config.train.tasks.names), "train.tasks.names", "[...]", "[]"),
         "rewinds at spikes": (config.train.on_spike == "rewind", "train.on_spike", "rewind", "warn"),
     }
     problems += [

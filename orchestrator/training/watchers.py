@@ -36,6 +36,7 @@ from orchestrator.training.callbacks.replica_check import ReplicaCheck
 from orchestrator.training.callbacks.snapshots import Snapshots
 from orchestrator.training.callbacks.spike_watch import SpikeWatch
 from orchestrator.training.callbacks.sweep_pruning import SweepPruning
+from orchestrator.training.callbacks.task_watch import TaskWatch
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.handover_check import make_batch
@@ -57,6 +58,7 @@ class Watchers:
         evaluation: of the held-out data.
         pruning: ends a run of a sweep that falls behind.
         samples: of text.
+        tasks: asks tasks of lm-eval's.
         own: the user's callbacks.
         sources: what was taken of each.
         checkpoints: saves.
@@ -75,6 +77,7 @@ class Watchers:
     evaluation: Validation
     pruning: SweepPruning
     samples: Samples
+    tasks: TaskWatch
     own: list[lightning.Callback]
     sources: SourceBook
     checkpoints: Checkpoints
@@ -92,7 +95,18 @@ class Watchers:
         bar = [self.progress] if self.progress else []
         first, savers = [guard, self.copies, self.metrics], [self.checkpoints, self.snapshots]
         guards = [self.spikes, self.replicas]
-        return [*first, *bar, *guards, self.evaluation, self.pruning, self.samples, *self.own, *savers, self.stop]
+        return [
+            *first,
+            *bar,
+            *guards,
+            self.evaluation,
+            self.pruning,
+            self.samples,
+            self.tasks,
+            *self.own,
+            *savers,
+            self.stop,
+        ]
 
 
 def make_watchers(
@@ -155,6 +169,7 @@ def make_watchers(
         evaluation=evaluation,
         pruning=SweepPruning(parallel, evaluation, config.train.max_steps, tell),
         samples=Samples(parallel, data.tokenizer, config, place.run_dir, metrics, channels, opening(shown)),
+        tasks=TaskWatch(config, parallel, data.tokenizer, place.run_dir, metrics, channels, tell),
         own=own,
         sources=sources,
         checkpoints=checkpoints,
@@ -226,7 +241,7 @@ def _set_guard(resolved: Resolved, module: LanguageModule, tell: Callable[[str],
     """Let the guard look at what the step has left at the latest when something else does."""
     train, logger, checkpoint = resolved.config.train, resolved.config.logger, resolved.config.checkpoint
     snapshots = checkpoint.memory.every_steps if checkpoint.memory.enabled else None
-    looks = (train.eval_every, train.sample.every_steps, train.check_replicas_every)
+    looks = (train.eval_every, train.sample.every_steps, train.tasks.every_steps, train.check_replicas_every)
     periods = (logger.every_steps, *looks, checkpoint.every_steps, snapshots)
     module.guard.due = lambda step: any(period and step % period == 0 for period in periods)
     module.guard.say = tell

@@ -49,7 +49,9 @@ def models(tmp_path_factory):
     return get
 
 
-def evaluated(world, checkpoint: str, words: list[str], request: dict[str, Any], options: dict[str, Any]):
+def evaluated(
+    world, checkpoint: str, words: list[str], request: dict[str, Any], options: dict[str, Any], longest=lab.LONGEST
+):
     """Evaluate tasks on this rank of a job, as the verb does."""
     from orchestrator.config.compose import compose
     from orchestrator.evaluation.evaluate_tasks import Evaluated
@@ -61,7 +63,7 @@ def evaluated(world, checkpoint: str, words: list[str], request: dict[str, Any],
         os.environ.update(world.environment())
     job = open_job(compose(["hardware=cpu", f"hardware.devices={world.size}", *words]), checkpoint)
     with job.served() as served:
-        given = Evaluated(served.model, served.parallel, tokenizer_of(served.checkpoint), lab.LONGEST, **options)
+        given = Evaluated(served.model, served.parallel, tokenizer_of(served.checkpoint), longest, **options)
         return given.lead_harness(lambda model: HarnessTasks(TaskRequest.from_dict(request)).run(model))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,38 @@ def reference(exported: Path, tasks: Path, names: list[str], **options: Any) -> 
     return simple_evaluate(lm, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True, **options)
 
 
+def write_scored(folder: Path, kind: str) -> None:
+    """A checkpoint, and what lm-eval's own model makes of the texts that our model is asked to score in tasks."""
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    from orchestrator.checkpoint.checkpoint import Checkpoint
+    from orchestrator.evaluation.harness_model import HarnessModel
+    from orchestrator.evaluation.harness_tasks import HarnessTasks, TaskRequest
+    from orchestrator.evaluation.scoring import TextScore
+    from orchestrator.runs.stored_model import tokenizer_of
+
+    checkpoint = make_checkpoint(folder, kind)
+    exported = export(checkpoint, folder / "export")
+    asked: list[Any] = []
+
+    def score(texts: Any) -> list[TextScore]:
+        asked.extend(texts)
+        return [TextScore(0.0, False) for _ in texts]
+
+    tokenizer = tokenizer_of(Checkpoint(checkpoint))
+    ours = HarnessModel(tokenizer, score, lambda fields: [], LONGEST)
+    names = ("lab_choices", "lab_texts")
+    HarnessTasks(TaskRequest(names, (str(write_tasks(folder / "tasks")),), bootstrap=0)).run(ours)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    words = transformers.AutoTokenizer.from_pretrained(exported)
+    theirs = HFLM(pretrained=model, tokenizer=words, batch_size=4, device="cpu")
+    pairs = [(None, list(text.tokens[: text.first]), list(text.tokens[text.first :])) for text in asked]
+    values = theirs._loglikelihood_tokens(pairs, disable_tqdm=True)
+    rows = [[*pair[1:], *value] for pair, value in zip(pairs, values, strict=True)]
+    (folder / "scored.json").write_text(json.dumps(rows))
+
+
 def responses(results: dict[str, Any]) -> dict[str, list[Any]]:
     """What the model said to each request of each document, by task; a choice's pair is flat."""
     found: dict[str, list[Any]] = {}
@@ -142,3 +175,7 @@ def _first(reply: Any) -> Any:
     while isinstance(reply, (list, tuple)) and len(reply) == 1:
         reply = reply[0]
     return tuple(reply) if isinstance(reply, (list, tuple)) else reply
+
+
+if __name__ == "__main__":
+    write_scored(Path(sys.argv[1]), sys.argv[2])
