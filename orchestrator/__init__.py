@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.api.planning import plan
     from orchestrator.api.rehearsing import rehearse
     from orchestrator.api.runs import Run, load_run
-    from orchestrator.api.trained_models import evaluate, generate, load_model
+    from orchestrator.api.trained_models import evaluate, generate, generate_many, load_model
     from orchestrator.api.training import train
     from orchestrator.checkpoint.checkpoint import Checkpoint
     from orchestrator.config.compose import Composed
@@ -40,7 +40,7 @@ else:
             "api.planning": ["plan"],
             "api.rehearsing": ["rehearse"],
             "api.runs": ["Run", "load_run"],
-            "api.trained_models": ["evaluate", "generate", "load_model"],
+            "api.trained_models": ["evaluate", "generate", "generate_many", "load_model"],
             "api.training": ["train"],
             "checkpoint.checkpoint": ["Checkpoint"],
             "config.compose": ["Composed"],
@@ -67,6 +67,7 @@ __all__ = [
     "compose",
     "evaluate",
     "generate",
+    "generate_many",
     "load_model",
     "load_run",
     "plan",

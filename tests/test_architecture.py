@@ -151,7 +151,7 @@ DECIDED_IN = {
         "rehearsal/memory_trace.py",
     },
     "orchestrator.hardware.target_table.resolve": {
-        *("api/rehearsing.py", "api/trained_models.py", "cli/generate.py", "launch/model_job.py", "launch/plan.py"),
+        *("api/rehearsing.py", "api/trained_models.py", "cli/text_words.py", "launch/model_job.py", "launch/plan.py"),
         *("launch/certifying.py", "rehearsal/memory_trace.py", "strategies/parallel_strategy.py"),
         "cli/coordinate_check.py",
     },

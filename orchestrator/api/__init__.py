@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.api.planning import plan
     from orchestrator.api.rehearsing import Rehearsal, rehearse
     from orchestrator.api.runs import Run, load_run
-    from orchestrator.api.trained_models import evaluate, generate, load_model
+    from orchestrator.api.trained_models import evaluate, generate, generate_many, load_model
     from orchestrator.api.training import train
 else:
     __getattr__, __dir__ = lazy_exports(
@@ -26,7 +26,7 @@ else:
             "api.planning": ["plan"],
             "api.rehearsing": ["Rehearsal", "rehearse"],
             "api.runs": ["Run", "load_run"],
-            "api.trained_models": ["evaluate", "generate", "load_model"],
+            "api.trained_models": ["evaluate", "generate", "generate_many", "load_model"],
             "api.training": ["train"],
         },
     )
@@ -38,6 +38,7 @@ __all__ = [
     "compose",
     "evaluate",
     "generate",
+    "generate_many",
     "load_model",
     "load_run",
     "plan",

@@ -17,6 +17,7 @@ def check_drawing(
     min_p: float | None,
     repetition_penalty: float,
     seed: int,
+    rows: int = 1,
 ) -> list[ConfigError]:
     """Return what is wrong with the settings, all at once; `inference.sampling.Sampling` says what they mean.
 
@@ -29,10 +30,12 @@ def check_drawing(
         min_p: None: no limit.
         repetition_penalty: 1: none.
         seed: of the first sample; each of the others has the next one.
+        rows: texts that are written at one time.
     """
     ranges: list[tuple[str, object, bool, str]] = [
         ("tokens", tokens, tokens >= 1, "1 or more"),
         ("samples", samples, samples >= 1, "1 or more"),
+        ("rows", rows, rows >= 1, "1 or more"),
         ("temperature", temperature, 0 <= temperature < math.inf, "0 or more, and finite"),
         ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or none"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, up to 1, or none"),

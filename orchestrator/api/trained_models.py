@@ -138,7 +138,7 @@ def generate(
     hardware: Device = "auto",
     runs_dir: str | Path = "runs",
 ) -> Generated:
-    """Continue a prompt.
+    """Continue a prompt; `generate_many` takes several.
 
     Args:
         prompt: the beginning of a document.
@@ -159,9 +159,66 @@ def generate(
         ConfigErrors: settings that are out of range, all at once.
         CheckpointError: there is no such checkpoint, it is damaged, or it carries no tokenizer.
     """
+    return generate_many(
+        [prompt],
+        where,
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+        special_tokens_in_text=special_tokens_in_text,
+        hardware=hardware,
+        runs_dir=runs_dir,
+    )[0]
+
+
+def generate_many(
+    prompts: Sequence[str],
+    where: Where | LoadedModel = "latest",
+    *,
+    tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    rows: int = 16,
+    special_tokens_in_text: Literal["text", "token", "error"] | None = None,
+    hardware: Device = "auto",
+    runs_dir: str | Path = "runs",
+) -> list[Generated]:
+    """Continue prompts, several at a time; each text is the one that its prompt and the seed give alone.
+
+    Args:
+        prompts: beginnings of documents, of any lengths.
+        where: as for `generate`, like the following.
+        tokens: to write at most, of each.
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw among the k likeliest tokens.
+        top_p: draw among the likeliest that have this probability together.
+        min_p: draw among those of this part of the likeliest one's probability.
+        repetition_penalty: above 1: tokens that are there already become less likely.
+        stop: texts at which to end; they are not part of the continuation.
+        seed: of the draws of each text.
+        rows: texts that are written at one time.
+        special_tokens_in_text: what special tokens in the prompts are; None: as the model was trained.
+        hardware: as for `load_model`.
+        runs_dir: where `latest` looks.
+
+    Raises:
+        ConfigErrors: settings that are out of range, all at once.
+        CheckpointError: there is no such checkpoint, it is damaged, or it carries no tokenizer.
+    """
     problems = check_drawing(
         tokens=tokens,
         samples=1,
+        rows=rows,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -173,13 +230,17 @@ def generate(
         raise ConfigErrors(problems)
     loaded = where if isinstance(where, LoadedModel) else load_model(where, hardware=hardware, runs_dir=runs_dir)
 
-    from orchestrator.inference.generator import Sampling, Writer
+    from orchestrator.inference.generator import Writer
+    from orchestrator.inference.place import Place
+    from orchestrator.inference.sampling import Sampling
 
-    writer = Writer(loaded.checkpoint.directory, loaded.target, special_tokens_in_text, loaded.model)
+    writer = Writer(loaded.checkpoint, Place(loaded.model), special_tokens_in_text)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    written = writer.write(prompt, tokens, sampling, seed, list(stop))
-    text = "".join(written)
-    return Generated(prompt, text, written.ids, written.stopped)
+    writing = writer.write([writer.request(prompt, tokens, sampling, seed, list(stop)) for prompt in prompts], rows)
+    for _ in writing:
+        pass
+    pairs = zip(prompts, writing.texts, strict=True)
+    return [Generated(prompt, str(text), text.ids, text.stopped) for prompt, text in pairs]
 
 
 def evaluate(

@@ -1,50 +1,37 @@
-"""`generate`: continue a prompt with a checkpoint."""
+"""`generate`: continue prompts with a checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.api.drawing import check_drawing
+from orchestrator.cli.text_words import LAYOUT_HELP, DrawingOptions, read_text, run_writer, split_words
 from orchestrator.config.options import describe_options, option, parse_options
 from orchestrator.errors import ConfigError, ConfigErrors, DataError
 
 if TYPE_CHECKING:
-    from orchestrator.data.tokenize import Tokenizer
-    from orchestrator.inference.generator import Continuation
+    from orchestrator.inference.generator import Writer
 
-SUMMARY = "continue a prompt with the model of a checkpoint"
-_MAX_PROMPT_BYTES = 1 << 24
+SUMMARY = "continue prompts with the model of a checkpoint"
+_SOURCES = ("prompt", "prompt_file", "prompts_file")
 _EXAMPLE = "python -m orchestrator generate prompt='def ' temperature=0.7 top_p=0.95 samples=3"
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(DrawingOptions):
     """The options of `generate`; each says in its `help` what it is."""
 
     prompt: str | None = option(None, help="text to continue")
     prompt_file: str | None = option(None, help="or a file that holds it; -: standard input")
-    checkpoint: str = option("latest", help="latest, a run directory or a checkpoint directory")
-    tokens: int = option(128, help="tokens to write at most, 1 or more")
-    samples: int = option(1, help="texts to write, 1 or more; each has the next seed")
-    temperature: float = option(0.8, help="0 or more; 0 takes the likeliest token each time")
-    top_k: int | None = option(None, help="draw among the k likeliest tokens, 1 or more")
-    top_p: float | None = option(
-        None, help="draw among the likeliest that have this probability together, above 0 to 1"
+    prompts_file: str | None = option(
+        None, help='or a file of several: a JSON string or {"prompt": ...} on each line of *.jsonl, else a line each'
     )
-    min_p: float | None = option(None, help="draw among those of this part of the likeliest one's probability, 0 to 1")
-    repetition_penalty: float = option(1.0, help="above 1: tokens that are there already become less likely")
-    stop: tuple[str, ...] = option((), help="texts at which to end, comma-separated; \\n is a line break")
+    samples: int = option(1, help="texts to write for each prompt, 1 or more; each has the next seed")
+    rows: int = option(16, help="texts that a device writes at one time")
     special_tokens_in_text: Literal["text", "token", "error"] | None = option(
         None, help="what special tokens in the prompt are: text, token, error; none: as the model was trained"
     )
-    seed: int = option(0, help="of the draws, 0 or more")
-    json: bool = option(False, help="print a JSON object per text")
-    hardware: Literal["auto", "cpu", "cuda", "rocm"] = option("auto", help="auto, cpu, cuda, rocm")
-    runs_dir: str = option("runs", help="where latest looks")
 
 
 def main(argv: list[str]) -> int:
@@ -58,95 +45,69 @@ def main(argv: list[str]) -> int:
     """
     if any(word in ("-h", "--help") for word in argv):
         print(f"usage: python -m orchestrator generate prompt=TEXT [key=value ...]\n\n{SUMMARY}\n")
-        print(f"{describe_options(GenerateOptions)}\n\nExample: {_EXAMPLE}")
+        print(f"{describe_options(GenerateOptions)}\n{LAYOUT_HELP}\n\nExample: {_EXAMPLE}")
         return 0
-    options = parse_options(GenerateOptions, argv)
+    words, keys = split_words(argv)
+    options = parse_options(GenerateOptions, words)
     if problems := _problems(options):
         raise ConfigErrors(problems)
-    prompt = _prompt(options)
+    prompts = _prompts(options)
 
-    from orchestrator.config.schema import HardwareConfig
-    from orchestrator.hardware.target_table import resolve
-    from orchestrator.runs.messages import warn
-    from orchestrator.runs.stored_model import find_checkpoint
+    from orchestrator.inference.generate_task import GenerateJob, write_texts
 
-    found = find_checkpoint(options.checkpoint, options.runs_dir, warn)
-    target = resolve(HardwareConfig(target=options.hardware, devices=1))
+    job = GenerateJob(
+        prompts,
+        options.samples,
+        options.tokens,
+        options.sampling,
+        options.stops,
+        options.seed,
+        options.rows,
+        options.special_tokens_in_text,
+        options.json,
+    )
 
-    from orchestrator.inference.generator import Sampling, Writer
+    def alone(writer: Writer) -> None:
+        write_texts(writer, job)
 
-    writer = Writer(found, target, options.special_tokens_in_text)
-    print(f"checkpoint {found}", file=sys.stderr)
-    if note := _spelled(prompt, writer.tokenizer):
-        print(note, file=sys.stderr)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
-    stop = [text.replace("\\n", "\n") for text in options.stop]
-    for number in range(options.samples):
-        text = writer.write(prompt, options.tokens, sampling, options.seed + number, stop)
-        _show(text, prompt, number, options)
-    return 0
-
-
-def _show(text: Continuation, prompt: str, number: int, options: GenerateOptions) -> None:
-    pieces = iter(text)
-    if options.json:
-        whole = "".join(pieces)
-        facts = {"tokens": len(text.ids), "stopped": text.stopped, "seed": options.seed + number}
-        print(json.dumps({"prompt": prompt, "text": whole, **facts}, ensure_ascii=False), flush=True)
-        return
-    first = next(pieces, "")  # an error comes with the first token: before anything is printed
-    if options.samples > 1:
-        print(f"--- {number + 1} of {options.samples}, seed {options.seed + number}")
-    print(prompt + first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    return run_writer(options, keys, "generate", job, alone, options.special_tokens_in_text)
 
 
 def _problems(options: GenerateOptions) -> list[ConfigError]:
     """List everything that is wrong with the values."""
-    drawing = ("tokens", "samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    problems = check_drawing(**{name: getattr(options, name) for name in drawing})
-    if (options.prompt is None) == (options.prompt_file is None):
-        given = "neither" if options.prompt is None else "both"
+    problems = options.problems(options.samples, options.rows)
+    given = [name for name in _SOURCES if getattr(options, name) is not None]
+    if len(given) != 1:
         problems.append(
             ConfigError(
-                "generate continues one prompt",
-                got=given,
-                allowed="prompt=TEXT or prompt_file=PATH (-: standard input)",
+                "generate continues what one option gives",
+                got=", ".join(given) or "none",
+                allowed="prompt=TEXT, prompt_file=PATH (-: standard input) or prompts_file=PATH",
             )
         )
     return problems
 
 
-def _prompt(options: GenerateOptions) -> str:
+def _prompts(options: GenerateOptions) -> list[str]:
     if options.prompt is not None:
-        return options.prompt
-    assert options.prompt_file is not None
+        return [options.prompt]
+    if options.prompt_file is not None:
+        return [read_text(options.prompt_file)]
+    path = str(options.prompts_file)
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
+    if not lines:
+        raise DataError("there is no prompt in the file", got=path, allowed="one on each line")
+    if not path.endswith(".jsonl"):
+        return [line.rstrip("\r") for line in lines]
+    return [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _prompt(line: str, where: str) -> str:
     try:
-        if options.prompt_file == "-":
-            content = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
-        else:
-            with open(Path(options.prompt_file).expanduser(), "rb") as file:
-                content = file.read(_MAX_PROMPT_BYTES + 1)
-        text = content.decode("utf-8")
-    except OSError as error:
-        raise DataError("the prompt cannot be read", got=f"{options.prompt_file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise DataError("the prompt is not text in UTF-8", got=options.prompt_file) from None
-    if len(content) > _MAX_PROMPT_BYTES:
-        raise DataError("the prompt is too large", got=options.prompt_file, allowed=f"{_MAX_PROMPT_BYTES:,} bytes")
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError("a line of the prompts is no JSON", got=f"{where}: {error}") from None
+    text = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise DataError("a line holds no prompt", got=f"{where}: {line[:80]}", allowed='"TEXT" or {"prompt": "TEXT"}')
     return text
-
-
-def _spelled(prompt: str, tokenizer: Tokenizer) -> str | None:
-    """Describe a special token that the prompt spells and that is read as plain text; None without one."""
-    if tokenizer.documents.special_tokens_in_text != "text":
-        return None
-    spelled = next((token for token in tokenizer.special_tokens if token in prompt), None)
-    if spelled is None:
-        return None
-    return (
-        f"note: the prompt spells {spelled}, which is plain text to this model; "
-        "special_tokens_in_text=token makes it the token"
-    )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.data.tokenize import Tokenizer
-from orchestrator.evaluation.relay import Relay
 from orchestrator.evaluation.scoring import ScoredText, Scorer, TextScore, pack_texts, unpack_texts
 from orchestrator.evaluation.writing import TaskWriter, WritingRequest
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.strategies.relay import Relay
 
 if TYPE_CHECKING:
     from orchestrator.evaluation.harness_model import HarnessModel

@@ -33,6 +33,7 @@ class TextRequest:
         sampling: how each is drawn.
         seed: of its draws.
         stop_ids: the tokens that end it, and do not belong to it.
+        stop: texts at which it ends, which a `Writing` looks for; they do not belong to it either.
     """
 
     prompt: Sequence[int]
@@ -40,6 +41,7 @@ class TextRequest:
     sampling: Sampling = Sampling()
     seed: int = 0
     stop_ids: Collection[int] = ()
+    stop: Sequence[str] = ()
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Decoding:
         requests: what to write.
         rows: texts of each process that are written at one time.
         vocabulary: tokens that may be drawn, the first ones; None: all that the model has.
+        passes: those of an earlier text, of which one that begins alike need not be read again; None: new ones.
 
     Attributes:
         passes: of this process.
@@ -84,7 +87,14 @@ class Decoding:
         ValueError: an empty prompt.
     """
 
-    def __init__(self, place: Place, requests: Sequence[TextRequest], rows: int = ROWS, vocabulary: int | None = None):
+    def __init__(
+        self,
+        place: Place,
+        requests: Sequence[TextRequest],
+        rows: int = ROWS,
+        vocabulary: int | None = None,
+        passes: Passes | None = None,
+    ):
         if any(not request.prompt for request in requests):
             raise ValueError("the prompt must have at least one token")
         self._place, self._vocabulary = place, vocabulary
@@ -98,7 +108,7 @@ class Decoding:
         per_group = min(rows, -(-len(requests) // place.groups) or 1)
         per_group = -(-per_group // place.row_multiple) * place.row_multiple
         self._held: list[list[int | None]] = [[None] * per_group for _ in range(place.groups)]
-        self.passes = self._make_passes(per_group)
+        self.passes = passes or self._make_passes(per_group)
 
     def _make_passes(self, rows: int) -> Passes:
         longest = max((len(text.context) + text.request.count for text in self._texts), default=1)

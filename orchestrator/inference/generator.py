@@ -1,43 +1,40 @@
-"""Generate text from a checkpoint on one device."""
+"""Texts of a checkpoint's model: its tokenizer, what ends its texts, and its weights on one device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.merged_weights import read_weights
-from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.data.document_format import DocumentFormat, SpecialTokens
 from orchestrator.data.model_files import GENERATION_FILE
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.tokenizer_files import parse_json, stop_ids
 from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError
-from orchestrator.hardware.target import Target
-from orchestrator.inference.decoding import generate_tokens
+from orchestrator.inference.decoding import ROWS, TextRequest
+from orchestrator.inference.passes import Passes
+from orchestrator.inference.place import Place
 from orchestrator.inference.sampling import Sampling
+from orchestrator.inference.texts import Writing
 from orchestrator.models.decoder import Decoder
 from orchestrator.runs.origin import SOURCE_CONFIG
 from orchestrator.runs.stored_model import files_of, model_of, tokenizer_of
 from orchestrator.sharding.shard import Shard
-
-__all__ = ["Continuation", "Sampling", "Writer"]
-Stopped = Literal["end", "stop", "tokens"]
 
 
 class Writer:
     """A checkpoint's model and tokenizer, ready to continue texts.
 
     Args:
-        path: of the checkpoint.
-        target: the hardware.
+        checkpoint: the checkpoint.
+        place: of its model; a device: the model is loaded onto it.
         special_tokens: what special tokens in a prompt are; None: as the model was trained.
-        model: that of the checkpoint, where it is loaded already.
 
     Attributes:
+        place: of the model.
         tokenizer: with the documents that the model was trained on: a prompt is the beginning of one.
         stop_ids: the tokens that end a text: the tokenizer's, and those of generation_config.json or config.json.
 
@@ -46,9 +43,8 @@ class Writer:
     """
 
     def __init__(
-        self, path: AnyPath, target: Target, special_tokens: SpecialTokens | None = None, model: Decoder | None = None
+        self, checkpoint: Checkpoint, place: Place | torch.device, special_tokens: SpecialTokens | None = None
     ):
-        checkpoint = Checkpoint(path)
         self.tokenizer = _tokenizer(checkpoint, special_tokens)
         files, documents = files_of(checkpoint), self.tokenizer.documents
         # As in transformers: config.json speaks where there is no generation_config.json.
@@ -57,80 +53,32 @@ class Writer:
         ends = stop_ids(parse_json(content, name))
         first = () if documents.eos else documents.bos_ids[:1]  # then the beginning of the next document is the end
         self.stop_ids = frozenset({self.tokenizer.eos_id, *ends, *first})
-        self._model = model or load_decoder(checkpoint, target.device(0))
+        self.place = place if isinstance(place, Place) else Place(load_decoder(checkpoint, place))
 
-    def write(self, prompt: str, count: int, sampling: Sampling, seed: int, stop: Sequence[str] = ()) -> Continuation:
-        """Continue a prompt.
+    def request(
+        self, prompt: str | Sequence[int], count: int, sampling: Sampling, seed: int, stop: Sequence[str] = ()
+    ) -> TextRequest:
+        """Ask for the continuation of a prompt.
 
         Args:
-            prompt: the text to continue.
+            prompt: the text to continue, or its tokens.
             count: tokens to draw at most.
             sampling: how each token is drawn.
             seed: of the draws.
             stop: texts at which to end; they are not part of the continuation.
         """
-        ids = self.tokenizer.prompt_ids(prompt)
-        drawn = generate_tokens(self._model, ids, count, sampling, seed, self.stop_ids)
-        return Continuation(self.tokenizer, ids, drawn, count, stop)
+        ids = self.tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else prompt
+        return TextRequest(ids, count, sampling, seed, self.stop_ids, stop)
 
+    def write(self, requests: Sequence[TextRequest], rows: int = ROWS, passes: Passes | None = None) -> Writing:
+        """Continue prompts. All processes of a layout do so together.
 
-class Continuation:
-    """The text that follows on a prompt: iterate over its pieces.
-
-    Args:
-        tokenizer: of the model.
-        prompt: token ids.
-        drawn: yields the token ids that follow.
-        count: tokens to draw at most.
-        stop: texts at which to end.
-
-    Attributes:
-        ids: the tokens that were drawn so far.
-        stopped: by what it ended: the model's own end of text, a stop text, or the number of tokens.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], drawn: Iterator[int], count: int, stop: Sequence[str]
-    ):
-        self._tokenizer, self._before, self._drawn, self._count = tokenizer, list(prompt), drawn, count
-        self._stop = [text for text in stop if text]
-        self.ids: list[int] = []
-        self.stopped: Stopped = "tokens"
-
-    def __iter__(self) -> Iterator[str]:
-        held = ""
-        for piece in self._pieces():
-            held += piece
-            cut = min((at for text in self._stop if (at := held.find(text)) >= 0), default=-1)
-            if cut >= 0:
-                self.stopped = "stop"
-                yield held[:cut]
-                return
-            safe = len(held) - self._may_begin_a_stop(held)
-            yield held[:safe]
-            held = held[safe:]
-        yield held
-
-    def _pieces(self) -> Iterator[str]:
-        pending: list[int] = []
-        for token in self._drawn:
-            self.ids.append(token)
-            pending.append(token)
-            text = self._tokenizer.decode_after(self._before, pending)
-            # A character may take several tokens: hold back what is not whole yet.
-            if not text.endswith("\ufffd"):
-                yield text
-                self._before, pending = self._before + pending, []
-        self.stopped = "tokens" if len(self.ids) == self._count else "end"
-        yield self._tokenizer.decode_after(self._before, pending)
-
-    def _may_begin_a_stop(self, text: str) -> int:
-        """How many characters at the end of `text` may be the beginning of a stop text."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stop):
-                return size
-        return 0
+        Args:
+            requests: of `request`.
+            rows: texts of each process that are written at one time.
+            passes: as for `Decoding`.
+        """
+        return Writing(self.place, self.tokenizer, requests, rows, passes)
 
 
 def _tokenizer(checkpoint: Checkpoint, special_tokens: SpecialTokens | None) -> Tokenizer:

@@ -38,12 +38,11 @@ class Passes:
         self.place, self.rows = place, rows
         self._learned = place.model.config.max_seq_len
 
-    def fill(self, contexts: Mapping[int, Sequence[int]], kept: Mapping[int, int] | None = None) -> Tensor:
+    def fill(self, contexts: Mapping[int, Sequence[int]]) -> Tensor:
         """Let texts begin in rows.
 
         Args:
             contexts: tokens of each row that begins; none: the pass is made for the other processes.
-            kept: tokens of a row's context that it has from before. A row alone can have such.
 
         Returns:
             Logits behind each, [len(contexts), V], on the host, in the order of `contexts`.
@@ -94,14 +93,16 @@ class CachedPasses(Passes):
     def __init__(self, place: Place, rows: int, capacity: int):
         super().__init__(place, rows, capacity)
         self.cache = place.cache(rows, capacity)
+        self._held: list[int] = []  # by a single row
 
-    def fill(self, contexts: Mapping[int, Sequence[int]], kept: Mapping[int, int] | None = None) -> Tensor:
+    def fill(self, contexts: Mapping[int, Sequence[int]]) -> Tensor:
         """Let texts begin in rows."""
         if not contexts:
             self._nothing(self.place.split)
             return torch.empty(0, 0)
-        if kept and not self.place.static and self.rows == 1:
-            return self._go_on(contexts[0], kept[0])
+        if kept := self._kept(contexts):
+            return self._go_on(contexts[0], kept)
+        self._held = list(contexts.get(0, ()))
         rows = list(contexts)
         lengths = [len(context) for context in contexts.values()]
         padded = padded_length(max(lengths), self.place)
@@ -115,10 +116,19 @@ class CachedPasses(Passes):
         logits = self._run(tokens, self._positions([0], padded).expand(len(passed), -1), at)
         return logits[[passed.index(row) for row in rows]]
 
+    def _kept(self, contexts: Mapping[int, Sequence[int]]) -> int:
+        """How far the context of a single row is what the row has already; of several nothing is looked for."""
+        if self.place.static or self.rows > 1:
+            return 0
+        # The last token is read in any case: its logits are wanted.
+        pairs = list(zip(self._held, contexts[0][:-1], strict=False))
+        return next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
+
     def _go_on(self, context: Sequence[int], kept: int) -> Tensor:
         """Read what is new of the one row's context."""
         self.cache.cut(0, kept)
-        new = context[self.cache.lengths[0] :]
+        self._held = list(context)
+        new = context[kept:]
         padded = padded_length(len(new), self.place)
         starts = self.cache.step([len(new)], padded)
         tokens = torch.zeros(1, padded, dtype=torch.int64)
@@ -132,6 +142,7 @@ class CachedPasses(Passes):
         array = torch.zeros(self.rows, length, dtype=torch.int64)
         for row, token in tokens.items():
             array[row, 0] = token
+        self._held += tokens.values() if self.rows == 1 else ()
         logits = self._run(array, self._positions(starts, length), torch.zeros(self.rows, dtype=torch.int64))
         return logits if len(tokens) == self.rows else logits[list(tokens)]
 
@@ -139,6 +150,7 @@ class CachedPasses(Passes):
         """Keep some rows alone, which are numbered anew."""
         super().keep(rows)
         self.cache.keep(rows)
+        self._held = []  # of more than one row nothing was noted
 
     def _run(self, tokens: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         place = self.place
@@ -161,7 +173,7 @@ class WholePasses(Passes):
         super().__init__(place, rows, capacity)
         self._texts: list[list[int]] = [[] for _ in range(rows)]
 
-    def fill(self, contexts: Mapping[int, Sequence[int]], kept: Mapping[int, int] | None = None) -> Tensor:
+    def fill(self, contexts: Mapping[int, Sequence[int]]) -> Tensor:
         """Let texts begin in rows."""
         for row, context in contexts.items():
             self._texts[row] = list(context)

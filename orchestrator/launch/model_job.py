@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from orchestrator.strategies.served_model import ServedModel
 
 TASKS = {
+    "chat": "orchestrator.inference.chat_task:chat",
+    "generate": "orchestrator.inference.generate_task:generate",
     "handover": "orchestrator.launch.canary:check_model",
     "evaluate": "orchestrator.evaluation.evaluate_job:evaluate_tasks",
     "loss": "orchestrator.evaluation.evaluate_job:evaluate_texts",

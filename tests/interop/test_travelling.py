@@ -21,7 +21,10 @@ from orchestrator.data.model_files import as_transformers_names
 from orchestrator.data.prepare import build_store
 from orchestrator.errors import CheckpointError, ConfigErrors, DataError, UserError
 from orchestrator.hardware.target_table import resolve
-from orchestrator.inference.generator import Continuation, Sampling, Writer
+from orchestrator.inference.decoding import TextRequest
+from orchestrator.inference.generator import Writer
+from orchestrator.inference.sampling import Sampling
+from orchestrator.inference.texts import WrittenText
 from orchestrator.interop.exporting import export_hf
 from orchestrator.interop.importing import import_weights
 from orchestrator.launch.start import launch
@@ -116,15 +119,16 @@ def test_everything_travels_from_import_over_training_and_resuming_to_export(tmp
 
 @pytest.mark.parametrize("kind", lab.KINDS)
 def test_greedy_text_is_that_of_transformers(tmp_path: Path, kind: str) -> None:
-    writer = Writer(imported(tmp_path, kind), CPU)
+    writer = Writer(Checkpoint(imported(tmp_path, kind)), CPU.device(0))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hub")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.float32)
     for prompt in ("the cat sat on the", "def f(x):\n", "日本"):
         inputs = theirs(prompt, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
         shown = inputs["input_ids"][0].tolist()
-        text = writer.write(prompt, 20, Sampling(), 0)
-        pieces = "".join(text)
+        writing = writer.write([writer.request(prompt, 20, Sampling(), 0)])
+        pieces, text = "".join(piece for _, piece in writing), writing.texts[0]
+        assert str(text) == pieces
         ended = ids[-1] in writer.stop_ids
         ids = ids[:-1] if ended else ids
         assert shown + text.ids == ids
@@ -135,7 +139,7 @@ def test_greedy_text_is_that_of_transformers(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_list_of_ends_stops_the_text(tmp_path: Path) -> None:
-    writer = Writer(imported(tmp_path, "llama3"), CPU)
+    writer = Writer(Checkpoint(imported(tmp_path, "llama3")), CPU.device(0))
     ends = json.loads((tmp_path / "hub" / "generation_config.json").read_text())["eos_token_id"]
     assert writer.stop_ids == {writer.tokenizer.eos_id, *ends}
     assert len(writer.stop_ids) == 2
@@ -150,7 +154,7 @@ def test_what_was_chosen_otherwise_is_kept_used_and_exported(tmp_path: Path) -> 
     train(config, 1, tmp_path / "run")
     saved = checkpoint(tmp_path / "run", 2)
     assert files_of(Checkpoint(saved)) == files_of(Checkpoint(found))
-    writer = Writer(saved, CPU)
+    writer = Writer(Checkpoint(saved), CPU.device(0))
     assert writer.tokenizer.prompt_ids("the") == writer.tokenizer.encode("the")
     exported = export_hf(Checkpoint(saved), str(tmp_path / "out"), "stored", 10**9, NOTHING)
     assert "no BOS" in exported.note
@@ -287,7 +291,7 @@ def test_values_of_generate_that_are_out_of_range_are_named_all_at_once() -> Non
         with pytest.raises(ConfigErrors, match="is out of range"):
             verb.main([*words_, "prompt=x"])
     for words_ in ([], ["prompt=x", "prompt_file=y"]):
-        with pytest.raises(ConfigErrors, match="generate continues one prompt"):
+        with pytest.raises(ConfigErrors, match="generate continues what one option gives"):
             verb.main(words_)
 
 
@@ -315,8 +319,11 @@ def _continuation(tmp_path: Path, text: str, stop: list[str]) -> tuple[list[str]
     from orchestrator.data.tokenize import byte_tokenizer
 
     tokenizer = byte_tokenizer()
-    found = Continuation(tokenizer, tokenizer.encode("p"), iter(tokenizer.encode(text)), 1000, stop)
-    return list(found), found.stopped
+    found = WrittenText(tokenizer, TextRequest(tokenizer.encode("p"), 1000, stop=stop))
+    pieces = [found.push(token) for token in tokenizer.encode(text)]
+    pieces.append(found.finish())
+    assert str(found) == "".join(pieces)
+    return pieces, found.stopped
 
 
 @pytest.mark.parametrize(

@@ -47,4 +47,4 @@ def test_texts_are_those_of_one_process(name, model):
         assert rank.texts == wanted
         assert rank.cached == ("context" not in " ".join(CASES[name]))
     assert [len(text) for text in wanted] == [14, 13, 12, 11, 10, 9, 1]
-    assert len({token for text in wanted for token in text}) > 10
+    assert len({token for text in wanted for token in text}) > 5

@@ -37,7 +37,7 @@ class Relay:
             name: of the operation.
             arguments: what it gets on each of them.
         """
-        self._tell(name, arguments)
+        self.tell(name, arguments)
         return self._operations[name](arguments)
 
     def lead(self, work: Callable[[], Result]) -> Result | None:
@@ -55,9 +55,15 @@ class Relay:
         try:
             return work()
         finally:
-            self._tell(_END, None)
+            self.tell(_END, None)
 
-    def _tell(self, name: str, arguments: Any) -> None:
+    def tell(self, name: str, arguments: Any) -> None:
+        """Let the other processes begin an operation, which rank 0 runs itself.
+
+        Args:
+            name: of the operation.
+            arguments: what it gets.
+        """
         if self._parallel.size > 1:
             self._number += 1
             self._parallel.put(f"{self._topic}/{self._number}", json.dumps([name, arguments]))
