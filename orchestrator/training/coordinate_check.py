@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from orchestrator.data.prepare import prepare
 from orchestrator.data.stream import TokenStream
 from orchestrator.errors import ConfigError, ConfigErrors
 from orchestrator.models.init import draw_slice
+from orchestrator.models.layers import Block
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.runs.own_parts import build_model
 from orchestrator.training.optimizer_setup import build_optimizer
@@ -219,9 +220,9 @@ def _listening(model: ShardableModel, hear: Callable[[str, Tensor], None]) -> It
 
     config = model.config
     parts: list[tuple[nn.Module, str, float]] = [(model.embed, "embedding", config.embedding_scale)]
-    for block in model.blocks:
-        parts.append((block.attn, "attention", config.residual_scale))  # type: ignore[arg-type]
-        parts.append((block.mlp, "feed-forward", config.residual_scale))  # type: ignore[arg-type]
+    for block in cast(list[Block], model.blocks):
+        parts.append((block.attn_post_norm or block.attn, "attention", config.residual_scale))
+        parts.append((block.mlp_post_norm or block.mlp, "feed-forward", config.residual_scale))
     handles = [module.register_forward_hook(hook(kind, factor)) for module, kind, factor in parts]
     handles.append(model.norm.register_forward_pre_hook(lambda module, args: hear("stream", args[0])))
     try:

@@ -24,7 +24,7 @@ MODELS = {
     "muon": ("optim=muon", "optim.lr=0.02"),
     "muon as adamw": ("optim=muon", "optim.lr=3e-3", "optim.adjust_lr=match_rms_adamw"),
     "experts": ("model.moe.experts=4", "model.moe.mlp_dim=64", "model.moe.shared_mlp_dim=64"),
-    "qk norm": ("model.qk_norm=true", "model.norm_placement=both"),
+    "qk norm": ("model.qk_norm=true", "model.qk_norm_over=width"),
     "bf16 moments": ("optim.state_dtype=bf16",),
 }
 

@@ -105,13 +105,17 @@ FEATURES = {
     "attention in blocks": [*LONG, "train.remat=full"],
     "attention in blocks, one document": [*LONG, "data.document_mask=false"],
     "latent attention in blocks": [*LONG, *LATENT],
+    "transfer": [
+        *("optim.transfer=completep", "optim.base.dim=16", "optim.base.layers=1", "optim.base.head_dim=8"),
+        *("model.tied_embeddings=true", "optim.groups=[{match: '*.attn.*', lr_factor: 0.5}]"),
+    ],
 }
 
 
 @pytest.mark.parametrize("feature", cases(FEATURES, quick=["accumulation", "remat", "gpt2", "attention in blocks"]))
 def test_features_agree_too(runs, feature):
     words = FEATURES[feature]
-    reference = [word for word in words if word.startswith(("model", "data")) or word in LONG]
+    reference = [word for word in words if word.startswith(("model", "data", "optim")) or word in LONG]
     ours, theirs = runs(*words, *XLA["fsdp2_tensor2"]), runs(*reference, python=NATIVE)
     np.testing.assert_allclose(losses(read_rows(ours)), losses(read_rows(theirs)), rtol=RELATIVE)
 
