@@ -16,6 +16,7 @@ from orchestrator.errors import DataError
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE = "special_tokens_map.json", "added_tokens.json"
 GENERATION_FILE, VOCAB_FILE, MERGES_FILE = "generation_config.json", "vocab.json", "merges.txt"
+SOURCE_CONFIG_FILE = "hf_config.json"  # in a checkpoint: the config.json that its model was imported with
 TEMPLATES_FOLDER = "additional_chat_templates"
 _LARGE, _SMALL = 1 << 26, 1 << 22
 # name -> how many bytes it may have: a vocabulary's or those of settings and templates

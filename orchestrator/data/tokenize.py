@@ -22,6 +22,7 @@ from orchestrator.config.schema import TokenizerConfig
 from orchestrator.data.document_format import DocumentFormat, from_record
 from orchestrator.data.model_files import (
     MERGES_FILE,
+    SOURCE_CONFIG_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     VOCAB_FILE,
@@ -62,6 +63,7 @@ class Tokenizer:
         eos_id: id of the end-of-text token.
         files: what `save` writes, by name.
         notes: what of the files was not taken as it stands, in sentences.
+        model_type: of the `config.json` that came with them; None where that is not known.
 
     Raises:
         DataError: the content is no tokenizer, or does not have `eos_token`.
@@ -88,6 +90,7 @@ class Tokenizer:
                 )
         self.vocab_size = 1 + max(vocabulary.values(), default=0)
         self.notes: tuple[str, ...] = ()
+        self.model_type: str | None = None
         self._set(eos_token, documents)
         self.files = dict(files) if files is not None else self._made_files()
 
@@ -304,7 +307,7 @@ class Tokenizer:
     @cached_property
     def _with_specials(self) -> Any:
         content = json.loads(self._backend.to_str())
-        set_spaces_of_class(content, Beside(self.files))
+        set_spaces_of_class(content, Beside(self.files), self.model_type)
         backend = load_backend(json.dumps(content))
         backend.encode_special_tokens = False
         return backend
@@ -444,7 +447,7 @@ def load_tokenizer(
         if place.is_file():
             refuse_foreign(place)
         raise DataError(f"{error.what}: {place}", got=error.got, allowed=error.allowed, fix=error.fix) from error
-    tokenizer.notes = notes
+    tokenizer.notes, tokenizer.model_type = notes, model_type if isinstance(model_type, str) else None
     return tokenizer
 
 
@@ -482,10 +485,16 @@ def _read_files(place: Path) -> tuple[dict[str, bytes], object]:
             name = TOKENIZER_CONFIG_FILE
             files[name] = read_regular(folder / name, limit_of(name) or 0)
         files[TOKENIZER_FILE] = read_regular(place, limit_of(TOKENIZER_FILE) or 0)
-    config = folder / "config.json"
-    if TOKENIZER_FILE in files or not config.is_file():
+    # Of a checkpoint the one that its model was imported with.
+    config = next((folder / name for name in (SOURCE_CONFIG_FILE, "config.json") if (folder / name).is_file()), None)
+    if config is None:
         return files, None
-    return files, parse_json(read_regular(config, limit_of(TOKENIZER_CONFIG_FILE) or 0), config).get("model_type")
+    try:
+        return files, parse_json(read_regular(config, limit_of(TOKENIZER_CONFIG_FILE) or 0), config).get("model_type")
+    except DataError:
+        if TOKENIZER_FILE not in files:
+            raise
+        return files, None
 
 
 def _token_of(content: Mapping[str, Any], beside: Beside, number: object) -> str | None:

@@ -167,7 +167,7 @@ def complete(content: dict[str, Any], beside: Beside) -> bool:
     return changed
 
 
-def set_spaces_of_class(content: dict[str, Any], beside: Beside) -> None:
+def set_spaces_of_class(content: dict[str, Any], beside: Beside, model_type: str | None) -> None:
     """Put spaces between special tokens as transformers' class for Llama's SentencePiece vocabularies does.
 
     Its constructor makes them itself, by what tokenizer_config.json says, whatever a `tokenizer.json` beside it has.
@@ -176,10 +176,15 @@ def set_spaces_of_class(content: dict[str, Any], beside: Beside) -> None:
     Args:
         content: parsed `tokenizer.json`.
         beside: the files beside it.
+        model_type: of the model; the class is Llama's alone, whatever others name.
     """
     pieces = [node.get("type") for node in _nodes(content.get("pre_tokenizer"), "pretokenizers")]
     normal = [node.get("type") for node in _nodes(content.get("normalizer"), "normalizers")]
-    if beside.class_name != "LlamaTokenizer" or not ("Metaspace" in pieces or "Prepend" in normal):
+    if (
+        model_type not in (None, "llama")
+        or beside.class_name != "LlamaTokenizer"
+        or not ("Metaspace" in pieces or "Prepend" in normal)
+    ):
         return
     space = beside.config.get("add_prefix_space") is not False
     scheme = ("always" if beside.config.get("legacy") is True else "first") if space else "never"

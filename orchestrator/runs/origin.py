@@ -8,10 +8,11 @@ from pathlib import Path
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.storage import AnyPath
+from orchestrator.data.model_files import SOURCE_CONFIG_FILE
 from orchestrator.errors import CheckpointError
 
 # Files of an imported checkpoint: what became of the source's tensors and keys, and the config.json that it came with.
-REPORT, SOURCE_CONFIG = "import.json", "hf_config.json"
+REPORT, SOURCE_CONFIG = "import.json", SOURCE_CONFIG_FILE
 _FILES = (".ckpt", ".pt", ".pth", ".bin")
 _OF_MODELS = ("*.safetensors", "*.safetensors.index.json", "*.bin", ".metadata")
 

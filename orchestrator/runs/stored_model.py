@@ -15,8 +15,9 @@ from orchestrator.config.compose import read_config
 from orchestrator.config.convert import from_dict
 from orchestrator.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from orchestrator.config.validate import check_stored
-from orchestrator.data.model_files import TOKENIZER_FILE, carried
+from orchestrator.data.model_files import SOURCE_CONFIG_FILE, TOKENIZER_FILE, carried
 from orchestrator.data.tokenize import Tokenizer, from_files
+from orchestrator.data.tokenizer_files import parse_json
 from orchestrator.errors import CheckpointError, ConfigErrors
 from orchestrator.models.shapes import adapter_shapes, parameter_shapes
 from orchestrator.runs import resume, run_directory
@@ -192,4 +193,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
     record = state.get("documents")
     if record is not None and not isinstance(record, dict):
         raise CheckpointError("the state of the checkpoint is damaged", got=f"documents: {str(record)[:100]}")
-    return from_files(files, TokenizerConfig() if "imported" in state else None, record)
+    tokenizer = from_files(files, TokenizerConfig() if "imported" in state else None, record)
+    if SOURCE_CONFIG_FILE in checkpoint.manifest.files:
+        found = parse_json(checkpoint.read(SOURCE_CONFIG_FILE), SOURCE_CONFIG_FILE).get("model_type")
+        tokenizer.model_type = found if isinstance(found, str) else None
+    return tokenizer

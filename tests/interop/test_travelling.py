@@ -17,8 +17,10 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.cli import generate as verb
 from orchestrator.config.compose import compose
 from orchestrator.config.schema import TokenizerConfig
+from orchestrator.data.chat_template import ChatTemplate
 from orchestrator.data.model_files import as_transformers_names
 from orchestrator.data.prepare import build_store
+from orchestrator.data.tokenize import load_tokenizer
 from orchestrator.errors import CheckpointError, ConfigErrors, DataError, UserError
 from orchestrator.hardware.target_table import resolve
 from orchestrator.inference.decoding import TextRequest
@@ -36,7 +38,8 @@ from tests.lab.runs import checkpoint, train
 from tests.runs.test_init_from import settled, words
 
 transformers = pytest.importorskip("transformers")
-CLASSES = {"llama": "Mistral", "llama3": "Llama", "qwen": "Qwen3"}
+CLASSES = {"llama": "Mistral", "llama3": "Llama", "qwen": "Qwen3", "gemma": "Gemma2", "olmo": "Olmo2"}
+OF_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CHAT = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": " sat\n"}]
 NOTHING = lambda *unused: None  # noqa: E731
 CPU = resolve(compose(["hardware=cpu"]).config.hardware)
@@ -47,14 +50,18 @@ def hub_directory(folder: Path, kind: str) -> Path:
     lab.make(folder, kind)
     vocab = len(transformers.AutoTokenizer.from_pretrained(folder))
     torch.manual_seed(0)
+    head_dim = {} if kind == "olmo" else {"head_dim": 8}
+    settings = folder / "generation_config.json"
+    ends = json.loads(settings.read_text()).get("eos_token_id") if settings.exists() else None
     config = getattr(transformers, f"{CLASSES[kind]}Config")(
         vocab_size=vocab,
+        eos_token_id=ends,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        **head_dim,
         max_position_embeddings=64,
         initializer_range=0.5,
     )
@@ -74,17 +81,26 @@ def imported(tmp_path: Path, kind: str) -> Path:
     return tmp_path / "imported"
 
 
+def conversations(tmp_path: Path, kind: str) -> list[str]:
+    """Of every second kind the run is fine-tuned on conversations, not on text."""
+    if kind not in ("qwen", "gemma"):
+        return []
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"messages": CHAT * (1 + number % 2)}) + "\n" for number in range(40)))
+    return ["data.messages=chat", f"data.sources=[{{path: {path}, weight: 1}}]", "data.validation_fraction=0"]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but the weights and config.json, by its path in the folder."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(("model", "config.json"))}
 
 
-@pytest.mark.parametrize("kind", lab.KINDS)
+@pytest.mark.parametrize("kind", [*lab.KINDS, *lab.MORE_KINDS])
 def test_everything_travels_from_import_over_training_and_resuming_to_export(tmp_path: Path, kind: str) -> None:
     found = imported(tmp_path, kind)
     given = contents(tmp_path / "hub")
-    still = ("train.max_steps=2", "checkpoint.every_steps=null")
+    still = ("train.max_steps=2", "checkpoint.every_steps=null", *conversations(tmp_path, kind))
     train(settled(*words(tmp_path, f"train.init_from={found}", *still)), 1, tmp_path / "run")
     hops = [found, checkpoint(tmp_path / "run", 2)]
     if kind == "llama3":
@@ -100,12 +116,27 @@ def test_everything_travels_from_import_over_training_and_resuming_to_export(tmp
     for text in lab.samples():
         for special in (True, False):
             assert before.encode(text, add_special_tokens=special) == after.encode(text, add_special_tokens=special)
-    assert before.apply_chat_template(CHAT, tokenize=False) == after.apply_chat_template(CHAT, tokenize=False)
-    assert before.apply_chat_template(CHAT)["input_ids"] == after.apply_chat_template(CHAT)["input_ids"]
-    if kind == "llama3":
-        tools = (one.apply_chat_template(CHAT, chat_template="tool_use", tokenize=False) for one in (before, after))
-        assert next(tools) == next(tools)
+    assert before.chat_template == after.chat_template
+    templates = list(before.chat_template) if isinstance(before.chat_template, dict) else [None]
+    assert len(templates) == {"llama3": 2, "gemma": 3}.get(kind, 1)
+    for name in templates:
+        assert after.apply_chat_template(CHAT, chat_template=name, tokenize=False)
+        for prompt in (True, False):
+            texts = [
+                one.apply_chat_template(CHAT, chat_template=name, add_generation_prompt=prompt)["input_ids"]
+                for one in (before, after)
+            ]
+            assert texts[0] == texts[1]
+    for ours in (load_tokenizer(tmp_path / "out"), tokenizer_of(Checkpoint(hops[-1]))):
+        assert ours is not None
+        assert ChatTemplate(ours).encode(CHAT)[0].tolist() == before.apply_chat_template(CHAT)["input_ids"]
     assert before.special_tokens_map == after.special_tokens_map
+    assert before.all_special_tokens == after.all_special_tokens
+    made = [transformers.GenerationConfig.from_pretrained(tmp_path / name).to_dict() for name in ("hub", "out")]
+    assert made[0] == made[1]
+    said = [transformers.AutoConfig.from_pretrained(tmp_path / name) for name in ("hub", "out")]
+    for key in OF_TOKENS:
+        assert getattr(said[0], key) == getattr(said[1], key)
     assert before.model_max_length == after.model_max_length
     state = Checkpoint(hops[-1]).state()
     first = before.encode("")[:1] if kind != "qwen" else []

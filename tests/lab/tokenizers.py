@@ -15,6 +15,7 @@ TEXTS = [
     "the cat sat on the mat",
 ] * 8
 KINDS = ("llama", "llama3", "qwen")
+MORE_KINDS = ("gemma", "olmo")  # of which only what travels is looked at
 _TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
 TEMPLATE = "{{ bos_token or '' }}{% for m in messages %}" + _TURN + "{% endfor %}"
 
@@ -129,6 +130,47 @@ def make(folder: Path, kind: str) -> Path:
             },
             chat_template_jinja=TEMPLATE,
             generation_config_json={"bos_token_id": first, "eos_token_id": ends, "do_sample": True},
+        )
+    if kind == "gemma":
+        specials = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+        backend = byte_level(specials)
+        pad, eos, bos, _, end = (backend.token_to_id(text) for text in specials)
+        backend.post_processor = template("<bos>", bos)
+        templates = [{"name": name, "template": f"{{# {name} #}}{TEMPLATE}"} for name in ("default", "tool_use", "rag")]
+        return save(
+            folder,
+            backend,
+            tokenizer_config_json={
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<bos>",
+                "eos_token": "<eos>",
+                "pad_token": "<pad>",
+                "unk_token": None,
+                "extra_special_tokens": {"turn_token": "<start_of_turn>"},
+                "chat_template": templates,
+                "model_max_length": 8192,
+            },
+            generation_config_json={"bos_token_id": bos, "eos_token_id": [eos, end], "pad_token_id": pad, "top_k": 64},
+        )
+    if kind == "olmo":
+        backend = byte_level(["<|endoftext|>", "<|pad|>", "<|im_end|>"])
+        return save(
+            folder,
+            backend,
+            tokenizer_config_json={
+                "tokenizer_class": "GPT2TokenizerFast",
+                "bos_token": "<|endoftext|>",
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|pad|>",
+                "add_prefix_space": False,
+                "model_max_length": 4096,
+            },
+            special_tokens_map_json={
+                "eos_token": "<|endoftext|>",
+                "pad_token": {"content": "<|pad|>", "lstrip": False},
+            },
+            chat_template_jinja="{{ bos_token }}" + TEMPLATE.replace("<|im_end|>", "{{ eos_token }}"),
+            generation_config_json={"eos_token_id": backend.token_to_id("<|endoftext|>"), "repetition_penalty": 1.1},
         )
     backend = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     backend.normalizer = normalizers.NFC()

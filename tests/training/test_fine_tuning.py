@@ -41,7 +41,8 @@ def hub(folder: Path, family: str) -> Any:
     chat.make(folder, family)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(transformers.AutoTokenizer.from_pretrained(folder)),
+        # Filled up, as those on the hub are: a vocabulary divides over devices then.
+        vocab_size=-(-len(transformers.AutoTokenizer.from_pretrained(folder)) // 16) * 16,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
