@@ -180,11 +180,8 @@ def set_spaces_of_class(content: dict[str, Any], beside: Beside, model_type: str
     """
     pieces = [node.get("type") for node in _nodes(content.get("pre_tokenizer"), "pretokenizers")]
     normal = [node.get("type") for node in _nodes(content.get("normalizer"), "normalizers")]
-    if (
-        model_type not in (None, "llama")
-        or beside.class_name != "LlamaTokenizer"
-        or not ("Metaspace" in pieces or "Prepend" in normal)
-    ):
+    ours = beside.class_name == "LlamaTokenizer" and model_type in (None, "llama")
+    if not ours or not ("Metaspace" in pieces or "Prepend" in normal):
         return
     space = beside.config.get("add_prefix_space") is not False
     scheme = ("always" if beside.config.get("legacy") is True else "first") if space else "never"
