@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.compose import Composed, compose, conf_dir, group_options, read_plain
 from orchestrator.config.convert import convert_text, from_dict
 from orchestrator.config.options import option
@@ -212,7 +213,9 @@ def _request(
         if batch is None:
             what = "steps do not say how many tokens the run has while the batch follows the fleet"
             raise ConfigError(what, got=f"train.max_steps={train.max_steps}", fix="set tokens=, or the batch too")
-        tokens = given("tokens", float(train.max_steps * batch), "tokens", "train.max_steps x global_batch_tokens")
+        whole = BatchSizes.of(train).upto(train.max_steps) if batch == train.global_batch_tokens else None
+        total = float(train.max_steps * batch if whole is None else whole)
+        tokens = given("tokens", total, "tokens", "train.max_steps x global_batch_tokens")
     widest = _widest(composed, keys, options)
     space, restricted = _space(composed, keys, widest)
     known = {field.name: getattr(options, field.name) for field in fields(FailureOptions) if field.name != "sources"}

@@ -122,6 +122,10 @@ class ModelConfig:
     logit_softcap: float | None = None
     dropout: float = 0.0
     init_std: float = 0.02
+    init_depth: Literal["model", "layer", "none"] = "model"  # what projections into the residual stream are divided by
+    init_cutoff: float | None = None  # standard deviations beyond which a weight is drawn again
+    embedding_init_std: float | None = None  # None: init_std
+    head_init_std: float | None = None  # likewise
 
     @property
     def head_width(self) -> int:

@@ -35,6 +35,7 @@ from orchestrator.config.optim_schema import ScheduleConfig as ScheduleConfig
 from orchestrator.config.optim_schema import SGDConfig as SGDConfig
 from orchestrator.config.optim_schema import StateDtype as StateDtype
 from orchestrator.config.optim_schema import TransferBaseConfig as TransferBaseConfig
+from orchestrator.config.train_schema import BatchStageConfig as BatchStageConfig
 from orchestrator.config.train_schema import EmaConfig as EmaConfig
 from orchestrator.config.train_schema import LoraConfig as LoraConfig
 from orchestrator.config.train_schema import SampleConfig as SampleConfig

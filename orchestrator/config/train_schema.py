@@ -39,6 +39,14 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class BatchStageConfig:
+    """Steps at the beginning with a smaller global batch."""
+
+    steps: int = 0
+    tokens: int = 0  # of each of these steps
+
+
+@dataclass(frozen=True)
 class EmaConfig:
     """An exponential moving average of the weights, beside them."""
 
@@ -65,6 +73,7 @@ class TrainConfig:
     max_steps: int = 300
     seq_len: int = 256
     global_batch_tokens: int = 4096  # per optimizer step, over all devices
+    batch_warmup: tuple[BatchStageConfig, ...] = ()  # one after the other, before global_batch_tokens
     micro_batch_size: int | Auto = "auto"  # sequences per device and backward pass; auto: all of a step's
     reduce_gradients: Literal["each", "last"] = "each"  # micro-batch of a step; the strategies say what it means
     remat: Literal["auto", "none", "selective", "full"] = "none"  # auto: with the layout, if that is planned; else none

@@ -125,6 +125,8 @@ _ABOVE_ZERO = (
     "model.attention_scale",
     "model.attention_softcap",
     "model.embedding_scale",
+    "model.embedding_init_std",
+    "model.head_init_std",
     "model.logit_scale",
     "model.logit_softcap",
     "model.moe.scale",
@@ -220,6 +222,8 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         out_of_range(key, value, "0 to 1") for key, value in ratios.items() if value is not None and not 0 <= value <= 1
     ]
     problems += [*check_optimizer(config.optim), *check_launch(config.launch), *check_lora_ranges(config.train.lora)]
+    if (cutoff := config.model.init_cutoff) is not None and not 1 <= cutoff <= LARGEST:
+        problems.append(out_of_range("model.init_cutoff", cutoff, "null, or 1 and more"))
     if not config.data.sources:
         problems.append(out_of_range("data.sources", "an empty list", "one source or more"))
     if config.run_id is not None and not NAME.fullmatch(config.run_id):
@@ -357,6 +361,13 @@ def _batch(config: RunConfig) -> list[ConfigError]:
                 fix=f"set train.global_batch_tokens={near}",
             )
         )
+    for number, stage in enumerate(train.batch_warmup):
+        key, wanted = f"train.batch_warmup[{number}]", f"multiples of train.seq_len={train.seq_len}"
+        if not 1 <= stage.steps <= _STEPS[1]:
+            problems.append(out_of_range(f"{key}.steps", stage.steps, f"1 to {_STEPS[1]}"))
+        if not 0 < stage.tokens <= train.global_batch_tokens or stage.tokens % train.seq_len:
+            allowed = f"{wanted}, at most train.global_batch_tokens={train.global_batch_tokens}"
+            problems.append(out_of_range(f"{key}.tokens", stage.tokens, allowed))
     return problems
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.schema import ChatConfig
 from orchestrator.data.sequences import Batch, store_rows, too_short
 from orchestrator.data.skipping import Ranges, behind, kept, merged
@@ -179,8 +180,8 @@ class StepLoader:
     """The share of one data rank of every optimizer step, read ahead by a thread.
 
     Step `s` gives `[global_batch / data_world, seq_len]` arrays: of the sequences from `start.sequence` on that are not
-    left out, those numbered `(s - start.step) * global_batch + data_rank + k * data_world`. Iterating again starts at
-    `start` again.
+    left out, those numbered `(s - start.step) * global_batch + data_rank + k * data_world`.
+    While batches warm up (`sizes`) a step has fewer. Iterating again starts at `start` again.
 
     Args:
         stream: the training sequences.
@@ -191,6 +192,7 @@ class StepLoader:
         steps: how many it yields.
         prefetch: steps that are read ahead; 0 reads when asked.
         skipped: ranges of sequences that are left out: the first one, and the one behind the last.
+        sizes: sequences of the step that follows so many completed ones; None: always `global_batch`, the largest.
 
     Raises:
         DataError: the ranks cannot share the batch equally.
@@ -206,8 +208,11 @@ class StepLoader:
         steps: int,
         prefetch: int = 2,
         skipped: Ranges = (),
+        sizes: BatchSizes | None = None,
     ):
-        if global_batch < 1 or global_batch % data_world:
+        self.sizes = sizes or BatchSizes((), global_batch)
+        if odd := [size for size in self.sizes.all if size < 1 or size % data_world]:
+            global_batch = odd[-1]
             raise DataError(
                 "the global batch does not divide over the data ranks",
                 got=f"{global_batch} sequences (train.global_batch_tokens / seq_len) over {data_world} data ranks",
@@ -240,13 +245,17 @@ class StepLoader:
         return _read_ahead(source, self.prefetch) if self.prefetch > 0 else source
 
     def step(self, step: int) -> Batch:
-        """Return this rank's share of one step.
+        """Return this rank's share of one step; with several sources `sources` [rows, seq_len] says which is whose.
 
         Args:
             step: number of the step, from 0.
         """
-        sequences = kept(self.skipped, self.first(step), self.global_batch)
-        return self.stream.batch(sequences[self.data_rank :: self.data_world])
+        sequences = kept(self.skipped, self.first(step), self.sizes.at(step))[self.data_rank :: self.data_world]
+        batch = self.stream.batch(sequences)
+        if len(self.stream.windows) > 1:
+            sources = np.array([[self.stream.locate(index)[0]] for index in sequences], dtype=np.int32)
+            batch["sources"] = np.repeat(sources, self.stream.seq_len, axis=1)
+        return batch
 
     def go_on_at(self, step: int) -> None:
         """Begin with another step than was said when this loader was made.
@@ -260,7 +269,7 @@ class StepLoader:
 
     def tokens_after(self, step: int) -> int:
         """Return the tokens that were trained on after `step` optimizer steps."""
-        return self.start.tokens + (step - self.start.step) * self.global_batch * self.stream.seq_len
+        return self.start.tokens + self._between(step) * self.stream.seq_len
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the position after `step` optimizer steps, for JSON: the next sequence, and what is left out."""
@@ -291,7 +300,11 @@ class StepLoader:
         Args:
             step: number of the step, from 0; not before that of `start`.
         """
-        return behind(self.skipped, self.start.sequence, (step - self.start.step) * self.global_batch)
+        return behind(self.skipped, self.start.sequence, self._between(step))
+
+    def _between(self, step: int) -> int:
+        """Return the sequences of the steps from `start` to `step`."""
+        return self.sizes.upto(step) - self.sizes.upto(self.start.step)
 
 
 def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:

@@ -35,6 +35,7 @@ GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gel
 _ALWAYS_FREE = {
     *("name", "_target_", "arguments", "vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim"),
     *("moe", "max_seq_len", "norm_eps", "rope_theta", "rope_scaling", "tied_embeddings", "dropout", "init_std"),
+    *("init_depth", "init_cutoff", "embedding_init_std", "head_init_std"),
 }
 
 

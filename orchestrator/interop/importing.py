@@ -42,7 +42,7 @@ Format = Literal["hf", "dcp", "ckpt"]
 CheckLogits = Literal["auto", "true", "false"]
 CONFIG_FILE = "config.json"
 # Of a model's description, what changes nothing that it computes.
-_OF_TRAINING = {"name", "init_std", "dropout"}
+_OF_TRAINING = {"name", "init_std", "init_depth", "init_cutoff", "embedding_init_std", "head_init_std", "dropout"}
 _LENGTHS = {"rope": {"max_seq_len"}, "learned": set[str]()}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, ConfigErrors
@@ -59,6 +60,10 @@ def changes(saved: RunConfig, now: RunConfig, step: int) -> list[Change]:
         if key == "train.global_batch_tokens":
             effect = f"{is_now:,} tokens per step; the data goes on behind the last sequence that was trained on"
             found.append(Change(key, was, is_now, effect, "batch"))
+        elif key == "train.batch_warmup":
+            sizes = [BatchSizes.of(config.train).behind(step) for config in (saved, now)]
+            effect = f"{sizes[1].at(step):,} tokens at step {step + 1}"
+            found.append(Change(key, was, is_now, effect, None if sizes[0] == sizes[1] else "batch"))
         elif key.startswith(_SCHEDULE):
             found.append(Change(key, was, is_now, *_effect_on_rate(saved, now, step)))
         elif key.startswith(_COMPUTED) and key not in _NOT_COMPUTED:

@@ -261,19 +261,26 @@ class Decoder(ShardableModel):
         """How each parameter starts: normal with `init_std`, norms with the factor one, biases at zero.
 
         The projections that write to the residual stream have `init_std / sqrt(2 * layers)`, so that the
-        stream's variance does not grow with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
+        stream's variance does not grow with depth. Source: Radford et al. 2019 (GPT-2), section 2.3. With
+        `init_depth=layer` each is divided by its own depth.
         """
-        residual_std = self.config.init_std / math.sqrt(2 * self.config.layers)
-        return {name: self._init_of(name, residual_std) for name, _ in self.named_parameters()}
+        return {name: self._init_of(name) for name, _ in self.named_parameters()}
 
-    def _init_of(self, name: str, residual_std: float) -> Init:
+    def _init_of(self, name: str) -> Init:
+        config = self.config
         module, leaf = name.split(".")[-2:]
         if leaf.endswith("bias"):
             return Init("zeros", 0.0)
         if module.endswith("norm"):
             return Init("zeros" if self.config.norm == "rms_offset" else "ones", 0.0)
-        residual = module in ("o", "down") or leaf == "down"
-        return Init("normal", residual_std if residual else self.config.init_std)
+        std = config.init_std
+        if module in ("o", "down") or leaf == "down":
+            depth = {"model": config.layers, "layer": int(name.split(".")[1]) + 1, "none": None}[config.init_depth]
+            std = std if depth is None else std / math.sqrt(2 * depth)
+        elif module in ("embed", "head"):
+            own = config.embedding_init_std if module == "embed" else config.head_init_std
+            std = std if own is None else own
+        return Init("normal", std, config.init_cutoff)
 
 
 def _module_of(name: str) -> str:

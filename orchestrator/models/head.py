@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from orchestrator.models.loss import HeadOps, ZLoss, default_head_ops
+from orchestrator.models.loss import HeadOps, SourceLosses, ZLoss, default_head_ops
 
 
 class LMHead(nn.Module):
@@ -26,6 +26,7 @@ class LMHead(nn.Module):
         weight: [V, D].
         ops: the mathematics; a strategy that shards the vocabulary replaces it.
         z_loss: added to the loss in training; None: none.
+        source_losses: told in training what the losses of each source are; None: nobody asks.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class LMHead(nn.Module):
         self.ops = default_head_ops(ops, softcap) if isinstance(ops, int) else ops
         self.scale = scale
         self.z_loss: ZLoss | None = None
+        self.source_losses: SourceLosses | None = None
+        self._sources: Tensor | None = None
         self._token_weights: Tensor | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, at: Tensor | None = None) -> Tensor:
@@ -59,8 +62,14 @@ class LMHead(nn.Module):
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if targets is not None:
-            penalty = self.z_loss if self.training and torch.is_grad_enabled() else None
-            return self.ops.loss(hidden, self.weight, targets, self._token_weights, penalty)
+            trains = self.training and torch.is_grad_enabled()
+            penalty, asks = (self.z_loss, self.source_losses) if trains else (None, None)
+            if asks is None or self._sources is None:
+                return self.ops.loss(hidden, self.weight, targets, self._token_weights, penalty)
+            found = list[Tensor]()
+            loss = self.ops.loss(hidden, self.weight, targets, self._token_weights, penalty, found)
+            asks.add(torch.cat(found, 1), targets, self._sources)
+            return loss
         logits = self.ops.logits(hidden, self.weight, at)
         cap = self.ops.softcap
         return logits if cap is None else (logits / cap).tanh() * cap
@@ -77,6 +86,19 @@ class LMHead(nn.Module):
             yield
         finally:
             self._token_weights = None
+
+    @contextmanager
+    def told_apart(self, sources: Tensor | None) -> Iterator[None]:
+        """Within it the losses of training are told to `source_losses` by source.
+
+        Args:
+            sources: [B, T], of the batch that is passed forward; None: they are not told.
+        """
+        self._sources = sources
+        try:
+            yield
+        finally:
+            self._sources = None
 
     @contextmanager
     def scoring(self) -> Iterator[list[Tensor]]:

@@ -27,10 +27,12 @@ class Init:
     Attributes:
         kind: `normal` and `uniform` have mean 0 and standard deviation `std`.
         std: of `normal` and `uniform`.
+        cutoff: standard deviations beyond which what is `normal` is drawn again, at least 1; None: it is not.
     """
 
     kind: Literal["normal", "uniform", "zeros", "ones"]
     std: float = 0.0
+    cutoff: float | None = None
 
 
 def draw_slice(init: Init, name: str, seed: int, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
@@ -80,6 +82,8 @@ def _fill_drawn(
         generator, size = _generator(seed, name, chunk), (last - first, *shape[1:])
         if init.kind == "normal":
             values = generator.standard_normal(size, dtype=np.float32)
+            while init.cutoff is not None and (beyond := np.abs(values) > init.cutoff).any():
+                values[beyond] = generator.standard_normal(int(beyond.sum()), dtype=np.float32)
         else:  # uniform, of variance 1
             values = (2 * generator.random(size, dtype=np.float32) - 1) * np.float32(math.sqrt(3))
         low, high = max(first, start), min(last, stop)

@@ -61,6 +61,39 @@ class ZLoss:
         return taken
 
 
+@dataclass
+class SourceLosses:
+    """The cross-entropies of each source of the data, summed while the loss is computed.
+
+    Attributes:
+        count: of sources.
+        total: [count, 2] since it was taken: the sums, and how many targets they are of; None where nothing was.
+    """
+
+    count: int
+    total: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, targets: Tensor, sources: Tensor) -> None:
+        """Count the losses of a batch.
+
+        Args:
+            losses: [B, T].
+            targets: [B, T], -100 where there is none.
+            sources: [B, T].
+        """
+        numbers = torch.arange(self.count, device=sources.device).view(-1, 1, 1)
+        mine = (sources.unsqueeze(0) == numbers) & (targets != IGNORE_INDEX).unsqueeze(0)
+        sums = torch.where(mine, losses.unsqueeze(0), 0.0).sum((1, 2))
+        found = torch.stack((sums, mine.sum((1, 2)).float()), -1)
+        self.total = found if self.total is None else self.total + found
+
+    def take(self) -> Tensor | None:
+        """Return the sums since the last call; None where nothing was computed."""
+        taken, self.total = self.total, None
+        return taken
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -70,6 +103,7 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     weights: Tensor | None = None,
     penalty: ZLoss | None = None,
+    found: list[Tensor] | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of `softmax(hidden @ weight.T)` against the targets.
 
@@ -86,6 +120,7 @@ def chunked_cross_entropy(
         softcap: bounds the logits, by `softcap * tanh(logits / softcap)`; None: none.
         weights: [N], the factor on what each target adds; None: ones. No gradient is taken of them.
         penalty: is added, and told of its part of the sum; None: none.
+        found: gets the cross-entropies of each chunk, without factors, [its rows]; None: nobody asks.
 
     Returns:
         fp32 scalar, the same on all ranks of a sharded vocabulary.
@@ -96,7 +131,7 @@ def chunked_cross_entropy(
     """
     _check_chunk(chunk_tokens)
     hidden = _to_autocast(hidden)
-    formula = _Formula(chunk_tokens, vocab, softcap, penalty)
+    formula = _Formula(chunk_tokens, vocab, softcap, penalty, found)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         return _chunk_losses(hidden, weight, targets, weights, formula, None, None)
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, formula)
@@ -149,7 +184,8 @@ class HeadOps:
     """The operations of the output head on its weight; a strategy that shards the vocabulary replaces them.
 
     Attributes:
-        loss: (hidden [B, T, D], weight, targets [B, T], weights [B, T] or None, penalty or None) -> fp32 scalar sum.
+        loss: (hidden [B, T, D], weight, targets [B, T], weights [B, T] or None, penalty or None, found or None) -> fp32
+            scalar sum; `found` is a list that gets the cross-entropies, [B, positions] of each stretch of positions.
         token_losses: (hidden [B, T, D], weight, targets [B, T]) -> the losses [B, T], and whether each target is the
             likeliest token [B, T].
         logits: (hidden [B, T, D], weight, at [B] or None) -> [B, T, V], or [B, 1, V] of the positions `at`.
@@ -157,7 +193,7 @@ class HeadOps:
         softcap: of the logits that `loss` makes; those of `logits` are not bounded yet.
     """
 
-    loss: Callable[[Tensor, Tensor, Tensor, Tensor | None, ZLoss | None], Tensor]
+    loss: Callable[..., Tensor]
     token_losses: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     logits: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     chunk_tokens: int
@@ -174,11 +210,20 @@ def default_head_ops(chunk_tokens: int, softcap: float | None = None, vocab: Voc
     """
 
     def loss(
-        hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, penalty: ZLoss | None = None
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        penalty: ZLoss | None = None,
+        found: list[Tensor] | None = None,
     ) -> Tensor:
         factors = None if weights is None else weights.flatten()
         rows = hidden.flatten(0, 1), weight, targets.flatten()
-        return chunked_cross_entropy(*rows, chunk_tokens, vocab, softcap, factors, penalty)
+        chunks = None if found is None else list[Tensor]()
+        result = chunked_cross_entropy(*rows, chunk_tokens, vocab, softcap, factors, penalty, chunks)
+        if found is not None and chunks is not None:
+            found.append(torch.cat(chunks).view(targets.shape))
+        return result
 
     def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses, greedy = chunked_token_losses(
@@ -210,6 +255,7 @@ class _Formula:
     vocab: VocabShard
     softcap: float | None
     penalty: ZLoss | None
+    found: list[Tensor] | None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -277,6 +323,8 @@ def _one_chunk(
     # One reduction for both: each is a latency, not a bandwidth.
     sums, target_logit = formula.vocab.all_reduce_sum(torch.stack((exponentials.sum(-1), chunk.target_logit))).unbind()
     losses = torch.where(chunk.counts, sums.log() - target_logit, 0.0)
+    if formula.found is not None:
+        formula.found.append(losses.detach())
     loss = (losses if weights is None else losses * factors).sum()
     of_softmax = factors  # the derivative by the logarithm of the normaliser
     if formula.penalty is not None:

@@ -184,16 +184,20 @@ class ShardableModel(nn.Module):
         raise NotImplementedError
 
 
+_OF_HEAD = ("weights", "sources")
+
+
 def run_on(model: ShardableModel, batch: Mapping[str, Tensor], **more: Any) -> Any:
-    """Pass `batch` forward; its `weights`, if it has any, go to the head, and the model's `forward` gets the rest.
+    """Pass `batch` forward; its `weights` and `sources`, if any, go to the head, and `forward` gets the rest.
 
     Args:
         model: the model.
-        batch: arguments of its `forward` by name, and `weights` [B, T]: the factor on each target's cross-entropy.
+        batch: arguments of its `forward` by name; `weights` [B, T]: the factor on each target's cross-entropy; and
+            `sources` [B, T]: the number of the source of each target.
         more: further arguments.
     """
-    with model.head.weighted(batch.get("weights")):
-        return model(**{name: value for name, value in batch.items() if name != "weights"}, **more)
+    with model.head.weighted(batch.get("weights")), model.head.told_apart(batch.get("sources")):
+        return model(**{name: value for name, value in batch.items() if name not in _OF_HEAD}, **more)
 
 
 def attention_cores(model: ShardableModel) -> Iterator[tuple[nn.Module, str, AttentionCore]]:

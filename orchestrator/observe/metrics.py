@@ -35,7 +35,6 @@ class Metrics(lightning.Callback):
         config: what else is written, and how often.
         fetch: scalars that are the same on all ranks, to the host.
         compilations: graphs compiled so far; None where nothing is compiled.
-        tokens_per_step: of the global batch.
         tokens_after: tokens that were trained on after so many steps.
         sources: figures of the sources of the data after so many steps, for the last row of each flush.
         mfu: tokens per second to model FLOPs utilisation; None where a figure is unknown.
@@ -64,7 +63,6 @@ class Metrics(lightning.Callback):
         *,
         fetch: Callable[[Sequence[Tensor]], list[float]],
         compilations: Callable[[], int | None],
-        tokens_per_step: int,
         tokens_after: Callable[[int], int],
         sources: Callable[[int], Mapping[str, float]] = lambda step: MappingProxyType({}),
         mfu: Callable[[float], float | None],
@@ -84,7 +82,7 @@ class Metrics(lightning.Callback):
         self.latest: dict[str, Any] = {}
         self._fetch, self._mfu, self._memory = fetch, mfu, memory
         self._compilations = compilations
-        self._tokens_per_step, self._leg, self._main = tokens_per_step, leg, main
+        self._leg, self._main = leg, main
         self._tokens_after, self._sources, self._skips = tokens_after, sources, skips
         self._steps: list[dict[str, Any]] = []
         self._speaks, self._unsaid, self._file = speaks, deque[dict[str, Any]](maxlen=_UNSAID), run_dir / METRICS
@@ -145,7 +143,9 @@ class Metrics(lightning.Callback):
             return
         figures = {name: self._fetch([step[name] for step in self._steps]) for name in self._figures()}
         seconds = (time.perf_counter() - self._since) / len(self._steps)
-        rate = self._tokens_per_step / seconds
+        first, last = self._steps[0]["step"], self._steps[-1]["step"]
+        tokens = self._tokens_after(last) - self._tokens_after(first - 1)
+        rate = tokens / len(self._steps) / seconds
         shared: dict[str, Any] = {
             "tokens_per_second": rate,
             "step_seconds": seconds,
@@ -157,8 +157,10 @@ class Metrics(lightning.Callback):
         rows = []
         for index, step in enumerate(self._steps):
             own = {name: values[index] for name, values in figures.items()}
-            row = {"step": step["step"], **own, "lr": step["lr"], "tokens": self._tokens_after(step["step"])}
             bad = not math.isfinite(own["loss"] + own["grad_norm"])
+            # A step without a sequence of a source has no loss of it.
+            own = {name: value for name, value in own.items() if "/" not in name or math.isfinite(value)}
+            row = {"step": step["step"], **own, "lr": step["lr"], "tokens": self._tokens_after(step["step"])}
             skipped = {"skipped": True} if self._skips and bad else {}
             rows.append(finite_row({**row, **skipped, **shared, "time": step["time"], "leg": self._leg}))
         rows[-1].update(self._sources(rows[-1]["step"]))

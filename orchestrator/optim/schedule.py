@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.registry import OwnPart, trace
 from orchestrator.config.schema import RunConfig, ScheduleConfig
 from orchestrator.errors import PartError
@@ -48,7 +49,7 @@ def warmup_steps(config: RunConfig) -> int:
     if schedule.warmup_fraction is not None:
         return round(schedule.warmup_fraction * config.train.max_steps)
     if schedule.warmup_tokens is not None:
-        return -(-schedule.warmup_tokens // config.train.global_batch_tokens)
+        return BatchSizes.of(config.train).steps_of(schedule.warmup_tokens)
     return schedule.warmup_steps
 
 

@@ -173,12 +173,17 @@ class XlaStrategy(ParallelStrategy):
                 yield at, default_head_ops(hidden.shape[0] * (at.stop - at.start), ops.softcap)
 
         def loss(
-            hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, penalty: ZLoss | None = None
+            hidden: Tensor,
+            weight: Tensor,
+            targets: Tensor,
+            weights: Tensor | None = None,
+            penalty: ZLoss | None = None,
+            found: list[Tensor] | None = None,
         ) -> Tensor:
             total = torch.zeros((), device=hidden.device)
             for at, part in chunks(hidden):
                 factors = None if weights is None else weights[:, at]
-                total = total + part.loss(hidden[:, at], weight, targets[:, at], factors, penalty)
+                total = total + part.loss(hidden[:, at], weight, targets[:, at], factors, penalty, found)
             return total
 
         def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.schema import ModelConfig, RunConfig
 from orchestrator.errors import ConfigError, ConfigErrors, LayoutError, UserError
 from orchestrator.hardware.mesh import slices_problem
@@ -37,13 +38,16 @@ def check_run(
         problems.append(error)
     try:
         layout = resolve_layout(config.layout, devices)
-        problems += check_layout(layout, model, config.train.seq_len, config.train.global_batch_tokens)
         problems += _check_strategy(layout, strategy)
         problems += _check_copies(config, layout, strategy)
         train = config.train
         micro_batch = None if train.micro_batch_size == "auto" else train.micro_batch_size
-        share = max(1, train.global_batch_tokens // train.seq_len // layout.data_parallel)
-        problems += check_pipeline(layout, model, share, micro_batch, config.hardware.compile, train.remat)
+        for tokens in reversed(BatchSizes.of(train).all):
+            found = check_layout(layout, model, train.seq_len, tokens)
+            share = max(1, tokens // train.seq_len // layout.data_parallel)
+            found += check_pipeline(layout, model, share, micro_batch, config.hardware.compile, train.remat)
+            known = {str(problem) for problem in problems}
+            problems += [problem for problem in found if str(problem) not in known]
         if model._target_ is not None and layout.tensor > 1:
             problems += own_indivisible(model, layout.tensor)
         if problem := slices_problem(layout.replicate, slices):

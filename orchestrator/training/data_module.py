@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.data.skipping import merged
@@ -75,7 +76,8 @@ class TokenDataModule(lightning.LightningDataModule):
         train, (rank, shares) = self.config.train, parallel.step_share
         sequences, left = train.global_batch_tokens // train.seq_len, train.max_steps - self.position.step
         ahead = self.config.data.prefetch
-        return StepLoader(self.stream, sequences, rank, shares, self.position, left, ahead, self.skipped)
+        sizes = BatchSizes.of(train).divided(train.seq_len)
+        return StepLoader(self.stream, sequences, rank, shares, self.position, left, ahead, self.skipped, sizes)
 
     def evaluation(self, parallel: ParallelStrategy) -> ValidationBatches | None:
         """Return this process's batches of an evaluation; None where there is no such data.

@@ -15,6 +15,7 @@ from orchestrator.checkpoint.signing import Trust
 from orchestrator.checkpoint.storage import locate
 from orchestrator.data.prepare import PreparedData
 from orchestrator.data.skipping import merged
+from orchestrator.data.source_figures import labels_of
 from orchestrator.data.stream import StepLoader, TokenStream
 from orchestrator.distributed.replica_group import rejoins, replica_group
 from orchestrator.distributed.world import World
@@ -131,6 +132,7 @@ def build(
     snapshots = newer_snapshots(memory, resolved, parallel)
     module.make_optimizer(restoring=resumes or bool(snapshots) or rejoins(os.environ))
     tokens = TokenDataModule(config, data)
+    module.watch_sources(labels_of(data.names))
     snapshot = restore_snapshot(snapshots, resolved, module, tokens.stream, trusted, legs)
     if snapshots and snapshot is None and not resumes:
         module.make_optimizer()

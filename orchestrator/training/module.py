@@ -14,12 +14,14 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.config.transfer import describe_transfer, settle_transfer
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.distributed import standing
 from orchestrator.errors import ConfigError
+from orchestrator.models.loss import SourceLosses
 from orchestrator.models.moe import LOSS, STATISTICS, router_figures
 from orchestrator.models.protocol import ShardableModel, run_on
 from orchestrator.optim.own import OwnOptimizer
@@ -82,10 +84,11 @@ class LanguageModule(lightning.LightningModule):
         self.config = settle_vocabulary(settle_unplanned(settle_transfer(config)), vocab_size)
         self.step, self.lr = 0, 0.0
         self.average: WeightAverage | None = None
+        self._sources: tuple[str, ...] = ()
         self.groups: list[str] = []
         self.record: Callable[..., None] = lambda **values: None
         self._given = parallel
-        self._schedule = schedule_of(config)
+        self._schedule, self._batches = schedule_of(config), BatchSizes.of(config.train)
         self._totals = torch.zeros(0)
         self._set: Tensor | None = None  # of the validation batch under way, a row of a one-hot matrix
 
@@ -156,7 +159,7 @@ class LanguageModule(lightning.LightningModule):
         loss, norm, routing, figures = self.parallel.settled(self.model, self.step, lambda: self._gradients(batch))
         if routing is not None:
             figures |= router_figures(routing, self.config.model.moe.top_k)
-        figures |= self.parallel.figures(self.config.train.global_batch_tokens)
+        figures |= self.parallel.figures(self._batches.at(self.step))
         bad = self.guard.judge(self.step + 1, loss, norm)
         with self.parallel.update_unless(self.model, self.optimizer, bad):
             optimizer.step()
@@ -183,7 +186,26 @@ class LanguageModule(lightning.LightningModule):
         if (z_loss := self._z_loss()) is not None:
             figures["z_loss"] = z_loss / targets
             loss = loss - figures["z_loss"]
-        return loss, norm, routing, figures
+        return loss, norm, routing, figures | self._losses_of_sources()
+
+    def watch_sources(self, labels: Sequence[str]) -> None:
+        """Record a loss of each source of the data, where there are several: `loss/LABEL`.
+
+        Args:
+            labels: of the sources, in their order.
+        """
+        if len(labels) > 1:
+            self._sources, self.model.head.source_losses = tuple(labels), SourceLosses(len(labels))
+
+    def _losses_of_sources(self) -> dict[str, Tensor]:
+        """Return the mean loss of each source in this step; NaN of one that has no target in it."""
+        if self.model.head.source_losses is None:
+            return {}
+        taken = self.model.head.source_losses.take()
+        if taken is None:  # as for the z-loss
+            taken = torch.zeros(len(self._sources), 2, device=self.parallel.root_device)
+        sums = self.parallel.sum_of_parts(taken)
+        return {f"loss/{label}": of[0] / of[1] for label, of in zip(self._sources, sums.unbind(), strict=True)}
 
     def _z_loss(self) -> Tensor | None:
         """Return the z-loss of this step, on all processes together; None where there is none."""

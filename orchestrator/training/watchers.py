@@ -219,7 +219,6 @@ def _metrics(
         config.logger,
         fetch=parallel.fetch,
         compilations=parallel.compilations,
-        tokens_per_step=config.train.global_batch_tokens,
         tokens_after=loader.tokens_after,
         sources=sources.row,
         mfu=mfu,

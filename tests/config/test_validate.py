@@ -184,6 +184,7 @@ def test_all_at_once():
 def test_every_numeric_key_has_a_rule():
     """A new number of the schema is either given a rule or named here."""
     without = {f"optim.schedule.{key}" for key in ("min_lr_ratio", "decay_fraction", "warmup_fraction")}
+    without |= {"model.init_cutoff"}
     without |= {f"train.lora.{key}" for key in ("rank", "alpha", "dropout")}  # check_lora_ranges
     ruled = {
         *rules._COUNTS,

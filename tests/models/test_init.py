@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.config.schema import ModelConfig
 from orchestrator.models import init as init_module
+from orchestrator.models.decoder import Decoder
 from orchestrator.models.init import Init, draw_slice, rows_per_chunk
 
 NORMAL = Init("normal", 0.02)
@@ -77,3 +82,30 @@ def test_slices_that_do_not_fit() -> None:
         draw_slice(NORMAL, "w", 0, (4, 4), (slice(0, 4),))
     with pytest.raises(ValueError, match="step 1"):
         draw_slice(NORMAL, "w", 0, (4,), (slice(0, 4, 2),))
+
+
+def test_what_is_cut_off_is_drawn_again_whatever_the_part():
+    shape = (3000, 40)
+    init = Init("normal", 0.02, cutoff=1.5)
+    whole = draw_slice(init, "w", 0, shape, (slice(0, 3000), slice(0, 40)))
+    plain = draw_slice(Init("normal", 0.02), "w", 0, shape, (slice(0, 3000), slice(0, 40)))
+    assert whole.abs().max() <= 0.02 * 1.5 + 1e-9
+    kept = plain.abs() <= 0.02 * 1.5
+    assert torch.equal(whole[kept], plain[kept]), "the others are as they were"
+    assert whole.std() == pytest.approx(0.02 * 0.7428, rel=0.01)  # of a normal distribution cut at 1.5
+    part = (slice(1500, 2500), slice(7, 21))
+    assert torch.equal(draw_slice(init, "w", 0, shape, part), whole[part])
+
+
+def test_spreads_follow_depth_and_place():
+    config = ModelConfig(vocab_size=64, dim=32, layers=3, heads=2, kv_heads=2, mlp_dim=48, init_std=0.1)
+    own = replace(config, init_depth="layer", embedding_init_std=1.0, head_init_std=0.5, init_cutoff=3.0)
+    found = {name: one.std for name, one in Decoder(own).initializers().items()}
+    assert found["embed.weight"] == 1.0
+    assert found["head.weight"] == 0.5
+    assert found["layers.1.attn.q.weight"] == 0.1
+    assert [found[f"layers.{n}.mlp.down.weight"] for n in range(3)] == [0.1 / math.sqrt(2 * (n + 1)) for n in range(3)]
+    assert {one.cutoff for one in Decoder(own).initializers().values() if one.kind == "normal"} == {3.0}
+    plain = {name: one.std for name, one in Decoder(replace(config, init_depth="none")).initializers().items()}
+    assert plain["layers.2.attn.o.weight"] == 0.1
+    assert Decoder(config).initializers()["layers.0.attn.o.weight"].std == 0.1 / math.sqrt(6)
