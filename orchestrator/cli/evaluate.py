@@ -39,7 +39,7 @@ Exits with 0 where everything was evaluated."""
 class EvaluateOptions:
     """The options of `evaluate`; each says in its `help` what it is."""
 
-    checkpoint: str = option("latest", help="latest, a run directory or a checkpoint directory")
+    checkpoint: str = option("latest", help="latest, a run, a checkpoint, or a Hugging Face directory (hf:DIRECTORY)")
     tasks: tuple[str, ...] = option((), help="tasks and groups of lm-eval, YAML files of tasks, or folders of them")
     include: tuple[str, ...] = option((), help="folders of YAML files, whose tasks can be named")
     data: str | None = option(None, help="or files, a folder or a token store: loss, perplexity and bits per byte")

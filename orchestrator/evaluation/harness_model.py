@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from orchestrator.data.chat_template import ChatTemplate
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.tokenizer_files import Beside
 from orchestrator.errors import ConfigError
@@ -22,6 +24,7 @@ from orchestrator.evaluation.scoring import ScoredText, TextScore
 
 _MOST = 4096  # texts that are handed on at a time
 _DRAWING = ("top_k", "top_p", "min_p", "repetition_penalty")
+_CONTINUED = "<the message goes on here> "
 _GENERATED = 256  # tokens, where a task does not say: as lm-eval has it
 Score = Callable[[Sequence[ScoredText]], list[TextScore]]
 """Scores texts, in their order."""
@@ -109,6 +112,33 @@ class HarnessModel(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Return what the file of results says of the model."""
         return dict(self._facts)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self._words)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the model's chat template, for the file of results.
+
+        Args:
+            chat_template: whether it is applied.
+        """
+        return self._chat.texts.get("default") if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the text of a conversation, by the model's own template.
+
+        Args:
+            chat_history: its messages.
+            add_generation_prompt: the assistant is to answer; else its last message is to be continued.
+        """
+        if add_generation_prompt:
+            return self._chat.render(chat_history, True)
+        # As transformers does it: what a template puts behind the last message is left out.
+        *before, last = chat_history
+        marked = self._chat.render([*before, {**last, "content": last["content"] + _CONTINUED}])
+        text, _, behind = marked.rpartition(_CONTINUED.strip())
+        return text if behind.startswith(" ") else text.rstrip()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Return the tokens of a text.

@@ -39,6 +39,7 @@ from orchestrator.errors import (
 )
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import check_started, device_count, find_world, job_devices, resolve
+from orchestrator.interop.imported_source import import_once, is_foreign
 from orchestrator.output import tell
 from orchestrator.runs import resume
 from orchestrator.runs.messages import warn
@@ -176,7 +177,7 @@ def open_job(composed: Composed, where: str, also: Collection[str] = ()) -> Mode
 
     Args:
         composed: the command line.
-        where: `latest`, or a path or URL, as for a resume.
+        where: `latest`, or a path or URL, as for a resume; or a Hugging Face directory, which is imported once.
         also: keys or groups of the configuration that the verb reads beside hardware, layout and their like.
 
     Raises:
@@ -189,6 +190,8 @@ def open_job(composed: Composed, where: str, also: Collection[str] = ()) -> Mode
     asked = composed.config
     world = find_world(asked.hardware, os.environ)
     verify = asked.checkpoint.verify_on_load and (world is None or world.rank == 0)
+    if is_foreign(where):
+        where = str(import_once(where, asked.runs_dir, say=world is None or world.rank == 0))
     point = resume.find(where, asked.runs_dir, verify, warn, asked.checkpoint)
     saved = stored_config(point.checkpoint)
     train = replace(asked.train, loss_chunk_tokens=saved.train.loss_chunk_tokens, micro_batch_size="auto", remat="none")

@@ -82,6 +82,15 @@ def test_bits_per_byte_of_a_text_are_those_of_lm_evals_rolling_task(place, tmp_p
     assert stored["loss"] == pytest.approx(found["loss"], rel=1e-6)
 
 
+def test_a_directory_of_hugging_face_is_evaluated_as_it_is(place, tmp_path):
+    words = [f"data={place}/tasks/texts.jsonl", "json=true"]
+    wanted = json.loads(evaluate(place, *words))
+    given = [f"checkpoint=hf:{place / 'hub'}", f"runs_dir={tmp_path}", "hardware=cpu"]
+    ((printed, problem),) = run_ranks(1, _run, [*given, *words])
+    assert not problem
+    assert json.loads(printed)["loss"] == wanted["loss"]
+
+
 def _prepare(place: Path, store: Path) -> None:
     from orchestrator.cli.data import main
 

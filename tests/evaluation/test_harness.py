@@ -67,6 +67,16 @@ def evaluated(
         return given.lead_harness(lambda model: HarnessTasks(TaskRequest.from_dict(request)).run(model))
 
 
+@pytest.mark.parametrize("kind", cases(["llama3", "qwen"], quick=["llama3"]))
+def test_chat_templates_and_examples_are_those_of_lm_evals_own_model(models, tasks, kind, tmp_path):
+    checkpoint, _ = models(kind, tasks)
+    asked = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 1, "system_instruction": "sat"}
+    exported = lab.export(checkpoint, tmp_path / "export")
+    wanted = lab.reference(exported, tasks, ["lab_choices"], **asked)
+    (found,) = run_ranks(1, evaluated, str(checkpoint), [], _requested(tasks, ["lab_choices"], **asked), {})
+    _assert_same(found, wanted)
+
+
 def _requested(tasks: Path, names: list[str], **more: Any) -> dict[str, Any]:
     return {"names": names, "include": [str(tasks)], "bootstrap": 0, "samples": True, **more}
 
