@@ -137,9 +137,10 @@ def open_base(
     record = adapter_record(checkpoint)
     if record is None:
         return None
-    places = [*_places(record, checkpoint.directory), *([] if named is None else [locate(named)])]
+    places = _places(record, checkpoint.directory)
+    places = list(dict.fromkeys([*places, *([] if named is None else [locate(named)])]))
     others = []
-    for place in dict.fromkeys(places):
+    for place in places:
         if not _is_checkpoint(place):
             continue
         base = Checkpoint(place, trust, look=look)

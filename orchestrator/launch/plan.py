@@ -160,7 +160,7 @@ def _going_on(
             got=point.directory,
             fix=f"start a new run from its weights: train.init_from={point.directory}",
         )
-    holds_model(checkpoint, merged.model)
+    holds_model(checkpoint, merged.model, merged.train.init_from)
     step, target = checkpoint.step, resolve(merged.hardware)
     found = changes.changes(from_dict(RunConfig, point.saved), merged, step)
     if change := changes.precision_change(state.get("precision"), precision_of(merged, target)):

@@ -366,6 +366,8 @@ def apply(composed: Composed, result: dict[str, Any], keys: Iterable[str]) -> No
                 )
             continue
         _copy(composed.data, result, key.replace("/", ".") if composed.overrides[key] else key)
+        if moved and "://" not in (place := str(result["train"]["init_from"])):
+            result["train"]["init_from"] = str(Path(place).expanduser().resolve())
 
 
 def _keep_documents(result: dict[str, Any]) -> None:

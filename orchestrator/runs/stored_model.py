@@ -105,12 +105,13 @@ def stored_config(checkpoint: Checkpoint) -> RunConfig:
     return config
 
 
-def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
+def holds_model(checkpoint: Checkpoint, model: ModelConfig, base_at: str | None = None) -> ModelConfig:
     """Check that a checkpoint holds every parameter of `model`, by the manifest alone: nothing is built.
 
     Args:
         checkpoint: the checkpoint.
         model: checked by `config.validate`.
+        base_at: where else than it says the weights beneath its adapters may be.
 
     Returns:
         The model, with the size of the vocabulary that the checkpoint has.
@@ -118,7 +119,7 @@ def holds_model(checkpoint: Checkpoint, model: ModelConfig) -> ModelConfig:
     Raises:
         CheckpointError: the checkpoint holds another model.
     """
-    base = open_base(checkpoint, look=False)
+    base = open_base(checkpoint, named=base_at, look=False)
     tensors = whole_tensors(checkpoint, base)
     embedding = tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2 or not all(embedding.shape):

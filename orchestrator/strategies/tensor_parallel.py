@@ -83,7 +83,7 @@ def _style(module: nn.Module, placements: Mapping[str, Placement], axes: Paramet
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(_SEQUENCE_DIM))
     if isinstance(module, LoraLinear):
         layer = {name: one for name, one in placements.items() if name.rpartition(".")[2] not in (LORA_A, LORA_B)}
-        return _Adapted(_style(nn.Linear(0, 0, device="meta"), layer, axes), cut[LORA_A], cut[LORA_B])
+        return _Adapted(_style(nn.Linear(1, 1, device="meta"), layer, axes), cut[LORA_A], cut[LORA_B])
     if isinstance(module, nn.Linear) and cut["weight"] is not None:
         if cut["weight"] == 0:
             return ColwiseParallel()

@@ -23,6 +23,7 @@ from orchestrator.models.decoder import Decoder
 from orchestrator.models.lora import apply_lora, lora_scale
 from orchestrator.sharding.shard import Shard
 from tests.lab.models import VOCAB, model_config, random_model, save_model
+from tests.lab.slow import cases
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -75,7 +76,7 @@ def assert_same(ours, theirs, relative=1e-5):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=relative * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", cases(CASES, quick=["llama", "gpt2", "gpt_neox"]))
 def test_merged_exported_and_loaded_by_peft_the_logits_are_the_same(tmp_path, kind):
     base, model, saved = adapted(tmp_path, kind, CASES[kind])
     unmerged = logits(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.lab.runs import assert_trained_alike, checkpoint, losses, read_rows
-from tests.lab.slow import cases
+from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 from tests.xla.test_conformance import NATIVE, XLA, Trained
 
@@ -38,6 +38,7 @@ def test_same_losses_as_torch_native(runs, lora, name):
     assert_trained_alike(ours, theirs, 1e-5)
 
 
+@slow
 def test_adapters_move_to_xla_bitwise(runs, lora):
     whole = runs(*lora, python=NATIVE)
     moved = runs(*XLA["fsdp2_tensor2"], *lora, "train.remat=full", resume_from=checkpoint(whole, 10))
