@@ -32,13 +32,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make(tmp_path_factory.mktemp(family), family) for family in lab.FAMILIES}
 
 
-def make(parent: Path, family: str, window: int = 256) -> Path:
+def make(parent: Path, family: str, window: int = 256, padded: int = 0) -> Path:
     """A random model with the tokenizer and the template of a family, in `hub`, and imported."""
     folder = lab.make(parent / "hub", family)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=padded or len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
