@@ -150,7 +150,7 @@ def check_transfer(config: RunConfig) -> list[ConfigError]:
     if config.train.lora.rank is not None:
         what = "optim.transfer has no rules for adapters, which are as narrow in every model"
         problems.append(ConfigError(what, got=f"train.lora.rank={config.train.lora.rank}", fix=_NONE))
-    return problems or [*_other_factors(optim, model)]
+    return problems or [*_other_factors(optim, model, config.train.init_from)]
 
 
 def _without_rules(optim: AdamWConfig | MuonConfig, model: ModelConfig) -> Iterator[ConfigError]:
@@ -173,12 +173,18 @@ def _without_rules(optim: AdamWConfig | MuonConfig, model: ModelConfig) -> Itera
         )
 
 
-def _other_factors(optim: AdamWConfig | MuonConfig, model: ModelConfig) -> Iterator[ConfigError]:
+def _other_factors(optim: AdamWConfig | MuonConfig, model: ModelConfig, weights: str | None) -> Iterator[ConfigError]:
     """List the model's own factors that the rule would replace: those of the base are given beside its shape."""
     plain = ModelConfig()
     for key, wanted in model_factors(optim, model).items():
         value = getattr(model, key)
-        if value == getattr(plain, key) or (value and wanted and math.isclose(value, wanted, rel_tol=_SAME)):
+        if value == wanted or (value and wanted and math.isclose(value, wanted, rel_tol=_SAME)):
+            continue
+        if weights is not None:
+            what, fix = f"weights that were trained with another model.{key} would compute something else", _NONE
+            yield ConfigError(what, got=f"model.{key}={value}; optim.transfer={optim.transfer}: {wanted}", fix=fix)
+            continue
+        if value == getattr(plain, key):
             continue
         yield ConfigError(
             f"optim.transfer={optim.transfer} says what model.{key} is",

@@ -58,7 +58,11 @@ class Factors:
 
 
 def transfer_factors(
-    optim: OptimConfig, model: ModelConfig, axes: ParameterAxes, shapes: Iterable[tuple[str, tuple[int, ...]]]
+    optim: OptimConfig,
+    model: ModelConfig,
+    axes: ParameterAxes,
+    shapes: Iterable[tuple[str, tuple[int, ...]]],
+    shrunk: float = 1.0,
 ) -> dict[str, Factors]:
     """Return the factors of each parameter by its name; empty where nothing is transferred.
 
@@ -67,6 +71,7 @@ def transfer_factors(
         model: of the run.
         axes: of the parameters, as `logical_axes` gives them.
         shapes: names and global shapes.
+        shrunk: by how much the model's own rule makes initial weights that write to the stream smaller than the base's.
     """
     by = ratios(optim, model)
     if by is None:
@@ -77,7 +82,7 @@ def transfer_factors(
             grown = _grown(name, axes[name], by)
             muon = isinstance(optim, MuonConfig) and len(grown) == 2 and name.startswith("layers.")
             adjust = optim.adjust_lr if isinstance(optim, MuonConfig) and muon else None
-            found[name] = _factors(name, axes[name], grown, shape, by, adjust)
+            found[name] = _factors(name, axes[name], grown, shape, by, shrunk, adjust)
     return found
 
 
@@ -94,7 +99,13 @@ def _grown(name: str, axes: tuple[str, ...], by: Ratios) -> tuple[float, ...]:
 
 
 def _factors(
-    name: str, axes: tuple[str, ...], grown: tuple[float, ...], shape: tuple[int, ...], by: Ratios, adjust: str | None
+    name: str,
+    axes: tuple[str, ...],
+    grown: tuple[float, ...],
+    shape: tuple[int, ...],
+    by: Ratios,
+    shrunk: float,
+    adjust: str | None,
 ) -> Factors:
     depth = by.depth if name.startswith("layers.") else 1.0
     if len(grown) < 2:
@@ -104,7 +115,7 @@ def _factors(
         return Factors(eps=1.0 / columns)
     if axes[0] == "choices":
         return Factors(1.0 / columns, 1.0 / columns, columns, 1.0 / depth)
-    init = columns**-0.5 * (math.sqrt(depth) if name.endswith(_RESIDUAL) else 1.0)
+    init = columns**-0.5 * (shrunk if name.endswith(_RESIDUAL) else 1.0)
     if adjust is None:
         return Factors(init, 1.0 / columns, columns, 1.0 / (rows * depth))
     here = (shape[-2], shape[-1])

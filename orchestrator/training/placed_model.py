@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
 
-from orchestrator.config.schema import RunConfig
+from orchestrator.config.schema import ModelConfig, RunConfig
+from orchestrator.config.transfer import ratios
 from orchestrator.models.lora import apply_lora
 from orchestrator.models.loss import ZLoss
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.remat import apply_remat
 from orchestrator.models.shapes import parameter_shapes
 from orchestrator.optim.transfer_rules import Factors, transfer_factors
-from orchestrator.runs.own_parts import build_model
+from orchestrator.runs.own_parts import build_model, describe_model
 from orchestrator.sharding import rules
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.resolved import Remat
@@ -46,5 +48,15 @@ def factors_of(config: RunConfig, model: ShardableModel) -> dict[str, Factors]:
         config: of the run, settled.
         model: of the run, or a part of it.
     """
-    shapes = [] if config.model._target_ else parameter_shapes(config.model)
-    return transfer_factors(config.optim, config.model, model.logical_axes(), shapes)
+    by = ratios(config.optim, config.model)
+    if by is None:
+        return {}
+    shrunk = 1.0 if by.depth == 1.0 else _residual_std(config.model, by.depth) / _residual_std(config.model)
+    shapes = parameter_shapes(config.model)
+    return transfer_factors(config.optim, config.model, model.logical_axes(), shapes, shrunk)
+
+
+def _residual_std(model: ModelConfig, deeper: float = 1.0) -> float:
+    """Return the spread that the model's own rule gives what first writes to the stream, in a model less deep."""
+    described = describe_model(replace(model, layers=round(model.layers / deeper), layer_heads=(), layer_kv_heads=()))
+    return described.initializers()["layers.0.attn.o.weight"].std or 1.0  # of zeros there is nothing to scale

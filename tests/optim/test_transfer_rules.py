@@ -155,6 +155,14 @@ def test_what_has_no_rule_is_said(optim, model, said):
     assert said in str(problems[0])
 
 
+def test_weights_of_another_training_keep_their_factors():
+    config = RunConfig(optim=AdamWConfig(transfer="mup", base=WIDTH), model=MODEL)
+    config = replace(config, train=replace(config.train, init_from="somewhere"))
+    (problem,) = check_transfer(config)
+    assert "would compute something else" in str(problem)
+    assert check_transfer(replace(config, model=replace(MODEL, logit_scale=1 / 4))) == []
+
+
 def test_sizes_of_the_base_are_checked():
     (problem,) = check_optimizer(AdamWConfig(transfer="mup", base=replace(WIDTH, mlp_dim=0)))
     assert problem.what == "'optim.base.mlp_dim' is out of range"
