@@ -173,6 +173,18 @@ def test_without_a_template_or_plain_data_the_error_says_what_to_do() -> None:
         ChatTemplate(byte_tokenizer(), "{{ messages }}").render([{"role": "user", "content": object()}])
 
 
+def test_a_last_character_of_several_tokens_counts_whole(tmp_path: Path) -> None:
+    """Transformers marks the first of its tokens alone: findings/transformers-mask-ends-within-a-character.sh."""
+    text = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    template, theirs = pair(tmp_path, "chatml", text)
+    ids, mask = ours(template, [{"role": "assistant", "content": "yes 🙃"}])
+    wanted = their(theirs, [{"role": "assistant", "content": "yes 🙃"}])
+    assert ids == wanted[0]
+    said = [number for number, counts in zip(ids, mask, strict=True) if counts]
+    assert template.tokenizer.decode(said).strip() == "yes 🙃"
+    assert sum(mask) > sum(wanted[1])
+
+
 def test_threads_share_a_template(tmp_path: Path) -> None:
     template, _ = pair(tmp_path, "llama3")
     wanted = [template.encode(messages) for messages in chat.CONVERSATIONS]
