@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def recipe(name: str) -> RunConfig:
-    config = compose(["--config-dir", str(RECIPES), f"experiment={name}"]).config
+    config = compose([f"experiment={name}"], config_dir=str(RECIPES)).config
     assert validate(config) == []
     return config
 
