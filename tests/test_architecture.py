@@ -36,8 +36,8 @@ LEAVES = {
 }
 # package -> packages of the product that it may import, beside itself, those and, for all, `config.schema`.
 ALLOWED: dict[str, set[str]] = {
-    "config": {"sweeps"},
     "sweeps": set(),
+    "config": {"sweeps"},
     "chips": set(),
     "sharding": set(),
     "distributed": set(),

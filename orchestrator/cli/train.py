@@ -53,7 +53,20 @@ def main(argv: list[str]) -> int:
     from orchestrator.planner.planned_models import refuse_planned_only
 
     refuse_planned_only(argv, "train")
+    _refuse_many_sweepers(argv)
     return run_composed(argv, "orchestrator train", _train, _keep)
+
+
+def _refuse_many_sweepers(argv: list[str]) -> None:
+    """Refuse a sweeper in each of the processes that an engine has started: each would choose other values."""
+    chosen = [word for word in argv if word.startswith("hydra/sweeper=") and not word.endswith("=basic")]
+    world = detect(os.environ)
+    if chosen and world is not None and world.size > 1:
+        raise ConfigError(
+            "a sweeper starts the processes of its runs itself",
+            got=f"{chosen[0]} in one of {world.size} processes of {world.engine}",
+            fix="start it once; several such processes share a sweep (docs/sweeps.md)",
+        )
 
 
 def _keep(folder: Path, record: SweepRecord) -> None:

@@ -23,6 +23,9 @@ LEAST_POINTS = 6  # one more than the numbers that are fitted
 _DELTA = 1e-3
 _STARTS = 48  # of the grid, the best, from which the minimum is looked for
 _ROUNDS = 600
+_NOTHING = 1e-4  # of the largest term at the mean point
+_EXPONENTS = (0.01, 3.0)  # those of published ladders are 0.1 to 0.9
+_LOGARITHMS = 40.0  # of the shares at the mean point; beyond it one of the three terms is nothing
 _CLOSE = 1e-10  # of the objective, relative: below it a round has changed nothing
 
 
@@ -138,6 +141,10 @@ class LadderFit:
         return low, high
 
 
+_LEAST = np.array([-_LOGARITHMS, -_LOGARITHMS, -_LOGARITHMS, _EXPONENTS[0], _EXPONENTS[0]])
+_MOST = np.array([_LOGARITHMS, _LOGARITHMS, _LOGARITHMS, _EXPONENTS[1], _EXPONENTS[1]])
+
+
 def fit_ladder(points: Sequence[LadderPoint], resamples: int = 400, seed: int = 0) -> LadderFit:
     """Fit the law.
 
@@ -157,6 +164,7 @@ def fit_ladder(points: Sequence[LadderPoint], resamples: int = 400, seed: int = 
     found = problem.minimise(grid, np.repeat(ones, len(grid), 0))
     objectives = problem.objective(found, ones)
     best = int(np.argmin(objectives))
+    _check_determined(found[best], problem)
     counts = np.random.default_rng(seed).multinomial(len(points), np.full(len(points), 1 / len(points)), resamples)
     drawn = counts.astype(np.float64)
     others = problem.minimise(np.repeat(found[best : best + 1], resamples, 0), drawn) if resamples else found[:0]
@@ -180,6 +188,23 @@ def _check(points: Sequence[LadderPoint]) -> None:
             allowed=f"at least {LEAST_POINTS} runs, of three sizes and three numbers of tokens",
             fix="train more runs: each size with several numbers of tokens, each to the end of its schedule",
         )
+
+
+def _check_determined(theta: Array, problem: _Problem) -> None:
+    """Refuse a law of which the ladder does not say how it goes on.
+
+    Raises:
+        ConfigError: an exponent has run to an end of what is possible, or the model or the data has no share.
+    """
+    law, shares = problem.law(theta), np.exp(theta[:2] - theta[:3].max())
+    for what, exponent, share in (("parameters", law.alpha, shares[0]), ("tokens", law.beta, shares[1])):
+        if not _EXPONENTS[0] * 1.01 < exponent < _EXPONENTS[1] * 0.99 or share < _NOTHING:
+            raise ConfigError(
+                f"the losses do not say how they fall with the {what}",
+                got=f"exponent {exponent:.3g}, {share:.2g} of the largest term",
+                allowed=f"an exponent between {_EXPONENTS[0]:g} and {_EXPONENTS[1]:g}",
+                fix=f"more runs, with {what} further apart, each with the learning rate that suits its size",
+            )
 
 
 class _Problem:
@@ -219,7 +244,7 @@ class _Problem:
             if not len(still):
                 break
             step = self._step(theta[still], counts[still], damping[still])
-            proposed = theta[still] + step
+            proposed = np.clip(theta[still] + step, _LEAST, _MOST)
             after = self.objective(proposed, counts[still])
             better = after < value[still]
             gain = np.where(better, (value[still] - after) / np.maximum(value[still], 1e-300), 0.0)

@@ -100,6 +100,18 @@ def test_a_ladder_that_says_too_little_is_refused(points, said):
         fit_ladder(points)
 
 
+def test_losses_that_do_not_fall_with_the_size_are_refused():
+    """As of a real ladder, whose largest model had too high a learning rate."""
+    losses = {32: (2.893, 2.775, 2.579), 64: (2.789, 2.641, 2.365), 96: (2.859, 2.597, 2.476)}
+    points = [
+        LadderPoint(7e2 * width**1.5, 61_440.0 * 2**at, loss)
+        for width, row in losses.items()
+        for at, loss in enumerate(row)
+    ]
+    with pytest.raises(ConfigError, match="do not say how they fall with the"):
+        fit_ladder(points)
+
+
 @pytest.mark.parametrize("wanted", [3e7, 1.2e8, 8e9, 7e10, 4e11])
 def test_a_model_of_so_many_parameters_is_found(wanted):
     shape = shape_for(wanted)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import stopping
+from orchestrator import cli, stopping
 from orchestrator.config.compose import run_composed
 from orchestrator.config.sweep import Scored
 from orchestrator.errors import DIVERGED, DONE, FAILED, TERMINATED, ConfigError, ConfigErrors
@@ -188,3 +188,13 @@ def test_another_sweep_is_not_mixed_with_the_one_of_its_name(tmp_path):
     assert sweep(tmp_path, Jobs(), "hydra.sweeper.name=mine", "hydra.sweeper.n_trials=1") == DONE
     with pytest.raises(ConfigErrors, match=r"another sweep(.|\n)*fixed: .*seed=1"):
         sweep(tmp_path, Jobs(), "hydra.sweeper.name=mine", "hydra.sweeper.n_trials=2", "seed=1")
+
+
+def test_processes_that_an_engine_has_started_do_not_sweep(monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert cli.main(["train", "-m", "hydra/sweeper=optuna", "optim.lr=interval(1,2)"]) == 2
+    assert "starts the processes of its runs itself" in capsys.readouterr().err
