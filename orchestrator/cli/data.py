@@ -39,8 +39,8 @@ class PrepareOptions:
     )
     text_field: str = option("text", help="field of rows; text.content: of a nested object")
     text_template: str | None = option(None, help="several fields instead: '{title}\\n\\n{body}'")
-    messages: Literal["plain", "chat"] | None = option(
-        None, help="of conversations: chat (by the model's chat template) or plain ('role: content' of each)"
+    messages: Literal["plain", "chat", "preference"] | None = option(
+        None, help="chat (by the model's template), plain ('role: content' of each), preference (chosen and rejected)"
     )
     chat_template: str | None = option(None, help="of messages=chat: simple, chatml, or a file; else the model's own")
     loss_on: Literal["assistant", "last", "all"] = option("assistant", help="of messages=chat: what the loss counts")

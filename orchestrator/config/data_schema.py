@@ -76,7 +76,7 @@ class DataConfig:
     document_mask: bool = True  # attention does not cross documents packed into one sequence
     text_field: str = "text"  # field of rows (JSON, CSV, Parquet, Arrow); text.content: of a nested object
     text_template: str | None = None  # several fields instead: "{title}\\n\\n{body}"
-    messages: Literal["plain", "chat"] | None = None  # lists of messages: plain "role: content", or by chat template
+    messages: Literal["plain", "chat", "preference"] | None = None  # what rows of messages become; preference: pairs
     chat: ChatConfig = ChatConfig()
     on_null: Literal["error", "skip"] = "error"  # rows whose field is null or missing
     reader: dict[str, Any] = field(default_factory=dict)  # of one's own, by _target_; {}: files are read by format

@@ -38,6 +38,7 @@ from orchestrator.config.optim_schema import TransferBaseConfig as TransferBaseC
 from orchestrator.config.train_schema import BatchStageConfig as BatchStageConfig
 from orchestrator.config.train_schema import EmaConfig as EmaConfig
 from orchestrator.config.train_schema import LoraConfig as LoraConfig
+from orchestrator.config.train_schema import PreferenceConfig as PreferenceConfig
 from orchestrator.config.train_schema import SampleConfig as SampleConfig
 from orchestrator.config.train_schema import SpikeConfig as SpikeConfig
 from orchestrator.config.train_schema import TrainConfig as TrainConfig

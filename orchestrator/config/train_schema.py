@@ -9,6 +9,15 @@ from orchestrator.config.model_schema import Auto
 
 
 @dataclass(frozen=True)
+class PreferenceConfig:
+    """Learning from pairs of responses, of which one was preferred (DPO)."""
+
+    loss: Literal["sigmoid", "ipo", "hinge"] | None = None  # null: none of it; sigmoid is DPO's own
+    beta: float = 0.1  # how far from the reference model: the larger, the nearer
+    label_smoothing: float = 0.0  # of the sigmoid: the share of pairs that are taken to be the wrong way round
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """Text generated during the run and at its end."""
 
@@ -90,6 +99,7 @@ class TrainConfig:
     check_replicas_every: int | None = None  # steps; that devices which must hold the same bits do; None: not asked
     rewind_skip_steps: int = 0  # least batches that a rewind leaves out, from its checkpoint on
     init_from: str | None = None  # weights to start from: latest, a run, a checkpoint, or hf:DIRECTORY
+    preference: PreferenceConfig = PreferenceConfig()
     lora: LoraConfig = LoraConfig()
     ema: EmaConfig = EmaConfig()
     objective: Literal["val_loss", "best_val_loss", "loss", "loss_mean", "tokens_per_second"] = "val_loss"  # of a sweep

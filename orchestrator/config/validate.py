@@ -24,6 +24,7 @@ from orchestrator.config.validate_adapters import check_adapters, check_lora_ran
 from orchestrator.config.validate_data import NAME, check_data_config
 from orchestrator.config.validate_launch import check_launch
 from orchestrator.config.validate_model import check_model, out_of_range
+from orchestrator.config.validate_preference import check_preference
 from orchestrator.errors import ConfigError
 
 _LARGEST = 1 << 63
@@ -107,11 +108,18 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "train.tasks.batch_tokens": (1, 1 << 30),
 }
 _NOT_NEGATIVE = (
-    *("model.init_std", "train.sample.temperature", "train.z_loss", "launch.backoff_seconds"),
+    *(
+        "model.init_std",
+        "train.sample.temperature",
+        "train.z_loss",
+        "train.preference.label_smoothing",
+        "launch.backoff_seconds",
+    ),
     *("model.moe.balance_loss", "model.moe.z_loss", "model.moe.balance_bias_rate"),
 )
 MIN_SHARE = 1e-6  # of a source in a mixture
 _ABOVE_ZERO = (
+    "train.preference.beta",
     "train.spike.deviations",
     "train.tasks.limit",
     "launch.grace_seconds",
@@ -158,6 +166,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
         _checkpoint(config.checkpoint),
         _prometheus(config.logger.prometheus),
         check_adapters(config),
+        check_preference(config),
     )
     return [*check_ranges(config), *(problem for part in parts for problem in part)]
 

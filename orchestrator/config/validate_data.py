@@ -83,7 +83,7 @@ def check_chat(data: DataConfig) -> Iterator[ConfigError]:
         data: the `data` group of a run.
     """
     chat, plain = data.chat, ChatConfig()
-    if data.messages != "chat" and (
+    if data.messages not in ("chat", "preference") and (
         said := [key for key in _OF_TEMPLATES if getattr(chat, key) != getattr(plain, key)]
     ):
         yield ConfigError(
@@ -91,10 +91,16 @@ def check_chat(data: DataConfig) -> Iterator[ConfigError]:
             got=f"{', '.join(f'data.chat.{key}={getattr(chat, key)}' for key in said)}, data.messages={data.messages}",
             fix="set data.messages=chat; of a prepared store it was decided when it was prepared",
         )
-    if data.messages == "chat" and data.text_template is not None:
+    if data.messages == "preference" and chat.loss_on != "assistant":
+        yield ConfigError(
+            "of a pair the responses count, whatever else there is",
+            got=f"data.chat.loss_on={chat.loss_on} with data.messages=preference",
+            fix="leave it out",
+        )
+    if data.messages in ("chat", "preference") and data.text_template is not None:
         yield ConfigError(
             "conversations are rendered by a chat template, not by a template of fields",
-            got=f"data.messages=chat with data.text_template={data.text_template!r}",
+            got=f"data.messages={data.messages} with data.text_template={data.text_template!r}",
             fix="leave out one of them",
         )
     if chat.date is not None:

@@ -19,6 +19,7 @@ _ANSWERS = (
 )
 _CONTEXTS = ("input", "context")  # of an instruction
 _TOOLS, _SYSTEM = "tools", "system"
+PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"  # of pairs of responses
 _ROLES = {"human": "user", "gpt": "assistant"}  # as lists of `from` and `value` call them
 ALLOWED = (
     "a list of messages (role and content, or from and value) in messages or conversations; or texts in prompt and"
@@ -36,6 +37,7 @@ class Conversation:
         first: number of the first message that may count in the loss: what the prompt has said before does not.
         consumed: bytes of the input file that reading it took.
         place: where it was read, for messages.
+        rejected: of a pair of responses: the messages with the rejected one, where `messages` has the chosen one.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -43,25 +45,30 @@ class Conversation:
     first: int = 0
     consumed: int = 0
     place: str = ""
+    rejected: tuple[dict[str, Any], ...] = ()
 
     @property
     def size(self) -> int:
         """Characters of what is said, nearly."""
-        return sum(len(str(message.get("content") or "")) for message in self.messages)
+        return sum(len(str(message.get("content") or "")) for message in (*self.messages, *self.rejected))
 
     def texts(self) -> list[str]:
         """Return what is said, for a vocabulary to be trained on."""
         return [content for message in self.messages if isinstance(content := message.get("content"), str)]
 
 
-def columns_of(names: Sequence[str], field: str | None) -> tuple[str, ...]:
+def columns_of(names: Sequence[str], field: str | None, pairs: bool = False) -> tuple[str, ...]:
     """Return those columns of a table that make conversations; none where there are no such.
 
     Args:
         names: of its columns.
         field: the column of the messages, where the user named it.
+        pairs: they are to make pairs of responses.
     """
     more = [name for name in (_TOOLS, _SYSTEM) if name in names]
+    if pairs:
+        optional = [name for name in (PROMPT, *more) if name in names]
+        return (CHOSEN, REJECTED, *optional) if CHOSEN in names and REJECTED in names else ()
     if field is not None:
         return (field, *more) if field in names else ()
     for name in _LISTS:
@@ -103,12 +110,22 @@ def conversation_of(row: Mapping[str, Any], field: str | None, place: object, co
     else:
         if row[columns[0]] is None or row[columns[1]] is None:
             return None
-        prompt = _turns(_with_context(row, columns), "user", columns[0], place)
-        messages, first = [*prompt, *_turns(row[columns[1]], "assistant", columns[1], place)], len(prompt)
+        prompt = messages_of(_with_context(row, columns), "user", columns[0], place)
+        messages, first = [*prompt, *messages_of(row[columns[1]], "assistant", columns[1], place)], len(prompt)
+    system = system_of(row)
+    if system is not None and not (messages and messages[0].get("role") == "system"):
+        messages, first = [system, *messages], first and first + 1
+    return Conversation(tuple(messages), tools_of(row, place), first, consumed, str(place))
+
+
+def system_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the message of the system that a row has in a column of its own; None where it has none.
+
+    Args:
+        row: its columns.
+    """
     system = row.get(_SYSTEM)
-    if isinstance(system, str) and system and not (messages and messages[0].get("role") == "system"):
-        messages, first = [{"role": "system", "content": system}, *messages], first and first + 1
-    return Conversation(tuple(messages), _tools(row.get(_TOOLS), place), first, consumed, str(place))
+    return {"role": "system", "content": system} if isinstance(system, str) and system else None
 
 
 def _with_context(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
@@ -117,8 +134,18 @@ def _with_context(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
     return f"{prompt}\n\n{context}" if isinstance(prompt, str) and isinstance(context, str) and context else prompt
 
 
-def _turns(value: Any, role: str, column: str, place: object) -> list[dict[str, Any]]:
-    """Return a text as one message, or a list of messages as it is."""
+def messages_of(value: Any, role: str, column: str, place: object) -> list[dict[str, Any]]:
+    """Return a text as one message, or a list of messages as it is.
+
+    Args:
+        value: of a column.
+        role: whose message a text is.
+        column: its name, for messages.
+        place: of the row, for messages.
+
+    Raises:
+        DataError: it is neither.
+    """
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, column, place)
 
 
@@ -142,7 +169,17 @@ def _message(message: Mapping[str, Any], column: str, place: object) -> dict[str
     return known
 
 
-def _tools(value: Any, place: object) -> tuple[dict[str, Any], ...] | None:
+def tools_of(row: Mapping[str, Any], place: object) -> tuple[dict[str, Any], ...] | None:
+    """Return the functions that the assistant of a row may call; None where there are none.
+
+    Args:
+        row: its columns.
+        place: of the row, for messages.
+
+    Raises:
+        DataError: the column is no list of functions.
+    """
+    value = row.get(_TOOLS)
     value = _parsed(value, place, _TOOLS) if isinstance(value, str) and value.strip() else value
     if value is None or value in ("", []):
         return None

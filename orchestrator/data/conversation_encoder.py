@@ -17,6 +17,7 @@ from orchestrator.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from orchestrator.data.conversation import Conversation
 from orchestrator.data.model_files import limit_of
 from orchestrator.data.plain_files import read_regular
+from orchestrator.data.store_index import SECOND
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.errors import DataError
 
@@ -62,7 +63,8 @@ class EncodedConversation:
 
     Attributes:
         ids: int64 of shape [tokens].
-        mask: which of them count in the loss, bool of shape [tokens].
+        mask: uint8 of shape [tokens]: `COUNTS` where one counts in the loss; `SECOND` where the second conversation
+            of a pair begins.
         text_bytes: of the text that the template made.
         digest: of what was said.
     """
@@ -79,6 +81,7 @@ class ConversationEncoder:
     Args:
         config: `data.chat` of a run.
         tokenizer: of the model, with its files.
+        pairs: conversations are pairs of responses.
 
     Attributes:
         tokenizer: the same, with the template among its files where the configuration gives one.
@@ -87,11 +90,11 @@ class ConversationEncoder:
         DataError: there is no template, or it is none.
     """
 
-    def __init__(self, config: ChatConfig, tokenizer: Tokenizer):
+    def __init__(self, config: ChatConfig, tokenizer: Tokenizer, pairs: bool = False):
         given = None if config.template is None else given_template(config.template)
         if given is not None:
             tokenizer = tokenizer.with_files({**tokenizer.files, TEMPLATE_FILE: given.encode()})
-        self._config, self.tokenizer = config, tokenizer
+        self._config, self.tokenizer, self._pairs = config, tokenizer, pairs
         self._template = ChatTemplate(tokenizer, given, self._today)
 
     @cached_property
@@ -108,6 +111,7 @@ class ConversationEncoder:
             "loss_on": config.loss_on,
             "date": config.date,
             "variables": dict(config.variables),
+            **({"pairs": True} if self._pairs else {}),
         }
 
     def encode(self, conversation: Conversation) -> EncodedConversation:
@@ -120,6 +124,8 @@ class ConversationEncoder:
             DataError: the template refuses it, or what the assistant says in it cannot be told; names the place.
         """
         config, messages, tools = self._config, conversation.messages, conversation.tools
+        if conversation.rejected:
+            return self._encode_pair(conversation)
         try:
             if config.loss_on == "all":
                 text, ids = self._template.encode_text(messages, tools, config.variables)
@@ -131,11 +137,28 @@ class ConversationEncoder:
                     first = max(first, _last_of_assistant(messages))
                 ids, mask = self._template.encode(messages, False, tools, first=first, **config.variables)
         except DataError as error:
-            place = conversation.place
-            raise DataError(f"{error.what}: {place}", got=error.got, allowed=error.allowed, fix=error.fix) from None
-        said = json.dumps([messages, tools], sort_keys=True, default=str).encode()
-        digest = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
-        return EncodedConversation(ids, mask, len(text.encode("utf-8", "replace")), digest)
+            raise _placed(error, conversation.place) from None
+        size = len(text.encode("utf-8", "replace"))
+        return EncodedConversation(ids, mask.astype(np.uint8), size, _digest([messages, tools]))
+
+    def _encode_pair(self, pair: Conversation) -> EncodedConversation:
+        """Encode both conversations of a pair, one behind the other; nothing counts where a response has no token."""
+        size, ids, marks = 0, list[np.ndarray](), list[np.ndarray]()
+        try:
+            for messages in (pair.messages, pair.rejected):
+                text = self._template.render(messages, False, pair.tools, **self._config.variables)
+                more = self._config.variables
+                found, counts = self._template.encode(messages, False, pair.tools, first=pair.first, **more)
+                size += len(text.encode("utf-8", "replace"))
+                ids.append(found)
+                marks.append(counts.astype(np.uint8))
+        except DataError as error:
+            raise _placed(error, pair.place) from None
+        answered = all(part[1:].any() for part in marks)
+        marks[1][:1] = SECOND
+        mask = np.concatenate(marks)
+        said = [pair.messages, pair.rejected, pair.tools]
+        return EncodedConversation(np.concatenate(ids), mask if answered else np.zeros_like(mask), size, _digest(said))
 
     def _today(self) -> datetime:
         return _no_date() if self._config.date is None else datetime.strptime(self._config.date, "%Y-%m-%d")
@@ -161,6 +184,15 @@ def given_template(name: str) -> str:
             got=f"data.chat.template={name} ({getattr(error, 'strerror', None) or error})",
             allowed=f"{', '.join(BUILTIN_TEMPLATES)}, or a file in Jinja",
         ) from None
+
+
+def _digest(said: list[Any]) -> int:
+    content = json.dumps(said, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _placed(error: DataError, place: str) -> DataError:
+    return DataError(f"{error.what}: {place}", got=error.got, allowed=error.allowed, fix=error.fix)
 
 
 def _last_of_assistant(messages: tuple[dict[str, Any], ...]) -> int:

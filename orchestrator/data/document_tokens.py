@@ -15,6 +15,7 @@ from orchestrator.config.schema import TokensConfig
 from orchestrator.data.conversation import Conversation
 from orchestrator.data.conversation_encoder import ConversationEncoder
 from orchestrator.data.documents import Corpus, Document, Tally
+from orchestrator.data.store_index import COUNTS
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.tokens.known_token_formats import TOKEN_FORMATS
 from orchestrator.data.tokens.token_reader import TokenTally, token_batches, token_spec
@@ -35,7 +36,7 @@ class Chunk:
         hashes: of the content.
         text_bytes: of the text.
         consumed: bytes of the input that they took.
-        mask: of conversations, which tokens count in the loss.
+        mask: of conversations, what `EncodedConversation` has.
         left_out: conversations that are not here, as nothing of them counts.
     """
 
@@ -99,14 +100,14 @@ def encode_conversations(
 
     def encode(chunk: list[Conversation]) -> Chunk:
         made = [encoder.encode(conversation) for conversation in chunk]
-        some = [one for one in made if one.mask[1:].any()]
+        some = [one for one in made if (one.mask[1:] & COUNTS).any()]
         return Chunk(
             tokens=np.concatenate([np.zeros(0, dtype=dtype), *(one.ids.astype(dtype) for one in some)]),
             lengths=np.array([one.ids.size for one in some], dtype=np.int64),
             hashes=np.array([one.digest for one in some], dtype="<u8"),
             text_bytes=np.array([one.text_bytes for one in some], dtype=np.int64),
             consumed=sum(conversation.consumed for conversation in chunk),
-            mask=np.concatenate([np.zeros(0, dtype=bool), *(one.mask for one in some)]),
+            mask=np.concatenate([np.zeros(0, dtype=np.uint8), *(one.mask for one in some)]),
             left_out=len(made) - len(some),
         )
 

@@ -14,6 +14,7 @@ from orchestrator.data.formats.known_formats import FORMATS
 from orchestrator.data.formats.reading import Input, LeftOut, SourcePosition
 from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.own_documents import OwnDocuments, find_own_inputs
+from orchestrator.data.pairs import pair_of
 from orchestrator.errors import ConfigError, DataError, UserError
 
 _NAMES_KEPT = 20  # of what was left out, per reason
@@ -157,7 +158,7 @@ def find_corpus(
         return Corpus(
             tuple(inputs), tuple(item for name in inputs for item in find_own_inputs(name)), (), spec, own=own
         )
-    if spec.messages == "chat" and own.transform is not None:
+    if spec.holds_conversations and own.transform is not None:
         raise ConfigError(
             "a document transform works on text, and conversations are no text",
             got="data.transform with data.messages=chat",
@@ -244,7 +245,7 @@ def read_documents(
         DataError: the input is damaged, or a row is not as it should be; names the file and the row.
         PartError: code of the user's own failed.
     """
-    if spec.messages == "chat":
+    if spec.holds_conversations:
         for conversation in read_conversations(item, spec, tally, own):
             yield Document("\n\n".join(conversation.texts()), conversation.consumed)
         return
@@ -297,12 +298,13 @@ def read_conversations(
                 f"the input holds text, and no conversations: {item.path}",
                 got=FORMATS[item.format].title if item.format in FORMATS else "a text",
                 allowed=f"JSON Lines, JSON arrays, Parquet, Arrow or CSV with {ALLOWED}",
-                fix="leave out data.messages=chat to train on the text",
+                fix="leave out data.messages to train on the text",
             )
-        if spec.on_null == "skip" and not columns_of(tuple(row), spec.named_field):
+        pairs = spec.messages == "preference"
+        if spec.on_null == "skip" and not columns_of(tuple(row), spec.named_field, pairs):
             tally.null_rows += 1
             continue
-        found = conversation_of(row, spec.named_field, place, consumed)
+        found = pair_of(row, place, consumed) if pairs else conversation_of(row, spec.named_field, place, consumed)
         if found is None and spec.on_null == "error":
             raise DataError(
                 f"the row has no conversation: {place}",

@@ -363,9 +363,9 @@ def _cached_bpe(raw: Sequence[_Source], config: DataConfig, root: Path, progress
 
 def _encoder(corpus: Corpus, chat: ChatConfig, tokenizer: Tokenizer) -> ConversationEncoder | None:
     """Return what makes tokens of a corpus of conversations; None for documents."""
-    if corpus.holds_tokens or corpus.spec.messages != "chat":
+    if corpus.holds_tokens or not corpus.spec.holds_conversations:
         return None
-    return ConversationEncoder(chat, tokenizer)
+    return ConversationEncoder(chat, tokenizer, pairs=corpus.spec.messages == "preference")
 
 
 def _corpora(sources: Sequence[_Source]) -> list[Corpus]:

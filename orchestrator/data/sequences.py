@@ -11,6 +11,7 @@ import numpy as np
 from orchestrator.config.schema import ChatConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.packing import ConversationRows, TooLong
+from orchestrator.data.pairs import PairRows
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError
 
@@ -98,6 +99,8 @@ def store_rows(store: TokenStore, split: str, seq_len: int, chat: ChatConfig) ->
 
 @functools.lru_cache(maxsize=32)  # what is checked before the start is what is trained on
 def _store_rows(store: TokenStore, split: str, seq_len: int, packing: bool, too_long: TooLong) -> StoreRows:
+    if store.holds_pairs:
+        return PairRows(store, split, seq_len, packing, too_long)
     if store.holds_conversations:
         return ConversationRows(store, split, seq_len, packing, too_long)
     return WindowRows(store, split, seq_len)

@@ -6,7 +6,7 @@ tokenizer.json        and the files that belong to it: a store always carries it
 tokens-00000.bin      little-endian uint16, or uint32 for more than 65536 tokens; every document begins and ends as
                       the index says, with the end-of-text token at its end by default
 offsets-00000.bin     little-endian int64: where in the shard each document starts
-mask-00000.bin        of conversations, a byte per token: 1 where it counts in the loss
+mask-00000.bin        of conversations, a byte per token: 1 where it counts in the loss; 2 where a pair's second begins
 checks-00000.bin      little-endian uint32: CRC-32 of each 64 KiB of the token file, then of the mask
 ```
 
@@ -35,7 +35,9 @@ from orchestrator.data.plain_files import regular_size
 from orchestrator.data.store_index import (
     BLOCK_BYTES,
     CHECK_BYTES,
+    COUNTS,
     OFFSET_BYTES,
+    SECOND,
     SPLITS,
     ShardInfo,
     StoreIndex,
@@ -91,7 +93,16 @@ class Split:
             IndexError: the range is not within the split.
             DataError: a file is not what was written; names it.
         """
-        return self._read("mask", start, stop, np.empty(max(0, stop - start), dtype=bool))
+        return (self.read_marks(start, stop) & COUNTS).astype(bool)
+
+    def read_marks(self, start: int, stop: int) -> np.ndarray:
+        """Return the bytes of the mask of tokens `start` to `stop`, uint8: `COUNTS` and `SECOND`.
+
+        Raises:
+            IndexError: the range is not within the split.
+            DataError: a file is not what was written; names it.
+        """
+        return self._read("mask", start, stop, np.empty(max(0, stop - start), dtype=np.uint8))
 
     def _read(self, column: str, start: int, stop: int, result: np.ndarray) -> np.ndarray:
         if not 0 <= start <= stop <= self.tokens:
@@ -173,7 +184,7 @@ def _columns(folder: Path, info: ShardInfo, dtype: np.dtype, vocab_size: int) ->
     columns = {"tokens": _Column(folder / info.file, dtype, vocab_size - 1, checks)}
     if info.mask_file is not None:
         rest = None if checks is None else checks[info.blocks :]
-        columns["mask"] = _Column(folder / info.mask_file, np.dtype(np.uint8), 1, rest)
+        columns["mask"] = _Column(folder / info.mask_file, np.dtype(np.uint8), COUNTS | SECOND, rest)
     return columns
 
 
@@ -195,7 +206,7 @@ class _Column:
         # Also where the checksums agree: the writer of the store may have been wrong.
         if values.size and (largest := int(values.max())) > self._largest:
             at = start + int(np.argmax(values))
-            what = "the ids of its vocabulary" if self._largest > 1 else "what a mask has"
+            what = "the ids of its vocabulary" if self._largest > COUNTS | SECOND else "what a mask has"
             raise damaged(self._file, f"token id {largest} at token {at}", f"0 to {self._largest}, {what}")
         return values
 
@@ -315,6 +326,11 @@ class TokenStore:
     def holds_conversations(self) -> bool:
         """Whether its documents are conversations, of whose tokens a mask says which count in the loss."""
         return bool(self.index.conversations)
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether its documents are pairs of responses."""
+        return bool(self.index.conversations.get("pairs"))
 
     @property
     def fingerprint(self) -> str:

@@ -24,6 +24,7 @@ FORMAT = "orchestrator-token-store"
 FORMAT_VERSION = 3  # 1: no checks of blocks; documents are held out by the hash alone
 DOCUMENTS_VERSION, CONVERSATIONS_VERSION = 2, 3  # what is written: conversations have a mask, which version 2 has not
 INDEX_FILE = "index.json"
+COUNTS, SECOND = 1, 2  # of a mask: the token counts in the loss; the second conversation of a pair begins here
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 OFFSET_BYTES = 8
@@ -47,7 +48,7 @@ class ShardInfo:
         offsets_sha256: of the offsets file.
         checks_file: CRC-32 of every block of the token file, and then of the mask; None in stores of version 1.
         checks_sha256: of the checks file.
-        mask_file: of conversations, a byte per token: 1 where it counts in the loss. None of documents.
+        mask_file: of conversations, a byte per token: `COUNTS` and `SECOND`. None of documents.
         mask_sha256: of the mask.
     """
 

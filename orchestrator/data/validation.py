@@ -174,6 +174,8 @@ def check_data(config: RunConfig, data: PreparedData) -> list[str]:
     Raises:
         DataError: a source has not one sequence to train on, or an evaluation is wanted and has none.
     """
+    for store in (*data.stores, *data.validation.values()):
+        _check_kind(config, store)
     for store in data.stores:
         if not len(store_rows(store, "train", config.train.seq_len, config.data.chat)):
             raise too_short(store, "train", config.train.seq_len)
@@ -189,6 +191,24 @@ def check_data(config: RunConfig, data: PreparedData) -> list[str]:
             " data.validation_fraction, or name data of its own: data.validation=..."
         ]
     return []
+
+
+def _check_kind(config: RunConfig, store: TokenStore) -> None:
+    """See that there are pairs of responses where these are learnt from, and only there."""
+    loss = config.train.preference.loss
+    if store.holds_pairs and loss is None:
+        raise DataError(
+            "the data is pairs of responses, and the run does not learn from preferences",
+            got=f"{store.path}, train.preference.loss=null",
+            fix="set train.preference.loss=sigmoid; or train on text or conversations",
+        )
+    if loss is not None and not store.holds_pairs:
+        raise DataError(
+            "the run learns from preferences, and the data has no pairs of responses",
+            got=f"{store.path}, train.preference.loss={loss}",
+            allowed="rows with prompt, chosen and rejected, or a store that was prepared from such",
+            fix="set data.messages=preference; or leave out train.preference.loss",
+        )
 
 
 def mixture_lines(data: PreparedData) -> list[str]:

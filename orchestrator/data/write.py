@@ -25,6 +25,7 @@ from orchestrator.data.store import TokenStore, hash_file
 from orchestrator.data.store_index import (
     BLOCK_BYTES,
     CONVERSATIONS_VERSION,
+    COUNTS,
     DOCUMENTS_VERSION,
     INDEX_FILE,
     SPLITS,
@@ -169,7 +170,7 @@ class _Spool:
     def __init__(self, folder: Path, tokenizer: Tokenizer, dtype: np.dtype, shard_tokens: int, masked: bool):
         self._folder, self._tokenizer, self._shard_tokens = folder, tokenizer, shard_tokens
         self._tokens = np.memmap(folder / _SPOOL_FILE, dtype=dtype, mode="r")
-        self._mask = np.memmap(_mask_of(folder / _SPOOL_FILE), dtype=bool, mode="r") if masked else None
+        self._mask = np.memmap(_mask_of(folder / _SPOOL_FILE), dtype=np.uint8, mode="r") if masked else None
         # A chat template begins and ends conversations itself.
         documents = tokenizer.documents
         self._first = np.array([] if masked else documents.bos_ids, dtype=dtype)
@@ -185,7 +186,7 @@ class _Spool:
         for shard in _shard_plan(_shuffled(part), self._shard_tokens, overhead):
             tokens, mask = self._gather(shard), self._gather_mask(shard)
             self.shards.append(_write_shard(self._folder, len(self.shards), tokens, shard.lengths + overhead, mask))
-            counted += 0 if mask is None else int(mask.sum())
+            counted += 0 if mask is None else int((mask & COUNTS).sum())
             if name == "train":
                 self.counts += self._target_counts(tokens, shard.lengths.size, mask)
         self.counted[name] = counted
@@ -214,7 +215,7 @@ class _Spool:
 
     def _target_counts(self, tokens: np.ndarray, documents: int, mask: np.ndarray | None) -> np.ndarray:
         """How often each token is a target, [V]: a BOS that follows the end of another document never is."""
-        counts = np.bincount(tokens if mask is None else tokens[mask], minlength=self.counts.size)
+        counts = np.bincount(tokens if mask is None else tokens[(mask & COUNTS) != 0], minlength=self.counts.size)
         if mask is None and self._last.size:
             counts[self._first[:1]] -= documents
         return counts
@@ -248,7 +249,7 @@ def _write_shard(
     names = {kind: f"{kind}-{number:05d}.bin" for kind in ("tokens", "offsets", "mask", "checks")}
     contents = {"tokens": tokens.tobytes(), "offsets": (np.cumsum(lengths) - lengths).astype("<i8").tobytes()}
     if mask is not None:
-        contents["mask"] = mask.astype(np.uint8).tobytes()
+        contents["mask"] = mask.tobytes()
     blocks = [contents[kind][low : low + BLOCK_BYTES] for kind in ("tokens", "mask") if kind in contents
               for low in range(0, len(contents[kind]), BLOCK_BYTES)]  # fmt: skip
     contents["checks"] = np.array([zlib.crc32(block) for block in blocks], dtype="<u4").tobytes()

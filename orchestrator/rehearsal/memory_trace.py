@@ -32,6 +32,7 @@ from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.training.job import make_trainer
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.optimizer_setup import build_optimizer
+from orchestrator.training.preference import without_preferences
 from orchestrator.training.resolved import resolve_run
 
 PHASES = ("forward", "head", "last_layer", "between", "first_layer", "embedding", "update")
@@ -123,7 +124,7 @@ def trace_step(config: RunConfig, devices: int, rank: int = 0) -> Trace:
     )
     parallel.join()
     try:
-        module = LanguageModule(config, parallel=parallel)
+        module = LanguageModule(without_preferences(config), parallel=parallel)
         module.configure_model()
         parts = parallel.parts(module.model)  # looks into the mesh's ranks, which are data
         with parallel.fake, _quiet():

@@ -40,6 +40,7 @@ from orchestrator.strategies.parallel_strategy import local_parameters
 from orchestrator.strategies.xla import XlaStrategy
 from orchestrator.training.job import make_trainer
 from orchestrator.training.module import LanguageModule
+from orchestrator.training.preference import without_preferences
 from orchestrator.training.resolved import Resolved, read_resolved
 
 PROGRAM, FACTS = "step.mlir", "staged.json"
@@ -151,7 +152,7 @@ def stage(resolved: Resolved) -> Staged:
     """
     config, parallel = resolved.config, _make_strategy(resolved)
     parallel.join()
-    module = LanguageModule(config, parallel=parallel)
+    module = LanguageModule(without_preferences(config), parallel=parallel)
     module.configure_model()
     optimizer, model, micro_batch = module.make_optimizer(), module.model, module.micro_batch
     sequences = config.train.global_batch_tokens // config.train.seq_len

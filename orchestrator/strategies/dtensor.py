@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -373,10 +373,12 @@ class DTensorStrategy(ParallelStrategy):
         """Gather over the context group, and give it to the ranks of a pipeline that have no head."""
         if part is not None and self._context_group is not None:
             part = SequenceOrder.of(self.layout).restore(gather(part, self._context_group, dim=1))
-        if (pipeline := pipeline_of(model)) is not None:
-            return pipeline.tell(part)
-        assert part is not None
-        return part
+        pipeline = pipeline_of(model)
+        return cast(Tensor, part) if pipeline is None else pipeline.tell(part)
+
+    def once_per_row(self, values: Tensor) -> Tensor:
+        """Return `values` on the first rank of each context group."""
+        return self._counted(values, ("context",))
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """All-reduce `values`, with one rank counted of those that hold the same tokens."""
@@ -444,6 +446,5 @@ class DTensorStrategy(ParallelStrategy):
         return read_later(value, self.target.pin_memory)
 
     def uncompiled(self) -> AbstractContextManager[Any]:
-        """Run compiled blocks eagerly: a second shape would make torch compile them again."""
-        # A second shape would make torch compile the blocks again, for any shape, and run the step by those.
+        """Run compiled blocks eagerly: for a second shape torch would compile them again, and run the step by those."""
         return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()

@@ -460,6 +460,14 @@ class ParallelStrategy(TrainerStrategy, ModelCopies, TextRows):
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum `values` over the ranks that hold different tokens, counting each token once."""
 
+    def once_per_row(self, values: Tensor) -> Tensor:
+        """Return `values`, or zeros where another rank has them of the same sequences: for `sum_over_data`.
+
+        Args:
+            values: that each rank has of its sequences, whole ones, as `token_scores` gives them.
+        """
+        return values
+
     @abstractmethod
     def reduce_and_clip(
         self, model: ShardableModel, loss_part: Tensor, max_norm: float | None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.checkpoint.finite import finite_flags
 from orchestrator.constants import IGNORE_INDEX
+from orchestrator.data.pairs import RESPONSES
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
@@ -125,7 +126,7 @@ def diagnose(module: LanguageModule, batch: Mapping[str, Any], step: int, own: S
     module.step = step - 1
     watch = _Watch(model)
     with torch.enable_grad(), watch.watching(), parallel.uncompiled():
-        placed = parallel.prepare_batch(batch)
+        placed = parallel.prepare_batch({name: value for name, value in batch.items() if name != RESPONSES})
         targets = parallel.sum_over_data((placed["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
         hooks = StepHooks(watch.begin(module.seed_dropout), watch.end_forward)
         total = parallel.forward_backward(model, placed, module.micro_batch, targets, hooks)

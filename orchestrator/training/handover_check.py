@@ -35,6 +35,7 @@ from orchestrator.checkpoint.reference import (
 from orchestrator.checkpoint.writer import SUM_RANGE, sum_bits
 from orchestrator.config.schema import RunConfig
 from orchestrator.constants import IGNORE_INDEX
+from orchestrator.data.pairs import RESPONSES
 from orchestrator.data.stream import TokenStream
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.errors import NonFiniteError
@@ -55,6 +56,7 @@ def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
     settings = config.checkpoint.handover
     assert isinstance(settings.seq_len, int), "training.resolved has filled it in"
     rows = stream.batch(range(min(settings.sequences, len(stream))))
+    rows.pop(RESPONSES, None)  # the check is of the model, whatever it learns from
     return reference_batch(rows, min(settings.seq_len, config.train.seq_len))
 
 

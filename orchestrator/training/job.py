@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -27,6 +27,7 @@ from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.host_snapshots import newer_snapshots, open_host_memory, restore_snapshot
 from orchestrator.training.module import LanguageModule
+from orchestrator.training.preference_reference import settle_reference
 from orchestrator.training.resolved import Resolved
 from orchestrator.training.restore import data_position, data_skipped, open_together, restore_run, restore_weights
 from orchestrator.training.watchers import Watchers, make_watchers
@@ -148,6 +149,7 @@ def build(
     loader = tokens.steps(parallel)
     facts, mfu = run_facts(resolved, parallel, module.model, tokens)
     side = provenance(parallel) | adapters_state(config, source, trusted, parallel, resolved.place.checkpoints)
+    side |= _reference_state(resolved, module, tokens, loader, source, restored, trusted)
     watchers = make_watchers(
         resolved,
         parallel,
@@ -194,6 +196,29 @@ def fill(
     source = open_together(locate(config.train.init_from), trusted, parallel, opened)
     restore_weights(source, config, parallel, model, trusted=trusted)
     return source
+
+
+def _reference_state(
+    resolved: Resolved,
+    module: LanguageModule,
+    tokens: TokenDataModule,
+    loader: StepLoader,
+    source: Checkpoint | None,
+    restored: Checkpoint | None,
+    trusted: Trust,
+) -> dict[str, Any]:
+    """Let the reference model of preferences score what it has not yet, by the weights of the beginning."""
+    begin = replace(resolved, paths=replace(resolved.place, resume_from=None))
+    return settle_reference(
+        module,
+        resolved.config,
+        tokens,
+        loader,
+        source,
+        restored,
+        begin=lambda: fill(begin, module, tokens.stream, trusted),
+        again=lambda: fill(resolved, module, tokens.stream, trusted),
+    )
 
 
 class RunTrainer(lightning.Trainer):

@@ -34,6 +34,7 @@ from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.optimizer_setup import PEAK, build_optimizer
 from orchestrator.training.parameter_groups import describe_groups, trained
 from orchestrator.training.placed_model import build_placed, factors_of
+from orchestrator.training.preference import FIGURES, Preferences
 from orchestrator.training.resolved import settle_optimizer, settle_unplanned, settle_vocabulary
 from orchestrator.training.weight_average import WeightAverage
 
@@ -67,6 +68,7 @@ class LanguageModule(lightning.LightningModule):
         optimizer: of the parameters, with state; there when it is configured.
         average: of the weights; None where none is kept.
         groups: a line for each entry of `optim.groups`.
+        preferences: the step of a run that learns from pairs; None in others.
 
     Raises:
         ConfigError: the vocabulary is not known, or too small for the tokenizer.
@@ -90,6 +92,7 @@ class LanguageModule(lightning.LightningModule):
         self._given = parallel
         self._schedule, self._batches = schedule_of(config), BatchSizes.of(config.train)
         self._totals = torch.zeros(0)
+        self.preferences: Preferences | None = None
         self._set: Tensor | None = None  # of the validation batch under way, a row of a one-hot matrix
 
     # --- set-up -----------------------------------------------------------------------------------------
@@ -105,10 +108,12 @@ class LanguageModule(lightning.LightningModule):
         self.parallel = self._given or strategy_of(self.trainer)
         if self._given is None:
             self.parallel.refuse_own_trainer()
-            _refuse_adapters(self.config)
+            _refuse_parts_of_runs(self.config)
         self.model = build_placed(self.config, self.parallel)
         self.micro_batch = micro_batch_size(self.config, self.parallel)
         self.guard = FiniteGuard(self.parallel, self.config.train)
+        if self.config.train.preference.loss is not None:
+            self.preferences = Preferences(self.config.train.preference, self.parallel)
         if self._given is None:
             self.parallel.initialize(self.model, self.config.seed)
             every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -144,7 +149,8 @@ class LanguageModule(lightning.LightningModule):
 
     def transfer_batch_to_device(self, batch: Mapping[str, Any], device: Any, dataloader_idx: int) -> Batch:
         """Place `batch` as the strategy says; `device` and `dataloader_idx` are Lightning's, and not used."""
-        return self.parallel.prepare_batch(batch)
+        # Pairs are placed twice, with weights the second time.
+        return dict(batch) if self.preferences is not None else self.parallel.prepare_batch(batch)
 
     # --- training ---------------------------------------------------------------------------------------
 
@@ -173,16 +179,21 @@ class LanguageModule(lightning.LightningModule):
         self.record(step=self.step, loss=loss, grad_norm=norm, lr=self.lr, **figures)
         standing.reached(self.step)
 
-    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+    def _gradients(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         """Compute and clip the gradients. Returns the loss, their norm, what the routers did, and further figures."""
-        targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
-        hooks = StepHooks(self.seed_dropout, backward=self.manual_backward)
-        total = self.parallel.forward_backward(self.model, batch, self.micro_batch, targets, hooks)
+        hooks, figures = StepHooks(self.seed_dropout, backward=self.manual_backward), dict[str, Tensor]()
+        if self.preferences is not None:
+            step = self.preferences.forward_backward(self.model, batch, self.micro_batch, hooks)
+            total, targets, figures = step
+        else:
+            targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
+            total = self.parallel.forward_backward(self.model, batch, self.micro_batch, targets, hooks)
         loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
         routing = self._routing()
         if routing is not None:
             loss = loss - routing[:, LOSS].sum() / targets
-        figures = {}
+        if figures:
+            loss, figures = figures["loss"], {name: figures[name] for name in FIGURES}
         if (z_loss := self._z_loss()) is not None:
             figures["z_loss"] = z_loss / targets
             loss = loss - figures["z_loss"]
@@ -260,6 +271,12 @@ class LanguageModule(lightning.LightningModule):
             fp64 of shape [1 + sets]: the mean over all target tokens, and over those of each set.
         """
         self.model.eval()
+        if self.preferences is not None:
+            with evaluated(getattr(self, "optimizer", None)):
+                losses = self.preferences.evaluate(self.model, batches, sets)
+                self.parallel.release_gathered(self.model)
+            self.model.train()
+            return losses
         self.on_validation_epoch_start()
         count = max(sets, default=0) + 1
         # Rows of data, and no constants of the program: a traced one then serves every set.
@@ -310,17 +327,18 @@ class LanguageModule(lightning.LightningModule):
         self.step = checkpoint["global_step"]
 
 
-def _refuse_adapters(config: RunConfig) -> None:
-    """Refuse adapters in a Trainer of the user's, which fills no base.
+def _refuse_parts_of_runs(config: RunConfig) -> None:
+    """Refuse in a Trainer of the user's what needs a run: adapters, which lie beside a base, and a reference's scores.
 
     Raises:
-        ConfigError: the run has adapters.
+        ConfigError: the configuration has one of them.
     """
-    if config.train.lora.rank is not None:
+    found = {"train.lora.rank": config.train.lora.rank, "train.preference.loss": config.train.preference.loss}
+    if asked := [f"{key}={value}" for key, value in found.items() if value is not None]:
         raise ConfigError(
-            "a Trainer of one's own trains whole weights",
-            got=f"train.lora.rank={config.train.lora.rank}",
-            fix="train adapters by orchestrator.train or the command line",
+            "a Trainer of one's own trains whole weights, and on no preferences",
+            got=", ".join(asked),
+            fix="train by orchestrator.train or the command line",
         )
 
 

@@ -41,6 +41,8 @@ from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.divergence import FiniteGuard
 from orchestrator.training.handover_check import make_batch
 from orchestrator.training.module import LanguageModule
+from orchestrator.training.preference import Preferences
+from orchestrator.training.reference_scores import FILE as REFERENCE_FILE
 from orchestrator.training.resolved import Resolved
 
 
@@ -154,7 +156,7 @@ def make_watchers(
     states = OwnStates(own, speaks=main)
     if restored:
         states.restore(restored)
-    keeps = _keeps(resolved, data, source, shown, states, main)
+    keeps = _keeps(resolved, data, source, shown, states, main, module.preferences)
     about = {**provenance, "run": run_uuid}
     checkpoints = Checkpoints(place, resolved.asked, parallel, loader, keeps, about, metrics, history, tell)
     spikes, replicas = _guards(config, parallel, module.step, restored, metrics, checkpoints, tell)
@@ -253,6 +255,7 @@ def _keeps(
     shown: TokenStream,
     own: OwnStates,
     main: bool,
+    preferences: Preferences | None,
 ) -> Keeps:
     """Return what travels with the weights; the first process alone saves the files."""
     config, files = resolved.config, dict[str, bytes]()
@@ -261,6 +264,8 @@ def _keeps(
         files = files_of(source) if source else {}
         files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
         files |= {**data.given_files, **model_files(source)}
+        if preferences is not None:
+            files[REFERENCE_FILE] = preferences.reference.to_bytes()
     reference = make_batch(config, shown) if config.checkpoint.handover.enabled else None
     return Keeps(data.tokenizer, files, reference, own)
 

@@ -14,6 +14,8 @@ from orchestrator.distributed.world import World
 DIVISOR = 7.0
 ROWS, LENGTH, VOCABULARY = 4, 32, 96
 
+Gradient = tuple[str, tuple[slice, ...], np.ndarray]  # name, which part of it, and its elements
+
 
 @dataclass
 class Scored:
@@ -33,7 +35,7 @@ class Scored:
     greedy: np.ndarray
     loss: float
     z_loss: float
-    gradients: list[tuple[str, tuple[slice, ...], np.ndarray]]
+    gradients: list[Gradient]
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -103,8 +105,8 @@ def model_slices(parallel: Any, model: Any, name: str) -> tuple[slice, ...]:
     return slices
 
 
-def expected(config: RunConfig) -> Scored:
-    """Return the same by full logits and torch's own cross-entropy, in one process."""
+def plain_model(config: RunConfig) -> Any:
+    """Return the model of `config` with the weights that `score` has, in one process."""
     from orchestrator.models.decoder import Decoder
     from orchestrator.models.init import draw_slice
     from orchestrator.training.check import resolve_model
@@ -114,6 +116,12 @@ def expected(config: RunConfig) -> Scored:
         parameter = model.get_parameter(name)
         whole = tuple(slice(0, size) for size in parameter.shape)
         parameter.data.copy_(draw_slice(init, name, 3, tuple(parameter.shape), whole))
+    return model
+
+
+def expected(config: RunConfig) -> Scored:
+    """Return the same by full logits and torch's own cross-entropy, in one process."""
+    model = plain_model(config)
     arrays = {name: torch.from_numpy(value) for name, value in batch().items()}
     targets, weights = arrays.pop("targets"), arrays.pop("weights")
     logits = model(**arrays)
@@ -139,16 +147,29 @@ def assert_agrees(parts: list[Scored], wanted: Scored, relative: float) -> None:
         wanted: of one process.
         relative: tolerance, of an array relative to its largest element.
     """
-    gradients = {name: array for name, _, array in wanted.gradients}
-    covered = dict.fromkeys(gradients, 0)
     for part in parts:
         close(part.losses, wanted.losses[part.rows], relative, "losses")
         np.testing.assert_array_equal(part.greedy, wanted.greedy[part.rows])
         np.testing.assert_allclose([part.loss, part.z_loss], [wanted.loss, wanted.z_loss], rtol=relative)
-        for name, slices, array in part.gradients:
-            scale = np.abs(gradients[name]).max()
-            np.testing.assert_allclose(array, gradients[name][slices], rtol=0, atol=relative * scale, err_msg=name)
-            covered[name] += array.size
+    assert_gradients([part.gradients for part in parts], wanted.gradients, relative)
+
+
+def assert_gradients(parts: list[list[Gradient]], wanted: list[Gradient], relative: float) -> None:
+    """See that every part of every gradient is somewhere, and everywhere as it is `wanted`.
+
+    Args:
+        parts: of all ranks.
+        wanted: of one process.
+        relative: tolerance of a gradient as a whole, by the L2 norm; single elements may be off by three times as much
+            of its largest one, as sums of fp32 are.
+    """
+    gradients = {name: array for name, _, array in wanted}
+    covered = dict.fromkeys(gradients, 0)
+    for name, slices, array in (gradient for part in parts for gradient in part):
+        whole, theirs = gradients[name], gradients[name][slices]
+        np.testing.assert_allclose(array, theirs, rtol=0, atol=3 * relative * np.abs(whole).max(), err_msg=name)
+        assert np.linalg.norm(array - theirs) <= relative * np.linalg.norm(whole), name
+        covered[name] += array.size
     assert all(covered[name] >= gradients[name].size for name in gradients), "a part of a gradient is nowhere"
 
 

@@ -25,13 +25,14 @@ class TextSpec:
         template: several fields instead: `{title}\n\n{body}`. Nothing but substitution; `{{` and `}}` are braces, and
             a backslash before n or t stands for a line end or a tab.
         messages: what a list of messages (objects with role and content) becomes: `refuse`, or `plain`, which is
-            "role: content" of each, with an empty line between. `chat`: rows are conversations, and no text.
+            "role: content" of each, with an empty line between. `chat`: rows are conversations, and no text;
+            `preference`: pairs of responses.
         on_null: of rows whose field is null or missing: `error`, or `skip`, which counts them.
     """
 
     field: str = _FIELD
     template: str | None = None
-    messages: Literal["refuse", "plain", "chat"] = "refuse"
+    messages: Literal["refuse", "plain", "chat", "preference"] = "refuse"
     on_null: Literal["error", "skip"] = "error"
 
     @cached_property
@@ -65,7 +66,15 @@ class TextSpec:
         Args:
             names: of all columns of the table.
         """
-        return columns_of(names, self.named_field) or ("messages",) if self.messages == "chat" else self.fields
+        if not self.holds_conversations:
+            return self.fields
+        usual = ("chosen", "rejected") if self.messages == "preference" else ("messages",)
+        return columns_of(names, self.named_field, self.messages == "preference") or usual
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether rows are conversations, or pairs of responses, and no text."""
+        return self.messages in ("chat", "preference")
 
     @property
     def named_field(self) -> str | None:
@@ -154,8 +163,8 @@ def has_fields(row: object, spec: TextSpec) -> bool:
         row: parsed JSON.
         spec: the fields of a document.
     """
-    if isinstance(row, Mapping) and spec.messages == "chat":
-        return bool(columns_of(tuple(row), spec.named_field))
+    if isinstance(row, Mapping) and spec.holds_conversations:
+        return bool(columns_of(tuple(row), spec.named_field, spec.messages == "preference"))
     return isinstance(row, Mapping) and all(look_up(row, field) is not _ABSENT for field in spec.fields)
 
 

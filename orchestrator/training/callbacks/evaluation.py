@@ -95,22 +95,30 @@ class Validation(lightning.Callback):
         of_average: dict[str, float] = {}
         with standing.within(standing.EVALUATING):
             loss, *of_sets = pl_module.evaluate(shown, self._batches.numbers).tolist()
+            figures, also = _further(pl_module, loss)
             if pl_module.average is not None:
                 with pl_module.average.in_place():
                     of_average["val_loss_ema"] = pl_module.evaluate(self._batches)[0].item()
-        # exp of a diverged loss does not fit a float.
-        perplexity = math.exp(min(loss, 700.0))
         labels = self._batches.labels
         each = dict(zip(labels, of_sets, strict=True)) if len(labels) > 1 else {}
         own = {f"val_loss/{label}": value for label, value in each.items()}
-        self._metrics.write_evaluation(pl_module.step, val_loss=loss, val_perplexity=perplexity, **own, **of_average)
+        self._metrics.write_evaluation(pl_module.step, val_loss=loss, **figures, **own, **of_average)
         more = f" ({', '.join(f'{label} {value:.4f}' for label, value in each.items())})" if each else ""
         more += "".join(f", of the average {value:.4f}" for value in of_average.values())
-        self._say(f"step {pl_module.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{more}")
+        self._say(f"step {pl_module.step}: validation loss {loss:.4f}, {also}{more}")
         self._metrics.pause()
         if not math.isfinite(loss):
             raise Diverged(pl_module.step, {"val_loss": loss}, "validation")
         self.latest = (pl_module.step, loss)
+
+
+def _further(pl_module: Any, loss: float) -> tuple[dict[str, float], str]:
+    """Return what is recorded beside the loss, and said: the perplexity, or of pairs how many are told apart."""
+    if pl_module.preferences is not None:
+        figures = pl_module.preferences.held_out
+        return figures, f"{figures['val_reward_accuracy']:.1%} of the pairs told apart"
+    perplexity = math.exp(min(loss, 700.0))  # exp of a diverged loss does not fit a float
+    return {"val_perplexity": perplexity}, f"perplexity {perplexity:.2f}"
 
 
 class Samples(lightning.Callback):

@@ -1,0 +1,167 @@
+"""Runs that learn from preferences: from rows of pairs over the reference's scores to checkpoints and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.config.compose import compose
+from orchestrator.errors import ConfigErrors, DataError
+from tests.lab.runs import TINY, checkpoint, losses, read_rows, small_config, train
+from tests.lab.slow import cases
+from tests.lab.tensors import read_all
+from tests.strategies.test_token_scores import size_of
+
+STEPS = 8
+
+
+def write_pairs(path: Path) -> str:
+    """Pairs in three of the forms that data sets have: texts, messages behind a prompt, whole conversations."""
+    rows = []
+    for number in range(48):
+        question, good, bad = (
+            f"what is {number} + {number % 7}?",
+            f"it is {number + number % 7}.",
+            f"who knows {number}",
+        )
+        user, chosen, rejected = (
+            {"role": role, "content": text}
+            for role, text in (("user", question), ("assistant", good), ("assistant", bad))
+        )
+        forms = (
+            {"prompt": question, "chosen": good, "rejected": bad},
+            {"prompt": [user], "chosen": [chosen], "rejected": [rejected]},
+            {"prompt": question, "chosen": [user, chosen], "rejected": [user, rejected]},
+        )
+        rows.append(forms[number % 3])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def words(tmp: Path, *more: str) -> list[str]:
+    path = write_pairs(tmp / "pairs.jsonl")
+    return [
+        *TINY,
+        f"data.sources=[{{path:'{path}'}}]",
+        *("data.messages=preference", "data.chat.template=simple", "data.validation_fraction=0.2"),
+        *("train.preference.loss=sigmoid", "train.preference.beta=0.5", "optim.lr=0.01"),
+        *(
+            f"train.max_steps={STEPS}",
+            "train.seq_len=192",
+            "train.global_batch_tokens=1536",
+            "train.micro_batch_size=2",
+        ),
+        *("checkpoint.every_steps=4", "train.eval_every=4", "train.eval_tokens=1536", "optim.schedule.warmup_steps=1"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Trains on the pairs, each configuration once."""
+    tmp, done = tmp_path_factory.mktemp("pairs"), {}
+
+    def run(*more: str) -> Path:
+        if more not in done:
+            done[more] = tmp / f"run{len(done)}"
+            train(small_config(tmp, *words(tmp, *more)), size_of(list(more)), done[more])
+        return done[more]
+
+    run.tmp = tmp
+    return run
+
+
+def test_it_learns_which_response_was_preferred(runs):
+    rows = read_rows(runs())
+    found = losses(rows)
+    assert found[0] == pytest.approx(math.log(2), rel=1e-5), "it begins as the reference"
+    assert found[-1] < 0.5
+    steps = [row for row in rows if "loss" in row]
+    assert steps[0]["reward_margin"] == pytest.approx(0.0, abs=1e-4)
+    assert steps[-1]["reward_margin"] > 0.5
+    assert steps[-1]["reward_accuracy"] > 0.8
+    evaluations = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in evaluations] == [4, STEPS]
+    assert evaluations[-1]["val_loss"] < math.log(2)
+    assert evaluations[-1]["val_reward_accuracy"] > 0.8
+    assert "val_perplexity" not in evaluations[-1]
+
+
+LAYOUTS = {
+    "fsdp2_tensor2": ["layout.fsdp=2", "layout.tensor=2"],
+    "context2": ["layout.context=2"],
+    "pipeline2": ["layout.pipeline=2", "model.layers=2"],
+}
+
+
+@pytest.mark.parametrize("layout", cases(LAYOUTS, quick=["fsdp2_tensor2"]))
+def test_every_layout_trains_alike(runs, layout):
+    one = [word for word in LAYOUTS[layout] if not word.startswith("layout.")]
+    ours, theirs = read_rows(runs(*LAYOUTS[layout])), read_rows(runs(*one))
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-4)
+    names = ("val_loss", "val_reward_accuracy")
+    values = [[row[name] for row in rows for name in names if name in row] for rows in (ours, theirs)]
+    np.testing.assert_allclose(*values, rtol=1e-4)
+
+
+def test_a_resumed_run_has_the_same_bits_and_needs_no_cache(runs, tmp_path):
+    whole = runs()
+    assert (checkpoint(whole, 4) / "preference-reference.bin").stat().st_size % 32 == 0
+    config = small_config(runs.tmp, *words(runs.tmp, f"data.cache_dir={tmp_path / 'cache'}"))
+    rows = train(config, 1, tmp_path / "resumed", checkpoint(whole, 4))
+    assert losses(rows) == losses(read_rows(whole))[4:]
+    before, after = read_all(checkpoint(whole, STEPS)), read_all(checkpoint(tmp_path / "resumed", STEPS))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not list((tmp_path / "cache" / "references").glob("*")), "nothing was scored again"
+
+
+def test_more_steps_score_what_is_missing_by_the_model_of_the_beginning(runs, tmp_path):
+    # Of the first three steps alone the reference is known; the others' pairs are scored when the run goes on.
+    short = small_config(runs.tmp, *words(runs.tmp, f"data.cache_dir={tmp_path / 'a'}", "train.max_steps=1"))
+    train(short, 1, tmp_path / "short")
+    go_on = ["'resume_allow=[schedule]'", f"data.cache_dir={tmp_path / 'b'}", "train.max_steps=3"]
+    longer = small_config(runs.tmp, *words(runs.tmp, *[word.strip("'") for word in go_on]))
+    rows = train(longer, 1, tmp_path / "longer", checkpoint(tmp_path / "short", 1))
+    sizes = [(checkpoint(tmp_path / name, at) / "preference-reference.bin").stat().st_size for name, at in
+             (("short", 1), ("longer", 3))]  # fmt: skip
+    assert sizes[0] < sizes[1]
+    assert len(losses(rows)) == 2
+    assert list((tmp_path / "b" / "references").glob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["train.z_loss=0.1"], "train.z_loss=0.1"),
+        (["data.document_mask=false"], "data.document_mask=False"),
+        (["train.on_nonfinite=rewind"], "train.on_nonfinite=rewind"),
+        (["train.preference.beta=0"], "train.preference.beta"),
+        (["train.preference.loss=ipo", "train.preference.label_smoothing=0.1"], "label_smoothing"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, more, message):
+    with pytest.raises(ConfigErrors) as found:
+        compose(words(tmp_path, *more))
+    assert message in str(found.value)
+
+
+def test_rows_that_are_no_pairs_are_refused(tmp_path):
+    from orchestrator.data.pairs import pair_of
+
+    message = {"role": "user", "content": "hello"}
+    for row, got in (
+        ({"prompt": "a", "chosen": "b"}, "columns prompt, chosen"),
+        ({"chosen": "b", "rejected": "c"}, "no prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "do not differ"),
+        ({"prompt": "a", "chosen": [message], "rejected": [{**message, "content": "x"}]}, "no prompt"),
+    ):
+        with pytest.raises(DataError) as found:
+            pair_of(row, "rows.jsonl, line 3")
+        assert "rows.jsonl, line 3" in str(found.value)
+        assert got in str(found.value)
+    assert pair_of({"prompt": "a", "chosen": None, "rejected": "c"}, "here") is None
