@@ -30,11 +30,13 @@ def check_preference(config: RunConfig) -> Iterator[ConfigError]:
         if getattr(train, key) == "rewind":
             allowed = "what leaves no data out that the reference model was not asked about"
             yield _unfit(f"train.{key}", "rewind", allowed, settings.loss)
-    drops = config.model.dropout > 0
-    if drops and config.hardware.compile:
-        yield _unfit("model.dropout", config.model.dropout, "0, or hardware.compile=false", settings.loss)
-    if drops and config.layout.pipeline != 1 and config.layout.schedule != "1f1b":
-        yield _unfit("model.dropout", config.model.dropout, "0, or layout.schedule=1f1b", settings.loss)
+    dropout = {"model.dropout": config.model.dropout, "train.lora.dropout": train.lora.dropout}
+    for key, value in dropout.items():
+        # Both passes have to draw the same masks: a compiled block, and several stages of a rank, draw others.
+        if value > 0 and config.hardware.compile:
+            yield _unfit(key, value, "0, or hardware.compile=false", settings.loss)
+        if value > 0 and config.layout.schedule in ("interleaved", "dualpipe_v"):
+            yield _unfit(key, value, "0, or layout.schedule=1f1b or zero_bubble", settings.loss)
 
 
 def _unfit(key: str, value: object, allowed: str, loss: str) -> ConfigError:
