@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from orchestrator.cli.text_words import LAYOUT_HELP, DrawingOptions, read_text, run_writer, split_words
+from orchestrator.cli.text_words import LAYOUT_HELP, DrawingOptions, run_writer, split_words
 from orchestrator.config.options import describe_options, option, parse_options
 from orchestrator.errors import ConfigErrors
 
@@ -22,7 +22,7 @@ class ChatOptions(DrawingOptions):
     """The options of `chat`; each says in its `help` what it is."""
 
     system: str | None = option(None, help="the system message; none: what the template has")
-    template: str | None = option(None, help="a file with a chat template in Jinja; none: the model's own")
+    template: str | None = option(None, help="simple, chatml, or a file in Jinja; none: the model's own")
     tokens: int = option(512, help="tokens of an answer at most, 1 or more")
 
 
@@ -44,9 +44,11 @@ def main(argv: list[str]) -> int:
     options = parse_options(ChatOptions, words)
     if problems := options.problems():
         raise ConfigErrors(problems)
-    template = None if options.template is None else read_text(options.template)
 
+    from orchestrator.data.conversation_encoder import given_template
     from orchestrator.inference.chat_task import Answering, ChatJob, ChatSession
+
+    template = None if options.template is None else given_template(options.template, "template")
 
     job = ChatJob(options.system, options.tokens, options.sampling, options.stops, options.seed, template, options.json)
 

@@ -164,11 +164,12 @@ class ConversationEncoder:
         return _no_date() if self._config.date is None else datetime.strptime(self._config.date, "%Y-%m-%d")
 
 
-def given_template(name: str) -> str:
+def given_template(name: str, key: str = "data.chat.template") -> str:
     """Return the text of a chat template that the user names.
 
     Args:
         name: of a built-in one, or a file.
+        key: under which it was given, for messages.
 
     Raises:
         DataError: there is no such file, or it is too large or not UTF-8.
@@ -181,7 +182,7 @@ def given_template(name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             "the chat template cannot be read",
-            got=f"data.chat.template={name} ({getattr(error, 'strerror', None) or error})",
+            got=f"{key}={name} ({getattr(error, 'strerror', None) or error})",
             allowed=f"{', '.join(BUILTIN_TEMPLATES)}, or a file in Jinja",
         ) from None
 

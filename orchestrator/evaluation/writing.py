@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,10 +11,10 @@ from orchestrator.config.convert import from_dict
 from orchestrator.data.model_files import GENERATION_FILE
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.tokenizer_files import parse_json, stop_ids
-from orchestrator.distributed import standing
-from orchestrator.inference.decoding import Decoding, TextRequest
+from orchestrator.inference.decoding import TextRequest
 from orchestrator.inference.place import LayoutPlace
 from orchestrator.inference.sampling import Sampling
+from orchestrator.inference.texts import Writing
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 
@@ -82,34 +82,12 @@ class TaskWriter:
             request: the same on all of them.
         """
         asked = [
-            TextRequest(prompt, request.count, request.sampling, request.seed + number, self.ends)
+            TextRequest(prompt, request.count, request.sampling, request.seed + number, self.ends, request.stop)
             for number, prompt in enumerate(request.prompts)
         ]
         # Of all that the model has, as the exported model draws: what a vocabulary was padded with, too.
-        decoding = Decoding(self._place, asked, self._rows)
-        written: list[list[int]] = [[] for _ in asked]
-        for number, token in decoding:
-            standing.mark()
-            if token is None:
+        writing = Writing(self._place, self._words, asked, self._rows, alone=True)
+        for _, piece in writing:
+            if not piece:
                 self._heard(1)
-                continue
-            written[number].append(token)
-            if any(text in self._text(written[number]) for text in request.stop):
-                decoding.end(number)
-        return [cut(self._text(ids), request.stop) for ids in written]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        special = set(self._words.special_ids)
-        return self._words.decode([number for number in ids if number not in special])
-
-
-def cut(text: str, stop: Sequence[str]) -> str:
-    """Return a text up to the first of some texts.
-
-    Args:
-        text: the text.
-        stop: empty ones say nothing.
-    """
-    for end in stop:
-        text = text.split(end)[0] if end else text
-    return text
+        return [str(text) for text in writing.texts]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orchestrator.distributed import standing
 from orchestrator.errors import NonFiniteError
 from orchestrator.inference.passes import CachedPasses, Passes, WholePasses, padded_length
 from orchestrator.inference.place import Place
@@ -186,6 +187,7 @@ class Decoding:
 
     def _pass(self, indices: list[int], begins: bool) -> list[tuple[int, int]]:
         """Make one pass; returns the next token of each text that is in it."""
+        standing.mark()
         mine = [self._texts[index] for index in indices if self._texts[index].group == self._place.group]
         training = self._place.model.training
         self._place.model.eval()

@@ -19,6 +19,7 @@ class WrittenText:
     Args:
         tokenizer: of the model.
         request: whose text it is.
+        alone: it is read without its prompt and without special tokens, as transformers decodes a text.
 
     Attributes:
         ids: the tokens that were drawn so far.
@@ -26,8 +27,10 @@ class WrittenText:
         complete: a stop text was found: nothing more belongs to it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: TextRequest):
-        self._tokenizer, self._before, self._count = tokenizer, list(request.prompt), request.count
+    def __init__(self, tokenizer: Tokenizer, request: TextRequest, alone: bool = False):
+        self._tokenizer, self._count = tokenizer, request.count
+        self._before = [] if alone else list(request.prompt)
+        self._left_out = frozenset(tokenizer.special_ids if alone else ())
         self._stop = [text for text in request.stop if text]
         self._pending: list[int] = []
         self._held = ""
@@ -48,6 +51,8 @@ class WrittenText:
         if self.complete:
             return ""
         self.ids.append(token)
+        if token in self._left_out:
+            return ""
         self._pending.append(token)
         text = self._tokenizer.decode_after(self._before, self._pending)
         # A character may take several tokens: hold back what is not whole yet.
@@ -70,10 +75,11 @@ class WrittenText:
     def _certain(self, text: str) -> str:
         """Return what of the text held back, and of `text` behind it, belongs to no stop text."""
         self._held += text
-        cut = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=-1)
-        if cut >= 0:
+        piece = self._held
+        for stop in self._stop:  # one after the other, as lm-eval cuts: of those that overlap the order decides
+            piece = piece.partition(stop)[0]
+        if piece != self._held:
             self.stopped, self.complete = "stop", True
-            piece = self._held[:cut]
         else:
             safe = len(self._held) - self._may_begin_a_stop(self._held)
             piece, self._held = self._held[:safe], self._held[safe:]
@@ -98,6 +104,7 @@ class Writing:
         requests: what to write.
         rows: texts of each process that are written at one time.
         passes: as for `Decoding`.
+        alone: as for `WrittenText`.
 
     Attributes:
         texts: of each request.
@@ -111,8 +118,9 @@ class Writing:
         requests: Sequence[TextRequest],
         rows: int = ROWS,
         passes: Passes | None = None,
+        alone: bool = False,
     ):
-        self.texts = [WrittenText(tokenizer, request) for request in requests]
+        self.texts = [WrittenText(tokenizer, request, alone) for request in requests]
         self.decoding = Decoding(place, requests, rows, passes=passes)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:

@@ -15,6 +15,7 @@ from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.cli import chat as chat_verb
 from orchestrator.cli import generate as generate_verb
 from orchestrator.data.chat_template import ChatTemplate
+from orchestrator.data.conversation_encoder import BUILTIN_TEMPLATES
 from orchestrator.errors import ConfigErrors, DataError
 from orchestrator.inference.chat_task import Answering, ChatJob, ChatSession, end_of_turn
 from orchestrator.inference.generator import Writer
@@ -149,11 +150,19 @@ def test_a_long_conversation_loses_its_oldest_turns(tmp_path, capsys):
     assert max(prompts) <= 96 - 8
 
 
+def test_a_built_in_template_is_named_or_a_file(folders, tmp_path, capsys, monkeypatch):
+    (tmp_path / "simple.jinja").write_text(BUILTIN_TEMPLATES["simple"])
+    words = [f"checkpoint={folders['chatml'] / 'imported'}", "tokens=12", "temperature=0"]
+    given = (["template=simple"], [f"template={tmp_path / 'simple.jinja'}"], [])
+    named, file, own = [run_verb(chat_verb, [*words, *more], capsys, monkeypatch, "the cat?\n") for more in given]
+    assert named == file != own
+
+
 def test_wrong_words_of_chat_are_one_error(folders, tmp_path):
     checkpoint = f"checkpoint={folders['chatml'] / 'imported'}"
     with pytest.raises(ConfigErrors, match="colour"):
         chat_verb.main([checkpoint, "colour=red", "top_p=2"])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"cannot be read[\s\S]* template=[\s\S]*simple, chatml, or a file"):
         chat_verb.main([checkpoint, f"template={tmp_path / 'none.jinja'}"])
     (tmp_path / "bad.jinja").write_text("{% for m in %}")
     with pytest.raises(DataError, match="template"):

@@ -90,12 +90,12 @@ def test_samples_can_be_left_out_and_begin_as_the_corpus_does(tmp_path):
 
 
 def test_a_sample_that_fails_on_all_ranks_is_said(tmp_path, monkeypatch, capfd):
-    from orchestrator.training.callbacks import evaluation
+    from orchestrator.inference import decoding
 
     def fail(*args):
         raise RuntimeError("probability tensor contains nan")
 
-    monkeypatch.setattr(evaluation, "choose", fail)
+    monkeypatch.setattr(decoding, "choose_rows", fail)
     assert work_ranks(small_config(tmp_path, *SHORT), 2, tmp_path / "run") == [0, 0]
     assert status(tmp_path / "run") == "finished"
     assert "warning: the sample of step 6 failed: RuntimeError('probability" in capfd.readouterr().err

@@ -133,10 +133,12 @@ def test_nothing_is_compiled_after_the_second_step(runs, micro_batch):
         "checkpoint.every_steps=null",
         "train.remat=none",
         "optim.schedule.warmup_steps=3",
+        "train.sample.every_steps=5",
     ]
-    rows = [row for row in read_rows(runs(*words, *XLA["fsdp2_tensor2"])) if "loss" in row]
-    assert rows[1]["compilations"] > 0
-    assert rows[-1]["compilations"] == rows[1]["compilations"]
+    counts = [row["compilations"] for row in read_rows(runs(*words, *XLA["fsdp2_tensor2"])) if "loss" in row]
+    assert counts[3] == counts[1] > 0
+    # The first sample makes two programs: over its prompt, and over one more token.
+    assert counts[-1] == counts[6] == counts[1] + 2
 
 
 def test_bf16_stays_within_its_tolerance(runs):

@@ -10,14 +10,15 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
-import torch
 
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.stream import TokenStream
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.validation_sets import ValidationBatches
 from orchestrator.distributed import standing
-from orchestrator.inference.sampling import Sampling, choose
+from orchestrator.inference.decoding import Decoding, TextRequest
+from orchestrator.inference.place import LayoutPlace
+from orchestrator.inference.sampling import Sampling
 from orchestrator.observe.metrics import Metrics
 from orchestrator.observe.progress import Progress
 from orchestrator.observe.sink import Channel, JsonLines, SideChannels
@@ -180,7 +181,6 @@ class Samples(lightning.Callback):
                 prompt, text = self._sample(pl_module.model)
         except Exception as error:
             problem = error
-            pl_module.model.train()
         if self._parallel.any_raised(problem is not None):
             if self._parallel.rank == 0:
                 warn(f"the sample of step {pl_module.step} failed: {getattr(problem, 'what', None) or repr(problem)}")
@@ -199,36 +199,11 @@ class Samples(lightning.Callback):
         ids = ids or [self._tokenizer.eos_id]
         return prompt, prompt + self._tokenizer.decode_after(ids, self._continue(model, ids))
 
-    @torch.no_grad()
     def _continue(self, model: Any, ids: list[int]) -> list[int]:
-        """Return the tokens that follow on `ids`, of which only the last ones count where there are too many."""
-        settings = self._config.train.sample
-        # One shape for all tokens, padded on the right where causality hides it, so that nothing recompiles.
-        split = self._parallel.layout.sequence_split
-        longest = self._config.train.seq_len // split * split
-        length = min(longest, -(-(len(ids) + settings.tokens) // split) * split)
-        generator = torch.Generator().manual_seed(self._config.seed)
-        ids = ids[-(length - 1) :]
-        prompt = len(ids)
-        model.eval()
-        try:
-            return self._draw(model, ids, length, generator)[prompt:]
-        finally:
-            model.train()
-
-    def _draw(self, model: Any, ids: list[int], length: int, generator: torch.Generator) -> list[int]:
-        settings = self._config.train.sample
-        for _ in range(min(settings.tokens, length - len(ids))):
-            padded = torch.full((1, length), self._tokenizer.eos_id)
-            padded[0, : len(ids)] = torch.tensor(ids)
-            positions = torch.arange(length).unsqueeze(0)
-            with self._parallel.forward_context():
-                logits = model(**self._parallel.prepare_batch({"tokens": padded, "positions": positions})).float()
-            # The position is data, not a constant of the program: a traced one then serves every token.
-            at = torch.tensor([len(ids) - 1]).to(logits.device)
-            last = logits[0].index_select(0, at)[0, : self._tokenizer.vocab_size]
-            token = choose(last, Sampling(settings.temperature), generator)
-            ids.append(token)
-            if token == self._tokenizer.eos_id:
-                break
-        return ids
+        """Return the tokens that follow on the last of `ids`; together they are no longer than what is trained on."""
+        settings, longest = self._config.train.sample, self._config.train.seq_len
+        ids = ids[-max(1, longest - 1) :]
+        count, ends = min(settings.tokens, longest - len(ids)), {self._tokenizer.eos_id}
+        request = TextRequest(ids, count, Sampling(settings.temperature), self._config.seed, ends)
+        decoding = Decoding(LayoutPlace(model, self._parallel), [request], vocabulary=self._tokenizer.vocab_size)
+        return [token for _, token in decoding if token is not None]
