@@ -50,9 +50,3 @@ def check_adapters(config: RunConfig) -> Iterator[ConfigError]:
             got="train.lora.rank with launch.fault_tolerance=torchft",
             fix="set launch.fault_tolerance=none",
         )
-    if getattr(config.optim, "transfer", "none") != "none":
-        yield ConfigError(
-            "optim.transfer says how the weights of a model are scaled, and not its adapters",
-            got=f"train.lora.rank with optim.transfer={getattr(config.optim, 'transfer', None)}",
-            fix="set optim.transfer=none",
-        )

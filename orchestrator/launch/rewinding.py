@@ -165,7 +165,8 @@ def _skipped(job: Job, restored: Checkpoint | None, position: Position, stop: in
     """Return all that the run leaves out from now on, and where the range ends that was added."""
     loader, least = job.loader, job.resolved.config.train.rewind_skip_steps
     before = merged([*loader.skipped, *data_skipped(restored, loader.stream)])
-    stop = max(stop, behind(before, position.sequence, least * loader.global_batch))
+    least_sequences = loader.sizes.upto(position.step + least) - loader.sizes.upto(position.step)
+    stop = max(stop, behind(before, position.sequence, least_sequences))
     return merged([*before, (position.sequence, stop)]), stop
 
 

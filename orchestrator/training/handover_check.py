@@ -57,7 +57,23 @@ def make_batch(config: RunConfig, stream: TokenStream) -> dict[str, np.ndarray]:
     assert isinstance(settings.seq_len, int), "training.resolved has filled it in"
     rows = stream.batch(range(min(settings.sequences, len(stream))))
     rows.pop(RESPONSES, None)  # the check is of the model, whatever it learns from
+    if "conversations" in stream.facts:
+        rows["targets"] = _next_tokens(rows)
     return reference_batch(rows, min(settings.seq_len, config.train.seq_len))
+
+
+def _next_tokens(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return targets that count everywhere in a document: answers, which alone are learnt, begin behind the cut.
+
+    Args:
+        rows: of a stream of conversations.
+    """
+    targets, tokens = rows["targets"].copy(), rows["tokens"]
+    missing = targets[:, :-1] == IGNORE_INDEX
+    if "documents" in rows:
+        missing &= rows["documents"][:, 1:] == rows["documents"][:, :-1]
+    targets[:, :-1] = np.where(missing, tokens[:, 1:], targets[:, :-1])
+    return targets
 
 
 def reference_files(

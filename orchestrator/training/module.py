@@ -137,6 +137,13 @@ class LanguageModule(lightning.LightningModule):
         config = settle_optimizer(self.config.optim, on_cpu=device.type == "cpu")
         whole, factors = parallel.layout.pipeline == 1, factors_of(self.config, self.model)
         members = trained(self.model, config.groups, whole, factors)
+        if parallel.any_raised(not members):
+            raise ConfigError(
+                "a process would have nothing to train: its stage of the pipeline has no adapter",
+                got=f"train.lora.target_modules={list(self.config.train.lora.target_modules)} on {parallel.layout}",
+                allowed="names that layers of every stage have",
+                fix="name further modules, or set layout.pipeline=1",
+            )
         self.groups = [*describe_transfer(config, self.config.model), *describe_groups(members)]
         parts, seed = parallel.parts(self.model), self.config.seed
         self.optimizer = build_optimizer(self.model, config, device, parts, restoring, members, seed)
@@ -162,6 +169,7 @@ class LanguageModule(lightning.LightningModule):
         if isinstance(self.optimizer, OwnOptimizer):
             self.optimizer.train()  # after a restore; otherwise it is
         self._set_learning_rate()
+        self._drop_figures()
         loss, norm, routing, figures = self.parallel.settled(self.model, self.step, lambda: self._gradients(batch))
         if routing is not None:
             figures |= router_figures(routing, self.config.model.moe.top_k)
@@ -198,6 +206,13 @@ class LanguageModule(lightning.LightningModule):
             figures["z_loss"] = z_loss / targets
             loss = loss - figures["z_loss"]
         return loss, norm, routing, figures | self._losses_of_sources()
+
+    def _drop_figures(self) -> None:
+        """Forget what was summed outside of a step: one that diverges is computed again to find out why."""
+        self.model.take_routing()
+        for sums in (self.model.head.z_loss, self.model.head.source_losses):
+            if sums is not None:
+                sums.take()
 
     def watch_sources(self, labels: Sequence[str]) -> None:
         """Record a loss of each source of the data, where there are several: `loss/LABEL`.

@@ -140,19 +140,24 @@ def _muon(
     matrices = [one for one in members if id(one.parameter) in inside and one.dims == 2 and not one.chooses]
     if config.ns_dtype not in _NS_DTYPES:
         raise ConfigError("optim.ns_dtype is not known", got=config.ns_dtype, allowed=", ".join(_NS_DTYPES))
-    muon = Muon(
-        grouped(matrices, config.lr, config.weight_decay),
-        parts,
-        config.lr,
-        config.weight_decay,
-        config.momentum,
-        config.nesterov,
-        config.ns_coefficients,
-        config.ns_steps,
-        config.eps,
-        config.adjust_lr,
-        _NS_DTYPES[config.ns_dtype],
-    )
     chosen = {member.name for member in matrices}
     rest = [member for member in members if member.name not in chosen]
-    return CombinedOptimizer([muon, _adamw(rest, config.adamw, device, parts, seed)])
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        muon = Muon(
+            grouped(matrices, config.lr, config.weight_decay),
+            parts,
+            config.lr,
+            config.weight_decay,
+            config.momentum,
+            config.nesterov,
+            config.ns_coefficients,
+            config.ns_steps,
+            config.eps,
+            config.adjust_lr,
+            _NS_DTYPES[config.ns_dtype],
+        )
+        optimizers.append(muon)
+    if rest:  # adapters are matrices, all of them
+        optimizers.append(_adamw(rest, config.adamw, device, parts, seed))
+    return CombinedOptimizer(optimizers)

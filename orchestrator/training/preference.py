@@ -27,6 +27,7 @@ from orchestrator.training.reference_scores import ReferenceScores
 
 FIGURES = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 _SUMS = ("loss", *FIGURES, "pairs")
+_SOURCES = "sources"  # of a batch, where there are several
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -40,12 +41,14 @@ class Pairs:
         logps: [pairs, 2] fp64, log-probabilities of the chosen and of the rejected response.
         lengths: [pairs, 2], target tokens of these.
         place: [B, T], index into the flattened responses; -1 where there is none.
+        rows: [pairs], the sequence of each pair.
     """
 
     keys: list[bytes]
     logps: np.ndarray
     lengths: np.ndarray
     place: np.ndarray
+    rows: np.ndarray
 
     @classmethod
     def of(cls, batch: Arrays, losses: np.ndarray) -> Pairs:
@@ -59,7 +62,8 @@ class Pairs:
         # Of a sequence that fills up a batch nothing counts.
         has = (responses != NO_RESPONSE) & (batch["targets"] != IGNORE_INDEX).any(1, keepdims=True)
         # A pair that comes twice in a batch is in two of its sequences.
-        row = np.arange(len(responses), dtype=np.int64)[:, None] * (2 + int(responses.max(initial=0)) // 2 * 2)
+        stride = 2 + int(responses.max(initial=0)) // 2 * 2
+        row = np.arange(len(responses), dtype=np.int64)[:, None] * stride
         keys, which = np.unique((responses + row)[has], return_inverse=True)
         assert not (keys[1::2] - keys[::2] - 1).any(), "the responses of a pair are in one sequence"
         counts = batch["targets"][has] != IGNORE_INDEX
@@ -71,7 +75,7 @@ class Pairs:
         content = np.stack((batch["tokens"][has][order], batch["targets"][has][order], which[order] % 2), -1)
         ends = np.cumsum(np.bincount(which // 2))[:-1]
         digests = [_digest(part) for part in np.split(content, ends)] if keys.size else []
-        return cls(digests, logps.reshape(-1, 2), lengths.reshape(-1, 2), place)
+        return cls(digests, logps.reshape(-1, 2), lengths.reshape(-1, 2), place, keys[::2] // stride)
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Return a value for each position, 0 where there is no response: fp32 [B, T].
@@ -159,7 +163,7 @@ class Preferences:
         return Pairs.of(batch, np.concatenate(losses))
 
     def judge(self, pairs: Pairs) -> tuple[Tensor, np.ndarray]:
-        """Return sums over this rank's pairs, of the length of `_SUMS`, and the derivative of the summed losses.
+        """Return what is summed of this rank's pairs, [pairs, `_SUMS`], and the derivative of the summed losses.
 
         Args:
             pairs: of this rank.
@@ -168,8 +172,8 @@ class Preferences:
         losses, slopes = pair_losses(self._config, pairs.logps, reference, pairs.lengths)
         rewards = self._config.beta * (pairs.logps - reference)
         margins = rewards[:, 0] - rewards[:, 1]
-        rows = [losses, *rewards.T, margins, margins > 0, np.ones_like(losses)]
-        return torch.tensor([float(row.sum()) for row in rows]), slopes
+        columns = [losses, *rewards.T, margins, margins > 0, np.ones_like(losses)]
+        return torch.from_numpy(np.stack(columns, -1)), slopes
 
     def evaluate(self, model: ShardableModel, batches: Iterable[Arrays], sets: Sequence[int]) -> Tensor:
         """Return the mean loss over the pairs of `batches`, and over those of each set. All ranks call it together.
@@ -183,7 +187,7 @@ class Preferences:
         for number, batch in enumerate(batches):
             standing.mark()
             pairs = self.score(model, batch, len(batch["tokens"]), lambda micro_batch, part: None)
-            sums[sets[number] if sets else 0] += self.judge(pairs)[0]
+            sums[sets[number] if sets else 0] += self.judge(pairs)[0].sum(0)
         found = [self.sum(row) for row in (sums.sum(0), *sums)]
         names = FIGURES[2:]
         values = self._parallel.fetch([found[0][name] for name in names])
@@ -194,7 +198,7 @@ class Preferences:
         """Return the means over the pairs of all ranks: `loss` and `FIGURES`; and `pairs`, how many they are.
 
         Args:
-            sums: of this rank, as `judge` gives them.
+            sums: [`_SUMS`], of this rank.
         """
         whole = self._parallel.sum_over_data(self._parallel.once_per_row(sums.to(self._parallel.root_device)))
         found = dict(zip(_SUMS, whole.unbind(), strict=True))
@@ -219,9 +223,13 @@ class Preferences:
         """
         parallel = self._parallel
         pairs = self.score(model, batch, micro_batch, hooks.begin)
-        sums, slopes = self.judge(pairs)
-        found = self.sum(sums)
-        arrays = {name: value for name, value in batch.items() if name != RESPONSES}
+        judged, slopes = self.judge(pairs)
+        found = self.sum(judged.sum(0).float())
+        arrays = {name: value for name, value in batch.items() if name not in (RESPONSES, _SOURCES)}
+        if _SOURCES in batch and (told := model.head.source_losses) is not None:
+            sources = torch.from_numpy(batch[_SOURCES][pairs.rows, :1].T)
+            rows = [tensor.to(parallel.root_device) for tensor in (judged[:, 0].float()[None], sources)]
+            told.add(rows[0], torch.zeros_like(rows[1]), rows[1])
         # A target's cross-entropy is minus its part of the log-probability.
         placed = parallel.prepare_batch({**arrays, "weights": pairs.spread(-slopes)})
         targets = parallel.sum_over_data((placed["targets"] != IGNORE_INDEX).sum()).clamp(min=1)

@@ -68,7 +68,8 @@ def poisoned(
             handles.append(self.mlp.up.weight.register_hook(lambda gradient: gradient * torch.nan))
             return output
         if phase == "forward":
-            return output * torch.nan
+            # A block with experts gives what its router did, too.
+            return (output[0] * torch.nan, *output[1:]) if isinstance(output, tuple) else output * torch.nan
         output = output.clone()
         output.register_hook(lambda gradient: gradient * torch.nan)
         return output

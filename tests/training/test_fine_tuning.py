@@ -163,3 +163,7 @@ def test_a_template_that_is_given_comes_with_the_checkpoint(tmp_path: Path) -> N
     train(config, 1, tmp_path / "run")
     found = chat_templates(files_of(Checkpoint(checkpoint(tmp_path / "run", 1))))
     assert "capitalize" in found["default"]
+    # No answer begins within the few tokens that a handover compares; all of these count there.
+    measured = json.loads((checkpoint(tmp_path / "run", 1) / "handover.json").read_text())
+    assert measured["loss"] > 1
+    assert measured["grad_norm"] > 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orchestrator.config.optimizers import check_schedule
-from orchestrator.config.schema import AdamWConfig, RunConfig, ScheduleConfig
+from orchestrator.config.schema import AdamWConfig, MuonConfig, RunConfig, ScheduleConfig
 from orchestrator.optim.schedule import learning_rate, schedule_of, warmup_steps
 from orchestrator.training.optimizer_setup import build_optimizer
 
@@ -152,6 +152,18 @@ def test_vectors_do_not_decay(model):
 def test_a_group_without_parameters_is_left_out():
     (group,) = build_optimizer(nn.Linear(2, 2, bias=False), AdamWConfig(), torch.device("cpu")).param_groups
     assert group["weight_decay"] == AdamWConfig().weight_decay
+
+
+def test_muon_takes_models_of_matrices_alone():
+    """As adapters are."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(4, 4, bias=False)])
+    optimizer = build_optimizer(model, MuonConfig(ns_dtype="fp32"), torch.device("cpu"))
+    model.blocks[0].weight.grad = torch.ones(4, 4)
+    before = model.blocks[0].weight.detach().clone()
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    assert not torch.equal(model.blocks[0].weight, before)
 
 
 def test_frozen_parameters_are_not_optimized(model):

@@ -109,6 +109,22 @@ def test_every_layout_trains_alike(runs, layout):
     np.testing.assert_allclose(*values, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layout", cases(["one", "fsdp=2", "context=2", "pipeline=2"], quick=["one"]))
+def test_each_source_has_the_loss_of_its_pairs(runs, layout):
+    other = runs.tmp / "other"
+    other.mkdir(exist_ok=True)
+    pairs = [write_pairs(folder / "pairs.jsonl") for folder in (runs.tmp, other)]
+    both = ", ".join(f"{{path: '{path}', weight: 1, name: {name}}}" for path, name in zip(pairs, "ab", strict=True))
+    more = [f"data.sources=[{both}]", "train.max_steps=3", "train.eval_every=null", "model.layers=2"]
+    shape = [] if layout == "one" else [f"layout.{layout}"]
+    rows = [row for row in read_rows(runs(*more, *shape)) if "loss" in row]
+    assert rows[0]["loss/a"] == rows[0]["loss/b"] == pytest.approx(math.log(2), rel=1e-5)
+    for row, alone in zip(rows, [row for row in read_rows(runs(*more)) if "loss" in row], strict=True):
+        assert row["loss/a"] == pytest.approx(alone["loss/a"], rel=1e-4)
+        # Half of the sequences are of each, with nearly as many pairs.
+        assert row["loss"] == pytest.approx((row["loss/a"] + row["loss/b"]) / 2, rel=2e-2)
+
+
 def test_a_resumed_run_has_the_same_bits_and_needs_no_cache(runs, tmp_path):
     whole = runs()
     assert (checkpoint(whole, 4) / "preference-reference.bin").stat().st_size % 32 == 0
@@ -141,6 +157,10 @@ def test_more_steps_score_what_is_missing_by_the_model_of_the_beginning(runs, tm
         (["data.document_mask=false"], "data.document_mask=False"),
         (["train.on_nonfinite=rewind"], "train.on_nonfinite=rewind"),
         (["train.preference.beta=0"], "train.preference.beta"),
+        (
+            ["train.lora.rank=4", "train.lora.dropout=0.1", "layout.pipeline=2", "layout.schedule=interleaved"],
+            "train.lora.dropout=0.1",
+        ),
         (["train.preference.loss=ipo", "train.preference.label_smoothing=0.1"], "label_smoothing"),
     ],
 )

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.skipping import behind, covered, kept, merged
+from orchestrator.data.stream import Position
 from orchestrator.errors import DIVERGED
+from orchestrator.launch.rewinding import _skipped
 from orchestrator.report.run_data import read_run_data
 from tests.lab.poison import poisoned
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import checkpoint, resolved_run, small_config, train
 from tests.lab.slow import cases
 from tests.lab.tensors import read_all
+from tests.training.test_source_curves import sources
 
 LAYOUTS = {
     "1": (1, []),
@@ -28,6 +33,7 @@ LAYOUTS = {
 }
 WORDS = ["train.on_nonfinite=rewind", "checkpoint.every_steps=3", "train.max_steps=9", "model.dropout=0.1"]
 WORDS += ["model.dim=32", "train.seq_len=32", "train.global_batch_tokens=256", "train.eval_tokens=128"]
+WORDS += ["train.z_loss=1e-3"]  # that of the bad step must not reach the next one
 BATCH = 8  # sequences
 
 
@@ -43,6 +49,14 @@ def test_ranges_that_are_left_out_are_merged_and_passed_over():
             assert behind(ranges, start, count) == numbers[count]
     assert covered(ranges, 5, 8)
     assert not covered(ranges, 5, 9)
+
+
+def test_the_least_batches_that_are_left_out_are_those_of_their_steps():
+    train = SimpleNamespace(rewind_skip_steps=3)
+    loader = SimpleNamespace(skipped=(), sizes=BatchSizes(((2, 1), (4, 2)), 8), stream=SimpleNamespace(fingerprint="a"))
+    job = SimpleNamespace(loader=loader, resolved=SimpleNamespace(config=SimpleNamespace(train=train)))
+    # Of steps 2, 3 and 4: 2 + 2 + 8 sequences from number 2 on.
+    assert _skipped(job, None, Position(2, 2), 4) == (((2, 14),), 14)
 
 
 def _work(config, size, run_dir, poison):
@@ -102,18 +116,27 @@ def test_a_rewound_run_is_one_that_left_the_data_out_and_resumes_on_other_layout
 
 
 def test_before_the_first_checkpoint_it_begins_anew_and_twice_is_twice(tmp_path):
-    config, run_dir = small_config(tmp_path, *WORDS), tmp_path / "run"
+    """With figures of experts and of sources, which a bad step leaves nothing in either."""
+    words = [*WORDS, "model=tiny_moe", "model.vocab_size=auto", "model.layers=2", sources(tmp_path)]
+    config, run_dir = small_config(tmp_path, *words), tmp_path / "run"
     # The second is met behind the checkpoint of step 6, which was written after the first.
     assert _work(config, 1, run_dir, [([2], None, BATCH), ([8], None, 9 * BATCH)]) == [0]
     first, second = _rewinds(run_dir)
     assert (first["to"], first["checkpoint"], first["skipped"]) == (0, None, [0, 2 * BATCH])
     assert (second["step"], second["to"], second["skipped"]) == (8, 6, [8 * BATCH, 10 * BATCH])
-    told = small_config(tmp_path, *WORDS, f"data.skip=[[0,{2 * BATCH}],[{8 * BATCH},{10 * BATCH}]]")
+    told = small_config(tmp_path, *words, f"data.skip=[[0,{2 * BATCH}],[{8 * BATCH},{10 * BATCH}]]")
     assert _work(told, 1, tmp_path / "told", []) == [0]
+    assert _figures(run_dir) == _figures(tmp_path / "told")
+    assert {"loss/code", "loss/words", "router_loss", "z_loss"} <= _figures(run_dir)[-1].keys()
     _same_tensors(checkpoint(run_dir, 9), checkpoint(tmp_path / "told", 9))
     assert (run_dir / "checkpoints" / "step-00000006.2").is_dir() or (
         run_dir / "checkpoints" / "step-00000009"
     ).is_dir()
+
+
+def _figures(run_dir: Path) -> list[dict]:
+    named = ("loss", "grad_norm", "router", "z_loss")
+    return [{key: row[key] for key in row if key.startswith(named)} for row in read_run_data(run_dir).train]
 
 
 def test_snapshots_in_memory_of_what_was_undone_are_gone(tmp_path, capfd):
