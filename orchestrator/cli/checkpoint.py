@@ -15,6 +15,7 @@ from orchestrator.cli.checkpoint_text import (
     allow_pickle,
     clean,
     difference_rows,
+    how_to_load_adapters,
     inspect_rows,
     signature_rows,
     size_text,
@@ -271,8 +272,10 @@ def _export(options: ExportOptions) -> int:
         from orchestrator.interop.peft_adapters import export_peft
 
         count = export_peft(checkpoint, options.output, options.dtype)
-        print(f"step {checkpoint.step} of {checkpoint.directory}: adapters of {count} layers are now {options.output}")
-        print(f"\nLoad them:\n  peft.PeftModel.from_pretrained(BASE_MODEL, {options.output!r})")
+        which = f"the adapters of {count} matrices"
+        print(f"step {checkpoint.step} of {checkpoint.directory}: {which} are now {options.output}")
+        for line in how_to_load_adapters(options.output):
+            print(line)
         return 0
     with Bar("export", weight_bytes(checkpoint, options.dtype), options.progress) as bar:
         if options.format == "hf":

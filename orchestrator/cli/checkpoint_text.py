@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import CheckpointError, printable
@@ -213,3 +215,22 @@ def allow_pickle(allowed: bool, what: str, note: str) -> None:
             fix="prefer format=hf; or add allow_pickle=true where you trust the maker of the file",
         )
     print(f"WARNING: {what} is pickle, a format that can carry code; {note}", file=sys.stderr)
+
+
+def how_to_load_adapters(output: str) -> list[str]:
+    """Return lines that say how PEFT loads exported adapters.
+
+    Args:
+        output: the directory.
+    """
+    from orchestrator.checkpoint.format import MANIFEST
+    from orchestrator.interop.hf_files import ADAPTER_CONFIG
+
+    base = str(json.loads((Path(output) / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
+    lines, place = ["", "Load them:"], base
+    if (Path(base) / MANIFEST).exists():
+        place = "exported/base"
+        export = f"python -m orchestrator checkpoint export {shlex.quote(base)} output={place}"
+        lines = ["", "Load them, with their model in the format of transformers:", f"  {export}"]
+    model = f"transformers.AutoModelForCausalLM.from_pretrained({place!r})"
+    return [*lines, f"  peft.PeftModel.from_pretrained({model}, {output!r})"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def _evaluate(composed: Composed, options: EvaluateOptions) -> int:
     if options.tasks:
         _need_harness()
     job = open_job(composed, options.checkpoint, also=("data",) if options.data else ())
+    if job.speaks:
+        print(f"checkpoint {job.checkpoint.directory}", file=sys.stderr)
     common = {key: getattr(options, key) for key in ("batch_tokens", "max_length", "add_bos_token")}
     if options.tasks:
         keys = ("include", "limit", "num_fewshot", "bootstrap", "download", "task_code", "system_instruction")
@@ -189,9 +192,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _loss_lines(result: Mapping[str, Any]) -> list[str]:
-    per_byte = result["bits_per_byte"]
+    per_byte, documents = result["bits_per_byte"], f"document{'s' if result['documents'] != 1 else ''}"
     rows = [
-        ("data", f"{result['data']}, {result['documents']:,} documents, {result['tokens']:,} tokens"),
+        ("data", f"{result['data']}, {result['documents']:,} {documents}, {result['tokens']:,} tokens"),
         ("loss", f"{result['loss']:.4f} nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}"),
         ("bits", f"{per_byte:.4f} per byte of {result['bytes']:,}" if per_byte else "per byte: unknown"),

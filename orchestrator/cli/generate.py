@@ -22,7 +22,7 @@ _EXAMPLE = "python -m orchestrator generate prompt='def ' temperature=0.7 top_p=
 class GenerateOptions(DrawingOptions):
     """The options of `generate`; each says in its `help` what it is."""
 
-    prompt: str | None = option(None, help="text to continue")
+    prompt: str | None = option(None, help="text to continue", several="several prompts: prompts_file=PATH")
     prompt_file: str | None = option(None, help="or a file that holds it; -: standard input")
     prompts_file: str | None = option(
         None, help='or a file of several: a JSON string or {"prompt": ...} on each line of *.jsonl, else a line each'

@@ -28,7 +28,7 @@ hardware.devices=2; or start the same command by torchrun or srun. Without them 
 class DrawingOptions:
     """The options of all verbs that draw tokens."""
 
-    checkpoint: str = option("latest", help="latest, a run directory or a checkpoint directory")
+    checkpoint: str = option("latest", help="latest, a run, a checkpoint, or hf:DIRECTORY of transformers")
     tokens: int = option(128, help="tokens to write at most, 1 or more")
     temperature: float = option(0.8, help="0 or more; 0 takes the likeliest token each time")
     top_k: int | None = option(None, help="draw among the k likeliest tokens, 1 or more")
@@ -105,9 +105,12 @@ def run_writer(
 
     world = find_world(HardwareConfig(), os.environ)
     if not keys and options.hardware in _ONE_DEVICE and (world is None or world.size == 1):
+        from orchestrator.interop.imported_source import import_once, is_foreign
         from orchestrator.runs.stored_model import find_checkpoint
 
-        found = find_checkpoint(options.checkpoint, options.runs_dir, warn)
+        where = options.checkpoint
+        where = str(import_once(where, options.runs_dir)) if is_foreign(where) else where
+        found = find_checkpoint(where, options.runs_dir, warn)
         target = resolve(HardwareConfig(target=options.hardware, devices=1))  # type: ignore[arg-type]
 
         from orchestrator.checkpoint.checkpoint import Checkpoint

@@ -13,14 +13,15 @@ from orchestrator.errors import ConfigError, ConfigErrors, UserError
 Options = TypeVar("Options")
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
+def option(default: Any = dataclasses.MISSING, *, help: str, several: str = "") -> Any:
     """Declare a field of a verb's options, with the line that `--help` shows.
 
     Args:
         default: its value where it is not given; without one it is required.
         help: one line.
+        several: what to do instead of giving it more than once.
     """
-    return dataclasses.field(default=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help, "several": several})
 
 
 def parse_options(cls: type[Options], argv: Sequence[str], positional: Sequence[str] = ()) -> Options:
@@ -50,6 +51,9 @@ def parse_options(cls: type[Options], argv: Sequence[str], positional: Sequence[
             close = difflib.get_close_matches(key, fields, n=1)
             fix = f"did you mean '{close[0]}'?" if close else "see --help of the verb"
             problems.append(ConfigError(f"there is no option '{key}'", got=word, allowed=_names(fields), fix=fix))
+        elif key in values:
+            fix = str(fields[key].metadata.get("several") or "say it once; a list is separated by commas")
+            problems.append(ConfigError(f"'{key}' is given more than once", got=word, fix=fix))
         else:
             try:
                 values[key] = convert_text(cls, key, text)

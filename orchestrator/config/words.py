@@ -223,7 +223,10 @@ def check_word(override: Any, groups: dict[str, list[str]], config_dir: str | No
     parent = key.rpartition(".")[0]
     beside = [name for name in known if name.rpartition(".")[0] == (parent if parent in known else "")]
     what, allowed = f"there is no key '{key}'", ", ".join(beside)
-    fix = _own_data(str(override.value())) if key == "data.path" else _hint(key, [*known, *groups])
+    if key.endswith("epochs"):
+        fix = "a run's length is train.max_steps; it says at its start how often that passes over the data"
+    else:
+        fix = _own_data(str(override.value())) if key == "data.path" else _hint(key, [*known, *groups])
     return ConfigError(what, got=written, allowed=allowed, fix=fix)
 
 

@@ -307,15 +307,21 @@ class StepLoader:
         return self.sizes.upto(step) - self.sizes.upto(self.start.step)
 
 
-def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:
-    """Return a grain dataset that maps the index of a sequence to (store, window)."""
+def import_grain() -> Any:
+    """Import grain, without its warning that JAX, which it does not need, is absent."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # grain warns on import that JAX, which it does not need, is absent
+    logger.setLevel(logging.ERROR)
     try:
         import grain
     finally:
         logger.setLevel(level)
+    return grain
+
+
+def _order(windows: Sequence[int], weights: Sequence[float], seed: int, repeat: bool) -> Any:
+    """Return a grain dataset that maps the index of a sequence to (store, window)."""
+    grain = import_grain()
     parts = []
     for number, count in enumerate(windows):
         part = grain.MapDataset.source(_Windows(number, count)).seed(_derive(seed, number)).shuffle()

@@ -138,7 +138,7 @@ def arrange(texts: Sequence[ScoredText], rows: int, length: int, longest: int) -
         targets[row, first - 1 : len(kept) - 1] = kept[first:]
     # Of padding they may be beyond what a model has learned.
     positions = np.broadcast_to(np.minimum(np.arange(length), longest - 1), (rows, length))
-    return {"tokens": tokens, "targets": targets, "positions": np.ascontiguousarray(positions)}
+    return {"tokens": tokens, "targets": targets, "positions": positions.copy()}
 
 
 def pack_texts(texts: Sequence[ScoredText]) -> dict[str, Any]:

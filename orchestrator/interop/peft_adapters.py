@@ -30,6 +30,8 @@ from orchestrator.config.convert import from_dict, to_dict
 from orchestrator.config.schema import LoraConfig, ModelConfig
 from orchestrator.config.validate_adapters import check_lora_ranges
 from orchestrator.constants import LORA_A, LORA_B
+from orchestrator.data.as_trained import as_trained
+from orchestrator.data.model_files import as_transformers_names
 from orchestrator.distributed.exchange import SingleProcess
 from orchestrator.errors import CheckpointError, ConfigErrors, NonFiniteError
 from orchestrator.interop.hf_config import family_of
@@ -41,7 +43,7 @@ from orchestrator.interop.outputs import written_aside
 from orchestrator.models.shapes import adapter_shapes, takes_adapter
 from orchestrator.runs.origin import REPORT, SOURCE_CONFIG
 from orchestrator.runs.provenance import software
-from orchestrator.runs.stored_model import files_of, model_of, stored_config
+from orchestrator.runs.stored_model import files_of, model_of, stored_config, tokenizer_of
 from orchestrator.sharding.shard import Shard
 
 ADAPTER_WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -92,7 +94,7 @@ class PeftImported:
 
 
 def export_peft(checkpoint: Checkpoint, output: str, dtype: str) -> int:
-    """Write the adapters of a checkpoint as `peft.PeftModel.from_pretrained` loads them.
+    """Write the adapters of a checkpoint as `peft.PeftModel.from_pretrained` loads them; tokenizer and template beside.
 
     Args:
         checkpoint: of adapters.
@@ -127,7 +129,12 @@ def export_peft(checkpoint: Checkpoint, output: str, dtype: str) -> int:
     if not all(finite_flags(list(tensors.values()))):
         raise NonFiniteError("adapters are not finite, or not in this dtype", got=f"dtype={dtype}")
     config = _config(checkpoint, lora, adapters.scale, ranks, [one.name for one in theirs])
+    tokenizer, files = tokenizer_of(checkpoint), files_of(checkpoint)
+    files = as_trained(files, tokenizer)[0] if tokenizer else files
     with written_aside(output) as folder:
+        for name, content in as_transformers_names(files).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_file(folder / name, [content])
         write_file(folder / ADAPTER_WEIGHTS, [save(tensors, {"format": "pt"})])
         write_file(folder / ADAPTER_CONFIG, [json.dumps(config, indent=2).encode() + b"\n"])
     return len(ranks)

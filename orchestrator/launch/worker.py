@@ -99,8 +99,6 @@ def be_template(number: int) -> None:
     Args:
         number: of the socket to the launcher.
     """
-    import grain  # noqa: F401
-
     import orchestrator.launch.aftermath
     import orchestrator.launch.missing_ranks
     import orchestrator.launch.run
@@ -109,8 +107,10 @@ def be_template(number: int) -> None:
     import orchestrator.strategies.dtensor
     import orchestrator.training.handover_check
     import orchestrator.training.job  # noqa: F401
+    from orchestrator.data.stream import import_grain
     from orchestrator.distributed.process_template import serve
 
+    import_grain()
     serve(number, lambda: run_process(["train"]))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.chips.load import load_catalogue
+from orchestrator.config.batch_sizes import BatchSizes
+from orchestrator.config.schema import RunConfig
 from orchestrator.data.validation import mixture_lines, packing_lines
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.models.shapes import adapter_shapes
@@ -53,10 +55,19 @@ def run_facts(
         "unigram_entropy_nats": tokens.prepared.unigram_entropy_nats,
         "data": tokens.prepared.describe(),
         "mixture": mixture_lines(tokens.prepared),
-        "packing": packing_lines(tokens.prepared, config.train.seq_len, config.data.chat),
+        "packing": _packing(tokens, config),
         "validation": tokens.validation.lines(),
     }
     return facts, lambda tokens_per_second: mfu(tokens_per_second, flops, peak, devices)
+
+
+def _packing(tokens: TokenDataModule, config: RunConfig) -> list[str]:
+    """How conversations became sequences, and how often the run passes over those of a single source."""
+    train, lines = config.train, packing_lines(tokens.prepared, config.train.seq_len, config.data.chat)
+    if lines and len(tokens.prepared.stores) == 1:
+        drawn = BatchSizes.of(train).divided(train.seq_len).upto(train.max_steps)
+        lines.append(f"{train.max_steps:,} steps pass over them {drawn / tokens.stream.windows[0]:.3g} times")
+    return lines
 
 
 def provenance(parallel: ParallelStrategy) -> dict[str, Any]:

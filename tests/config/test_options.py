@@ -68,3 +68,5 @@ def test_words_without_a_key_are_for_the_positions():
         parse("a", "b", "c")
     with pytest.raises(ConfigErrors, match="written key=value"):
         parse("--verbose", "a", "b")
+    with pytest.raises(ConfigErrors, match="'output' is given more than once"):
+        parse("output=a", "input=b", "output=c")

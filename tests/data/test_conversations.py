@@ -20,12 +20,14 @@ from orchestrator.config.compose import compose
 from orchestrator.config.schema import ChatConfig, DataConfig, SourceConfig, TokenizerConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.conversation import conversation_of
+from orchestrator.data.formats.rows import TextSpec
 from orchestrator.data.packing import best_fit
 from orchestrator.data.prepare import PreparedData, build_store, prepare
 from orchestrator.data.sequences import blank_batch
 from orchestrator.data.store import TokenStore
 from orchestrator.data.stream import TokenStream
 from orchestrator.errors import ConfigErrors, DataError, UserError
+from orchestrator.training.callbacks.evaluation import opening
 from tests.lab import chat
 
 transformers = pytest.importorskip("transformers")
@@ -195,6 +197,9 @@ def test_every_conversation_is_whole_once_in_an_epoch_and_no_other_target_counts
         wanted.append((ids[:-1], targets))
     assert sorted(found) == sorted(wanted)
     assert (len(stream) == 40) == (not packing)
+    prompt = opening(stream)
+    at = len(prompt)
+    assert any(ids[:at] == prompt and mask[at] and not any(mask[:at]) for ids, mask in rows_of(data.stores[0]))
     described = [
         {name: (a.shape, a.dtype) for name, a in one.items()}
         for one in (stream.batch([0, 1]), blank_batch(2, 256, True))
@@ -379,3 +384,11 @@ def test_builtin_conversations_need_no_download(tmp_path: Path) -> None:
     assert dedent.messages[1]["content"] == "Remove any common leading whitespace from every line in `text`."
     assert dedent.messages[3]["content"] == "textwrap.dedent(text)"
     assert conversation_of({"messages": list(dedent.messages)}, None, "here") is not None
+
+
+@pytest.mark.parametrize(
+    ("more", "kind"), [({"messages": []}, "chat"), ({"chosen": "a", "rejected": "b"}, "preference")]
+)
+def test_who_reads_conversations_as_text_learns_how_they_are_read(more: dict[str, Any], kind: str) -> None:
+    with pytest.raises(DataError, match=f"data.messages={kind} in a run"):
+        TextSpec().text_of(more, "a.jsonl:1")

@@ -185,6 +185,15 @@ def _message(message: Mapping[str, Any], field: str, place: object) -> str:
 
 def _no_text(row: Mapping[str, Any], field: str, value: Any, place: object) -> DataError:
     missing = value is _ABSENT
+    others = [kind for kind in ("preference", "chat") if columns_of(tuple(row), None, kind == "preference")]
+    if missing and others:
+        return DataError(
+            f"the row has no text in '{field}': {place}",
+            got=f"fields {', '.join(map(str, row))}",
+            allowed=f"an object with the field '{field}'",
+            fix=f"such rows are read by messages={others[0]} (data.messages={others[0]} in a run); or name a field: "
+            f"{_OPTION}",
+        )
     return DataError(
         f"the row has no text in '{field}': {place}",
         got=(f"fields {', '.join(map(str, row)) or 'none'}" if missing else "null"),

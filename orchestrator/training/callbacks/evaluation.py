@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import lightning.pytorch as lightning
 import numpy as np
 
 from orchestrator.config.schema import RunConfig
+from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.stream import TokenStream
 from orchestrator.data.tokenize import Tokenizer
 from orchestrator.data.validation_sets import ValidationBatches
@@ -29,15 +31,27 @@ from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.divergence import Diverged
 
 _OPENING_TOKENS = 16
+_LONGEST_PROMPT = 512
 
 
 def opening(stream: TokenStream) -> list[int]:
-    """Return the first tokens of a document of `stream`: of the second one in its first sequence, if it has two."""
+    """Return tokens to continue: of the second document in the first sequence of `stream`, if it has two.
+
+    Of a text they are its first ones, of a conversation all up to the first that counts: the answer.
+
+    Args:
+        stream: of the data that is shown.
+    """
     sequence = stream.sequence(0)
-    starts = np.flatnonzero(sequence["positions"] == 0).tolist()
-    begin = starts[1] if len(starts) > 1 else 0
-    end = starts[2] - 1 if len(starts) > 2 else len(sequence["tokens"])  # what ends a document is left out
-    return [int(token) for token in sequence["tokens"][begin : min(max(end, begin + 1), begin + _OPENING_TOKENS)]]
+    tokens, counts = sequence["tokens"], sequence["targets"] != IGNORE_INDEX
+    edges = [*np.flatnonzero(sequence["positions"] == 0).tolist(), len(tokens)]
+    # What fills up a sequence counts nowhere.
+    spans = [(a, b) for a, b in itertools.pairwise(edges) if counts[a:b].any()] or [(0, len(tokens))]
+    begin, end = spans[min(1, len(spans) - 1)]
+    if not counts[begin] and 0 < (answer := int(counts[begin:end].argmax())) < _LONGEST_PROMPT:
+        return [int(token) for token in tokens[begin : begin + answer + 1]]
+    end -= end < len(tokens)  # what ends a document is left out
+    return [int(token) for token in tokens[begin : min(max(end, begin + 1), begin + _OPENING_TOKENS)]]
 
 
 class Validation(lightning.Callback):
