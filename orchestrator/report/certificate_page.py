@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from orchestrator.atomic_files import write_atomically
-from orchestrator.errors import printable
-from orchestrator.report.page import frame
+from orchestrator.report.page import escaped, frame, table
 from orchestrator.report.run_text import clock_time, duration, flat
 from orchestrator.report.svg import Chart, Series
 
@@ -51,9 +49,9 @@ def render_certificate(certificate: Mapping[str, Any], kinds: Mapping[str, Mappi
     return frame(
         title,
         [
-            f"<h1>{_text(title)}{_status('passed' if passed else 'failed')}</h1>",
-            f'<p class="lead">{_text(lead)}</p>',
-            *(f'<p class="notice">{_text(_failure(case, kinds))}</p>' for case in failures),
+            f"<h1>{escaped(title)}{_status('passed' if passed else 'failed')}</h1>",
+            f'<p class="lead">{escaped(lead)}</p>',
+            *(f'<p class="notice">{escaped(_failure(case, kinds))}</p>' for case in failures),
             _cards(certificate),
             f'<section class="charts" aria-label="Curves">{_curves(certificate)}</section>',
             "<h2>Cases</h2>",
@@ -90,34 +88,15 @@ def write_comparison_page(path: Path, title: str, parts: Sequence[tuple[str, Row
         FileExistsError: there is a file of that name; it stays as it is.
         OSError: it cannot be written.
     """
-    body = [f"<h1>{_text(title)}</h1>"]
+    body = [f"<h1>{escaped(title)}</h1>"]
     for heading, names, rows in parts:
-        body += [f"<h2>{_text(heading)}</h2>", table(names, rows) if rows else '<p class="lead">Nothing.</p>']
+        body += [f"<h2>{escaped(heading)}</h2>", table(names, rows) if rows else '<p class="lead">Nothing.</p>']
     with open(path, "x", encoding="utf-8") as file:
         file.write(frame(title, body))
 
 
-def table(names: Row, rows: Sequence[Row]) -> str:
-    """Return a table as HTML; its cells are text.
-
-    Args:
-        names: of the columns.
-        rows: of cells.
-    """
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
-    body = "".join(
-        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _text(text: object) -> str:
-    return escape(printable(text))
-
-
 def _status(status: str) -> str:
-    return f'<span class="status {_STATUS.get(status, "")}">{_text(status)}</span>'
+    return f'<span class="status {_STATUS.get(status, "")}">{escaped(status)}</span>'
 
 
 def _failure(case: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]]) -> str:
@@ -133,7 +112,7 @@ def _cards(certificate: Mapping[str, Any]) -> str:
     cards = [(names.get(name, name), words[reached]) for name, reached in certificate["tiers"].items()]
     cases = certificate["cases"]
     cards.append(("Cases passed", f"{sum(case['status'] == 'passed' for case in cases)} of {len(cases)}"))
-    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in cards)
+    rows = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in cards)
     return f'<dl class="cards">{rows}</dl>'
 
 
@@ -168,7 +147,7 @@ def _cases(cases: Sequence[Mapping[str, Any]], kinds: Mapping[str, Mapping[str, 
 
 
 def _left_out(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escaped(line)}</li>" for line in lines)
     return f'<p class="lead">Layouts that were not tried:</p><ul class="lead">{items}</ul>' if lines else ""
 
 

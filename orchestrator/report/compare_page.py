@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-from orchestrator.errors import printable
 from orchestrator.report.comparison import COLUMNS, Compared, differences, rows
-from orchestrator.report.page import frame
+from orchestrator.report.page import escaped, frame, table
 from orchestrator.report.run_data import Point, smooth
 from orchestrator.report.run_text import clock_time
 from orchestrator.report.svg import Chart, Series
@@ -42,19 +40,18 @@ def render_compare(runs: Sequence[Compared]) -> str:
         runs: as `read_compared` gives them.
     """
     title = " and ".join(run.label for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
-    labels = [escape(printable(run.label)) for run in runs]
     changed = [[key, *texts] for key, texts in differences(runs).items()]
     same = '<p class="lead">Their configurations are the same.</p>'
     return frame(
         title,
         [
-            f"<h1>{escape(printable(title))}</h1>",
+            f"<h1>{escaped(title)}</h1>",
             f'<p class="lead">{len(runs)} runs compared, {clock_time(time.time())}</p>',
             f'<section class="charts" aria-label="Curves">{_charts(runs)}</section>',
             "<h2>Results</h2>",
-            _table([name.capitalize() for name in COLUMNS], rows(runs)),
+            table([name.capitalize() for name in COLUMNS], rows(runs)),
             "<h2>Differences of the configurations</h2>",
-            _table(["Key", *labels], changed, escaped=True) if changed else same,
+            table(["Key", *(run.label for run in runs)], changed) if changed else same,
         ],
         _style(len(runs)),
     )
@@ -85,14 +82,3 @@ def _style(count: int) -> str:
         dashes = f" .curve.run{at} {{ stroke-dasharray: 6 3; }}" if at >= len(_TONES) else ""
         lines.append(f".run{at} {{ --tone: {_TONES[at % len(_TONES)]}; }}{dashes}")
     return "\n".join(lines) + "\n"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], escaped: bool = False) -> str:
-    titles = "".join(f'<th scope="col">{name if escaped else escape(name)}</th>' for name in head)
-    lines = "".join(
-        f'<tr><th scope="row">{escape(printable(first))}</th>'
-        + "".join(f"<td>{escape(printable(cell))}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in body
-    )
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+
+from orchestrator.errors import printable
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -26,6 +28,30 @@ def frame(title: str, parts: Sequence[str], style: str = "") -> str:
         f"<body>\n<main>\n{chr(10).join(part for part in parts if part)}\n</main>\n"
         f"<script>\n{_asset('report.js')}</script>\n</body>\n</html>\n"
     )
+
+
+def table(names: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as HTML, the first column of which names the rows.
+
+    Args:
+        names: of the columns, as text.
+        rows: of cells, as text.
+    """
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in names)
+    body = "".join(
+        f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def escaped(text: object) -> str:
+    """Return text as HTML that says no more than the text.
+
+    Args:
+        text: from anybody.
+    """
+    return escape(printable(text))
 
 
 def _asset(name: str) -> str:

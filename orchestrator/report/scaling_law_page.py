@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from html import escape
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator.atomic_files import write_atomically
 from orchestrator.errors import printable
 from orchestrator.planner.quantity import write
 from orchestrator.planner.scaling_law import FLOPS_PER_PARAMETER_AND_TOKEN, LadderFit, ScalingLaw
-from orchestrator.report.page import frame
+from orchestrator.report.page import frame, table
 from orchestrator.report.plan_svg import Dot, Line, log_chart
 from orchestrator.report.run_text import aligned, clock_time
 
@@ -98,11 +97,11 @@ def render_law(fit: LadderFit) -> str:
             f"mean error {fit.mean_error:.2%}, {len(fit.resamples)} resamples, {clock_time(time.time())}</p>",
             _curves(fit),
             "<h2>Numbers</h2>",
-            _table(("", "Fitted", "95% of resamples"), _numbers(fit)),
+            table(("", "Fitted", "95% of resamples"), _numbers(fit)),
             "<h2>Least loss for some compute</h2>",
-            _table(("Compute, 6 N D", "Parameters", "Tokens", "Tokens per parameter", "Loss"), _optima(fit)),
+            table(("Compute, 6 N D", "Parameters", "Tokens", "Tokens per parameter", "Loss"), _optima(fit)),
             "<h2>Runs</h2>",
-            _table(("Run", "Parameters", "Tokens", "Loss", "Law", "Difference"), rows),
+            table(("Run", "Parameters", "Tokens", "Loss", "Law", "Difference"), rows),
         ],
         _STYLE,
     )
@@ -179,14 +178,3 @@ def _curves(fit: LadderFit) -> str:
     return log_chart(
         "Loss over compute", "operations, 6 N D (log scale)", "nats per token (log scale)", lines, dots, 420
     )
-
-
-def _table(head: Sequence[str], body: Iterable[tuple[str, ...]]) -> str:
-    titles = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(printable(first))}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in body
-    )
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -22,6 +22,7 @@ from orchestrator.inference.generator import Writer
 from orchestrator.interop.importing import import_weights
 from tests.lab import chat as lab
 from tests.lab.slow import cases
+from tests.lab.tokenizers import add_llama
 
 transformers = pytest.importorskip("transformers")
 GREEDY = {"temperature": 0.0}
@@ -33,27 +34,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make(tmp_path_factory.mktemp(family), family) for family in lab.FAMILIES}
 
 
-def make(parent: Path, family: str, window: int = 256, padded: int = 0) -> Path:
+def make(parent: Path, family: str, window: int = 256, multiple: int = 1) -> Path:
     """A random model with the tokenizer and the template of a family, in `hub`, and imported."""
     folder = lab.make(parent / "hub", family)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=padded or len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=window,
-        initializer_range=0.5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(parent / "weights")
-    for name in ("model.safetensors", "config.json"):
-        (parent / "weights" / name).rename(folder / name)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    add_llama(folder, window, 0.5, multiple, seed=1, **ends)
     import_weights(folder, str(parent / "imported"), "hf")
     return parent
 

@@ -76,7 +76,7 @@ def assert_same(ours, theirs, relative=1e-5):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=relative * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", cases(CASES, quick=["llama", "gpt2", "gpt_neox"]))
+@pytest.mark.parametrize("kind", cases(CASES, quick=["llama", "gpt2"]))
 def test_merged_exported_and_loaded_by_peft_the_logits_are_the_same(tmp_path, kind):
     base, model, saved = adapted(tmp_path, kind, CASES[kind])
     unmerged = logits(model)

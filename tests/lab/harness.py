@@ -42,28 +42,10 @@ def preload() -> None:
 
 def make_checkpoint(folder: Path, kind: str) -> Path:
     """A checkpoint of random weights with a tokenizer of a kind, by way of an import."""
-    import transformers
-
     from orchestrator.interop.importing import import_weights
 
     hub = lab.make(folder / "hub", kind)
-    vocab = len(transformers.AutoTokenizer.from_pretrained(hub))
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=-(-vocab // 8) * 8,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LONGEST,
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "weights")
-    for name in ("model.safetensors", "config.json"):
-        (folder / "weights" / name).rename(hub / name)
+    lab.add_llama(hub, LONGEST, 0.4, 8, bos_token_id=None, eos_token_id=None)
     import_weights(hub, str(folder / "imported"), "hf")
     return folder / "imported"
 

@@ -200,3 +200,37 @@ def samples() -> Iterator[str]:
     """Texts on which tokenizers differ: spaces, line ends, other scripts, parts of special tokens."""
     yield from TEXTS[:3]
     yield from ("", " ", "  two  spaces ", "a\r\n\tb", "<|im_", "s>", "it's I'LL 12345", "ﬁ e\u0301", "\u200b🙂\x00")
+
+
+def add_llama(folder: Path, window: int, spread: float, multiple: int = 1, seed: int = 0, **more: Any) -> Any:
+    """Put a small Llama of random weights beside a tokenizer, as on the hub; returns the model, in fp32.
+
+    Args:
+        folder: has the tokenizer.
+        window: positions that the model sees.
+        spread: of its weights.
+        multiple: to which its vocabulary is filled up, so that devices divide it.
+        seed: of the weights.
+        **more: keys of its configuration.
+    """
+    import torch
+    import transformers
+
+    vocab = len(transformers.AutoTokenizer.from_pretrained(folder))
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=-(-vocab // multiple) * multiple,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=window,
+        initializer_range=spread,
+        **more,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder / "weights")
+    for name in ("model.safetensors", "config.json"):
+        (folder / "weights" / name).rename(folder / name)
+    return model

@@ -27,7 +27,7 @@ LINES = "the cat?\nwhere?\n/reset\nwhy\n"
 def folder(tmp_path_factory):
     from tests.inference.test_chat import make
 
-    return make(tmp_path_factory.mktemp("model"), "chatml", padded=304) / "imported"
+    return make(tmp_path_factory.mktemp("model"), "chatml", multiple=16) / "imported"
 
 
 def printed(function):

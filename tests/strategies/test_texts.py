@@ -31,7 +31,7 @@ CASES = {
 EXPERTS = ["model.moe.experts=4", "model.moe.mlp_dim=32", "model.moe.shared_mlp_dim=32"]
 MODELS = {name: FEATURES[name] for name in ("gpt2", "latent", "variety", "olmo", "gemma")} | {"plain": []}
 MODELS |= {"experts": EXPERTS}
-QUICK = [("fsdp2_tensor2", "latent"), ("context2", "plain"), ("pipeline2", "gpt2"), ("expert2", "experts")]
+QUICK = [("context2", "plain"), ("pipeline2", "gpt2"), ("expert2", "experts")]
 FURTHER = [("tensor2", "variety")] + [(name, "experts" if "expert" in name else "plain") for name in CASES]
 FURTHER += [("fsdp2_tensor2", model) for model in MODELS]
 

@@ -102,7 +102,7 @@ def test_layouts_agree(runs, layout):
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize("step", cases([1, 3, 6], quick=[3]))
 def test_a_run_resumes_within_every_stage_to_the_bit(runs, tmp_path, step):
     whole = runs()
     rows = train(small_config(runs.tmp, *SHORT), 1, tmp_path / "resumed", checkpoint(whole, step))

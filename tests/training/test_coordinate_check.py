@@ -12,7 +12,7 @@ from orchestrator.errors import ConfigError, ConfigErrors
 from orchestrator.training.coordinate_check import FLAT, KINDS, at_width, curve, run_check, sized, spreads
 from tests.lab.cli import run as run_cli
 from tests.lab.runs import write_corpus
-from tests.lab.slow import cases
+from tests.lab.slow import cases, slow
 
 WORDS = (
     *("model=tiny", "model.dim=64", "model.layers=2", "model.heads=4", "model.kv_heads=2", "model.mlp_dim=160"),
@@ -40,7 +40,7 @@ def _check(config, rules, axis, sizes, steps=5):
     return run_check(config, rules, axis, sizes, steps, 1, torch.device("cpu"), lambda scales: None)
 
 
-@pytest.mark.parametrize("name", cases(MODELS, quick=["adamw", "muon as adamw"]))
+@pytest.mark.parametrize("name", cases(MODELS, quick=["adamw"]))
 def test_they_are_flat_in_width_under_mup_and_not_under_the_standard(config, name):
     measured = _check(config(*MODELS[name]), ["none", "mup"], "width", [64, 256])
     found = spreads(measured, 5)
@@ -73,6 +73,7 @@ def test_widths_keep_proportions_and_heads(config):
         sized(config("model.mla.kv_lora_rank=16", "model.kv_heads=4"), "mup", 128)
 
 
+@slow
 def test_the_verb_writes_table_figure_and_numbers(tmp_path, config):
     words = [
         *WORDS,

@@ -18,6 +18,7 @@ from orchestrator.runs.stored_model import files_of
 from tests.lab import chat
 from tests.lab.runs import SMALL, checkpoint, losses, train
 from tests.lab.tensors import read_all
+from tests.lab.tokenizers import add_llama
 from tests.runs.test_init_from import settled
 
 transformers = pytest.importorskip("transformers")
@@ -38,24 +39,8 @@ def talks() -> list[list[dict[str, Any]]]:
 
 def hub(folder: Path, family: str) -> Any:
     """A directory as on the hub, with a chat template; returns its model in fp32."""
-    chat.make(folder, family)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        # Filled up, as those on the hub are: a vocabulary divides over devices then.
-        vocab_size=-(-len(transformers.AutoTokenizer.from_pretrained(folder)) // 16) * 16,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=SEQ,
-        initializer_range=0.1,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(folder / "weights")
-    for name in ("model.safetensors", "config.json"):
-        (folder / "weights" / name).rename(folder / name)
-    return model
+    # Filled up, as those on the hub are: a vocabulary divides over devices then.
+    return add_llama(chat.make(folder, family), SEQ, 0.1, 16)
 
 
 def run(tmp_path: Path, family: str, *more: str) -> RunConfig:

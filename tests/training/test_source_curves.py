@@ -56,7 +56,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", cases(LAYOUTS, quick=["tensor", "context"]))
+@pytest.mark.parametrize("layout", cases(LAYOUTS, quick=["context"]))
 def test_each_source_has_a_loss_of_training_on_every_layout(tmp_path: Path, layout: str) -> None:
     words = (*BOTH, sources(tmp_path), "train.eval_every=null", "train.micro_batch_size=1", "train.z_loss=1e-3")
     shape = [word for word in LAYOUTS[layout] if word.startswith("model.")]

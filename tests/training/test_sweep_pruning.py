@@ -13,6 +13,7 @@ from orchestrator.sweeps.space import Between
 from orchestrator.sweeps.study import StoredStudy, SweepPlan
 from orchestrator.sweeps.sweep_record import SweepJob
 from tests.lab.runs import TINY, checkpoint, read_rows, small_config, work_ranks
+from tests.lab.slow import cases
 
 pytest.importorskip("optuna")
 RUN = (*TINY, "train.max_steps=6", "train.eval_every=2", "checkpoint.every_steps=null", "hardware.devices=2")
@@ -34,7 +35,7 @@ def study(folder) -> StoredStudy:
     return made
 
 
-@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("at_end", cases([True, False], quick=[True]))
 def test_it_ends_after_the_first_evaluation_on_all_ranks(at_end, tmp_path, monkeypatch):
     made = study(tmp_path / "sweep")
     monkeypatch.setenv(VARIABLE, f"{tmp_path / 'sweep'}:1")
