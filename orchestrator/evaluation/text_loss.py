@@ -105,6 +105,13 @@ def _of_store(store: TokenStore, tokenizer: Tokenizer, first: Sequence[int], spl
             got=f"{store.vocab_size} tokens in {store.path}, {tokenizer.vocab_size} in the checkpoint",
             fix="name the text itself, or prepare it with the tokenizer of the checkpoint",
         )
+    if store.holds_conversations:
+        raise DataError(
+            "the store holds conversations, of which answers alone count; evaluate measures whole texts",
+            got=store.path,
+            allowed="text, rows with a field of text, or a store of documents",
+            fix="name it in a run, whose val_loss is that of the answers: data.validation=...",
+        )
     name = split or ("validation" if store.index.splits["validation"].tokens else "train")
     part, documents = store.split(name), store.documents
     for number in range(part.documents):

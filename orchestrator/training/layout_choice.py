@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.chips.load import load_catalogue
+from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.schema import ContextKind, LayoutConfig, RunConfig
 from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
@@ -17,7 +18,7 @@ from orchestrator.planner.explain import bound, layout_text
 from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan
 from orchestrator.sharding.axes import MESH_AXES
-from orchestrator.sharding.layout import check_layout, resolve_layout
+from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
 from orchestrator.sharding.pipeline import check_pipeline
 
 # An automatic vocabulary is known when the data is, which is prepared after the plan: for that this one will do.
@@ -150,13 +151,20 @@ def _layout(config: RunConfig, plan: ParallelPlan) -> LayoutConfig:
 
 def _best(config: RunConfig, cluster: Cluster, space: Space, devices: int) -> Candidate | None:
     """Return the fastest layout that a run accepts: sizes that differ from layer to layer are no part of a shape."""
-    train = config.train
-    batch = Batch(train.global_batch_tokens)
-    for candidate in search(_job(config), cluster, batch, space, domains=space.copies).ranked:
-        layout, plan = resolve_layout(_layout(config, candidate.plan), devices), candidate.plan
-        share = max(1, train.global_batch_tokens // train.seq_len // layout.data_parallel)
-        if not check_layout(layout, config.model, train.seq_len, train.global_batch_tokens) and not check_pipeline(
-            layout, config.model, share, plan.micro_batch, config.hardware.compile, plan.remat
-        ):
-            return candidate
+    sizes = BatchSizes.of(config.train)
+    # What is best for the whole batch may not divide a smaller one, from which the batch grows.
+    for searched in dict.fromkeys((sizes.last, min(sizes.all))):
+        for candidate in search(_job(config), cluster, Batch(searched), space, domains=space.copies).ranked:
+            layout = resolve_layout(_layout(config, candidate.plan), devices)
+            if all(_accepts(config, layout, candidate.plan, tokens) for tokens in sizes.all):
+                return candidate
     return None
+
+
+def _accepts(config: RunConfig, layout: Layout, plan: ParallelPlan, tokens: int) -> bool:
+    """Whether a step of so many tokens, such as one while the batch warms up, can be divided so."""
+    length = config.train.seq_len
+    share = max(1, tokens // length // layout.data_parallel)
+    return not check_layout(layout, config.model, length, tokens) and not check_pipeline(
+        layout, config.model, share, plan.micro_batch, config.hardware.compile, plan.remat
+    )

@@ -13,6 +13,9 @@ import torch
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.chat_template import chat_templates
+from orchestrator.data.store import TokenStore
+from orchestrator.errors import DataError
+from orchestrator.evaluation.text_loss import read_texts
 from orchestrator.interop.importing import import_weights
 from orchestrator.runs.stored_model import files_of
 from tests.lab import chat
@@ -152,3 +155,8 @@ def test_a_template_that_is_given_comes_with_the_checkpoint(tmp_path: Path) -> N
     measured = json.loads((checkpoint(tmp_path / "run", 1) / "handover.json").read_text())
     assert measured["loss"] > 1
     assert measured["grad_norm"] > 0
+    # What the assistant says is no text by itself; a store of it has a loss in runs alone.
+    (store,) = {path.parent for path in (tmp_path / "cache").rglob("index.json")}
+    tokenizer = TokenStore.open(store).tokenizer
+    with pytest.raises(DataError, match="holds conversations"):
+        next(read_texts(str(store), tokenizer, config.data))

@@ -55,6 +55,16 @@ def test_a_model_too_large_for_data_parallelism_alone_is_cut_further():
     assert layout.tensor * layout.context > 1, "16 sequences do not go over 64 devices"
 
 
+@pytest.mark.slow
+def test_the_smallest_batch_of_a_warm_up_is_divided_too():
+    words = ["model=llama3_8b", "train.remat=full", "train.global_batch_tokens=1048576"]
+    whole = settle_layout(_config(*words), _Target("h200"), 64)
+    assert resolve_layout(whole.layout, 64).data_parallel > 4
+    warm = settle_layout(_config(*words, "train.batch_warmup=[{steps: 9, tokens: 16384}]"), _Target("h200"), 64)
+    assert warm.why
+    assert resolve_layout(warm.layout, 64).data_parallel <= 4, "there are 4 sequences"
+
+
 def test_remat_is_planned_too_where_it_is_open():
     planned = settle_layout(_config("train.remat=auto", "train.seq_len=8192"), _Target("h200"), 8)
     assert planned.why
