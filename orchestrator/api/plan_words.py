@@ -235,6 +235,7 @@ def _request(
         optimizer=optimizer_kind(composed.config.optim) if ours else "adamw",
         trained=trained_share(composed.config.model, train.lora) if ours else 1.0,
         average=ours and train.ema.decay is not None,
+        frozen_copy=ours and train.preference.holds_copy(train.lora),
     )
     failures = FailureOptions(**known)
     return Request(job, tokens, batch, space, widest, restricted, failures, measured=measured)

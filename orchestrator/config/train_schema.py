@@ -15,6 +15,15 @@ class PreferenceConfig:
     loss: Literal["sigmoid", "ipo", "hinge"] | None = None  # null: none of it; sigmoid is DPO's own
     beta: float = 0.1  # how far from the reference model: the larger, the nearer
     label_smoothing: float = 0.0  # of the sigmoid: the share of pairs that are taken to be the wrong way round
+    reference: Literal["cached", "live"] = "cached"  # its log-probabilities: computed once, or in every step
+
+    def holds_copy(self, lora: LoraConfig) -> bool:
+        """Whether a second model lies on the devices, beside the one that is trained.
+
+        Args:
+            lora: of the run; beneath adapters lies the reference itself.
+        """
+        return self.loss is not None and self.reference == "live" and lora.rank is None
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,18 @@ def check_preference(config: RunConfig) -> Iterator[ConfigError]:
         if getattr(train, key) == "rewind":
             allowed = "what leaves no data out that the reference model was not asked about"
             yield _unfit(f"train.{key}", "rewind", allowed, settings.loss)
+    if settings.reference == "live" and config.launch.fault_tolerance == "torchft":
+        yield _unfit("train.preference.reference", "live", "cached with launch.fault_tolerance=torchft", settings.loss)
     dropout = {"model.dropout": config.model.dropout, "train.lora.dropout": train.lora.dropout}
     for key, value in dropout.items():
         # Both passes have to draw the same masks: a compiled block, and several stages of a rank, draw others.
         if value > 0 and config.hardware.compile:
             yield _unfit(key, value, "0, or hardware.compile=false", settings.loss)
-        if value > 0 and config.layout.schedule in ("interleaved", "dualpipe_v"):
+        stages = config.layout.schedule in ("interleaved", "dualpipe_v") or config.layout.virtual_stages not in (
+            "auto",
+            1,
+        )
+        if value > 0 and stages:
             yield _unfit(key, value, "0, or layout.schedule=1f1b or zero_bubble", settings.loss)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class LoraLinear(nn.Linear):
         lora_a: A, [rank, in].
         lora_b: B, [out, rank].
         delta: computes what the adapter adds; a strategy that cuts the layer replaces it.
+        adapted: whether the adapter counts.
     """
 
     delta: Callable[[Tensor], Tensor]
@@ -46,11 +48,12 @@ class LoraLinear(nn.Linear):
         self.lora_a = nn.Parameter(linear.weight.new_empty(config.rank, linear.in_features))
         self.lora_b = nn.Parameter(linear.weight.new_empty(linear.out_features, config.rank))
         self.dropout, self.scale = config.dropout, lora_scale(config)
-        self.delta = self._delta
+        self.delta, self.adapted = self._delta, True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in] to [..., out]."""
-        return F.linear(x, self.weight, self.bias) + self.delta(x)
+        beneath = F.linear(x, self.weight, self.bias)
+        return beneath + self.delta(x) if self.adapted else beneath
 
     def adapt(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return what an adapter of these matrices adds.
@@ -81,6 +84,19 @@ def lora_scale(config: LoraConfig) -> float:
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Each layer of `model` that has an adapter, with its name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let `model` be what lies beneath its adapters."""
+    layers = [layer for _, layer in adapted_modules(model)]
+    for layer in layers:
+        layer.adapted = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapted = True
 
 
 def apply_lora(model: ShardableModel, config: LoraConfig) -> None:

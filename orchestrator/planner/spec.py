@@ -149,6 +149,7 @@ class JobSpec:
         trained: share of the weights' number that is trained, where these are adapters beside frozen weights; 1: all
             weights are.
         average: a moving average of the weights is kept beside them.
+        frozen_copy: a second model of these weights lies beside the first, never trained.
     """
 
     model: ModelShape
@@ -162,6 +163,7 @@ class JobSpec:
     optimizer: str = "adamw"
     trained: float = 1.0
     average: bool = False
+    frozen_copy: bool = False
 
     @property
     def element_bytes(self) -> int:

@@ -218,6 +218,7 @@ def _reference_state(
         restored,
         begin=lambda: fill(begin, module, tokens.stream, trusted),
         again=lambda: fill(resolved, module, tokens.stream, trusted),
+        trusted=trusted,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.batch_sizes import BatchSizes
-from orchestrator.config.schema import ContextKind, LayoutConfig, RunConfig
+from orchestrator.config.schema import ContextKind, LayoutConfig, RunConfig, Schedule
 from orchestrator.hardware.fp8_support import check_fp8
 from orchestrator.hardware.target import Target
 from orchestrator.models.shapes import trained_share
@@ -18,7 +18,7 @@ from orchestrator.planner.explain import bound, layout_text
 from orchestrator.planner.search import REMATS, Batch, Candidate, Space, search
 from orchestrator.planner.spec import Cluster, JobSpec, ModelShape, ParallelPlan
 from orchestrator.sharding.axes import MESH_AXES
-from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
+from orchestrator.sharding.layout import VIRTUAL_STAGES, Layout, check_layout, resolve_layout
 from orchestrator.sharding.pipeline import check_pipeline
 
 # An automatic vocabulary is known when the data is, which is prepared after the plan: for that this one will do.
@@ -101,12 +101,25 @@ def _space(config: RunConfig, target: Target, fixed: Mapping[str, int], slices: 
         zeros=(3,),
         whole=True,
         even=True,
-        schedules=SCHEDULES if layout.schedule == "auto" else (layout.schedule,),
+        schedules=schedules_for(config) if layout.schedule == "auto" else (layout.schedule,),
         context_kinds=kinds,
         compiled=config.hardware.compile,
         copies=slices,
         reduce_gradients=train.reduce_gradients,
     )
+
+
+def schedules_for(config: RunConfig) -> tuple[Schedule, ...]:
+    """Return the schedules that a run may be planned with.
+
+    Args:
+        config: of the run.
+    """
+    drops = config.model.dropout > 0 or config.train.lora.dropout > 0
+    if config.train.preference.loss is None or not drops:
+        return SCHEDULES
+    # Both passes of a step have to draw the same masks, which several stages of a rank do not.
+    return tuple(one for one in SCHEDULES if VIRTUAL_STAGES[one] == 1)
 
 
 def _job(config: RunConfig) -> JobSpec:
@@ -124,6 +137,7 @@ def _job(config: RunConfig) -> JobSpec:
         optimizer=optimizer_kind(config.optim),
         trained=trained_share(config.model, config.train.lora),
         average=train.ema.decay is not None,
+        frozen_copy=train.preference.holds_copy(train.lora),
     )
 
 

@@ -94,7 +94,9 @@ def _fit(resolved: Resolved, target: Target, local: int) -> Fit | None:
         capacity = target.probe().device_memory_bytes
         return None if capacity is None else Fit(estimate.total, capacity, f"each {target.name} device", estimate)
     # An asynchronous save keeps a copy of weights and optimizer state until it is written.
-    copy = estimate.parameters + estimate.optimizer if resolved.config.checkpoint.asynchronous else 0.0
+    train = resolved.config.train
+    saved = estimate.parameters / (1 + train.preference.holds_copy(train.lora)) + estimate.optimizer
+    copy = saved if resolved.config.checkpoint.asynchronous else 0.0
     has = min(host.ram_bytes(), host.address_space_bytes() or math.inf)
     return Fit(local * (estimate.total + copy), has, f"this machine, for {local} processes", estimate)
 
@@ -128,6 +130,7 @@ def _estimate(resolved: Resolved, target: Target) -> MemoryEstimate:
         optimizer=optimizer_kind(config.optim),
         trained=trained_share(config.model, config.train.lora),
         average=train.ema.decay is not None,
+        frozen_copy=train.preference.holds_copy(train.lora),
     )
     overhead = _PROCESS_BYTES if target.name == "cpu" else Calibration("", "").context_bytes
     constants = Calibration("orchestrator", target.name, eager_kept=2.0, fused_norms=True, context_bytes=overhead)

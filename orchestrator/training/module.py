@@ -113,7 +113,7 @@ class LanguageModule(lightning.LightningModule):
         self.micro_batch = micro_batch_size(self.config, self.parallel)
         self.guard = FiniteGuard(self.parallel, self.config.train)
         if self.config.train.preference.loss is not None:
-            self.preferences = Preferences(self.config.train.preference, self.parallel)
+            self.preferences = Preferences(self.config, self.parallel)
         if self._given is None:
             self.parallel.initialize(self.model, self.config.seed)
             every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

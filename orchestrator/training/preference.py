@@ -4,7 +4,7 @@ Rafailov et al. 2023, arXiv 2305.18290. A sequence of a batch holds pairs of res
 prompt and the chosen response, then the prompt and the rejected one. A step has two passes. The first, without
 gradients, gives the log-probability of each response. From these follow the loss of each pair and its derivative by the
 log-probabilities; with that as the weight of each target the gradient of the cross-entropy, which every strategy
-computes, is DPO's exactly.
+computes, is DPO's exactly. What the reference model makes of the responses is known before, or asked in between.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from orchestrator.config.schema import PreferenceConfig, RunConfig
 from orchestrator.constants import IGNORE_INDEX
 from orchestrator.data.pairs import NO_RESPONSE, RESPONSES
 from orchestrator.distributed import standing
+from orchestrator.errors import ConfigError
 from orchestrator.models.protocol import ShardableModel
 from orchestrator.strategies.parallel_strategy import ParallelStrategy, StepHooks
+from orchestrator.training.live_reference import LiveReference
 from orchestrator.training.reference_scores import ReferenceScores
 
 FIGURES = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
@@ -124,7 +126,16 @@ def without_preferences(config: RunConfig) -> RunConfig:
 
     Args:
         config: of a run.
+
+    Raises:
+        ConfigError: the run has a second model, which that is not.
     """
+    if config.train.preference.holds_copy(config.train.lora):
+        raise ConfigError(
+            "a rehearsal knows the model that is trained, and not the reference beside it",
+            got="train.preference.reference=live",
+            fix="set train.preference.reference=cached, and add 4 bytes for each parameter that a device holds",
+        )
     return replace(config, train=replace(config.train, preference=PreferenceConfig()))
 
 
@@ -132,17 +143,19 @@ class Preferences:
     """The step of a run that learns from preferences.
 
     Args:
-        config: the loss.
+        config: of the run, settled.
         parallel: the strategy.
 
     Attributes:
-        reference: what the reference model makes of the pairs.
+        reference: what the reference model makes of the pairs, where that is computed once.
+        live: the reference model, where it is asked in every step; else None.
         held_out: figures of the last evaluation.
     """
 
-    def __init__(self, config: PreferenceConfig, parallel: ParallelStrategy):
-        self._config, self._parallel = config, parallel
+    def __init__(self, config: RunConfig, parallel: ParallelStrategy):
+        self._config, self._parallel = config.train.preference, parallel
         self.reference = ReferenceScores()
+        self.live = LiveReference(config, parallel) if self._config.reference == "live" else None
         self.held_out: dict[str, float] = {}
 
     def score(self, model: ShardableModel, batch: Arrays, micro_batch: int, begin: Callable[[int, int], None]) -> Pairs:
@@ -162,13 +175,27 @@ class Preferences:
             losses.append(self._parallel.token_scores(model, part).losses.numpy())
         return Pairs.of(batch, np.concatenate(losses))
 
-    def judge(self, pairs: Pairs) -> tuple[Tensor, np.ndarray]:
+    def refer(self, model: ShardableModel, batch: Arrays, micro_batch: int, pairs: Pairs) -> np.ndarray:
+        """Return the reference model's log-probabilities of this rank's pairs [pairs, 2]. All ranks call it together.
+
+        Args:
+            model: that of the run, placed.
+            batch: arrays of this rank's sequences.
+            micro_batch: sequences of a forward pass.
+            pairs: of the batch.
+        """
+        if self.live is None:
+            return self.reference.look_up(pairs.keys)
+        with self.live.asked(model) as reference:
+            return self.score(reference, batch, micro_batch, lambda micro_batch, part: None).logps
+
+    def judge(self, pairs: Pairs, reference: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Return what is summed of this rank's pairs, [pairs, `_SUMS`], and the derivative of the summed losses.
 
         Args:
             pairs: of this rank.
+            reference: the reference model's log-probabilities of them.
         """
-        reference = self.reference.look_up(pairs.keys)
         losses, slopes = pair_losses(self._config, pairs.logps, reference, pairs.lengths)
         rewards = self._config.beta * (pairs.logps - reference)
         margins = rewards[:, 0] - rewards[:, 1]
@@ -186,8 +213,9 @@ class Preferences:
         sums = torch.zeros(max(sets, default=0) + 1, len(_SUMS))
         for number, batch in enumerate(batches):
             standing.mark()
-            pairs = self.score(model, batch, len(batch["tokens"]), lambda micro_batch, part: None)
-            sums[sets[number] if sets else 0] += self.judge(pairs)[0].sum(0)
+            rows = len(batch["tokens"])
+            pairs = self.score(model, batch, rows, lambda micro_batch, part: None)
+            sums[sets[number] if sets else 0] += self.judge(pairs, self.refer(model, batch, rows, pairs))[0].sum(0)
         found = [self.sum(row) for row in (sums.sum(0), *sums)]
         names = FIGURES[2:]
         values = self._parallel.fetch([found[0][name] for name in names])
@@ -223,7 +251,7 @@ class Preferences:
         """
         parallel = self._parallel
         pairs = self.score(model, batch, micro_batch, hooks.begin)
-        judged, slopes = self.judge(pairs)
+        judged, slopes = self.judge(pairs, self.refer(model, batch, micro_batch, pairs))
         found = self.sum(judged.sum(0).float())
         arrays = {name: value for name, value in batch.items() if name not in (RESPONSES, _SOURCES)}
         if _SOURCES in batch and (told := model.head.source_losses) is not None:

@@ -1,4 +1,4 @@
-"""Score the pairs of a run by its reference model, before the first step."""
+"""Settle the reference model of a run: score its pairs before the first step, or let it be there in every step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from orchestrator.atomic_files import write_atomically
 from orchestrator.checkpoint.adapters import adapter_record, content_of
 from orchestrator.checkpoint.checkpoint import Checkpoint
+from orchestrator.checkpoint.signing import Trust
+from orchestrator.checkpoint.storage import locate
 from orchestrator.config.convert import to_dict
 from orchestrator.config.schema import RunConfig
 from orchestrator.data.skipping import kept
@@ -19,10 +21,13 @@ from orchestrator.distributed import standing
 from orchestrator.distributed.exchange import exchange, new_topic
 from orchestrator.errors import CheckpointError
 from orchestrator.runs.messages import say, warn
+from orchestrator.training.adapter_state import base_of
 from orchestrator.training.data_module import TokenDataModule
+from orchestrator.training.live_reference import LiveReference
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.preference import Pairs
 from orchestrator.training.reference_scores import FILE, MAX_BYTES, ReferenceScores
+from orchestrator.training.restore import open_together, restore_weights
 
 STATE_KEY = "preference"  # of a checkpoint's state: which reference its scores are by
 _BETWEEN = 64  # batches between two exchanges of what the ranks have found
@@ -67,8 +72,9 @@ def settle_reference(
     restored: Checkpoint | None,
     begin: Callable[[], Checkpoint | None],
     again: Callable[[], object],
+    trusted: Trust = Trust(),
 ) -> dict[str, Any]:
-    """See that the reference's log-probabilities of all pairs of a run are known. All ranks call it together.
+    """See that the reference is there, or its log-probabilities of all pairs are. All ranks call it together.
 
     Args:
         module: with its weights.
@@ -79,6 +85,7 @@ def settle_reference(
         restored: the same, if the run goes on from it.
         begin: gives the model the weights that the run began with.
         again: gives it those of the run so far.
+        trusted: whose checkpoints are believed.
 
     Returns:
         What the state of a checkpoint says of it; nothing where a run learns from no preferences.
@@ -89,6 +96,11 @@ def settle_reference(
     if module.preferences is None:
         return {}
     identity = reference_of(restored) if restored is not None else reference_identity(config, source)
+    if module.preferences.live is not None:
+        there = reference_identity(config, _fill_live(module.preferences.live, module, config, source, trusted))
+        if there != identity:
+            raise _another(config, restored)
+        return {STATE_KEY: {"reference": identity}}
     found = ReferencePass(module, config, identity or "")
     found.take_known(restored, identity)
     sets = tokens.validation.sets(config.data.document_mask)
@@ -103,12 +115,7 @@ def settle_reference(
             )
         start = begin()
         if reference_identity(config, start) != identity:
-            raise CheckpointError(
-                "the model that the run began with is another one now, and pairs are not scored by it yet",
-                got=f"train.init_from={config.train.init_from}",
-                allowed=f"the reference of {restored.directory}",
-                fix="put the checkpoint that it began from back in its place",
-            )
+            raise _another(config, restored)
     if missing:
         if module.parallel.speaks:
             say(f"reference  scoring {sum(len(indices) for _, indices in missing):,} sequences of pairs, once")
@@ -116,6 +123,39 @@ def settle_reference(
         if restored is not None:
             again()
     return {STATE_KEY: {"reference": identity}}
+
+
+def _fill_live(
+    live: LiveReference, module: LanguageModule, config: RunConfig, source: Checkpoint | None, trusted: Trust
+) -> Checkpoint | None:
+    """Give a second model the weights that the run began with. Returns the checkpoint that has the reference's."""
+    parallel, named = module.parallel, config.train.init_from
+    if live.model is None:
+        assert source is not None, "adapters lie beside weights"
+        return base_of(source, trusted, parallel, named)
+    if named is None:
+        parallel.initialize(live.model, config.seed)
+        return None
+    start = open_together(locate(named), trusted, parallel)
+    restore_weights(start, config, parallel, live.model, trusted=trusted)
+    return start
+
+
+def _another(config: RunConfig, restored: Checkpoint | None) -> CheckpointError:
+    got = f"train.init_from={config.train.init_from}"
+    if restored is None or (config.train.lora.rank is not None and config.train.preference.reference == "live"):
+        return CheckpointError(
+            "the run began with adapters: with them switched off the model is not its reference",
+            got=got,
+            allowed="a checkpoint of whole weights beneath the adapters of this run",
+            fix="set train.preference.reference=cached",
+        )
+    return CheckpointError(
+        "the model that the run began with is another one now",
+        got=got,
+        allowed=f"the reference of {restored.directory}",
+        fix="put the checkpoint that it began from back in its place",
+    )
 
 
 class ReferencePass:

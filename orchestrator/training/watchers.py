@@ -264,7 +264,7 @@ def _keeps(
         files = files_of(source) if source else {}
         files = files if TOKENIZER_FILE in files else {**data.tokenizer.files, **files}
         files |= {**data.given_files, **model_files(source)}
-        if preferences is not None:
+        if preferences is not None and preferences.live is None:
             files[REFERENCE_FILE] = preferences.reference.to_bytes()
     reference = make_batch(config, shown) if config.checkpoint.handover.enabled else None
     return Keeps(data.tokenizer, files, reference, own)

@@ -14,6 +14,7 @@ from orchestrator.distributed.world import World
 from tests.lab import scores
 
 ROWS, LENGTH = 4, 48
+REFERENCE_SEED = 5  # of the weights of a second model
 
 
 @dataclass
@@ -68,7 +69,7 @@ def learn(world: World, data: dict[str, Any]) -> Learnt:
     from orchestrator.strategies.sharded_parts import local_part
     from orchestrator.training.job import make_strategy
     from orchestrator.training.module import LanguageModule
-    from orchestrator.training.preference import Pairs, Preferences
+    from orchestrator.training.preference import Pairs
     from tests.lab.runs import resolved_run
 
     resolved = resolved_run(from_dict(RunConfig, data), world, vocab_size=scores.VOCABULARY)
@@ -76,16 +77,21 @@ def learn(world: World, data: dict[str, Any]) -> Learnt:
     parallel.join()
     module = LanguageModule(resolved.config, parallel=parallel)
     module.configure_model()
+    _move_adapters(module.model)
     parallel.initialize(module.model, 3)
     rank, shares = parallel.data_share
     rows = slice(rank * ROWS // shares, (rank + 1) * ROWS // shares)
     arrays, reference = batch()
     mine = {name: value[rows] for name, value in arrays.items()}
-    preferences = Preferences(resolved.config.train.preference, parallel)
-    keys = Pairs.of(arrays, np.zeros(arrays["tokens"].shape)).keys
-    preferences.reference.add(keys, reference)
+    preferences = module.preferences
+    assert preferences is not None
+    if preferences.live is None:
+        keys = Pairs.of(arrays, np.zeros(arrays["tokens"].shape)).keys
+        preferences.reference.add(keys, reference)
+    elif preferences.live.model is not None:
+        parallel.initialize(preferences.live.model, REFERENCE_SEED)
     pairs = preferences.score(module.model, mine, 1, module.seed_dropout)
-    _, slopes = preferences.judge(pairs)
+    _, slopes = preferences.judge(pairs, preferences.refer(module.model, mine, 1, pairs))
     first = parallel.once_per_row(torch.tensor((slopes * pairs.logps).sum(), dtype=torch.float32))
     hooks = StepHooks(module.seed_dropout)
     part, _, found = preferences.forward_backward(module.model, mine, 1, hooks)
@@ -95,6 +101,9 @@ def learn(world: World, data: dict[str, Any]) -> Learnt:
     figures = dict(zip(found, parallel.fetch(list(found.values())), strict=True))
     gradients = []
     for name, parameter in local_parameters(module.model):
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+            continue
         grad = local_part(parameter.grad).cpu()
         whole = tuple(slice(0, size) for size in grad.shape)
         cut = scores.model_slices(parallel, module.model, name) if parallel.size > 1 else whole
@@ -109,18 +118,22 @@ def by_hand(config: RunConfig) -> Learnt:
     settings = config.train.preference
     model = scores.plain_model(config)
     arrays, reference = batch()
+    if settings.reference == "live":
+        beneath = model if config.train.lora.rank is not None else scores.plain_model(config, REFERENCE_SEED)
+        with torch.no_grad():
+            found = [[_logp(beneath, arrays, 2 * number + side)[0].item() for side in range(2)]
+                     for number in range(len(reference))]  # fmt: skip
+        reference = np.array(found)
+    if config.train.lora.rank is not None:
+        _put_adapters(model, config)
     losses, rewards = [], []
     for number in range(len(reference)):
         ratios = []
         for side in range(2):
-            row = int(np.flatnonzero((arrays["responses"] == 2 * number + side).any(1))[0])
-            where = arrays["responses"][row] == 2 * number + side
-            tokens, targets = (torch.from_numpy(arrays[name][row][where])[None] for name in ("tokens", "targets"))
-            counts = targets != -100
-            logps = model(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-            ratio = (logps * counts).sum() - reference[number, side]
+            logp, count = _logp(model, arrays, 2 * number + side)
+            ratio = logp - reference[number, side]
             rewards.append(settings.beta * ratio.item())
-            ratios.append(ratio / counts.sum() if settings.loss == "ipo" else ratio)
+            ratios.append(ratio / count if settings.loss == "ipo" else ratio)
         delta = ratios[0] - ratios[1]
         if settings.loss == "ipo":
             losses.append((delta - 1 / (2 * settings.beta)) ** 2)
@@ -147,6 +160,40 @@ def by_hand(config: RunConfig) -> Learnt:
         "pairs": float(len(pairs)),
     }
     return Learnt(figures, (0.0, 0.0), gradients)
+
+
+def _logp(model: Any, arrays: dict[str, np.ndarray], response: int) -> tuple[torch.Tensor, int]:
+    """Return the log-probability of a response in a sequence of its own, and its number of targets."""
+    row = int(np.flatnonzero((arrays["responses"] == response).any(1))[0])
+    where = arrays["responses"][row] == response
+    tokens, targets = (torch.from_numpy(arrays[name][row][where])[None] for name in ("tokens", "targets"))
+    counts = targets != -100
+    logps = model(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return (logps * counts).sum(), int(counts.sum())
+
+
+def _move_adapters(model: Any) -> None:
+    """Let the second matrices of adapters begin elsewhere than at zero, where the first ones have no gradient."""
+    from orchestrator.models.init import Init
+
+    initializers = model.initializers()
+    for name in initializers:
+        if name.endswith("lora_b"):
+            initializers[name] = Init("normal", 0.1)
+
+
+def _put_adapters(model: Any, config: RunConfig) -> None:
+    """Put beside the weights of a plain model the adapters that `learn` has."""
+    from orchestrator.models.init import draw_slice
+    from orchestrator.models.lora import apply_lora
+
+    apply_lora(model, config.train.lora)
+    _move_adapters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shape = tuple(parameter.shape)
+            whole = tuple(slice(0, size) for size in shape)
+            parameter.data.copy_(draw_slice(model.initializers()[name], name, 3, shape, whole))
 
 
 def assert_agrees(parts: list[Learnt], wanted: Learnt, relative: float) -> None:

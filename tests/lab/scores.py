@@ -105,8 +105,8 @@ def model_slices(parallel: Any, model: Any, name: str) -> tuple[slice, ...]:
     return slices
 
 
-def plain_model(config: RunConfig) -> Any:
-    """Return the model of `config` with the weights that `score` has, in one process."""
+def plain_model(config: RunConfig, seed: int = 3) -> Any:
+    """Return the model of `config` with the weights that `score` has, or those of another seed, in one process."""
     from orchestrator.models.decoder import Decoder
     from orchestrator.models.init import draw_slice
     from orchestrator.training.check import resolve_model
@@ -115,7 +115,7 @@ def plain_model(config: RunConfig) -> Any:
     for name, init in model.initializers().items():
         parameter = model.get_parameter(name)
         whole = tuple(slice(0, size) for size in parameter.shape)
-        parameter.data.copy_(draw_slice(init, name, 3, tuple(parameter.shape), whole))
+        parameter.data.copy_(draw_slice(init, name, seed, tuple(parameter.shape), whole))
     return model
 
 

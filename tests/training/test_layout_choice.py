@@ -12,7 +12,7 @@ from orchestrator.hardware.target import Probe
 from orchestrator.hardware.target_table import get_target
 from orchestrator.sharding.axes import MESH_AXES
 from orchestrator.sharding.layout import Layout, check_layout, resolve_layout
-from orchestrator.training.layout_choice import settle_layout
+from orchestrator.training.layout_choice import schedules_for, settle_layout
 
 
 class _Target:
@@ -73,6 +73,12 @@ def test_remat_is_planned_too_where_it_is_open():
     tight = settle_layout(long, _Target("h200"), 8)
     assert tight.remat != "none"
     assert settle_layout(_config("train.remat=auto"), _Target(None), 8).remat == "none"
+
+
+def test_passes_that_draw_the_same_dropout_have_one_stage_a_rank():
+    words = ["train.preference.loss=sigmoid", "data.messages=preference", "layout.schedule=auto"]
+    assert set(schedules_for(_config(*words, "model.dropout=0.1"))) == {"1f1b", "zero_bubble"}
+    assert {"interleaved", "dualpipe_v"} <= set(schedules_for(_config(*words)))
 
 
 @pytest.mark.parametrize("slices", [2, 4])

@@ -46,6 +46,12 @@ def test_eight_billion_parameters_do_not_fit_a_laptop(memory):
     assert needs == pytest.approx(8.03e9 * 28 / GIB, rel=0.1)
     assert "has 24.0 GiB" in caught.value.got
     assert "fewer than 0.9B parameters" in caught.value.fix
+    second = ["data.document_mask=true", "data.messages=preference", "train.preference.loss=sigmoid"]
+    with pytest.raises(HardwareError) as caught:
+        _check("model=llama3_8b", *second, "train.preference.reference=live")
+    both = float(caught.value.got.split("about ")[1].split(" GiB")[0])
+    assert both == pytest.approx(8.03e9 * 32 / GIB, rel=0.1), "a frozen model beside it"
+    assert both > needs + 8e9 * 3.9 / GIB
     _check("model=llama3_8b", "hardware.check_memory=false")
     memory(400)
     _check("model=llama3_8b")

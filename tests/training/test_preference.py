@@ -44,6 +44,23 @@ def test_loss_and_gradients_are_those_of_a_loop_by_hand(layout, loss):
     assert 0 < wanted.figures["reward_accuracy"] < 1
 
 
+REFERENCES = {
+    "adapters": ["train.init_from=BASE", "train.lora.rank=4", "train.lora.target_modules=[q,v,down]"],
+    "adapters off": ["train.init_from=BASE", "train.lora.rank=4", "train.preference.reference=live"],
+    "second model": ["train.preference.reference=live"],
+}
+FEW = [("fsdp2_tensor2", "adapters off"), ("fsdp2", "second model")]
+
+
+@pytest.mark.parametrize(("layout", "kind"), cases([(a, b) for a in LAYOUTS for b in REFERENCES], quick=FEW))
+def test_with_adapters_and_a_live_reference_too(layout, kind):
+    words = [*WORDS, *REFERENCES[kind]]
+    parts = run_ranks(size_of(LAYOUTS[layout]), preferences.learn, to_dict(compose([*words, *LAYOUTS[layout]]).config))
+    (wanted,) = run_ranks(1, _by_hand, to_dict(compose(words).config))
+    preferences.assert_agrees(parts, wanted, 1e-6 if layout == "1" else 1e-5)
+    assert ("lora_a" in parts[0].gradients[0][0]) == ("adapters" in kind)
+
+
 @pytest.mark.parametrize("layout", cases(["1", "fsdp2_tensor2", "pipeline2"], quick=["fsdp2_tensor2"]))
 def test_both_passes_draw_the_same_dropout(layout):
     words = [*WORDS, *LAYOUTS[layout], "model.dropout=0.2"]

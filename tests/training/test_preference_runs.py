@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from orchestrator.config.compose import compose
+from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigErrors, DataError
-from tests.lab.runs import TINY, checkpoint, losses, read_rows, small_config, train
-from tests.lab.slow import cases
+from orchestrator.runs import init_from
+from tests.lab.runs import TINY, checkpoint, losses, read_rows, small_config, small_overrides, train, work_ranks
+from tests.lab.slow import cases, slow
 from tests.lab.tensors import read_all
 from tests.strategies.test_token_scores import size_of
 
@@ -61,6 +63,14 @@ def words(tmp: Path, *more: str) -> list[str]:
     ]
 
 
+def config_of(tmp: Path, *more: str) -> RunConfig:
+    """The configuration of a run, with the model of the checkpoint that it starts from."""
+    found = small_overrides(tmp, *words(tmp, *more))
+    if not any(word.startswith("train.init_from") for word in more):
+        return compose(found).config
+    return init_from.settle(compose([word for word in found if not word.startswith("model.")]), False, print)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Trains on the pairs, each configuration once."""
@@ -69,7 +79,7 @@ def runs(tmp_path_factory):
     def run(*more: str) -> Path:
         if more not in done:
             done[more] = tmp / f"run{len(done)}"
-            train(small_config(tmp, *words(tmp, *more)), size_of(list(more)), done[more])
+            train(config_of(tmp, *more), size_of(list(more)), done[more])
         return done[more]
 
     run.tmp = tmp
@@ -134,6 +144,42 @@ def test_a_resumed_run_has_the_same_bits_and_needs_no_cache(runs, tmp_path):
     before, after = read_all(checkpoint(whole, STEPS)), read_all(checkpoint(tmp_path / "resumed", STEPS))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not list((tmp_path / "cache" / "references").glob("*")), "nothing was scored again"
+
+
+LIVE = {
+    "second model": ["train.preference.reference=live"],
+    "adapters off": ["train.preference.reference=live", "train.lora.rank=4", "train.lora.alpha=16"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), cases([(a, b) for a in LIVE for b in ("1", "fsdp2")], quick=[("adapters off", "fsdp2")])
+)
+def test_a_live_reference_says_what_the_scores_do_and_over_a_stop_too(runs, tmp_path, kind, layout):
+    live, *lora = LIVE[kind]
+    more = [*lora, f"train.init_from={checkpoint(runs(), 4)}", *(["layout.fsdp=2"] if layout == "fsdp2" else [])]
+    ours, theirs = runs(*more, live), runs(*more)
+    for name in ("loss", "val_loss", "reward_margin"):
+        found = [[row[name] for row in read_rows(of) if name in row] for of in (ours, theirs)]
+        np.testing.assert_allclose(*found, rtol=0, atol=1e-6 if "loss" in name else 1e-5, err_msg=name)
+    assert losses(read_rows(ours))[-1] < math.log(2) - 0.05
+    assert not (checkpoint(ours, STEPS) / "preference-reference.bin").exists()
+    rows = train(config_of(runs.tmp, *more, live), size_of(more), tmp_path / "resumed", checkpoint(ours, 4))
+    assert losses(rows) == losses(read_rows(ours))[4:]
+
+
+@slow
+def test_a_live_reference_is_the_model_of_the_beginning_or_an_error(runs, tmp_path):
+    start = f"train.init_from={checkpoint(runs(), 4)}"
+    adapters = runs(*LIVE["adapters off"], start)
+    # Of adapters that were there at the beginning nothing can be switched off; the scores know them.
+    again = [f"train.init_from={checkpoint(adapters, STEPS)}", *LIVE["adapters off"]]
+    with pytest.raises(AssertionError, match="CheckpointError: the run began with adapters"):
+        work_ranks(config_of(runs.tmp, *again), 1, tmp_path / "again")
+    whole = runs(start, *LIVE["second model"])
+    other = config_of(runs.tmp, f"train.init_from={checkpoint(runs(), STEPS)}", *LIVE["second model"])
+    with pytest.raises(AssertionError, match="CheckpointError: the model that the run began with is another one now"):
+        work_ranks(other, 1, tmp_path / "other", checkpoint(whole, 4))
 
 
 def test_more_steps_score_what_is_missing_by_the_model_of_the_beginning(runs, tmp_path):

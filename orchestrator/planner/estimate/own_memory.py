@@ -55,7 +55,7 @@ def _rank_memory(sizes: _Sizes, capacity: float | None) -> MemoryEstimate:
     fullest = max(moments, key=lambda moment: moment.total)
     adapters = job.trained if job.trained < 1.0 else 0.0
     return MemoryEstimate(
-        parameters=FP32 * sizes.owned * (1.0 + adapters),
+        parameters=FP32 * sizes.owned * (1.0 + adapters + job.frozen_copy),
         gradients=fullest.gradients,
         optimizer=FP32 * (optimizer_elements(job, plan, sizes.owned) + job.average * sizes.owned) * job.trained,
         activations=fullest.activations,
