@@ -57,7 +57,8 @@ def test_with_adapters_and_a_live_reference_too(layout, kind):
     words = [*WORDS, *REFERENCES[kind]]
     parts = run_ranks(size_of(LAYOUTS[layout]), preferences.learn, to_dict(compose([*words, *LAYOUTS[layout]]).config))
     (wanted,) = run_ranks(1, _by_hand, to_dict(compose(words).config))
-    preferences.assert_agrees(parts, wanted, 1e-6 if layout == "1" else 1e-5)
+    # The gradient of an adapter has one more product of fp32 behind it.
+    preferences.assert_agrees(parts, wanted, 1e-6 if (layout, kind) == ("1", "second model") else 1e-5)
     assert ("lora_a" in parts[0].gradients[0][0]) == ("adapters" in kind)
 
 
