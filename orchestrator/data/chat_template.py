@@ -89,7 +89,8 @@ class ChatTemplate:
                 "the model has no chat template, so nothing says how messages become text",
                 got=f"files {', '.join(sorted(tokenizer.files))}",
                 allowed=f"{TEMPLATE_FILE}, or chat_template in {TOKENIZER_CONFIG_FILE}, beside its tokenizer.json",
-                fix="name one: data.chat.template=simple (text alone), chatml, or a file in Jinja",
+                fix="name one: simple (text alone), chatml, or a file in Jinja, as data.chat.template=... of a run, "
+                "chat_template=... of data prepare, template=... of chat",
             )
         self._compiled = {name: compile_template(text, name, now) for name, text in self.texts.items()}
         beside = Beside(tokenizer.files)

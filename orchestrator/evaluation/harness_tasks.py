@@ -246,6 +246,13 @@ def _explained(name: str, model: HarnessModel | None = None) -> Iterator[None]:
         if model is not None and model.problem is not None:
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())[:_LINES]
+        if type(error) is FileNotFoundError:  # what is missing on the hub has a class of its own
+            raise DataError(
+                f"a file that {name} reads is not there",
+                got=said,
+                fix="correct data_files in the task's file: a path in it is as seen from the folder that the command "
+                "is started in",
+            ) from error
         if _is_about_data(error):
             raise DataError(
                 f"the data of {name} is not on this machine, and nothing is downloaded unless you say so",

@@ -84,7 +84,10 @@ def read_texts(path: str, tokenizer: Tokenizer, config: DataConfig, split: str |
         return
     if split is not None:
         raise DataError("only a token store has splits", got=f"split={split} of {path}", fix="leave split out")
-    corpus = find_corpus([path], spec_of(config, SourceConfig(path)))
+    spec = spec_of(config, SourceConfig(path))
+    if spec.holds_conversations:
+        raise _conversations(path)
+    corpus = find_corpus([path], spec)
     if corpus.holds_tokens:
         raise DataError(
             "the data is tokens of other software, whose text is not known",
@@ -114,12 +117,23 @@ def _of_store(store: TokenStore, tokenizer: Tokenizer, first: Sequence[int], spl
         )
     name = split or ("validation" if store.index.splits["validation"].tokens else "train")
     part, documents = store.split(name), store.documents
+    if part.documents and part.document_mask(0) is not None:
+        raise _conversations(store.path)
     for number in range(part.documents):
         ids = part.document(number)
         begin = len(documents.bos_ids) if tuple(ids[: len(documents.bos_ids)]) == documents.bos_ids else 0
         ids = ids[begin : len(ids) - 1 if documents.eos and ids[-1] == store.eos_id else len(ids)]
         text = None if tokenizer.is_nameless else len(tokenizer.decode(ids).encode("utf-8", "replace"))
         yield TokenText(first, ids, text)
+
+
+def _conversations(path: object) -> DataError:
+    return DataError(
+        "of conversations only the answers count, and texts are scored whole",
+        got=path,
+        allowed="text, rows with a field of text, or a token store of them",
+        fix="a run evaluates conversations: data.validation={NAME: PATH}; data.messages=plain scores them as text",
+    )
 
 
 def windows(text: TokenText, longest: int) -> Iterator[ScoredText]:

@@ -76,11 +76,11 @@ def write_texts(writer: Writer, job: GenerateJob, shows: bool = True) -> None:
     """
     wanted = job.wanted
     sampling = Sampling(**job.sampling)
-    writing = writer.write(
-        [writer.request(prompt, job.tokens, sampling, seed, job.stop) for prompt, seed in wanted], job.rows
-    )
+    requests = [writer.request(prompt, job.tokens, sampling, seed, job.stop) for prompt, seed in wanted]
+    writing = writer.write(requests, job.rows)
     if shows:
-        for note in (*notes(writer.place), *_spelled(job.prompts, writer.tokenizer)):
+        cut = _cut(max((len(one.prompt) for one in requests), default=0), writer.place.model.config.max_seq_len)
+        for note in (*notes(writer.place), *_spelled(job.prompts, writer.tokenizer), *cut):
             print(note, file=sys.stderr)
     streams = len(wanted) == 1 and not job.json
     ended, next_shown, begun = set[int](), 0, False
@@ -116,6 +116,16 @@ def notes(place: Place) -> list[str]:
     return [
         "note: keys and values are not kept here (layout.context > 1, or a model of your own): each token is another "
         "pass over the whole text"
+    ]
+
+
+def _cut(longest: int, window: int) -> list[str]:
+    """Describe that the longest prompt is more than the model sees."""
+    if longest <= window:
+        return []
+    return [
+        f"note: a prompt has {longest:,} tokens, and the model sees {window:,} (max_seq_len): of a longer one it does "
+        "not see the beginning"
     ]
 
 

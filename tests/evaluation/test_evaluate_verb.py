@@ -114,7 +114,10 @@ def test_what_cannot_be_evaluated_is_one_error_that_says_what_to_do(place, tmp_p
     elsewhere = problem("elsewhere", "dataset_path: json", "dataset_path: somebody/questions", "bootstrap=0")
     assert "not on this machine" in elsewhere
     assert "download=true" in elsewhere
-    assert "not on this machine" in problem("gone", "choices.jsonl", "gone.jsonl")
+    assert "a file that" in problem("gone", "choices.jsonl", "gone.jsonl")
+    assert "of conversations only the answers count" in refused(
+        place, f"data={place}/tasks/texts.jsonl", "data.messages=chat"
+    )
     assert "'nothing' is undefined" in problem("template", "{{question}}", "{{nothing}}")
     assert "say what is to be evaluated" in refused(place)
     assert "means nothing here" in refused(place, f"tasks={place}/tasks", "train.seq_len=8")
