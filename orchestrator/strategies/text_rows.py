@@ -78,7 +78,7 @@ class TextRows:
         """
         if self.world.size == 1:
             return tokens.unsqueeze(0)
-        found = self.all_gather(tokens)
+        found = self.all_gather(tokens.to(self.root_device)).cpu()  # NCCL and its like gather on devices alone
         speakers = [0] * self.layout.data_parallel
         for rank in reversed(range(self.world.size)):
             speakers[self.layout.data_rank(rank)] = rank  # the first of those that have the same rows
