@@ -19,8 +19,11 @@ from orchestrator.optim.schedule import schedule_of
 
 _SAME_RATE = 0.01  # a learning rate that is off by no more than this is as promised
 _SCHEDULE = ("train.max_steps", "optim.schedule.")
-_COMPUTED = ("optim.", "model.", "train.seq_len", "train.remat", "data.document_mask", "data.skip", "seed")
-_NOT_COMPUTED = ("model.name", "optim.name")
+_COMPUTED = (
+    *("optim.", "model.", "train.seq_len", "train.remat", "train.z_loss", "train.preference.", "train.lora."),
+    *("train.ema.", "data.document_mask", "data.skip", "seed"),
+)
+_NOT_COMPUTED = ("model.name", "optim.name", "train.preference.reference")
 
 
 @dataclass(frozen=True)

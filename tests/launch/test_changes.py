@@ -81,6 +81,8 @@ def test_all_that_is_not_allowed_is_said_at_once():
         ("seed=1", "other batches"),
         ("model.dropout=0.1", "another model"),
         ("optim.weight_decay=0", "from step 251 on"),
+        ("train.z_loss=1e-4", "from step 251 on"),
+        ("train.preference.beta=0.5", "from step 251 on"),
         ("data.document_mask=false", "other batches"),
     ],
 )
