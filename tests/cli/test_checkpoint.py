@@ -83,7 +83,7 @@ def test_help(capsys):
         (["inspect", "a", "tensor=true"], "did you mean 'tensors'?"),
         (["diff", "a"], "'b' is missing"),
         (["export", "a"], "'output' is missing"),
-        (["export", "a", "output=b", "format=onnx"], "hf, dcp"),
+        (["export", "a", "output=b", "format=onnx"], "hf, peft, dcp"),
         (["export", "a", "output=b", "max_shard_gb=0"], "'max_shard_gb' is out of range"),
         (["prune", "a", "keep_last=0"], "'keep_last' is out of range"),
         (["inspect", "nowhere"], "no checkpoint found in nowhere"),

@@ -93,7 +93,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     # Which run is meant is decided before its model is looked at; these checkpoints hold none.
-    monkeypatch.setattr(plan, "holds_model", lambda checkpoint, model: None)
+    monkeypatch.setattr(plan, "holds_model", lambda *unused: None)
     return Place(tmp_path / "runs")
 
 
