@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from orchestrator.config.schema import ModelConfig
 from orchestrator.models.attention import AttentionCore, BlockedAttentionCore
 from orchestrator.models.decoder import Decoder
+from orchestrator.models.kv_cache import KVCache
 from orchestrator.models.feed_forward import ACTIVATIONS, GATES
 from orchestrator.models.loss import chunked_cross_entropy
 from orchestrator.models.mask import CausalMask, additive, attention_mask
@@ -127,13 +128,15 @@ FEATURES = {
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_cache_gives_the_logits_of_the_whole(make_model, tokens, feature):
-    from orchestrator.inference.sampling import _make_cache
-
     model = make_model(**FEATURES[feature]).eval()
-    cache = _make_cache(model, 24)
+    cache = KVCache(model.config.layers, 1)
     with torch.no_grad():
         whole = model(tokens[:1])
-        parts = [model(tokens[:1, at : at + 8 if at < 8 else at + 1], cache=cache) for at in (0, *range(8, 24))]
+        cache.fill([0], [8], 8)
+        parts = [model(tokens[:1, :8], cache=cache)]
+        for at in range(8, 24):
+            cache.step([1], 1)
+            parts.append(model(tokens[:1, at : at + 1], cache=cache))
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
 
