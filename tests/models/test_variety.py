@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from orchestrator.config.schema import ModelConfig
 from orchestrator.models.attention import AttentionCore, BlockedAttentionCore
 from orchestrator.models.decoder import Decoder
-from orchestrator.models.kv_cache import KVCache
 from orchestrator.models.feed_forward import ACTIVATIONS, GATES
+from orchestrator.models.kv_cache import KVCache
 from orchestrator.models.loss import chunked_cross_entropy
 from orchestrator.models.mask import CausalMask, additive, attention_mask
 from orchestrator.models.norms import WidthRMSNorm
