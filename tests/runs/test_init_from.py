@@ -92,8 +92,8 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path):
     with pytest.raises(CheckpointError, match="weights alone") as caught:
         launch(compose(words(tmp_path, f"resume={found}")))
     assert f"train.init_from={found}" in str(caught.value)
-    with pytest.raises(UserError, match="no valid checkpoint was found"):
-        launch(compose(words(tmp_path, "resume=latest", f"train.init_from={found}")))
+    with pytest.raises(UserError, match="a resumed run has its weights"):
+        launch(compose(words(tmp_path, f"resume={found}", f"train.init_from={found}")))
     _flip(found / "config.yaml")
     with pytest.raises(CheckpointError, match="damaged"):
         launch(compose(words(tmp_path, f"train.init_from={found}")))
