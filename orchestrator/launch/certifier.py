@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 from orchestrator.certify.certificate import PASSED, Case
 from orchestrator.certify.kinds import KINDS
 from orchestrator.distributed.world import World, detect
-from orchestrator.errors import LostPeerError, UserError, error_to_dict
+from orchestrator.errors import UserError
 from orchestrator.hardware.target import Target
+from orchestrator.launch.worker_processes import leave_error
 from orchestrator.output import tell
 from orchestrator.sharding.layout import Layout
 from orchestrator.training.resolved import Resolved, read_resolved
@@ -26,7 +26,7 @@ DEVICES, HOST = "certify", "certify-host"
 """Kinds of processes, as `launch.worker` knows them."""
 BEFORE, AFTER = "before", "after"
 """The parts of the host: what it leaves for the devices, and what it makes of theirs."""
-RESULT, ERROR = "result.json", "error.json"
+RESULT = "result.json"
 
 
 def work(
@@ -134,10 +134,5 @@ def certify_worker(kind: str, argv: list[str]) -> int:
         else:
             host_work(resolved, argv[1], layouts, folder)
     except UserError as error:
-        # All ranks meet the same problem; one says so.
-        if world.rank == 0:
-            (folder / ERROR).write_text(json.dumps(error_to_dict(error)))
-        elif isinstance(error, LostPeerError):
-            tell(str(error), level=logging.ERROR)
-        return error.exit_code
+        return leave_error(folder, world.rank, error)
     return 0

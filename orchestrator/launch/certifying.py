@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import stopping
 from orchestrator.certify.certificate import Case, Certificate, timed, write
 from orchestrator.certify.fixture import Choice, choose_layouts, with_layout
 from orchestrator.certify.kinds import KINDS
@@ -20,12 +17,12 @@ from orchestrator.certify.recorded import recorded
 from orchestrator.checkpoint.signing import signer
 from orchestrator.config.compose import Composed
 from orchestrator.config.schema import HardwareConfig
-from orchestrator.distributed.local_processes import run_local
 from orchestrator.distributed.world import World
-from orchestrator.errors import ConfigError, RunFailedError, error_from_dict
+from orchestrator.errors import ConfigError
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import device_count, find_world, get_target, job_devices, resolve
-from orchestrator.launch.certifier import AFTER, BEFORE, DEVICES, ERROR, HOST, RESULT, line_of, work
+from orchestrator.launch.certifier import AFTER, BEFORE, DEVICES, HOST, RESULT, line_of, work
+from orchestrator.launch.worker_processes import run_workers
 from orchestrator.output import tell
 from orchestrator.report.certificate_page import write_certificate_page
 from orchestrator.runs.provenance import software
@@ -36,6 +33,7 @@ from orchestrator.training.resolved import Resolved, resolve_run, write_resolved
 
 CPU_PROCESSES = 4  # of a CPU, where nobody says how many: as many as most layouts need
 WORK = ".work"  # within the output folder, while it lasts
+_WHAT = "the certification"
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,8 @@ def _through(plan: _Plan, world: World | None) -> dict[str, Any] | None:
 def _on_host(plan: _Plan, part: str) -> list[dict[str, Any]]:
     """Run the host's part in a process of its own: torch's autograd, once used, takes no further kind of device."""
     folder = plan.output / WORK
-    _run([HOST, str(folder), part, _degrees(plan)], [get_target("cpu").environment(plan.hardware, 0, 1)], folder)
+    environment = get_target("cpu").environment(plan.hardware, 0, 1)
+    run_workers([HOST, str(folder), part, _degrees(plan)], [environment], folder, _WHAT)
     found: list[dict[str, Any]] = json.loads((folder / f"{part}.json").read_text())
     for case in found:
         tell(line_of(Case(**case)))
@@ -178,17 +177,8 @@ def _in_processes(plan: _Plan) -> None:
     """Run the devices' part in processes of this machine."""
     folder, processes = plan.output / WORK, plan.target.processes(plan.resolved.devices)
     environments = [plan.target.environment(plan.hardware, rank, processes) for rank in range(processes)]
-    _run([DEVICES, str(folder), _degrees(plan), "bf16" if plan.bf16 else "fp32"], environments, folder)
-
-
-def _run(words: Sequence[str], environments: Sequence[dict[str, str]], folder: Path) -> None:
-    ended = run_local([sys.executable, "-m", "orchestrator.launch.worker", *words], environments)
-    stopping.check()
-    if ended.code and (folder / ERROR).exists():
-        raise error_from_dict(json.loads((folder / ERROR).read_text()))
-    if ended.code:
-        got = "; ".join(ended.problems) or f"exit code {ended.code}"
-        raise RunFailedError("the certification was ended before it had a result", got=got, fix="see above")
+    precision = "bf16" if plan.bf16 else "fp32"
+    run_workers([DEVICES, str(folder), _degrees(plan), precision], environments, folder, _WHAT)
 
 
 def _degrees(plan: _Plan) -> str:

@@ -10,37 +10,29 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 import os
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import stopping
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.signing import trust
 from orchestrator.checkpoint.storage import locate
 from orchestrator.config import registry
 from orchestrator.config.compose import Composed
 from orchestrator.config.schema import RunConfig
-from orchestrator.distributed.local_processes import run_local
 from orchestrator.distributed.world import OWN_PREFIX, World, detect
 from orchestrator.errors import (
     ConfigError,
     ConfigErrors,
-    LostPeerError,
-    RunFailedError,
     UserError,
-    error_from_dict,
-    error_to_dict,
 )
 from orchestrator.hardware.target import Target
 from orchestrator.hardware.target_table import check_started, device_count, find_world, job_devices, resolve
 from orchestrator.interop.imported_source import import_once, is_foreign
-from orchestrator.output import tell
+from orchestrator.launch.worker_processes import leave_error, run_workers
 from orchestrator.runs import resume
 from orchestrator.runs.messages import warn
 from orchestrator.runs.stored_model import model_of, stored_config
@@ -72,7 +64,7 @@ _KEYS = (
     *("checkpoint.trusted_keys", "checkpoint.require_signature", "checkpoint.verify_on_load"),
     "checkpoint.store_timeout_seconds",
 )
-_TASK, _RESULT, _ERROR = "task.json", "result.json", "error.json"
+_TASK, _RESULT = "task.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -159,13 +151,7 @@ class ModelJob:
             (folder / _TASK).write_text(json.dumps({**about, "checkpoint": str(self.checkpoint.directory)}))
             parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
             environments = [{**self.target.environment(hardware, rank, count), **parts} for rank in range(count)]
-            ended = run_local([sys.executable, "-m", "orchestrator.launch.worker", MODEL, name], environments)
-            stopping.check()
-            if ended.code and (folder / _ERROR).exists():
-                raise error_from_dict(json.loads((folder / _ERROR).read_text()))
-            if ended.code:
-                got = "; ".join(ended.problems) or f"exit code {ended.code}"
-                raise RunFailedError("the job was ended before it had a result", got=got, fix="see above")
+            run_workers([MODEL, name], environments, folder, "the job")
             return json.loads((folder / _RESULT).read_text())
 
 
@@ -275,12 +261,7 @@ def model_worker(argv: list[str]) -> int:
         with ModelJob(resolved, checkpoint, resolved.target(), world, about["cast"]).served() as served:
             result = _call(about["task"], served, about["arguments"])
     except UserError as error:
-        # All ranks meet the same problem; one says so.
-        if world.rank == 0:
-            (folder / _ERROR).write_text(json.dumps(error_to_dict(error)))
-        elif isinstance(error, LostPeerError):
-            tell(str(error), level=logging.ERROR)
-        return error.exit_code
+        return leave_error(folder, world.rank, error)
     if world.rank == 0:
         (folder / _RESULT).write_text(json.dumps(result))
     return 0

@@ -227,30 +227,26 @@ class LanguageModule(lightning.LightningModule):
         """Return the mean loss of each source in this step; NaN of one that has no target in it."""
         if self.model.head.source_losses is None:
             return {}
-        taken = self.model.head.source_losses.take()
-        if taken is None:  # as for the z-loss
-            taken = torch.zeros(len(self._sources), 2, device=self.parallel.root_device)
-        sums = self.parallel.sum_of_parts(taken)
+        sums = self._summed(self.model.head.source_losses.take(), len(self._sources), 2)
         return {f"loss/{label}": of[0] / of[1] for label, of in zip(self._sources, sums.unbind(), strict=True)}
 
     def _z_loss(self) -> Tensor | None:
         """Return the z-loss of this step, on all processes together; None where there is none."""
         if self.model.head.z_loss is None:
             return None
-        taken = self.model.head.z_loss.take()
-        if taken is None:
-            # A pipeline's rank without the head; others wait for it.
-            taken = torch.zeros((), device=self.parallel.root_device)
-        return self.parallel.sum_of_parts(taken)
+        return self._summed(self.model.head.z_loss.take())
 
     def _routing(self) -> Tensor | None:
         """Return what the routers did in this step, on all processes together; None without experts."""
         taken, moe = self.model.take_routing(), self.config.model.moe
-        if taken is None and moe.experts:
-            # A pipeline's rank whose layers have no experts; others wait for it.
-            size = (self.config.model.layers, STATISTICS + moe.experts)
-            taken = torch.zeros(size, device=self.parallel.root_device)
-        return None if taken is None else self.parallel.sum_of_parts(taken)
+        if taken is None and not moe.experts:
+            return None
+        return self._summed(taken, self.config.model.layers, STATISTICS + moe.experts)
+
+    def _summed(self, taken: Tensor | None, *shape: int) -> Tensor:
+        """Sum what was taken over the job. A pipeline's rank may have no part of it; others wait for its zeros."""
+        own = torch.zeros(shape, device=self.parallel.root_device) if taken is None else taken
+        return self.parallel.sum_of_parts(own)
 
     def _set_learning_rate(self) -> None:
         self.lr = self._schedule(self.step, self.config.optim.lr)
