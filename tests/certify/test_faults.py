@@ -58,17 +58,18 @@ def stale_weight(world):
 
 
 def unsteady_sums(world):
-    """Reductions whose last bit depends on chance, as where the order of a sum is left to whoever comes first."""
+    """Reductions whose last bits depend on chance, as where the order of a sum is left to whoever comes first."""
     chance = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "little"))
     whole = DTensorStrategy.reduce_and_clip
 
     def noisy(self, model, loss_part, max_norm):
         loss, norm = whole(self, model, loss_part, max_norm)
-        noise = 1 + 1.2e-7 * (torch.rand((), generator=chance) > 0.5)
+        # More than one bit, so that no two trainings draw the same; of the loss too, for Adam divides most of it away again.
+        noise = 1 + 1e-6 * torch.rand((), generator=chance)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 getattr(parameter.grad, "_local_tensor", parameter.grad).mul_(noise)
-        return loss, norm
+        return loss * noise, norm
 
     DTensorStrategy.reduce_and_clip = noisy
 
