@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"distributed", "sharding"},
     "planner": {"chips", "sharding"},
     "observe": {"chips", "hardware"},
+    "islands": {"checkpoint", "config", "distributed", "observe", "sharding"},
     "report": {"chips", "observe", "planner", "sweeps"},
     "strategies": {"checkpoint", "distributed", "hardware", "sharding", "models"},
     "runs": {"config", "checkpoint", "data", "distributed", "models", "observe", "optim", "sharding"},
@@ -59,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training": {
         *("config", "chips", "sharding", "distributed", "hardware", "models", "data", "checkpoint", "planner"),
-        *("observe", "optim", "strategies", "runs", "inference", "evaluation", "sweeps"),
+        *("observe", "optim", "strategies", "runs", "inference", "evaluation", "sweeps", "islands"),
     },
     "rehearsal": {
         *("config", "data", "distributed", "hardware", "models", "runs", "sharding", "strategies", "training"),
@@ -69,17 +70,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "launch": {
         *("config", "data", "distributed", "hardware", "checkpoint", "observe", "report", "runs", "strategies"),
-        *("evaluation", "interop", "optim", "sharding", "training", "certify"),
+        *("evaluation", "interop", "islands", "optim", "sharding", "training", "certify"),
     },
     "engines": {"config", "chips", "distributed", "hardware", "runs"},
     "api": {
         *("config", "chips", "data", "hardware", "models", "checkpoint", "planner", "observe", "report", "runs"),
-        *("inference", "interop", "strategies", "training", "rehearsal", "launch"),
+        *("inference", "interop", "islands", "strategies", "training", "rehearsal", "launch"),
     },
     "cli": {
         *("api", "config", "chips", "data", "distributed", "hardware", "checkpoint", "planner", "observe", "report"),
         *("runs", "inference", "interop", "training", "rehearsal", "certify", "launch", "engines"),
-        "sweeps",
+        *("islands", "sweeps"),
     },
 }
 # What `import orchestrator` hands out, each when it is used.

@@ -16,6 +16,9 @@ from orchestrator.config.data_schema import DataConfig as DataConfig
 from orchestrator.config.data_schema import SourceConfig as SourceConfig
 from orchestrator.config.data_schema import TokenizerConfig as TokenizerConfig
 from orchestrator.config.data_schema import TokensConfig as TokensConfig
+from orchestrator.config.islands_schema import IslandConfig as IslandConfig
+from orchestrator.config.islands_schema import IslandsConfig as IslandsConfig
+from orchestrator.config.islands_schema import OuterConfig as OuterConfig
 from orchestrator.config.launch_schema import LaunchConfig as LaunchConfig
 from orchestrator.config.launch_schema import LocalLaunch as LocalLaunch
 from orchestrator.config.model_schema import GATED as GATED
@@ -194,5 +197,6 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logger: LoggerConfig = LoggerConfig()
     launch: LaunchConfig = LocalLaunch()
+    islands: IslandsConfig = IslandsConfig()
     train: TrainConfig = TrainConfig()
     callbacks: tuple[dict[str, Any], ...] = ()  # of Lightning's: {_target_: package.module.Name, ARGUMENT: VALUE}

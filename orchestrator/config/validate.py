@@ -22,6 +22,7 @@ from orchestrator.config.schema import (
 from orchestrator.config.transfer import check_transfer
 from orchestrator.config.validate_adapters import check_adapters, check_lora_ranges
 from orchestrator.config.validate_data import NAME, check_data_config
+from orchestrator.config.validate_islands import check_islands
 from orchestrator.config.validate_launch import check_launch
 from orchestrator.config.validate_model import check_model, out_of_range
 from orchestrator.config.validate_preference import check_preference
@@ -231,6 +232,7 @@ def check_ranges(config: RunConfig) -> list[ConfigError]:
         out_of_range(key, value, "0 to 1") for key, value in ratios.items() if value is not None and not 0 <= value <= 1
     ]
     problems += [*check_optimizer(config.optim), *check_launch(config.launch), *check_lora_ranges(config.train.lora)]
+    problems += check_islands(config.islands)
     if (cutoff := config.model.init_cutoff) is not None and not 1 <= cutoff <= LARGEST:
         problems.append(out_of_range("model.init_cutoff", cutoff, "null, or 1 and more"))
     if not config.data.sources:

@@ -64,7 +64,7 @@ def unsteady_sums(world):
 
     def noisy(self, model, loss_part, max_norm):
         loss, norm = whole(self, model, loss_part, max_norm)
-        # More than one bit, so that no two trainings draw the same; of the loss too, for Adam divides most of it away again.
+        # Of more than one bit, so that no two trainings draw the same; of the loss too: Adam divides most of it away.
         noise = 1 + 1e-6 * torch.rand((), generator=chance)
         for parameter in model.parameters():
             if parameter.grad is not None:
