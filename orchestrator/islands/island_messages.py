@@ -34,6 +34,21 @@ class MessageError(UserError):
 
 
 @dataclass(frozen=True)
+class Peer:
+    """A process of an island, as the hub knows it.
+
+    Attributes:
+        island: its name.
+        incarnation: the same for all ranks of one start of the island, and no other.
+        rank: of the process.
+    """
+
+    island: str
+    incarnation: str
+    rank: int
+
+
+@dataclass(frozen=True)
 class PartHeader:
     """A part of a tensor, whose numbers are the frame of the same place in the message.
 
@@ -142,18 +157,20 @@ class Welcome:
         terms: of the exchange.
         start: `replay`: go on from the own save, with the same leases and updates as before; `give`: send the weights,
             the hub has none; `take`: take the outer weights; `keep`: initial weights are those of the hub, as the
-            digest shows.
+            digest shows; `restore`: take weights and optimizer from `path`, where gradients are exchanged.
         lease: with which the island begins.
         versions: of the outer weights, for each fragment, from which it begins.
         leads: whether this island evaluates and speaks for the run.
+        path: newest save of an island, where that sees it: a new one may take the optimizer's moments from there.
     """
 
     run: str
     terms: Terms
-    start: Literal["replay", "give", "take", "keep"]
+    start: Literal["replay", "give", "take", "keep", "restore"]
     lease: int
     versions: tuple[int, ...]
     leads: bool
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,8 +206,9 @@ class Lease:
         lease: its number, for this island, from 0 on.
         round: of the run, where islands go in rounds.
         rows: sequences of each step; a step that has fewer is filled with rows without targets.
-        steps: empty: there is nothing left, and the run ends.
-        versions: of the outer weights at the end of the run, where there is nothing left.
+        steps: empty: there is nothing left and the run ends, if there are `versions`; else do what the flags say, and
+            ask for the next lease.
+        versions: of the outer weights at the end of the run, where there is nothing left; empty before.
         save: save the island's state before the first step, under this mark; empty: no.
         evaluate: measure the validation loss before the first step.
         probe: measure the reference batch with the outer weights before the first step, for an island that joins.
@@ -209,6 +227,8 @@ class Lease:
 @dataclass(frozen=True)
 class Offer:
     """A rank brings its part of what its island has to exchange of one fragment, in one message or several.
+
+    The update that followed the offer of this fragment before has been applied.
 
     Attributes:
         lease: in which the island is.
@@ -339,6 +359,7 @@ class Score:
         lease: before which it was measured.
         values: by place: validation losses, or those of the probe.
         names: of the values.
+        versions: of the outer weights that were measured, for each fragment.
     """
 
     kind: Literal["validation", "probe"]
@@ -346,6 +367,7 @@ class Score:
     lease: int
     values: tuple[float, ...]
     names: tuple[str, ...] = ()
+    versions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
