@@ -22,7 +22,7 @@ from orchestrator.config.schema import (
 from orchestrator.config.transfer import check_transfer
 from orchestrator.config.validate_adapters import check_adapters, check_lora_ranges
 from orchestrator.config.validate_data import NAME, check_data_config
-from orchestrator.config.validate_islands import check_islands
+from orchestrator.config.validate_islands import check_islands, check_islands_run
 from orchestrator.config.validate_launch import check_launch
 from orchestrator.config.validate_model import check_model, out_of_range
 from orchestrator.config.validate_preference import check_preference
@@ -168,6 +168,7 @@ def validate(config: RunConfig) -> list[ConfigError]:
         _prometheus(config.logger.prometheus),
         check_adapters(config),
         check_preference(config),
+        check_islands_run(config),
     )
     return [*check_ranges(config), *(problem for part in parts for problem in part)]
 

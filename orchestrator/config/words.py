@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.config.convert import dataclasses_of
 from orchestrator.config.files import check_option
+from orchestrator.config.islands_schema import Algorithm, IslandsConfig
 from orchestrator.config.schema import RunConfig
 from orchestrator.errors import ConfigError, ConfigErrors
 
@@ -29,7 +30,7 @@ _HARDWARE = {
     **dict.fromkeys(("amd", "hip", "mi300x"), "hardware=rocm is AMD"),
     **dict.fromkeys(("neuron", "trn1", "trn2", "aws"), "hardware=trainium is AWS Trainium"),
 }
-_OPTIM = "optim"
+_OPTIM, _ISLANDS, _MEMBERS = "optim", "islands", "islands.members"
 BASE = "base"
 """The option of a group that the others build on: every key with its comment, and no choice of its own."""
 
@@ -102,7 +103,8 @@ def _is_folder(path: str) -> bool:
 def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Complete the words by what Hydra has to be told and users may leave out.
 
-    `optim._target_=...` chooses `optim=own` where no optimizer is chosen, and the keys of free mappings
+    `optim._target_=...` chooses `optim=own` where no optimizer is chosen, `islands=[...]` stands for
+    `islands.members=[...]` and chooses an option of that group beside it, and the keys of free mappings
     (`optim.arguments.KEY=...`, `data.transform={KEY: ...}`) need no plus sign.
 
     Args:
@@ -113,11 +115,16 @@ def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     free = [key for key, is_free in schema_keys(RunConfig).items() if is_free]
     within = tuple(end for key in free for end in (f"{key}.", f"{key}={{"))
-    words = [f"++{word}" if word.startswith(within) and "=" in word else word for word in argv]
-    keys = [word.partition("=")[0].lstrip("+") for word in words]
-    if f"{_OPTIM}._target_" in keys and not any(key.partition("@")[0] == _OPTIM for key in keys):
-        return [*words, f"{_OPTIM}=own"], [_OPTIM]
-    return words, []
+    words = [f"{_MEMBERS}={word.partition('=')[2]}" if word.startswith(f"{_ISLANDS}=[") else word for word in argv]
+    words = [f"++{word}" if word.startswith(within) and "=" in word else word for word in words]
+    given = {key.lstrip("+").partition("@")[0]: value for key, _, value in (word.partition("=") for word in words)}
+    chosen = {}
+    if f"{_OPTIM}._target_" in given and _OPTIM not in given:
+        chosen[_OPTIM] = "own"
+    if _MEMBERS in given and _ISLANDS not in given:
+        algorithm = given.get(f"{_ISLANDS}.algorithm")
+        chosen[_ISLANDS] = algorithm if algorithm in typing.get_args(Algorithm) else IslandsConfig.algorithm
+    return [*words, *(f"{group}={option}" for group, option in chosen.items())], list(chosen)
 
 
 def not_chosen(key: str, word: str) -> ConfigError:
