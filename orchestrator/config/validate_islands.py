@@ -128,7 +128,7 @@ def _members(config: RunConfig) -> Iterator[ConfigError]:
     if train.seq_len > 0 and len(names) > (sequences := train.global_batch_tokens // train.seq_len) > 0:
         yield ConfigError(
             "the global batch has fewer sequences than there are islands",
-            got=f"train.global_batch_tokens={train.global_batch_tokens}: {sequences} sequences for {len(names)} islands",
+            got=f"train.global_batch_tokens={train.global_batch_tokens}: {sequences} sequences, {len(names)} islands",
             fix=f"set train.global_batch_tokens={len(names) * train.seq_len} or more",
         )
 

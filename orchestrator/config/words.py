@@ -118,12 +118,13 @@ def complete_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words = [f"{_MEMBERS}={word.partition('=')[2]}" if word.startswith(f"{_ISLANDS}=[") else word for word in argv]
     words = [f"++{word}" if word.startswith(within) and "=" in word else word for word in words]
     given = {key.lstrip("+").partition("@")[0]: value for key, _, value in (word.partition("=") for word in words)}
-    chosen = {}
+    chosen: dict[str, str] = {}
     if f"{_OPTIM}._target_" in given and _OPTIM not in given:
         chosen[_OPTIM] = "own"
     if _MEMBERS in given and _ISLANDS not in given:
         algorithm = given.get(f"{_ISLANDS}.algorithm")
-        chosen[_ISLANDS] = algorithm if algorithm in typing.get_args(Algorithm) else IslandsConfig.algorithm
+        known = algorithm in typing.get_args(Algorithm)
+        chosen[_ISLANDS] = str(algorithm) if known else IslandsConfig.algorithm
     return [*words, *(f"{group}={option}" for group, option in chosen.items())], list(chosen)
 
 

@@ -44,7 +44,7 @@ def test_all_mistakes_are_said_at_once():
         "train.global_batch_tokens=256",
     )
     parts = ("hardware", "share", "layout", "overrides", "one name", "this host alone", "exchange=int8")
-    for part in (*parts, "grace_seconds", "average", "1 sequences for 2"):
+    for part in (*parts, "grace_seconds", "average", "1 sequences, 2 islands"):
         assert sum(part in one for one in found) == 1, part
     assert len(found) == len(parts) + 3
 
