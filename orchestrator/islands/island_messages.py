@@ -7,6 +7,7 @@ believed in nothing: `read` accepts exactly the fields of a message, of their ty
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -461,6 +462,11 @@ def read(text: bytes, kinds: dict[str, type[Any]]) -> Any:
     return _value(kind, body, kind.__name__)
 
 
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -514,5 +520,5 @@ def _object(kind: type[M], value: Any, where: str) -> M:
     ]
     if lacking:
         raise MessageError("a message lacks fields", got=f"{where}: {', '.join(lacking)}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{name: _value(hints[name], one, f"{where}.{name}") for name, one in value.items()})

@@ -1,0 +1,253 @@
+"""The wire: who has the key is answered, who has not learns why; cuts are bridged; rubbish harms nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import zmq
+
+from orchestrator.errors import ConfigError, LostPeerError
+from orchestrator.islands import keys
+from orchestrator.islands.boxes import Box
+from orchestrator.islands.hub_socket import HubSocket
+from orchestrator.islands.island_messages import (
+    REQUESTS,
+    Beating,
+    LeaseRequest,
+    MessageError,
+    Offer,
+    Peer,
+    Refused,
+    Taken,
+    read,
+    write,
+)
+from orchestrator.islands.link import HubRefusedError, Link
+from orchestrator.islands.part_frames import part_header
+from orchestrator.islands.wire import about
+
+KEY = bytes(range(32))
+PEER = Peer("a", "x", 0)
+
+
+class Answering:
+    """A hub that answers by `answer`, in a thread."""
+
+    def __init__(self, answer=lambda request: Taken(), key=KEY, bind="tcp://127.0.0.1:*"):
+        self.socket, self.heard, self._ends, self._answer = HubSocket(bind, key), [], False, answer
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def _work(self):
+        while not self._ends:
+            if (found := self.socket.receive(0.05)) is not None:
+                peer, number, request, frames = found
+                if not isinstance(request, Beating):
+                    self.heard.append((request, [bytes(frame) for frame in frames]))
+                if (answer := self._answer(request)) is not None:
+                    self.socket.reply(peer, number, answer, ())
+
+    def close(self):
+        self._ends = True
+        self._thread.join()
+        self.socket.close()
+
+
+@pytest.fixture
+def hub():
+    hub = Answering()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def link(hub):
+    link = Link(hub.socket.address, KEY, PEER, retry_seconds=0.3)
+    yield link
+    link.close()
+
+
+def offer(size: int = 1000, seed: int = 0) -> tuple[Offer, list[bytes]]:
+    box, frame = Box.whole("w", (size,)), np.random.default_rng(seed).bytes(4 * size)
+    return Offer(0, 0, 0, 1, 0, 1, (part_header(box, frame),)), [frame]
+
+
+def test_a_request_and_its_frames_arrive_and_are_answered(hub, link):
+    request, frames = offer()
+    assert link.ask(request, frames).result(10) == (Taken(), [])
+    assert hub.heard == [(request, frames)]
+    assert link.sent["Offer"] == 4000
+
+
+def test_much_arrives_in_order_and_what_is_under_way_is_bounded(hub, link):
+    futures = [link.ask(*offer(1 << 20, seed)) for seed in range(40)]  # 160 MB; 64 may be under way
+    for future in futures:
+        future.result(60)
+    assert [frames for _, frames in hub.heard] == [offer(1 << 20, seed)[1] for seed in range(40)]
+
+
+def test_a_refusal_is_an_error_of_the_one_who_asked():
+    hub = Answering(lambda request: Refused("no such lease", "7", "1", "ask for 1"))
+    link = Link(hub.socket.address, KEY, PEER)
+    with pytest.raises(HubRefusedError, match="no such lease"):
+        link.ask(LeaseRequest(7)).result(10)
+    link.close()
+    hub.close()
+
+
+def test_what_was_damaged_is_sent_again(hub, link):
+    request, frames = offer()
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    public, secret = keys.curve_pair(KEY, "island")
+    socket.curve_publickey, socket.curve_secretkey = public, secret
+    socket.curve_serverkey = keys.curve_pair(KEY, "hub")[0]
+    socket.connect(hub.socket.address)
+    socket.send_multipart([about(PEER, 3), write(request), frames[0][:-1] + b"?"])
+    number, answer = socket.recv_multipart()
+    socket.close(0)
+    assert b"damaged on the way" in answer
+    assert json.loads(answer)["final"] is False
+    assert int.from_bytes(number, "little") == 3
+    said = [Refused("damaged", final=False), Refused("damaged", final=False), Taken()]
+    other = Answering(lambda request: said.pop(0))
+    again = Link(other.socket.address, KEY, PEER)
+    assert again.ask(request, frames).result(10) == (Taken(), [])
+    assert len(other.heard) == 3
+    again.close()
+    other.close()
+
+
+def test_another_key_is_said_to_be_another(hub):
+    link = Link(hub.socket.address, bytes(32), PEER)
+    with pytest.raises(ConfigError, match="its key is another one"):
+        link.ask(LeaseRequest(0)).result(20)
+    with pytest.raises(ConfigError, match="its key is another one"):
+        link.ask(LeaseRequest(0)).result(1)
+    link.close()
+    assert hub.heard == []
+
+
+def test_no_hub_at_the_address_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    link = Link(f"tcp://127.0.0.1:{port}", KEY, PEER, first_seconds=1)
+    with pytest.raises(ConfigError, match="no hub answers"):
+        link.ask(LeaseRequest(0)).result(20)
+    link.close()
+
+
+def test_a_hub_that_was_started_anew_is_asked_again(hub, link):
+    link.ask(LeaseRequest(0)).result(10)
+    address = hub.socket.address
+    hub.close()
+    waiting = link.ask(*offer())
+    time.sleep(0.5)
+    assert not waiting.done()
+    second = Answering(bind=address)
+    assert waiting.result(20) == (Taken(), [])
+    assert second.heard == [offer()]
+    second.close()
+    hub.socket = HubSocket("tcp://127.0.0.1:*", KEY)  # for the fixture to close
+
+
+def test_a_hub_that_stays_silent_is_lost(hub):
+    silent = Answering(lambda request: None)
+    link = Link(silent.socket.address, KEY, PEER, retry_seconds=0.2, silent_seconds=1.5)
+    with pytest.raises(LostPeerError, match="does not answer any more"):
+        link.ask(LeaseRequest(0)).result(20)
+    assert len(silent.heard) > 2, "it was asked again meanwhile"
+    link.close()
+    silent.close()
+
+
+def test_signs_of_life_bring_the_request_to_stop():
+    hub = Answering(lambda request: Taken(15 if isinstance(request, Beating) else 0))
+    link = Link(hub.socket.address, KEY, PEER)
+    link.beating(lambda: (3, "training"))
+    deadline = time.monotonic() + 10
+    while not link.stop and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert link.stop == 15
+    link.close()
+    hub.close()
+
+
+def test_keys_are_private_and_kept(tmp_path):
+    first = keys.make(tmp_path / "key")
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert keys.make(tmp_path / "key") == first == keys.read(tmp_path / "key")
+    (tmp_path / "other").write_text("no key")
+    with pytest.raises(ConfigError, match="holds no key"):
+        keys.read(tmp_path / "other")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        keys.read(tmp_path / "none")
+
+
+def mutated(text: bytes, chance: random.Random) -> bytes:
+    """Return JSON with one value, key or byte changed."""
+    kind = chance.randrange(4)
+    if kind == 0:
+        at = chance.randrange(len(text))
+        return text[:at] + bytes([chance.randrange(256)]) + text[at + 1 :]
+    if kind == 1:
+        return text[: chance.randrange(len(text))]
+    body = json.loads(text)
+    key = chance.choice(sorted(body))
+    if kind == 2:
+        del body[key]
+    else:
+        values = [None, True, -1, 1 << 70, 1e308, "x" * 70000, [], [[]], {}, "é", [1, [2]], [{"name": 1}]]
+        body[key if chance.random() < 0.8 else "more"] = chance.choice(values)
+    return json.dumps(body).encode()
+
+
+def test_ten_thousand_messages_that_are_none_harm_nothing():
+    hub, chance = Answering(), random.Random(0)
+    context = zmq.Context.instance()
+    inside = context.socket(zmq.DEALER)
+    inside.curve_publickey, inside.curve_secretkey = keys.curve_pair(KEY, "island")
+    inside.curve_serverkey = keys.curve_pair(KEY, "hub")[0]
+    inside.connect(hub.socket.address)
+    request, frames = offer(100)
+    texts = [write(request), write(LeaseRequest(3)), write(Beating(1, "x"))]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host, port = hub.socket.address.removeprefix("tcp://").split(":")
+    for number in range(9900):
+        line, text = about(PEER, number), mutated(chance.choice(texts), chance)
+        parts = chance.choice([[], frames, [chance.randbytes(50)], frames * 3])
+        choice = chance.randrange(5)
+        message = [line, text, *parts] if choice else [chance.randbytes(chance.randrange(60)) for _ in range(3)]
+        if choice == 4:
+            message[0] = mutated(line, chance) if line.startswith(b"{") else line[: chance.randrange(len(line))]
+        inside.send_multipart(message)
+        while inside.poll(0):
+            inside.recv_multipart()
+    for _ in range(100):  # who is no ZeroMQ at all
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(chance.randbytes(chance.randrange(1, 300)))
+    link = Link(hub.socket.address, KEY, PEER)
+    assert link.ask(request, frames).result(30) == (Taken(), [])
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 150 << 10, f"{grown >> 10} MiB more"
+    assert hub.socket.dropped > 3000
+    link.close()
+    inside.close(0)
+    hub.close()
+
+
+def test_reading_takes_exactly_what_a_message_has():
+    chance = random.Random(1)
+    for _ in range(2000):
+        text = mutated(write(offer(10)[0]), chance)
+        try:
+            found = read(text, REQUESTS)
+        except MessageError:
+            continue
+        assert read(write(found), REQUESTS) == found
