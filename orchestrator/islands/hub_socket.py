@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 from orchestrator.errors import ConfigError
+from orchestrator.islands.island_keys import curve_pair, import_zmq
 from orchestrator.islands.island_messages import Answer, Peer, Refused, Request
-from orchestrator.islands.keys import curve_pair, import_zmq
 from orchestrator.islands.wire import LARGE, PREFERENCES, answer_frames, read_asked
 
 _ZAP = "inproc://zeromq.zap.01"
@@ -32,7 +32,8 @@ class HubSocket:
     def __init__(self, bind: str, key: bytes | None, threads: int = 2):
         self._zmq = zmq = import_zmq()
         self._context = zmq.Context(io_threads=threads)
-        self._socket, self._zap = self._context.socket(zmq.ROUTER), None
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._zap: Any = None
         self.dropped, self._routes = 0, dict[Peer, bytes]()
         for name, value in PREFERENCES.items():
             self._socket.setsockopt(getattr(zmq, name), value)

@@ -463,7 +463,7 @@ def read(text: bytes, kinds: dict[str, type[Any]]) -> Any:
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -520,5 +520,5 @@ def _object(kind: type[M], value: Any, where: str) -> M:
     ]
     if lacking:
         raise MessageError("a message lacks fields", got=f"{where}: {', '.join(lacking)}")
-    hints = _hints(kind)
+    hints = _hints(typing.cast(Any, kind))
     return kind(**{name: _value(hints[name], one, f"{where}.{name}") for name, one in value.items()})

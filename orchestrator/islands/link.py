@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.errors import ConfigError, LostPeerError, UserError
+from orchestrator.islands.island_keys import curve_pair, import_zmq
 from orchestrator.islands.island_messages import Answer, Beating, MessageError, Peer, Refused, Request, Taken, write
-from orchestrator.islands.keys import curve_pair, import_zmq
 from orchestrator.islands.wire import LARGE, PREFERENCES, about, read_answer
 
 Answered = tuple[Answer, list[Any]]

@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from orchestrator.errors import ConfigError, LostPeerError
-from orchestrator.islands import keys
+from orchestrator.islands import island_keys as keys
 from orchestrator.islands.boxes import Box
 from orchestrator.islands.hub_socket import HubSocket
 from orchestrator.islands.island_messages import (
