@@ -351,7 +351,7 @@ def group_worker(words: list[str]) -> int:
     Args:
         words: the file.
     """
-    threading.Thread(target=_stop_with_launcher, daemon=True).start()
+    threading.Thread(target=stop_with_launcher, daemon=True).start()
     plan = json.loads(Path(words[0]).read_text())
     supervision = Supervision(plan["timeout_seconds"], Path(plan["stacks"]), warn=warn, grace_seconds=_GRACE_SECONDS)
     ended = run_local(plan["command"], plan["environments"], announce=False, supervision=supervision)
@@ -360,7 +360,8 @@ def group_worker(words: list[str]) -> int:
     return ended.code
 
 
-def _stop_with_launcher() -> None:
+def stop_with_launcher() -> None:
+    """Ask this process to stop when its standard input ends: the launcher at the other end has gone."""
     while sys.stdin.buffer.read(4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -32,6 +32,7 @@ from orchestrator.hardware.target_table import check_started, device_count, find
 from orchestrator.installing import importable
 from orchestrator.launch.failure_notes import FOLDER, first_error, read_notes
 from orchestrator.launch.group_launcher import check_groups, start_groups
+from orchestrator.launch.islands import check_islands_here, prepared_facts, run_islands
 from orchestrator.launch.plan import Plan, find_plan
 from orchestrator.launch.run import RUN_DIR, Opened, joined, train
 from orchestrator.launch.several_hosts import processes_here, start_processes
@@ -99,6 +100,7 @@ def launch(composed: Composed, captured: bool = False, began: float | None = Non
         plan = replace(plan, words=composed.words, began=began)
         check_parts(plan.config)
         check_groups(plan.config, own_launcher=world is None and host is None)
+        islands = check_islands_here(plan.config, world is None and host is None, composed.overrides)
         if plan.finished is not None:
             if main:
                 say(plan.finished)
@@ -113,7 +115,7 @@ def launch(composed: Composed, captured: bool = False, began: float | None = Non
         if world is not None:
             return _join_external(plan, world)
         try:
-            return _start_local(plan, captured)
+            return _start_islands(plan, captured) if islands else _start_local(plan, captured)
         except MovedOnError as error:  # before anything was started
             tell(f"run        {error.what}: looking again")
 
@@ -180,6 +182,15 @@ def _start_local(plan: Plan, captured: bool) -> Outcome:
         run_dir = resolved.place.run_dir.absolute() if captured else resolved.place.run_dir
     error = first_error(finished.notes) if captured else None
     return Outcome(finished.ended.code, run_dir, None, error, finished.ended.problems, finished.last_lines)
+
+
+def _start_islands(plan: Plan, captured: bool) -> Outcome:
+    """Start the hub and the local islands of a run."""
+    with contextlib.ExitStack() as held:
+        facts = prepared_facts(plan.config, plan)
+        place = open_place(plan, held)
+        code = run_islands(plan, place, facts, announce=not captured)
+        return Outcome(code, place.run_dir.absolute() if captured else place.run_dir)
 
 
 def _template(plan: Plan, devices: int, captured: bool) -> ProcessTemplate | None:
@@ -276,14 +287,30 @@ def open_run(plan: Plan, resolved: Resolved, held: contextlib.ExitStack) -> Reso
         UserError: it cannot be written, or another process holds it.
         MovedOnError: another process has saved a checkpoint since the plan was made.
     """
+    place = open_place(plan, held)
+    with run_directory.writing(place.run_dir):
+        resolved = replace(resolved, paths=place)
+        write_resolved(place.run_dir, resolved)
+    return resolved
+
+
+def open_place(plan: Plan, held: contextlib.ExitStack) -> RunPaths:
+    """Create the run directory and lock it for this process.
+
+    Args:
+        plan: the run that the command line means.
+        held: keeps the run directory locked.
+
+    Raises:
+        UserError: as `open_run`.
+        MovedOnError: likewise.
+    """
     run_dir = _from_here(plan.run_dir or run_directory.create(plan.config, plan.name))
     if plan.run_dir is None and plan.name is None:
         # No other process knows of it, so it may go where not even a lock can be made.
         held.callback(listing.discard_empty, run_dir)
     with run_directory.writing(run_dir):
-        resolved = replace(resolved, paths=_hold_run(plan, run_dir, held))
-        write_resolved(run_dir, resolved)
-    return resolved
+        return _hold_run(plan, run_dir, held)
 
 
 def _hold_run(plan: Plan, run_dir: Path, held: contextlib.ExitStack) -> RunPaths:

@@ -16,7 +16,8 @@ from orchestrator.output import printing
 def main(argv: list[str]) -> int:
     """Be one process of a run (`train`), of a certification, or of work on a checkpoint's model (`model FOLDER`).
 
-    `group FILE` supervises a replica group of a run, and `lighthouse FILE` is where these groups meet.
+    `group FILE` supervises a replica group of a run, and `lighthouse FILE` is where these groups meet; `hub FOLDER` is
+    the hub of a run with islands.
 
     Args:
         argv: the kind of the process, and its words.
@@ -34,6 +35,10 @@ def main(argv: list[str]) -> int:
                 return train_worker()
             if kind in ("group", "lighthouse"):
                 return _keep_groups(kind, words)
+            if kind == "hub":
+                from orchestrator.launch.hub_process import hub_worker
+
+                return hub_worker(words)
             if kind.startswith("certify"):
                 from orchestrator.launch.certifier import certify_worker
 

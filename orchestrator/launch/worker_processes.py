@@ -13,7 +13,8 @@ from orchestrator.distributed.local_processes import run_local
 from orchestrator.errors import LostPeerError, RunFailedError, UserError, error_from_dict, error_to_dict
 from orchestrator.output import tell
 
-_ERROR = "error.json"
+ERROR = "error.json"
+"""File of the launcher's folder: the error that has ended the processes."""
 
 
 def run_workers(words: Sequence[str], environments: Sequence[Mapping[str, str]], folder: Path, what: str) -> None:
@@ -32,8 +33,8 @@ def run_workers(words: Sequence[str], environments: Sequence[Mapping[str, str]],
         [sys.executable, "-m", "orchestrator.launch.worker", *words], [dict(each) for each in environments]
     )
     stopping.check()
-    if ended.code and (folder / _ERROR).exists():
-        raise error_from_dict(json.loads((folder / _ERROR).read_text()))
+    if ended.code and (folder / ERROR).exists():
+        raise error_from_dict(json.loads((folder / ERROR).read_text()))
     if ended.code:
         got = "; ".join(ended.problems) or f"exit code {ended.code}"
         raise RunFailedError(f"{what} was ended before it had a result", got=got, fix="see above")
@@ -51,7 +52,7 @@ def leave_error(folder: Path, rank: int, error: UserError) -> int:
         The exit code of the process.
     """
     if rank == 0:
-        (folder / _ERROR).write_text(json.dumps(error_to_dict(error)))
+        (folder / ERROR).write_text(json.dumps(error_to_dict(error)))
     elif isinstance(error, LostPeerError):
         tell(str(error), level=logging.ERROR)
     return error.exit_code
