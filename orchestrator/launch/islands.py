@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -171,6 +172,8 @@ class IslandRun:
         finally:
             for one in everything:
                 one.kill()
+            if self._place.resume_from is None and not (self._folder / BEGUN).exists():
+                shutil.rmtree(self._run_dir / FOLDER, ignore_errors=True)  # as of a run that was never there
 
     # --- what is started --------------------------------------------------------------------------------
 
