@@ -178,12 +178,9 @@ def _going_on(
         name=name,
         uuid=_moved(point, state.get("run"), merged.runs_dir),
     )
+    left_out = point.run_dir and run_directory.read_run(point.run_dir).get("left_out")
     # How far a run with islands is, its hub knows.
-    if (
-        step < merged.train.max_steps
-        or merged.islands.join is not None
-        or (point.run_dir and run_directory.read_run(point.run_dir).get("left_out"))
-    ):
+    if step < merged.train.max_steps or merged.islands.join is not None or left_out:
         return plan
     if alone and check and (older := _before_damaged(plan)):
         return replace(plan, checkpoint=older)

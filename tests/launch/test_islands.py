@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -38,7 +39,7 @@ def start(tmp_path, monkeypatch):
     """Starts a run of two islands, each by a program; returns its outcome."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def start(*words: str, before: dict[str, str] = {}) -> Outcome:
+    def start(*words: str, before: Mapping[str, str] = MappingProxyType({})) -> Outcome:
         programs = [write_stub(tmp_path / name, before.get(name, "")) for name in ("a", "b")]
         members = ",".join(f"{{name: {one.name}, hardware: cpu, python: {one}}}" for one in programs)
         return launch(compose([*WORDS, f"islands=[{members}]", f"runs_dir={tmp_path / 'runs'}", *words]))
