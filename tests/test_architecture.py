@@ -87,7 +87,7 @@ ALLOWED: dict[str, set[str]] = {
 EXPORTED = {"api", "checkpoint", "config", "strategies", "training"}
 # Of `config`, every package may have the schema; these read options or YAML by themselves.
 CONFIG_EVERYWHERE = {"schema"}
-XLA_FILES = {"rehearsal/stage.py", "strategies/xla.py"}
+XLA_FILES = {"rehearsal/stage.py", "strategies/xla.py", "strategies/xla_shards.py"}
 XLA_FILES |= {"hardware/tpu.py", "hardware/trainium_xla.py", "hardware/xla_target.py"}
 # third-party module -> where it may be imported; a name ending in / is a folder.
 ONLY_IN: dict[str, set[str]] = {
@@ -335,7 +335,7 @@ def test_only_who_starts_a_run_decides_what_is_open():
 
 # Methods that a library calls by these names: it documents them.
 HOOKS = {"forward", "setup", "training_step", "on_train_start", "on_train_batch_end", "on_train_end"}
-HOOKS |= {"validation_step", "on_save_checkpoint", "on_load_checkpoint"}
+HOOKS |= {"on_train_batch_start", "validation_step", "on_save_checkpoint", "on_load_checkpoint"}
 
 
 def _overrides(cls: ast.ClassDef, method: str, classes: Mapping[str, ast.ClassDef]) -> bool:

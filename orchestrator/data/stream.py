@@ -242,7 +242,7 @@ class StepLoader:
     def __iter__(self) -> Iterator[Batch]:
         steps = range(self.start.step, self.start.step + self.steps)
         source = (self.step(step) for step in steps)
-        return _read_ahead(source, self.prefetch) if self.prefetch > 0 else source
+        return read_ahead(source, self.prefetch) if self.prefetch > 0 else source
 
     def step(self, step: int) -> Batch:
         """Return this rank's share of one step; with several sources `sources` [rows, seq_len] says which is whose.
@@ -390,8 +390,13 @@ def _derive(seed: int, store: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{store}".encode()).digest()[:4], "little")
 
 
-def _read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Run an iterator in a thread, at most `depth` items ahead; its error is raised here."""
+def read_ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """Run an iterator in a thread, at most `depth` items ahead; its error is raised here.
+
+    Args:
+        source: what is read.
+        depth: items ahead.
+    """
     items: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 

@@ -362,7 +362,7 @@ class Hub:
         self.note({"kind": "saved", "island": one.name, "mark": saved.mark, "path": saved.path})
 
     def _score(self, one: MemberLog, score: Score) -> None:
-        about = {"kind": score.kind, "island": one.name, "at": score.at, "values": list(score.values)}
+        about = {"kind": score.what, "island": one.name, "at": score.at, "values": list(score.values)}
         self.note({**about, "names": list(score.names), "versions": list(score.versions), "lease": score.lease})
 
     def _bye(self, one: MemberLog, bye: Bye) -> None:

@@ -355,7 +355,7 @@ class Score:
     """A figure that an island has measured with the outer weights.
 
     Attributes:
-        kind: `validation`, or `probe`: losses of the reference batch.
+        what: `validation`, or `probe`: losses of the reference batch.
         at: step of the run.
         lease: before which it was measured.
         values: by place: validation losses, or those of the probe.
@@ -363,7 +363,7 @@ class Score:
         versions: of the outer weights that were measured, for each fragment.
     """
 
-    kind: Literal["validation", "probe"]
+    what: Literal["validation", "probe"]
     at: int
     lease: int
     values: tuple[float, ...]

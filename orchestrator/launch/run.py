@@ -197,6 +197,8 @@ def _hand_over(job: Job) -> str | None:
     settings, run_dir = job.resolved.config.checkpoint.handover, job.resolved.place.run_dir
     if job.restored is None or not settings.enabled:
         return None
+    if job.island is not None and job.island.welcome.start != "replay":
+        return None  # its weights are those of the run now, which the hub compares
     module = job.module
     result = check_handover(job.restored, module.model, module.configure_optimizers(), job.parallel, job.leg)
     # All ranks stop or none.
@@ -236,6 +238,7 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
         ending.callback(job.watchers.channels.close)
         ending.callback(lambda: rejoining.end(job, record, status, left_out))
         ending.callback(job.watchers.checkpoints.close)
+        ending.callback(job.island.close if job.island else int)
         ending.callback(job.watchers.snapshots.close)
         ending.callback(measure_energy(job, record))
         record.begin()
@@ -299,11 +302,15 @@ def _train_through(job: Job, record: Record, left_out: list[str]) -> None:
         with blamed(job.watchers.own):
             job.trainer.fit(job.module, job.loader)
     standing.enter(standing.ENDING)
+    if job.island is not None:
+        job.island.prepare_end()
     job.parallel.by_one(lambda: _save(job, record))
     job.watchers.snapshots.finish()
-    if _all_steps_done(job):
+    if _all_steps_done(job) and (job.island is None or job.island.leads):
         left_out += ["evaluation", "sample"]
         _look_back(job, left_out)
+    if job.island is not None:
+        job.island.conclude("finished" if _all_steps_done(job) else "stopped")
     job.parallel.by_one(lambda: None)  # who of those that are left concludes
 
 
@@ -314,7 +321,7 @@ def _status(job: Job) -> str:
 
 
 def _all_steps_done(job: Job) -> bool:
-    return job.module.step >= job.module.config.train.max_steps
+    return job.done
 
 
 def _save(job: Job, record: Record) -> None:

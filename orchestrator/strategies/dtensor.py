@@ -60,7 +60,7 @@ from orchestrator.strategies.parallel_strategy import (
 from orchestrator.strategies.pipeline_runner import Pipeline, pipeline_of
 from orchestrator.strategies.pipeline_stages import keep_own_stages, present_blocks
 from orchestrator.strategies.sequence_order import SequenceOrder, gather
-from orchestrator.strategies.sharded_parts import ShardedParts, local_part
+from orchestrator.strategies.sharded_parts import ShardedParts, as_gradients, local_part
 from orchestrator.strategies.tensor_parallel import parallelize_tensor
 from orchestrator.strategies.tiled_attention import attend_in_tiles
 
@@ -198,8 +198,7 @@ class DTensorStrategy(ParallelStrategy):
         """Our arithmetic of who holds what is the library's, for every parameter."""
         for name, parameter in local_parameters(model):
             ours = tuple(part.stop - part.start for part in self._slices(model, name))
-            theirs = tuple(local_part(parameter).shape)
-            assert ours == theirs, f"{name}: the rules give {ours}, torch holds {theirs}"
+            assert ours == (theirs := tuple(local_part(parameter).shape)), f"{name}: {ours}, torch holds {theirs}"
 
     def _slices(self, model: ShardableModel, name: str) -> tuple[slice, ...]:
         return self.placements[model][name].slices(self.layout, self.world.rank)
@@ -218,13 +217,16 @@ class DTensorStrategy(ParallelStrategy):
         self.release_gathered(model)
         shards = []
         for name, parameter in local_parameters(model):
-            placement, slices = self.placements[model][name], self._slices(model, name)
-            owned = self._owns(model, name)
-            shards.append(Shard(f"model.{name}", placement.shape, slices, local_part(parameter), owned))
+            placement, owns = self.placements[model][name], functools.partial(self._owns, model, name)
+            place = placement.shape, self._slices(model, name)
+            shards.append(Shard(f"model.{name}", *place, local_part(parameter), owns()))
             if optimizer is not None:
-                owns, at = functools.partial(self._owns, model, name), (self.layout, self.world.rank)
-                shards += optimizer_shards(name, parameter, placement, optimizer, owns, at)
+                shards += optimizer_shards(name, parameter, placement, optimizer, owns, (self.layout, self.world.rank))
         return shards
+
+    def gradient_shards(self, model: ShardableModel) -> list[Shard]:
+        """Return views of this rank's parts of the gradients."""
+        return as_gradients(self.state_shards(model, None), local_parameters(model))
 
     def release_gathered(self, model: ShardableModel) -> None:
         """Reshard the units that a forward pass without a backward one (evaluation, a sample) has left gathered."""

@@ -226,6 +226,25 @@ class ParallelStrategy(TrainerStrategy, ModelCopies, TextRows):
             optimizer: over its parameters; None for the weights alone.
         """
 
+    @abstractmethod
+    def gradient_shards(self, model: ShardableModel) -> list[Shard]:
+        """Return the local parts of the gradients of a step, summed over this job's ranks; zeros where there is none.
+
+        Their names are those of `state_shards` with `gradient.` for `model.`. What is written into them counts after
+        `adopt_gradients`.
+
+        Args:
+            model: sharded, after the last backward pass of the step.
+        """
+
+    def adopt_gradients(self, model: ShardableModel, shards: Sequence[Shard]) -> None:
+        """Take over what was written into the parts that `gradient_shards` gave.
+
+        Args:
+            model: sharded.
+            shards: the same ones.
+        """
+
     def held_parts(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[HeldPart]:
         """Return what each device of this process holds of weights and optimizer state, copies too.
 

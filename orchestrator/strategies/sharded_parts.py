@@ -11,8 +11,8 @@ of one coordinate of the axis `expert`. Where each expert lies whole on one proc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from orchestrator.sharding.layout import Layout
 from orchestrator.sharding.parts import Reduced
 from orchestrator.sharding.rules import Placement
+from orchestrator.sharding.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,22 @@ def _all_to_all(team: _Team, flat: Tensor, sent: list[int], wanted: list[int]) -
     received = flat.new_empty(sum(wanted))
     dist.all_to_all_single(received, flat, wanted, sent, group=team.group)
     return received
+
+
+def as_gradients(weights: Iterable[Shard], parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Shard]:
+    """Return this rank's parts of gradients, where those of the weights are; zeros where a parameter has none.
+
+    Args:
+        weights: this rank's parts of the weights.
+        parameters: with their names; those that are not trained are left out.
+    """
+    boxes, found = {shard.name: shard for shard in weights}, []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(replace(boxes[f"model.{name}"], name=f"gradient.{name}", data=local_part(parameter.grad)))
+    return found
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
@@ -45,8 +44,8 @@ from orchestrator.sharding.rules import Placement
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import Batch, ParallelStrategy, StepParts, local_parameters
 from orchestrator.strategies.replicas import HeldPart
+from orchestrator.strategies.xla_shards import copied, send_back, slices_of
 
-_WHOLE = (xs.ShardingType.REPLICATED, xs.ShardingType.MAXIMAL)
 _BATCH_AXES = ("replicate", "fsdp", "expert")
 _ATTENTION_BLOCK = 512  # queries whose scores exist at one time
 
@@ -249,19 +248,27 @@ class XlaStrategy(ParallelStrategy):
     def state_shards(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None) -> list[Shard]:
         """Copy the shards of this host's devices to the host."""
         self._execute()
-        shards = []
-        for name, tensor in self._named(model, optimizer):
-            if tensor.dim() == 0:
-                shards.append(Shard(name, (), (), tensor.cpu(), self.is_global_zero))
-                continue
-            for part in xs.wrap_if_sharded(tensor.data).local_shards:
-                # What the compiler padded is not part of the tensor, and it cuts uneven dims in its own way.
-                slices = _slices(part.indices, tensor.shape)
-                # Copies are numbered over all hosts, and those of a whole tensor by their devices (torch_xla 2.9.0,
-                # GetShardReplicaAndIndicesForDevices in csrc/xla_sharding_util.cpp): one host has number 0.
-                owned = part.replica_id == 0
-                shards.append(Shard(name, tuple(tensor.shape), slices, part.unpadded_data.clone(), owned))
-        return shards
+        return copied(self._named(model, optimizer), self.is_global_zero)
+
+    def gradient_shards(self, model: ShardableModel) -> list[Shard]:
+        """Copy this host's parts of the gradients to the host."""
+        for name, parameter in local_parameters(model):
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                xs.mark_sharding(parameter.grad, self._mesh, self._spec(model, name))
+        self._execute()
+        return copied(self._gradients_of(model), self.is_global_zero)
+
+    def adopt_gradients(self, model: ShardableModel, shards: Sequence[Shard]) -> None:
+        """Send the filled parts of the gradients back to the devices."""
+        send_back(self._gradients_of(model), shards)
+        self._execute()
+
+    def _gradients_of(self, model: ShardableModel) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in local_parameters(model):
+            if parameter.requires_grad and parameter.grad is not None:
+                yield f"gradient.{name}", parameter.grad
 
     def held_parts(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[HeldPart]:
         """Copy what each device of this host holds to the host, as a save does; a scalar is read from one device."""
@@ -272,25 +279,13 @@ class XlaStrategy(ParallelStrategy):
                 parts.append(HeldPart(name, (), "one device of the host", tensor.cpu()))
                 continue
             for part in xs.wrap_if_sharded(tensor.data).local_shards:
-                slices = _slices(part.indices, tensor.shape)
+                slices = slices_of(part.indices, tensor.shape)
                 parts.append(HeldPart(name, slices, part.shard_device, part.unpadded_data))
         return parts
 
     def adopt(self, model: ShardableModel, optimizer: torch.optim.Optimizer | None, shards: Sequence[Shard]) -> None:
         """Send the filled shards back to the devices."""
-        parts: dict[str, list[Tensor]] = {}
-        for shard in shards:
-            parts.setdefault(shard.name, []).append(shard.data)
-        for name, tensor in self._named(model, optimizer):
-            wrapped = xs.wrap_if_sharded(tensor.data)
-            if tensor.dim() == 0 or wrapped.sharding_type in _WHOLE:
-                with torch.no_grad():
-                    tensor.copy_(parts[name][0])
-                continue
-            local = wrapped.local_shards
-            for part, value in zip(local, parts[name], strict=True):
-                part.data = _pad(value, part.data.shape)
-            wrapped.load_local_shards_(local)
+        send_back(self._named(model, optimizer), shards)
         self._execute()
 
     # --- the step -------------------------------------------------------------------------------
@@ -428,18 +423,3 @@ class XlaStrategy(ParallelStrategy):
 def _number(key: str) -> int:
     """32 bits of a hash."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
-
-
-def _slices(indices: Any, shape: Sequence[int]) -> tuple[slice, ...]:
-    """Return the part of the global tensor that torch_xla's `indices` name; an ellipsis is the whole."""
-    if indices is Ellipsis:
-        return tuple(slice(0, size) for size in shape)
-    return tuple(slice(min(part.start, size), min(part.stop, size)) for part, size in zip(indices, shape, strict=True))
-
-
-def _pad(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """`value` with zeros behind each dim, up to `shape`."""
-    widths: list[int] = []
-    for have, want in zip(reversed(value.shape), reversed(shape), strict=True):
-        widths += [0, want - have]
-    return F.pad(value, widths).contiguous()

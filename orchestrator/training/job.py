@@ -26,6 +26,7 @@ from orchestrator.training.adapter_state import adapters_state
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.facts import provenance, run_facts
 from orchestrator.training.host_snapshots import newer_snapshots, open_host_memory, restore_snapshot
+from orchestrator.training.island_member import IslandMember, island_member
 from orchestrator.training.module import LanguageModule
 from orchestrator.training.preference_reference import settle_reference
 from orchestrator.training.resolved import Resolved
@@ -48,6 +49,7 @@ class Job:
         facts: what is known of it before its first step.
         leg: what is known of this start of it.
         trusted: whose checkpoints are believed.
+        island: this process's part in a run with islands; None: the run has none.
     """
 
     resolved: Resolved
@@ -60,6 +62,14 @@ class Job:
     facts: dict[str, Any]
     leg: dict[str, Any]
     trusted: Trust
+    island: IslandMember | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to train."""
+        if self.island is not None:
+            return self.island.ended
+        return self.module.step >= self.module.config.train.max_steps
 
     @property
     def say(self) -> Callable[[str], None]:
@@ -146,7 +156,8 @@ def build(
     tokens.position = data_position(restored, tokens.stream)
     tokens.skipped = merged([*tokens.skipped, *data_skipped(restored, tokens.stream)])
     module.step = tokens.position.step
-    loader = tokens.steps(parallel)
+    island = island_member(config, parallel, module, tokens, restored, trusted)
+    loader = island.loader if island else tokens.steps(parallel)
     facts, mfu = run_facts(resolved, parallel, module.model, tokens)
     side = provenance(parallel) | adapters_state(config, source, trusted, parallel, resolved.place.checkpoints)
     side |= _reference_state(resolved, module, tokens, loader, source, restored, trusted)
@@ -163,12 +174,14 @@ def build(
         mfu=mfu,
         memory=memory,
     )
-    trainer = make_trainer(parallel, watchers.callbacks(module.guard), config.train.deterministic)
+    if island is not None:
+        island.attach(watchers.checkpoints, watchers.evaluation, watchers.reference)
+    trainer = make_trainer(parallel, watchers.callbacks(module.guard, island), config.train.deterministic)
     resumed_from = str(restored.directory) if restored else None
     about = {"leg": leg, "start_step": module.step, "resumed_from": resumed_from, "host": platform.node(), **side}
     if restored:
         about["restored_from"] = "memory" if restored.partial else "storage"
-    return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about, trusted)
+    return Job(resolved, parallel, module, loader, trainer, watchers, restored, facts, about, trusted, island)
 
 
 def fill(

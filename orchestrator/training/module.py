@@ -7,7 +7,7 @@ callbacks and the loggers, and the strategy the checkpoints, which are those of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as lightning
 import torch
@@ -37,6 +37,32 @@ from orchestrator.training.placed_model import build_placed, factors_of
 from orchestrator.training.preference import FIGURES, Preferences
 from orchestrator.training.resolved import settle_optimizer, settle_unplanned, settle_vocabulary
 from orchestrator.training.weight_average import WeightAverage
+
+
+class IslandStep(Protocol):
+    """What the step of an island has otherwise.
+
+    Attributes:
+        name: of the island: its dropout is not that of the others.
+    """
+
+    name: str
+
+    def at(self, step: int) -> int:
+        """Return the step of the run that the learning rate of an inner step is that of.
+
+        Args:
+            step: inner steps completed.
+        """
+        ...
+
+    def exchange_gradients(self, targets: Tensor) -> None:
+        """Make the gradients those of all islands, where they exchange gradients.
+
+        Args:
+            targets: tokens that are in the gradients.
+        """
+        ...
 
 
 class LanguageModule(lightning.LightningModule):
@@ -69,6 +95,8 @@ class LanguageModule(lightning.LightningModule):
         average: of the weights; None where none is kept.
         groups: a line for each entry of `optim.groups`.
         preferences: the step of a run that learns from pairs; None in others.
+        island: what an island of a run with islands does otherwise; None where there are none.
+        targets: tokens that the last step has learned from, on all processes together.
 
     Raises:
         ConfigError: the vocabulary is not known, or too small for the tokenizer.
@@ -93,6 +121,8 @@ class LanguageModule(lightning.LightningModule):
         self._schedule, self._batches = schedule_of(config), BatchSizes.of(config.train)
         self._totals = torch.zeros(0)
         self.preferences: Preferences | None = None
+        self.island: IslandStep | None = None
+        self.targets = torch.zeros(())
         self._set: Tensor | None = None  # of the validation batch under way, a row of a one-hot matrix
 
     # --- set-up -----------------------------------------------------------------------------------------
@@ -157,13 +187,15 @@ class LanguageModule(lightning.LightningModule):
     def transfer_batch_to_device(self, batch: Mapping[str, Any], device: Any, dataloader_idx: int) -> Batch:
         """Place `batch` as the strategy says; `device` and `dataloader_idx` are Lightning's, and not used."""
         # Pairs are placed twice, with weights the second time.
-        return dict(batch) if self.preferences is not None else self.parallel.prepare_batch(batch)
+        return dict(batch) if self.preferences is not None or not batch else self.parallel.prepare_batch(batch)
 
     # --- training ---------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimizer step on this process's share of a batch."""
         standing.mark()
+        if not batch:
+            return  # an island that does something else than train
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         if isinstance(self.optimizer, OwnOptimizer):
@@ -196,6 +228,9 @@ class LanguageModule(lightning.LightningModule):
         else:
             targets = self.parallel.sum_over_data((batch["targets"] != IGNORE_INDEX).sum()).clamp(min=1)
             total = self.parallel.forward_backward(self.model, batch, self.micro_batch, targets, hooks)
+        self.targets = targets
+        if self.island is not None:
+            self.island.exchange_gradients(targets)
         loss, norm = self.parallel.reduce_and_clip(self.model, total, self.config.optim.grad_clip)
         routing = self._routing()
         if routing is not None:
@@ -249,9 +284,10 @@ class LanguageModule(lightning.LightningModule):
         return self.parallel.sum_of_parts(own)
 
     def _set_learning_rate(self) -> None:
-        self.lr = self._schedule(self.step, self.config.optim.lr)
+        at = self.step if self.island is None else self.island.at(self.step)
+        self.lr = self._schedule(at, self.config.optim.lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._schedule(self.step, group[PEAK])
+            group["lr"] = self._schedule(at, group[PEAK])
 
     def seed_dropout(self, micro_step: int, part: int) -> None:
         """Make the masks of a forward pass a function of the position in the run: a resumed one draws the same.
@@ -262,6 +298,7 @@ class LanguageModule(lightning.LightningModule):
         """
         if self.config.model.dropout > 0 or self.config.train.lora.dropout > 0:
             key = f"dropout/{self.config.seed}/{self.step}/{micro_step}"
+            key += f"/{self.island.name}" if self.island is not None else ""
             self.parallel.seed_masks(f"{key}/{part}" if part else key)
 
     def _log_step(self, step: int, **values: Any) -> None:

@@ -34,6 +34,8 @@ from orchestrator.training.state_conversion import widen
 
 _NAMED = 4  # tensors that are listed
 _AVERAGE = f"optimizer.{AVERAGE}."
+ISLAND = "optimizer.island_"
+"""Begins the names of what an island has beside weights and optimizer: whoever is none does not need it."""
 
 
 def restore_run(
@@ -278,7 +280,7 @@ def fill(
         elif optimizer is None:
             read_weights(checkpoint, reads, cast, check, progress, parallel.held_elsewhere(model), trusted)
         else:
-            unwanted = [] if config.train.ema.decay is not None else [_AVERAGE]
+            unwanted = [ISLAND] if config.train.ema.decay is not None else [_AVERAGE, ISLAND]
             read_into(checkpoint, reads, unwanted, cast, check, progress, parallel.held_elsewhere(model))
     for one in widened:
         one.finish()

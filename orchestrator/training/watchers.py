@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
+import numpy as np
 
 from orchestrator.checkpoint.checkpoint import Checkpoint
 from orchestrator.checkpoint.host_memory import HostMemory
@@ -68,6 +69,7 @@ class Watchers:
         stop: on a signal.
         copies: says which copies of the model take part.
         say: prints a line, in the process that speaks.
+        reference: the batch of the handover check; None where it is off.
     """
 
     channels: SideChannels
@@ -87,15 +89,18 @@ class Watchers:
     stop: StopOnSignal
     copies: CopyWatch
     say: Callable[[str], None]
+    reference: Mapping[str, np.ndarray] | None
 
-    def callbacks(self, guard: FiniteGuard) -> list[lightning.Callback]:
+    def callbacks(self, guard: FiniteGuard, island: lightning.Callback | None = None) -> list[lightning.Callback]:
         """List the callbacks in the order in which they see a step: nothing of a step that was not finite is kept.
 
         Args:
             guard: sees every step first.
+            island: of a run with islands; its weights are those of all before anything else looks at them.
         """
         bar = [self.progress] if self.progress else []
         first, savers = [guard, self.copies, self.metrics], [self.checkpoints, self.snapshots]
+        first += [island] if island is not None else []
         guards = [self.spikes, self.replicas]
         return [
             *first,
@@ -179,6 +184,7 @@ def make_watchers(
         stop=StopOnSignal(parallel, tell),
         copies=CopyWatch(parallel, tell),
         say=tell,
+        reference=keeps.reference,
     )
 
 

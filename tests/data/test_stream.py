@@ -289,7 +289,7 @@ def test_reading_ahead_is_bounded() -> None:
             produced.append(number)
             yield {"number": np.array(number)}
 
-    iterator = stream_module._read_ahead(source(), 2)
+    iterator = stream_module.read_ahead(source(), 2)
     next(iterator)
     time.sleep(0.3)
     assert len(produced) <= 5

@@ -108,6 +108,8 @@ class Checkpoints(lightning.Callback):
         self.elsewhere: str | None = None
         self.stalls: list[float] = []
         self.beside: Callable[[], Mapping[str, Any]] = dict
+        self._also: Callable[[], list[Shard]] = list
+        self._kept: Callable[[AnyPath, int], None] | None = None
         self.trusted_step: Callable[[], int | None] = lambda: None
         self._started, self._prepared = 0, False
         self._refused: NonFiniteError | None = None
@@ -129,14 +131,39 @@ class Checkpoints(lightning.Callback):
         if not self._saver.busy:
             self._settle()
         every = self._config.checkpoint.every_steps
-        if every and pl_module.step % every == 0:
-            self._metrics.flush()
-            if not self._parallel.leads:
-                return  # another copy of the model saves
-            begin = time.perf_counter()
-            self._save(pl_module, self._saver)
-            self.stalls.append(time.perf_counter() - begin)
-            self._metrics.pause()
+        if every and pl_module.step % every == 0 and self._kept is None:
+            self.save(pl_module)
+
+    def save(self, pl_module: Any) -> None:
+        """Save now, on the way; written beside the training.
+
+        Args:
+            pl_module: the `LanguageModule`.
+        """
+        self._metrics.flush()
+        if not self._parallel.leads:
+            return  # another copy of the model saves
+        begin = time.perf_counter()
+        self._save(pl_module, self._saver)
+        self.stalls.append(time.perf_counter() - begin)
+        self._metrics.pause()
+
+    def island(
+        self,
+        also: Callable[[], list[Shard]],
+        beside: Callable[[], Mapping[str, Any]],
+        kept: Callable[[AnyPath, int], None],
+    ) -> None:
+        """Save what an island has beside weights and optimizer, and only when it asks.
+
+        Args:
+            also: its own tensors.
+            beside: what the state has of it.
+            kept: told the directory and the step of each checkpoint that counts.
+        """
+        before = self.beside
+        self._also, self._kept = also, kept
+        self.beside = lambda: {**before(), **beside()}
 
     def save_now(self, pl_module: Any) -> AnyPath:
         """Save the state after `pl_module.step` steps, unless that has been done, and wait until it is kept.
@@ -274,7 +301,8 @@ class Checkpoints(lightning.Callback):
         saver.save(step, self._shards(pl_module), self.contents(step, files))
 
     def _shards(self, pl_module: Any) -> list[Shard]:
-        return saved_shards(self._parallel.state_shards(pl_module.model, pl_module.optimizer), self._config)
+        shards = saved_shards(self._parallel.state_shards(pl_module.model, pl_module.optimizer), self._config)
+        return [*shards, *self._also()]
 
     def contents(self, step: int, files: Mapping[str, bytes], attested: bool = True) -> Contents:
         """Return what is saved beside the tensors of `step`.
@@ -312,6 +340,8 @@ class Checkpoints(lightning.Callback):
 
     def _prune(self, path: AnyPath) -> None:
         """Remove old checkpoints. Where that fails, the new one is no less written."""
+        if self._kept is not None:
+            self._kept(path, self._started)
         try:
             settings = self._config.checkpoint
             prune(path.parent, settings.keep_last, settings.keep_every_steps, self.trusted_step())

@@ -89,6 +89,10 @@ class Validation(lightning.Callback):
         if self._every and pl_module.step % self._every == 0:
             self.run(pl_module)
 
+    def only_asked(self) -> None:
+        """Evaluate when `run` is called, and else never."""
+        self._every = None
+
     def rewind(self) -> None:
         """Forget what was evaluated: the steps come again, with other weights."""
         self._done_at = None

@@ -1,0 +1,426 @@
+"""What one rank of an island exchanges with the hub: its own parts of the weights, and nothing of the other ranks'.
+
+The outer weights (anchors) are kept in fp32 on the host. An offer is what the local weights have moved away from them;
+the update that follows is added to the anchors, as the hub adds it to its own: both have the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from orchestrator.config.schema import RunConfig
+from orchestrator.errors import RunFailedError
+from orchestrator.islands.boxes import Box
+from orchestrator.islands.codec import decode, encode
+from orchestrator.islands.fragments import fragments
+from orchestrator.islands.island_messages import (
+    BoxOf,
+    Offer,
+    OuterGift,
+    OuterRequest,
+    PartHeader,
+    Terms,
+    Update,
+    UpdateRequest,
+)
+from orchestrator.islands.link import Link
+from orchestrator.islands.outer import bits
+from orchestrator.islands.part_frames import part_header
+from orchestrator.models.protocol import ShardableModel
+from orchestrator.sharding.shard import Shard
+from orchestrator.strategies.parallel_strategy import ParallelStrategy
+from orchestrator.training.adapter_state import saved_shards
+from orchestrator.training.restore import ISLAND
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
+_PIECE_ELEMENTS = 4 << 20
+_MESSAGE_BYTES = 16 << 20
+
+
+@dataclass
+class UnderWay:
+    """An offer whose update is not applied yet.
+
+    Attributes:
+        lease: in which it was made.
+        step: of the lease.
+        due: inner steps of the island after which the update is applied.
+        targets: that it counts.
+        sent: what was to be sent, before it was rounded, by part; of the parts that this rank owns.
+        begun: local weights as they were when it was made, by part.
+        update: version, and what is to be added, part by part.
+    """
+
+    lease: int
+    step: int
+    due: int
+    targets: int
+    sent: dict[Key, Array] = field(default_factory=dict)
+    begun: dict[Key, Array] = field(default_factory=dict)
+    update: Future[tuple[int, list[tuple[Box, Array]]]] | None = None
+
+
+class IslandExchange:
+    """Exchanges one rank's parts.
+
+    Args:
+        parallel: the strategy.
+        model: placed, with weights.
+        config: of the run.
+        link: to the hub.
+
+    Attributes:
+        names: of the tensors that are exchanged, in the order of the model, on all ranks alike.
+        shapes: of these.
+        versions: of the anchors, for each fragment.
+        under_way: offers whose updates are not applied, by fragment.
+        waited: seconds that this rank has waited for updates.
+    """
+
+    def __init__(self, parallel: ParallelStrategy, model: ShardableModel, config: RunConfig, link: Link):
+        self._parallel, self._model, self._config, self._link = parallel, model, config, link
+        placed = {f"model.{name}": tuple(one.shape) for name, one in parallel.placements[model].items()}
+        kept = saved_shards([_nothing(name, shape) for name, shape in placed.items()], config)
+        self.names = tuple(shard.name.removeprefix("model.") for shard in kept)
+        self.shapes = tuple(shard.shape for shard in kept)
+        self._boxes: dict[Key, Box] = {}
+        self._owned: set[Key] = set()
+        for shard in self._weights():
+            key = _key(shard)
+            self._boxes[key] = Box(shard.name.removeprefix("model."), tuple(shard.shape), *key[1:])
+            if shard.owned:
+                self._owned.add(key)
+        self._terms = Terms()
+        self._fragments: tuple[tuple[str, ...], ...] = ()
+        self.versions: list[int] = []
+        self._anchors: dict[Key, Array] = {}
+        self._residuals: dict[Key, Array] = {}
+        self.under_way: dict[int, UnderWay] = {}
+        self.waited = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="island-exchange")
+
+    def _weights(self) -> list[Shard]:
+        return saved_shards(self._parallel.state_shards(self._model, None), self._config)
+
+    def boxes(self) -> tuple[BoxOf, ...]:
+        """Return what this rank holds."""
+        return tuple(BoxOf(box.name, box.start, box.stop, key in self._owned) for key, box in self._boxes.items())
+
+    # --- beginning --------------------------------------------------------------------------------------
+
+    def begin(self, terms: Terms, versions: Sequence[int]) -> None:
+        """Take the terms of the run, and the local weights for the outer ones.
+
+        Args:
+            terms: of the hub.
+            versions: of the outer weights.
+        """
+        self._terms, self.versions = terms, list(versions)
+        self._fragments = fragments(dict(zip(self.names, self.shapes, strict=True)), terms.fragments)
+        if not terms.gradients:
+            self._anchors = {_key(shard): _copied(shard.data) for shard in self._weights()}
+
+    def give(self) -> None:
+        """Send the weights, which the hub does not have."""
+        owned = [(key, self._boxes[key]) for key in self._boxes if key in self._owned]
+        parts = [(piece, self._anchors[key][piece.within(box)]) for key, box in owned for piece in _pieces(box)]
+        sent = [self._link.ask(OuterGift((), last=True))] if not parts else []
+        for group, last in _grouped(parts):
+            frames = [encode(values, box, "fp32") for box, values in group]
+            heads = tuple(part_header(box, frame) for (box, _), frame in zip(group, frames, strict=True))
+            sent.append(self._link.ask(OuterGift(heads, last), frames))
+        for future in sent:
+            future.result()
+
+    def take(self) -> None:
+        """Fetch the outer weights, and train on from them."""
+        for fragment in range(len(self._fragments)):
+            self.versions[fragment], parts = self._fetch(OuterRequest(fragment), "fp32")
+            for box, values in parts:
+                self._part(box)[...] = values
+        self._adopt({key: self._anchors[key] for key in self._anchors})
+
+    # --- weights ----------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Fragments of the model."""
+        return len(self._fragments)
+
+    def offer(self, fragment: int, lease: int, step: int, targets: int, due: int) -> None:
+        """Bring what the local weights have moved away from the anchors. Sent beside the training.
+
+        Args:
+            fragment: number of it.
+            lease: in which the island is.
+            step: of the lease.
+            targets: tokens that count.
+            due: inner steps of the island after which the update is applied.
+        """
+        names, moved, begun = set(self._fragments[fragment]), dict[Key, Array](), dict[Key, Array]()
+        for shard in self._weights():
+            key = _key(shard)
+            if self._boxes[key].name in names and key not in begun:
+                begun[key] = _copied(shard.data)
+                if key in self._owned:
+                    moved[key] = self._anchors[key] - begun[key]
+                    if key in self._residuals:
+                        moved[key] += self._residuals[key]
+        under_way = UnderWay(lease, step, due, targets, moved, begun if self._terms.overlap_steps else {})
+        self.under_way[fragment] = under_way
+        self.send(fragment)
+
+    def send(self, fragment: int) -> None:
+        """Send the offer that is under way, also one that was under way when it was saved.
+
+        Args:
+            fragment: number of it.
+        """
+        one, names = self.under_way[fragment], set(self._fragments[fragment])
+        digest = sum(bits(self._anchors[key]) for key in self._owned if self._boxes[key].name in names) % (1 << 64)
+        about = Offer(one.lease, fragment, self.versions[fragment], one.targets, digest, one.step, ())
+        one.update = self._pool.submit(self._exchange, about, one.sent)
+
+    def _exchange(self, about: Offer, sent: Mapping[Key, Array]) -> tuple[int, list[tuple[Box, Array]]]:
+        """Send an offer, and fetch what follows it; by the thread that does this."""
+        residuals = self._bring(about, sent)
+        request = UpdateRequest(about.lease, about.fragment, about.step, about.version)
+        version, parts = self._fetch(request, self._terms.exchange)
+        self._residuals |= residuals
+        return version, parts
+
+    def _bring(self, about: Offer, sent: Mapping[Key, Array]) -> dict[Key, Array]:
+        """Send an offer's parts. Returns what rounding has left out of them."""
+        kind, residuals = self._terms.exchange, dict[Key, Array]()
+        feedback = self._terms.error_feedback and kind != "fp32" and not self._terms.gradients
+        parts, futures = [], []
+        for key, values in sent.items():
+            if feedback:
+                residuals[key] = np.empty_like(values)
+            parts += [(piece, values[piece.within(self._boxes[key])], key) for piece in _pieces(self._boxes[key])]
+        group: list[tuple[PartHeader, bytes]] = []
+        for box, values, key in parts:
+            frame = encode(values, box, kind)
+            if feedback:
+                residuals[key][box.within(self._boxes[key])] = values - decode(frame, box, kind)
+            group.append((part_header(box, frame), frame))
+            if sum(len(payload) for _, payload in group) >= _MESSAGE_BYTES:
+                futures.append(self._ask_offer(about, group))
+                group = []
+        if group or not futures:
+            futures.append(self._ask_offer(about, group))
+        for future in futures:
+            future.result()
+        return residuals
+
+    def _ask_offer(self, about: Offer, group: Sequence[tuple[PartHeader, bytes]]) -> Future[Any]:
+        heads = tuple(head for head, _ in group)
+        return self._link.ask(replace(about, parts=heads), [frame for _, frame in group])
+
+    def _fetch(self, request: UpdateRequest | OuterRequest, kind: str) -> tuple[int, list[tuple[Box, Array]]]:
+        """Fetch all pieces of an update. Returns its version, and its parts in order."""
+        first, frames = self._link.ask(request).result()
+        assert isinstance(first, Update)
+        rest = [self._link.ask(replace(request, piece=piece)) for piece in range(1, first.pieces)]
+        shapes = dict(zip(self.names, self.shapes, strict=True))
+        parts: list[tuple[Box, Array]] = []
+        for answer, payloads in [(first, frames), *(future.result() for future in rest)]:
+            assert isinstance(answer, Update)
+            for head, payload in zip(answer.parts, payloads, strict=True):
+                box = Box(head.name, shapes[head.name], head.start, head.stop)
+                parts.append((box, decode(payload, box, kind)))
+        return first.version, parts
+
+    def apply(self, fragment: int) -> None:
+        """Wait for the update of the offer that is under way, and take it over.
+
+        Args:
+            fragment: number of it.
+        """
+        one, begin = self.under_way.pop(fragment), time.monotonic()
+        assert one.update is not None
+        version, parts = one.update.result()
+        self.waited += time.monotonic() - begin
+        self._add(fragment, version, parts)
+        names = set(self._fragments[fragment])
+        changed = {key: self._anchors[key] for key in self._anchors if self._boxes[key].name in names}
+        if not self._terms.overlap_steps:
+            self._adopt(changed)
+            return
+        local = {_key(shard): _copied(shard.data) for shard in self._weights()}
+        mix = self._terms.overlap_mix
+        for key, anchor in changed.items():
+            if mix is None:  # the steps since the offer stay, on top of the new outer weights
+                changed[key] = anchor + (local[key] - one.begun[key])
+            else:
+                changed[key] = local[key] * np.float32(mix) + anchor * np.float32(1 - mix)
+        self._adopt(changed)
+
+    def _add(self, fragment: int, version: int, parts: Iterable[tuple[Box, Array]]) -> None:
+        for box, values in parts:
+            mine = self._part(box)
+            np.add(mine, values, out=mine)
+        self.versions[fragment] = version
+
+    def finish(self, lease: int) -> None:
+        """Take over the last updates of the run: then the weights are the outer ones.
+
+        Args:
+            lease: number of the lease that said that there are no more.
+        """
+        if self._terms.gradients:
+            return
+        for fragment in sorted(self.under_way):
+            self.apply(fragment)
+        for fragment in range(self.count):
+            request = UpdateRequest(lease, fragment, 0, self.versions[fragment])
+            version, parts = self._fetch(request, self._terms.exchange)
+            self._add(fragment, version, parts)
+        self._adopt(dict(self._anchors))
+
+    def _part(self, box: Box) -> Array:
+        """Return the part of an anchor that is a box, to be written into."""
+        for key, mine in self._boxes.items():
+            if mine.name == box.name and _within(mine, box):
+                return self._anchors[key][box.within(mine)]
+        raise RunFailedError("the hub sent what this process does not have", got=f"{box.name}, {box.start}")
+
+    def _adopt(self, values: Mapping[Key, Array]) -> None:
+        # All shards go back: a strategy may send them as a whole. Those of adapters' base stay as they are.
+        shards = self._parallel.state_shards(self._model, None)
+        with torch.no_grad():
+            for shard in shards:
+                if (found := values.get(_key(shard))) is not None:
+                    shard.data.copy_(torch.from_numpy(np.ascontiguousarray(found)))
+        self._parallel.adopt(self._model, None, shards)
+
+    def with_outer(self, action: Callable[[], Any]) -> Any:
+        """Do something with the outer weights in place of the local ones.
+
+        Args:
+            action: what is done.
+        """
+        local = {_key(shard): _copied(shard.data) for shard in self._weights()}
+        self._adopt(self._anchors)
+        try:
+            return action()
+        finally:
+            self._adopt(local)
+
+    # --- gradients --------------------------------------------------------------------------------------
+
+    def gradients(self, lease: int, targets: int) -> None:
+        """Make the gradients the mean of all islands', weighted by tokens.
+
+        Args:
+            lease: of the step.
+            targets: tokens that are in the gradients of this island.
+        """
+        begin = time.monotonic()
+        shards = self._parallel.gradient_shards(self._model)
+        keys = [(shard.name.removeprefix("gradient."), *_key(shard)[1:]) for shard in shards]
+        owned = [(key, shard) for key, shard in zip(keys, shards, strict=True) if shard.owned]
+        sent = {(f"model.{key[0]}", key[1], key[2]): _copied(shard.data) for key, shard in owned}
+        about = Offer(lease, 0, self.versions[0], targets, 0, 1, ())
+        self._bring(about, sent)
+        request = UpdateRequest(lease, 0, 1, self.versions[0])
+        version, parts = self._fetch(request, self._terms.exchange)
+        found: dict[str, list[tuple[Box, Array]]] = {}
+        for box, values in parts:
+            found.setdefault(box.name, []).append((box, values))
+        with torch.no_grad():
+            for key, shard in zip(keys, shards, strict=True):
+                mine = Box(key[0], tuple(shard.shape), key[1], key[2])
+                for box, values in found.get(key[0], ()):
+                    if _within(mine, box):
+                        shard.data[box.within(mine)] = torch.from_numpy(values.copy()).to(shard.data)
+        self._parallel.adopt_gradients(self._model, shards)
+        self.versions[0] = version
+        self.waited += time.monotonic() - begin
+
+    # --- state ------------------------------------------------------------------------------------------
+
+    def shards(self) -> list[Shard]:
+        """Return the island's own tensors, as its checkpoints hold them."""
+        found = [self._shard("anchor", key, value) for key, value in self._anchors.items()]
+        found += [self._shard("residual", key, value) for key, value in self._residuals.items()]
+        for one in self.under_way.values():
+            found += [self._shard("offer", key, value) for key, value in one.sent.items()]
+            found += [self._shard("begun", key, value) for key, value in one.begun.items()]
+        return found
+
+    def _shard(self, kind: str, key: Key, value: Array) -> Shard:
+        box = self._boxes[key]
+        data = torch.from_numpy(value.reshape(box.dims))
+        return Shard(f"{ISLAND}{kind}.{box.name}", box.shape, box.slices, data, key in self._owned)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the rest of the state, for JSON."""
+        under_way = [[at, one.lease, one.step, one.due, one.targets] for at, one in sorted(self.under_way.items())]
+        return {"versions": list(self.versions), "under_way": under_way}  # written later, by a thread
+
+    def empty_state(self, plain: Mapping[str, Any], stored: Iterable[str]) -> list[Shard]:
+        """Make room for what a checkpoint holds of the island, and return it to be filled.
+
+        Args:
+            plain: of `plain`, from there.
+            stored: names of its tensors.
+        """
+        kinds = {name.removeprefix(ISLAND).partition(".")[0] for name in stored if name.startswith(ISLAND)}
+        self.versions = [int(version) for version in plain["versions"]]
+        self.under_way = {}
+        for at, lease, step, due, targets in plain["under_way"]:
+            self.under_way[int(at)] = UnderWay(int(lease), int(step), int(due), int(targets))
+        self._residuals = {key: self._room(key) for key in self._owned} if "residual" in kinds else {}
+        for fragment, one in self.under_way.items():
+            names = set(self._fragments[fragment])
+            one.sent = {key: self._room(key) for key in self._owned if self._boxes[key].name in names}
+            if "begun" in kinds:
+                one.begun = {key: self._room(key) for key in self._boxes if self._boxes[key].name in names}
+        return self.shards()
+
+    def _room(self, key: Key) -> Array:
+        return np.empty(self._boxes[key].dims, dtype=np.float32)
+
+
+def _key(shard: Shard) -> Key:
+    return shard.name, tuple(part.start for part in shard.slices), tuple(part.stop for part in shard.slices)
+
+
+def _copied(data: torch.Tensor) -> Array:
+    return np.array(data.detach().to("cpu", torch.float32).numpy(), dtype=np.float32, order="C")
+
+
+def _nothing(name: str, shape: tuple[int, ...]) -> Shard:
+    return Shard(name, shape, (), torch.empty(0))
+
+
+def _within(outer: Box, inner: Box) -> bool:
+    pairs = zip(outer.start, inner.start, inner.stop, outer.stop, strict=True)
+    return all(a <= b and c <= d for a, b, c, d in pairs)
+
+
+def _pieces(box: Box) -> list[Box]:
+    return [piece for piece in box.pieces(_PIECE_ELEMENTS) if piece.size]
+
+
+def _grouped(parts: Sequence[tuple[Box, Array]]) -> Iterable[tuple[list[tuple[Box, Array]], bool]]:
+    """Divide parts into messages of about equal size; with the last one it is said that it is."""
+    group: list[tuple[Box, Array]] = []
+    size = 0
+    for box, values in parts:
+        if group and size + 4 * box.size > _MESSAGE_BYTES:
+            yield group, False
+            group, size = [], 0
+        group.append((box, values))
+        size += 4 * box.size
+    if group:
+        yield group, True
