@@ -257,7 +257,8 @@ class XlaStrategy(ParallelStrategy):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 xs.mark_sharding(parameter.grad, self._mesh, self._spec(model, name))
-        self._execute()
+        # What the program has not computed yet has no value that could be read.
+        torch_xla.sync(wait=True)
         return copied(self._gradients_of(model), self.is_global_zero)
 
     def adopt_gradients(self, model: ShardableModel, shards: Sequence[Shard]) -> None:

@@ -63,6 +63,11 @@ class RunServer:
         assert "failed" not in answer, answer["failed"]
         return answer["result"]
 
+    def end(self) -> None:
+        """End the process, also in the middle of a request."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         """Let the process end."""
         assert self._process.stdin is not None
