@@ -299,7 +299,8 @@ def _train_through(job: Job, record: Record, left_out: list[str]) -> None:
     if not _all_steps_done(job):
         if not rejoining.catch_up(job):
             return  # the others are concluding the run
-        with blamed(job.watchers.own):
+        island = job.island.fitting(job.watchers.stop) if job.island else contextlib.nullcontext()
+        with blamed(job.watchers.own), island:
             job.trainer.fit(job.module, job.loader)
     standing.enter(standing.ENDING)
     if job.island is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -15,7 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from orchestrator import stopping
 from orchestrator.config.schema import RunConfig
+from orchestrator.distributed import standing
 from orchestrator.errors import RunFailedError
 from orchestrator.islands.boxes import Box
 from orchestrator.islands.codec import decode, encode
@@ -43,6 +46,20 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Key: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...]]
 _PIECE_ELEMENTS = 4 << 20
 _MESSAGE_BYTES = 16 << 20
+_POLL_SECONDS = 0.25
+_THREADS = 8
+
+
+class LeavingError(Exception):
+    """The island was asked to stop while it waited for the hub.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"asked to stop by signal {number}")
+        self.number = number
 
 
 @dataclass
@@ -105,7 +122,29 @@ class IslandExchange:
         self._residuals: dict[Key, Array] = {}
         self.under_way: dict[int, UnderWay] = {}
         self.waited = 0.0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="island-exchange")
+        self._pool: ThreadPoolExecutor
+
+    def wait(self, future: Future[Any], count: bool = True) -> Any:
+        """Return what the hub answers, on all ranks or on none: whoever it waits for may have been stopped, too.
+
+        Args:
+            future: of the answer.
+            count: the seconds are those of waiting for an exchange.
+
+        Raises:
+            LeavingError: a rank was asked to stop while one had no answer.
+        """
+        begin = time.monotonic()
+        try:
+            while True:
+                futures.wait([future], _POLL_SECONDS)
+                standing.mark()
+                if not self._parallel.any_raised(not future.done()):
+                    return future.result()
+                if number := self._parallel.start_vote(stopping.requested()).result():
+                    raise LeavingError(number)
+        finally:
+            self.waited += (time.monotonic() - begin) * count
 
     def _weights(self) -> list[Shard]:
         return saved_shards(self._parallel.state_shards(self._model, None), self._config)
@@ -125,6 +164,10 @@ class IslandExchange:
         """
         self._terms, self.versions = terms, list(versions)
         self._fragments = fragments(dict(zip(self.names, self.shapes, strict=True)), terms.fragments)
+        if self._feedback:  # of all parts, as a checkpoint holds whole tensors
+            self._residuals = {key: np.zeros(self._boxes[key].dims, dtype=np.float32) for key in self._owned}
+        # A fragment waits for its update in its thread.
+        self._pool = ThreadPoolExecutor(min(self.count, _THREADS), thread_name_prefix="island-exchange")
         if not terms.gradients:
             self._anchors = {_key(shard): _copied(shard.data) for shard in self._weights()}
 
@@ -194,13 +237,13 @@ class IslandExchange:
         residuals = self._bring(about, sent)
         request = UpdateRequest(about.lease, about.fragment, about.step, about.version)
         version, parts = self._fetch(request, self._terms.exchange)
-        self._residuals |= residuals
+        for key, values in residuals.items():
+            self._residuals[key] = values
         return version, parts
 
     def _bring(self, about: Offer, sent: Mapping[Key, Array]) -> dict[Key, Array]:
         """Send an offer's parts. Returns what rounding has left out of them."""
-        kind, residuals = self._terms.exchange, dict[Key, Array]()
-        feedback = self._terms.error_feedback and kind != "fp32" and not self._terms.gradients
+        kind, residuals, feedback = self._terms.exchange, dict[Key, Array](), self._feedback
         parts, futures = [], []
         for key, values in sent.items():
             if feedback:
@@ -221,6 +264,11 @@ class IslandExchange:
             future.result()
         return residuals
 
+    @property
+    def _feedback(self) -> bool:
+        terms = self._terms
+        return terms.error_feedback and terms.exchange != "fp32" and not terms.gradients
+
     def _ask_offer(self, about: Offer, group: Sequence[tuple[PartHeader, bytes]]) -> Future[Any]:
         heads = tuple(head for head, _ in group)
         return self._link.ask(replace(about, parts=heads), [frame for _, frame in group])
@@ -239,16 +287,24 @@ class IslandExchange:
                 parts.append((box, decode(payload, box, kind)))
         return first.version, parts
 
-    def apply(self, fragment: int) -> None:
+    def apply(self, fragment: int, leaves: bool = True) -> None:
         """Wait for the update of the offer that is under way, and take it over.
 
         Args:
             fragment: number of it.
+            leaves: a request to stop ends the waiting.
+
+        Raises:
+            LeavingError: a rank was asked to stop meanwhile; the offer stays under way.
         """
-        one, begin = self.under_way.pop(fragment), time.monotonic()
+        one, begin = self.under_way[fragment], time.monotonic()
         assert one.update is not None
-        version, parts = one.update.result()
-        self.waited += time.monotonic() - begin
+        if leaves:
+            version, parts = self.wait(one.update)
+        else:
+            version, parts = one.update.result()
+            self.waited += time.monotonic() - begin
+        del self.under_way[fragment]
         self._add(fragment, version, parts)
         names = set(self._fragments[fragment])
         changed = {key: self._anchors[key] for key in self._anchors if self._boxes[key].name in names}
@@ -279,7 +335,7 @@ class IslandExchange:
         if self._terms.gradients:
             return
         for fragment in sorted(self.under_way):
-            self.apply(fragment)
+            self.apply(fragment, leaves=False)
         for fragment in range(self.count):
             request = UpdateRequest(lease, fragment, 0, self.versions[fragment])
             version, parts = self._fetch(request, self._terms.exchange)
@@ -323,16 +379,16 @@ class IslandExchange:
         Args:
             lease: of the step.
             targets: tokens that are in the gradients of this island.
+
+        Raises:
+            LeavingError: a rank was asked to stop meanwhile.
         """
-        begin = time.monotonic()
         shards = self._parallel.gradient_shards(self._model)
         keys = [(shard.name.removeprefix("gradient."), *_key(shard)[1:]) for shard in shards]
         owned = [(key, shard) for key, shard in zip(keys, shards, strict=True) if shard.owned]
         sent = {(f"model.{key[0]}", key[1], key[2]): _copied(shard.data) for key, shard in owned}
         about = Offer(lease, 0, self.versions[0], targets, 0, 1, ())
-        self._bring(about, sent)
-        request = UpdateRequest(lease, 0, 1, self.versions[0])
-        version, parts = self._fetch(request, self._terms.exchange)
+        version, parts = self.wait(self._pool.submit(self._exchange, about, sent))
         found: dict[str, list[tuple[Box, Array]]] = {}
         for box, values in parts:
             found.setdefault(box.name, []).append((box, values))
@@ -344,7 +400,6 @@ class IslandExchange:
                         shard.data[box.within(mine)] = torch.from_numpy(values.copy()).to(shard.data)
         self._parallel.adopt_gradients(self._model, shards)
         self.versions[0] = version
-        self.waited += time.monotonic() - begin
 
     # --- state ------------------------------------------------------------------------------------------
 
@@ -379,7 +434,8 @@ class IslandExchange:
         self.under_way = {}
         for at, lease, step, due, targets in plain["under_way"]:
             self.under_way[int(at)] = UnderWay(int(lease), int(step), int(due), int(targets))
-        self._residuals = {key: self._room(key) for key in self._owned} if "residual" in kinds else {}
+        if "residual" in kinds:
+            self._residuals = {key: self._room(key) for key in self._owned}
         for fragment, one in self.under_way.items():
             names = set(self._fragments[fragment])
             one.sent = {key: self._room(key) for key in self._owned if self._boxes[key].name in names}

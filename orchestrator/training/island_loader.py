@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from orchestrator.constants import IGNORE_INDEX
-from orchestrator.data.stream import Batch, Position, StepLoader, TokenStream, read_ahead
+from orchestrator.data.stream import Batch, Position, StepLoader, TokenStream
 from orchestrator.islands.island_messages import Lease
 from orchestrator.islands.ledger import Range
+from orchestrator.training.island_exchange import LeavingError
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,11 @@ class IslandLoader(StepLoader):
         data_world: number of shares.
         prefetch: steps that are read ahead.
         ask: returns a lease of a number; waits for it.
+        wait: returns what a future has, on all ranks or on none; raises `LeavingError`.
 
     Attributes:
         ended: the lease behind the last one; None as long as there are more.
+        left: the signal by which the island was asked to stop while it waited for a lease; 0: it was not.
     """
 
     def __init__(
@@ -55,11 +60,13 @@ class IslandLoader(StepLoader):
         data_world: int,
         prefetch: int,
         ask: Callable[[int], Lease],
+        wait: Callable[[Future[Any]], Any] = Future.result,
     ):
         super().__init__(stream, global_batch * data_world, data_rank, data_world, Position(), 0, prefetch)
         self.global_batch = global_batch
-        self._ask = ask
+        self._ask, self._wait = ask, wait
         self.ended: Lease | None = None
+        self.left = 0
         self._begin = LeasePosition()
         self._leases: dict[int, Lease] = {}
         self._firsts: list[tuple[int, int]] = []  # inner step with which a lease begins, and its number
@@ -77,8 +84,26 @@ class IslandLoader(StepLoader):
         return 1 << 62
 
     def __iter__(self) -> Iterator[Batch]:
-        source = self._batches()
-        return read_ahead(source, self.prefetch) if self.prefetch > 0 else source
+        source, pool = self._batches(), ThreadPoolExecutor(1, thread_name_prefix="island-loader")
+        ahead = collections.deque(pool.submit(next, source, None) for _ in range(max(1, self.prefetch)))
+        step, left = self._begin.step, 0  # batches of the lease that are left
+        try:
+            while True:
+                # Only between two leases the hub may let the island wait.
+                batch = ahead[0].result() if left else self._wait(ahead[0])
+                if batch is None:
+                    return
+                ahead.popleft()
+                ahead.append(pool.submit(next, source, None))
+                if batch and not left:
+                    lease, index = self.lease_at(step)
+                    left = len(lease.steps) - index
+                step, left = step + bool(batch), max(0, left - 1)
+                yield batch
+        except LeavingError as leaving:
+            self.left = leaving.number
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _batches(self) -> Iterator[Batch]:
         number, done, step = self._begin.lease, self._begin.done, self._begin.step

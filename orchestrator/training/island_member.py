@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -9,7 +11,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,12 +45,13 @@ from orchestrator.runs.messages import warn
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.handover_check import measure
-from orchestrator.training.island_exchange import IslandExchange
+from orchestrator.training.island_exchange import IslandExchange, LeavingError
 from orchestrator.training.island_loader import IslandLoader, LeasePosition, lease_position
 
 if TYPE_CHECKING:
     from orchestrator.training.callbacks.checkpointing import Checkpoints
     from orchestrator.training.callbacks.evaluation import Validation
+    from orchestrator.training.callbacks.preemption import StopOnSignal
     from orchestrator.training.module import LanguageModule
 
 _LAST = "end"  # the mark of a save that nobody asked for
@@ -69,7 +72,7 @@ class IslandMember(lightning.Callback):
         name: of the island.
         loader: its batches.
         welcome: how it was let in.
-        ended: whether the run has ended.
+        left: the signal by which the island was asked to stop while it waited for an exchange; 0: it was not.
     """
 
     def __init__(
@@ -92,13 +95,14 @@ class IslandMember(lightning.Callback):
         self._exchange = IslandExchange(parallel, module.model, config, self._link)
         train, (rank, shares) = config.train, parallel.step_share
         batch = train.global_batch_tokens // train.seq_len
-        self.loader = IslandLoader(tokens.stream, batch, rank, shares, config.data.prefetch, self._lease)
+        wait = functools.partial(self._exchange.wait, count=False)
+        self.loader = IslandLoader(tokens.stream, batch, rank, shares, config.data.prefetch, self._lease, wait)
         self._reference: Mapping[str, Any] | None = None
         self._marked: str | None = None
         self._numbers: list[tuple[int, Tensor, Tensor, Tensor, float]] = []  # step, loss, norm, targets, rate
         self._counted: dict[int, int] = {}  # targets of the steps since the last offer of each fragment
         self._handled = self._reported = -1
-        self._told_stop = False
+        self._told_stop, self.left = False, 0
         self._since, self._waited = time.monotonic(), 0.0
         self._saving: dict[str, tuple[str, int]] = {}  # checkpoint's step -> mark and lease
         self.welcome = self._enter(incarnation, restored)
@@ -268,9 +272,7 @@ class IslandMember(lightning.Callback):
             lease, index = self.loader.lease_at(step)
             if lease.lease != self._handled and index == 0:
                 self._obey(lease)
-            for fragment, one in sorted(self._exchange.under_way.items()):
-                if one.due <= step:
-                    self._exchange.apply(fragment)
+            self._apply_due(step)  # what was under way when the island was saved
 
     def _obey(self, lease: Lease, wait: bool = False) -> None:
         self._handled = lease.lease
@@ -318,6 +320,10 @@ class IslandMember(lightning.Callback):
         done = index + 1
         if not self.welcome.terms.gradients:
             self._offer_due(lease, done, step)
+            try:
+                self._apply_due(step)
+            except LeavingError as leaving:
+                self.left, trainer.should_stop = leaving.number, True
         if done == len(lease.steps):
             self._report(lease)
             self.loader.forget_before(lease.lease - 2)
@@ -330,11 +336,14 @@ class IslandMember(lightning.Callback):
         for fragment in range(exchange.count):
             if max(1, math.ceil(length * (fragment + 1) / exchange.count)) == done:
                 if fragment in exchange.under_way:
-                    exchange.apply(fragment)
+                    exchange.apply(fragment, leaves=False)
                 targets, self._counted[fragment] = self._counted[fragment], 0
                 exchange.offer(fragment, lease.lease, done, targets, step + terms.overlap_steps)
-                if not terms.overlap_steps:
-                    exchange.apply(fragment)
+
+    def _apply_due(self, step: int) -> None:
+        for fragment, one in sorted(self._exchange.under_way.items()):
+            if one.due <= step:
+                self._exchange.apply(fragment)
 
     def heard(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Take note of a step's numbers, for the report of its lease.
@@ -362,6 +371,22 @@ class IslandMember(lightning.Callback):
         rates = tuple(number[4] for number in numbers)
         report = Report(lease.lease, _finite(losses), targets, _finite(norms), rates, seconds, waited)
         self._link.ask(report)
+
+    @contextlib.contextmanager
+    def fitting(self, stop: StopOnSignal) -> Iterator[None]:
+        """Within it the trainer's loop runs. It may be left while the island waits for the hub.
+
+        Args:
+            stop: knows the signal, if it ended the training between two steps.
+        """
+        try:
+            yield
+        except LeavingError as leaving:  # in the middle of a step, which is taken again
+            self.left = leaving.number
+            stop.on_train_end(None, self._module)
+            for parameter in self._module.model.parameters():
+                parameter.grad = None
+        stop.stopped = stop.stopped or self.left or self.loader.left
 
     # --- saves --------------------------------------------------------------------------------------------
 
