@@ -238,7 +238,7 @@ def _go_through(job: Job, facts: dict[str, Any], checked: str | None, monitor: R
         ending.callback(job.watchers.channels.close)
         ending.callback(lambda: rejoining.end(job, record, status, left_out))
         ending.callback(job.watchers.checkpoints.close)
-        ending.callback(job.island.close if job.island else int)
+        ending.callback(lambda: job.island.close(status == "diverged") if job.island else None)
         ending.callback(job.watchers.snapshots.close)
         ending.callback(measure_energy(job, record))
         record.begin()

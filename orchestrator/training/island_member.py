@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,7 +34,6 @@ from orchestrator.islands.island_messages import (
     Lease,
     LeaseRequest,
     Peer,
-    Report,
     Saved,
     Score,
     Welcome,
@@ -47,6 +45,7 @@ from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.handover_check import measure
 from orchestrator.training.island_exchange import IslandExchange, LeavingError
 from orchestrator.training.island_loader import IslandLoader, LeasePosition, lease_position
+from orchestrator.training.island_numbers import IslandNumbers
 
 if TYPE_CHECKING:
     from orchestrator.training.callbacks.checkpointing import Checkpoints
@@ -99,11 +98,9 @@ class IslandMember(lightning.Callback):
         self.loader = IslandLoader(tokens.stream, batch, rank, shares, config.data.prefetch, self._lease, wait)
         self._reference: Mapping[str, Any] | None = None
         self._marked: str | None = None
-        self._numbers: list[tuple[int, Tensor, Tensor, Tensor, float]] = []  # step, loss, norm, targets, rate
-        self._counted: dict[int, int] = {}  # targets of the steps since the last offer of each fragment
+        self._numbers = IslandNumbers(parallel)
         self._handled = self._reported = -1
         self._told_stop, self.left = False, 0
-        self._since, self._waited = time.monotonic(), 0.0
         self._saving: dict[str, tuple[str, int]] = {}  # checkpoint's step -> mark and lease
         self.welcome = self._enter(incarnation, restored)
 
@@ -125,15 +122,13 @@ class IslandMember(lightning.Callback):
             assert restored is not None, "what the hub answers is the mark of a save"
             self._exchange.begin(answer.terms, answer.versions)
             self._read_state(restored, mine)
+            self._numbers.restore(mine["numbers"])
         else:
             position = self._begin_anew(answer, restored)
         self._module.step, self._module.island = position.step, self
         self.loader.begin(position)
         self._tokens.position = Position(position.step, 0, position.sequences * self._tokens.stream.seq_len)
         self._handled = self._reported = position.lease - 1 if not position.done else position.lease
-        self._counted = (
-            {int(at): int(count) for at, count in mine.get("counted", ())} if answer.start == "replay" else {}
-        )
         for fragment in sorted(self._exchange.under_way):
             self._exchange.send(fragment)
         return answer
@@ -261,7 +256,7 @@ class IslandMember(lightning.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Hear what is recorded of each step."""
         pl_module.record = recording(self, pl_module.record)
-        self._since = time.monotonic()
+        self._numbers.begin(self._exchange.waited)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *unused: Any) -> None:
         """Do what the lease says before its first step."""
@@ -330,14 +325,11 @@ class IslandMember(lightning.Callback):
 
     def _offer_due(self, lease: Lease, done: int, step: int) -> None:
         exchange, terms, length = self._exchange, self.welcome.terms, len(lease.steps)
-        sequences = lease.steps[done - 1].sequences * self._config.train.seq_len
-        for fragment in range(exchange.count):
-            self._counted[fragment] = self._counted.get(fragment, 0) + sequences
         for fragment in range(exchange.count):
             if max(1, math.ceil(length * (fragment + 1) / exchange.count)) == done:
                 if fragment in exchange.under_way:
                     exchange.apply(fragment, leaves=False)
-                targets, self._counted[fragment] = self._counted[fragment], 0
+                targets = self._numbers.since_offer(fragment)
                 exchange.offer(fragment, lease.lease, done, targets, step + terms.overlap_steps)
 
     def _apply_due(self, step: int) -> None:
@@ -354,23 +346,14 @@ class IslandMember(lightning.Callback):
             grad_norm: of the step.
             lr: learning rate of the step.
         """
-        self._numbers.append((step, loss, grad_norm, self._module.targets, lr))
+        lease, index = self.loader.lease_at(step - 1)
+        real, waited = bool(lease.steps[index].rows), self._exchange.waited
+        self._numbers.heard(loss, grad_norm, self._module.targets, lr, real, waited)
 
     def _report(self, lease: Lease) -> None:
-        numbers, self._numbers = self._numbers[-len(lease.steps) :], []
-        now = time.monotonic()
-        seconds, self._since = now - self._since, now
-        waited, self._waited = self._exchange.waited - self._waited, self._exchange.waited
-        flat = self._parallel.fetch([value for _, *values, _ in numbers for value in values[:3]])
-        if self._parallel.rank or len(numbers) != len(lease.steps) or lease.lease <= self._reported:
-            return
-        losses, norms, counts = flat[::3], flat[1::3], flat[2::3]
-        targets = tuple(
-            round(count) if step.rows else 0 for count, step in zip(counts, lease.steps, strict=True)
-        )  # of a step of fillers alone the divisor is 1
-        rates = tuple(number[4] for number in numbers)
-        report = Report(lease.lease, _finite(losses), targets, _finite(norms), rates, seconds, waited)
-        self._link.ask(report)
+        report = self._numbers.report(lease, self._exchange.waited)
+        if report is not None and self._parallel.rank == 0 and lease.lease > self._reported:
+            self._link.ask(report)
 
     @contextlib.contextmanager
     def fitting(self, stop: StopOnSignal) -> Iterator[None]:
@@ -398,7 +381,7 @@ class IslandMember(lightning.Callback):
                 "run": self.welcome.run,
                 "mark": self._marked or _LAST,
                 "exchange": self._exchange.plain(),
-                "counted": sorted(map(list, self._counted.items())),
+                "numbers": self._numbers.plain(),
             }
         }
 
@@ -436,13 +419,16 @@ class IslandMember(lightning.Callback):
         if self._parallel.rank == 0:
             self._link.ask(Bye(status)).result(60)
 
-    def close(self) -> None:
-        """End the link."""
+    def close(self, diverged: bool = False) -> None:
+        """End the link. An island that does not say goodbye is waited for: it may be started again.
+
+        Args:
+            diverged: its loss is not finite, and would not be when it is started again: others get its data.
+        """
+        if diverged and self._parallel.rank == 0:
+            with contextlib.suppress(Exception):  # the hub may have gone, or has set this island aside
+                self._link.ask(Bye("failed", "its loss or its weights are not finite")).result(10)
         self._link.close()
-
-
-def _finite(values: list[float]) -> tuple[float | None, ...]:
-    return tuple(value if math.isfinite(value) else None for value in values)
 
 
 def island_member(
