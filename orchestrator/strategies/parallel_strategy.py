@@ -11,7 +11,7 @@ import json
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -244,6 +244,15 @@ class ParallelStrategy(TrainerStrategy, ModelCopies, TextRows):
             model: sharded.
             shards: the same ones.
         """
+
+    def weight_shards(self, model: ShardableModel, names: Collection[str]) -> list[Shard]:
+        """Return the local parts of some weights, as `state_shards` does; `adopt` takes over what is written there.
+
+        Args:
+            model: sharded.
+            names: of the weights, as shards have them.
+        """
+        return [shard for shard in self.state_shards(model, None) if shard.name in names]
 
     def held_parts(self, model: ShardableModel, optimizer: torch.optim.Optimizer) -> list[HeldPart]:
         """Return what each device of this process holds of weights and optimizer state, copies too.

@@ -12,7 +12,7 @@ depend on the rank but what is written to files. What hosts decide together they
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -249,6 +249,11 @@ class XlaStrategy(ParallelStrategy):
         """Copy the shards of this host's devices to the host."""
         self._execute()
         return copied(self._named(model, optimizer), self.is_global_zero)
+
+    def weight_shards(self, model: ShardableModel, names: Collection[str]) -> list[Shard]:
+        """Copy the shards of some weights to the host."""
+        self._execute()
+        return copied(((name, one) for name, one in self._named(model, None) if name in names), self.is_global_zero)
 
     def gradient_shards(self, model: ShardableModel) -> list[Shard]:
         """Copy this host's parts of the gradients to the host."""

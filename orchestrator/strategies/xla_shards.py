@@ -41,13 +41,15 @@ def send_back(named: Iterable[tuple[str, Tensor]], shards: Sequence[Shard]) -> N
     """Send filled shards back to the devices.
 
     Args:
-        named: global tensors, with their full names.
+        named: global tensors, with their full names; those of which there are no shards stay as they are.
         shards: as `copied` gave them.
     """
     parts: dict[str, list[Tensor]] = {}
     for shard in shards:
         parts.setdefault(shard.name, []).append(shard.data)
     for name, tensor in named:
+        if name not in parts:
+            continue
         wrapped = xs.wrap_if_sharded(tensor.data)
         if tensor.dim() == 0 or wrapped.sharding_type in _WHOLE:
             with torch.no_grad():

@@ -40,6 +40,7 @@ from orchestrator.models.protocol import ShardableModel
 from orchestrator.sharding.shard import Shard
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.adapter_state import saved_shards
+from orchestrator.training.island_guess import EagerGuess
 from orchestrator.training.restore import ISLAND
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -123,6 +124,7 @@ class IslandExchange:
         self.under_way: dict[int, UnderWay] = {}
         self.waited = 0.0
         self._pool: ThreadPoolExecutor
+        self._eager: EagerGuess[Key] = EagerGuess(self._terms)
 
     def wait(self, future: Future[Any], count: bool = True) -> Any:
         """Return what the hub answers, on all ranks or on none: whoever it waits for may have been stopped, too.
@@ -146,8 +148,9 @@ class IslandExchange:
         finally:
             self.waited += (time.monotonic() - begin) * count
 
-    def _weights(self) -> list[Shard]:
-        return saved_shards(self._parallel.state_shards(self._model, None), self._config)
+    def _weights(self, names: Iterable[str] | None = None) -> list[Shard]:
+        wanted = {f"model.{name}" for name in (self.names if names is None else names)}
+        return self._parallel.weight_shards(self._model, wanted)
 
     def boxes(self) -> tuple[BoxOf, ...]:
         """Return what this rank holds."""
@@ -164,6 +167,7 @@ class IslandExchange:
         """
         self._terms, self.versions = terms, list(versions)
         self._fragments = fragments(dict(zip(self.names, self.shapes, strict=True)), terms.fragments)
+        self._eager = EagerGuess(terms)
         if self._feedback:  # of all parts, as a checkpoint holds whole tensors
             self._residuals = {key: np.zeros(self._boxes[key].dims, dtype=np.float32) for key in self._owned}
         # A fragment waits for its update in its thread.
@@ -198,7 +202,7 @@ class IslandExchange:
         """Fragments of the model."""
         return len(self._fragments)
 
-    def offer(self, fragment: int, lease: int, step: int, targets: int, due: int) -> None:
+    def offer(self, fragment: int, lease: int, step: int, targets: int, due: int, share: float = 1.0) -> None:
         """Bring what the local weights have moved away from the anchors. Sent beside the training.
 
         Args:
@@ -207,16 +211,21 @@ class IslandExchange:
             step: of the lease.
             targets: tokens that count.
             due: inner steps of the island after which the update is applied.
+            share: of a step's sequences that is this island's.
         """
-        names, moved, begun = set(self._fragments[fragment]), dict[Key, Array](), dict[Key, Array]()
-        for shard in self._weights():
+        moved, begun = dict[Key, Array](), dict[Key, Array]()
+        for shard in self._weights(self._fragments[fragment]):
             key = _key(shard)
-            if self._boxes[key].name in names and key not in begun:
+            if key not in begun:
                 begun[key] = _copied(shard.data)
                 if key in self._owned:
                     moved[key] = self._anchors[key] - begun[key]
                     if key in self._residuals:
                         moved[key] += self._residuals[key]
+        if self._terms.eager:
+            guessed = self._eager.guess({key: self._anchors[key] - local for key, local in begun.items()}, share)
+            begun = {key: self._anchors[key] + update for key, update in guessed.items()}
+            self._adopt(begun)
         under_way = UnderWay(lease, step, due, targets, moved, begun if self._terms.overlap_steps else {})
         self.under_way[fragment] = under_way
         self.send(fragment)
@@ -305,13 +314,17 @@ class IslandExchange:
             version, parts = one.update.result()
             self.waited += time.monotonic() - begin
         del self.under_way[fragment]
-        self._add(fragment, version, parts)
         names = set(self._fragments[fragment])
-        changed = {key: self._anchors[key] for key in self._anchors if self._boxes[key].name in names}
+        mine = [key for key in self._anchors if self._boxes[key].name in names]
+        before = {key: self._anchors[key].copy() for key in mine} if self._terms.eager else {}
+        self._add(fragment, version, parts)
+        changed = {key: self._anchors[key] for key in mine}
         if not self._terms.overlap_steps:
             self._adopt(changed)
             return
-        local = {_key(shard): _copied(shard.data) for shard in self._weights()}
+        if self._terms.eager:
+            self._eager.came({key: anchor - before[key] for key, anchor in changed.items()})
+        local = {_key(shard): _copied(shard.data) for shard in self._weights(names)}
         mix = self._terms.overlap_mix
         for key, anchor in changed.items():
             if mix is None:  # the steps since the offer stay, on top of the new outer weights
@@ -350,12 +363,10 @@ class IslandExchange:
         raise RunFailedError("the hub sent what this process does not have", got=f"{box.name}, {box.start}")
 
     def _adopt(self, values: Mapping[Key, Array]) -> None:
-        # All shards go back: a strategy may send them as a whole. Those of adapters' base stay as they are.
-        shards = self._parallel.state_shards(self._model, None)
+        shards = self._weights({self._boxes[key].name for key in values})
         with torch.no_grad():
             for shard in shards:
-                if (found := values.get(_key(shard))) is not None:
-                    shard.data.copy_(torch.from_numpy(np.ascontiguousarray(found)))
+                shard.data.copy_(torch.from_numpy(np.ascontiguousarray(values[_key(shard)])))
         self._parallel.adopt(self._model, None, shards)
 
     def with_outer(self, action: Callable[[], Any]) -> Any:
@@ -410,6 +421,8 @@ class IslandExchange:
         for one in self.under_way.values():
             found += [self._shard("offer", key, value) for key, value in one.sent.items()]
             found += [self._shard("begun", key, value) for key, value in one.begun.items()]
+        for kind, parts in self._eager.kept.items():
+            found += [self._shard(kind, key, value) for key, value in parts.items()]
         return found
 
     def _shard(self, kind: str, key: Key, value: Array) -> Shard:
@@ -441,6 +454,9 @@ class IslandExchange:
             one.sent = {key: self._room(key) for key in self._owned if self._boxes[key].name in names}
             if "begun" in kinds:
                 one.begun = {key: self._room(key) for key in self._boxes if self._boxes[key].name in names}
+        for kind, parts in self._eager.kept.items():
+            names = {name.removeprefix(f"{ISLAND}{kind}.") for name in stored if name.startswith(f"{ISLAND}{kind}.")}
+            parts.update({key: self._room(key) for key, box in self._boxes.items() if box.name in names})
         return self.shards()
 
     def _room(self, key: Key) -> Array:

@@ -330,7 +330,8 @@ class IslandMember(lightning.Callback):
                 if fragment in exchange.under_way:
                     exchange.apply(fragment, leaves=False)
                 targets = self._numbers.since_offer(fragment)
-                exchange.offer(fragment, lease.lease, done, targets, step + terms.overlap_steps)
+                share = min(1.0, lease.steps[done - 1].sequences / self.loader.global_batch)
+                exchange.offer(fragment, lease.lease, done, targets, step + terms.overlap_steps, share)
 
     def _apply_due(self, step: int) -> None:
         for fragment, one in sorted(self._exchange.under_way.items()):

@@ -66,10 +66,13 @@ def test_exchanged_gradients_are_those_of_one_process(lab, tmp_path, layout, siz
 KINDS = {
     "rounds": Terms(inner_steps=5),
     "int8": Terms(inner_steps=5, fragments=2, overlap_steps=2, exchange="int8", lr=0.7, momentum=0.9),
+    "eager": Terms(inner_steps=5, overlap_steps=2, exchange="bf16", eager=True, lr=0.7, momentum=0.9),
+    "mixed": Terms(inner_steps=5, overlap_steps=2, exchange="int4", overlap_mix=0.5),
 }
+ALL_KINDS = ["rounds", "int8", "eager", pytest.param("mixed", marks=slow)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_two_runs_have_the_same_bits(lab, kind):
     found = []
     for name in ("one", "two"):
