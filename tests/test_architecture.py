@@ -158,6 +158,7 @@ DECIDED_IN = {
     },
     "orchestrator.checkpoint.signing.trust": {
         *("certify/certificate.py", "cli/checkpoint.py", "launch/model_job.py", "launch/plan.py", "launch/run.py"),
+        "launch/hub_process.py",
         "runs/resume.py",
     },
 }

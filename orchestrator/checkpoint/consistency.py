@@ -73,6 +73,8 @@ _STATES = (
 )
 
 
+_OF_ISLANDS = ("island_", "outer_")  # what runs with islands keep beside an optimizer's state: docs/islands.md
+_ENCODED = "outer_update_"  # bytes of an exchange
 _CODED = ("exp_avg", "exp_avg_sq")  # what may be kept as codes of 8 bits, with a scale for each block
 
 
@@ -83,9 +85,12 @@ def _optimizer(checkpoint: Checkpoint) -> Iterator[str]:
     kinds: dict[str, set[str]] = {}
     for full in sorted(name for name in tensors if name.startswith("optimizer.")):
         kind, _, name = full.removeprefix("optimizer.").partition(".")
-        kinds.setdefault(name, set()).add(kind)
+        if not kind.startswith(_OF_ISLANDS):
+            kinds.setdefault(name, set()).add(kind)
         if name not in weights:
             yield f"{full} is of no weight"
+        elif kind.startswith(_ENCODED):
+            continue
         elif tensors[full].shape not in _shapes(kind, weights[name].shape):
             yield f"{full} has shape {tensors[full].shape}, its weight {weights[name].shape}"
         elif (

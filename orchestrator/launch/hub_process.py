@@ -13,6 +13,8 @@ from typing import Any
 
 from orchestrator import stopping
 from orchestrator.atomic_files import write_atomically
+from orchestrator.checkpoint.signing import trust
+from orchestrator.checkpoint.storage import locate
 from orchestrator.config import registry
 from orchestrator.config.compose import read_config
 from orchestrator.config.schema import RunConfig
@@ -30,6 +32,7 @@ from orchestrator.islands.terms import describe_terms, terms_of
 from orchestrator.launch.group_launcher import stop_with_launcher
 from orchestrator.launch.hub_brief import ADDRESS, BEGUN, EXCHANGES, HubBrief
 from orchestrator.launch.island_hub import HubLoop, HubNotes
+from orchestrator.launch.island_state import fitting, read_run, save_run
 from orchestrator.launch.worker_processes import leave_error
 from orchestrator.observe.history import METRICS
 from orchestrator.observe.sink import JsonLines, SideChannels
@@ -80,9 +83,12 @@ def run_terms(config: RunConfig, run: str) -> RunTerms:
 def _serve(folder: Path, brief: HubBrief) -> int:
     run_dir = Path(brief.run_dir)
     config, facts = read_config(run_dir / run_directory.CONFIG), run_directory.read_run(run_dir)
-    if brief.resume_from is not None:
-        raise ConfigError("a run with islands cannot be resumed yet", got=brief.resume_from, fix="start it anew")
     state = None
+    if brief.resume_from is not None:
+        settings = config.checkpoint
+        trusted = trust(settings.trusted_keys, settings.require_signature)
+        state = fitting(read_run(locate(brief.resume_from), trusted), terms_of(config.islands, config.train.max_steps))
+    checkpoints = run_directory.checkpoints_dir(run_dir, config)
     leg, channels = len(facts["legs"]), SideChannels(warn)
     record_file = channels.open(str(EXCHANGES), JsonLines(run_dir / EXCHANGES).write, unit="entries")
     metrics = channels.open(METRICS, JsonLines(run_dir / METRICS).write)
@@ -109,7 +115,7 @@ def _serve(folder: Path, brief: HubBrief) -> int:
             hub,
             socket,
             notes,
-            None,
+            lambda state: save_run(checkpoints, state, config),
             publish,
             config.train.max_steps,
             config.checkpoint.at_end,

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import stopping
+from orchestrator.checkpoint.storage import AnyPath
 from orchestrator.distributed import standing
 from orchestrator.errors import DIVERGED, DONE, UserError
 from orchestrator.islands.hub import Hub
@@ -143,7 +143,7 @@ class HubLoop:
         hub: Hub,
         socket: HubSocket,
         notes: HubNotes,
-        save: Callable[[HubState], Path] | None,
+        save: Callable[[HubState], AnyPath] | None,
         publish: Callable[[dict[str, Any]], object] = lambda islands: None,
         max_steps: int = 0,
         at_end: bool = True,
@@ -152,7 +152,7 @@ class HubLoop:
         self._publish, self._max_steps, self._at_end = publish, max_steps, at_end
         self.traffic = Traffic()
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._saving: tuple[HubState, Future[Path]] | None = None
+        self._saving: tuple[HubState, Future[AnyPath]] | None = None
         self._due = dict.fromkeys(("tick", "line", "publish"), 0.0)
         self._shown: dict[str, Any] = {}
 
