@@ -104,10 +104,12 @@ class LabRun:
 
     def notes(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What the hub has recorded."""
+        found = []
         with contextlib.suppress(FileNotFoundError):
-            lines = (self.folder / NOTES).read_text().splitlines()
-            return [note for line in lines if (note := json.loads(line)) and kind in (None, note["kind"])]
-        return []
+            for line in (self.folder / NOTES).read_text().splitlines():
+                with contextlib.suppress(ValueError):  # that is just being written
+                    found.append(json.loads(line))
+        return [note for note in found if kind in (None, note["kind"])]
 
     def outer(self) -> dict[str, np.ndarray[Any, Any]]:
         """The outer weights at the end."""

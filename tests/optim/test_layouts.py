@@ -33,7 +33,7 @@ LAYOUTS = {
 }
 CASES = [(optimizer, layout) for optimizer in ("muon", "adafactor") for layout in ("fsdp2", "tensor2", "fsdp2_tensor2")]
 CASES += [("sgd", "fsdp2_tensor2"), ("own", "fsdp2_tensor2"), ("schedule_free", "fsdp2_tensor2")]
-FURTHER = ("sgd", "schedule_free")
+FURTHER = ("own", "sgd", "schedule_free")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_every_layout_gives_the_losses_of_one_process(runs, optimizer, layout):
     cases(
         [*((name, "fsdp3") for name in OPTIMIZERS), ("muon", None), ("adafactor", None), ("schedule_free", None)],
         quick=[
-            *((name, "fsdp3") for name in OPTIMIZERS if name != "schedule_free"),
+            *((name, "fsdp3") for name in ("muon", "adafactor")),
             ("muon", None),
             ("adafactor", None),
         ],
@@ -90,9 +90,7 @@ def test_state_moves_to_another_layout_to_the_bit(runs, optimizer, layout):
         assert torch.equal(before[key], after[key]), key
 
 
-@pytest.mark.parametrize(
-    "optimizer", cases(["muon", "adafactor", "own", "schedule_free"], quick=["muon", "adafactor", "own"])
-)
+@pytest.mark.parametrize("optimizer", cases(["muon", "adafactor", "own", "schedule_free"], quick=["muon"]))
 def test_a_resumed_run_ends_to_the_bit_as_one_that_was_not_stopped(runs, tmp_path, optimizer):
     whole = runs(optimizer, "fsdp2_tensor2")
     words, size = LAYOUTS["fsdp2_tensor2"]
