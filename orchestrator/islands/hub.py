@@ -154,7 +154,7 @@ class Hub:
         """
         mark = state.plain["mark"]
         for one in self.members.values():
-            if mark in one.saves:
+            if mark in one.saves and one.saves[mark].path:  # who was lost before it had saved goes on from an older one
                 one.forget_before(mark)
         self._merges.trim()
 

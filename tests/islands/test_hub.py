@@ -304,3 +304,27 @@ def test_what_an_offer_says_of_itself_is_not_believed():
         assert isinstance(answer, Refused)
     sim.run()
     assert audit(sim.hub.ledger) == []
+
+
+def test_who_is_lost_before_it_has_saved_still_comes_back_from_what_it_had():
+    """The others have saved, the run's state is kept, and the lost one's log reaches further back."""
+    sim = Sim(KINDS["rounds"], steps=48, save_every=8, settings=PATIENT)
+    sim.start("a"), sim.start("b")
+    while not sim.hub.save_ready:
+        sim.run(0.25)
+    capture(sim)
+    lost = sim.lives["b"][0]
+    lost._save = lambda mark, lease: None  # from now on its disk is too slow
+    saves = sim.hub.members["b"].saves
+    while all(save.path for save in saves.values()):
+        sim.run(0.25)
+    sim.kill("b")
+    sim.hub.lost("b", "killed")
+    sim.run(1)
+    assert capture(sim) is not None
+    again = sim.start("b", kept=lost.newest())
+    while not sim.hub.finished:
+        sim.run(2)
+        capture(sim)
+    assert again.welcome.start == "replay"
+    assert audit(sim.hub.ledger) == []

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class LabRun:
         settings: keys of the group `islands` for the hub.
         save_every: global steps between two saves.
         eval_every: global steps between two evaluations.
+        hosts: namespaces of islands, by name, and of the `hub`; without them all are on this machine.
+        cores: the core that an island alone may use, by name.
     """
 
     folder: Path
@@ -52,6 +54,8 @@ class LabRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
     save_every: int | None = None
     eval_every: int | None = None
+    hosts: Mapping[str, Any] = field(default_factory=dict)
+    cores: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         preload()
@@ -77,7 +81,14 @@ class LabRun:
 
     @property
     def address(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
+        return f"tcp://{self.hosts['hub'].address if self.hosts else '127.0.0.1'}:{self.port}"
+
+    def settle(self, name: str) -> None:
+        """Let this process be where an island, or the hub, is to be."""
+        if name in self.hosts:
+            self.hosts[name].enter()
+        if name in self.cores:
+            os.sched_setaffinity(0, {self.cores[name]})
 
     def start(self, name: str, *words: str, size: int = 1, resume: bool = True, slower: float = 0.0) -> LabIsland:
         """Start an island, from its newest checkpoint if it has one."""
@@ -150,7 +161,8 @@ class LabIsland:
         self._processes = []
         for rank in range(size):
             world = World(rank, size, rank, size, store, engine="test")
-            arguments = (world, to_dict(config), self.run_dir, found[0] if found else None, self.log, slower)
+            settle = lambda: run.settle(name)  # noqa: E731
+            arguments = (world, to_dict(config), self.run_dir, found[0] if found else None, self.log, slower, settle)
             process = context.Process(target=_work, args=arguments)
             process.start()
             self._processes.append(process)
@@ -188,7 +200,15 @@ def _redirect(log: Path) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
 
 
-def _work(world: World, data: dict[str, Any], run_dir: Path, resume: Any, log: Path, slower: float) -> None:
+def _work(
+    world: World,
+    data: dict[str, Any],
+    run_dir: Path,
+    resume: Any,
+    log: Path,
+    slower: float,
+    settle: Callable[[], None],
+) -> None:
     import torch
 
     from orchestrator.errors import UserError
@@ -202,6 +222,7 @@ def _work(world: World, data: dict[str, Any], run_dir: Path, resume: Any, log: P
     gemm._CPU_SHAPES = ()  # type: ignore[assignment]
     code = 1
     try:
+        settle()
         if slower:
             _slow_down(slower)
         code = work(resolved_run(from_dict(RunConfig, data), world, run_dir, resume), world)
@@ -237,6 +258,7 @@ def _serve(run: LabRun) -> None:
     _redirect(run.folder / "hub.log")
     code = 1
     try:
+        run.settle("hub")
         with (run.folder / NOTES).open("a", buffering=1) as notes:
 
             def write(note: dict[str, Any]) -> None:

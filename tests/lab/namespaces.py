@@ -60,6 +60,15 @@ class Host:
             "OMP_NUM_THREADS": "1",
         }
 
+    def enter(self) -> None:
+        """Let this process, which has one thread, be there from now on."""
+        _enter(self._namespace)
+
+    def narrow(self, rate: str) -> None:
+        """Let no more than a rate leave the host, such as `50mbit`."""
+        words = f"qdisc add dev {_INTERFACE} root tbf rate {rate} burst 64kb latency 200ms"
+        self.within(lambda: subprocess.run(["tc", *words.split()], check=True))
+
     def cut(self) -> None:
         """Cut the cable: no packet comes or goes, and no connection is closed."""
         _ip(self._hub, f"link set dev {self.name} down")
