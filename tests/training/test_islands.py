@@ -9,6 +9,8 @@ import time
 import numpy as np
 import pytest
 
+from orchestrator.errors import DIVERGED
+from orchestrator.islands import island_keys
 from orchestrator.islands.island_messages import Terms
 from tests.lab.islands import LabRun
 from tests.lab.runs import losses, small_config, train
@@ -151,3 +153,40 @@ def test_islands_that_are_asked_to_stop_save_and_go_on_where_they_were(lab, kind
     assert [note["start"] for note in run.notes("welcome")][-2:] == ["replay", "replay"]
     assert same(*(outer for outer, _ in found))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)  # the island that evaluates may be another one
+
+
+def test_islands_that_are_none_of_the_run_are_refused_and_nothing_is_lost(lab):
+    run = lab("run", KINDS["rounds"], words=("train.max_steps=10",))
+    run.start("a")  # waits for b
+    while not run.notes("welcome"):
+        time.sleep(0.05)
+    other = run.folder / "other"
+    island_keys.make(other)
+    asked = {
+        "model": ("model.layers=1",),
+        "longer": ("train.max_steps=20",),
+        "key": (f"islands.key_file={other}",),
+    }
+    for name, words in asked.items():
+        run.start(name, *words)
+    refused = {name: run.islands.pop(name) for name in asked}
+    for island in refused.values():
+        island.wait(90, code=2)
+    run.start("b")
+    finished(run)
+    said = {name: island.log.read_text() for name, island in refused.items()}
+    assert "another model" in said["model"]
+    assert "train.max_steps" in said["longer"]
+    assert "its key is another one" in said["key"]
+    assert not any("Traceback" in text for text in said.values())
+    assert run.ledger()["booked"].keys() == {"a", "b"}
+
+
+def test_an_island_that_diverges_gives_its_data_to_the_others(lab):
+    run = lab("run", Terms("decoupled", inner_steps=5), words=("train.max_steps=30",))
+    run.start("a", slower=0.05)
+    run.start("b", "optim.lr=1e30", "optim.grad_clip=null")
+    run.islands.pop("b").wait(60, code=DIVERGED)
+    finished(run)
+    assert [note["status"] for note in run.notes("bye") if note["island"] == "b"] == ["failed"]
+    assert np.isfinite(list(run.losses().values())[-1])
