@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.api.island_planning import exchange_terms, read_sites
 from orchestrator.config.batch_sizes import BatchSizes
 from orchestrator.config.compose import Composed, compose, conf_dir, group_options, read_plain
 from orchestrator.config.convert import convert_text, from_dict
@@ -40,7 +41,8 @@ _SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 class PlanOptions:
     """Options of `plan`; everything else is `train`'s."""
 
-    fleet: str = option(help="the chips, see above")
+    fleet: str | None = option(None, help="the chips, see above")
+    islands: str | None = option(None, help="[FLEET, {fleet: FLEET, gbit_per_s: 10}]: one run on several fleets")
     tokens: str | None = option(None, help="of the run: 15T, 200B; none: an experiment's, else a trillion")
     target_loss: float | None = option(None, help="loss to reach, nats per token; fit= says the tokens, and the model")
     fit: str | None = option(None, help="of target_loss=: a file of python -m orchestrator scaling-law")
@@ -89,11 +91,18 @@ def read_fleets(options: PlanOptions, catalogue: Catalogue, problems: list[UserE
         catalogue: of chips.
         problems: gets what is wrong.
     """
+    if (options.fleet is None) == (options.islands is None):
+        fix = "give one: a fleet for the whole run, or islands=[FLEET, FLEET]"
+        what = "'fleet' is missing" if options.fleet is None else "fleet= and islands= both say the chips"
+        problems.append(ConfigError(what, fix=fix))
+        return []
     names = {field.name for field in fields(FleetEntry)} & {field.name for field in fields(options)}
     defaults = FleetEntry(**{name: getattr(options, name) for name in names})
     items: list[str | FleetEntry] = []
     try:
-        if not options.fleet.endswith((".yaml", ".yml")):
+        if options.fleet is None:
+            items = [site.fleet for site in read_sites(options.islands or "")]
+        elif not options.fleet.endswith((".yaml", ".yml")):
             items = list(split_fleets(options.fleet))
         else:
             for index, item in enumerate(_listed(options.fleet, "fleets")):
@@ -238,7 +247,11 @@ def _request(
         frozen_copy=ours and train.preference.holds_copy(train.lora),
     )
     failures = FailureOptions(**known)
-    return Request(job, tokens, batch, space, widest, restricted, failures, measured=measured)
+    exchange = None
+    if options.islands is not None:
+        known_model = shape.name == composed.config.model.name
+        exchange = exchange_terms(composed.config, shape.vocab if known_model else None)
+    return Request(job, tokens, batch, space, widest, restricted, failures, measured=measured, exchange=exchange)
 
 
 def _without_config_dir(words: list[str]) -> tuple[list[str], str | None]:

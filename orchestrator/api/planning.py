@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.api.island_planning import plan_sites, read_sites
 from orchestrator.api.plan_words import PlanOptions, read_fleets, read_requests
 from orchestrator.chips.load import load_catalogue
 from orchestrator.config.options import parse_options
@@ -21,8 +23,16 @@ from orchestrator.report.plan_text import PlanText
 if TYPE_CHECKING:
     from orchestrator.chips.catalogue import Catalogue
     from orchestrator.planner.fleet import Fleet
+    from orchestrator.planner.island_plan import IslandsPlan
 
-_OF_THE_COMMAND_LINE = ("fleet", "jobs", "json", "html", "explain")  # options that `plan` here does not take by keyword
+_OF_THE_COMMAND_LINE = (
+    "fleet",
+    "islands",
+    "jobs",
+    "json",
+    "html",
+    "explain",
+)  # options that `plan` here does not take by keyword
 
 
 @dataclass(frozen=True)
@@ -34,16 +44,20 @@ class Plans:
         fleets: the plan of each fleet; one without `figures` does not hold the model.
         objective: by which they are ranked.
         catalogue: of the chips.
+        islands: the plan of all fleets as islands of one run; None: each is planned for the run alone.
     """
 
     request: Request
     fleets: Sequence[FleetPlan]
     objective: str
     catalogue: Catalogue
+    islands: IslandsPlan | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether any of the fleets holds the model."""
+        """Whether any of the fleets holds the model; every one where they are islands."""
+        if self.islands is not None:
+            return self.islands.fits
         return any(plan.figures for plan in self.fleets)
 
     def to_dict(self, explain: str | None = None) -> dict[str, Any]:
@@ -52,7 +66,8 @@ class Plans:
         Args:
             explain: a figure whose derivation is added, such as `cost`, or `all`.
         """
-        return as_data(self.request, self.fleets, self.objective, explain)
+        data = as_data(self.request, self.fleets, self.objective, explain)
+        return data if self.islands is None else {**data, "islands": self.islands.as_data()}
 
     def write_html(self, path: str | Path) -> None:
         """Write a page with plots.
@@ -65,7 +80,8 @@ class Plans:
         """
         from orchestrator.report.plan_page import write_page
 
-        write_page(Path(path).expanduser(), self.request, list(self.fleets), self.objective, self.catalogue)
+        plans = list(self.fleets)
+        write_page(Path(path).expanduser(), self.request, plans, self.objective, self.catalogue, self.islands)
 
     def text(self, plain: bool = False, explain: str | None = None) -> str:
         """Return the plans for a terminal.
@@ -75,7 +91,9 @@ class Plans:
             explain: as for `to_dict`.
         """
         target = [] if self.request.target is None else ["\n".join(self.request.target.lines())]
-        parts = [about(self.request), *target, PlanText(plain).write(list(self.fleets), self.objective)]
+        writer = PlanText(plain)
+        islands = [] if self.islands is None else [writer.islands(self.islands)]
+        parts = [about(self.request), *target, *islands, writer.write(list(self.fleets), self.objective)]
         parts += [_derivation(plan, explain) for plan in self.fleets if explain]
         return "\n\n".join(parts)
 
@@ -84,13 +102,20 @@ class Plans:
 
 
 def plan(
-    overrides: Sequence[str] = (), *, fleet: str | Sequence[str], config_dir: str | Path | None = None, **options: Any
+    overrides: Sequence[str] = (),
+    *,
+    fleet: str | Sequence[str] | None = None,
+    islands: str | Sequence[str | Mapping[str, Any]] | None = None,
+    config_dir: str | Path | None = None,
+    **options: Any,
 ) -> Plans:
     """Plan a run.
 
     Args:
         overrides: of the run, as for `train`; models that can only be planned are known, too.
         fleet: the chips, such as `h100x1024` or `["h100x1024", "tpu_v5px2048"]`; docs/planning.md has all forms.
+        islands: in place of `fleet`: those of one run on several fleets, such as `["h100x64", {"fleet": "trn2x64",
+            "gbit_per_s": 10}]`.
         config_dir: folder with options of your own.
         **options: those of the command line: `tokens`, `objective`, `precision`, `max_usd`, ...
 
@@ -106,9 +131,12 @@ def plan(
             problems.append(ConfigError(f"there is no option '{name}'", got=name, allowed=", ".join(names), fix=fix))
     if problems:
         raise ConfigErrors(problems)
-    fleets = fleet if isinstance(fleet, str) else f"[{','.join(fleet)}]"
     words = [f"{name}={value}" for name, value in options.items() if value is not None]
-    parsed = parse_options(PlanOptions, [f"fleet={fleets}", *words])
+    if fleet is not None:
+        words.append("fleet=" + (fleet if isinstance(fleet, str) else f"[{','.join(fleet)}]"))
+    if islands is not None:
+        words.append(f"islands={islands if isinstance(islands, str) else json.dumps(list(islands))}")
+    parsed = parse_options(PlanOptions, words)
     catalogue = load_catalogue(parsed.chips_file)
     found = read_fleets(parsed, catalogue, problems)
     flags = [] if config_dir is None else ["--config-dir", str(config_dir)]
@@ -127,12 +155,16 @@ def plan_fleets(request: Request, fleets: Sequence[Fleet], catalogue: Catalogue,
         catalogue: of chips.
         options: the user's limits and the objective.
     """
-    plans = rank([plan_fleet(request, fleet, catalogue) for fleet in fleets], options.objective)
+    in_order = [plan_fleet(request, fleet, catalogue) for fleet in fleets]
+    islands = None
+    if options.islands is not None and request.exchange is not None:
+        islands = plan_sites(request, request.exchange, read_sites(options.islands), in_order, catalogue)
+    plans = rank(in_order, options.objective)
     if request.target is not None:
         from orchestrator.api.target_requests import with_interval
 
         plans = [with_interval(plan, catalogue) for plan in plans]
-    return Plans(request, _within(plans, options), options.objective, catalogue)
+    return Plans(request, _within(plans, options), options.objective, catalogue, islands)
 
 
 def _within(plans: list[FleetPlan], options: PlanOptions) -> list[FleetPlan]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PROGRAM = "python -m orchestrator plan"
 DOES_NOT_FIT = 1
 
-_HELP = """usage: {program} fleet=FLEET [model=NAME] [group=option ...] [key=value ...]
+_HELP = """usage: {program} fleet=FLEET|islands=[FLEET,FLEET] [model=NAME] [group=option ...] [key=value ...]
 
 What a run needs: whether it fits, how to shard it, how long it takes, how often it fails, what it costs and how
 much power it draws. For
@@ -32,6 +32,10 @@ Fleets
   2xtpu_v5p:8x16x16       slices of that shape
   [h100x1024,trn2x4096]   several, compared
   FILE.yaml               `fleets:` a list of these, or of mappings with overrides (docs/planning.md)
+
+Islands
+  'islands=[{{fleet: h100x1024, gbit_per_s: 10}}, {{fleet: tpu_v5px2048}}]' islands.inner_steps=64 islands.exchange=int8
+                          one run on fleets that exchange rarely; gbit_per_s: of the link, one way; name: of the island
 
 Options
 {options}
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
     from orchestrator.api.plan_words import PlanOptions, read_fleets, read_requests
     from orchestrator.chips.load import load_catalogue
 
-    own = [word for word in argv if word.partition("=")[0] in PlanOptions.__dataclass_fields__]
+    own = [word for word in argv if _is_option(word, PlanOptions)]
     options = parse_options(PlanOptions, own)
     words = [word for word in argv if word not in own]
     catalogue = load_catalogue(options.chips_file)
@@ -80,11 +84,17 @@ def main(argv: list[str]) -> int:
     return _compare(next(iter(requests.values())), fleets, catalogue, options)
 
 
+def _is_option(word: str, options: type[PlanOptions]) -> bool:
+    """Whether a word is an option of the verb; `islands=NAME` is the configuration's, `islands=[...]` the verb's."""
+    key, _, value = word.partition("=")
+    return key in options.__dataclass_fields__ and (key != "islands" or value.startswith("["))
+
+
 def _check_split(options: PlanOptions, fleets: list[Fleet]) -> list[UserError]:
     """Return the errors of options that go with a single job only."""
     problems: list[UserError] = [
         ConfigError(f"{name}= is for one job", got=f"{name}={getattr(options, name)} with jobs=", fix="leave out one")
-        for name in ("html", "explain", "max_days", "max_usd")
+        for name in ("html", "explain", "max_days", "max_usd", "islands")
         if getattr(options, name) is not None
     ]
     problems += [

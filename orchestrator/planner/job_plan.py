@@ -23,6 +23,7 @@ from orchestrator.planner.slices import is_tpu, legal_shapes
 from orchestrator.planner.spec import JobSpec
 
 if TYPE_CHECKING:
+    from orchestrator.planner.exchange_terms import ExchangeTerms
     from orchestrator.planner.target_loss import TargetLoss
 
 MOST_CHIPS = 2**20
@@ -47,6 +48,7 @@ class Request:
         estimators: of memory and time.
         measured: a run whose figures replace what would be assumed; None: there is none.
         target: the loss that decides model and tokens; None: they were given.
+        exchange: how islands exchange, where the job is planned on islands.
     """
 
     job: JobSpec
@@ -59,6 +61,7 @@ class Request:
     estimators: Estimators = Estimators()
     measured: MeasuredRun | None = None
     target: TargetLoss | None = None
+    exchange: ExchangeTerms | None = None
 
 
 @dataclass(frozen=True)

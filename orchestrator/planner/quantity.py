@@ -170,6 +170,8 @@ def write(value: float, unit: str) -> str:
         return f"{value / 1e9:.4g} GB/s"
     if unit == "1/day":
         return f"{value:.3g}/day"
+    if unit in ("bytes", "bit/s"):
+        return _decimal(value, unit.replace("bytes", "B"))
     if unit == "byte":
         return f"{value / 2**30:,.1f} GiB"
     if unit in ("chips", "spares", "failures", "replicas"):
@@ -186,6 +188,14 @@ def _seconds(value: float) -> str:
         if value >= 2 * size:
             return f"{value / size:,.1f} {name}"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
+
+
+def _decimal(value: float, unit: str) -> str:
+    """Write what links carry, which counts in thousands."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:,.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
 
 
 def _short(value: float) -> str:

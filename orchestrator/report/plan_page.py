@@ -15,9 +15,11 @@ from orchestrator.chips.catalogue import Catalogue
 from orchestrator.output import is_printed
 from orchestrator.planner.estimate.work import parameters
 from orchestrator.planner.explain import PARTS, bound, layout_text, loses, parts
+from orchestrator.planner.island_plan import IslandsPlan
 from orchestrator.planner.job_plan import FleetPlan, Request, pareto
 from orchestrator.planner.quantity import write
 from orchestrator.planner.scaling import BINDS, ScalePoint, binding, scale, sizes
+from orchestrator.report.island_plan_page import islands_section
 from orchestrator.report.plan_svg import Dot, Line, log_chart, stacked_bar
 from orchestrator.report.plan_text import MEMORY_PARTS, stack_of, train_words
 
@@ -37,7 +39,14 @@ _COLUMNS = {
 }
 
 
-def write_page(path: Path, request: Request, plans: Sequence[FleetPlan], objective: str, catalogue: Catalogue) -> None:
+def write_page(
+    path: Path,
+    request: Request,
+    plans: Sequence[FleetPlan],
+    objective: str,
+    catalogue: Catalogue,
+    islands: IslandsPlan | None = None,
+) -> None:
     """Write the report of `plans`, in their order.
 
     Args:
@@ -46,15 +55,22 @@ def write_page(path: Path, request: Request, plans: Sequence[FleetPlan], objecti
         plans: one for each fleet.
         objective: the figure that ranks the plans.
         catalogue: of chips.
+        islands: the plan of all fleets as islands of one run; None: there are none.
 
     Raises:
         OSError: the file cannot be written.
     """
     curves = _curves(request, plans, catalogue)
-    write_atomically(path, render(request, plans, objective, curves))
+    write_atomically(path, render(request, plans, objective, curves, islands))
 
 
-def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves: Sequence[Sequence[ScalePoint]]) -> str:
+def render(
+    request: Request,
+    plans: Sequence[FleetPlan],
+    objective: str,
+    curves: Sequence[Sequence[ScalePoint]],
+    islands: IslandsPlan | None = None,
+) -> str:
     """Return the page as HTML.
 
     Args:
@@ -62,6 +78,7 @@ def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves:
         plans: one for each fleet.
         objective: the figure that ranks the plans.
         curves: the scaling of each plan's fleet, in the order of `plans`.
+        islands: as of `write_page`.
     """
     shape = request.job.model
     title = f"{shape.name}: plan"
@@ -73,6 +90,7 @@ def render(request: Request, plans: Sequence[FleetPlan], objective: str, curves:
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
         "" if request.target is None else f'<p class="lead">{"<br>".join(map(escape, request.target.lines()))}</p>',
+        "" if islands is None else islands_section(islands),
         _table(plans, objective),
         _scatter(plans),
         _scaling(plans, curves),

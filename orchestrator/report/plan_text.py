@@ -8,11 +8,13 @@ from dataclasses import replace
 
 from orchestrator.planner.evidence.calibration import calibration
 from orchestrator.planner.explain import AXES, PARTS, bound, layout_text, loses, parts
+from orchestrator.planner.island_plan import IslandsPlan
 from orchestrator.planner.job_plan import FleetPlan, pareto
 from orchestrator.planner.planned_models import planned_models
 from orchestrator.planner.portfolio import Portfolio
 from orchestrator.planner.search import Candidate
 from orchestrator.planner.spec import COMPUTE_OPTIMAL, MemoryEstimate, ModelShape
+from orchestrator.report.island_plan_text import islands_text
 from orchestrator.report.run_text import aligned
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication", "overhead")
@@ -76,6 +78,14 @@ class PlanText:
         blocks = [self.table(plans, objective)] if len(plans) > 1 else []
         blocks += [self.fleet(plan) for plan in plans]
         return self._clean("\n\n".join(blocks))
+
+    def islands(self, plan: IslandsPlan) -> str:
+        """Return the plan of a run on islands.
+
+        Args:
+            plan: of the islands.
+        """
+        return self._clean(islands_text(plan))
 
     def table(self, plans: Sequence[FleetPlan], objective: str) -> str:
         """Return the fleets beside each other, in order; those that none beats in time and cost are marked.
