@@ -124,7 +124,6 @@ class Admission:
             self._leases.joining.add(one.name)
             return None
         self._merges.pin(one.name)
-        self._leases.probing |= {one.name, self._leases.leader() or one.name}
         return self._begin(one, "take", self._donor(one))
 
     def _into_gradients(self, one: MemberLog, started: bool) -> Welcome | None:
@@ -144,6 +143,9 @@ class Admission:
         return None
 
     def _begin(self, one: MemberLog, start: Any, path: str = "") -> Welcome:
+        # Each one that comes measures the reference batch, and with one that joins the leading island does, too.
+        leader = self._leases.leader() if any(self._merges.versions) else None
+        self._leases.probing |= {one.name, leader or one.name}
         one.base = self._merges.versions
         self._leases.present_changed()
         return self._welcome(one, start, one.next_lease, tuple(one.base), path)

@@ -39,6 +39,7 @@ from orchestrator.islands.island_messages import (
 )
 from orchestrator.islands.ledger import Ledger
 from orchestrator.islands.member_log import MemberLog
+from orchestrator.islands.probes import Probes
 from orchestrator.islands.refusal import RefusedError, refuse
 from orchestrator.islands.run_terms import RunTerms
 
@@ -80,6 +81,7 @@ class Hub:
         self.members: dict[str, MemberLog] = {}
         self.stop, self._began, self._note = 0, clock(), note
         self._waiting: dict[tuple[Peer, str], tuple[int, Request]] = {}
+        self._probes = Probes()
         self._out: set[str] = set()  # islands whose weights were wrong
         self._leases = HubLeases(terms, settings, facts, self.members, self.note, repeat)
         self._merges = HubMerges(terms, settings, self.members, self._leases, self.note, repeat)
@@ -113,9 +115,12 @@ class Hub:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do: all is booked or the run was stopped, and no island is here."""
-        none_here = not any(one.state == "here" for one in self.members.values())
-        return none_here and bool(self.members) and (self.ended or self.stop > 0)
+        """Whether there is nothing left to do: all is booked and every island has left, or the run was stopped."""
+        states = {one.state for one in self.members.values() if one.welcomed}
+        if self.stop:
+            return "here" not in states
+        # Who is away comes back for the last weights, or is given up when its time is over.
+        return bool(self.members) and self.ended and not states & {"here", "away"}
 
     @property
     def save_ready(self) -> bool:
@@ -339,10 +344,13 @@ class Hub:
     def _offer(self, one: MemberLog, peer: Peer, offer: Offer, frames: Frames) -> None:
         wrong = self._merges.offer(one, peer.rank, offer, frames)
         if wrong is not None:
-            self._out.add(one.name)
-            self.note({"kind": "set aside", "island": one.name, "because": wrong})
-            self.give_up(one.name, wrong)
+            self._set_aside(one, wrong)
             raise refuse(wrong, got=one.name, fix="look at its devices: python -m orchestrator certify")
+
+    def _set_aside(self, one: MemberLog, wrong: str) -> None:
+        self._out.add(one.name)
+        self.note({"kind": "set aside", "island": one.name, "because": wrong})
+        self.give_up(one.name, wrong)
 
     def _report(self, one: MemberLog, report: Report) -> None:
         lease = one.leases.get(report.lease)
@@ -364,6 +372,12 @@ class Hub:
     def _score(self, one: MemberLog, score: Score) -> None:
         about = {"kind": score.what, "island": one.name, "at": score.at, "values": list(score.values)}
         self.note({**about, "names": list(score.names), "versions": list(score.versions), "lease": score.lease})
+        if score.what == "probe" and (compared := self._probes.heard(one.name, score)) is not None:
+            self.note({"kind": "handover", **vars(compared)})
+            if not compared.agrees:
+                found = f"loss by {compared.loss:.1e}, gradient norm by {compared.grad_norm:.1e}"
+                wrong = f"the island '{one.name}' does not compute what '{compared.other}' does: {found}"
+                self._set_aside(one, wrong)
 
     def _bye(self, one: MemberLog, bye: Bye) -> None:
         self.note({"kind": "bye", "island": one.name, "status": bye.status, "why": bye.why})

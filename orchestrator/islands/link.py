@@ -156,7 +156,8 @@ class Link:
                 if self._beat is not None and now - beaten > _BEAT_SECONDS and self._met:
                     beaten = now
                     step, phase = self._beat()
-                    self._queue.append(self._small(Beating(step, phase)))
+                    if not any(isinstance(one.request, Beating) for one in self._queue):
+                        self._queue.append(self._small(Beating(step, phase)))
                 self._send_all(socket, now)
                 self._judge(now, began)
         except Exception as error:  # nobody waits for this thread, but for its answers
@@ -212,7 +213,7 @@ class Link:
                 got=f"{self.address}, after {self._first:g} s",
                 fix="give the address that train prints on the hub's host; for other hosts islands.bind=tcp://0.0.0.0:PORT",
             )
-        if self._met and now - self._heard_at > self._silent and self._waiting:
+        if self._met and now - self._heard_at > self._silent and (self._waiting or self._queue):
             raise LostPeerError(
                 "the hub does not answer any more",
                 got=f"{self.address}, for {self._silent:g} s",

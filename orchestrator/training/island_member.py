@@ -43,6 +43,7 @@ from orchestrator.runs.messages import warn
 from orchestrator.strategies.parallel_strategy import ParallelStrategy
 from orchestrator.training.data_module import TokenDataModule
 from orchestrator.training.handover_check import measure
+from orchestrator.training.inner_optimizer import check_inner_optimizer
 from orchestrator.training.island_exchange import IslandExchange, LeavingError
 from orchestrator.training.island_loader import IslandLoader, LeasePosition, lease_position
 from orchestrator.training.island_numbers import IslandNumbers
@@ -118,6 +119,7 @@ class IslandMember(lightning.Callback):
         self._link.beating(self._beat)
         answer = self._link.ask(self._hello(incarnation, position, mine)).result()[0]
         assert isinstance(answer, Welcome)
+        check_inner_optimizer(self._module.optimizer, answer.terms)
         if answer.start == "replay":
             assert restored is not None, "what the hub answers is the mark of a save"
             self._exchange.begin(answer.terms, answer.versions)
@@ -291,7 +293,8 @@ class IslandMember(lightning.Callback):
         values = [measured.loss, measured.grad_norm]
         if self._parallel.rank == 0 and None not in values:
             found = tuple(float(value) for value in values if value is not None)
-            score = Score("probe", 0, lease.lease, found, ("loss", "grad_norm"), tuple(self._exchange.versions))
+            names = ("loss", "grad_norm", self._parallel.precision)
+            score = Score("probe", 0, lease.lease, found, names, tuple(self._exchange.versions))
             self._link.ask(score)
 
     def _evaluate(self, at: int, lease: int) -> None:
