@@ -190,11 +190,21 @@ def _start(command: Sequence[str], variables: Mapping[str, str], hear: Hear | No
         command, env=environment, stdin=subprocess.PIPE, stdout=pipe, stderr=pipe, start_new_session=True
     )
     if hear:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for lines, stream in ((process.stdout, "stdout"), (process.stderr, "stderr")):
-            threading.Thread(target=_read, args=(lines, stream, hear), daemon=True).start()
+        hear_lines(process, hear)
     return process
+
+
+def hear_lines(process: Process, hear: Hear) -> None:
+    """Hand on what a process prints, from threads.
+
+    Args:
+        process: whose standard output and error are pipes.
+        hear: called with each line.
+    """
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for lines, stream in ((process.stdout, "stdout"), (process.stderr, "stderr")):
+        threading.Thread(target=_read, args=(lines, stream, hear), daemon=True).start()
 
 
 def _read(lines: IO[bytes], stream: Stream, hear: Hear) -> None:

@@ -11,8 +11,6 @@ from orchestrator.atomic_files import write_atomically
 
 BRIEF, ADDRESS, BEGUN = "hub.json", "address", "begun"
 """Files of the folder: what the launcher says, where the hub listens, and that islands have begun to train."""
-EXCHANGES = Path("islands") / "exchanges.jsonl"
-"""The record of a run with islands, in its directory."""
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,14 @@ from orchestrator.islands.run_rows import RunRows
 from orchestrator.islands.run_terms import RunTerms
 from orchestrator.islands.terms import describe_terms, terms_of
 from orchestrator.launch.group_launcher import stop_with_launcher
-from orchestrator.launch.hub_brief import ADDRESS, BEGUN, EXCHANGES, HubBrief
+from orchestrator.launch.hub_brief import ADDRESS, BEGUN, HubBrief
 from orchestrator.launch.island_hub import HubLoop, HubNotes
 from orchestrator.launch.island_state import fitting, read_run, save_run
 from orchestrator.launch.worker_processes import leave_error
 from orchestrator.observe.history import METRICS
 from orchestrator.observe.sink import JsonLines, SideChannels
 from orchestrator.report.run_data import read_lines
+from orchestrator.report.run_islands import EXCHANGES
 from orchestrator.report.run_report import write_report
 from orchestrator.report.run_time import goodput_line
 from orchestrator.runs import identity, run_directory, time_book

@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 
 from orchestrator.distributed import process_guard
+from orchestrator.distributed.local_processes import Hear
 from orchestrator.errors import DIVERGED, DONE, MISTAKE, STOPPED
+from orchestrator.launch.group_launcher import hear_lines
 from orchestrator.launch.restarts import MAX_BACKOFF_SECONDS
 
 Process = subprocess.Popen[bytes]
@@ -128,7 +130,13 @@ class Kept:
             self._guard = None
 
 
-def spawn(command: Sequence[str], variables: Mapping[str, str], output: Path | None, piped: bool = False) -> Process:
+def spawn(
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    output: Path | None = None,
+    piped: bool = False,
+    hear: Hear | None = None,
+) -> Process:
     """Start a process in a session of its own.
 
     Args:
@@ -136,11 +144,18 @@ def spawn(command: Sequence[str], variables: Mapping[str, str], output: Path | N
         variables: of its environment, beside those of this one.
         output: file that what it prints is added to; None: it prints where this one does.
         piped: its standard input is a pipe that ends with this process.
+        hear: called with each line that it prints; None: as `output` says.
     """
     stdin = subprocess.PIPE if piped else subprocess.DEVNULL
     environment = {**os.environ, **variables}
     if output is None:
-        return subprocess.Popen(command, env=environment, stdin=stdin, start_new_session=True)
+        pipe = subprocess.PIPE if hear else None
+        process = subprocess.Popen(
+            command, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, start_new_session=True
+        )
+        if hear:
+            hear_lines(process, hear)
+        return process
     with open(output, "ab") as file:
         return subprocess.Popen(
             command, env=environment, stdin=stdin, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -25,6 +25,7 @@ from orchestrator.config.schema import RunConfig
 from orchestrator.config.validate_islands import island_names
 from orchestrator.data.prepare import PreparedData, prepare
 from orchestrator.data.validation import check_data, mixture_lines, packing_lines
+from orchestrator.distributed.local_processes import Hear
 from orchestrator.distributed.world import OWN_PREFIX
 from orchestrator.errors import (
     DIVERGED,
@@ -47,7 +48,7 @@ from orchestrator.launch.island_state import place_saves
 from orchestrator.launch.island_words import FOLDER, Joining, island_command, tail
 from orchestrator.launch.plan import Plan, newest_of
 from orchestrator.launch.worker_processes import ERROR
-from orchestrator.output import tell
+from orchestrator.output import relay, tell
 from orchestrator.runs import init_from, run_directory
 from orchestrator.runs.messages import doing, say, warn
 from orchestrator.runs.run_directory import RunPaths
@@ -124,9 +125,11 @@ class IslandRun:
         place: its directory, held by the caller.
         folder: for what hub and launcher tell each other.
         facts: of the run.
+        hear: called with each line that the hub prints; None: it prints where this process does.
     """
 
-    def __init__(self, plan: Plan, place: RunPaths, folder: Path, facts: dict[str, Any]):
+    def __init__(self, plan: Plan, place: RunPaths, folder: Path, facts: dict[str, Any], hear: Hear | None = None):
+        self._hear = hear
         self._plan, self._config, self._place, self._folder, self._facts = plan, plan.config, place, folder, facts
         islands, self._run_dir = plan.config.islands, place.run_dir.absolute()
         self._key = Path(islands.key_file).expanduser().absolute() if islands.key_file else self._run_dir / KEY
@@ -187,7 +190,7 @@ class IslandRun:
         HubBrief(str(self._run_dir), str(self._key), self._bind, resumed, self._facts).write(self._folder)
         parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
         command = [sys.executable, "-m", "orchestrator.launch.worker", "hub", str(self._folder)]
-        return spawn(command, {**importable(), **parts}, None, piped=True)
+        return spawn(command, {**importable(), **parts}, piped=True, hear=self._hear)
 
     def _start_island(self, name: str) -> Process:
         command = island_command(self._config, name, self._members[name], self._joining())
@@ -320,6 +323,6 @@ def run_islands(plan: Plan, place: RunPaths, facts: dict[str, Any], announce: bo
         stopping.listening(announce=announce),
         stopping.deferred(watched=True),
     ):
-        code = IslandRun(replace(plan, config=config), place, Path(folder), facts).run()
+        code = IslandRun(replace(plan, config=config), place, Path(folder), facts, None if announce else relay).run()
         run_directory.mark_ended(place.run_dir, "interrupted" if code in STOPPED else "failed", None)
         return code

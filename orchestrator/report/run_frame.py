@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.report.run_data import number
+from orchestrator.report.run_islands import islands_of, waited_share
 from orchestrator.report.run_text import duration, gib, layout, short, step_time, value
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -70,11 +71,25 @@ def frame(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], width: in
         lines.append(("val loss", f"{shown} at step {value(evaluated[-1].get('step'))}"))
     if trained:
         lines.append(("step", _figures(trained[-1])))
-    lines += _events(leg, len(legs))
+    lines += [*_islands(legs), *_events(leg, len(legs))]
+    return lines
+
+
+def _islands(legs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    lines = []
+    for name, one in islands_of(legs).items():
+        share, waited = number(one.get("share")), waited_share(one)
+        parts = [value(one.get("state")), value(one.get("place"))]
+        parts += [] if share is None else [f"{share:.0%} of the sequences"]
+        parts += [] if waited is None else [f"waited {waited:.1%}"]
+        moved = f"{gib(one['sent_bytes'])} sent, {gib(one['received_bytes'])} received"
+        lines.append((f"island {name}", ", ".join([*parts, moved])))
     return lines
 
 
 def _hardware(leg: Mapping[str, Any]) -> str:
+    if leg.get("exchange"):
+        return f"{value(leg.get('target'))}, {leg['exchange']}"
     names = leg.get("device_names") or []
     hosts = leg.get("hosts")
     devices = f"{value(leg.get('devices'))} x {names[0] if names else value(leg.get('target'))}"

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.atomic_files import write_atomically
 from orchestrator.report.page import frame
 from orchestrator.report.run_data import MEAN_STEPS, Point, RunData, headline, number, read_run_data, smooth, summarise
+from orchestrator.report.run_islands import islands_section
 from orchestrator.report.run_legs import handovers_section, legs_section, marks, rewinds_section
 from orchestrator.report.run_sources import source_charts, sources_section
 from orchestrator.report.run_tasks import task_charts
@@ -75,6 +76,7 @@ def render(data: RunData) -> str:
         _cards(data, facts),
         f'<section class="charts" aria-label="Curves">{_charts(data, facts)}</section>',
         sources_section(data),
+        islands_section(data),
         time_section(data.book),
         legs_section(data),
         rewinds_section(data),

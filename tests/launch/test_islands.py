@@ -19,6 +19,7 @@ from orchestrator.config.compose import compose
 from orchestrator.errors import ConfigErrors
 from orchestrator.launch.start import Outcome, launch
 from orchestrator.report.run_data import summarise
+from orchestrator.report.run_frame import frame
 from tests.lab.cli import only_run
 from tests.lab.runs import TINY
 from tests.lab.stub_island import write_stub
@@ -86,7 +87,12 @@ def test_a_run_of_two_islands_ends_with_one_record(start, tmp_path):
     assert sum(entry["kind"] == "exchange" for entry in _lines(run_dir / "islands" / "exchanges.jsonl")) == 4
     assert (run_dir / "islands" / "key").stat().st_mode & 0o777 == 0o600
     assert summarise(run_dir)["status"] == "finished"
-    assert (run_dir / "report.html").exists()
+    page = (run_dir / "report.html").read_text()
+    for part in ("<h2>Islands</h2>", "chart-islands-trained", "4 exchanges"):
+        assert part in page
+    lines = dict(frame(facts, _lines(run_dir / "metrics.jsonl"), 80))
+    assert lines["hardware"].startswith("2 islands, diloco: every 4 steps")
+    assert "% of the sequences" in lines["island b"]
     assert not psutil.Process().children()
 
 
