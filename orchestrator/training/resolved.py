@@ -51,6 +51,8 @@ LEFT_OPEN = {
     "data.tokenizer.eos": "likewise",
     "data.workers": "each host has cores of its own",
     "hardware.compilation_cache": "each host has one of its own",
+    "islands.outer.lr": "the hub decides for all islands: `islands.terms`",
+    "islands.outer.momentum": "likewise",
     "launch.notices": "each host asks the cloud that it is in",
     "hardware.threads": "each host has cores of its own",
     "model.head_dim": "no choice: `ModelConfig.head_width` is the rule",
