@@ -315,6 +315,7 @@ class Hub:
                 "the hub does not know this island: it was started anew",
                 got=peer.island,
                 fix="start the island again: it goes on from its newest save",
+                again=True,
             )
         if one.incarnation != peer.incarnation:
             raise refuse(
@@ -327,6 +328,7 @@ class Hub:
                 "the data of this island was given to the others",
                 got=f"{peer.island}: {one.because}",
                 fix="start the island again: it takes the outer weights and goes on from there",
+                again=True,
             )
         return one
 

@@ -409,6 +409,7 @@ class Refused:
         allowed: values.
         fix: what to do.
         final: asking again does not help. Else the message was damaged on the way.
+        again: starting the island again does: it goes on from its newest save.
     """
 
     what: str
@@ -416,6 +417,7 @@ class Refused:
     allowed: str = ""
     fix: str = ""
     final: bool = True
+    again: bool = False
 
 
 Request = (

@@ -27,6 +27,10 @@ class HubRefusedError(UserError):
     """The hub does not accept a request."""
 
 
+class HubRestartedError(LostPeerError):
+    """The hub does not know the island any more: started again, it goes on from its newest save."""
+
+
 @dataclass
 class _Sent:
     number: int
@@ -272,9 +276,8 @@ class Link:
         if isinstance(answer, Taken):
             self.stop = self.stop or answer.stop
         if isinstance(answer, Refused):
-            sent.future.set_exception(
-                HubRefusedError(answer.what, got=answer.got or None, allowed=answer.allowed, fix=answer.fix)
-            )
+            kind = HubRestartedError if answer.again else HubRefusedError
+            sent.future.set_exception(kind(answer.what, got=answer.got or None, allowed=answer.allowed, fix=answer.fix))
         else:
             sent.future.set_result((answer, parts))
 

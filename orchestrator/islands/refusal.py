@@ -17,7 +17,7 @@ class RefusedError(Exception):
         self.refused = refused
 
 
-def refuse(what: str, got: object = "", allowed: object = "", fix: str = "") -> RefusedError:
+def refuse(what: str, got: object = "", allowed: object = "", fix: str = "", again: bool = False) -> RefusedError:
     """Return what is raised where asking again does not help.
 
     Args:
@@ -25,5 +25,6 @@ def refuse(what: str, got: object = "", allowed: object = "", fix: str = "") -> 
         got: value.
         allowed: values.
         fix: what to do.
+        again: starting the island again helps.
     """
-    return RefusedError(Refused(what, str(got)[:1000], str(allowed)[:1000], fix))
+    return RefusedError(Refused(what, str(got)[:1000], str(allowed)[:1000], fix, again=again))

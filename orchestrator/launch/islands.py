@@ -182,6 +182,8 @@ class IslandRun:
     # --- what is started --------------------------------------------------------------------------------
 
     def _start_hub(self) -> Process:
+        if self._address:  # it was lost: what it has saved meanwhile is where it goes on
+            self._checkpoint = self._newest()
         for name in (ADDRESS, ERROR):
             (self._folder / name).unlink(missing_ok=True)
         resumed = str(self._checkpoint) if self._checkpoint is not None else None
@@ -247,8 +249,6 @@ class IslandRun:
                 self._show(name)
         if said := self._hub.look(now, bool(asked)):
             warn(said)
-        if self._hub.process is None and self._hub.due is not None and self._checkpoint is None:
-            self._checkpoint = self._newest()
         elsewhere = len(self._members) > len(self._islands)
         alone = not elsewhere and not any(one.goes_on for one in self._islands.values())
         if alone and self._asked_at is None:

@@ -5,6 +5,7 @@ It trains as `tests.lab.island_sim` has it, saves where the hub asks it to, and 
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 from orchestrator import stopping
 from orchestrator.config.islands_schema import IslandsConfig
+from orchestrator.errors import UserError
 from orchestrator.islands.island_keys import read as read_key
 from orchestrator.islands.island_messages import Bye, Peer, Terms
 from orchestrator.islands.link import Link
@@ -114,7 +116,11 @@ def main() -> None:
         if (folder / "kept").exists():
             island.kept = pickle.loads((folder / "kept").read_bytes())
             island.saves[island.kept.mark] = island.kept
-        code = sim.live(island)
+        try:
+            code = sim.live(island)
+        except UserError as error:  # as the product's islands end
+            print(error, file=sys.stderr)
+            os._exit(error.exit_code)
         if island.refused is not None:
             print(f"refused: {island.refused.what}", file=sys.stderr)
             code = 1

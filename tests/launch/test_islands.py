@@ -115,6 +115,27 @@ def test_a_killed_island_is_started_again(start, tmp_path):
     assert [row["step"] for row in _lines(run_dir / "metrics.jsonl")] == list(range(1, 33))
 
 
+def test_a_killed_hub_goes_on_from_its_newest_checkpoint_and_its_islands_come_back(start, tmp_path):
+    runs, killed = tmp_path / "runs", []
+
+    def kill() -> None:
+        killed.extend(path.name for path in runs.glob("*/*/checkpoints/step-*"))
+        _process("orchestrator.launch.worker").kill()
+
+    _when(lambda: any(runs.glob("*/*/checkpoints/step-*/manifest.json")), kill)
+    assert start("train.max_steps=120", "checkpoint.every_steps=20").code == 0
+    assert killed
+    run_dir = only_run(runs)
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert [leg["start_step"] > 0 for leg in facts["legs"]] == [False, True]
+    assert facts["status"] == "finished"
+    # The second hub took the state of the first, so that no sequence was trained twice.
+    assert facts["legs"][-1]["booked"] == facts["legs"][-1]["sequences"] == 120 * 8
+    found = _lines(run_dir / "islands" / "exchanges.jsonl")
+    starts = [entry["start"] for entry in found if entry["kind"] == "welcome" and entry["leg"] == 1]
+    assert len(starts) >= 2
+
+
 def test_a_request_to_stop_reaches_all_islands(start, tmp_path):
     runs = tmp_path / "runs"
     record = lambda: any("exchange" in path.read_text() for path in runs.glob("*/*/islands/exchanges.jsonl"))  # noqa: E731
