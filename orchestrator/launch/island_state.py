@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,20 @@ def place_saves(checkpoint: AnyPath, run_dir: Path) -> None:
             continue
         if not own.is_dir() or not any(step_of(path) == int(save["step"]) for path in committed(own)):
             shutil.copytree(stored, target, copy_function=_linked)
+
+
+def drop_saves(run_dir: Path, islands: Iterable[str]) -> None:
+    """Set aside what islands have saved, as their run begins anew: it was lost before its first checkpoint.
+
+    Args:
+        run_dir: of the run.
+        islands: their names.
+    """
+    for name in islands:
+        own = run_dir / FOLDER / name / "checkpoints"
+        for path in committed(own) if own.is_dir() else []:
+            if not set_aside(path):
+                put_aside(path, "the run was lost before its first checkpoint, and began anew")
 
 
 def _linked(source: str, target: str) -> object:

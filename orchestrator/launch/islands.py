@@ -44,7 +44,7 @@ from orchestrator.islands.island_keys import make as make_key
 from orchestrator.islands.terms import describe_terms, terms_of
 from orchestrator.launch.hub_brief import ADDRESS, BEGUN, HubBrief
 from orchestrator.launch.island_processes import Kept, Process, spawn, wait_for
-from orchestrator.launch.island_state import place_saves
+from orchestrator.launch.island_state import drop_saves, place_saves
 from orchestrator.launch.island_words import FOLDER, Joining, island_command, tail
 from orchestrator.launch.plan import Plan, newest_of
 from orchestrator.launch.worker_processes import ERROR
@@ -189,6 +189,8 @@ class IslandRun:
         resumed = str(self._checkpoint) if self._checkpoint is not None else None
         if self._checkpoint is not None:
             place_saves(self._checkpoint, self._run_dir)
+        elif self._address:
+            drop_saves(self._run_dir, self._islands)
         HubBrief(str(self._run_dir), str(self._key), self._bind, resumed, self._facts).write(self._folder)
         parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
         command = [sys.executable, "-m", "orchestrator.launch.worker", "hub", str(self._folder)]

@@ -15,7 +15,7 @@ from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.islands.hub import Hub
 from orchestrator.islands.island_messages import Terms
 from orchestrator.islands.ledger import audit
-from orchestrator.launch.island_state import fitting, place_saves, read_run, save_run
+from orchestrator.launch.island_state import drop_saves, fitting, place_saves, read_run, save_run
 from tests.lab.island_sim import SHAPES, Sim
 from tests.lab.runs import small_config
 
@@ -79,6 +79,15 @@ def test_later_saves_of_islands_are_set_aside_when_the_run_goes_back(tmp_path):
         shutil.copytree(early, own / f"step-{number:08d}")
     place_saves(early, tmp_path)
     assert [bool(set_aside(path)) for path in committed(own)] == [True, False]
+
+
+def test_saves_of_a_run_that_begins_anew_are_set_aside(tmp_path):
+    _, state = state_of(KINDS["rounds"])
+    early = save_run(tmp_path / "checkpoints", state, small_config(tmp_path))
+    own = tmp_path / "islands" / "a" / "checkpoints"
+    shutil.copytree(early, own / early.name)
+    drop_saves(tmp_path, ["a", "b"])
+    assert [bool(set_aside(path)) for path in committed(own)] == [True]
 
 
 def test_consistency_of_the_whole_is_checked(tmp_path):
