@@ -18,6 +18,8 @@ from orchestrator.islands.run_terms import RunTerms
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST_ELEMENTS = 1 << 44
 _MOST_RANKS = 1 << 16
+_MOST_DIMS = 32  # of a tensor, as NumPy has them
+_FASTEST = 1e12  # sequences per second
 _MODEL = ("model", "data", "seq_len", "seed", "names", "shapes")  # fields of a hello that all islands have alike
 
 
@@ -71,6 +73,9 @@ class Admission:
                 one.past.add(one.incarnation)
             one.incarnation, one.hellos, one.welcome = peer.incarnation, {}, None
         if one.hellos.get(peer.rank) != hello:
+            if one.welcome is not None:
+                fix = "start the island again"
+                raise refuse("a rank says something else of itself than when it came", got=peer.island, fix=fix)
             one.hellos[peer.rank] = hello
             one.unit, one.place = hello.unit, hello.place or one.place
         one.seen_at = now
@@ -186,6 +191,8 @@ class Admission:
             raise refuse("the name of an island is a word", got=ascii(peer.island)[:80], allowed="letters, digits, -_.")
         if not 0 <= peer.rank < hello.ranks <= _MOST_RANKS or hello.rank != peer.rank or hello.unit < 1:
             raise refuse("an island's rank is none of its ranks", got=f"{peer.rank} of {hello.ranks}")
+        if not 0 <= hello.speed <= _FASTEST:
+            raise refuse("an island cannot be that fast", got=hello.speed, allowed=f"0 to {_FASTEST:g}")
         for what, got, wanted in (
             ("train.max_steps", hello.max_steps, self._facts.max_steps),
             ("train.global_batch_tokens / train.seq_len", hello.sequences, self._facts.sequences),
@@ -208,26 +215,37 @@ class Admission:
                 what = words.get(name, name)
                 fix = "give all islands the same model, data and seed"
                 raise refuse(f"the island has another {what} than the run", got, wanted, fix)
+        self._check_boxes(hello)
 
     def _check_shapes(self, hello: Hello) -> None:
-        sizes = [math.prod(shape) for shape in hello.shapes]
         wrong = len(hello.names) != len(hello.shapes) or len(set(hello.names)) != len(hello.names) or not hello.names
+        if any(len(shape) > _MOST_DIMS for shape in hello.shapes):
+            raise refuse("a tensor of the island has too many dims", allowed=_MOST_DIMS)
+        sizes = [math.prod(shape) for shape in hello.shapes]
         if wrong or any(length < 0 for shape in hello.shapes for length in shape) or sum(sizes) > _MOST_ELEMENTS:
             raise refuse("the tensors of the island cannot be", got=f"{len(hello.names)} names, {sum(sizes)} elements")
 
+    def _check_boxes(self, hello: Hello) -> None:
+        """See that the parts of a rank are of the model."""
+        shapes = self._shapes()
+        for part in hello.boxes:
+            shape = shapes.get(part.name)
+            if shape is None or not len(part.start) == len(part.stop) == len(shape):
+                raise refuse("a rank has a part of a tensor that is not in the model", got=part.name)
+            if any(not 0 <= a <= b <= c for a, b, c in zip(part.start, part.stop, shape, strict=True)):
+                raise refuse("a rank has a part that is not in its tensor", got=f"{part.name}: {part.stop}")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(zip(self._known["names"], self._known["shapes"], strict=True))
+
     def _check_parts(self, one: MemberLog) -> None:
         """See that the ranks together bring each element once."""
-        shapes: dict[str, tuple[int, ...]] = dict(zip(self._known["names"], self._known["shapes"], strict=True))
+        shapes = self._shapes()
         owned = dict.fromkeys(shapes, 0)
         for hello in one.hellos.values():
             for part in hello.boxes:
-                shape = shapes.get(part.name)
-                if shape is None or not len(part.start) == len(part.stop) == len(shape):
-                    raise refuse("a rank has a part of a tensor that is not in the model", got=part.name)
-                if any(not 0 <= a <= b <= c for a, b, c in zip(part.start, part.stop, shape, strict=True)):
-                    raise refuse("a rank has a part that is not in its tensor", got=f"{part.name}: {part.stop}")
                 if part.owned:
-                    owned[part.name] += Box(part.name, shape, part.start, part.stop).size
+                    owned[part.name] += Box(part.name, shapes[part.name], part.start, part.stop).size
         for name, shape in shapes.items():
             if owned[name] != math.prod(shape):
                 fix = "this is a defect of the strategy: please report it"

@@ -46,6 +46,8 @@ from orchestrator.islands.run_terms import RunTerms
 Frames = Sequence[Any]
 Answered = tuple[Answer, list[bytes]]
 Note = Callable[[dict[str, Any]], object]
+_LONGEST = 1e9  # seconds of a lease
+_LONGEST_MARK = 256
 
 
 class Hub:
@@ -358,6 +360,10 @@ class Hub:
         lease = one.leases.get(report.lease)
         if lease is None or len(report.losses) != len(lease.steps) or len(report.targets) != len(lease.steps):
             return  # of a lease before its last save
+        if not all(0 <= seconds <= _LONGEST for seconds in (report.seconds, report.waited, report.compiled)):
+            raise refuse("a lease cannot have taken so long", got=report.seconds, allowed=f"0 to {_LONGEST:g} s")
+        if any(count < 0 for count in report.targets):
+            raise refuse("a step cannot have so few targets", got=min(report.targets), allowed="0 or more")
         self._leases.reported(one, report)
 
     def _saved(self, one: MemberLog, saved: Saved) -> None:
@@ -366,12 +372,16 @@ class Hub:
             if saved.mark == self._mark:
                 self._mark, self._leases.mark = None, ""
             return
+        if not 0 < len(saved.mark) <= _LONGEST_MARK or not 0 <= saved.lease <= one.next_lease:
+            raise refuse("a save is of no mark or lease of this island", got=f"{saved.mark[:80]!r}, {saved.lease}")
         if saved.mark not in one.saves:  # a save of its own, such as at a stop
             self._leases.note_save(one, saved.mark, saved.lease)
         one.saves[saved.mark] = replace(one.saves[saved.mark], path=saved.path, step=saved.step)
         self.note({"kind": "saved", "island": one.name, "mark": saved.mark, "path": saved.path})
 
     def _score(self, one: MemberLog, score: Score) -> None:
+        if score.what == "probe":
+            self._probes.check(score)
         about = {"kind": score.what, "island": one.name, "at": score.at, "values": list(score.values)}
         self.note({**about, "names": list(score.names), "versions": list(score.versions), "lease": score.lease})
         if score.what == "probe" and (compared := self._probes.heard(one.name, score)) is not None:

@@ -112,6 +112,8 @@ class HubMerges:
         lease = one.leases.get(offer.lease)
         if lease is None or not 0 <= offer.fragment < len(self.outer.fragments):
             raise refuse("an offer is of no lease of this island", got=f"{one.name}: {key}")
+        if offer.targets < 0:
+            raise refuse("an offer cannot have so few targets", got=offer.targets, allowed="0 or more")
         if not 0 < offer.step <= len(lease.steps) or not 0 <= offer.version <= self.versions[offer.fragment]:
             raise refuse("an offer is of no step or version that there was", got=f"{one.name}: {key}")
         before = [v for (_, fragment, _), v in one.followed.items() if fragment == offer.fragment]
@@ -144,11 +146,14 @@ class HubMerges:
         box = Box(part.name, shape, part.start, part.stop)
         if not any(_contains(mine, box) for mine in owned.get(part.name, ())):
             raise refuse("a part is not one that this rank has", got=f"{part.name} {part.start} to {part.stop}")
-        if (part.name, part.start) in coming.seen:
+        seen = coming.seen.setdefault(part.name, [])
+        if box in seen:
             return
+        if any(_overlap(one, box) for one in seen):  # elements would be counted twice, and others not at all
+            raise refuse("parts of an offer overlap", got=f"{part.name} {part.start} to {part.stop}")
         values = decode(frame, box, self.terms.exchange)
         coming.arrays[part.name][box.slices] = values
-        coming.seen.add((part.name, part.start))
+        seen.append(box)
         coming.missing -= box.size
         coming.nbytes += len(frame)
 
@@ -417,6 +422,11 @@ def _pieces(parts: Parts) -> Iterator[Parts]:
         size += 4 * box.size
     if piece:
         yield piece
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    pairs = zip(one.start, one.stop, other.start, other.stop, strict=True)
+    return all(max(a, c) < min(b, d) for a, b, c, d in pairs)
 
 
 def _contains(outer: Box, inner: Box) -> bool:

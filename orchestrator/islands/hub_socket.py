@@ -12,6 +12,7 @@ from orchestrator.islands.island_messages import Answer, Peer, Refused, Request
 from orchestrator.islands.wire import LARGE, PREFERENCES, answer_frames, read_asked
 
 _ZAP = "inproc://zeromq.zap.01"
+_MOST_ROUTES = 1 << 17  # processes that are known
 
 
 class HubSocket:
@@ -77,7 +78,10 @@ class HubSocket:
         if asked is None:
             self.dropped += 1
             return None
+        self._routes.pop(asked.peer, None)
         self._routes[asked.peer] = route.bytes
+        if len(self._routes) > _MOST_ROUTES:
+            del self._routes[next(iter(self._routes))]  # who was silent longest
         if asked.request is None:
             self.dropped += 1
             said = asked.problem

@@ -469,6 +469,15 @@ def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+def _can_be_written(text: str) -> bool:
+    """Whether a text is more than halves of characters, which JSON allows and no file or terminal takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -491,10 +500,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif hint is int:
         good = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INT
     elif hint is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        value = float(value) if good else value
+        good = isinstance(value, float) and math.isfinite(value)
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INT:  # larger ones may not fit
+            good, value = True, float(value)
     else:
-        good = hint is str and isinstance(value, str) and len(value) <= _MAX_TEXT
+        good = hint is str and isinstance(value, str) and len(value) <= _MAX_TEXT and _can_be_written(value)
     if not good:
         raise MessageError("a message has a field of another kind", got=f"{where}: {ascii(value)[:60]}")
     return value

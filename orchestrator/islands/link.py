@@ -112,7 +112,7 @@ class Link:
                 sent.future.set_exception(self._error or LostPeerError("the link to the hub is closed"))
                 return sent.future
             self._under_way += sent.size
-        self._queue.append(sent)
+            self._queue.append(sent)  # under the lock: once the link has failed, nobody would answer
         self._wake()
         return sent.future
 
@@ -160,8 +160,9 @@ class Link:
                 if self._beat is not None and now - beaten > _BEAT_SECONDS and self._met:
                     beaten = now
                     step, phase = self._beat()
-                    if not any(isinstance(one.request, Beating) for one in self._queue):
-                        self._queue.append(self._small(Beating(step, phase)))
+                    with self._room:  # others append meanwhile
+                        if not any(isinstance(one.request, Beating) for one in self._queue):
+                            self._queue.append(self._small(Beating(step, phase)))
                 self._send_all(socket, now)
                 self._judge(now, began)
         except Exception as error:  # nobody waits for this thread, but for its answers
@@ -282,11 +283,12 @@ class Link:
             sent.future.set_result((answer, parts))
 
     def _fail(self, error: UserError) -> None:
-        self._error = self._error or error
         with self._room:
+            self._error = self._error or error
+            left = [*self._waiting.values(), *self._queue]
+            self._waiting.clear()
+            self._queue.clear()
             self._room.notify_all()
-        for sent in [*self._waiting.values(), *self._queue]:
+        for sent in left:
             if not sent.future.done():
                 sent.future.set_exception(self._error)
-        self._waiting.clear()
-        self._queue.clear()

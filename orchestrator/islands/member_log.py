@@ -10,6 +10,7 @@ from orchestrator.islands.boxes import Box
 from orchestrator.islands.island_messages import Hello, Lease, LeaseStep, Welcome, read, write
 from orchestrator.islands.ledger import Range, merged
 
+_SHORTEST = 1e-6  # seconds of a lease that tell a speed
 _SPEED_KEPT = 0.5  # of the measured speed so far, when a lease tells another one
 Key = tuple[int, int, int]
 """Lease, fragment, and step of the lease of an offer."""
@@ -131,7 +132,7 @@ class MemberLog:
             sequences: of the lease.
             seconds: that it took, without waiting and compiling.
         """
-        if seconds > 0 and sequences:
+        if seconds > _SHORTEST and sequences:
             speed = sequences / seconds
             self.speed = speed if not self.speed else _SPEED_KEPT * self.speed + (1 - _SPEED_KEPT) * speed
 

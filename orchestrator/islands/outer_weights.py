@@ -37,7 +37,7 @@ class Contribution:
         targets: tokens that are in it.
         arrays: by tensor, whole.
         missing: elements that have not come.
-        seen: parts that have come.
+        seen: parts that have come, by tensor.
         digests: of the outer weights that the ranks have, by rank.
         nbytes: that came.
     """
@@ -50,7 +50,7 @@ class Contribution:
     targets: int
     arrays: dict[str, Array]
     missing: int
-    seen: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
+    seen: dict[str, list[Box]] = field(default_factory=dict)
     digests: dict[int, int] = field(default_factory=dict)
     nbytes: int = 0
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.checkpoint.reference import tolerance
+from orchestrator.checkpoint.reference import TOLERANCES, tolerance
 from orchestrator.islands.island_messages import Score
+from orchestrator.islands.refusal import refuse
 
 _KEPT = 8  # versions whose results are kept
 
@@ -34,6 +35,17 @@ class Probes:
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, ...], tuple[str, Score]] = {}
+
+    def check(self, score: Score) -> None:
+        """See that a score can be compared: two numbers, and the precision by its name. One without numbers can be.
+
+        Args:
+            score: of an island.
+        """
+        precision = score.names[2] if len(score.names) == 3 else ""
+        if len(score.values) == 2 and (precision, precision) not in TOLERANCES:
+            known = ", ".join(sorted({name for pair in TOLERANCES for name in pair}))
+            raise refuse("a score of the reference batch is of no known precision", got=precision, allowed=known)
 
     def heard(self, island: str, score: Score) -> ProbeVerdict | None:
         """Compare what an island has measured with what another one has, with the same weights.

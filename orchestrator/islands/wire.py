@@ -86,6 +86,8 @@ def read_asked(frames: Sequence[Any]) -> Asked | None:
     island, incarnation, rank, number = found
     if len(island) > 256 or len(incarnation) > 256 or not 0 <= rank < 1 << 32 or not 0 <= number < 1 << 63:
         return None
+    if not (island + incarnation).isascii():
+        return None
     peer, parts = Peer(island, incarnation, rank), list(frames[2:])
     try:
         request = read(bytes(frames[1]), REQUESTS)
