@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.errors import ConfigError
 from orchestrator.islands.island_keys import curve_pair, import_zmq
 from orchestrator.islands.island_messages import Answer, Peer, Refused, Request
-from orchestrator.islands.wire import LARGE, PREFERENCES, answer_frames, read_asked
+from orchestrator.islands.wire import LARGE, PREFERENCES, read_asked, write_answer
 
 _ZAP = "inproc://zeromq.zap.01"
 _MOST_ROUTES = 1 << 17  # processes that are known
@@ -73,13 +73,16 @@ class HubSocket:
             self._authenticate()
         if self._socket not in ready:
             return None
-        route, *frames = self._socket.recv_multipart(copy=False)
-        asked = read_asked([frame.buffer for frame in frames])
+        route, message = self._socket.recv(), self._socket.recv(copy=False)
+        whole = not message.more
+        while message.more:  # none of ours: none of it is kept
+            message = self._socket.recv(copy=False)
+        asked = read_asked(message.buffer) if whole else None
         if asked is None:
             self.dropped += 1
             return None
         self._routes.pop(asked.peer, None)
-        self._routes[asked.peer] = route.bytes
+        self._routes[asked.peer] = route
         if len(self._routes) > _MOST_ROUTES:
             del self._routes[next(iter(self._routes))]  # who was silent longest
         if asked.request is None:
@@ -113,9 +116,8 @@ class HubSocket:
         if (route := self._routes.get(peer)) is None:
             return
         with suppress(self._zmq.Again):
-            parts = [route, *answer_frames(number, answer, frames)]
-            copy = all(len(frame) < LARGE for frame in frames)
-            self._socket.send_multipart(parts, flags=self._zmq.NOBLOCK, copy=copy)
+            message = write_answer(number, answer, frames)
+            self._socket.send_multipart([route, message], flags=self._zmq.NOBLOCK, copy=len(message) < LARGE)
 
     def forget(self, peer: Peer) -> None:
         """Forget where a peer is that does not come back.

@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.errors import ConfigError, LostPeerError, UserError
 from orchestrator.islands.island_keys import curve_pair, import_zmq
 from orchestrator.islands.island_messages import Answer, Beating, MessageError, Peer, Refused, Request, Taken, write
-from orchestrator.islands.wire import LARGE, PREFERENCES, about, read_answer
+from orchestrator.islands.wire import LARGE, PREFERENCES, about, pack, read_answer
 
 Answered = tuple[Answer, list[Any]]
 _UNDER_WAY_BYTES = 64 << 20
@@ -155,7 +155,7 @@ class Link:
                 if monitor in ready:
                     self._watch(monitor)
                 while socket.poll(0):
-                    self._hear(socket.recv_multipart(copy=False))
+                    self._hear(socket.recv(copy=False))
                 now = time.monotonic()
                 if self._beat is not None and now - beaten > _BEAT_SECONDS and self._met:
                     beaten = now
@@ -245,10 +245,11 @@ class Link:
                 return
 
     def _send(self, socket: Any, sent: _Sent, now: float) -> bool:
-        frames = [about(self._peer, sent.number), sent.text, *sent.frames]
-        copy = all(len(frame) < LARGE for frame in sent.frames)
+        if not socket.poll(0, self._zmq.POLLOUT):
+            return False  # before it is packed, which copies it
+        message = pack([about(self._peer, sent.number), sent.text, *sent.frames])
         try:
-            socket.send_multipart(frames, flags=self._zmq.NOBLOCK, copy=copy)
+            socket.send(message, flags=self._zmq.NOBLOCK, copy=len(message) < LARGE)
         except self._zmq.Again:
             return False
         sent.at = now
@@ -256,10 +257,10 @@ class Link:
         self.sent[type(sent.request).__name__] += sent.size
         return True
 
-    def _hear(self, frames: list[Any]) -> None:
+    def _hear(self, message: Any) -> None:
         self._heard_at = time.monotonic()
         try:
-            number, answer, parts = read_answer([frame.buffer for frame in frames])
+            number, answer, parts = read_answer(message.buffer)
         except MessageError:
             return  # asked again when it is late
         sent = self._waiting.get(number)

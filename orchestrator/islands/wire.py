@@ -1,9 +1,14 @@
-"""Messages as ZeroMQ carries them: a line about who asks, the message, and the frames of its parts."""
+"""Messages as ZeroMQ carries them: a line about who asks, the message, and the frames of its parts, in one piece.
+
+One piece, since libzmq 4.3 can end the process where a connection breaks in the middle of a message of several frames
+while the socket that sends it closes (its issue 3442): an island would die with its hub.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +27,9 @@ from orchestrator.islands.island_messages import (
 )
 
 _MAX_ABOUT = 1 << 12
+_ALIGNED = 16  # bytes: numbers are read where they lie
 LARGE = 1 << 16
-"""Bytes from which on a frame is not copied."""
+"""Bytes from which on a message is not copied."""
 PREFERENCES: dict[str, int] = {
     "MAXMSGSIZE": MAX_FRAME_BYTES,
     "HEARTBEAT_IVL": 2000,
@@ -56,6 +62,42 @@ class Asked:
     problem: MessageError | None = None
 
 
+def pack(frames: Sequence[Any]) -> bytes:
+    """Return frames as one piece: their number and lengths, then each from a multiple of 16 bytes on.
+
+    Args:
+        frames: bytes, or what has a buffer.
+    """
+    lengths = [memoryview(frame).nbytes for frame in frames]
+    pieces: list[Any] = [struct.pack(f"<{len(lengths) + 1}I", len(lengths), *lengths)]
+    for before, frame in zip([len(pieces[0]), *lengths], frames, strict=False):
+        pieces += [bytes(-before % _ALIGNED), frame]
+    return b"".join(pieces)
+
+
+def unpack(message: Any) -> list[memoryview]:
+    """Return the frames of a message, where they lie.
+
+    Args:
+        message: what `pack` made, or anything.
+
+    Raises:
+        MessageError: it is none.
+    """
+    view = memoryview(message)
+    count = int.from_bytes(view[:4], "little")
+    if len(view) < 4 or count > MAX_FRAMES + 2 or len(view) < 4 * (count + 1):
+        raise MessageError("a message does not have the frames that it says", got=f"{len(view)} bytes")
+    at, frames = 4 * (count + 1), []
+    for length in struct.unpack_from(f"<{count}I", view, 4):
+        at += -at % _ALIGNED
+        frames.append(view[at : at + length])
+        at += length
+    if at != len(view):
+        raise MessageError("a message has another length than its frames", got=len(view), allowed=str(at))
+    return frames
+
+
 def about(peer: Peer, number: int) -> bytes:
     """Return the line about who asks.
 
@@ -66,20 +108,18 @@ def about(peer: Peer, number: int) -> bytes:
     return json.dumps([peer.island, peer.incarnation, peer.rank, number], separators=(",", ":")).encode()
 
 
-def read_asked(frames: Sequence[Any]) -> Asked | None:
+def read_asked(message: Any) -> Asked | None:
     """Read a request; None where it does not even say who asks.
 
     Args:
-        frames: of the message, without ZeroMQ's own.
+        message: as it came.
     """
-    if len(frames) < 2 or len(frames) - 2 > MAX_FRAMES:
-        return None
-    line = bytes(frames[0])
-    if len(line) > _MAX_ABOUT:
-        return None
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
+        frames = unpack(message)
+        if len(frames) < 2 or len(frames[0]) > _MAX_ABOUT:
+            return None
+        found = json.loads(bytes(frames[0]))
+    except (ValueError, RecursionError, MessageError):
         return None
     if not isinstance(found, list) or [type(one) for one in found] != [str, str, int, int]:
         return None
@@ -97,15 +137,16 @@ def read_asked(frames: Sequence[Any]) -> Asked | None:
     return Asked(peer, number, request, parts)
 
 
-def read_answer(frames: Sequence[Any]) -> tuple[int, Answer, list[Any]]:
+def read_answer(message: Any) -> tuple[int, Answer, list[Any]]:
     """Read an answer: its number, what it says, and its frames.
 
     Args:
-        frames: of the message.
+        message: as it came.
 
     Raises:
         MessageError: it is damaged.
     """
+    frames = unpack(message)
     if len(frames) < 2 or len(bytes(frames[0])) != 8:
         raise MessageError("an answer has no number")
     answer, parts = read(bytes(frames[1]), ANSWERS), list(frames[2:])
@@ -113,15 +154,15 @@ def read_answer(frames: Sequence[Any]) -> tuple[int, Answer, list[Any]]:
     return int.from_bytes(bytes(frames[0]), "little"), answer, parts
 
 
-def answer_frames(number: int, answer: Answer, frames: Sequence[Any]) -> list[Any]:
-    """Return an answer as frames.
+def write_answer(number: int, answer: Answer, frames: Sequence[Any]) -> bytes:
+    """Return an answer as it is sent.
 
     Args:
         number: of the request.
         answer: to it.
         frames: of its parts.
     """
-    return [number.to_bytes(8, "little"), write(answer), *frames]
+    return pack([number.to_bytes(8, "little"), write(answer), *frames])
 
 
 def check_frames(message: Request | Answer, frames: Sequence[Any]) -> None:

@@ -44,7 +44,6 @@ from orchestrator.islands.island_keys import make as make_key
 from orchestrator.islands.terms import describe_terms, terms_of
 from orchestrator.launch.hub_brief import ADDRESS, BEGUN, HubBrief
 from orchestrator.launch.island_processes import Kept, Process, spawn, wait_for
-from orchestrator.launch.island_state import drop_saves, place_saves
 from orchestrator.launch.island_words import FOLDER, Joining, island_command, tail
 from orchestrator.launch.plan import Plan, newest_of
 from orchestrator.launch.worker_processes import ERROR
@@ -187,14 +186,21 @@ class IslandRun:
         for name in (ADDRESS, ERROR):
             (self._folder / name).unlink(missing_ok=True)
         resumed = str(self._checkpoint) if self._checkpoint is not None else None
-        if self._checkpoint is not None:
-            place_saves(self._checkpoint, self._run_dir)
-        elif self._address:
-            drop_saves(self._run_dir, self._islands)
+        if resumed or self._address:
+            self._put_saves_right()
         HubBrief(str(self._run_dir), str(self._key), self._bind, resumed, self._facts).write(self._folder)
         parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
         command = [sys.executable, "-m", "orchestrator.launch.worker", "hub", str(self._folder)]
         return spawn(command, {**importable(), **parts}, piped=True, hear=self._hear)
+
+    def _put_saves_right(self) -> None:
+        """Let the islands have the saves that belong to where the hub goes on, and no later ones."""
+        from orchestrator.launch.island_state import drop_saves, place_saves  # with torch, which the command lacks
+
+        if self._checkpoint is not None:
+            place_saves(self._checkpoint, self._run_dir)
+        else:
+            drop_saves(self._run_dir, self._islands)
 
     def _start_island(self, name: str) -> Process:
         command = island_command(self._config, name, self._members[name], self._joining())

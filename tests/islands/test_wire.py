@@ -37,7 +37,7 @@ from orchestrator.islands.island_messages import (
 )
 from orchestrator.islands.link import HubRefusedError, Link
 from orchestrator.islands.part_frames import part_header
-from orchestrator.islands.wire import about
+from orchestrator.islands.wire import about, pack, read_answer, unpack
 from tests.lab.bad_wire import mutated
 
 KEY = bytes(range(32))
@@ -116,12 +116,12 @@ def test_what_was_damaged_is_sent_again(hub, link):
     socket.curve_publickey, socket.curve_secretkey = public, secret
     socket.curve_serverkey = keys.curve_pair(KEY, "hub")[0]
     socket.connect(hub.socket.address)
-    socket.send_multipart([about(PEER, 3), write(request), frames[0][:-1] + b"?"])
-    number, answer = socket.recv_multipart()
+    socket.send(pack([about(PEER, 3), write(request), frames[0][:-1] + b"?"]))
+    number, answer, _ = read_answer(socket.recv())
     socket.close(0)
-    assert b"damaged on the way" in answer
-    assert json.loads(answer)["final"] is False
-    assert int.from_bytes(number, "little") == 3
+    assert "damaged on the way" in answer.what
+    assert answer.final is False
+    assert number == 3
     said = [Refused("damaged", final=False), Refused("damaged", final=False), Taken()]
     other = Answering(lambda request: said.pop(0))
     again = Link(other.socket.address, KEY, PEER)
@@ -231,7 +231,7 @@ def test_ten_thousand_messages_that_are_none_harm_nothing():
         parts = chance.choice([[], frames, [chance.randbytes(50)], frames * 3])
         choice = chance.randrange(6)
         if choice == 0:
-            message = [chance.randbytes(chance.randrange(60)) for _ in range(chance.randrange(1, 4))]
+            message = chance.randbytes(chance.randrange(60))
         elif choice == 1:
             other = [
                 chance.choice([PEER.island, 7, None, "\ud800", "x" * 5000]),
@@ -239,12 +239,15 @@ def test_ten_thousand_messages_that_are_none_harm_nothing():
                 chance.choice([0, -1, 1 << 70]),
                 number,
             ]
-            message = [json.dumps(other[: chance.choice([4, 4, 3])]).encode(), text, *parts]
+            message = pack([json.dumps(other[: chance.choice([4, 4, 3])]).encode(), text, *parts])
+        elif choice == 2:
+            message = bytearray(pack([line, text, *parts]))
+            message[chance.randrange(min(24, len(message)))] = chance.randrange(256)  # where the lengths are
         else:
-            message = [line, text, *parts]
-        inside.send_multipart(message)
+            message = pack([line, text, *parts])
+        inside.send(message)
         while inside.poll(0):
-            inside.recv_multipart()
+            inside.recv()
     for _ in range(200):
         disturb(hub.socket.address, chance)
     assert link.ask(request, frames).result(30) == (Taken(), [])
@@ -256,13 +259,41 @@ def test_ten_thousand_messages_that_are_none_harm_nothing():
     hub.close()
 
 
+def test_a_message_is_the_frames_that_were_packed():
+    frames = [b"", b"x", bytes(range(256)), np.arange(5, dtype="<f4").data, b""]
+    message = pack(frames)
+    found = unpack(message)
+    assert [bytes(one) for one in found] == [bytes(memoryview(one).cast("B")) for one in frames]
+    base = np.frombuffer(message, np.uint8).ctypes.data
+    assert {(np.frombuffer(one, np.uint8).ctypes.data - base) % 16 for one in found if len(one)} == {0}
+    assert unpack(pack([])) == []
+    for wrong in (b"", message[:-1], message + b"x", message[:10], b"\xff" * 8, message[4:]):
+        with pytest.raises(MessageError, match="a message"):
+            unpack(wrong)
+
+
+def test_a_message_of_several_frames_is_dropped_whole(hub):
+    inside = zmq.Context.instance().socket(zmq.DEALER)
+    inside.curve_publickey, inside.curve_secretkey = keys.curve_pair(KEY, "island")
+    inside.curve_serverkey = keys.curve_pair(KEY, "hub")[0]
+    inside.connect(hub.socket.address)
+    good = pack([about(PEER, 1), write(LeaseRequest(1))])
+    inside.send_multipart([good, good, good])
+    inside.send(pack([about(PEER, 2), write(LeaseRequest(2))]))
+    assert inside.poll(20_000)
+    assert read_answer(inside.recv())[:2] == (2, Taken())
+    assert [asked for asked, _ in hub.heard] == [LeaseRequest(2)]
+    assert hub.socket.dropped == 1
+    inside.close(0)
+
+
 def test_a_frame_that_is_too_large_ends_its_connection_alone(hub, link):
     inside = zmq.Context.instance().socket(zmq.DEALER)
     inside.curve_publickey, inside.curve_secretkey = keys.curve_pair(KEY, "island")
     inside.curve_serverkey = keys.curve_pair(KEY, "hub")[0]
     monitor = inside.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     inside.connect(hub.socket.address)
-    inside.send_multipart([about(PEER, 1), write(LeaseRequest(0)), bytes(MAX_FRAME_BYTES + 1)])
+    inside.send(bytes(MAX_FRAME_BYTES + 1))
     assert monitor.poll(20_000), "the hub has cut the connection"
     assert link.ask(LeaseRequest(5)).result(20) == (Taken(), [])
     assert [asked for asked, _ in hub.heard] == [LeaseRequest(5)]

@@ -83,29 +83,29 @@ def _paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 class CutProxy:
-    """Stands between islands and their hub, and breaks all connections when it is told to.
+    """Stands between islands and their hub, and breaks each connection after some bytes.
 
     Args:
         address: of the hub, `tcp://HOST:PORT`.
+        least: bytes that a connection lasts: handshake and the largest message.
+        most: bytes that it lasts.
 
     Attributes:
         address: for the islands.
         connections: that were made so far.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, least: int, most: int):
+        self._chance, self._range = random.Random(0), (least, most)
         host, port = address.removeprefix("tcp://").split(":")
         self._target = (host, int(port))
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
-        self.connections, self._cut, self._ends = 0, False, False
+        self.connections, self._ends = 0, False
         self._pairs: dict[socket.socket, socket.socket] = {}
+        self._left: dict[socket.socket, int] = {}
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
-
-    def cut(self) -> None:
-        """Break all connections, in the middle of whatever they carry."""
-        self._cut = True
 
     def close(self) -> None:
         """End."""
@@ -114,9 +114,6 @@ class CutProxy:
 
     def _work(self) -> None:
         while not self._ends:
-            if self._cut:
-                self._drop(list(self._pairs))
-                self._cut = False
             for ready in select.select([self._server, *self._pairs], [], [], 0.02)[0]:
                 if ready is self._server:
                     self._accept()
@@ -129,16 +126,18 @@ class CutProxy:
         near, _ = self._server.accept()
         far = socket.create_connection(self._target)
         self._pairs |= {near: far, far: near}
+        self._left |= dict.fromkeys((near, far), self._chance.randrange(*self._range))
         self.connections += 1
 
     def _pass_on(self, ready: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            if data := ready.recv(1 << 14):
+            if data := ready.recv(min(1 << 14, self._left[ready])):
                 self._pairs[ready].sendall(data)
+                self._left[ready] -= len(data)
                 return
         self._drop([ready, self._pairs[ready]])
 
     def _drop(self, ends: list[socket.socket]) -> None:
         for one in ends:
-            self._pairs.pop(one, None)
+            self._pairs.pop(one, None), self._left.pop(one, None)
             one.close()
