@@ -154,6 +154,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_p
     assert facts["legs"][0]["end_step"] >= 10
 
 
+@slow
 def test_a_stopped_multirun_starts_no_further_job(tmp_path):
     words = small_overrides(tmp_path, "train.max_steps=4000", "checkpoint.every_steps=null")
     process = start("train", *words, "-m", "optim.lr=1e-3,3e-4")
@@ -179,6 +180,7 @@ def test_the_run_directory_is_complete(whole):
     assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu"} <= row.keys()
 
 
+@slow
 def test_generate_continues_a_prompt_from_a_checkpoint(whole):
     run_dir, _ = whole(*LAYOUTS[0])
     words = [f"checkpoint={run_dir}", "prompt=def f(x):", "tokens=12", "seed=3"]
@@ -324,6 +326,7 @@ def test_processes_that_read_damage_go_on_from_an_older_checkpoint_together(tmp_
     assert steps == list(range(11, 32))
 
 
+@slow
 def test_a_damaged_checkpoint_that_is_asked_for_stops_the_run(tmp_path):
     words = small_overrides(tmp_path, "hardware.devices=2", "layout.fsdp=2")
     assert run("train", *words).returncode == 0
@@ -340,6 +343,7 @@ def _torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *engine, *words], capture_output=True, text=True, timeout=240)
 
 
+@slow
 def test_torchrun_starts_the_processes_as_well(tmp_path):
     result = _torchrun("train", *small_overrides(tmp_path, "train.max_steps=3"))
     assert result.returncode == 0, result.stderr

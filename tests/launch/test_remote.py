@@ -126,6 +126,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_training(server, tmp_
     assert "model      " not in result.stdout
 
 
+@slow
 @on_each
 def test_a_run_goes_on_and_another_of_its_name_is_refused(server, tmp_path):
     """Two machines that do not see each other, and started in the same second."""

@@ -117,7 +117,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("optimizer", STATES)
+@pytest.mark.parametrize("optimizer", cases(STATES, quick=["muon", "adafactor"]))
 def test_state_has_names_and_global_shapes(runs, optimizer):
     found = Checkpoint(checkpoint(runs(optimizer, "fsdp2_tensor2")))
     assert list(contradictions(found)) == []

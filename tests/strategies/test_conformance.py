@@ -120,7 +120,7 @@ def _rows(run_dir: Path) -> list[dict]:
 
 
 FURTHER = ("fsdp4", "tensor2", "replicate2", "ring2", "ring4", "fsdp2_ring2", "context2_tensor2")
-FURTHER += ("ulysses2", "ulysses4", "fsdp2_ulysses2", "ulysses2_tensor2", "replicate2_fsdp2_tensor2")
+FURTHER += ("ulysses2", "ulysses4", "fsdp2_ulysses2", "ulysses2_tensor2", "ring2_tensor2", "replicate2_fsdp2_tensor2")
 
 
 @pytest.mark.parametrize("name", cases(CASES, quick=[name for name in CASES if name not in FURTHER]))

@@ -41,7 +41,7 @@ CASES = {
     "replicate2_expert2_fsdp2": ["layout.replicate=2", "layout.expert=2", "layout.fsdp=2"],
     "expert2_fsdp2_tensor2": ["layout.expert=2", "layout.fsdp=2", "layout.tensor=2"],
 }
-QUICK = ["expert4", "expert2_fsdp2", "expert2_tensor2", "expert2_context2", "pipeline2_expert2"]
+QUICK = ["expert4", "expert2_fsdp2", "expert2_tensor2", "pipeline2_expert2"]
 
 
 def _words(case: list[str]) -> list[str]:

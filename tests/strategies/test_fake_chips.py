@@ -6,6 +6,7 @@ what that leaves open.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from tests.lab.fake_chips import CHIPS, on_chip, train_on
 from tests.lab.ranks import run_ranks
 from tests.lab.runs import TINY, assert_trained_alike, checkpoint, losses, read_rows, small_config, train
+from tests.lab.slow import cases
 from tests.lab.tensors import read_all
 from tests.strategies.test_conformance import CASES, RELATIVE, SIZES
 
@@ -45,8 +47,10 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("chip", "layout"),
+    cases(list(itertools.product(CHIPS, LAYOUTS)), quick=[*zip(CHIPS, itertools.cycle(LAYOUTS), strict=False)]),
+)
 def test_same_losses_norms_and_evaluation(runs, chip, layout):
     (folder, calls), (plain, _) = runs(chip, layout), runs("cpu", "")
     ours, theirs = read_rows(folder), read_rows(plain)
@@ -145,7 +149,7 @@ def test_a_bad_step_leaves_weights_and_state_alone(chip):
     assert taken == [False, False, False]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", cases(CHIPS, quick=["tpu"]))
 def test_a_rehearsal_computes_what_the_cpu_does(tmp_path, chip):
     """`hardware.simulate` runs the same strategy in processes of the CPU: the same losses, to the bit."""
     words = (*TINY, *CASES["fsdp2_tensor2"], "train.max_steps=6", "checkpoint.every_steps=6")

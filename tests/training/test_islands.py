@@ -71,7 +71,7 @@ KINDS = {
     "eager": Terms(inner_steps=5, overlap_steps=2, exchange="bf16", eager=True, lr=0.7, momentum=0.9),
     "mixed": Terms(inner_steps=5, overlap_steps=2, exchange="int4", overlap_mix=0.5),
 }
-ALL_KINDS = ["rounds", "int8", "eager", pytest.param("mixed", marks=slow)]
+ALL_KINDS = ["rounds", "int8", *(pytest.param(kind, marks=slow) for kind in ("eager", "mixed"))]
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
