@@ -23,8 +23,8 @@ _LARGEST = {"int8": 127, "int4": 7}
 _PLAIN_VECTOR = 1 << 16  # elements up to which a vector is sent in fp32
 
 
-def encode(values: Array, box: Box, kind: str) -> bytes:
-    """Return the bytes of a part of a tensor.
+def encode(values: Array, box: Box, kind: str) -> bytes | memoryview:
+    """Return the bytes of a part of a tensor. In fp32 they are those of `values`, where these are in one piece.
 
     Args:
         values: fp32, of the part's dims.
@@ -34,7 +34,7 @@ def encode(values: Array, box: Box, kind: str) -> bytes:
     kind = kind_of(box.shape, kind)
     if kind in ("fp32", "bf16"):
         plain = np.ascontiguousarray(values, dtype=np.float32)
-        return (plain if kind == "fp32" else _to_bf16(plain)).tobytes()
+        return _bytes_of(plain if kind == "fp32" else _to_bf16(plain))
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(_rows(box), box.dims[-1])
     place = _places(box)
     scales = _scales(rows, place, _LARGEST[kind])
@@ -151,15 +151,15 @@ class Encoded:
         scales = np.frombuffer(data[: 4 * count], dtype=np.float32)
         return cls(box, kind, scales, _unpacked(data[4 * count :], box.size, kind).reshape(box.dims))
 
-    def part(self, box: Box) -> bytes:
-        """Return the bytes of a part: `decode` of them is exactly that part of `decoded`.
+    def part(self, box: Box) -> bytes | memoryview:
+        """Return the bytes of a part: `decode` of them is exactly that part of `decoded`. Not copied where possible.
 
         Args:
             box: the part.
         """
         numbers = np.ascontiguousarray(self.numbers[box.slices])
         if self.kind in ("fp32", "bf16"):
-            return numbers.tobytes()
+            return _bytes_of(numbers)
         groups = np.unique(_groups(box))
         return self.scales[groups].tobytes() + _packed(numbers.reshape(-1), self.kind)
 
@@ -176,6 +176,10 @@ class Encoded:
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.scales.nbytes + self.numbers.nbytes
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 # --- rows, groups, scales ------------------------------------------------------------------------------

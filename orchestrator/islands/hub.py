@@ -44,7 +44,7 @@ from orchestrator.islands.refusal import RefusedError, refuse
 from orchestrator.islands.run_terms import RunTerms
 
 Frames = Sequence[Any]
-Answered = tuple[Answer, list[bytes]]
+Answered = tuple[Answer, list[bytes | memoryview]]
 Note = Callable[[dict[str, Any]], object]
 _LONGEST = 1e9  # seconds of a lease
 _LONGEST_MARK = 256
@@ -79,7 +79,7 @@ class Hub:
         repeat: Sequence[Mapping[str, Any]] = (),
     ):
         self.terms, self.settings, self.facts, self._clock = terms, settings, facts, clock
-        self.answers: list[tuple[Peer, int, Answer, list[bytes]]] = []
+        self.answers: list[tuple[Peer, int, Answer, list[bytes | memoryview]]] = []
         self.members: dict[str, MemberLog] = {}
         self.stop, self._began, self._note = 0, clock(), note
         self._waiting: dict[tuple[Peer, str], tuple[int, Request]] = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from orchestrator.config.islands_schema import IslandsConfig
 from orchestrator.islands.boxes import Box
-from orchestrator.islands.codec import decode
+from orchestrator.islands.codec import decode, encode
 from orchestrator.islands.hub_leases import HubLeases
 from orchestrator.islands.island_messages import (
     Offer,
@@ -152,15 +152,19 @@ class HubMerges:
         if any(_overlap(one, box) for one in seen):  # elements would be counted twice, and others not at all
             raise refuse("parts of an offer overlap", got=f"{part.name} {part.start} to {part.stop}")
         values = decode(frame, box, self.terms.exchange)
-        coming.arrays[part.name][box.slices] = values
+        if values.size and not (math.isfinite(values.min()) and math.isfinite(values.max())):
+            coming.infinite = part.name
+        if box.dims == shape:
+            coming.arrays[part.name] = values  # all of it: not copied
+        else:
+            coming.arrays[part.name][box.slices] = values
         seen.append(box)
         coming.missing -= box.size
         coming.nbytes += len(frame)
 
     def _wrong(self, coming: Contribution) -> str | None:
-        for name, array in coming.arrays.items():
-            if not math.isfinite(float(array.sum(dtype=np.float64))):
-                return f"what the island '{coming.island}' has learned is not finite: {name}"
+        if coming.infinite:
+            return f"what the island '{coming.island}' has learned is not finite: {coming.infinite}"
         if self.terms.gradients:
             return None
         known = self.outer.digest(coming.fragment, coming.version)
@@ -282,7 +286,9 @@ class HubMerges:
 
     # --- answers ----------------------------------------------------------------------------------------
 
-    def update(self, one: MemberLog, rank: int, request: UpdateRequest) -> tuple[Update, list[bytes]] | None:
+    def update(
+        self, one: MemberLog, rank: int, request: UpdateRequest
+    ) -> tuple[Update, list[bytes | memoryview]] | None:
         """Return a piece of the updates that follow an offer; None: it is not merged yet.
 
         Args:
@@ -312,7 +318,7 @@ class HubMerges:
         headers = [part_header(box, frame, at) for (at, box), frame in zip(chosen, frames, strict=True)]
         return Update(fragment, to, len(pieces), tuple(headers)), frames
 
-    def outer_part(self, one: MemberLog, rank: int, request: OuterRequest) -> tuple[Update, list[bytes]]:
+    def outer_part(self, one: MemberLog, rank: int, request: OuterRequest) -> tuple[Update, list[bytes | memoryview]]:
         """Return a piece of the outer weights, as they were when the island was welcomed.
 
         Args:
@@ -327,7 +333,7 @@ class HubMerges:
         parts = [(version, box) for box in self._held(one, rank, request.fragment)]
         pieces = list(_pieces(parts))
         chosen = pieces[request.piece] if 0 <= request.piece < len(pieces) else []
-        frames = [np.ascontiguousarray(pinned[box.name][box.slices]).tobytes() for _, box in chosen]
+        frames = [encode(pinned[box.name][box.slices], box, "fp32") for _, box in chosen]
         headers = [part_header(box, frame, version) for (_, box), frame in zip(chosen, frames, strict=True)]
         return Update(request.fragment, version, len(pieces), tuple(headers), whole=True), frames
 

@@ -12,6 +12,7 @@ from orchestrator.islands.island_messages import Answer, Peer, Refused, Request
 from orchestrator.islands.wire import LARGE, PREFERENCES, read_asked, write_answer
 
 _ZAP = "inproc://zeromq.zap.01"
+_LAST_ANSWERS_MS = 1000
 _MOST_ROUTES = 1 << 17  # processes that are known
 
 
@@ -128,8 +129,8 @@ class HubSocket:
         self._routes.pop(peer, None)
 
     def close(self) -> None:
-        """Stop listening."""
-        for socket in (self._socket, self._zap):
-            if socket is not None:
-                socket.close(0)
+        """Stop listening, once the last answers have left: an island whose goodbye is not answered would ask again."""
+        self._socket.close(_LAST_ANSWERS_MS)
+        if self._zap is not None:
+            self._zap.close(0)
         self._context.term()

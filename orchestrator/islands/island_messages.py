@@ -57,7 +57,7 @@ class PartHeader:
         name: of the tensor.
         start: first index, for each dim.
         stop: the one behind the last.
-        hash: SHA-256 of the frame, in hex.
+        hash: BLAKE3 of the frame, in hex.
         version: of the outer weights that it makes, where it is part of an update.
     """
 

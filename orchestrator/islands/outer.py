@@ -35,23 +35,25 @@ class OuterOptimizer:
 
         Args:
             name: of the tensor.
-            gradient: outer gradient, fp32.
+            gradient: outer gradient, fp32; it is overwritten, since new memory costs as much as the numbers in it.
             part: of a whole round's tokens that is in it. Steps whose parts add up to 1 are about one whole step:
                 the gradient and the step of the momentum count by their part, and momentum decays by its power.
 
         Returns:
             The update, fp32.
         """
-        counted = gradient if part == 1.0 else gradient * np.float32(part)
+        counted = gradient if part == 1.0 else np.multiply(gradient, np.float32(part), out=gradient)
         if not self._kept:
-            return np.asarray(counted * np.float32(-self.lr), dtype=np.float32)
+            return np.multiply(counted, np.float32(-self.lr), out=counted)
         momentum = self.momentum.get(name)
         decay = np.float32(self._kept if part == 1.0 else self._kept**part)
-        self.momentum[name] = momentum = counted.copy() if momentum is None else momentum * decay + counted
+        momentum = counted.copy() if momentum is None else np.asarray(momentum * decay + counted)
+        self.momentum[name] = momentum
         # Momentum makes its step by part, too.
-        ahead = momentum * np.float32(part * (self._kept if self._nesterov else 1.0))
-        ahead = ahead + counted if self._nesterov else ahead
-        return np.asarray(ahead * np.float32(-self.lr), dtype=np.float32)
+        ahead = np.asarray(momentum * np.float32(part * (self._kept if self._nesterov else 1.0)))
+        if self._nesterov:
+            ahead += counted
+        return np.multiply(ahead, np.float32(-self.lr), out=ahead)
 
 
 def weighted_mean(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
@@ -62,7 +64,7 @@ def weighted_mean(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
         weights: of the arrays, whose sum is more than 0.
     """
     total = float(sum(weights))
-    mean = arrays[0] * np.float32(weights[0] / total)
+    mean = np.multiply(arrays[0], np.float32(weights[0] / total), out=np.empty_like(arrays[0]))
     for array, weight in zip(arrays[1:], weights[1:], strict=True):
         mean += array * np.float32(weight / total)
     return mean

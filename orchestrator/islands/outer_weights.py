@@ -40,6 +40,7 @@ class Contribution:
         seen: parts that have come, by tensor.
         digests: of the outer weights that the ranks have, by rank.
         nbytes: that came.
+        infinite: name of a tensor in which a number is not finite.
     """
 
     island: str
@@ -53,6 +54,7 @@ class Contribution:
     seen: dict[str, list[Box]] = field(default_factory=dict)
     digests: dict[int, int] = field(default_factory=dict)
     nbytes: int = 0
+    infinite: str = ""
 
     @property
     def digest(self) -> int:
@@ -141,19 +143,22 @@ class OuterWeights:
         weights = [weight for weight, _ in given]
         names = self.fragments[fragment]
         # The outer optimizer's state comes into being here, one tensor after the other; then they are independent.
-        made = dict(
-            zip(names, self._pool.map(lambda name: self._merge_one(name, given, weights, part), names), strict=True)
-        )
+        merged = self._pool.map(lambda name: self._merge_one(name, given, weights, part), names)
+        found = dict(zip(names, merged, strict=True))
         self.versions[fragment] += 1
-        self._chain[fragment, self.versions[fragment]] = made
+        self._chain[fragment, self.versions[fragment]] = {name: encoded for name, (encoded, _) in found.items()}
+        if not self.terms.gradients:
+            total = sum(count for _, count in found.values())
+            self._digests[fragment, self.versions[fragment]] = total % (1 << 64)
         return self.versions[fragment]
 
     def _merge_one(
         self, name: str, given: Sequence[tuple[float, Contribution]], weights: Sequence[float], part: float
-    ) -> Encoded:
+    ) -> tuple[Encoded, int]:
+        """Return the update of a tensor, and the bits of the new weights."""
         total = weighted_mean([one.arrays[name] for _, one in given], weights)
         if self.terms.gradients:
-            return Encoded.of(total, name, self.terms.exchange)
+            return Encoded.of(total, name, self.terms.exchange), 0
         update = self._optimizer.step(name, total, part)
         if self.terms.error_feedback and name in self._residuals:
             update = update + self._residuals[name]
@@ -163,7 +168,7 @@ class OuterWeights:
             self._residuals[name] = update - decoded
         # A new array: somebody may be reading the old one.
         self.weights[name] = self.weights[name] + decoded
-        return encoded
+        return encoded, bits(self.weights[name])
 
     def digest(self, fragment: int, version: int) -> int | None:
         """Return the sum over the bits of a fragment's weights; None where it is not known any more.
@@ -189,7 +194,7 @@ class OuterWeights:
         """
         return have <= to and all((fragment, version) in self._chain for version in range(have + 1, to + 1))
 
-    def part_of(self, fragment: int, version: int, box: Box) -> bytes:
+    def part_of(self, fragment: int, version: int, box: Box) -> bytes | memoryview:
         """Return a part of the update that makes `version`, in the numbers of the exchange.
 
         Args:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
+
+from blake3 import blake3
 
 from orchestrator.islands.boxes import Box
 from orchestrator.islands.island_messages import PartHeader
+
+
+def frame_hash(frame: Any) -> str:
+    """Return the BLAKE3 of a frame, in hex: SHA-256 would take several times as long, at four places of an exchange.
+
+    Args:
+        frame: bytes, or what has a buffer.
+    """
+    return blake3(frame).hexdigest()
 
 
 def part_header(box: Box, frame: Any, version: int = 0) -> PartHeader:
@@ -17,4 +27,4 @@ def part_header(box: Box, frame: Any, version: int = 0) -> PartHeader:
         frame: its bytes.
         version: of the outer weights that it makes, where it is part of an update.
     """
-    return PartHeader(box.name, box.start, box.stop, hashlib.sha256(frame).hexdigest(), version)
+    return PartHeader(box.name, box.start, box.stop, frame_hash(frame), version)

@@ -6,7 +6,6 @@ while the socket that sends it closes (its issue 3442): an island would die with
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from orchestrator.islands.island_messages import (
     read,
     write,
 )
+from orchestrator.islands.part_frames import frame_hash
 
 _MAX_ABOUT = 1 << 12
 _ALIGNED = 16  # bytes: numbers are read where they lie
@@ -181,5 +181,5 @@ def check_frames(message: Request | Answer, frames: Sequence[Any]) -> None:
             "a message has another number of frames than parts", got=len(frames), allowed=str(len(parts))
         )
     for part, frame in zip(parts, frames, strict=True):
-        if hashlib.sha256(frame).hexdigest() != part.hash:
+        if frame_hash(frame) != part.hash:
             raise MessageError(f"a part of '{part.name}' was damaged on the way", got=f"{len(frame)} bytes")

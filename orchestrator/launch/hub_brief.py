@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from orchestrator.atomic_files import write_atomically
 
 BRIEF, ADDRESS, BEGUN = "hub.json", "address", "begun"
 """Files of the folder: what the launcher says, where the hub listens, and that islands have begun to train."""
+MEMORY = {
+    name: os.environ.get(name, str(1 << bits))
+    for name, bits in (("MALLOC_MMAP_THRESHOLD_", 30), ("MALLOC_TRIM_THRESHOLD_", 32))
+}
+"""Of the environment of hub and islands: glibc keeps what is freed. An exchange fills large arrays for a moment, and
+memory that comes anew from the kernel costs more than what is computed in it."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from orchestrator.errors import (
 from orchestrator.installing import importable
 from orchestrator.islands.island_keys import make as make_key
 from orchestrator.islands.terms import describe_terms, terms_of
-from orchestrator.launch.hub_brief import ADDRESS, BEGUN, HubBrief
+from orchestrator.launch.hub_brief import ADDRESS, BEGUN, MEMORY, HubBrief
 from orchestrator.launch.island_processes import Kept, Process, spawn, wait_for
 from orchestrator.launch.island_words import FOLDER, Joining, island_command, tail
 from orchestrator.launch.plan import Plan, newest_of
@@ -191,7 +191,7 @@ class IslandRun:
         HubBrief(str(self._run_dir), str(self._key), self._bind, resumed, self._facts).write(self._folder)
         parts = {OWN_PREFIX + "PARTS": json.dumps(registry.permitted())}
         command = [sys.executable, "-m", "orchestrator.launch.worker", "hub", str(self._folder)]
-        return spawn(command, {**importable(), **parts}, piped=True, hear=self._hear)
+        return spawn(command, {**importable(), **parts, **MEMORY}, piped=True, hear=self._hear)
 
     def _put_saves_right(self) -> None:
         """Let the islands have the saves that belong to where the hub goes on, and no later ones."""
@@ -204,7 +204,7 @@ class IslandRun:
 
     def _start_island(self, name: str) -> Process:
         command = island_command(self._config, name, self._members[name], self._joining())
-        return spawn(command, importable(), self._log(name))
+        return spawn(command, {**importable(), **MEMORY}, self._log(name))
 
     def _joining(self) -> Joining:
         return Joining(self._address or "tcp://127.0.0.1:1", self._key, self._run_dir, self._checkpoint)

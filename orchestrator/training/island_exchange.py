@@ -121,6 +121,7 @@ class IslandExchange:
         self.versions: list[int] = []
         self._anchors: dict[Key, Array] = {}
         self._residuals: dict[Key, Array] = {}
+        self._pieces: dict[tuple[type, int], int] = {}
         self.under_way: dict[int, UnderWay] = {}
         self.waited = 0.0
         self._pool: ThreadPoolExecutor
@@ -172,6 +173,7 @@ class IslandExchange:
             self._residuals = {key: np.zeros(self._boxes[key].dims, dtype=np.float32) for key in self._owned}
         # A fragment waits for its update in its thread.
         self._pool = ThreadPoolExecutor(min(self.count, _THREADS), thread_name_prefix="island-exchange")
+        self._pieces.clear()
         if not terms.gradients:
             self._anchors = {_key(shard): _copied(shard.data) for shard in self._weights()}
 
@@ -217,7 +219,8 @@ class IslandExchange:
         for shard in self._weights(self._fragments[fragment]):
             key = _key(shard)
             if key not in begun:
-                begun[key] = _copied(shard.data)
+                # What goes on training changes the weights while they are under way.
+                begun[key] = (_copied if self._terms.overlap_steps else _seen)(shard.data)
                 if key in self._owned:
                     moved[key] = self._anchors[key] - begun[key]
                     if key in self._residuals:
@@ -258,7 +261,7 @@ class IslandExchange:
             if feedback:
                 residuals[key] = np.empty_like(values)
             parts += [(piece, values[piece.within(self._boxes[key])], key) for piece in _pieces(self._boxes[key])]
-        group: list[tuple[PartHeader, bytes]] = []
+        group: list[tuple[PartHeader, bytes | memoryview]] = []
         for box, values, key in parts:
             frame = encode(values, box, kind)
             if feedback:
@@ -278,15 +281,20 @@ class IslandExchange:
         terms = self._terms
         return terms.error_feedback and terms.exchange != "fp32" and not terms.gradients
 
-    def _ask_offer(self, about: Offer, group: Sequence[tuple[PartHeader, bytes]]) -> Future[Any]:
+    def _ask_offer(self, about: Offer, group: Sequence[tuple[PartHeader, bytes | memoryview]]) -> Future[Any]:
         heads = tuple(head for head, _ in group)
         return self._link.ask(replace(about, parts=heads), [frame for _, frame in group])
 
     def _fetch(self, request: UpdateRequest | OuterRequest, kind: str) -> tuple[int, list[tuple[Box, Array]]]:
         """Fetch all pieces of an update. Returns its version, and its parts in order."""
-        first, frames = self._link.ask(request).result()
+        # As many pieces as the last time are asked for at once: the hub makes the next one while one is under way.
+        expected = self._pieces.get((type(request), request.fragment), 1)
+        asked = [self._link.ask(replace(request, piece=piece)) for piece in range(expected)]
+        first, frames = asked[0].result()
         assert isinstance(first, Update)
-        rest = [self._link.ask(replace(request, piece=piece)) for piece in range(1, first.pieces)]
+        asked += [self._link.ask(replace(request, piece=piece)) for piece in range(expected, first.pieces)]
+        self._pieces[type(request), request.fragment] = first.pieces
+        rest = asked[1 : first.pieces]
         shapes = dict(zip(self.names, self.shapes, strict=True))
         parts: list[tuple[Box, Array]] = []
         for answer, payloads in [(first, frames), *(future.result() for future in rest)]:
@@ -469,6 +477,11 @@ def _key(shard: Shard) -> Key:
 
 def _copied(data: torch.Tensor) -> Array:
     return np.array(data.detach().to("cpu", torch.float32).numpy(), dtype=np.float32, order="C")
+
+
+def _seen(data: torch.Tensor) -> Array:
+    """Return a tensor's numbers where they lie, if they do as fp32 in the host's memory."""
+    return np.ascontiguousarray(data.detach().to("cpu", torch.float32).numpy())
 
 
 def _nothing(name: str, shape: tuple[int, ...]) -> Shard:
