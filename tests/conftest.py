@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,10 +46,3 @@ def lines_are_printed() -> Iterator[None]:
     """The product's lines are printed, as on the command line. Programs that import it have tests of their own."""
     with printing():
         yield
-
-
-@pytest.fixture(autouse=True)
-def random_numbers_are_the_same_each_time() -> None:
-    """Whatever ran before: what fails, fails again."""
-    if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)

@@ -110,6 +110,7 @@ def test_a_layer_rounds_its_operands_and_keeps_its_parameters(recipe):
 
 def test_mxfp8_needs_no_number_of_tokens():
     """Sums over tokens go in blocks of 32: what is missing of a block counts as zeros."""
+    torch.manual_seed(0)  # of ten numbers that cancel, rounding may leave any part
     linear = MXFP8Linear.of(nn.Linear(32, 64, bias=False).bfloat16(), mx_product(emulated=True))
     x = torch.randn(2, 5, 32).bfloat16()
     linear(x).float().sum().backward()
