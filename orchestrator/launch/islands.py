@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,6 +281,7 @@ class IslandRun:
 
     def _conclude(self) -> int:
         """End what still runs, in order, and return the exit code of the run."""
+        ended = [name for name, one in self._islands.items() if not one.goes_on]  # of themselves
         if self._hub.runs:
             self._hub.send(signal.SIGTERM)
             wait_for([self._hub], 0.0 if stopping.insisted() else _SAVE_SECONDS, stopping.insisted)
@@ -293,10 +294,10 @@ class IslandRun:
             return DONE
         if (self._folder / ERROR).exists():
             raise error_from_dict(json.loads((self._folder / ERROR).read_text()))
-        return self._failed()
+        return self._failed(ended)
 
-    def _failed(self) -> int:
-        codes = {name: one.code for name, one in self._islands.items()}
+    def _failed(self, own: Iterable[str]) -> int:
+        codes = {name: self._islands[name].code for name in own}
         bad = [name for name, code in codes.items() if code not in (None, DONE, *STOPPED)]
         for name in bad:
             self._show(name)
