@@ -12,6 +12,7 @@ from orchestrator.checkpoint.storage import AnyPath, there
 from orchestrator.config.as_words import as_words, value_word
 from orchestrator.config.schema import IslandConfig, RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.sharding.axes import MESH_AXES
 
 FOLDER = "islands"
 """Of the islands' own run directories, in that of the run; and in its checkpoints of theirs."""
@@ -63,9 +64,10 @@ def island_words(config: RunConfig, name: str, member: IslandConfig, joining: Jo
         member: its entry of `islands.members`.
         joining: where it joins.
     """
-    own = {f"layout.{key}": value for key, value in member.layout.items()}
-    if member.devices != "auto":
-        own["hardware.devices"] = member.devices
+    # Also what is auto: an island that goes on elsewhere would keep the layout of its save.
+    own = {f"layout.{axis}": member.layout.get(axis, getattr(config.layout, axis)) for axis in MESH_AXES}
+    own |= {f"layout.{key}": value for key, value in member.layout.items()}
+    own["hardware.devices"] = config.hardware.devices if member.devices == "auto" else member.devices
     joins = {"islands.join": joining.address, "islands.island": name, "islands.key_file": str(joining.key_file)}
     place = {"runs_dir": str(joining.run_dir), "name": FOLDER, "run_id": name, "resume": _resume(name, joining)}
     words = [word for word in as_words(config, _OTHERWISE) if word.partition("=")[0] not in own]

@@ -17,6 +17,7 @@ import pytest
 
 from orchestrator.config.compose import compose
 from orchestrator.errors import ConfigErrors
+from orchestrator.launch.island_words import Joining, island_words
 from orchestrator.launch.start import Outcome, launch
 from orchestrator.report.run_data import summarise
 from orchestrator.report.run_frame import frame
@@ -158,6 +159,14 @@ def test_an_island_that_cannot_start_ends_the_run_before_it_begins(start, tmp_pa
     assert "  | error: there is no torch_xla here" in said
     assert "the run has ended before all was trained (b: exit code 2)" in said
     assert not list((tmp_path / "runs").glob("*/*"))  # nothing was trained
+
+
+def test_an_island_that_goes_on_with_other_devices_does_not_keep_the_layout_of_its_save(tmp_path):
+    config = compose(["islands=[{hardware: cpu}, {hardware: cpu, devices: 2, layout: {tensor: 2}}]"]).config
+    joining = Joining("tcp://127.0.0.1:1", tmp_path / "key", tmp_path)
+    found = [set(island_words(config, "a", member, joining)) for member in config.islands.members]
+    assert {"hardware.devices='auto'", "layout.fsdp='auto'", "layout.tensor='auto'"} <= found[0]
+    assert {"hardware.devices=2", "layout.fsdp='auto'", "layout.tensor=2"} <= found[1]
 
 
 def test_what_is_no_run_with_islands_is_said(tmp_path):
