@@ -100,7 +100,9 @@ def _serve(folder: Path, brief: HubBrief) -> int:
         standing.enter(standing.LOADING)
         notes = HubNotes(record_file, metrics, leg)
         notes.begun = lambda: _begun(folder)
-        hub = make_hub(config, identity.uuid_of(run_dir), state, notes)
+        # A run that branches off keeps the name that the saves of its islands have.
+        run = str(state.plain["run"]) if state is not None else identity.uuid_of(run_dir)
+        hub = make_hub(config, run, state, notes)
         notes.rows = rows = make_rows(hub, config, leg)
         hub.note({"kind": "begins", "step": hub.step, "resumed_from": brief.resume_from})
         about = _leg(brief, config, leg, hub)
