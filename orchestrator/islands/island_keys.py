@@ -68,12 +68,13 @@ def import_zmq() -> Any:
     """Import pyzmq.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: it, or what frames are hashed with, is not installed.
     """
     try:
+        import blake3  # noqa: F401
         import zmq
     except ImportError as error:
-        raise MissingExtraError("pyzmq", "islands", "training with islands") from error
+        raise MissingExtraError(error.name or "pyzmq", "islands", "training with islands") from error
     return zmq
 
 

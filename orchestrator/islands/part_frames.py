@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blake3 import blake3
-
+from orchestrator.checkpoint.hashing import hash_of
 from orchestrator.islands.boxes import Box
 from orchestrator.islands.island_messages import PartHeader
 
@@ -16,7 +15,7 @@ def frame_hash(frame: Any) -> str:
     Args:
         frame: bytes, or what has a buffer.
     """
-    return blake3(frame).hexdigest()
+    return hash_of("blake3", frame)
 
 
 def part_header(box: Box, frame: Any, version: int = 0) -> PartHeader:

@@ -65,8 +65,8 @@ def island_words(config: RunConfig, name: str, member: IslandConfig, joining: Jo
         joining: where it joins.
     """
     # Also what is auto: an island that goes on elsewhere would keep the layout of its save.
-    own = {f"layout.{axis}": member.layout.get(axis, getattr(config.layout, axis)) for axis in MESH_AXES}
-    own |= {f"layout.{key}": value for key, value in member.layout.items()}
+    layout = {axis: getattr(config.layout, axis) for axis in MESH_AXES} | dict(member.layout)
+    own = {f"layout.{key}": value for key, value in layout.items()}
     own["hardware.devices"] = config.hardware.devices if member.devices == "auto" else member.devices
     joins = {"islands.join": joining.address, "islands.island": name, "islands.key_file": str(joining.key_file)}
     place = {"runs_dir": str(joining.run_dir), "name": FOLDER, "run_id": name, "resume": _resume(name, joining)}

@@ -476,7 +476,7 @@ def _key(shard: Shard) -> Key:
 
 
 def _copied(data: torch.Tensor) -> Array:
-    return np.array(data.detach().to("cpu", torch.float32).numpy(), dtype=np.float32, order="C")
+    return _seen(data).copy()
 
 
 def _seen(data: torch.Tensor) -> Array:
